@@ -1,0 +1,44 @@
+"""Everything that vlmfix raises on purpose: one root, and a hint that says what to do."""
+
+from __future__ import annotations
+
+
+class VlmfixError(Exception):
+    """A problem that the caller can repair.
+
+    Args:
+        message: What is wrong, with the offending value and what is allowed.
+        hint: What to do about it, one sentence; printed under the message.
+    """
+
+    def __init__(self, message: str, hint: str = "") -> None:
+        super().__init__(message)
+        self.message = message
+        self.hint = hint
+
+    def __str__(self) -> str:
+        return f"{self.message} ({self.hint})" if self.hint else self.message
+
+
+class UsageError(VlmfixError):
+    """A parameter, option or specification that is not allowed; exit code 2 on the command line."""
+
+
+class UnsupportedModelError(VlmfixError):
+    """The model's family is not known, or lacks what was asked of it."""
+
+
+class UnsupportedAttentionError(VlmfixError):
+    """The model computes attention by other mathematics than the edits assume."""
+
+
+class LayoutError(VlmfixError):
+    """Image tokens and picture geometry do not agree, or a token has no place in a picture."""
+
+
+class IncompatibleDecodersError(VlmfixError):
+    """Two decoders cannot act on the same run, or a decoder cannot act on this kind of run."""
+
+
+class DataError(VlmfixError):
+    """A file, picture or record is not what it should be."""

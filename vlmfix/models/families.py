@@ -1,0 +1,23 @@
+"""The families that vlmfix knows, written by hand."""
+
+from __future__ import annotations
+
+from vlmfix.errors import UnsupportedModelError
+from vlmfix.models.family import Family
+
+FAMILIES: tuple[Family, ...] = ()
+
+
+def family_of(model_type: str) -> Family:
+    """The family that serves a ``config.model_type``.
+
+    Raises:
+        UnsupportedModelError: No family serves it; the message lists those that exist.
+    """
+    for family in FAMILIES:
+        if model_type in family.model_types:
+            return family
+    known = ", ".join(f"{family.title} ({'/'.join(sorted(family.model_types))})" for family in FAMILIES)
+    raise UnsupportedModelError(
+        f"model type {model_type!r} is not supported", f"supported families: {known}; docs/adding-a-family.md says how to add one"
+    )

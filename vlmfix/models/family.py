@@ -1,0 +1,89 @@
+"""What a model family must tell vlmfix; one file per family implements it."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import ClassVar
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+from transformers import PreTrainedConfig, PreTrainedModel, ProcessorMixin
+
+from vlmfix.models.layout import Batch
+
+
+class Family(ABC):
+    """One model family: where its decoder's attention is and how its pictures become tokens."""
+
+    title: ClassVar[str]
+    """Name in messages and tables, for instance ``LLaVA-1.5``."""
+    model_types: ClassVar[frozenset[str]]
+    """Values of ``config.model_type`` that this family serves."""
+
+    def decoder(self, model: PreTrainedModel) -> nn.Module:
+        """The text decoder: the module that owns ``layers``."""
+        decoder = model.model.language_model
+        if not isinstance(decoder, nn.Module):
+            raise TypeError(f"{type(model).__name__} has no language_model module")
+        return decoder
+
+    def layers(self, model: PreTrainedModel) -> list[nn.Module]:
+        """The L decoder layers in order; each has ``self_attn``."""
+        return list(self.decoder(model).layers)
+
+    def attention_modules(self, model: PreTrainedModel) -> list[nn.Module]:
+        """The L attention modules of the text decoder, in layer order; never one of the vision tower."""
+        return [layer.self_attn for layer in self.layers(model)]
+
+    def image_token(self, config: PreTrainedConfig) -> int:
+        """Id of the token that stands for one image patch in ``input_ids``."""
+        return int(config.image_token_id)
+
+    def process(
+        self, processor: ProcessorMixin, texts: Sequence[str], pictures: Sequence[Sequence[Image.Image]]
+    ) -> Mapping[str, Tensor]:
+        """Turns rendered chat texts and their pictures into model inputs, left-padded.
+
+        Args:
+            processor: The model's processor; it is left as it was found.
+            texts: B rendered chat prompts with the family's picture placeholders.
+            pictures: Pictures of each row, RGB; a row may have none.
+
+        Returns:
+            The processor's tensors: ``input_ids`` (B, T), ``attention_mask`` (B, T), pixels and what belongs to them.
+        """
+        flat = [picture for row in pictures for picture in row]
+        inputs = processor(
+            text=list(texts), images=flat or None, padding=True, padding_side="left", return_tensors="pt"
+        )
+        return dict(inputs)
+
+    @abstractmethod
+    def patches(self, model: PreTrainedModel, processor: ProcessorMixin, batch: Batch) -> list[list[Tensor]]:
+        """Where in its picture each image token looks.
+
+        Args:
+            model: The model; only its configuration is read.
+            processor: Its processor; only its settings are read.
+            batch: Encoded rows.
+
+        Returns:
+            For each row, for each of its pictures, (n, 4) float32 boxes x0, y0, x1, y1 in [0, 1] of the original
+            picture, one per token equal to ``image_token``, in token order. A separator (newline token) is NaN; a
+            patch whose place depends on an unknown ``batch.sizes`` is inf.
+        """
+
+    def pixel_rows(self, model: PreTrainedModel, batch: Batch, counts: Sequence[int]) -> Tensor:
+        """Which row each entry of ``pixel_values`` belongs to.
+
+        Args:
+            model: The model; only its configuration is read.
+            batch: Encoded rows with pictures.
+            counts: Number of pictures of each row.
+
+        Returns:
+            (len(pixel_values),) int64 on the CPU. The default fits one entry per picture.
+        """
+        return torch.arange(len(counts)).repeat_interleave(torch.tensor(list(counts)))
