@@ -1,0 +1,41 @@
+"""Tiny random models of every family, built offline: real classes, real processors, a few thousand weights.
+
+Every model has 3 decoder layers, 8 query heads, 2 key/value heads and head dimension 8, runs in float32 and eval
+mode, and is drawn with a wide initialisation so that its logits really depend on its input.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from importlib import import_module
+
+from vlmfix.models.checkpoint import Checkpoint
+
+MODULES = {
+    "llava": "llava",
+    "llava_next": "llava",
+    "llava_onevision": "llava",
+    "gemma3": "gemma",
+    "qwen2_vl": "qwen",
+    "qwen2_5_vl": "qwen",
+    "qwen3_vl": "qwen",
+    "internvl": "internvl",
+    "idefics3": "idefics",
+    "smolvlm": "idefics",
+}
+"""The module of this package that builds each model."""
+
+TINY: tuple[str, ...] = tuple(MODULES)
+"""Names that ``tiny_vlm`` takes."""
+
+
+@cache
+def tiny_vlm(family: str, *, seed: int = 0) -> Checkpoint:
+    """The tiny model of a family; the same object for the whole process, so leave it as you found it.
+
+    Args:
+        family: One of ``TINY``.
+        seed: Seed of its weights; another seed gives another model.
+    """
+    builder = import_module(f"tests.tiny.{MODULES[family]}")
+    return builder.build(family, seed)
