@@ -1,0 +1,30 @@
+"""Rectangles of cells: the shape of every picture that a vision tower cuts into patches or tiles."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+WHOLE = (0.0, 0.0, 1.0, 1.0)
+"""The box of a whole picture."""
+
+
+def cells(rows: int, columns: int, *, within: Sequence[float] = WHOLE) -> Tensor:
+    """Cuts a box into equal cells, row by row from the upper left.
+
+    Args:
+        rows: Number of cells from top to bottom.
+        columns: Number of cells from left to right.
+        within: x0, y0, x1, y1 of the box that is cut; the whole picture unless told.
+
+    Returns:
+        (rows * columns, 4) float32 boxes x0, y0, x1, y1.
+    """
+    left, top, right, bottom = within
+    x = torch.linspace(left, right, columns + 1)
+    y = torch.linspace(top, bottom, rows + 1)
+    row, column = torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij")
+    row, column = row.flatten(), column.flatten()  # (rows * columns,)
+    return torch.stack([x[column], y[row], x[column + 1], y[row + 1]], dim=1)  # (rows * columns, 4)
