@@ -1,0 +1,1 @@
+"""The drawn world: scenes of COCO categories with exact ground truth, and the small model trained on it."""

@@ -1,0 +1,214 @@
+"""Scenes to pixels, in integer arithmetic alone: the same pixels on every device."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from vlmfix.world.backdrop import KINDS, Shape
+from vlmfix.world.scenes import CANVAS, Placed, Scene
+from vlmfix.world.sprites import SIZES, pictures, resample, sprites
+
+PIXELS = CANVAS * CANVAS
+UNIT = 1024  # half the side of a shape in its own coordinates
+CHUNK = {"cpu": 1, "cuda": 50}  # scenes at a time: small pieces stay in a processor's cache
+
+
+def render(scenes: Sequence[Scene], *, device: str = "cpu") -> Tensor:
+    """Draw scenes.
+
+    Args:
+        scenes: N scenes.
+        device: Torch device that draws them and holds the result.
+
+    Returns:
+        (N, 3, 512, 512) uint8, RGB, equal on every device.
+    """
+    out = torch.empty((len(scenes), 3, CANVAS, CANVAS), dtype=torch.uint8, device=device)
+    step = CHUNK[out.device.type]
+    for start in range(0, len(scenes), step):
+        part = scenes[start : start + step]
+        canvas = _background(part, device=device)  # (N, 3, PIXELS)
+        for slot in range(max(len(scene.shapes) for scene in part)):
+            _draw_shapes(canvas, [(n, s.shapes[slot]) for n, s in enumerate(part) if slot < len(s.shapes)])
+        for slot in range(max(len(scene.objects) for scene in part)):
+            _draw_objects(canvas, [(n, s.objects[slot]) for n, s in enumerate(part) if slot < len(s.objects)])
+        out[start : start + step] = canvas.view(-1, 3, CANVAS, CANVAS)
+    return out
+
+
+def _background(scenes: Sequence[Scene], *, device: str) -> Tensor:
+    """Bands with their gradients, lines and noise. (N, 3, PIXELS) uint8."""
+    rows = torch.tensor([_rows(scene) for scene in scenes], dtype=torch.int32, device=device)  # (N, 512, 7)
+    seeds = torch.tensor([scene.grain for scene in scenes], dtype=torch.int64, device=device)
+    y = torch.arange(CANVAS, device=device)[:, None]
+    x = torch.arange(CANVAS, device=device)[None, :]
+    # Noise in cells of 2 pixels: a finer one would vanish when the model's processor shrinks the picture.
+    cell = (y >> 1) * CANVAS + (x >> 1)  # (512, 512)
+    noise = _hash(cell[None] + (seeds << 18)[:, None, None])  # (N, 512, 512), 0 to 255
+    grain = ((noise - 128).int() * rows[..., 3, None]) >> 7
+    across = x.int()[None] % rows[..., 4, None] < 2  # upright lines
+    lines = (across | (rows[..., 5, None] > 0)) & (rows[..., 6, None] > 0)
+    grain = grain - lines.int() * 16
+    shades = rows[..., :3].movedim(2, 1).contiguous()  # (N, 3, 512)
+    canvas = shades[..., None] + grain[:, None]  # (N, 3, 512, 512)
+    return canvas.clamp_(0, 255).to(torch.uint8).view(len(scenes), 3, PIXELS)
+
+
+def _rows(scene: Scene) -> list[tuple[int, int, int, int, int, int, int]]:
+    """For each row: red, green, blue, noise, width of a tile, whether a line lies here, whether there are lines."""
+    rows = []
+    start = 0
+    for band in scene.surfaces:
+        height = band.end - start
+        wide, tall = band.grid
+        for step in range(height):
+            red, green, blue = (
+                a + (b - a) * step // height for a, b in zip(band.top, band.bottom, strict=True)
+            )
+            line = int(tall > 0 and step % tall < 2)
+            rows.append((red, green, blue, band.grain, wide or CANVAS + 2, line, int(wide > 0 or tall > 0)))
+        start = band.end
+    return rows
+
+
+def _hash(values: Tensor) -> Tensor:
+    """Integers below 2**40 to 0 to 255, without a pattern that the eye finds."""
+    mixed = (values ^ (values >> 15)) & 0xFFFFFFF
+    mixed = (mixed * 0x2C1B3C6D) & 0xFFFFFFFF
+    mixed = ((mixed ^ (mixed >> 12)) * 0x297A2D39) & 0xFFFFFFFF
+    return (mixed ^ (mixed >> 15)) & 255
+
+
+def _draw_shapes(canvas: Tensor, shapes: Sequence[tuple[int, Shape]]) -> None:
+    """Blend one shape into each scene named. Writes to canvas, (N, 3, PIXELS) uint8."""
+    table = [
+        (number, KINDS.index(shape.kind), *shape.box, *_clipped(shape.box), *shape.colour, shape.cover)
+        for number, shape in shapes
+    ]
+    table = [row for row in table if row[8] > row[6] and row[9] > row[7]]
+    if not table:
+        return
+    pixels, item, x, y = _cover(canvas, [(row[0], *row[6:10]) for row in table])
+    columns = torch.tensor(table, dtype=torch.int32, device=canvas.device)[item].T  # (14, M)
+    kind, x0, y0, x1, y1 = columns[1:6]
+    u = (2 * (x - x0) + 1) * UNIT // (x1 - x0) - UNIT  # (M,), -1024 to 1024
+    v = (2 * (y - y0) + 1) * UNIT // (y1 - y0) - UNIT
+    inside = _inside(kind, u, v, x - x0, y - y0)
+    _blend(canvas, pixels, columns[10:13], columns[13] * inside)
+
+
+def _inside(kind: Tensor, u: Tensor, v: Tensor, x: Tensor, y: Tensor) -> Tensor:
+    """Whether points lie in their shapes.
+
+    Args:
+        kind: (M,) position in `KINDS`.
+        u: (M,) -1024 at the left edge to 1024 at the right one.
+        v: (M,) -1024 at the upper edge to 1024 at the lower one.
+        x: (M,) pixels from the left edge.
+        y: (M,) pixels from the upper edge.
+
+    Returns:
+        (M,) bool.
+    """
+    far = u * u + v * v
+    low = v + UNIT >> 1  # 0 at the top to 1024 at the bottom
+    tests = {
+        "rectangle": torch.ones_like(u, dtype=torch.bool),
+        "ellipse": far <= UNIT * UNIT,
+        "triangle": u.abs() <= low,
+        "diamond": u.abs() + v.abs() <= UNIT,
+        "ring": (far <= UNIT * UNIT) & (far >= UNIT * UNIT * 3 // 4),
+        "cross": (u.abs() < 160) | (v.abs() < 160),
+        "windows": (x % 22 < 12) & (y % 26 < 15),
+        "planks": x % 12 < 5,
+        "blob": (far <= UNIT * UNIT) & (_hash((x.long() >> 2) * CANVAS + (y.long() >> 2)) < 120),
+        "wedge": u.abs() <= UNIT * 2 // 5 + low * 3 // 5,
+        "dome": u * u + (UNIT - low) * (UNIT - low) <= UNIT * UNIT,
+    }
+    return torch.stack([tests[name] for name in KINDS]).gather(0, kind.long()[None])[0]  # (M,)
+
+
+def _draw_objects(canvas: Tensor, objects: Sequence[tuple[int, Placed]]) -> None:
+    """Blend one sprite into each scene named. Writes to canvas, (N, 3, PIXELS) uint8."""
+    colours, starts, offset = [], [], 0
+    for _, placed in objects:
+        picture = _sprite(placed.sprite, placed.size, str(canvas.device))  # (h * w, 4)
+        colours.append(picture)
+        starts.append(offset)
+        offset += len(picture)
+    table = [
+        (start, sprites()[placed.sprite].drawn[placed.size][0], *placed.origin, placed.mirrored, *placed.tint, placed.cover)
+        for start, (_, placed) in zip(starts, objects, strict=True)
+    ]
+    pixels, item, x, y = _cover(canvas, [(number, *placed.box) for number, placed in objects])
+    columns = torch.tensor(table, dtype=torch.int32, device=canvas.device)[item].T  # (9, M)
+    start, width, x0, y0, mirrored = columns[:5]
+    across = torch.where(mirrored > 0, width - 1 - (x - x0), x - x0)
+    source = torch.cat(colours)[start + (y - y0) * width + across].int().T  # (4, M)
+    _blend(canvas, pixels, source[:3] * columns[5:8] >> 8, (source[3] + (source[3] >> 7)) * columns[8] >> 8)
+
+
+@cache
+def _sprite(number: int, size: int, device: str) -> Tensor:
+    """One sprite at one size. (height * width, 4) uint8, RGBA."""
+    return torch.from_numpy(resample(_pictures()[number], SIZES[size])).reshape(-1, 4).to(device)
+
+
+_pictures = cache(pictures)
+
+
+def _clipped(box: tuple[int, int, int, int]) -> tuple[int, int, int, int]:
+    x0, y0, x1, y1 = box
+    return max(0, x0), max(0, y0), min(CANVAS, x1), min(CANVAS, y1)
+
+
+def _cover(
+    canvas: Tensor, boxes: Sequence[tuple[int, int, int, int, int]]
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """List the pixels of boxes, all boxes one after the other.
+
+    Args:
+        canvas: (N, 3, PIXELS).
+        boxes: Scene number and x0, y0, x1, y1 inside the canvas.
+
+    Returns:
+        Position of each pixel's red value in the flat canvas, number of its box, x and y; each (M,).
+    """
+    device = canvas.device
+    areas = [(x1 - x0) * (y1 - y0) for _, x0, y0, x1, y1 in boxes]
+    total = sum(areas)
+    numbers = torch.arange(len(boxes), dtype=torch.int32, device=device)
+    item = torch.repeat_interleave(numbers, torch.tensor(areas, device=device), output_size=total)  # (M,)
+    starts = [0]
+    for area in areas[:-1]:
+        starts.append(starts[-1] + area)
+    table = torch.tensor(
+        [(start, *box[:3], box[3] - box[1]) for start, box in zip(starts, boxes, strict=True)],
+        dtype=torch.int32,
+        device=device,
+    )
+    start, scene, x0, y0, width = table[item].T  # (M,) each
+    local = torch.arange(total, dtype=torch.int32, device=device) - start
+    y = local // width
+    x = local - y * width + x0
+    y = y + y0
+    return scene.long() * (3 * PIXELS) + y * CANVAS + x, item, x, y
+
+
+def _blend(canvas: Tensor, pixels: Tensor, colour: Tensor, cover: Tensor) -> None:
+    """Mix colours into the canvas.
+
+    Args:
+        canvas: (N, 3, PIXELS) uint8, written to.
+        pixels: (M,) positions of red values in the flat canvas.
+        colour: (3, M) int32, 0 to 255.
+        cover: (M,) int32, 0 to 256.
+    """
+    flat = canvas.view(-1)
+    places = pixels + torch.arange(3, device=canvas.device)[:, None] * PIXELS  # (3, M)
+    below = flat[places].int()
+    flat[places] = (below + ((colour - below) * cover >> 8)).to(torch.uint8)
