@@ -87,3 +87,26 @@ class Family(ABC):
             (len(pixel_values),) int64 on the CPU. The default fits one entry per picture.
         """
         return torch.arange(len(counts)).repeat_interleave(torch.tensor(list(counts)))
+
+
+def by_row(batch: Batch, image_token: int, pictures: Sequence[Tensor]) -> list[list[Tensor]]:
+    """Hands the pictures of a batch out to its rows, by the image tokens that each row has.
+
+    Args:
+        batch: Encoded rows.
+        image_token: Id of the token that stands for one image patch.
+        pictures: Boxes of every picture, in the order of the prompts.
+
+    Returns:
+        Per row, its pictures. When the tokens do not come out even, a row gets too many or too few boxes, which
+        ``Checkpoint.layout`` reports.
+    """
+    rows: list[list[Tensor]] = []
+    rest = list(pictures)
+    for wanted in (batch["input_ids"] == image_token).sum(dim=1).tolist():
+        row: list[Tensor] = []
+        while rest and sum(len(picture) for picture in row) < wanted:
+            row.append(rest.pop(0))
+        rows.append(row)
+    rows[-1].extend(rest)
+    return rows

@@ -28,3 +28,17 @@ def cells(rows: int, columns: int, *, within: Sequence[float] = WHOLE) -> Tensor
     row, column = torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij")
     row, column = row.flatten(), column.flatten()  # (rows * columns,)
     return torch.stack([x[column], y[row], x[column + 1], y[row + 1]], dim=1)  # (rows * columns, 4)
+
+
+def clipped(boxes: Tensor) -> Tensor:
+    """Cuts off what lies outside the picture.
+
+    Args:
+        boxes: (n, 4) boxes that may reach over the picture's edge, where the processor padded it.
+
+    Returns:
+        (n, 4) float32 boxes in [0, 1]; a patch that shows padding alone is inf: still a patch, but with no place.
+    """
+    inside = boxes.clamp(0, 1)
+    empty = (inside[:, 2] <= inside[:, 0]) | (inside[:, 3] <= inside[:, 1])  # (n,)
+    return inside.float().masked_fill(empty[:, None], torch.inf)  # (n, 4)
