@@ -1,0 +1,82 @@
+"""InternVL in transformers format: tiles row by row, then a thumbnail of the whole picture."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import groupby
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedConfig, PreTrainedModel, ProcessorMixin
+from transformers.models.got_ocr2.image_processing_got_ocr2 import get_optimal_tiled_canvas
+
+from vlmfix.models.family import Family
+from vlmfix.models.grid import cells
+from vlmfix.models.layout import Batch
+
+
+class InternVL(Family):
+    """InternVL: the picture is stretched over a grid of square tiles whose shape is nearest to its own.
+
+    Each tile becomes a square of tokens, row by row (pixel shuffle merges squares of patches and keeps their order).
+    With more than one tile a thumbnail, the whole picture in one square, comes last, so every spot of the picture
+    is shown twice. The shape of the grid follows from the picture's size alone: where that is unknown, the
+    thumbnail has a place and the tiles have none.
+    """
+
+    title = "InternVL"
+    model_types = frozenset({"internvl"})
+
+    def patches(self, model: PreTrainedModel, processor: ProcessorMixin, batch: Batch) -> list[list[Tensor]]:
+        """Boxes of every tile's tokens, then of the thumbnail's; see ``Family.patches``."""
+        side = _side(model.config)
+        places = []
+        for row, marked in enumerate((batch["input_ids"] == self.image_token(model.config)).tolist()):
+            squares = [tokens // side**2 for tokens in _runs(marked)]
+            sizes = [None] * len(squares) if batch.sizes is None else batch.sizes[row]
+            grids = [None if size is None else _grid(processor, size) for size in sizes]
+            places.append([_boxes(count, side, grid) for count, grid in zip(squares, grids, strict=False)])
+        return places
+
+    def pixel_rows(self, model: PreTrainedModel, batch: Batch, counts: Sequence[int]) -> Tensor:
+        """``pixel_values`` has one entry per tile or thumbnail; see ``Family.pixel_rows``."""
+        tokens = (batch["input_ids"] == self.image_token(model.config)).sum(dim=1).cpu()  # (B,)
+        return torch.arange(batch.rows).repeat_interleave(tokens // _side(model.config) ** 2)  # (tiles,)
+
+
+def _side(config: PreTrainedConfig) -> int:
+    """Tokens along one side of a tile."""
+    vision = config.vision_config
+    return int(vision.image_size[0] // vision.patch_size[0] * config.downsample_ratio)
+
+
+def _runs(marked: Sequence[bool]) -> list[int]:
+    """Lengths of the runs of image tokens: one run per picture, for a token of its own closes each."""
+    return [len(list(run)) for is_image, run in groupby(marked) if is_image]
+
+
+def _grid(processor: ProcessorMixin, size: tuple[int, int]) -> tuple[int, int]:
+    """(rows, columns) of the tiles of a picture of (height, width) pixels."""
+    settings = processor.image_processor
+    tile = (settings.size["height"], settings.size["width"])
+    columns, rows = get_optimal_tiled_canvas(size, tile, settings.min_patches, settings.max_patches)
+    return rows, columns
+
+
+def _boxes(squares: int, side: int, grid: tuple[int, int] | None) -> Tensor:
+    """Boxes of one picture's tokens.
+
+    Args:
+        squares: Number of tiles, the thumbnail included.
+        side: Tokens along one side of a tile.
+        grid: (rows, columns) of the tiles, or None when the picture's size is unknown.
+
+    Returns:
+        (squares * side * side, 4) float32; inf for tiles without a grid.
+    """
+    whole = cells(side, side)  # (side * side, 4)
+    if squares == 1:
+        return whole
+    if grid is None:
+        return torch.cat([torch.full(((squares - 1) * side**2, 4), torch.inf), whole])
+    return torch.cat([cells(side, side, within=tile) for tile in cells(*grid).tolist()] + [whole])

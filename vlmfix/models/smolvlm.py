@@ -1,0 +1,73 @@
+"""SmolVLM and Idefics3: tiles that are named in the prompt by row and column, then the whole picture."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from math import isqrt
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+from transformers import PreTrainedModel, ProcessorMixin
+
+from vlmfix.models.family import Family
+from vlmfix.models.grid import WHOLE, cells
+from vlmfix.models.layout import Batch
+
+
+class SmolVLM(Family):
+    """SmolVLM and Idefics3: the picture is stretched to whole square tiles; all of it, in one square, comes last.
+
+    The prompt names every tile, ``<row_2_col_1>`` before its tokens, and the whole picture ``<global-img>``, so
+    places are read from the prompt and no size is needed. Some tokenizers have a token per name and some spell it:
+    the text is what both share. A picture that is not split has the whole picture alone.
+    """
+
+    title = "SmolVLM and Idefics3"
+    model_types = frozenset({"smolvlm", "idefics3"})
+
+    def decoder(self, model: PreTrainedModel) -> nn.Module:
+        """The text decoder; these models call it ``text_model``."""
+        decoder = model.model.text_model
+        if not isinstance(decoder, nn.Module):
+            raise TypeError(f"{type(model).__name__} has no text_model module")
+        return decoder
+
+    def process(
+        self, processor: ProcessorMixin, texts: Sequence[str], pictures: Sequence[Sequence[Image.Image]]
+    ) -> Mapping[str, Tensor]:
+        """One list of pictures per row, as the processor wants them; see ``Family.process``."""
+        nested = [list(row) for row in pictures]
+        inputs = processor(
+            text=list(texts),
+            images=nested if any(nested) else None,
+            padding=True,
+            padding_side="left",
+            return_tensors="pt",
+        )
+        return dict(inputs)
+
+    def patches(self, model: PreTrainedModel, processor: ProcessorMixin, batch: Batch) -> list[list[Tensor]]:
+        """Boxes of every tile's tokens, then of the whole picture's; see ``Family.patches``."""
+        token = processor.image_token
+        return [_pictures(processor.tokenizer.decode(ids), token) for ids in batch["input_ids"].tolist()]
+
+    def pixel_rows(self, model: PreTrainedModel, batch: Batch, counts: Sequence[int]) -> Tensor:
+        """``pixel_values`` has one entry per row, filled up with tiles of zeros; see ``Family.pixel_rows``."""
+        return torch.arange(len(counts))
+
+
+def _pictures(text: str, image_token: str) -> list[Tensor]:
+    """Boxes of the tokens of every picture in a row's prompt, in which each picture ends with all of it."""
+    pictures = []
+    rows, columns = 0, 0
+    for match in re.finditer(rf"(?:<row_(\d+)_col_(\d+)>)?((?:{re.escape(image_token)})+)", text):
+        if match[1]:  # the last tile that is named before the whole picture is the lower right one
+            rows, columns = int(match[1]), int(match[2])
+            continue
+        side = isqrt(len(match[3]) // len(image_token))
+        squares = [*cells(rows, columns).tolist(), WHOLE]
+        pictures.append(torch.cat([cells(side, side, within=square) for square in squares]))
+        rows, columns = 0, 0
+    return pictures
