@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from vlmfix.errors import UnsupportedModelError
 from vlmfix.models.family import Family
+from vlmfix.models.internvl import InternVL
+from vlmfix.models.qwen_vl import QwenVL
+from vlmfix.models.smolvlm import SmolVLM
 
-FAMILIES: tuple[Family, ...] = ()
+FAMILIES: tuple[Family, ...] = (QwenVL(), InternVL(), SmolVLM())
 
 
 def family_of(model_type: str) -> Family:
