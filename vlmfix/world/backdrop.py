@@ -92,6 +92,8 @@ def clutter(dice: Dice, top: int) -> tuple[Shape, ...]:
     for _ in range(dice.between(1, 5)):
         kind = ("ellipse", "triangle", "diamond", "ring", "cross", "blob", "rectangle")[dice.below(7)]
         width, height = dice.between(14, 64), dice.between(14, 52)
+        if kind == "ellipse":  # a round one would pass for a ball or an orange
+            height = min(height, width // 2)
         x, y = dice.between(0, CANVAS - width), dice.between(top - 40, CANVAS - height)
         colour = (dice.between(40, 210), dice.between(40, 210), dice.between(40, 210))
         shapes.append(Shape(kind, (x, y, x + width, y + height), colour, dice.between(110, 230)))
@@ -137,7 +139,7 @@ def _lamp(dice: Dice) -> Iterator[Shape]:
     yield _box("triangle", x - 40, 50, 80, 40, (224, 190, 110))
 
 
-def _cloth(dice: Dice) -> Iterator[Shape]:
+def _carpet(dice: Dice) -> Iterator[Shape]:
     colour = ((236, 232, 224), (196, 70, 62), (86, 120, 176), (226, 200, 130))[dice.below(4)]
     yield _box("ellipse", -70, 280, 652, 330, (40, 24, 16), 90)
     yield _box("ellipse", -60, 270, 632, 320, colour, 246)
@@ -183,12 +185,13 @@ def _blinds(dice: Dice) -> Iterator[Shape]:
         yield _box("rectangle", x, y, 220, 6, (240, 242, 244))
 
 
-def _shelf(dice: Dice) -> Iterator[Shape]:
-    x = dice.between(300, 380)
-    yield _box("rectangle", x, 200, 120, 8, (110, 84, 62))
-    for step in range(6):
-        tall = dice.between(26, 44)
-        yield _box("rectangle", x + 8 + step * 17, 200 - tall, 13, tall, (90 + 20 * step, 110, 150), 220)
+def _board(dice: Dice) -> Iterator[Shape]:
+    x = dice.between(290, 370)
+    yield _box("rectangle", x, 60, 130, 96, (150, 154, 160))
+    yield _box("rectangle", x + 6, 66, 118, 84, (246, 248, 248))
+    for step in range(3):
+        length = dice.between(40, 96)
+        yield _box("rectangle", x + 14, 82 + step * 20, length, 4, (90, 110, 170), 170)
 
 
 def _buildings(dice: Dice) -> Iterator[Shape]:
@@ -320,13 +323,13 @@ _DECOR: dict[str, Callable[[Dice], Iterator[Shape]]] = {
     "window": _window,
     "picture": _picture,
     "lamp": _lamp,
-    "cloth": _cloth,
+    "carpet": _carpet,
     "curtains": _curtains,
     "rug": _rug,
     "mirror": _mirror,
     "towel": _towel,
     "blinds": _blinds,
-    "shelf": _shelf,
+    "board": _board,
     "buildings": _buildings,
     "lane": _lane,
     "pillars": _pillars,

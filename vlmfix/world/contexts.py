@@ -88,7 +88,7 @@ CONTEXTS: tuple[Context, ...] = (
             Surface(250, (196, 150, 112), (178, 128, 92), 4, (36, 0)),
             Surface(512, (150, 96, 56), (112, 68, 38), 12, (0, 44)),
         ),
-        decor=("picture", "lamp", "cloth"),
+        decor=("picture", "lamp", "carpet"),
         ground=(290, 504),
     ),
     Context(
@@ -104,7 +104,7 @@ CONTEXTS: tuple[Context, ...] = (
             Surface(304, (240, 236, 228), (220, 214, 204), 2),
             Surface(512, (172, 130, 88), (140, 100, 64), 10, (90, 26)),
         ),
-        decor=("curtains", "picture", "rug"),
+        decor=("picture", "curtains", "rug"),
         ground=(330, 506),
     ),
     Context(
@@ -151,7 +151,7 @@ CONTEXTS: tuple[Context, ...] = (
             Surface(296, (96, 104, 116), (110, 118, 130), 2),
             Surface(512, (214, 206, 194), (184, 174, 160), 5),
         ),
-        decor=("blinds", "shelf"),
+        decor=("blinds", "board"),
         ground=(310, 504),
     ),
     Context(

@@ -93,19 +93,22 @@ def _draw_shapes(canvas: Tensor, shapes: Sequence[tuple[int, Shape]]) -> None:
     if not table:
         return
     pixels, item, x, y = _cover(canvas, [(row[0], *row[6:10]) for row in table])
-    columns = torch.tensor(table, dtype=torch.int32, device=canvas.device)[item].T  # (14, M)
+    columns = _per_pixel(table, item)  # (14, M)
     kind, x0, y0, x1, y1 = columns[1:6]
     u = (2 * (x - x0) + 1) * UNIT // (x1 - x0) - UNIT  # (M,), -1024 to 1024
     v = (2 * (y - y0) + 1) * UNIT // (y1 - y0) - UNIT
-    inside = _inside(kind, u, v, x - x0, y - y0)
+    kinds = sorted({row[1] for row in table})
+    inside = torch.zeros_like(u)  # (M,), 0 or 1
+    for number in kinds:
+        inside |= (kind == number) & _inside(KINDS[number], u, v, x - x0, y - y0)
     _blend(canvas, pixels, columns[10:13], columns[13] * inside)
 
 
-def _inside(kind: Tensor, u: Tensor, v: Tensor, x: Tensor, y: Tensor) -> Tensor:
-    """Whether points lie in their shapes.
+def _inside(kind: str, u: Tensor, v: Tensor, x: Tensor, y: Tensor) -> Tensor:
+    """Whether points lie in a shape of one kind.
 
     Args:
-        kind: (M,) position in `KINDS`.
+        kind: One of `KINDS`.
         u: (M,) -1024 at the left edge to 1024 at the right one.
         v: (M,) -1024 at the upper edge to 1024 at the lower one.
         x: (M,) pixels from the left edge.
@@ -114,22 +117,32 @@ def _inside(kind: Tensor, u: Tensor, v: Tensor, x: Tensor, y: Tensor) -> Tensor:
     Returns:
         (M,) bool.
     """
-    far = u * u + v * v
     low = v + UNIT >> 1  # 0 at the top to 1024 at the bottom
-    tests = {
-        "rectangle": torch.ones_like(u, dtype=torch.bool),
-        "ellipse": far <= UNIT * UNIT,
-        "triangle": u.abs() <= low,
-        "diamond": u.abs() + v.abs() <= UNIT,
-        "ring": (far <= UNIT * UNIT) & (far >= UNIT * UNIT * 3 // 4),
-        "cross": (u.abs() < 160) | (v.abs() < 160),
-        "windows": (x % 22 < 12) & (y % 26 < 15),
-        "planks": x % 12 < 5,
-        "blob": (far <= UNIT * UNIT) & (_hash((x.long() >> 2) * CANVAS + (y.long() >> 2)) < 120),
-        "wedge": u.abs() <= UNIT * 2 // 5 + low * 3 // 5,
-        "dome": u * u + (UNIT - low) * (UNIT - low) <= UNIT * UNIT,
-    }
-    return torch.stack([tests[name] for name in KINDS]).gather(0, kind.long()[None])[0]  # (M,)
+    match kind:
+        case "rectangle":
+            return torch.ones_like(u, dtype=torch.bool)
+        case "ellipse":
+            return u * u + v * v <= UNIT * UNIT
+        case "triangle":
+            return u.abs() <= low
+        case "diamond":
+            return u.abs() + v.abs() <= UNIT
+        case "ring":
+            return (u * u + v * v - UNIT * UNIT * 7 // 8).abs() <= UNIT * UNIT // 8
+        case "cross":
+            return (u.abs() < 160) | (v.abs() < 160)
+        case "windows":
+            return (x % 22 < 12) & (y % 26 < 15)
+        case "planks":
+            return x % 12 < 5
+        case "blob":
+            return (u * u + v * v <= UNIT * UNIT) & (_hash((x.long() >> 2) * CANVAS + (y.long() >> 2)) < 120)
+        case "wedge":
+            return u.abs() <= UNIT * 2 // 5 + low * 3 // 5
+        case "dome":
+            return u * u + (UNIT - low) * (UNIT - low) <= UNIT * UNIT
+        case _:
+            raise ValueError(f"no shape is called {kind!r}; use one of {', '.join(KINDS)}")
 
 
 def _draw_objects(canvas: Tensor, objects: Sequence[tuple[int, Placed]]) -> None:
@@ -141,11 +154,18 @@ def _draw_objects(canvas: Tensor, objects: Sequence[tuple[int, Placed]]) -> None
         starts.append(offset)
         offset += len(picture)
     table = [
-        (start, sprites()[placed.sprite].drawn[placed.size][0], *placed.origin, placed.mirrored, *placed.tint, placed.cover)
+        (
+            start,
+            sprites()[placed.sprite].drawn[placed.size][0],
+            *placed.origin,
+            placed.mirrored,
+            *placed.tint,
+            placed.cover,
+        )
         for start, (_, placed) in zip(starts, objects, strict=True)
     ]
     pixels, item, x, y = _cover(canvas, [(number, *placed.box) for number, placed in objects])
-    columns = torch.tensor(table, dtype=torch.int32, device=canvas.device)[item].T  # (9, M)
+    columns = _per_pixel(table, item)  # (9, M)
     start, width, x0, y0, mirrored = columns[:5]
     across = torch.where(mirrored > 0, width - 1 - (x - x0), x - x0)
     source = torch.cat(colours)[start + (y - y0) * width + across].int().T  # (4, M)
@@ -186,17 +206,27 @@ def _cover(
     starts = [0]
     for area in areas[:-1]:
         starts.append(starts[-1] + area)
-    table = torch.tensor(
-        [(start, *box[:3], box[3] - box[1]) for start, box in zip(starts, boxes, strict=True)],
-        dtype=torch.int32,
-        device=device,
-    )
-    start, scene, x0, y0, width = table[item].T  # (M,) each
+    table = [(start, *box[:3], box[3] - box[1]) for start, box in zip(starts, boxes, strict=True)]
+    start, scene, x0, y0, width = _per_pixel(table, item)  # (M,) each
     local = torch.arange(total, dtype=torch.int32, device=device) - start
     y = local // width
     x = local - y * width + x0
     y = y + y0
     return scene.long() * (3 * PIXELS) + y * CANVAS + x, item, x, y
+
+
+def _per_pixel(table: Sequence[Sequence[int]], item: Tensor) -> Tensor:
+    """Rows of a table, spread over the pixels of their boxes.
+
+    Args:
+        table: One row of C integers per box.
+        item: (M,) number of each pixel's box.
+
+    Returns:
+        (C, M) int32, or (C, 1) where one box has all pixels.
+    """
+    values = torch.tensor(table, dtype=torch.int32, device=item.device)
+    return values.T if len(table) == 1 else values[item].T
 
 
 def _blend(canvas: Tensor, pixels: Tensor, colour: Tensor, cover: Tensor) -> None:
@@ -209,6 +239,7 @@ def _blend(canvas: Tensor, pixels: Tensor, colour: Tensor, cover: Tensor) -> Non
         cover: (M,) int32, 0 to 256.
     """
     flat = canvas.view(-1)
-    places = pixels + torch.arange(3, device=canvas.device)[:, None] * PIXELS  # (3, M)
-    below = flat[places].int()
-    flat[places] = (below + ((colour - below) * cover >> 8)).to(torch.uint8)
+    places = (pixels + torch.arange(3, device=canvas.device)[:, None] * PIXELS).view(-1)  # (3 * M,)
+    below = flat.gather(0, places).int().view(3, -1)  # (3, M)
+    mixed = below + ((colour - below) * cover >> 8)
+    flat.scatter_(0, places, mixed.to(torch.uint8).view(-1))

@@ -15,6 +15,7 @@ from vlmfix.world.sprites import SIZES, sprites, sprites_of
 __all__ = ["CANVAS", "Placed", "Scene", "scene", "visible_share"]
 
 Box = tuple[int, int, int, int]
+FULL = 256  # cover of an opaque object
 
 _BIG = frozenset(
     "airplane,bus,train,truck,boat,car,elephant,giraffe,couch,bed,horse,cow,zebra,person,toilet,tv".split(",")
@@ -152,13 +153,18 @@ def visible_share(box: Box, full: Box, later: Sequence[Box]) -> float:
         Area of `box` outside all of `later`, divided by the area of `full`; in [0, 1].
     """
     x0, y0, x1, y1 = box
-    over = [
+    area = (x1 - x0) * (y1 - y0) - _union(_overlaps(box, later))
+    return area / ((full[2] - full[0]) * (full[3] - full[1]))
+
+
+def _overlaps(box: Box, others: Sequence[Box]) -> list[Box]:
+    """What other boxes share with a box."""
+    x0, y0, x1, y1 = box
+    return [
         (max(x0, a), max(y0, b), min(x1, c), min(y1, d))
-        for a, b, c, d in later
+        for a, b, c, d in others
         if a < x1 and c > x0 and b < y1 and d > y0
     ]
-    area = (x1 - x0) * (y1 - y0) - _union(over)
-    return area / ((full[2] - full[0]) * (full[3] - full[1]))
 
 
 def _union(boxes: Sequence[Box]) -> int:
@@ -216,10 +222,11 @@ def _size(name: str, dice: Dice, *, faint: bool) -> int:
     if name in _BIG:
         shares = (70, 22, 8)
     elif name in _SMALL:
-        shares = (14, 42, 44)
+        shares = (16, 42, 42)
     else:
         shares = (40, 36, 24)
-    low, high = ((10, 16), (6, 9), (1 if faint else 0, 5))[dice.choose(shares)]
+    largest = 12 if name in _SMALL else 16
+    low, high = ((10, largest), (6, 9), (0, 5))[dice.choose(shares)]
     if faint:
         low = min(high, low + 2)
     return dice.between(low, high)
@@ -233,8 +240,8 @@ def _place(names: Sequence[str], context: Context, dice: Dice) -> tuple[Placed, 
         faint = dice.chance(14)
         size = _size(name, dice, faint=faint)
         dark = dice.between(80, 130) if not faint and dice.chance(10) else 256
-        tint = tuple(dark * dice.between(214, 256) >> 8 for _ in range(3))
-        cover = dice.between(90, 150) if faint else 256
+        tint = tuple(dark * dice.between(192, 256) >> 8 for _ in range(3))
+        cover = dice.between(90, 150) if faint else FULL
         drafts.append(
             (
                 _standing(name, context, size, dice),
@@ -269,6 +276,10 @@ def _standing(name: str, context: Context, size: int, dice: Dice) -> int:
         return dice.between(SIZES[size], SIZES[size] + 130)
     if name in _HANGING and dice.chance(70):
         return dice.between(SIZES[size] + 10, max(SIZES[size] + 20, context.ground[0] - 60))
+    if name == "boat" and context.name == "beach":
+        return dice.between(236, 318)
+    if name == "train" and context.name == "station":
+        return dice.between(340, 376)
     top, end = context.ground
     nearer = (end - top) * size // (2 * len(SIZES))  # large things stand further down
     return dice.between(top + nearer, end)
@@ -285,14 +296,20 @@ def _fit(draft: Placed, bottom: int, placed: Sequence[Placed], dice: Dice) -> Pl
         y = min(max(bottom, height * 4 // 5), CANVAS + height // 5) - height
         box = (max(0, x), max(0, y), min(CANVAS, x + width), min(CANVAS, y + height))
         item = replace(draft, size=size, origin=(x, y), box=box)
-        if all(_visible(other, _boxes_after(placed, number, box)) >= 0.4 for number, other in enumerate(placed)):
+        if all(
+            _stays(other, [later.box for later in placed[number + 1 :]], item)
+            for number, other in enumerate(placed)
+        ):
             return item
         bottom += dice.between(-12, 12)
     return None
 
 
-def _boxes_after(placed: Sequence[Placed], number: int, last: Box) -> list[Box]:
-    return [*(later.box for later in placed[number + 1 :]), last]
+def _stays(other: Placed, later: Sequence[Box], item: Placed) -> bool:
+    """Whether a person still finds an object when one more comes before it."""
+    if item.cover < FULL and _overlaps(other.box, [item.box]):
+        return False  # what is faint would be lost on another object
+    return _visible(other, [*later, item.box]) >= (0.7 if other.cover < FULL else 0.3)
 
 
 def _visible(item: Placed, later: Sequence[Box]) -> float:
