@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cache
+from itertools import pairwise
 
 from vlmfix.errors import DataError
 from vlmfix.world.backdrop import CANVAS, Dice, Shape, clutter, decor, surfaces
@@ -173,7 +174,7 @@ def _union(boxes: Sequence[Box]) -> int:
         return sum((x1 - x0) * (y1 - y0) for x0, y0, x1, y1 in boxes)
     cuts = sorted({edge for box in boxes for edge in (box[0], box[2])})
     area = 0
-    for left, right in zip(cuts, cuts[1:], strict=False):
+    for left, right in pairwise(cuts):
         reached = 0
         below = -1
         for y0, y1 in sorted((box[1], box[3]) for box in boxes if box[0] <= left and box[2] >= right):
