@@ -4,11 +4,23 @@ from __future__ import annotations
 
 from vlmfix.errors import UnsupportedModelError
 from vlmfix.models.family import Family
+from vlmfix.models.gemma import Gemma
 from vlmfix.models.internvl import InternVL
+from vlmfix.models.llava import Llava
+from vlmfix.models.llava_next import LlavaNext
+from vlmfix.models.llava_onevision import LlavaOneVision
 from vlmfix.models.qwen_vl import QwenVL
 from vlmfix.models.smolvlm import SmolVLM
 
-FAMILIES: tuple[Family, ...] = (QwenVL(), InternVL(), SmolVLM())
+FAMILIES: tuple[Family, ...] = (
+    Llava(),
+    LlavaNext(),
+    LlavaOneVision(),
+    QwenVL(),
+    InternVL(),
+    SmolVLM(),
+    Gemma(),
+)
 
 
 def family_of(model_type: str) -> Family:

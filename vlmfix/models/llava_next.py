@@ -1,0 +1,38 @@
+"""LLaVA-NeXT (LLaVA-1.6): the whole picture in one tile, then the same in many."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, ProcessorMixin
+
+from vlmfix.models.anyres import anyres
+from vlmfix.models.family import Family, by_row
+from vlmfix.models.grid import cells
+from vlmfix.models.layout import Batch
+
+
+class LlavaNext(Family):
+    """LLaVA-NeXT: a base tile that shows the whole picture stretched to a square, then its large tiles.
+
+    The large tiles are read line by line across all of them, without what was padding; a newline token ends each
+    line. It stands among the image tokens and shows nothing. Every spot of the picture is thus shown twice, coarsely
+    and finely. The picture's size travels with the inputs, as ``image_sizes``.
+    """
+
+    title = "LLaVA-NeXT"
+    model_types = frozenset({"llava_next"})
+
+    def patches(self, model: PreTrainedModel, processor: ProcessorMixin, batch: Batch) -> list[list[Tensor]]:
+        """Boxes of the base tile, then of the large tiles with their newlines; see ``Family.patches``."""
+        config = model.config
+        tile, patch = config.vision_config.image_size, config.vision_config.patch_size
+        side, seen = tile // patch, tile // patch * patch / tile
+        base = cells(side, side, within=(0.0, 0.0, seen, seen))  # (side * side, 4)
+        pictures = [
+            torch.cat(
+                [base, anyres((height, width), resolutions=config.image_grid_pinpoints, tile=tile, patch=patch)]
+            )
+            for height, width in batch["image_sizes"].tolist()
+        ]
+        return by_row(batch, self.image_token(config), pictures)

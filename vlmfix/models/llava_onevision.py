@@ -1,0 +1,77 @@
+"""LLaVA-OneVision: tiles for a picture that is alone in its prompt, one square for each of several."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from PIL import Image
+from torch import Tensor
+from transformers import PreTrainedConfig, PreTrainedModel, ProcessorMixin
+
+from vlmfix.models.anyres import anyres
+from vlmfix.models.family import Family, by_row
+from vlmfix.models.grid import cells, clipped
+from vlmfix.models.layout import Batch
+
+
+class LlavaOneVision(Family):
+    """LLaVA-OneVision: a base tile and large tiles as in LLaVA-NeXT, but with a limit on their tokens.
+
+    More than ``anyres_max_N`` tiles' worth of features are resized to about N tiles, so that a token may show a bit
+    more than one patch. A picture that shares its prompt with others is padded to a square and seen in one tile with
+    a single newline token at its end. The picture's size travels with the inputs, as ``image_sizes``, and which
+    pictures share a prompt as ``batch_num_images``.
+    """
+
+    title = "LLaVA-OneVision"
+    model_types = frozenset({"llava_onevision"})
+
+    def process(
+        self, processor: ProcessorMixin, texts: Sequence[str], pictures: Sequence[Sequence[Image.Image]]
+    ) -> Mapping[str, Tensor]:
+        """One list of pictures per row: a flat list would be taken for one picture per prompt.
+
+        See ``Family.process``.
+        """
+        nested = [list(row) for row in pictures]
+        inputs = processor(
+            text=list(texts),
+            images=nested if any(nested) else None,
+            padding=True,
+            padding_side="left",
+            return_tensors="pt",
+        )
+        return dict(inputs)
+
+    def patches(self, model: PreTrainedModel, processor: ProcessorMixin, batch: Batch) -> list[list[Tensor]]:
+        """Boxes of the base tile and the large tiles, or of the one tile; see ``Family.patches``."""
+        sizes = batch["image_sizes"].tolist()
+        counts = batch["batch_num_images"].tolist() if "batch_num_images" in batch else [1] * len(sizes)
+        alone = [count == 1 for count in counts for _ in range(count)]
+        pictures = [
+            _tiled(model.config, (height, width)) if single else _padded(model.config, (height, width))
+            for (height, width), single in zip(sizes, alone, strict=True)
+        ]
+        return by_row(batch, self.image_token(model.config), pictures)
+
+
+def _tiled(config: PreTrainedConfig, size: tuple[int, int]) -> Tensor:
+    """(n, 4) boxes of a picture of (height, width) pixels that is alone in its prompt."""
+    tile, patch = config.vision_config.image_size, config.vision_config.patch_size
+    seen = tile // patch * patch / tile
+    base = cells(tile // patch, tile // patch, within=(0.0, 0.0, seen, seen))
+    most = int(config.vision_aspect_ratio.removeprefix("anyres_max_"))
+    large = anyres(size, resolutions=config.image_grid_pinpoints, tile=tile, patch=patch, most=most)
+    return torch.cat([base, large])  # (n, 4)
+
+
+def _padded(config: PreTrainedConfig, size: tuple[int, int]) -> Tensor:
+    """(n, 4) boxes of a picture of (height, width) pixels that is one of several, with a newline at the end."""
+    tile, patch = config.vision_config.image_size, config.vision_config.patch_size
+    height, width = size
+    square, seen = max(size), max(size) * (tile // patch * patch / tile)
+    left, top = (square - width) // 2, (square - height) // 2
+    window = (-left / width, -top / height, (seen - left) / width, (seen - top) / height)
+    grid = clipped(cells(tile // patch, tile // patch, within=window))
+    return torch.cat([grid, torch.full((1, 4), torch.nan)])  # (n, 4)
