@@ -74,11 +74,11 @@ def _rows(scenes: Sequence[Scene], *, device: str) -> Tensor:
     table = []
     for scene in scenes:
         starts = [0, *(band.end for band in scene.surfaces)]
-        bands = [
+        rows = [
             (start, band.end, *band.top, *band.bottom, band.grain, *band.grid)
             for start, band in zip(starts, scene.surfaces, strict=False)
         ]
-        table.append(bands + [empty] * (most - len(bands)))
+        table.append(rows + [empty] * (most - len(rows)))
     bands = torch.tensor(table, dtype=torch.int32, device=device)  # (N, bands, 11)
     y = torch.arange(CANVAS, dtype=torch.int32, device=device)
     number = (y[:, None] >= bands[:, None, :, 1]).sum(dim=2)  # (N, 512)

@@ -29,11 +29,10 @@ COLUMNS = 10
 Picture = NDArray[np.uint8]
 
 # A surfer and a snowboarder would show a person that nobody annotates: only their boards are kept.
-BOARDS: dict[str, list[int]] = {  # outlines in pixels of the bitmap: x, y, x, y, ...
-    "🏂": [33, 105, 50, 101, 65, 99, 88, 88, 98, 80, 105, 78, 111, 80, 113, 86, 110, 93, 100, 99, 85, 103]
-    + [63, 111, 50, 119, 43, 122, 36, 120, 32, 113],
-    "🏄": [21, 108, 30, 94, 46, 81, 62, 73, 76, 69, 93, 65, 106, 64, 107, 69, 98, 79, 85, 91, 62, 107]
-    + [43, 116, 30, 118, 22, 115],
+BOARDS = {  # outlines in pixels of the bitmap: x,y
+    "🏂": "33,105 50,101 65,99 88,88 98,80 105,78 111,80 113,86 110,93 100,99 85,103 63,111 50,119 43,122 "
+    "36,120 32,113",
+    "🏄": "21,108 30,94 46,81 62,73 76,69 93,65 106,64 107,69 98,79 85,91 62,107 43,116 30,118 22,115",
 }
 
 
@@ -53,10 +52,11 @@ def glyph(font: ImageFont.FreeTypeFont, character: str) -> Picture:
     return picture
 
 
-def board(picture: Picture, outline: list[int]) -> Picture:
+def board(picture: Picture, outline: str) -> Picture:
     """Keep the board inside the outline and repair what legs cover from the point opposite its centre."""
     inside = np.zeros(picture.shape[:2], np.uint8)
-    cv2.fillPoly(inside, [np.array(outline, np.int32).reshape(-1, 2)], 255)
+    corners = [tuple(map(int, corner.split(","))) for corner in outline.split()]
+    cv2.fillPoly(inside, [np.array(corners, np.int32)], 255)
     red, green, blue = (picture[..., channel].astype(int) for channel in range(3))
     leg = (red > 200) & (green > 110) & (green < 212) & (blue < 70)
     rows, columns = np.nonzero(inside)
