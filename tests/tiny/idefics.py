@@ -1,6 +1,6 @@
 """Tiny Idefics3 and SmolVLM: tiles of 24 pixels in nine tokens, at most two by two and the whole picture.
 
-As in the released models, the tokenizer of SmolVLM has one token per tile name and that of Idefics3 spells it.
+The tokenizer of SmolVLM has a token per tile name and that of Idefics3 spells it: released models do either.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ TEMPLATE = """\
 SPECIAL = ["<fake_token_around_image>", "<image>", "<end_of_utterance>", "<video>"]
 TILE_NAMES = ["<global-img>", *(f"<row_{row}_col_{column}>" for row in (1, 2) for column in (1, 2))]
 PIXELS = {"size": {"longest_edge": 48}, "max_image_size": {"longest_edge": 24}}
-VIDEO: dict[str, Any] = {"size": {"longest_edge": 24}, "max_image_size": {"longest_edge": 24}, "num_frames": 2}
+VIDEO: dict[str, Any] = {"size": {"longest_edge": 24}, "max_image_size": {"longest_edge": 24}}
 
 
 def build(name: str, seed: int) -> Checkpoint:
@@ -49,7 +49,8 @@ def build(name: str, seed: int) -> Checkpoint:
     """
     small = name == "smolvlm"
     begin = "<|im_start|>" if small else "<|begin_of_text|>"
-    tokenizer = byte_tokenizer([*SPECIAL, *(TILE_NAMES if small else [])], bos=begin, eos="<end_of_utterance>")
+    special = SPECIAL + TILE_NAMES if small else SPECIAL
+    tokenizer = byte_tokenizer(special, bos=begin, eos="<end_of_utterance>")
     config = (SmolVLMConfig if small else Idefics3Config)(
         text_config={
             **DECODER,

@@ -1,4 +1,4 @@
-"""Tiny Qwen2-VL, Qwen2.5-VL and Qwen3-VL: 4-pixel patches, two by two to a token, at most 24 tokens per picture."""
+"""Tiny Qwen2-VL, Qwen2.5-VL and Qwen3-VL: 8 by 8 pixels to a token, at most 24 tokens per picture."""
 
 from __future__ import annotations
 
@@ -32,7 +32,8 @@ You are a helpful assistant.<|im_end|>
 {% endif %}
 {%- for message in messages %}<|im_start|>{{ message['role'] }}
 {% for part in message['content'] %}
-{%- if part['type'] == 'image' %}<|vision_start|><|image_pad|><|vision_end|>{% else %}{{ part['text'] }}{% endif %}
+{%- if part['type'] == 'image' %}<|vision_start|><|image_pad|><|vision_end|>
+{%- else %}{{ part['text'] }}{% endif %}
 {%- endfor %}<|im_end|>
 {% endfor %}
 {%- if add_generation_prompt %}<|im_start|>assistant

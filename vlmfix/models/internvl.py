@@ -18,10 +18,10 @@ from vlmfix.models.layout import Batch
 class InternVL(Family):
     """InternVL: the picture is stretched over a grid of square tiles whose shape is nearest to its own.
 
-    Each tile becomes a square of tokens, row by row (pixel shuffle merges squares of patches and keeps their order).
-    With more than one tile a thumbnail, the whole picture in one square, comes last, so every spot of the picture
-    is shown twice. The shape of the grid follows from the picture's size alone: where that is unknown, the
-    thumbnail has a place and the tiles have none.
+    Each tile becomes a square of tokens, row by row; merging patches (pixel shuffle) keeps their order. With
+    more than one tile a thumbnail, the whole picture in one square, comes last, so every spot is shown twice.
+    The shape of the grid follows from the picture's size alone: where that is unknown, the thumbnail has a
+    place and the tiles have none.
     """
 
     title = "InternVL"

@@ -17,11 +17,11 @@ from vlmfix.models.layout import Batch
 
 
 class SmolVLM(Family):
-    """SmolVLM and Idefics3: the picture is stretched to whole square tiles; all of it, in one square, comes last.
+    """SmolVLM and Idefics3: the picture is stretched over square tiles; all of it, in one square, comes last.
 
-    The prompt names every tile, ``<row_2_col_1>`` before its tokens, and the whole picture ``<global-img>``, so
-    places are read from the prompt and no size is needed. Some tokenizers have a token per name and some spell it:
-    the text is what both share. A picture that is not split has the whole picture alone.
+    The prompt names every tile, ``<row_2_col_1>`` before its tokens, so places are read from the prompt and
+    no size is needed. Some tokenizers have a token per name, others spell it: the text is what they share. A
+    picture that is not split has the last square alone.
     """
 
     title = "SmolVLM and Idefics3"
@@ -50,11 +50,12 @@ class SmolVLM(Family):
 
     def patches(self, model: PreTrainedModel, processor: ProcessorMixin, batch: Batch) -> list[list[Tensor]]:
         """Boxes of every tile's tokens, then of the whole picture's; see ``Family.patches``."""
-        token = processor.image_token
-        return [_pictures(processor.tokenizer.decode(ids), token) for ids in batch["input_ids"].tolist()]
+        tokenizer = processor.tokenizer
+        token = tokenizer.convert_ids_to_tokens(self.image_token(model.config))
+        return [_pictures(tokenizer.decode(ids), token) for ids in batch["input_ids"].tolist()]
 
     def pixel_rows(self, model: PreTrainedModel, batch: Batch, counts: Sequence[int]) -> Tensor:
-        """``pixel_values`` has one entry per row, filled up with tiles of zeros; see ``Family.pixel_rows``."""
+        """``pixel_values`` has one entry per row, filled up with tiles of zeros; see the base."""
         return torch.arange(len(counts))
 
 
