@@ -88,7 +88,7 @@ class Checkpoint:
 
     def encode(
         self,
-        prompts: Sequence[str],
+        prompts: Sequence[str | None],
         pictures: Sequence[Sequence[Image.Image]],
         *,
         system: str | None = None,
@@ -96,7 +96,7 @@ class Checkpoint:
         """Renders the chat template and runs the processor, left-padded.
 
         Args:
-            prompts: B questions; may be empty strings.
+            prompts: B questions; may be empty, or None for a user turn without any text.
             pictures: B sequences of RGB pictures; a row may have none, one or several.
             system: System message; None keeps the template's own.
 
@@ -120,14 +120,16 @@ class Checkpoint:
             system=system,
         )
 
-    def render(self, prompt: str, pictures: int, *, system: str | None = None) -> str:
+    def render(self, prompt: str | None, pictures: int, *, system: str | None = None) -> str:
         """The chat template's text for one question about ``pictures`` pictures, ready for the answer."""
         if getattr(self.processor, "chat_template", None) is None:
             raise UnsupportedModelError(
                 f"the processor of {self.name or type(self.model).__name__} has no chat template",
                 "use a checkpoint in transformers format, such as the llava-hf conversions",
             )
-        content = [{"type": "image"}] * pictures + [{"type": "text", "text": prompt}]
+        content = [{"type": "image"}] * pictures
+        if prompt is not None:
+            content = [*content, {"type": "text", "text": prompt}]
         messages = [{"role": "user", "content": content}]
         if system is not None:
             messages.insert(0, {"role": "system", "content": [{"type": "text", "text": system}]})

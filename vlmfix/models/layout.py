@@ -33,7 +33,7 @@ class Batch(Mapping[str, Tensor]):
     """
 
     inputs: Mapping[str, Tensor]
-    prompts: tuple[str, ...] | None = None
+    prompts: tuple[str | None, ...] | None = None
     pictures: Pictures | None = None
     sizes: Sizes | None = None
     system: str | None = None

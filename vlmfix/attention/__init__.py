@@ -1,0 +1,1 @@
+"""Attention edits: what a method may change inside attention, and the one function that applies it."""

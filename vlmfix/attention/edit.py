@@ -1,0 +1,135 @@
+"""The four kinds of attention edit, and where they are applied.
+
+Shape letters (``docs/notation.md``): B rows, H query heads, Q queries, K keys, D head dimension, L layers, T prompt
+tokens, R edited query rows.
+"""
+
+from __future__ import annotations
+
+import re
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, field
+from typing import ClassVar, Literal
+
+from torch import Tensor
+
+from vlmfix.errors import UsageError
+
+Rows = Literal["text", "last"]
+"""Query rows of the prompt that an edit touches: the text after a picture, or only the row that predicts."""
+
+
+@dataclass(frozen=True)
+class LayerSet:
+    """Decoder layers, written like Python slices: ``all``, ``2:-1``, ``9:15``, ``5``, or several joined by ``/``.
+
+    Args:
+        spec: The layers; they count from 0, negative numbers count from the end, the end of a slice is excluded.
+
+    Raises:
+        UsageError: ``spec`` is not of that form.
+    """
+
+    spec: str = "all"
+
+    def __post_init__(self) -> None:
+        if self.spec != "all" and not re.fullmatch(r"-?\d+|(-?\d*:-?\d*)(/.+)?|-?\d+(/.+)?", self.spec):
+            raise UsageError(f"layers {self.spec!r} are not understood", "write all, 2:-1, 9:15, 5 or 2:5/8/-1")
+        if self.spec != "all":
+            for part in self.spec.split("/"):
+                if not re.fullmatch(r"-?\d+|-?\d*:-?\d*", part):
+                    raise UsageError(f"layers {self.spec!r}: {part!r} is not understood", "write 5 or 2:-1")
+
+    def __str__(self) -> str:
+        return self.spec
+
+    def resolve(self, count: int) -> frozenset[int]:
+        """Layer numbers of a model with ``count`` layers; those that it lacks are left out."""
+        every = range(count)
+        if self.spec == "all":
+            return frozenset(every)
+        chosen: set[int] = set()
+        for part in self.spec.split("/"):
+            if ":" in part:
+                start, stop = (int(x) if x else None for x in part.split(":"))
+                chosen.update(every[start:stop])
+            else:
+                number = int(part)
+                chosen.update({number % count} if -count <= number < count else set())
+        return frozenset(chosen)
+
+
+@dataclass(frozen=True, eq=False)
+class Site:
+    """Where and when an edit is applied: one layer of one forward pass.
+
+    Attributes:
+        layer: Layer number, from 0.
+        heads: H, number of query heads.
+        prompt: T, number of prompt tokens, padding included.
+        prefill: True when the prompt itself passes through, False for one new token.
+        queries: (1 or B, R) int64, position of each edited query row among the keys.
+        allowed: (1 or B, 1, R, K) bool, keys that each query row may see.
+        image_keys: (B, K) bool, image patches.
+        text_keys: (B, K) bool, prompt text: no image, no padding, no generated token.
+        acts: (B, R) bool, rows that the edit changes; elsewhere its result is thrown away.
+        hidden: (B, Q, hidden size) residual stream that enters the layer, when the edit asked for it.
+    """
+
+    layer: int
+    heads: int
+    prompt: int
+    prefill: bool
+    queries: Tensor
+    allowed: Tensor
+    image_keys: Tensor
+    text_keys: Tensor
+    acts: Tensor
+    hidden: Tensor | None = None
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class AttentionEdit(ABC):
+    """One change to attention. An edit returns a new tensor and never writes into its argument.
+
+    It is traced by ``torch.compile``: no ``.item()``, no branching on a tensor's values.
+
+    Args:
+        layers: Layers it acts in.
+    """
+
+    layers: LayerSet = field(default_factory=LayerSet)
+    rows: ClassVar[Rows] = "text"
+    needs_hidden: ClassVar[bool] = False
+
+
+class BiasEdit(AttentionEdit):
+    """Adds to the scaled scores before the softmax; stays on SDPA."""
+
+    @abstractmethod
+    def bias(self, site: Site) -> Tensor:
+        """Returns a float tensor broadcastable to (B, H, R, K)."""
+
+
+class ScoreEdit(AttentionEdit):
+    """Rewrites the scaled, unmasked scores; materialises the edited rows."""
+
+    @abstractmethod
+    def scores(self, site: Site, scores: Tensor) -> Tensor:
+        """Returns new scores for ``scores`` (B, H, R, K) float32."""
+
+
+class WeightEdit(AttentionEdit):
+    """Rewrites the attention weights after the softmax; materialises the edited rows."""
+
+    @abstractmethod
+    def weights(self, site: Site, weights: Tensor) -> Tensor:
+        """Returns new weights for ``weights`` (B, H, R, K) float32."""
+
+
+class OutputEdit(AttentionEdit):
+    """Rewrites the head outputs before the output projection; stays on SDPA."""
+
+    @abstractmethod
+    def output(self, site: Site, output: Tensor) -> Tensor:
+        """Returns new outputs for ``output`` (B, R, H, D)."""

@@ -1,0 +1,283 @@
+"""The one attention function that vlmfix registers, and how it applies edits.
+
+A plan lives as an attribute on each edited attention module, and only there: an attribute can be traced by
+``torch.compile`` and leaves nothing behind. A module without one gets plain SDPA.
+
+Cost: bias and output edits stay on SDPA. Score and weight edits, and any edit in prefill, recompute only the query
+rows that they edit and overwrite their output, so memory grows with K and not with K squared.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+from vlmfix.attention.edit import AttentionEdit, BiasEdit, OutputEdit, ScoreEdit, Site, WeightEdit
+from vlmfix.errors import UnsupportedAttentionError
+
+NAME = "vlmfix"
+"""Name of the attention function in transformers' registries."""
+PLAN = "_vlmfix_plan"
+"""Attribute of an attention module, and of its layer, that holds the plan."""
+
+
+@dataclass(eq=False)
+class Step:
+    """One edit in one layer, with the rows and keys it concerns.
+
+    Attributes:
+        edit: The edit.
+        prompt_rows: (B, R) bool, edited rows among the plan's prompt rows.
+        live: (B,) bool, rows of the batch that it edits; False for contrast rows.
+        image_keys: (B, T) bool.
+        text_keys: (B, T) bool.
+    """
+
+    edit: AttentionEdit
+    prompt_rows: Tensor
+    live: Tensor
+    image_keys: Tensor
+    text_keys: Tensor
+
+
+@dataclass(eq=False)
+class LayerPlan:
+    """What to do in one layer: the edits in order, and the prompt rows that any of them edits.
+
+    Attributes:
+        layer: Layer number.
+        rows: (R,) int64, positions of the edited prompt rows.
+        prompt: T, number of prompt tokens, padding included.
+        steps: The edits.
+        hidden: Residual stream that enters the layer, between the layer's entry and its attention.
+    """
+
+    layer: int
+    rows: Tensor
+    prompt: int
+    steps: tuple[Step, ...]
+    hidden: Tensor | None = None
+
+    @property
+    def materialises(self) -> bool:
+        """Whether some edit needs the scores or the weights themselves."""
+        return any(isinstance(step.edit, ScoreEdit | WeightEdit) for step in self.steps)
+
+
+def attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    **kwargs: object,
+) -> tuple[Tensor, None]:
+    """SDPA, with the edits of the module's plan.
+
+    Args:
+        module: Attention module of the text decoder.
+        query: (B, H, Q, D) after rotary embedding.
+        key: (B, G, K, D), cache included; K is the capacity with a static cache.
+        value: (B, G, K, D).
+        attention_mask: (B, 1, Q, K) bool, True where a query may look, or None when that is plain causality.
+        scaling: Factor on the scores; None is 1 / sqrt(D).
+        dropout: Handed to SDPA.
+        **kwargs: Handed to SDPA.
+
+    Returns:
+        (B, Q, H, D) head outputs, and None for the weights.
+
+    Raises:
+        UnsupportedAttentionError: The keys cannot be told apart (a rolled sliding window, a chunked prompt).
+    """
+    plan: LayerPlan | None = getattr(module, PLAN, None)
+    if plan is None:
+        output, _ = sdpa_attention_forward(
+            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
+        )
+        return output, None
+    _check_window(module, query, key)
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    hidden, plan.hidden = plan.hidden, None
+    if query.shape[2] > 1:
+        return _prefill(module, plan, query, key, value, attention_mask, scale, hidden, kwargs), None
+    return _decode(module, plan, query, key, value, attention_mask, scale, hidden, kwargs), None
+
+
+def _prefill(
+    module: nn.Module,
+    plan: LayerPlan,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    scale: float,
+    hidden: Tensor | None,
+    kwargs: dict[str, object],
+) -> Tensor:
+    output, _ = sdpa_attention_forward(module, query, key, value, mask, scaling=scale, **kwargs)
+    length = query.shape[2]
+    rows = plan.rows
+    if length > plan.prompt:  # a pass without a cache: rows past the prompt are decode rows, all edited
+        rows = torch.cat([rows, torch.arange(plan.prompt, length, device=rows.device)])
+    if rows.shape[0] == 0:
+        return output
+    key, value = key[:, :, :length], value[:, :, :length]  # a static cache holds more; alignment is upper-left
+    if mask is None:
+        allowed = torch.arange(length, device=rows.device) <= rows[:, None]
+        allowed = allowed[None, None]  # (1, 1, R, K)
+    else:
+        allowed = mask[:, :, rows, :length].bool()  # (B, 1, R, K)
+    sites = [_site(plan, step, query, length, rows[None], allowed, True, hidden) for step in plan.steps]
+    before = output[:, rows]  # (B, R, H, D)
+    picked = query[:, :, rows]  # (B, H, R, D)
+    edited = before
+    if plan.materialises or any(isinstance(step.edit, BiasEdit) for step in plan.steps):
+        head = _materialised if plan.materialises else _biased
+        touched = torch.stack([s.acts for s, p in zip(sites, plan.steps, strict=True) if not _is_output(p)]).any(0)
+        edited = torch.where(
+            touched[:, :, None, None], head(plan, sites, picked, key, value, allowed, scale), before
+        )
+    edited = _outputs(plan, sites, edited)
+    return output.index_copy(1, rows, edited)
+
+
+def _decode(
+    module: nn.Module,
+    plan: LayerPlan,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    scale: float,
+    hidden: Tensor | None,
+    kwargs: dict[str, object],
+) -> Tensor:
+    length = key.shape[2]
+    if mask is None:
+        queries = torch.full((1, 1), length - 1, device=key.device)
+        allowed = torch.ones((1, 1, 1, length), dtype=torch.bool, device=key.device)
+    else:
+        allowed = mask[:, :1, -1:].bool()  # (B, 1, 1, K)
+        # With a static cache K is the capacity: the query stands at the last key that it may see.
+        queries = length - 1 - allowed[:, 0, :, :].int().flip(-1).argmax(-1)  # (B, 1)
+    sites = [_site(plan, step, query, length, queries, allowed, False, hidden) for step in plan.steps]
+    if plan.materialises:
+        output = _materialised(plan, sites, query, key, value, allowed, scale)
+    else:
+        bias = _bias(plan, sites)
+        extra = {} if bias is None else {"position_bias": bias.to(query.dtype)}
+        output, _ = sdpa_attention_forward(module, query, key, value, mask, scaling=scale, **extra, **kwargs)
+    return _outputs(plan, sites, output).contiguous()
+
+
+def _site(
+    plan: LayerPlan,
+    step: Step,
+    query: Tensor,
+    length: int,
+    queries: Tensor,
+    allowed: Tensor,
+    prefill: bool,
+    hidden: Tensor | None,
+) -> Site:
+    rows, heads = query.shape[0], query.shape[1]
+    if rows != step.live.shape[0]:
+        raise UnsupportedAttentionError(
+            f"the edits were made for {step.live.shape[0]} rows, the model runs {rows}",
+            "with beam search, give num_beams to decoder.applied(...)",
+        )
+    acts = step.live[:, None]
+    if prefill:
+        acts = step.prompt_rows & acts  # (B, R)
+        if queries.shape[1] > acts.shape[1]:
+            acts = torch.cat([acts, step.live[:, None].expand(-1, queries.shape[1] - acts.shape[1])], dim=1)
+    missing = (0, length - plan.prompt)  # negative crops, which happens in no supported pass
+    return Site(
+        layer=plan.layer,
+        heads=heads,
+        prompt=plan.prompt,
+        prefill=prefill,
+        queries=queries,
+        allowed=allowed,
+        image_keys=nn.functional.pad(step.image_keys, missing),
+        text_keys=nn.functional.pad(step.text_keys, missing),
+        acts=acts,
+        hidden=hidden,
+    )
+
+
+def _bias(plan: LayerPlan, sites: list[Site]) -> Tensor | None:
+    total: Tensor | None = None
+    for step, site in zip(plan.steps, sites, strict=True):
+        if isinstance(step.edit, BiasEdit):
+            bias = torch.where(site.acts[:, None, :, None], step.edit.bias(site).float(), 0.0)
+            total = bias if total is None else total + bias
+    return total
+
+
+def _biased(
+    plan: LayerPlan, sites: list[Site], query: Tensor, key: Tensor, value: Tensor, allowed: Tensor, scale: float
+) -> Tensor:
+    bias = _bias(plan, sites)
+    floor = torch.finfo(query.dtype).min  # not -inf: a padding row sees nothing, and its softmax must stay finite
+    mask = torch.where(allowed, 0.0 if bias is None else bias, floor).to(query.dtype)
+    repeat = query.shape[1] // key.shape[1]
+    output = nn.functional.scaled_dot_product_attention(
+        query,
+        key.repeat_interleave(repeat, dim=1),
+        value.repeat_interleave(repeat, dim=1),
+        attn_mask=mask,
+        scale=scale,
+    )
+    return output.transpose(1, 2)  # (B, R, H, D)
+
+
+def _materialised(
+    plan: LayerPlan, sites: list[Site], query: Tensor, key: Tensor, value: Tensor, allowed: Tensor, scale: float
+) -> Tensor:
+    rows, heads, length, width = query.shape
+    groups = key.shape[1]
+    grouped = query.reshape(rows, groups, -1, width)  # (B, G, H/G*R, D)
+    scores = (grouped @ key.transpose(2, 3)).float() * scale
+    scores = scores.view(rows, heads, length, -1)  # (B, H, R, K)
+    for step, site in zip(plan.steps, sites, strict=True):
+        acts = site.acts[:, None, :, None]
+        if isinstance(step.edit, ScoreEdit):
+            scores = torch.where(acts, step.edit.scores(site, scores), scores)
+        elif isinstance(step.edit, BiasEdit):
+            scores = scores + torch.where(acts, step.edit.bias(site).float(), 0.0)
+    weights = scores.masked_fill(~allowed, torch.finfo(scores.dtype).min).softmax(dim=-1)
+    for step, site in zip(plan.steps, sites, strict=True):
+        if isinstance(step.edit, WeightEdit):
+            new = step.edit.weights(site, weights).masked_fill(~allowed, 0.0)
+            weights = torch.where(site.acts[:, None, :, None], new, weights)
+    grouped = weights.to(value.dtype).view(rows, groups, -1, weights.shape[-1])  # (B, G, H/G*R, K)
+    return (grouped @ value).view(rows, heads, length, -1).transpose(1, 2)  # (B, R, H, D)
+
+
+def _outputs(plan: LayerPlan, sites: list[Site], output: Tensor) -> Tensor:
+    for step, site in zip(plan.steps, sites, strict=True):
+        if isinstance(step.edit, OutputEdit):
+            output = torch.where(site.acts[:, :, None, None], step.edit.output(site, output), output)
+    return output
+
+
+def _is_output(step: Step) -> bool:
+    return isinstance(step.edit, OutputEdit)
+
+
+def _check_window(module: nn.Module, query: Tensor, key: Tensor) -> None:
+    window = getattr(module, "sliding_window", None)
+    if window is not None and key.shape[2] >= window:
+        raise UnsupportedAttentionError(
+            f"{key.shape[2]} keys reach the sliding window of {window} in layer {getattr(module, 'layer_idx', '?')}",
+            "shorten the prompt, or edit only layers without a window (layers=...)",
+        )
+    if query.shape[2] > 1 and key.shape[2] < query.shape[2]:
+        raise UnsupportedAttentionError("there are fewer keys than queries", "edits need a text decoder with a cache")

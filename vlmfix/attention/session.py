@@ -1,0 +1,152 @@
+"""Installs edits on a model for the length of a ``with`` block, and leaves it exactly as it was found."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig
+from transformers.masking_utils import sdpa_mask
+
+from vlmfix.attention.edit import AttentionEdit
+from vlmfix.attention.kernel import NAME, PLAN, LayerPlan, Step, attention
+from vlmfix.errors import UnsupportedAttentionError
+from vlmfix.models.checkpoint import Checkpoint
+from vlmfix.models.layout import ImageLayout
+
+
+@contextmanager
+def edited(
+    vlm: Checkpoint, layout: ImageLayout, edits: Sequence[AttentionEdit], *, live: Tensor | None = None
+) -> Iterator[None]:
+    """Applies edits to the text decoder inside the block.
+
+    Sessions nest: the inner block's edits come after the outer's.
+
+    Args:
+        vlm: The model. Its implementation of attention is restored on leaving, also after an exception.
+        layout: Layout of the rows that the model will run, (B, T); after beam expansion and with contrast rows.
+        edits: The edits, in order. With none, the model is not touched.
+        live: (B,) bool, rows to edit; None edits all. Contrast rows are False.
+
+    Raises:
+        UnsupportedAttentionError: The model's attention is not plain softmax attention, or an edit fits no layer.
+    """
+    if not edits:
+        yield
+        return
+    modules, layers = vlm.family.attention_modules(vlm.model), vlm.family.layers(vlm.model)
+    plans = _plans(edits, layout, len(modules), live)
+    for layer in plans:
+        _check_mathematics(modules[layer])
+    owners: list[nn.Module] = [owner for layer in plans for owner in (modules[layer], layers[layer])]
+    former = [getattr(owner, PLAN, None) for owner in owners]
+    hooks: list[RemovableHandle] = []
+    with _implementation(vlm):
+        try:
+            for layer, plan in plans.items():
+                outer: LayerPlan | None = getattr(modules[layer], PLAN, None)
+                plan = plan if outer is None else _nested(outer, plan)
+                setattr(modules[layer], PLAN, plan)
+                setattr(layers[layer], PLAN, plan)
+                if any(step.edit.needs_hidden for step in plan.steps):
+                    hooks.append(layers[layer].register_forward_pre_hook(_remember, with_kwargs=True))
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+            for owner, plan in zip(owners, former, strict=True):
+                delattr(owner, PLAN) if plan is None else setattr(owner, PLAN, plan)
+
+
+@contextmanager
+def bare(vlm: Checkpoint) -> Iterator[None]:
+    """Lifts every edit inside the block, so that a probe sees the model as it is."""
+    owners = [*vlm.family.attention_modules(vlm.model), *vlm.family.layers(vlm.model)]
+    former = [(owner, getattr(owner, PLAN)) for owner in owners if getattr(owner, PLAN, None) is not None]
+    for owner, _ in former:
+        delattr(owner, PLAN)
+    try:
+        yield
+    finally:
+        for owner, plan in former:
+            setattr(owner, PLAN, plan)
+
+
+def _plans(
+    edits: Sequence[AttentionEdit], layout: ImageLayout, count: int, live: Tensor | None
+) -> dict[int, LayerPlan]:
+    rows, length = layout.tokens.shape
+    live = torch.ones(rows, dtype=torch.bool, device=layout.tokens.device) if live is None else live
+    wanted = {edit: edit.layers.resolve(count) for edit in edits}
+    for edit, chosen in wanted.items():
+        if not chosen:
+            raise UnsupportedAttentionError(
+                f"{type(edit).__name__} acts in layers {edit.layers}, but the model has {count} layers",
+                "give layers that exist, counted from 0",
+            )
+    masks = {edit: _prompt_rows(edit, layout) for edit in edits}
+    plans: dict[int, LayerPlan] = {}
+    for layer in sorted(frozenset().union(*wanted.values())):
+        here = [edit for edit in edits if layer in wanted[edit]]
+        union = torch.stack([masks[edit] & live[:, None] for edit in here]).any(0).any(0).nonzero().squeeze(1)
+        steps = tuple(
+            Step(edit, masks[edit][:, union], live, layout.image_keys(length), layout.text_keys(length)) for edit in here
+        )
+        plans[layer] = LayerPlan(layer=layer, rows=union, prompt=length, steps=steps)
+    return plans
+
+
+def _prompt_rows(edit: AttentionEdit, layout: ImageLayout) -> Tensor:
+    if edit.rows == "text":
+        return layout.text_after_image()
+    last = torch.zeros_like(layout.tokens)
+    last[:, -1] = True  # prompts are padded on the left
+    return last
+
+
+def _nested(outer: LayerPlan, inner: LayerPlan) -> LayerPlan:
+    rows = torch.cat([outer.rows, inner.rows]).unique()
+
+    def spread(plan: LayerPlan) -> Iterator[Step]:
+        for step in plan.steps:
+            wide = torch.zeros(step.live.shape[0], len(rows), dtype=torch.bool, device=rows.device)
+            wide[:, torch.searchsorted(rows, plan.rows)] = step.prompt_rows
+            yield Step(step.edit, wide, step.live, step.image_keys, step.text_keys)
+
+    return LayerPlan(outer.layer, rows, inner.prompt, (*spread(outer), *spread(inner)))
+
+
+def _remember(layer: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
+    hidden = args[0] if args else kwargs["hidden_states"]
+    getattr(layer, PLAN).hidden = hidden
+
+
+@contextmanager
+def _implementation(vlm: Checkpoint) -> Iterator[None]:
+    if NAME not in AttentionInterface().valid_keys():
+        AttentionInterface.register(NAME, attention)
+        AttentionMaskInterface.register(NAME, sdpa_mask)  # without a mask rule padding would be ignored
+    owners = [vlm.family.decoder(vlm.model), *vlm.family.attention_modules(vlm.model)]
+    configs: dict[int, PreTrainedConfig] = {id(owner.config): owner.config for owner in owners}
+    former = [(config, config._attn_implementation_internal) for config in configs.values()]
+    try:
+        for config in configs.values():
+            config._attn_implementation_internal = NAME
+        yield
+    finally:
+        for config, name in former:
+            config._attn_implementation_internal = name
+
+
+def _check_mathematics(module: nn.Module) -> None:
+    name = type(module).__name__
+    if getattr(module, "attn_logit_softcapping", None) is not None:
+        raise UnsupportedAttentionError(f"{name} caps its scores", "edits assume plain softmax attention")
+    if getattr(module, "sinks", None) is not None:
+        raise UnsupportedAttentionError(f"{name} has learned sinks", "edits assume plain softmax attention")
+    if getattr(module, "is_causal", True) is False:
+        raise UnsupportedAttentionError(f"{name} is not causal", "edits act on a text decoder's self-attention")

@@ -1,0 +1,41 @@
+"""Decoding methods, one file each, written into one table by hand."""
+
+from __future__ import annotations
+
+from vlmfix.decoders import spec as _spec
+from vlmfix.decoders.base import Chain, Decoder, DecodingPlan, Greedy, Source
+from vlmfix.decoders.inter import INTER
+from vlmfix.decoders.locore import LocoRE
+from vlmfix.decoders.spec import DecoderInfo, Parameter, describe
+from vlmfix.decoders.var import VAR
+from vlmfix.decoders.vcd import VCD
+
+DECODERS: dict[str, type[Decoder]] = {decoder.name: decoder for decoder in (Greedy, VAR, LocoRE, VCD, INTER)}
+"""Every method by its name on the command line."""
+
+
+def parse(spec: str) -> Decoder:
+    """Reads a decoder such as ``var:moved_fraction=0.4+locore:strength=0.15``.
+
+    Raises:
+        UsageError: Unknown name or parameter, or a value that is not allowed.
+    """
+    return _spec.parse(spec, DECODERS)
+
+
+__all__ = [
+    "DECODERS",
+    "INTER",
+    "VAR",
+    "VCD",
+    "Chain",
+    "Decoder",
+    "DecoderInfo",
+    "DecodingPlan",
+    "Greedy",
+    "LocoRE",
+    "Parameter",
+    "Source",
+    "describe",
+    "parse",
+]

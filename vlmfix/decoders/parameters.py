@@ -1,0 +1,97 @@
+"""Parameters of decoders: declared once as dataclass fields, then checked, printed and parsed from there."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from vlmfix.attention.edit import LayerSet
+from vlmfix.errors import UsageError
+
+Value = bool | int | float | str | LayerSet | tuple[int, ...] | None
+"""What a decoder's parameter can hold."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Range:
+    """What a parameter may be.
+
+    Attributes:
+        kind: bool, int, float, str, LayerSet or tuple (of ints).
+        low: Smallest allowed number.
+        high: Largest allowed number.
+        choices: Allowed words; empty for any.
+        optional: None is allowed and stands for what ``help`` says.
+        help: One sentence: meaning, the paper's symbol, unit.
+    """
+
+    kind: type
+    low: float = -math.inf
+    high: float = math.inf
+    choices: tuple[str, ...] = ()
+    optional: bool = False
+    help: str = ""
+
+    def text(self) -> str:
+        """The allowed values in words."""
+        if self.choices:
+            words = " | ".join(self.choices)
+        elif self.kind in (int, float):
+            words = f"{self.kind.__name__} in [{self.low:g}, {self.high:g}]"
+        else:
+            words = {bool: "true | false", LayerSet: "layers such as all, 2:-1 or 5/8", tuple: "integers joined by /"}.get(
+                self.kind, "text"
+            )
+        return words
+
+    def check(self, owner: str, name: str, value: Value) -> Value:
+        """Returns the value in its own type.
+
+        Raises:
+            UsageError: It is of another type or out of range.
+        """
+        if value is None and self.optional:
+            return None
+        if self.kind is LayerSet and isinstance(value, str):
+            return LayerSet(value)
+        number = self.kind is float and isinstance(value, int) and not isinstance(value, bool)
+        value = float(value) if number else value
+        wrong = not isinstance(value, self.kind) or (self.kind is int and isinstance(value, bool))
+        wrong = wrong or (self.kind in (int, float) and not self.low <= value <= self.high)
+        if wrong or (self.choices and value not in self.choices):
+            raise UsageError(f"{owner}: {name}={value!r} is not allowed", f"allowed: {self.text()}")
+        return value
+
+    def parse(self, owner: str, name: str, text: str) -> Value:
+        """Reads a value from a specification string."""
+        if self.optional and text.lower() == "none":
+            return None
+        try:
+            if self.kind is bool:
+                return {"true": True, "false": False, "1": True, "0": False}[text.lower()]
+            if self.kind is tuple:
+                return tuple(int(part) for part in text.split("/"))
+            return self.kind(text)
+        except (ValueError, KeyError) as error:
+            raise UsageError(f"{owner}: {name}={text} is not allowed", f"allowed: {self.text()}") from error
+
+
+def parameter(default: Any, kind: type, **limits: Any) -> Any:
+    """A dataclass field that knows its range; see ``Range`` for ``limits``."""
+    return dataclasses.field(default=default, metadata={"range": Range(kind=kind, **limits)})
+
+
+def ranges(decoder: type) -> dict[str, Range]:
+    """The declared parameters of a decoder class, in order."""
+    return {f.name: f.metadata["range"] for f in dataclasses.fields(decoder) if "range" in f.metadata}
+
+
+def written(value: Value) -> str:
+    """A value as a specification string writes it."""
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, tuple):
+        return "/".join(str(part) for part in value)
+    return "none" if value is None else str(value)

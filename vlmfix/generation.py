@@ -1,0 +1,250 @@
+"""The front door: pictures and questions in, answers out."""
+
+from __future__ import annotations
+
+import hashlib
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from PIL import Image
+from torch import Tensor
+from transformers import (
+    LogitsProcessor,
+    LogitsProcessorList,
+    PreTrainedModel,
+    ProcessorMixin,
+    TemperatureLogitsWarper,
+    TextIteratorStreamer,
+    TopPLogitsWarper,
+)
+
+from vlmfix.decoders import Decoder, parse
+from vlmfix.errors import DataError, UsageError
+from vlmfix.models.checkpoint import Checkpoint
+from vlmfix.models.families import family_of
+from vlmfix.models.layout import Batch
+
+Shown = Image.Image | Sequence[Image.Image]
+"""The picture of one question, or its pictures."""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One answer.
+
+    Attributes:
+        text: What the model said, without special tokens and outer white space.
+        tokens: Generated tokens, the end token included.
+        finish: ``eos`` when the model ended it, ``length`` when ``max_new_tokens`` cut it.
+        seconds: Wall-clock time of its batch, divided by the batch's rows.
+    """
+
+    text: str
+    tokens: int
+    finish: Literal["eos", "length"]
+    seconds: float
+
+
+class VLM(Checkpoint):
+    """A model that answers, with any decoder."""
+
+    def generate(
+        self,
+        pictures: Sequence[Shown],
+        prompts: str | Sequence[str],
+        *,
+        decoder: Decoder | str = "greedy",
+        max_new_tokens: int = 128,
+        num_beams: int = 1,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        seed: int = 0,
+        static_cache: bool = False,
+    ) -> list[Answer]:
+        """Answers questions about pictures, as one batch.
+
+        An answer does not depend on its neighbours: thresholds, noise and sampling are per row.
+
+        Args:
+            pictures: B pictures, or B lists of pictures.
+            prompts: One question for all, or B questions.
+            decoder: A decoder, or its specification such as ``vcd:contrast=0.5``.
+            max_new_tokens: Longest answer in tokens.
+            num_beams: Beams; 1 is greedy search or sampling.
+            temperature: 0 takes the most probable token; above, samples at this temperature.
+            top_p: Nucleus of sampling, in (0, 1].
+            seed: Seed of sampling, together with the row's question and pixels.
+            static_cache: Preallocates the cache; on a GPU decoding is then compiled, which pays over many batches.
+
+        Raises:
+            DataError: The numbers of pictures and prompts differ, or are zero.
+            UsageError: A parameter is out of range.
+            IncompatibleDecodersError: The decoder cannot act on this model or kind of run.
+        """
+        rows = [[shown] if isinstance(shown, Image.Image) else list(shown) for shown in pictures]
+        asked = [prompts] * len(rows) if isinstance(prompts, str) else list(prompts)
+        started = time.perf_counter()
+        with self._prepared(
+            rows, asked, decoder, max_new_tokens, num_beams, temperature, top_p, seed, static_cache
+        ) as (batch, arguments):
+            sequences = self.model.generate(**batch, **arguments)
+        fresh = sequences[:, batch.length :]
+        seconds = (time.perf_counter() - started) / len(rows)
+        return [self._answer(row, seconds) for row in fresh]
+
+    def stream(
+        self,
+        picture: Shown,
+        prompt: str,
+        *,
+        decoder: Decoder | str = "greedy",
+        max_new_tokens: int = 128,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        seed: int = 0,
+    ) -> Iterator[str]:
+        """Answers one question and yields the text as it comes; parameters as in ``generate``."""
+        rows = [[picture] if isinstance(picture, Image.Image) else list(picture)]
+        streamer = TextIteratorStreamer(_tokenizer(self.processor), skip_prompt=True, skip_special_tokens=True)
+        failure: list[BaseException] = []
+
+        def work() -> None:
+            try:
+                with self._prepared(
+                    rows, [prompt], decoder, max_new_tokens, 1, temperature, top_p, seed, False
+                ) as (batch, arguments):
+                    self.model.generate(**batch, **arguments, streamer=streamer)
+            except BaseException as error:  # handed to the caller's thread
+                failure.append(error)
+                streamer.end()
+
+        thread = threading.Thread(target=work, daemon=True)
+        thread.start()
+        yield from streamer
+        thread.join()
+        if failure:
+            raise failure[0]
+
+    @contextmanager
+    def _prepared(
+        self,
+        rows: list[list[Image.Image]],
+        prompts: list[str],
+        decoder: Decoder | str,
+        max_new_tokens: int,
+        num_beams: int,
+        temperature: float,
+        top_p: float,
+        seed: int,
+        static_cache: bool,
+    ) -> Iterator[tuple[Batch, dict[str, Any]]]:
+        _check(len(rows), len(prompts), max_new_tokens, num_beams, temperature, top_p)
+        method = parse(decoder) if isinstance(decoder, str) else decoder
+        batch = self.encode(prompts, rows)
+        arguments: dict[str, Any] = {
+            "max_new_tokens": max_new_tokens,
+            "num_beams": num_beams,
+            "do_sample": False,
+            "temperature": None,
+            "top_p": None,
+            "top_k": None,
+        }
+        if static_cache:
+            arguments["cache_implementation"] = "static"
+        with method.applied(self, batch, num_beams=num_beams) as given:
+            arguments.update(given)
+            if temperature > 0:
+                keys = [_row_key(prompt, row) for prompt, row in zip(prompts, rows, strict=True)]
+                processors = list(arguments.pop("logits_processor", ()))
+                processors += _sampling(temperature, top_p, seed, keys, self.device)
+                arguments["logits_processor"] = LogitsProcessorList(processors)
+            yield batch, arguments
+
+    def _answer(self, ids: Tensor, seconds: float) -> Answer:
+        ends = self.model.generation_config.eos_token_id
+        ends = [] if ends is None else [ends] if isinstance(ends, int) else list(ends)
+        ended = torch.isin(ids, torch.tensor(ends, device=ids.device, dtype=ids.dtype)).nonzero().flatten()
+        count = int(ended[0]) + 1 if len(ended) else len(ids)
+        text = _tokenizer(self.processor).decode(ids[:count], skip_special_tokens=True)
+        return Answer(text=text.strip(), tokens=count, finish="eos" if len(ended) else "length", seconds=seconds)
+
+
+def load(model: str | Path, *, revision: str | None = None, device: str = "auto", dtype: str = "auto") -> VLM:
+    """Loads a model; see ``Checkpoint.load``. ``load("tiny")`` is the model that comes with the package."""
+    return VLM.load(model, revision=revision, device=device, dtype=dtype)
+
+
+def wrap(model: PreTrainedModel, processor: ProcessorMixin) -> VLM:
+    """A model and processor of your own, already loaded by transformers, for ``decoder.applied``.
+
+    Raises:
+        UnsupportedModelError: The model's family is not one that vlmfix knows.
+    """
+    family = family_of(model.config.model_type)
+    return VLM(model=model, processor=processor, family=family, name=model.config.name_or_path)
+
+
+class RowSampler(LogitsProcessor):
+    """Sampling by the Gumbel-max rule with a generator per row, so that a row's draw is its own.
+
+    The most probable token of ``log p + Gumbel noise`` is distributed as ``p``. Greedy search then picks it.
+
+    Args:
+        seeds: One seed per row.
+        device: Where the scores are.
+    """
+
+    def __init__(self, seeds: Sequence[int], device: torch.device) -> None:
+        self.generators = [torch.Generator(device).manual_seed(seed) for seed in seeds]
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """Adds a draw of Gumbel noise to (B, V) scores."""
+        draws = torch.stack(
+            [torch.rand(scores.shape[1], generator=g, device=scores.device) for g in self.generators]
+        )
+        tiny = torch.finfo(torch.float32).tiny
+        return scores - (-(draws.clamp(min=tiny).log())).clamp(min=tiny).log()
+
+
+def _sampling(
+    temperature: float, top_p: float, seed: int, keys: Sequence[bytes], device: torch.device
+) -> list[LogitsProcessor]:
+    warpers: list[LogitsProcessor] = [TemperatureLogitsWarper(temperature)] if temperature != 1 else []
+    if top_p < 1:
+        warpers.append(TopPLogitsWarper(top_p))
+    seeds = [
+        int.from_bytes(hashlib.sha256(seed.to_bytes(8, "little") + key).digest()[:7], "little") for key in keys
+    ]
+    return [*warpers, RowSampler(seeds, device)]
+
+
+def _row_key(prompt: str, pictures: Sequence[Image.Image]) -> bytes:
+    digest = hashlib.sha256(prompt.encode())
+    for picture in pictures:
+        digest.update(picture.tobytes())
+    return digest.digest()
+
+
+def _tokenizer(processor: ProcessorMixin) -> Any:
+    return processor.tokenizer
+
+
+def _check(rows: int, prompts: int, max_new_tokens: int, beams: int, temperature: float, top_p: float) -> None:
+    if rows != prompts or not rows:
+        raise DataError(f"{rows} pictures and {prompts} prompts", "give one prompt for all, or one per picture")
+    if max_new_tokens < 1 or beams < 1:
+        raise UsageError(f"max_new_tokens={max_new_tokens}, num_beams={beams} are not allowed", "both are at least 1")
+    if not 0 <= temperature <= 100 or not 0 < top_p <= 1:
+        raise UsageError(
+            f"temperature={temperature}, top_p={top_p} are not allowed", "temperature is in [0, 100], top_p in (0, 1]"
+        )
+    if temperature > 0 and beams > 1:
+        raise UsageError(f"temperature={temperature} with num_beams={beams}", "sample with num_beams=1, or use temperature=0")
+    if top_p < 1 and temperature == 0:
+        raise UsageError(f"top_p={top_p} with temperature=0", "greedy search has no nucleus; give a temperature")

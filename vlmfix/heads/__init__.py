@@ -1,0 +1,1 @@
+"""What heads and hidden states of a model do, measured on the model itself."""

@@ -1,0 +1,163 @@
+"""Sink dimensions: the hidden dimensions in which a model's first token is massive, and the image tokens that share them.
+
+Source: Kang et al., "See What You Are Told: Visual Attention Sink in Large Multimodal Models", ICLR 2025, arXiv
+2503.03321; the contrastive probe is this package's own (it needs no table and no data).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from weakref import WeakKeyDictionary
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from vlmfix.models.checkpoint import Checkpoint
+from vlmfix.models.layout import Batch
+
+TABLE = {
+    ("llama", 4096, 32, 32): (1415, 2533),
+    ("llama", 5120, 40, 40): (2100, 4743),
+    ("qwen2_vl_text", 3584, 28, 4): (458, 2570),
+    ("qwen2_5_vl_text", 3584, 28, 4): (458, 2570),
+}
+"""Sink dimensions by the text model's type, hidden size, layers and key/value heads: LLaMA-2-7B and 13B with their
+Vicuna and LLaVA children, Qwen2-VL-7B and Qwen2.5-VL-7B."""
+
+QUESTIONS = (
+    "Describe this image.",
+    "What is in the picture?",
+    "Is there a dog in the image?",
+    "How many people are there?",
+    "What colour is the sky?",
+    "Please describe this image in detail.",
+    "What is on the table?",
+    "Name one thing that you see.",
+)
+"""Prompts of the probe, each asked once with a picture and once without."""
+
+
+@dataclass(frozen=True)
+class SinkReport:
+    """Where a model's sinks are.
+
+    Attributes:
+        dims: Sink dimensions, strongest first; empty when no dimension stands out.
+        found_by: ``table`` or ``probe``.
+        largest: Largest ``|x_d| / rms(x)`` of the first token in the middle layers (median over prompts and layers).
+        bound: sqrt(hidden size), the largest value that ``|x_d| / rms(x)`` can take.
+        visual_share: Share of image tokens above the threshold, mean over the middle layers, in [0, 1].
+    """
+
+    dims: tuple[int, ...]
+    found_by: str
+    largest: float
+    bound: float
+    visual_share: float
+
+
+def sink_strength(hidden: Tensor, dims: tuple[int, ...]) -> Tensor:
+    """phi: how massive a token is in the sink dimensions.
+
+    Args:
+        hidden: (..., hidden size) residual stream; no norm's gain is applied.
+        dims: Sink dimensions, at least one.
+
+    Returns:
+        (...) float32, ``max over dims of |x_d / sqrt(mean(x^2) + 1e-6)|``, in [0, sqrt(hidden size)].
+    """
+    x = hidden.float()
+    scale = (x.square().mean(dim=-1) + 1e-6).rsqrt()
+    return x[..., list(dims)].abs().amax(dim=-1) * scale
+
+
+def scaled_threshold(hidden_size: int) -> float:
+    """0.3125 * sqrt(hidden size): the paper's 20 at 4096 dimensions, carried to other widths (not in the paper)."""
+    return 0.3125 * math.sqrt(hidden_size)
+
+
+_REPORTS: WeakKeyDictionary[nn.Module, dict[float, SinkReport]] = WeakKeyDictionary()
+
+
+def find_sinks(vlm: Checkpoint, *, threshold: float) -> SinkReport:
+    """Finds a model's sink dimensions, from the table or by a probe of 16 short prompts, once per model.
+
+    The probe compares the first token with all others in layers L/4 to 3L/4: dimensions in which it is massive (more
+    than 0.15 of the bound) and the others are not, at most four.
+
+    Args:
+        vlm: The model.
+        threshold: tau, for the share of image tokens that count as visual sinks.
+    """
+    reports = _REPORTS.setdefault(vlm.model, {})
+    if threshold not in reports:
+        reports[threshold] = _probe(vlm, threshold)
+    return reports[threshold]
+
+
+def _probe(vlm: Checkpoint, threshold: float) -> SinkReport:
+    config = vlm.model.config.get_text_config()
+    key = (config.model_type, config.hidden_size, config.num_hidden_layers, config.num_key_value_heads)
+    first, others, image = [], [], []
+    for batch in _prompts(vlm):
+        hidden = _middle_layers(vlm, batch)  # (layers, T, hidden size), normalised
+        shown = vlm.layout(batch).tokens[0]
+        first.append(hidden[:, 0].abs())
+        others.append(hidden[:, 1:].abs().flatten(0, 1))
+        image.append(hidden[:, shown])
+    hit = torch.cat(first).median(dim=0).values  # (hidden size,)
+    contrast = hit - torch.cat(others).median(dim=0).values
+    bound = math.sqrt(config.hidden_size)
+    dims = TABLE.get(key, ())
+    if not dims:
+        chosen = (hit > 0.15 * bound) & (contrast > 0.5 * contrast.max())
+        order = contrast.masked_fill(~chosen, float("-inf")).topk(min(4, len(hit))).indices
+        dims = tuple(int(d) for d in order.tolist() if bool(chosen[d]))
+    patches = torch.cat([part.flatten(0, 1) for part in image])
+    share = float((patches[:, list(dims)].abs().amax(dim=1) > threshold).float().mean()) if dims else 0.0
+    found = "table" if key in TABLE else "probe"
+    return SinkReport(dims=dims, found_by=found, largest=float(hit.max()), bound=bound, visual_share=share)
+
+
+def _prompts(vlm: Checkpoint) -> Iterator[Batch]:
+    for number, question in enumerate(QUESTIONS):
+        yield vlm.encode([question], [[_picture(number)]])
+        yield vlm.encode([question], [[]])
+
+
+def _picture(seed: int) -> Image.Image:
+    """A smooth random picture: coloured blobs, so that image tokens differ as they do in photographs."""
+    generator = torch.Generator().manual_seed(seed)
+    coarse = torch.rand(1, 3, 6, 6, generator=generator)
+    pixels = nn.functional.interpolate(coarse, size=(336, 336), mode="bicubic").clamp(0, 1)[0]
+    return Image.fromarray((pixels * 255).byte().permute(1, 2, 0).numpy(), mode="RGB")
+
+
+@torch.no_grad()
+def _middle_layers(vlm: Checkpoint, batch: Batch) -> Tensor:
+    layers = vlm.family.layers(vlm.model)
+    middle = range(len(layers) // 4, max(3 * len(layers) // 4, len(layers) // 4 + 1))
+    with _entering([layers[number] for number in middle]) as states:
+        vlm.model(**batch)
+    stack = torch.stack([state[0].float() for state in states])  # (layers, T, hidden size)
+    return stack * (stack.square().mean(dim=-1, keepdim=True) + 1e-6).rsqrt()
+
+
+@contextmanager
+def _entering(layers: list[nn.Module]) -> Iterator[list[Tensor]]:
+    """Collects the residual stream that enters each layer."""
+    states: list[Tensor] = []
+
+    def keep(layer: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:
+        states.append(args[0] if args else kwargs["hidden_states"])
+
+    hooks = [layer.register_forward_pre_hook(keep, with_kwargs=True) for layer in layers]
+    try:
+        yield states
+    finally:
+        for hook in hooks:
+            hook.remove()
