@@ -31,11 +31,11 @@ class Family(ABC):
 
     def layers(self, model: PreTrainedModel) -> list[nn.Module]:
         """The L decoder layers in order; each has ``self_attn``."""
-        return list(self.decoder(model).layers)
+        return list(self.decoder(model).get_submodule("layers").children())
 
     def attention_modules(self, model: PreTrainedModel) -> list[nn.Module]:
         """The L attention modules of the text decoder, in layer order; never one of the vision tower."""
-        return [layer.self_attn for layer in self.layers(model)]
+        return [layer.get_submodule("self_attn") for layer in self.layers(model)]
 
     def image_token(self, config: PreTrainedConfig) -> int:
         """Id of the token that stands for one image patch in ``input_ids``."""
@@ -46,17 +46,28 @@ class Family(ABC):
     ) -> Mapping[str, Tensor]:
         """Turns rendered chat texts and their pictures into model inputs, left-padded.
 
+        Every row has its own list of pictures: some processors ask for that, one (LLaVA-OneVision) reads a
+        flat list as one picture per row, and the others take either.
+
         Args:
             processor: The model's processor; it is left as it was found.
             texts: B rendered chat prompts with the family's picture placeholders.
             pictures: Pictures of each row, RGB; a row may have none.
 
         Returns:
-            The processor's tensors: ``input_ids`` (B, T), ``attention_mask`` (B, T), pixels and what belongs to them.
+            The processor's tensors: ``input_ids`` (B, T), ``attention_mask`` (B, T), pixels and what belongs
+            to them.
         """
-        flat = [picture for row in pictures for picture in row]
+        nested = [list(row) for row in pictures]
+        begin = processor.tokenizer.bos_token
         inputs = processor(
-            text=list(texts), images=flat or None, padding=True, padding_side="left", return_tensors="pt"
+            text=list(texts),
+            images=nested if any(nested) else None,
+            padding=True,
+            padding_side="left",
+            # A template that writes the first token itself must not get a second one from the tokenizer.
+            add_special_tokens=begin is None or not texts[0].startswith(begin),
+            return_tensors="pt",
         )
         return dict(inputs)
 
@@ -70,9 +81,10 @@ class Family(ABC):
             batch: Encoded rows.
 
         Returns:
-            For each row, for each of its pictures, (n, 4) float32 boxes x0, y0, x1, y1 in [0, 1] of the original
-            picture, one per token equal to ``image_token``, in token order. A separator (newline token) is NaN; a
-            patch whose place depends on an unknown ``batch.sizes`` is inf.
+            For each row, for each of its pictures, (n, 4) float32 boxes x0, y0, x1, y1 in [0, 1] of the
+            original picture, one per token equal to ``image_token``, in token order. A token that stands for
+            no patch (newline, class token) is NaN; a patch without a place (padding, or one that depends on
+            an unknown ``batch.sizes``) is inf.
         """
 
     def pixel_rows(self, model: PreTrainedModel, batch: Batch, counts: Sequence[int]) -> Tensor:
@@ -98,8 +110,8 @@ def by_row(batch: Batch, image_token: int, pictures: Sequence[Tensor]) -> list[l
         pictures: Boxes of every picture, in the order of the prompts.
 
     Returns:
-        Per row, its pictures. When the tokens do not come out even, a row gets too many or too few boxes, which
-        ``Checkpoint.layout`` reports.
+        Per row, its pictures. When the tokens do not come out even, a row gets too many or too few boxes,
+        which ``Checkpoint.layout`` reports.
     """
     rows: list[list[Tensor]] = []
     rest = list(pictures)
