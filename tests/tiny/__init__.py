@@ -1,7 +1,7 @@
 """Tiny random models of every family, built offline: real classes, real processors, a few thousand weights.
 
-Every model has 3 decoder layers, 8 query heads, 2 key/value heads and head dimension 8, runs in float32 and eval
-mode, and is drawn with a wide initialisation so that its logits really depend on its input.
+Every model has 3 decoder layers, 8 query heads, 2 key/value heads and head dimension 8, runs in float32 and
+eval mode, and is drawn with a wide initialisation so that its logits really depend on its input.
 """
 
 from __future__ import annotations

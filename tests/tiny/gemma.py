@@ -35,7 +35,11 @@ def build(name: str, seed: int) -> Checkpoint:
     """4 x 4 tokens per picture, pooled from 8 x 8 patches; two sliding-window layers of three."""
     tokenizer = byte_tokenizer(
         ["<start_of_turn>", "<end_of_turn>"],
-        named={"image_token": "<image_soft_token>", "boi_token": "<start_of_image>", "eoi_token": "<end_of_image>"},
+        named={
+            "image_token": "<image_soft_token>",
+            "boi_token": "<start_of_image>",
+            "eoi_token": "<end_of_image>",
+        },
     )
     config = Gemma3Config(
         text_config=Gemma3TextConfig(

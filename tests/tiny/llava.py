@@ -29,7 +29,13 @@ from tests.tiny.text import DECODER, byte_tokenizer, drawn
 from vlmfix.models.checkpoint import Checkpoint
 from vlmfix.models.families import family_of
 
-VISION = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "patch_size": 8}
+VISION = {
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "patch_size": 8,
+}
 
 VICUNA = """{%- for message in messages -%}
 {%- if message.role == 'user' -%}USER: {% elif message.role == 'assistant' -%}ASSISTANT: {% endif -%}
@@ -38,7 +44,7 @@ VICUNA = """{%- for message in messages -%}
 {{ ' ' }}
 {%- endfor -%}
 {%- if add_generation_prompt -%}ASSISTANT:{%- endif -%}"""
-"""Vicuna's dialogue as LLaVA-1.5 and LLaVA-NeXT write it: a system message bare, pictures before the words."""
+"""Vicuna's dialogue as LLaVA-1.5 and LLaVA-NeXT write it: a bare system message, pictures first."""
 
 CHATML = """{%- for message in messages -%}
 <|im_start|>{{ message.role }} {% for part in message.content if part.type == 'image' -%}<image>{%- endfor -%}
@@ -98,7 +104,9 @@ def _llava_next(seed: int) -> Checkpoint:
 def _llava_onevision(seed: int) -> Checkpoint:
     """Tiles of 26 pixels, of which whole patches cover 24, and at most about four tiles' worth of tokens."""
     tokenizer = byte_tokenizer(
-        ["<|im_start|>", "<|im_end|>"], named={"image_token": "<image>", "video_token": "<video>"}, eos="<|im_end|>"
+        ["<|im_start|>", "<|im_end|>"],
+        named={"image_token": "<image>", "video_token": "<video>"},
+        eos="<|im_end|>",
     )
     pinpoints = [[26 * lines, 26 * columns] for lines in (1, 2, 3) for columns in (1, 2, 3)]
     config = LlavaOnevisionConfig(

@@ -1,8 +1,7 @@
-"""Any-resolution tiling of LLaVA-NeXT and LLaVA-OneVision: square tiles, put together again as one large grid."""
+"""Any-resolution tiling of LLaVA-NeXT and LLaVA-OneVision: square tiles, put together as one large grid."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from math import ceil, sqrt
 
 import torch
@@ -13,16 +12,17 @@ from vlmfix.models.grid import clipped
 
 
 def anyres(
-    size: tuple[int, int], *, resolutions: Sequence[Sequence[int]], tile: int, patch: int, most: int | None = None
+    size: tuple[int, int], *, canvases: list[list[int]], tile: int, patch: int, most: int | None = None
 ) -> Tensor:
     """Boxes of the tokens of all tiles: whole lines from edge to edge, each with a newline token at its end.
 
-    The picture is resized into the best of the allowed canvases, padded to it and cut into tiles, and the tiles into
-    patches. Their features are put together again, and the lines or columns that are padding are taken off.
+    The picture is resized into the best of the allowed canvases, padded to it and cut into tiles, and the
+    tiles into patches. Their features are put together again, and the lines or columns that are padding are
+    taken off.
 
     Args:
         size: (height, width) of the picture in pixels.
-        resolutions: Allowed (height, width) of the canvas, multiples of ``tile``.
+        canvases: Allowed (height, width) of the canvas, multiples of ``tile``.
         tile: Edge of a tile in pixels.
         patch: Edge of a patch in pixels; what a tile has beyond whole patches is not seen.
         most: More than so many tiles' worth of features are resized to fewer; None leaves them all.
@@ -30,7 +30,7 @@ def anyres(
     Returns:
         (lines * (columns + 1), 4) float32; the last of every line is NaN.
     """
-    canvas = select_best_resolution(size, resolutions)
+    canvas = select_best_resolution(size, canvases)
     fitted = _fitted(size, canvas)
     lines = _patches(canvas[0], fitted[0], tile, patch)
     columns = _patches(canvas[1], fitted[1], tile, patch)
@@ -55,7 +55,7 @@ def _fitted(size: tuple[int, int], canvas: tuple[int, int]) -> tuple[int, int]:
 
 
 def _patches(canvas: int, fitted: int, tile: int, patch: int) -> Tensor:
-    """(n, 2) float64: where each patch along one axis of the canvas begins and ends, as fractions of the picture."""
+    """(n, 2) float64: where each patch along one axis of the canvas lies, in fractions of the picture."""
     tiles = torch.arange(0, canvas, tile, dtype=torch.float64)
     starts = (tiles[:, None] + torch.arange(tile // patch) * patch).flatten()  # (n,)
     border = (canvas - fitted) // 2

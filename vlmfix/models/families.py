@@ -34,5 +34,6 @@ def family_of(model_type: str) -> Family:
             return family
     known = ", ".join(f"{family.title} ({'/'.join(sorted(family.model_types))})" for family in FAMILIES)
     raise UnsupportedModelError(
-        f"model type {model_type!r} is not supported", f"supported families: {known}; docs/adding-a-family.md says how to add one"
+        f"model type {model_type!r} is not supported",
+        f"supported families: {known}; docs/adding-a-family.md says how to add one",
     )

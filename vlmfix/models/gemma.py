@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from math import ceil, isqrt
 
 import torch
-from PIL import Image
 from torch import Tensor
 from transformers import PreTrainedModel, ProcessorMixin
 
@@ -21,28 +20,14 @@ CROPS = "and here are some crops"
 class Gemma(Family):
     """Gemma 3: the picture is stretched to a square, and its patches pooled to 16 x 16 tokens.
 
-    With pan-and-scan, an option of the processor, a long picture comes whole and then in equal crops along its longer
-    side, with a sentence between that announces them. Whether it was on cannot be seen from the processor's
-    settings, as it may be asked for in the call; the prompt tells. How large the crops are follows from the
-    picture's size: where that is unknown they have no place.
+    With pan-and-scan, an option of the processor, a long picture comes whole and then in equal crops along
+    its longer side, with a sentence between that announces them. Whether it was on cannot be seen from the
+    processor's settings, as it may be asked for in the call; the prompt tells. How large the crops are
+    follows from the picture's size: where that is unknown they have no place.
     """
 
     title = "Gemma 3"
     model_types = frozenset({"gemma3"})
-
-    def process(
-        self, processor: ProcessorMixin, texts: Sequence[str], pictures: Sequence[Sequence[Image.Image]]
-    ) -> Mapping[str, Tensor]:
-        """One list of pictures per row, as the processor wants them; see ``Family.process``."""
-        nested = [list(row) for row in pictures]
-        inputs = processor(
-            text=list(texts),
-            images=nested if any(nested) else None,
-            padding=True,
-            padding_side="left",
-            return_tensors="pt",
-        )
-        return dict(inputs)
 
     def patches(self, model: PreTrainedModel, processor: ProcessorMixin, batch: Batch) -> list[list[Tensor]]:
         """Boxes of the whole picture, then of its crops; see ``Family.patches``."""
@@ -73,8 +58,8 @@ def _crops(between: Sequence[str]) -> list[int]:
     """Number of crops of every picture in a row.
 
     Args:
-        between: What the prompt says between one square of image tokens and the next. The processor sets every
-            square off by newlines, announces the first crop, and joins crops by one space.
+        between: What the prompt says between one square of image tokens and the next. The processor sets
+            squares off by newlines, announces the first crop, and joins crops by one space.
     """
     crops = [0]
     for text in between:

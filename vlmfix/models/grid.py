@@ -37,7 +37,7 @@ def clipped(boxes: Tensor) -> Tensor:
         boxes: (n, 4) boxes that may reach over the picture's edge, where the processor padded it.
 
     Returns:
-        (n, 4) float32 boxes in [0, 1]; a patch that shows padding alone is inf: still a patch, but with no place.
+        (n, 4) float32 boxes in [0, 1]; a patch of padding alone is inf: still a patch, but without a place.
     """
     inside = boxes.clamp(0, 1)
     empty = (inside[:, 2] <= inside[:, 0]) | (inside[:, 3] <= inside[:, 1])  # (n,)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
-from transformers import BaseImageProcessor, PreTrainedModel, ProcessorMixin
+from transformers import LlavaProcessor, PreTrainedModel, ProcessorMixin
 
 from vlmfix.errors import LayoutError, UnsupportedModelError
 from vlmfix.models.family import Family, by_row
@@ -15,10 +17,10 @@ from vlmfix.models.layout import Batch
 class Llava(Family):
     """LLaVA-1.5: the picture is resized, mostly by its shorter edge, and its middle cropped to a square.
 
-    The square becomes a grid of tokens, line by line; LLaVA-1.5 has 24 x 24 of them. What the crop cuts away has no
-    token. Processors of other checkpoints pad to a square or stretch the whole picture instead; the settings tell.
-    A vision tower with a class token either drops it (strategy ``default``) or puts it before the grid (``full``),
-    where it is an image token that shows no part of the picture.
+    The square becomes a grid of tokens, line by line; LLaVA-1.5 has 24 x 24 of them. What the crop cuts away
+    has no token. Processors of other checkpoints pad to a square or stretch the whole picture instead; the
+    settings tell. A vision tower with a class token either drops it (strategy ``default``) or puts it before
+    the grid (``full``), where it is an image token that shows no part of the picture.
     """
 
     title = "LLaVA-1.5"
@@ -28,22 +30,32 @@ class Llava(Family):
         """Boxes of the grid, of the visible part alone; see ``Family.patches``.
 
         Raises:
-            UnsupportedModelError: The vision tower is Pixtral's, which keeps every picture's own shape.
+            UnsupportedModelError: The processor is not LLaVA's own: Pixtral has the same model type.
             LayoutError: The image processor resizes by a rule that is not known here.
         """
-        vision = model.config.vision_config
-        if vision.model_type == "pixtral":
+        if not isinstance(processor, LlavaProcessor):
             raise UnsupportedModelError(
-                "LLaVA with a Pixtral vision tower is not supported", "use a checkpoint with a CLIP or SigLIP tower"
+                f"LLaVA with the processor {type(processor).__name__} is not supported, only LlavaProcessor",
+                "use a checkpoint with a CLIP or SigLIP vision tower, such as llava-hf/llava-1.5-7b-hf",
             )
+        patch = model.config.vision_config.patch_size
         shown = (int(batch["pixel_values"].shape[-2]), int(batch["pixel_values"].shape[-1]))
-        lines, columns = shown[0] // vision.patch_size, shown[1] // vision.patch_size
-        covered = (lines * vision.patch_size, columns * vision.patch_size)
-        sizes = [None] * len(batch["pixel_values"]) if batch.sizes is None else [s for row in batch.sizes for s in row]
-        windows = [_window(processor.image_processor, size, shown, covered) for size in sizes]
-        extra = processor.num_additional_image_tokens - (processor.vision_feature_select_strategy == "default")
-        pictures = [_with_class(_grid(lines, columns, window), extra) for window in windows]
+        lines, columns = shown[0] // patch, shown[1] // patch
+        extra = processor.num_additional_image_tokens - (
+            processor.vision_feature_select_strategy == "default"
+        )
+        pictures = []
+        for size in _sizes(batch):
+            window = _window(processor, size, shown, (lines * patch, columns * patch))
+            pictures.append(_with_class(_grid(lines, columns, window), extra))
         return by_row(batch, self.image_token(model.config), pictures)
+
+
+def _sizes(batch: Batch) -> list[tuple[int, int] | None]:
+    """(height, width) of every picture of the batch, None where unknown."""
+    if batch.sizes is None:
+        return [None] * len(batch["pixel_values"])
+    return [size for row in batch.sizes for size in row]
 
 
 def _grid(lines: int, columns: int, window: tuple[float, float, float, float] | None) -> Tensor:
@@ -54,50 +66,49 @@ def _grid(lines: int, columns: int, window: tuple[float, float, float, float] | 
 
 
 def _with_class(grid: Tensor, extra: int) -> Tensor:
-    """The grid after ``extra`` class tokens; -1 when the tower has none and its first patch is dropped for one."""
+    """The grid after ``extra`` class tokens; -1: there is none, and the first patch is dropped for one."""
     return grid[-extra:] if extra < 0 else torch.cat([torch.full((extra, 4), torch.nan), grid])
 
 
 def _window(
-    settings: BaseImageProcessor, size: tuple[int, int] | None, shown: tuple[int, int], covered: tuple[int, int]
+    processor: LlavaProcessor, size: tuple[int, int] | None, shown: tuple[int, int], covered: tuple[int, int]
 ) -> tuple[float, float, float, float] | None:
     """The part of a picture that its patches cover.
 
     Args:
-        settings: The image processor.
+        processor: Its image processor tells how pictures are resized and padded.
         size: (height, width) of the picture, or None when unknown.
         shown: (height, width) of what the vision tower gets.
         covered: (height, width) of the whole patches in it.
 
     Returns:
-        x0, y0, x1, y1 as fractions of the picture, below 0 or above 1 where it is padded; None when that depends on
-        an unknown size.
+        x0, y0, x1, y1 as fractions of the picture, below 0 or above 1 where it is padded; None when it
+        depends on an unknown size.
     """
+    settings = processor.image_processor
     square = bool(settings.do_pad) and hasattr(settings, "pad_to_square")
-    stretched = bool(settings.do_resize) and settings.size.height is not None and not square
-    if size is None and not stretched:
+    target = dict(settings.size) if settings.do_resize else {}
+    if size is None and (square or "height" not in target):
         return None
-    height, width = size or shown
-    padded = (max(height, width),) * 2 if square else (height, width)
-    resized = _resized(settings, padded)
+    height, width = size or shown  # stretched to a fixed size: any will do
+    padded = (max(height, width), max(height, width)) if square else (height, width)
+    resized = _resized(padded, target)
     y0, y1 = _stretch(height, padded[0], resized[0], shown[0], covered[0])
     x0, x1 = _stretch(width, padded[1], resized[1], shown[1], covered[1])
     return x0, y0, x1, y1
 
 
-def _resized(settings: BaseImageProcessor, size: tuple[int, int]) -> tuple[int, int]:
-    """(height, width) of a picture after the image processor's resizing."""
-    if not settings.do_resize:
+def _resized(size: tuple[int, int], target: Mapping[str, int]) -> tuple[int, int]:
+    """(height, width) of a picture after resizing to the image processor's ``size``; empty for none."""
+    if not target:
         return size
-    target = settings.size
-    if target.height and target.width:
-        return target.height, target.width
-    if target.shortest_edge and not target.longest_edge:
-        short, long = sorted(size)
-        new = target.shortest_edge, int(target.shortest_edge * long / short)
-        return new if size[0] <= size[1] else new[::-1]
+    if target.keys() == {"height", "width"}:
+        return target["height"], target["width"]
+    if target.keys() == {"shortest_edge"}:
+        short, long = target["shortest_edge"], int(target["shortest_edge"] * max(size) / min(size))
+        return (short, long) if size[0] <= size[1] else (long, short)
     raise LayoutError(
-        f"image processor resizes by {dict(target)}, allowed are height and width, or shortest_edge",
+        f"the image processor resizes by {dict(target)}; known are height and width, or shortest_edge",
         "use the processor that comes with the checkpoint",
     )
 

@@ -15,9 +15,9 @@ from vlmfix.models.layout import Batch
 class LlavaNext(Family):
     """LLaVA-NeXT: a base tile that shows the whole picture stretched to a square, then its large tiles.
 
-    The large tiles are read line by line across all of them, without what was padding; a newline token ends each
-    line. It stands among the image tokens and shows nothing. Every spot of the picture is thus shown twice, coarsely
-    and finely. The picture's size travels with the inputs, as ``image_sizes``.
+    The large tiles are read line by line across all of them, without what was padding; a newline token ends
+    each line. It stands among the image tokens and shows nothing. Every spot of the picture is thus shown
+    twice, coarsely and finely. The picture's size travels with the inputs, as ``image_sizes``.
     """
 
     title = "LLaVA-NeXT"
@@ -29,10 +29,8 @@ class LlavaNext(Family):
         tile, patch = config.vision_config.image_size, config.vision_config.patch_size
         side, seen = tile // patch, tile // patch * patch / tile
         base = cells(side, side, within=(0.0, 0.0, seen, seen))  # (side * side, 4)
-        pictures = [
-            torch.cat(
-                [base, anyres((height, width), resolutions=config.image_grid_pinpoints, tile=tile, patch=patch)]
-            )
-            for height, width in batch["image_sizes"].tolist()
-        ]
+        pictures = []
+        for height, width in batch["image_sizes"].tolist():
+            large = anyres((height, width), canvases=config.image_grid_pinpoints, tile=tile, patch=patch)
+            pictures.append(torch.cat([base, large]))  # (n, 4)
         return by_row(batch, self.image_token(config), pictures)

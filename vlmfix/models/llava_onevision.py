@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-
 import torch
-from PIL import Image
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel, ProcessorMixin
 
@@ -18,31 +15,14 @@ from vlmfix.models.layout import Batch
 class LlavaOneVision(Family):
     """LLaVA-OneVision: a base tile and large tiles as in LLaVA-NeXT, but with a limit on their tokens.
 
-    More than ``anyres_max_N`` tiles' worth of features are resized to about N tiles, so that a token may show a bit
-    more than one patch. A picture that shares its prompt with others is padded to a square and seen in one tile with
-    a single newline token at its end. The picture's size travels with the inputs, as ``image_sizes``, and which
-    pictures share a prompt as ``batch_num_images``.
+    More than ``anyres_max_N`` tiles' worth of features are resized to about N tiles, so that a token may show
+    a bit more than one patch. A picture that shares its prompt with others is padded to a square and seen in
+    one tile with a single newline token at its end. The picture's size travels with the inputs, as
+    ``image_sizes``, and which pictures share a prompt as ``batch_num_images``.
     """
 
     title = "LLaVA-OneVision"
     model_types = frozenset({"llava_onevision"})
-
-    def process(
-        self, processor: ProcessorMixin, texts: Sequence[str], pictures: Sequence[Sequence[Image.Image]]
-    ) -> Mapping[str, Tensor]:
-        """One list of pictures per row: a flat list would be taken for one picture per prompt.
-
-        See ``Family.process``.
-        """
-        nested = [list(row) for row in pictures]
-        inputs = processor(
-            text=list(texts),
-            images=nested if any(nested) else None,
-            padding=True,
-            padding_side="left",
-            return_tensors="pt",
-        )
-        return dict(inputs)
 
     def patches(self, model: PreTrainedModel, processor: ProcessorMixin, batch: Batch) -> list[list[Tensor]]:
         """Boxes of the base tile and the large tiles, or of the one tile; see ``Family.patches``."""
@@ -62,12 +42,12 @@ def _tiled(config: PreTrainedConfig, size: tuple[int, int]) -> Tensor:
     seen = tile // patch * patch / tile
     base = cells(tile // patch, tile // patch, within=(0.0, 0.0, seen, seen))
     most = int(config.vision_aspect_ratio.removeprefix("anyres_max_"))
-    large = anyres(size, resolutions=config.image_grid_pinpoints, tile=tile, patch=patch, most=most)
+    large = anyres(size, canvases=config.image_grid_pinpoints, tile=tile, patch=patch, most=most)
     return torch.cat([base, large])  # (n, 4)
 
 
 def _padded(config: PreTrainedConfig, size: tuple[int, int]) -> Tensor:
-    """(n, 4) boxes of a picture of (height, width) pixels that is one of several, with a newline at the end."""
+    """(n, 4) boxes of a picture of (height, width) pixels that is one of several, then a newline."""
     tile, patch = config.vision_config.image_size, config.vision_config.patch_size
     height, width = size
     square, seen = max(size), max(size) * (tile // patch * patch / tile)
