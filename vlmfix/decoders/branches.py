@@ -31,6 +31,8 @@ STACK = "_vlmfix_stack"
 """Attribute of the model that holds the stacked rows while a ``with`` block lasts."""
 PIXELS = ("pixel_values", "image_grid_thw", "image_sizes", "pixel_attention_mask", "batch_num_images", "num_crops")
 """Inputs that belong to the pictures."""
+TYPES = ("mm_token_type_ids", "token_type_ids")
+"""Inputs that mark each token as text or picture; models use one of the names."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -98,9 +100,17 @@ def with_pixels(vlm: Checkpoint, branch: Batch, change: Callable[[Tensor, Tensor
             returns new pixel values of the same shape.
     """
     pixels = branch["pixel_values"]
-    counts = picture_counts(vlm, branch)
-    owners = vlm.family.pixel_rows(vlm.model, branch, counts)
-    return Branch(branch.with_inputs(pixel_values=change(pixels, owners)))
+    owners = vlm.family.pixel_rows(vlm.model, branch, picture_counts(vlm, branch))
+    changed = change(pixels, owners)
+    if pixels.dim() == 5:  # (n, tiles, channels, height, width): models tell padding tiles by their zeros
+        padding = _blank(pixels)
+        changed = torch.where(_blank(changed) & ~padding, torch.finfo(pixels.dtype).tiny, changed)
+        changed = torch.where(padding, pixels, changed)
+    return Branch(branch.with_inputs(pixel_values=changed))
+
+
+def _blank(tiles: Tensor) -> Tensor:
+    return (tiles == 0).flatten(2).all(dim=2)[:, :, None, None, None]
 
 
 def picture_counts(vlm: Checkpoint, batch: Batch) -> list[int]:
@@ -141,7 +151,7 @@ class Stack:
         shift: What to add to the clean rows' next positions, ((1+N)*B, 1) or (4, (1+N)*B, 1).
         features: What the pictures of each branch became, None where the branch has none or shares the clean ones.
         shares: Which branches share the clean rows' features.
-        types: (N*B, T') ``mm_token_type_ids`` of the branches.
+        types: Under each name in ``TYPES`` that the clean batch has, (N*B, T') of the branches.
     """
 
     forward: Callable[..., ModelOutput]
@@ -154,7 +164,7 @@ class Stack:
     shift: Tensor
     features: tuple[ModelOutput | None, ...]
     shares: tuple[bool, ...]
-    types: Tensor
+    types: dict[str, Tensor]
 
     @property
     def copies(self) -> int:
@@ -256,7 +266,11 @@ def _stack(
         shift=torch.cat([p[..., -1:] - clean for p in positions], dim=-2),
         features=tuple(_features(vlm.model, branch, beams) for branch in branches),
         shares=tuple(branch.same_pictures for branch in branches),
-        types=torch.cat([_wide(_left(_types(b), length), beams) for b in batches]),
+        types={
+            name: torch.cat([_wide(_left(b.get(name, torch.zeros_like(b["input_ids"])), length), beams) for b in batches])
+            for name in TYPES
+            if name in batch
+        },
     )
 
 
@@ -304,16 +318,18 @@ def _prefill(model: PreTrainedModel, stack: Stack, caches: list[Cache], kwargs: 
         [stack.mask, stack.mask.new_ones(stack.mask.shape[0], tail.shape[1])], dim=1
     )
     kwargs["mm_encoder_outputs"] = _all_features(model, stack, kwargs)
-    if (types := kwargs.get("mm_token_type_ids")) is not None:
-        rows = torch.cat([_left(types[:, : stack.prompt], stack.length), stack.types.to(types.dtype)])
-        kwargs["mm_token_type_ids"] = torch.cat([rows, rows.new_zeros(rows.shape[0], tail.shape[1])], dim=1)
+    for name, others in stack.types.items():
+        if (types := kwargs.get(name)) is not None:
+            rows = torch.cat([_left(types[:, : stack.prompt], stack.length), others.to(types.dtype)])
+            kwargs[name] = torch.cat([rows, rows.new_zeros(rows.shape[0], tail.shape[1])], dim=1)
 
 
 def _decode(stack: Stack, kwargs: dict[str, Any]) -> None:
     copies = stack.copies
     kwargs["input_ids"] = kwargs["input_ids"].repeat(copies, 1)
-    if (types := kwargs.get("mm_token_type_ids")) is not None:
-        kwargs["mm_token_type_ids"] = types.repeat(copies, 1)
+    for name in stack.types:
+        if (types := kwargs.get(name)) is not None:
+            kwargs[name] = types.repeat(copies, 1)
     positions = kwargs.get("position_ids")
     mask = kwargs.get("attention_mask")
     if positions is None:
@@ -409,11 +425,6 @@ def _positions(model: PreTrainedModel, batch: Batch) -> Tensor:
 
 def _counted(mask: Tensor) -> Tensor:
     return (mask.long().cumsum(-1) - 1).clamp(min=0)
-
-
-def _types(batch: Batch) -> Tensor:
-    types = batch.get("mm_token_type_ids")
-    return torch.zeros_like(batch["input_ids"]) if types is None else types
 
 
 def _left(rows: Tensor, length: int) -> Tensor:

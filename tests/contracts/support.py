@@ -1,0 +1,92 @@
+"""What the contracts share: inputs, parameters that change nothing and parameters that change much, and one way to run."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from tests.tiny import tiny_vlm
+from vlmfix.decoders import Decoder, Greedy, parse
+from vlmfix.generation import VLM
+from vlmfix.models.layout import Batch
+
+_VAR = "var:sink_dims=1/2/3/4,sink_threshold=0.8,min_visual_mass=0,min_nonsink_ratio=0,layers=2:"
+
+NEUTRAL = {
+    "greedy": "greedy",
+    "var": f"{_VAR},moved_fraction=0",
+    "locore": "locore:strength=0",
+    "locore-score": "locore:strength=0,mode=score",
+    "locore-post": "locore:strength=0,mode=post",
+    "vcd": "vcd:contrast=0,plausibility=0",
+    "inter": "inter:variance=inf,plausibility=0",
+}
+"""Parameters under which a method does nothing."""
+
+STRONG = {
+    "var": f"{_VAR},moved_fraction=1",
+    "locore": "locore:strength=4",
+    "locore-score": "locore:strength=4,mode=score",
+    "locore-post": "locore:strength=4,mode=post",
+    "vcd": "vcd:contrast=1.5,plausibility=0",
+    "inter": "inter:variance=0,plausibility=0",
+    "chain": f"{_VAR},moved_fraction=1+locore:strength=2+vcd:plausibility=0+inter:variance=0,plausibility=0",
+}
+"""Parameters under which it does much, and one chain of all."""
+
+
+def picture(seed: int, size: tuple[int, int]) -> Image.Image:
+    """A picture of random cells, (height, width)."""
+    generator = torch.Generator().manual_seed(seed)
+    cells = torch.rand(1, 3, 7, 5, generator=generator)
+    pixels = torch.nn.functional.interpolate(cells, size=size, mode="nearest")[0]
+    return Image.fromarray((pixels * 255).byte().permute(1, 2, 0).numpy(), mode="RGB")
+
+
+PROMPTS = ("what is here?", "and is there a dog in one of these two pictures?")
+PICTURES = ((picture(1, (40, 60)),), (picture(2, (60, 40)), picture(3, (50, 50))))
+"""A short row with one picture and a longer row with two, so that the first is padded."""
+
+
+def vlm_of(family: str) -> VLM:
+    """The tiny model of a family, as a model that answers."""
+    tiny = tiny_vlm(family)
+    return VLM(model=tiny.model, processor=tiny.processor, family=tiny.family, name=family)
+
+
+def batch_of(vlm: VLM, rows: Sequence[int] = (0, 1)) -> Batch:
+    """The chosen rows, encoded together."""
+    return vlm.encode([PROMPTS[row] for row in rows], [PICTURES[row] for row in rows])
+
+
+def logits(
+    vlm: VLM, batch: Mapping[str, Tensor], decoder: Decoder | str = "greedy", *, steps: int = 3, **options: Any
+) -> Tensor:
+    """(steps, B, V) raw logits of greedy decoding; no row ends early."""
+    method = parse(decoder) if isinstance(decoder, str) else decoder
+    with method.applied(vlm, batch) as arguments:
+        output = vlm.model.generate(
+            **batch,
+            **arguments,
+            max_new_tokens=steps,
+            min_new_tokens=steps,
+            do_sample=False,
+            return_dict_in_generate=True,
+            output_logits=True,
+            **options,
+        )
+    return torch.stack(output.logits)
+
+
+def plain(vlm: VLM, batch: Mapping[str, Tensor], **options: Any) -> Tensor:
+    """The same without any decoder of ours."""
+    return logits(vlm, batch, Greedy(), **options)
+
+
+def close(left: Tensor, right: Tensor, tolerance: float = 1e-4) -> None:
+    """Fails unless both are equal within a tolerance, -inf where -inf."""
+    torch.testing.assert_close(left.float(), right.float(), atol=tolerance, rtol=tolerance)

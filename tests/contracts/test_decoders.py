@@ -1,0 +1,187 @@
+"""What must hold for every decoder on every family."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tests.contracts.support import NEUTRAL, STRONG, batch_of, close, logits, plain, vlm_of
+from tests.tiny import TINY
+from vlmfix.decoders import parse
+from vlmfix.generation import RowSampler
+
+
+@pytest.mark.parametrize("family", TINY)
+@pytest.mark.parametrize("name", NEUTRAL)
+def test_neutral_parameters_give_the_plain_model(family, name):
+    vlm = vlm_of(family)
+    batch = batch_of(vlm)
+    close(logits(vlm, batch, NEUTRAL[name]), plain(vlm, batch))
+
+
+@pytest.mark.parametrize("family", TINY)
+@pytest.mark.parametrize("name", STRONG)
+def test_strong_parameters_change_every_row(family, name):
+    vlm = vlm_of(family)
+    batch = batch_of(vlm)
+    changed = (logits(vlm, batch, STRONG[name], steps=2) - plain(vlm, batch, steps=2)).abs()
+    assert changed.amax(dim=(0, 2)).min() > 1e-3
+
+
+@pytest.mark.parametrize("family", TINY)
+@pytest.mark.parametrize("name", STRONG)
+def test_a_padded_batch_equals_each_row_alone(family, name):
+    vlm = vlm_of(family)
+    together = logits(vlm, batch_of(vlm), STRONG[name])
+    for row in (0, 1):
+        close(together[:, row], logits(vlm, batch_of(vlm, [row]), STRONG[name])[:, 0])
+
+
+@pytest.mark.parametrize("family", TINY)
+@pytest.mark.parametrize("name", STRONG)
+@pytest.mark.parametrize("rows", [(0, 1), (0,)], ids=["padded", "unpadded"])
+def test_a_static_cache_equals_the_dynamic_one(family, name, rows):
+    vlm = vlm_of(family)
+    batch = batch_of(vlm, rows)
+    static = logits(vlm, batch, STRONG[name], cache_implementation="static")
+    close(static, logits(vlm, batch, STRONG[name]))
+
+
+@pytest.mark.parametrize("family", TINY)
+@pytest.mark.parametrize("name", STRONG)
+def test_a_pass_without_a_cache_equals_cached_decoding(family, name):
+    vlm = vlm_of(family)
+    batch = batch_of(vlm)
+    close(logits(vlm, batch, STRONG[name], use_cache=False), logits(vlm, batch, STRONG[name]))
+
+
+@pytest.mark.parametrize("family", TINY)
+@pytest.mark.parametrize("name", STRONG)
+def test_a_beams_score_is_what_its_tokens_have_without_beams(family, name):
+    """Beam search returns, for its best beam, the sum of the log-probabilities that the method gives its tokens."""
+    vlm, beams, steps = vlm_of(family), 3, 4
+    batch = batch_of(vlm)
+    with parse(STRONG[name]).applied(vlm, batch, num_beams=beams) as arguments:
+        found = vlm.model.generate(
+            **batch,
+            **arguments,
+            num_beams=beams,
+            max_new_tokens=steps,
+            min_new_tokens=steps,
+            do_sample=False,
+            length_penalty=0.0,
+            return_dict_in_generate=True,
+            output_scores=True,
+        )
+    tokens = found.sequences[:, batch.length :]
+    forced = logits(vlm, batch, STRONG[name], steps=steps, logits_processor=[Forced(tokens, batch.length)])
+    forced[..., ends(vlm)] = float("-inf")  # min_new_tokens forbids them in the search
+    expected = forced.log_softmax(dim=-1).gather(2, tokens.T[:, :, None]).sum(dim=(0, 2))
+    close(found.sequences_scores, expected, 1e-3)
+
+
+class Forced:
+    """Makes greedy search take given tokens."""
+
+    def __init__(self, tokens, prompt):
+        self.tokens, self.prompt = tokens, prompt
+
+    def __call__(self, input_ids, scores):
+        column = self.tokens[:, input_ids.shape[1] - self.prompt]
+        return torch.full_like(scores, float("-inf")).scatter(1, column[:, None], 0.0)
+
+
+def ends(vlm):
+    ids = vlm.model.generation_config.eos_token_id
+    return [ids] if isinstance(ids, int) else list(ids)
+
+
+@pytest.mark.parametrize("family", TINY)
+def test_a_row_without_a_picture_is_left_alone_by_branches(family):
+    vlm = vlm_of(family)
+    pictures = [batch_of(vlm, [0]).pictures[0], ()]
+    try:
+        batch = vlm.encode(["what is here?", "hello there"], pictures)
+    except Exception as error:
+        pytest.fail(f"the family cannot mix rows with and without pictures: {error}")
+    for spec in ("vcd:plausibility=0", "inter:variance=0,plausibility=0"):
+        close(logits(vlm, batch, spec)[:, 1], plain(vlm, batch)[:, 1])
+
+
+@pytest.mark.parametrize("name", STRONG)
+def test_a_finished_row_stays_finished(name):
+    vlm = vlm_of("llava")
+    batch = batch_of(vlm)
+    pad, end = vlm.model.generation_config.pad_token_id, ends(vlm)[0]
+
+    class FirstRowEnds:
+        def __call__(self, input_ids, scores):
+            scores[:, end] = float("-inf")
+            if input_ids.shape[1] - batch.length == 1:
+                scores[0] = float("-inf")
+                scores[0, end] = 0.0
+            return scores
+
+    with parse(STRONG[name]).applied(vlm, batch) as arguments:
+        sequences = vlm.model.generate(
+            **batch, **arguments, max_new_tokens=6, do_sample=False, logits_processor=[FirstRowEnds()]
+        )
+    fresh = sequences[:, batch.length :]
+    assert fresh[0, 1] == end
+    assert (fresh[0, 2:] == pad).all()
+    alone = logits(vlm, batch_of(vlm, [1]), STRONG[name], steps=6).argmax(-1)[:, 0]
+    assert fresh[1].tolist() == alone.tolist()
+
+
+@pytest.mark.parametrize("name", STRONG)
+def test_processors_of_the_user_see_the_methods_scores(name):
+    vlm = vlm_of("llava")
+    batch = batch_of(vlm)
+    seen = []
+
+    class Watch:
+        def __call__(self, input_ids, scores):
+            seen.append(scores.clone())
+            return scores
+
+    fused = logits(vlm, batch, STRONG[name], logits_processor=[Watch()])
+    forbidden = torch.stack(seen).isinf() & ~fused.isinf()
+    assert set(forbidden.nonzero()[:, 2].tolist()) <= set(ends(vlm))
+    close(torch.stack(seen)[~forbidden], fused[~forbidden])
+
+
+@pytest.mark.parametrize("name", ["vcd", "inter", "locore"])
+def test_transformers_own_sampling_works(name):
+    vlm = vlm_of("llava")
+    batch = batch_of(vlm)
+    with parse(STRONG[name]).applied(vlm, batch) as arguments:
+        drawn = vlm.model.generate(**batch, **arguments, do_sample=True, top_k=1, max_new_tokens=3, min_new_tokens=3)
+    greedy = logits(vlm, batch, STRONG[name]).clone()
+    greedy[..., ends(vlm)] = float("-inf")
+    assert drawn[:, batch.length :].T[0].tolist() == greedy[0].argmax(-1).tolist()
+
+
+@pytest.mark.parametrize("name", [*STRONG, "greedy"])
+def test_answers_do_not_depend_on_neighbours_when_sampling(name):
+    vlm = vlm_of("llava")
+    spec = STRONG.get(name, name)
+    pictures = [list(row) for row in batch_of(vlm).pictures]
+    prompts = list(batch_of(vlm).prompts)
+    options = {"decoder": spec, "max_new_tokens": 5, "temperature": 1.3, "seed": 7}
+    together = vlm.generate(pictures, prompts, **options)
+    alone = [vlm.generate([p], [q], **options)[0] for p, q in zip(pictures, prompts, strict=True)]
+    assert [a.text for a in together] == [a.text for a in alone]
+    other = vlm.generate(pictures, prompts, **{**options, "seed": 8})
+    assert [a.text for a in together] != [a.text for a in other]
+
+
+def test_the_row_sampler_draws_from_the_distribution():
+    """A chi-square test of 20,000 draws against the probabilities."""
+    from scipy.stats import chisquare
+
+    probabilities = torch.tensor([0.5, 0.25, 0.15, 0.1, 0.0])
+    sampler = RowSampler([3], torch.device("cpu"))
+    draws = torch.stack([sampler(None, probabilities.log()[None]).argmax(-1)[0] for _ in range(20000)])
+    counts = torch.bincount(draws, minlength=5)
+    assert counts[4] == 0
+    assert chisquare(counts[:4].numpy(), (probabilities[:4] * 20000).numpy()).pvalue > 1e-3
