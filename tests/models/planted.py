@@ -1,4 +1,4 @@
-"""Finds by experiment which image tokens show a spot of a picture: paint the spot, see which features change."""
+"""Finds by experiment which image tokens show a spot of a picture: paint it, see which features change."""
 
 from __future__ import annotations
 
