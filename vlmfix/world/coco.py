@@ -62,7 +62,7 @@ def image_name(index: int) -> str:
 
 
 def instances(drawn: Scene) -> list[Placed]:
-    """Objects of a scene in the order of its annotations: left to right, which says nothing about their ease."""
+    """Objects of a scene in the order of its annotations: left to right, easy and hard alike."""
     return sorted(drawn.objects, key=lambda placed: (placed.box, placed.category))
 
 

@@ -30,14 +30,26 @@ def render(scenes: Sequence[Scene], *, device: str = "cpu") -> Tensor:
     out = torch.empty((len(scenes), 3, CANVAS, CANVAS), dtype=torch.uint8, device=device)
     step = 1 if out.device.type == "cpu" else CHUNK
     for start in range(0, len(scenes), step):
-        part = scenes[start : start + step]
-        canvas = _background(part, device=device)  # (N, 3, PIXELS)
-        for slot in range(max(len(scene.shapes) for scene in part)):
-            _draw_shapes(canvas, [(n, s.shapes[slot]) for n, s in enumerate(part) if slot < len(s.shapes)])
-        for slot in range(max(len(scene.objects) for scene in part)):
-            _draw_objects(canvas, [(n, s.objects[slot]) for n, s in enumerate(part) if slot < len(s.objects)])
-        out[start : start + step] = canvas.view(-1, 3, CANVAS, CANVAS)
+        out[start : start + step] = _draw(scenes[start : start + step], device=device)
     return out
+
+
+def _draw(scenes: Sequence[Scene], *, device: str) -> Tensor:
+    """Draw scenes together: first their backgrounds, then everybody's first shape, second shape and so on.
+
+    Args:
+        scenes: N scenes, 1 or more.
+        device: Torch device.
+
+    Returns:
+        (N, 3, 512, 512) uint8.
+    """
+    canvas = _background(scenes, device=device)  # (N, 3, PIXELS)
+    for slot in range(max(len(scene.shapes) for scene in scenes)):
+        _draw_shapes(canvas, [(n, s.shapes[slot]) for n, s in enumerate(scenes) if slot < len(s.shapes)])
+    for slot in range(max(len(scene.objects) for scene in scenes)):
+        _draw_objects(canvas, [(n, s.objects[slot]) for n, s in enumerate(scenes) if slot < len(s.objects)])
+    return canvas.view(-1, 3, CANVAS, CANVAS)
 
 
 def _background(scenes: Sequence[Scene], *, device: str) -> Tensor:
