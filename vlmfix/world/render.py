@@ -14,7 +14,7 @@ from vlmfix.world.sprites import SIZES, pictures, resample, sprites
 
 PIXELS = CANVAS * CANVAS
 UNIT = 1024  # half the side of a shape in its own coordinates
-CHUNK = 100  # scenes at a time on an accelerator; a processor draws one, which stays in its cache
+CHUNK = 200  # scenes at a time on an accelerator; a processor draws one, which stays in its cache
 
 
 def render(scenes: Sequence[Scene], *, device: str = "cpu") -> Tensor:
