@@ -5,15 +5,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 import torch
 from PIL import Image
+from safetensors import SafetensorError
 from torch import Tensor
 from transformers import (
-    AutoConfig,
     AutoModelForImageTextToText,
     AutoProcessor,
+    PreTrainedConfig,
     PreTrainedModel,
     ProcessorMixin,
 )
@@ -25,6 +26,8 @@ from vlmfix.models.layout import Batch, ImageLayout
 
 EMBEDDED = {"tiny": Path(__file__).parent.parent / "world" / "assets" / "tiny"}
 """Models that come with the package, by name."""
+
+_WHAT_LOADS = "give 'tiny', a Hub id such as llava-hf/llava-1.5-7b-hf, or a directory with config.json"
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -69,16 +72,21 @@ class Checkpoint:
         place = _device(device)
         kind = _dtype(dtype, place)
         try:
-            config = AutoConfig.from_pretrained(path, revision=revision)
-            family = family_of(config.model_type)
-            loaded = AutoModelForImageTextToText.from_pretrained(path, revision=revision, dtype=kind, device_map=place)
+            config = _config(path, revision)
+            family = family_of(str(config["model_type"]))
             processor = AutoProcessor.from_pretrained(path, revision=revision)
-        except (OSError, ValueError) as error:
+            loading: Any = AutoModelForImageTextToText.from_pretrained(
+                path, revision=revision, dtype=kind, device_map=place, output_loading_info=True
+            )
+        except (OSError, ValueError, SafetensorError) as error:
+            raise DataError(f"cannot load model {str(model)!r}: {_first_line(error)}", _WHAT_LOADS) from error
+        loaded, report = loading
+        if missing := sorted(report["missing_keys"]):
             raise DataError(
-                f"cannot load model {str(model)!r}: {_first_line(error)}",
-                "give 'tiny', a Hub id such as llava-hf/llava-1.5-7b-hf, or a directory with config.json",
-            ) from error
-        commit = getattr(config, "_commit_hash", None)
+                f"model {str(model)!r} lacks {len(missing)} weights, {missing[0]} among them",
+                "download it again; transformers would go on with random numbers instead",
+            )
+        commit = config.get("_commit_hash")
         return cls(model=loaded.eval(), processor=processor, family=family, name=str(model), revision=commit)
 
     @property
@@ -106,10 +114,12 @@ class Checkpoint:
         """
         if len(prompts) != len(pictures) or not prompts:
             raise DataError(
-                f"{len(prompts)} prompts and {len(pictures)} picture lists", "give one list of pictures per prompt"
+                f"{len(prompts)} prompts and {len(pictures)} picture lists",
+                "give one list of pictures per prompt",
             )
         texts = [
-            self.render(prompt, len(row), system=system) for prompt, row in zip(prompts, pictures, strict=True)
+            self.render(prompt, len(row), system=system)
+            for prompt, row in zip(prompts, pictures, strict=True)
         ]
         inputs = self.family.process(self.processor, texts, pictures)
         return Batch(
@@ -130,7 +140,7 @@ class Checkpoint:
         content = [{"type": "image"}] * pictures
         if prompt is not None:
             content = [*content, {"type": "text", "text": prompt}]
-        messages = [{"role": "user", "content": content}]
+        messages: list[dict[str, Any]] = [{"role": "user", "content": content}]
         if system is not None:
             messages.insert(0, {"role": "system", "content": [{"type": "text", "text": system}]})
         return str(self.processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
@@ -143,7 +153,11 @@ class Checkpoint:
         """
         ids = batch["input_ids"]
         marked = ids == self.family.image_token(self.model.config)
-        places = self.family.patches(self.model, self.processor, batch) if bool(marked.any()) else [[]] * batch.rows
+        places = (
+            self.family.patches(self.model, self.processor, batch)
+            if bool(marked.any())
+            else [[]] * batch.rows
+        )
         boxes = torch.full((*ids.shape, 4), float("nan"))
         image = torch.full(ids.shape, -1, dtype=torch.long)
         for row, pictures in enumerate(places):
@@ -172,6 +186,17 @@ class Checkpoint:
     def _placed(self, value: Tensor) -> Tensor:
         value = value.to(self.device)
         return value.to(self.model.dtype) if value.is_floating_point() else value
+
+
+def _config(path: str, revision: str | None) -> dict[str, Any]:
+    """What config.json says, a model type at least; what is plainly a path is never asked of the Hub."""
+    local = Path(path).is_absolute() or path.startswith(".") or path.count("/") > 1
+    if local and not Path(path).is_dir():
+        raise DataError(f"there is no directory {path!r}", _WHAT_LOADS)
+    config, _ = PreTrainedConfig.get_config_dict(path, revision=revision)
+    if "model_type" not in config:
+        raise DataError(f"{path!r} has no config.json with a model_type", _WHAT_LOADS)
+    return config
 
 
 def _device(name: str) -> torch.device:
