@@ -1,0 +1,11 @@
+from vlmfix.decoders import DECODERS as DECODERS
+from vlmfix.decoders import Decoder as Decoder
+from vlmfix.decoders import parse as parse
+from vlmfix.errors import VlmfixError as VlmfixError
+from vlmfix.generation import VLM as VLM
+from vlmfix.generation import Answer as Answer
+from vlmfix.generation import load as load
+from vlmfix.generation import wrap as wrap
+
+__version__: str
+__all__ = ["DECODERS", "VLM", "Answer", "Decoder", "VlmfixError", "__version__", "load", "parse", "wrap"]

@@ -1,0 +1,112 @@
+"""What a result must say about itself: versions, machine, and which weights made it."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import platform
+import resource
+import sys
+from functools import lru_cache
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+
+import vlmfix
+from vlmfix.decoders.parameters import Value, written
+from vlmfix.errors import DataError
+from vlmfix.models.checkpoint import EMBEDDED
+
+PACKAGES = (
+    "torch",
+    "torchvision",
+    "transformers",
+    "accelerate",
+    "safetensors",
+    "pillow",
+    "opencv-python",
+    "numpy",
+)
+"""Packages whose version can change an answer."""
+
+
+def versions() -> dict[str, str]:
+    """Versions of vlmfix, Python and the packages that the answers depend on."""
+    mine = {"vlmfix": vlmfix.__version__, "python": platform.python_version()}
+    return mine | {name: version(name) for name in PACKAGES}
+
+
+def machine() -> dict[str, Any]:
+    """What the machine has: system, cores, memory and GPUs; memory in bytes."""
+    memory = psutil.virtual_memory()
+    return {
+        "system": platform.platform(),
+        "cores": os.cpu_count(),
+        "memory": memory.total,
+        "memory_available": memory.available,
+        "gpus": [_gpu(number) for number in range(torch.cuda.device_count())],
+    }
+
+
+def _gpu(number: int) -> dict[str, Any]:
+    properties = torch.cuda.get_device_properties(number)
+    return {"device": f"cuda:{number}", "name": properties.name, "memory": properties.total_memory}
+
+
+def device_name(device: torch.device) -> str:
+    """A device in words: its torch name, and the product's name for a GPU."""
+    return f"{device} ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else str(device)
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that can still be allocated on a device."""
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
+
+
+def peak_memory(device: torch.device) -> int:
+    """The most bytes held so far: by torch on a GPU, by the whole process on the CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def plain(value: Value) -> bool | int | float | str | None:
+    """A decoder's parameter as JSON holds it; a layer set or a tuple is written as on the command line."""
+    return value if value is None or isinstance(value, bool | int | float | str) else written(value)
+
+
+def weights_digest(model: str, commit: str | None) -> str:
+    """Which weights a model name stands for, so that two runs can be told apart.
+
+    Args:
+        model: What the model was loaded by.
+        commit: Commit of its Hub snapshot; None for a local directory.
+
+    Returns:
+        ``commit:`` and the Hub's commit, or ``sha256:`` and the digest of the directory's weight files, names
+        included.
+
+    Raises:
+        DataError: A local directory without weight files.
+    """
+    if commit is not None:
+        return f"commit:{commit}"
+    folder = EMBEDDED.get(model, Path(model))
+    files = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("*.bin"))
+    if not files:
+        raise DataError(f"no weight files in {folder}", "a model directory holds *.safetensors")
+    return _digest(tuple((path, path.stat().st_mtime_ns) for path in files))
+
+
+@lru_cache(maxsize=8)
+def _digest(files: tuple[tuple[Path, int], ...]) -> str:
+    """Digest of files; the time of change is part of the key, so that a changed file is read again."""
+    whole = hashlib.sha256()
+    for path, _ in files:
+        with path.open("rb") as file:
+            whole.update(f"{path.name}\n{hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode())
+    return f"sha256:{whole.hexdigest()}"

@@ -1,0 +1,221 @@
+"""What the command line shows: progress on stderr, tables and comparisons as text."""
+
+from __future__ import annotations
+
+import io
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console, RenderableType
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+from rich.progress import Progress as Bar
+from rich.table import Table
+from rich.text import Text
+
+from vlmfix.card import plain
+from vlmfix.decoders import DecoderInfo
+from vlmfix.decoders.parameters import written
+from vlmfix.demo import Comparison, Count, Described
+from vlmfix.folder import Progress
+from vlmfix.generation import VLM, load
+
+LINE_SECONDS = 10.0
+"""Between two lines of progress where there is no terminal to draw a bar on."""
+WIDTH = 110
+"""Columns of a table that does not go to a terminal."""
+
+STYLES = {"": "", "present": "bold", "absent": "bold red strike"}
+
+
+def loading(model: str, *, revision: str | None = None, device: str = "auto", dtype: str = "auto") -> VLM:
+    """Loads a model and says so."""
+    print(f"vlmfix: loading {model}", file=sys.stderr, flush=True)
+    return load(model, revision=revision, device=device, dtype=dtype)
+
+
+@contextmanager
+def counting(what: str) -> Iterator[Callable[[int, int], None]]:
+    """Shows how far a job is, on stderr: a bar on a terminal, else a line now and then.
+
+    Args:
+        what: What is counted, in the plural.
+
+    Yields:
+        A function to call with the number done and the total.
+    """
+    started = time.monotonic()
+    first: list[int] = []
+    with _bar() if sys.stderr.isatty() else _lines() as show:
+
+        def report(done: int, total: int) -> None:
+            first.append(done) if not first else None
+            elapsed = time.monotonic() - started
+            rate = (done - first[0]) / elapsed if elapsed > 0 else 0.0
+            show(what, done, total, rate)
+
+        yield report
+
+
+@contextmanager
+def run_display() -> Iterator[Callable[[Progress], None]]:
+    """Shows the progress of a folder's run; yields the function that it reports to."""
+    with counting("answers") as report:
+        yield lambda progress: report(progress.done, progress.total)
+
+
+@contextmanager
+def _bar() -> Iterator[Callable[[str, int, int, float], None]]:
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[rate]}"),
+        TimeRemainingColumn(),
+    )
+    with Bar(*columns, console=Console(stderr=True)) as bar:
+
+        def show(what: str, done: int, total: int, rate: float) -> None:
+            if not bar.task_ids:
+                bar.add_task(what, total=total, completed=done, rate="")
+            bar.update(bar.task_ids[0], completed=done, total=total, rate=f"{rate:.2f}/s")
+
+        yield show
+
+
+@contextmanager
+def _lines() -> Iterator[Callable[[str, int, int, float], None]]:
+    last = [time.monotonic()]
+
+    def show(what: str, done: int, total: int, rate: float) -> None:
+        now = time.monotonic()
+        if now - last[0] < LINE_SECONDS and done < total:
+            return
+        last[0] = now
+        left = (
+            f", {timedelta(seconds=round((total - done) / rate))} left" if rate > 0 and done < total else ""
+        )
+        print(f"vlmfix: {done} of {total} {what}, {rate:.2f}/s{left}", file=sys.stderr, flush=True)
+
+    yield show
+
+
+def summary(end: Progress, out: Path) -> str:
+    """The last words of a run."""
+    totals = end.totals
+    lines = [f"vlmfix: {totals.answers} answers in {out / 'answers.jsonl'}"]
+    if end.before:
+        lines[0] += f", {min(end.before, totals.answers)} of them from before"
+    if totals.failed:
+        lines.append(
+            f"vlmfix: {totals.failed} failures in {out / 'failed.jsonl'}; remove that file to try them again"
+        )
+    if totals.ms_per_token is not None:
+        speed = f"{totals.tokens} tokens, {totals.ms_per_token:.1f} ms per token"
+        lines.append(f"vlmfix: {speed}; settings in {out / 'run.json'}")
+    return "\n".join(lines)
+
+
+def decoder_tables(infos: Sequence[DecoderInfo]) -> str:
+    """All decoders in one table, then the parameters of each."""
+    table = Table(box=None, pad_edge=False)
+    for title in ("decoder", "title", "acts on", "passes", "beams", "compiles", "arXiv"):
+        table.add_column(title, justify="right" if title == "passes" else "left")
+    for info in infos:
+        flags = ("yes" if flag else "no" for flag in (info.beams, info.compiles))
+        table.add_row(info.name, info.title, info.acts_on, str(info.passes), *flags, info.arxiv)
+    parts: list[RenderableType] = [table]
+    for info in infos:
+        if info.parameters:
+            parts += ["", Text(f"{info.name}, parameters"), _parameter_table(info)]
+    return _text(*parts)
+
+
+def _parameter_table(info: DecoderInfo) -> Table:
+    table = Table(box=None, pad_edge=False, show_header=False)
+    for parameter in info.parameters:
+        table.add_row(f"  {parameter.name}", written(parameter.default), parameter.allowed, parameter.help)
+    return table
+
+
+def info_json(info: DecoderInfo) -> dict[str, Any]:
+    """A decoder's description in plain JSON values."""
+    return {
+        "name": info.name,
+        "title": info.title,
+        "arxiv": info.arxiv,
+        "acts_on": info.acts_on,
+        "passes": info.passes,
+        "beams": info.beams,
+        "compiles": info.compiles,
+        "parameters": [
+            {
+                "name": parameter.name,
+                "default": plain(parameter.default),
+                "allowed": parameter.allowed,
+                "help": parameter.help,
+            }
+            for parameter in info.parameters
+        ],
+    }
+
+
+def diagnosis_text(diagnosis: dict[str, Any]) -> str:
+    """What ``doctor`` found, in lines."""
+    machine, model = diagnosis["machine"], diagnosis["model"]
+    memory = f"{machine['memory_available'] / 2**30:.1f} of {machine['memory'] / 2**30:.1f} GiB free"
+    gpus = [f"{gpu['name']}, {gpu['memory'] / 2**30:.0f} GiB ({gpu['device']})" for gpu in machine["gpus"]]
+    facts = Table(box=None, pad_edge=False, show_header=False)
+    for name, value in (
+        ("system", machine["system"]),
+        ("memory", f"{machine['cores']} cores, {memory}"),
+        ("GPU", "; ".join(gpus) or "none that torch sees"),
+        ("versions", ", ".join(f"{name} {number}" for name, number in diagnosis["versions"].items())),
+        ("model", f"{model['id']}: {model['family']}, {model['layers']} layers"),
+        ("runs on", f"{model['device']}, {model['dtype']}"),
+    ):
+        facts.add_row(name, value)
+    checks = Table(box=None, pad_edge=False, show_header=False)
+    for name, reason in diagnosis["decoders"].items():
+        checks.add_row(name, "works" if reason is None else f"does not work: {reason}")
+    return _text(facts, "", checks).rstrip("\n")
+
+
+def comparison_text(comparison: Comparison) -> str:
+    """The answers side by side, with the objects that are not there marked, and the counts."""
+    table = Table(show_lines=True)
+    table.add_column("picture")
+    for spec in comparison.counts:
+        table.add_column(spec, ratio=1)
+    for scene in comparison.scenes:
+        present = Text(f"{scene.image.name}\n").append(", ".join(scene.present), style="dim")
+        table.add_row(present, *(_marked(described) for described in scene.answers.values()))
+    return _text(table, *(Text(_counted(spec, count)) for spec, count in comparison.counts.items()))
+
+
+def _counted(spec: str, count: Count) -> str:
+    return (
+        f"{spec}: {count.hallucinated} of {count.mentioned} objects mentioned are not in the picture; "
+        f"{count.found} of {count.present} objects in the pictures are mentioned"
+    )
+
+
+def _marked(described: Described) -> Text:
+    text = Text()
+    for words, mark in described.pieces:
+        text.append(words, style=STYLES[mark])
+    return text
+
+
+def _text(*parts: RenderableType) -> str:
+    """Renders for the terminal's width, or for a fixed one where there is none."""
+    terminal = sys.stdout.isatty()
+    out = io.StringIO()
+    console = Console(file=out, width=None if terminal else WIDTH, force_terminal=terminal)
+    for part in parts:
+        console.print(part)
+    return out.getvalue()

@@ -1,0 +1,277 @@
+"""The main job: every picture of a folder through the model, and every answer to a file as it is done."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from vlmfix.card import device_name, free_memory, peak_memory, plain, versions, weights_digest
+from vlmfix.decoders import Decoder, parse
+from vlmfix.errors import DataError, LayoutError, UsageError, VlmfixError
+from vlmfix.folder.output import OutputFolder, Totals
+from vlmfix.folder.questions import Questions
+from vlmfix.generation import VLM, Answer, load
+from vlmfix.images import Found, Picture, find, read_ahead
+from vlmfix.settings import Settings
+
+logger = logging.getLogger(__name__)
+
+ROW_TOKENS = 4096
+"""Prompt and answer tokens that ``batch_size="auto"`` makes room for in every row."""
+LARGEST_BATCH = {"cuda": 32, "cpu": 8}
+
+OUT_OF_MEMORY = ("out of memory", "not enough memory", "can't allocate memory", "ALLOC_FAILED")
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a run is.
+
+    Attributes:
+        total: Questions altogether: pictures times prompts.
+        before: Of these, dealt with by earlier starts.
+        done: Dealt with so far, earlier starts included.
+        totals: What the output folder amounts to.
+        batch_size: Rows per batch at present.
+    """
+
+    total: int
+    before: int
+    done: int
+    totals: Totals
+    batch_size: int
+
+
+@dataclass(frozen=True, eq=False)
+class _Sample:
+    image: str
+    picture: Picture
+    prompt: str
+
+
+def run(
+    pictures: Path,
+    out: Path,
+    *,
+    questions: Questions,
+    settings: Settings,
+    batch_size: int | None = None,
+    report: Callable[[Progress], None] = lambda progress: None,
+    loader: Callable[..., VLM] = load,
+) -> Progress:
+    """Asks a model about every picture of a folder; goes on where an earlier start ended.
+
+    Writes ``answers.jsonl``, ``failed.jsonl`` and ``run.json`` into ``out``;
+    ``docs/cli.md`` lists their fields.
+
+    Args:
+        pictures: A folder, read recursively, or one picture.
+        out: The folder to write; made when it is missing.
+        questions: What to ask.
+        settings: Model, decoder and generation settings.
+        batch_size: Rows per batch; None takes as many as the free memory allows. Halved when memory runs out.
+        report: Called whenever something was written.
+        loader: Loads the model; ``vlmfix.load`` unless a test gives another.
+
+    Returns:
+        The final state.
+
+    Raises:
+        UsageError: A setting is not allowed, a question names a picture that is not there, or ``out``
+            belongs to another run.
+        DataError: The pictures' folder or ``out`` cannot be used.
+        UnsupportedModelError: The model cannot be used.
+    """
+    if not pictures.exists():
+        raise UsageError(f"there is no {pictures}", "give a picture, or a folder with pictures")
+    if pictures.is_dir() and out.exists() and out.samefile(pictures):
+        raise UsageError(f"{out} is the folder of the pictures", "choose another --out")
+    decoder = parse(settings.decoder)
+    files = list(find(pictures, skip=out))
+    questions.check(file.name for file in files)
+    files = [file for file in files if questions.about_picture(file.name)]
+    if not files:
+        raise DataError(f"no file in {pictures}", "give a picture, or a folder with pictures")
+    with OutputFolder(out, _known_settings(pictures, questions, settings, decoder)) as output:
+        job = _Job(files, questions, output, report)
+        if job.left():
+            vlm = loader(
+                settings.model, revision=settings.revision, device=settings.device, dtype=settings.dtype
+            )
+            job.work(vlm, decoder, settings, batch_size)
+        return job.progress()
+
+
+def _known_settings(
+    pictures: Path, questions: Questions, settings: Settings, decoder: Decoder
+) -> dict[str, Any]:
+    """The settings that can be compared before the model is loaded."""
+    asked = asdict(settings)
+    for name in ("device", "dtype"):  # what they come to is known only with the model
+        del asked[name]
+    parameters = {name: plain(value) for name, value in decoder.parameters().items()}
+    return {
+        "pictures": str(pictures.resolve()),
+        **questions.about,
+        **asked,
+        "decoder": decoder.spec(),
+        "decoder_parameters": parameters,
+    }
+
+
+class _Job:
+    def __init__(
+        self,
+        files: Sequence[Found],
+        questions: Questions,
+        output: OutputFolder,
+        report: Callable[[Progress], None],
+    ) -> None:
+        self._questions = questions
+        self._output = output
+        self._report = report
+        self._batch_size = 1
+        self._total = sum(len(questions.about_picture(file.name)) for file in files)
+        self._files = [file for file in files if self._open_prompts(file.name)]
+        self._before = self._done = self._total - self.left()
+
+    def _open_prompts(self, name: str) -> list[str]:
+        if name in self._output.unreadable:
+            return []
+        return [
+            prompt
+            for prompt in self._questions.about_picture(name)
+            if (name, prompt) not in self._output.done
+        ]
+
+    def left(self) -> int:
+        """Questions without an answer or a failure."""
+        return sum(len(self._open_prompts(file.name)) for file in self._files)
+
+    def progress(self) -> Progress:
+        return Progress(self._total, self._before, self._done, self._output.totals, self._batch_size)
+
+    def work(self, vlm: VLM, decoder: Decoder, settings: Settings, batch_size: int | None) -> None:
+        """Deals with everything that is left."""
+        self._vlm, self._decoder, self._settings = vlm, decoder, settings
+        self._batch_size = batch_size or _fitting_batch(vlm, decoder)
+        weights = weights_digest(settings.model, vlm.revision)
+        self._output.begin(
+            {
+                "weights": weights,
+                "commit": vlm.revision,
+                "dtype": str(vlm.model.dtype).removeprefix("torch."),
+            },
+            {"device": device_name(vlm.device), "versions": versions(), "batch_size": self._batch_size},
+        )
+        self._report(self.progress())
+        finished = False
+        try:
+            samples = self._samples()
+            while batch := list(itertools.islice(samples, self._batch_size)):
+                self._answer(batch)
+            finished = True
+        finally:
+            self._output.save(finished=finished, peak_memory=peak_memory(vlm.device))
+
+    def _samples(self) -> Iterator[_Sample]:
+        for file, picture in read_ahead(self._files):
+            prompts = self._open_prompts(file.name)
+            if isinstance(picture, DataError):
+                self._output.fail(file.name, str(picture))
+                self._step(len(prompts))
+            else:
+                yield from (_Sample(file.name, picture, prompt) for prompt in prompts)
+
+    def _step(self, count: int) -> None:
+        self._done += count
+        if self._output.card_is_old:
+            self._output.save(finished=False, peak_memory=peak_memory(self._vlm.device))
+        self._report(self.progress())
+
+    def _answer(self, batch: list[_Sample]) -> None:
+        """Answers a batch; where it fails, smaller ones, until the sample at fault is alone."""
+        answers = self._attempt(batch)
+        if not isinstance(answers, Exception):
+            for sample, answer in zip(batch, answers, strict=True):
+                self._output.answer(_record(sample, answer))
+            self._step(len(batch))
+        elif len(batch) == 1:
+            self._output.fail(batch[0].image, _reason(answers), prompt=batch[0].prompt)
+            self._step(1)
+        else:
+            rows = 1
+            if _is_memory(answers):
+                self._batch_size = rows = len(batch) // 2
+                logger.warning("out of memory with %d rows: going on with %d", len(batch), rows)
+            for start in range(0, len(batch), rows):
+                self._answer(batch[start : start + rows])
+
+    def _attempt(self, batch: list[_Sample]) -> list[Answer] | Exception:
+        """The answers, or what went wrong with this batch; what would go wrong with every batch is raised."""
+        settings = self._settings
+        try:
+            return self._vlm.generate(
+                [sample.picture.image for sample in batch],
+                [sample.prompt for sample in batch],
+                decoder=self._decoder,
+                max_new_tokens=settings.max_new_tokens,
+                num_beams=settings.num_beams,
+                temperature=settings.temperature,
+                seed=settings.seed,
+            )
+        except Exception as error:
+            if not _is_memory(error) and _concerns_every_batch(error):
+                raise
+            problem = error.with_traceback(None)  # its frames would keep the tensors alive
+        if _is_memory(problem) and torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        return problem
+
+
+def _record(sample: _Sample, answer: Answer) -> dict[str, Any]:
+    return {
+        "image": sample.image,
+        "sha256": sample.picture.sha256,
+        "prompt": sample.prompt,
+        "answer": answer.text,
+        "tokens": answer.tokens,
+        "finish": answer.finish,
+        "seconds": round(answer.seconds, 4),
+    }
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, VlmfixError):
+        return str(error)
+    first = (str(error).strip().splitlines() or [""])[0]
+    return f"{'out of memory: ' if _is_memory(error) else ''}{type(error).__name__}: {first}"
+
+
+def _is_memory(error: Exception) -> bool:
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in OUT_OF_MEMORY)
+
+
+def _concerns_every_batch(error: Exception) -> bool:
+    """Settings that cannot work, and a GPU that is lost until the process ends."""
+    if isinstance(error, VlmfixError):
+        return not isinstance(error, DataError | LayoutError)
+    return isinstance(error, torch.AcceleratorError)
+
+
+def _fitting_batch(vlm: VLM, decoder: Decoder) -> int:
+    """Rows whose keys and values, twice over for what else a row needs, fit the free memory."""
+    config = vlm.model.config.get_text_config()
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    cache = 2 * config.num_hidden_layers * heads * width * vlm.model.dtype.itemsize * ROW_TOKENS
+    fitting = free_memory(vlm.device) // (2 * cache * decoder.passes)
+    return int(max(1, min(fitting, LARGEST_BATCH.get(vlm.device.type, 8))))

@@ -1,0 +1,129 @@
+"""What is asked about which picture: one prompt for all, or a CSV file."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import io
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Self
+
+from vlmfix.errors import UsageError
+
+DESCRIBE = "Please describe this image in detail."
+"""Asked when nothing else is."""
+
+SHOWN = 10
+"""Missing pictures named in the message; the rest are counted."""
+
+
+@dataclass(frozen=True)
+class Questions:
+    """Prompts for every picture, or for named pictures.
+
+    Attributes:
+        everywhere: Asked about every picture.
+        named: Asked about one picture, by its path relative to the folder; empty unless a file names any.
+        about: What the run card says about where the prompts come from.
+    """
+
+    everywhere: tuple[str, ...] = ()
+    named: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    about: dict[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def text(cls, prompt: str = DESCRIBE) -> Self:
+        """One prompt for every picture.
+
+        Raises:
+            UsageError: The prompt is empty.
+        """
+        if not prompt.strip():
+            raise UsageError("the prompt is empty", "write a question or an instruction")
+        return cls(everywhere=(prompt,), about={"prompt": prompt})
+
+    @classmethod
+    def file(cls, path: Path) -> Self:
+        """Reads a CSV file with a header: ``prompt``, or ``image,prompt``.
+
+        With ``prompt`` alone every picture gets every prompt; with ``image`` each row is one question
+        about the picture at that path, relative to the folder.
+
+        Raises:
+            UsageError: The file cannot be read, has other columns, an empty field, a repeated row, or no row.
+        """
+        rows, digest = _read(path)
+        named: dict[str, dict[str, None]] = {}
+        first: dict[tuple[str, str], int] = {}
+        for line, image, prompt in rows:
+            earlier = first.setdefault((image, prompt), line)
+            if earlier != line:
+                raise UsageError(f"{path}, line {line} repeats line {earlier}", "remove one of them")
+            named.setdefault(image, {})[prompt] = None
+        about = {"prompts": {"file": str(path), "sha256": digest, "rows": len(rows)}}
+        everywhere = tuple(named.pop("", ()))
+        return cls(
+            everywhere=everywhere,
+            named={image: tuple(prompts) for image, prompts in named.items()},
+            about=about,
+        )
+
+    def about_picture(self, name: str) -> tuple[str, ...]:
+        """The prompts for one picture, in order."""
+        return self.named.get(name, ()) if self.named else self.everywhere
+
+    def check(self, names: Iterable[str]) -> None:
+        """Makes sure that every picture that a question names is there.
+
+        Args:
+            names: The pictures of the folder.
+
+        Raises:
+            UsageError: Some are not; the message lists them.
+        """
+        missing = sorted(set(self.named).difference(names))
+        if missing:
+            more = f" and {len(missing) - SHOWN} more" if len(missing) > SHOWN else ""
+            raise UsageError(
+                f"the prompts name {len(missing)} pictures that are not in the folder: "
+                f"{', '.join(missing[:SHOWN])}{more}",
+                "write each path relative to the folder, with forward slashes",
+            )
+
+
+def _read(path: Path) -> tuple[list[tuple[int, str, str]], str]:
+    """(line, image or "", prompt) of each row, and the digest of the file."""
+    try:
+        raw = path.read_bytes()
+        text = raw.decode("utf-8-sig")
+    except OSError as error:
+        raise UsageError(f"cannot read {path}: {error.strerror}", "give a CSV file") from error
+    except UnicodeDecodeError as error:
+        raise UsageError(f"{path} is not UTF-8 text: {error.reason}", "save it as CSV in UTF-8") from error
+    reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
+    try:
+        columns = reader.fieldnames or []
+        if sorted(columns) not in (["prompt"], ["image", "prompt"]):
+            raise UsageError(
+                f"{path} has the columns {', '.join(columns) or '(none)'}",
+                "the first line must be prompt or image,prompt",
+            )
+        rows = [_row(path, reader.line_num, row, "image" in columns) for row in reader]
+    except csv.Error as error:
+        raise UsageError(f"{path}, line {reader.line_num}: {error}", "write it as standard CSV") from error
+    if not rows:
+        raise UsageError(f"{path} has no prompt", "write one prompt per line under the header")
+    return rows, hashlib.sha256(raw).hexdigest()
+
+
+def _row(path: Path, line: int, row: dict[str, str], named: bool) -> tuple[int, str, str]:
+    image, prompt = row.get("image") or "", row.get("prompt") or ""
+    if None in row:
+        raise UsageError(
+            f"{path}, line {line} has too many fields", "put text that holds a comma in double quotes"
+        )
+    if not prompt.strip() or (named and not image):
+        raise UsageError(f"{path}, line {line} has an empty field", "fill in every column")
+    return line, image, prompt

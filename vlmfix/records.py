@@ -1,0 +1,182 @@
+"""Result files that survive a kill: JSON lines appended whole, JSON documents replaced whole."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, Self
+
+from vlmfix.errors import DataError, UsageError
+
+SYNC_SECONDS = 5.0
+"""At most this much is lost in a power cut; a killed process loses nothing that was appended."""
+
+
+class JsonLines:
+    """An append-only file of JSON objects, one per line, that one process at a time may hold.
+
+    Opening it takes the file's lock and cuts off a last line that a kill left unfinished. Each line goes
+    out in one write, so that a reader never sees half of one.
+
+    Args:
+        path: The file; made when it is missing. Its folder must exist.
+
+    Raises:
+        UsageError: Another process holds the file.
+        DataError: The file cannot be opened.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
+        except OSError as error:
+            raise DataError(
+                f"cannot open {path}: {error.strerror}", "choose a folder that you may write to"
+            ) from error
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            os.close(self._file)
+            raise UsageError(
+                f"another process is writing to {path}", "wait for it to end, or choose another folder"
+            ) from error
+        self._synced = time.monotonic()
+        os.ftruncate(self._file, _end_of_last_line(self._file))
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        """The objects in the file, from its start.
+
+        Raises:
+            DataError: A line is not a JSON object.
+        """
+        return read_lines(self.path)
+
+    def append(self, record: Mapping[str, Any]) -> None:
+        """Adds one line.
+
+        Raises:
+            DataError: The disk is full or gone; the file then ends with the last whole line.
+        """
+        line = to_json(record).encode() + b"\n"
+        end = os.lseek(self._file, 0, os.SEEK_END)
+        try:
+            written = os.write(self._file, line)
+            problem = f"wrote {written} of {len(line)} bytes" if written < len(line) else ""
+        except OSError as error:
+            problem = str(error.strerror)
+        if problem:
+            os.ftruncate(self._file, end)
+            raise DataError(f"cannot write to {self.path}: {problem}", "free some space and start again")
+        if time.monotonic() - self._synced > SYNC_SECONDS:
+            self.sync()
+
+    def sync(self) -> None:
+        """Waits until everything appended is on the disk."""
+        os.fsync(self._file)
+        self._synced = time.monotonic()
+
+    def close(self) -> None:
+        """Syncs, and gives the lock back."""
+        self.sync()
+        os.close(self._file)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def read_lines(path: Path) -> Iterator[dict[str, Any]]:
+    """The objects of a JSON-lines file; an unfinished last line, as a kill leaves it, is passed over.
+
+    Args:
+        path: The file; one that does not exist has no lines.
+
+    Raises:
+        DataError: A finished line is not a JSON object.
+    """
+    if not path.exists():
+        return
+    with path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            if not line.endswith(b"\n"):
+                return
+            try:
+                record = json.loads(line)
+            except ValueError as error:
+                raise _bad_line(path, number) from error
+            if not isinstance(record, dict):
+                raise _bad_line(path, number)
+            yield record
+
+
+def replace_json(path: Path, document: Mapping[str, Any]) -> None:
+    """Writes a JSON document so that a reader sees the old one or the new one, never a part.
+
+    Raises:
+        DataError: The file cannot be written.
+    """
+    draft = path.with_name(f".{path.name}.new")
+    try:
+        with draft.open("wb") as file:
+            file.write(to_json(document, indent=2).encode() + b"\n")
+            file.flush()
+            os.fsync(file.fileno())
+        draft.replace(path)
+    except OSError as error:
+        raise DataError(
+            f"cannot write {path}: {error.strerror}", "free some space and start again"
+        ) from error
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Reads a JSON object.
+
+    Raises:
+        DataError: The file is missing or does not hold a JSON object.
+    """
+    try:
+        document = json.loads(path.read_bytes())
+    except OSError as error:
+        raise DataError(f"cannot read {path}: {error.strerror}", "check the path") from error
+    except ValueError as error:
+        raise DataError(
+            f"{path} is not JSON: {error}", "remove the file, or choose another folder"
+        ) from error
+    if not isinstance(document, dict):
+        raise DataError(f"{path} holds no JSON object", "remove the file, or choose another folder")
+    return document
+
+
+def to_json(value: Any, *, indent: int | None = None) -> str:  # noqa: ANN401 (what JSON can hold has no name)
+    """JSON text in plain characters, except that a file name which is not text is escaped."""
+    text = json.dumps(value, ensure_ascii=False, indent=indent, allow_nan=False)
+    try:
+        text.encode()
+    except UnicodeEncodeError:  # a name from a file system that is not UTF-8 holds lone surrogates
+        return json.dumps(value, ensure_ascii=True, indent=indent, allow_nan=False)
+    return text
+
+
+def _bad_line(path: Path, number: int) -> DataError:
+    return DataError(
+        f"line {number} of {path} is not a JSON object", "remove that line, or choose another folder"
+    )
+
+
+def _end_of_last_line(file: int, block: int = 1 << 16) -> int:
+    """Offset just past the last newline, 0 when there is none; reads backwards."""
+    end = os.lseek(file, 0, os.SEEK_END)
+    while end > 0:
+        start = max(0, end - block)
+        newline = os.pread(file, end - start, start).rfind(b"\n")
+        if newline >= 0:
+            return start + newline + 1
+        end = start
+    return 0

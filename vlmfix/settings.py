@@ -1,0 +1,32 @@
+"""What decides an answer, apart from the picture and the question."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """Model, decoder and generation settings of a run.
+
+    Attributes:
+        model: ``tiny``, a Hub id or a local directory.
+        revision: Branch, tag or commit on the Hub.
+        device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
+        dtype: ``auto``, ``float32``, ``bfloat16`` or ``float16``.
+        decoder: A decoder specification, such as ``vcd:contrast=0.5``.
+        max_new_tokens: Longest answer, in tokens.
+        num_beams: Beams; 1 for none.
+        temperature: Sampling temperature; 0 takes the most probable token.
+        seed: Seed of sampling.
+    """
+
+    model: str = "tiny"
+    revision: str | None = None
+    device: str = "auto"
+    dtype: str = "auto"
+    decoder: str = "greedy"
+    max_new_tokens: int = 128
+    num_beams: int = 1
+    temperature: float = 0.0
+    seed: int = 0
