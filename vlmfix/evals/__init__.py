@@ -1,0 +1,1 @@
+"""Evaluations: what a model says, against what is there."""

@@ -1,0 +1,294 @@
+"""Measure a model on fresh scenes of the drawn world: `python -m vlmfix.evals.embedded --model DIR`."""
+
+from __future__ import annotations
+
+import json
+import random
+import re
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import click
+from PIL import Image
+
+from vlmfix.errors import VlmfixError
+from vlmfix.world.captions import absent
+from vlmfix.world.language import NUMBERS, alone, place
+from vlmfix.world.mentions import mentions
+from vlmfix.world.pope import SPLITS, choose
+from vlmfix.world.pope import lines as pope_lines
+from vlmfix.world.questions import (
+    DESCRIBE,
+    beside_exchanges,
+    count_exchange,
+    exists_question,
+    where_exchange,
+    window,
+)
+from vlmfix.world.render import render
+from vlmfix.world.scenes import Scene, scene
+
+Pictures = Sequence[Image.Image]
+Answer = Callable[[Sequence[Pictures], Sequence[str]], list[str]]
+"""Answers one prompt for each row; a row has no, one or two pictures."""
+
+SMALL_SIDE = 48
+
+
+@dataclass(frozen=True)
+class Set:
+    """Scenes with their pictures, 512 pixels square."""
+
+    scenes: list[Scene]
+    pictures: list[Image.Image]
+
+
+def draw(count: int, seed: int, device: str) -> Set:
+    """Draw the scenes to measure on."""
+    scenes = [scene(seed, index) for index in range(count)]
+    canvases = render(scenes, device=device).permute(0, 2, 3, 1).cpu().numpy()  # (N, 512, 512, 3)
+    return Set(scenes, [Image.fromarray(canvas) for canvas in canvases])
+
+
+def measure(answer: Answer, shown: Set) -> dict[str, Any]:
+    """Run every measurement that needs nothing but answers.
+
+    Args:
+        answer: What is measured.
+        shown: Scenes and pictures.
+
+    Returns:
+        Figures by name, probabilities in [0, 1], and the captions.
+    """
+    captions = answer([[picture] for picture in shown.pictures], [DESCRIBE[0]] * len(shown.pictures))
+    return {
+        "captions": caption_figures(shown.scenes, captions),
+        "pope": pope_figures(answer, shown, blind=False),
+        "pope without the picture": pope_figures(answer, shown, blind=True),
+        "counting": counting(answer, shown),
+        "position": position(answer, shown),
+        "small objects": small_objects(answer, shown),
+        "texts": captions,
+    }
+
+
+def caption_figures(scenes: Sequence[Scene], captions: Sequence[str]) -> dict[str, Any]:
+    """CHAIR on exact ground truth, and where in the caption the hallucinated mentions stand.
+
+    Args:
+        scenes: What is there.
+        captions: One for each scene.
+
+    Returns:
+        chair_s, chair_i, recall, mentions, words and sentences per caption, and the share of mentions that are
+        hallucinated in each quarter of a caption's mentions (`quarters`) and in each sentence (`sentences`).
+    """
+    wrong = total = hit = present = words = parts = bad_captions = 0
+    quarters: dict[int, list[int]] = {}
+    sentences: dict[int, list[int]] = {}
+    for view, text in zip(scenes, captions, strict=True):
+        there = view.counts()
+        split = re.split(r"(?<=\.)\s+", text.strip())
+        named = [(name, number) for number, part in enumerate(split) for name in mentions(part)]
+        for order, (name, number) in enumerate(named):
+            false = int(name not in there)
+            quarters.setdefault(4 * order // len(named), []).append(false)
+            sentences.setdefault(number, []).append(false)
+        errors = sum(name not in there for name, _ in named)
+        wrong, total, bad_captions = wrong + errors, total + len(named), bad_captions + (errors > 0)
+        hit, present = hit + len({name for name, _ in named} & there.keys()), present + len(there)
+        words, parts = words + len(text.split()), parts + len(split)
+    return {
+        "chair_s": bad_captions / len(captions),
+        "chair_i": wrong / max(1, total),
+        "recall": hit / present,
+        "mentions": total / len(captions),
+        "words": words / len(captions),
+        "sentences": parts / len(captions),
+        "by quarter": [sum(found) / len(found) for _, found in sorted(quarters.items())],
+        "by sentence": [sum(found) / len(found) for _, found in sorted(sentences.items())],
+        "mentions by sentence": [len(found) / len(captions) for _, found in sorted(sentences.items())],
+    }
+
+
+def says_yes(answer: str) -> bool:
+    """Parse a yes/no answer exactly as POPE's official script does: whatever is not a plain no is a yes."""
+    words = answer.split(".")[0].replace(",", "").split(" ")
+    return not {"No", "no", "not"} & set(words)
+
+
+def pope_figures(answer: Answer, shown: Set, *, blind: bool) -> dict[str, dict[str, float]]:
+    """POPE by the official rules on the three splits.
+
+    Args:
+        answer: What is measured.
+        shown: Scenes and pictures; those with three categories or more are asked about.
+        blind: Ask without the picture.
+
+    Returns:
+        For each split accuracy, precision, recall, f1 and yes-ratio.
+    """
+    pictures = choose(((str(row), list(view.counts())) for row, view in enumerate(shown.scenes)), seed=0)
+    figures = {}
+    for split in SPLITS:
+        asked = [json.loads(line) for line in pope_lines(pictures, split=split, seed=0)]
+        prompts = [entry["text"] for entry in asked]
+        if blind:
+            said = _unique(answer, prompts)
+        else:
+            said = answer([[shown.pictures[int(entry["image"])]] for entry in asked], prompts)
+        pairs = [(entry["label"] == "yes", says_yes(text)) for entry, text in zip(asked, said, strict=True)]
+        figures[split] = rates(pairs)
+    return figures
+
+
+def rates(pairs: Sequence[tuple[bool, bool]]) -> dict[str, float]:
+    """Accuracy, precision, recall, F1 and yes-ratio of (truth, answer) pairs; yes is positive."""
+    hits = sum(truth and said for truth, said in pairs)
+    positives = sum(truth for truth, _ in pairs)
+    said_yes = sum(said for _, said in pairs)
+    precision, recall = hits / max(1, said_yes), hits / max(1, positives)
+    return {
+        "accuracy": sum(truth == said for truth, said in pairs) / len(pairs),
+        "precision": precision,
+        "recall": recall,
+        "f1": 2 * precision * recall / max(1e-9, precision + recall),
+        "yes_ratio": said_yes / len(pairs),
+    }
+
+
+def counting(answer: Answer, shown: Set) -> dict[str, float]:
+    """Exact count of the most prominent single category and of the most prominent repeated one."""
+    asked = []
+    for row, view in enumerate(shown.scenes):
+        for repeated in (False, True):
+            names = [name for name, count in view.counts().items() if (count > 1) is repeated]
+            asked += [(row, name, view.counts()[name]) for name in names[:1]]
+    said = answer([[shown.pictures[row]] for row, _, _ in asked], [count_exchange(name, 1).prompt for _, name, _ in asked])
+    right = [(count > 1, spelled(text) == count) for (_, _, count), text in zip(asked, said, strict=True)]
+    return {
+        "one": _share([ok for many, ok in right if not many]),
+        "several": _share([ok for many, ok in right if many]),
+    }
+
+
+def spelled(text: str) -> int | None:
+    """First number in a text, as a word or in digits; None without one."""
+    for word in re.findall(r"[a-z]+|\d+", text.lower()):
+        if word in NUMBERS or word.isdigit():
+            return NUMBERS.index(word) if word in NUMBERS else int(word)
+    return None
+
+
+def position(answer: Answer, shown: Set) -> dict[str, float]:
+    """Place of the most prominent single object on the 3 by 3 grid, and its neighbour on a side that has one."""
+    where = [(row, thing) for row, view in enumerate(shown.scenes) for thing in list(alone(view).values())[:1]]
+    said = answer([[shown.pictures[row]] for row, _ in where], [where_exchange(thing).prompt for _, thing in where])
+    places = [place(thing.box) in text for (_, thing), text in zip(where, said, strict=True)]
+    beside = []
+    for row, view in enumerate(shown.scenes):
+        full = [found for found in beside_exchanges(view) if not found.answer.startswith("Nothing")]
+        beside += [(row, found) for found in full[:1]]
+    said = answer([[shown.pictures[row]] for row, _ in beside], [found.prompt for _, found in beside])
+    neighbours = [mentions(text)[:1] == mentions(found.answer)[:1] for (_, found), text in zip(beside, said, strict=True)]
+    return {"place": _share(places), "neighbour": _share(neighbours)}
+
+
+def small_objects(answer: Answer, shown: Set) -> dict[str, float]:
+    """Yes/no about objects under 48 pixels, without and with a second picture that shows their part enlarged.
+
+    Each scene with such an object is asked about it and about a category that would fit but is absent.
+    """
+    asked: list[tuple[int, str, bool, Image.Image]] = []
+    for row, view in enumerate(shown.scenes):
+        small = [t for t in alone(view).values() if max(t.box[2] - t.box[0], t.box[3] - t.box[1]) < SMALL_SIDE]
+        if not small:
+            continue
+        rng = random.Random(f"small/{view.seed}/{view.index}")
+        part = shown.pictures[row].crop(window(small[0].box, 0.6, rng.random(), rng.random()))
+        asked.append((row, small[0].category, True, part))
+        asked += [(row, name, False, part) for name in absent(view, rng, 1)]
+    prompts = [exists_question(name) for _, name, _, _ in asked]
+    figures: dict[str, float] = {"questions": len(asked)}
+    for title, rows in (
+        ("one picture", [[shown.pictures[row]] for row, _, _, _ in asked]),
+        ("two pictures", [[shown.pictures[row], part] for row, _, _, part in asked]),
+    ):
+        said = answer(rows, prompts)
+        found = rates([(truth, says_yes(text)) for (_, _, truth, _), text in zip(asked, said, strict=True)])
+        figures |= {f"{title}: {name}": found[name] for name in ("accuracy", "recall", "yes_ratio")}
+    return figures
+
+
+def _unique(answer: Answer, prompts: Sequence[str]) -> list[str]:
+    """Ask each distinct prompt once, without a picture."""
+    distinct = list(dict.fromkeys(prompts))
+    known = dict(zip(distinct, answer([[]] * len(distinct), distinct), strict=True))
+    return [known[prompt] for prompt in prompts]
+
+
+def _share(found: Sequence[bool]) -> float:
+    return sum(found) / max(1, len(found))
+
+
+def lines(figures: Mapping[str, Any], title: str = "") -> list[str]:
+    """Flatten figures to "name value" lines, three digits."""
+    found = []
+    for name, value in figures.items():
+        if name == "texts":
+            continue
+        full = f"{title} {name}".strip()
+        if isinstance(value, Mapping):
+            found += lines(value, full)
+        elif isinstance(value, list):
+            found.append(f"{full:45} " + " ".join(f"{entry:.3f}" for entry in value))
+        else:
+            found.append(f"{full:45} {value:.3f}" if isinstance(value, float) else f"{full:45} {value}")
+    return found
+
+
+@click.command()
+@click.option("--model", "directory", required=True, type=click.Path(path_type=Path, exists=True, file_okay=False))
+@click.option("--scenes", "count", default=500, type=click.IntRange(1), show_default=True, help="Fresh scenes.")
+@click.option("--seed", default=1, type=click.IntRange(0), show_default=True, help="Seed of the scenes.")
+@click.option("--device", default=None, type=click.Choice(["cuda", "cpu"]), help="Default: cuda where there is one.")
+@click.option("--batch-size", default=None, type=click.IntRange(1), help="Default: 1000 on cuda, 25 on cpu.")
+@click.option("--json", "file", type=click.Path(path_type=Path, dir_okay=False), help="Also write the figures here.")
+def command(
+    *, directory: Path, count: int, seed: int, device: str | None, batch_size: int | None, file: Path | None
+) -> None:
+    """Measure the embedded model, or one like it, on scenes of the drawn world that it has not seen."""
+    import torch
+
+    from vlmfix.evals.plain import Plain
+    from vlmfix.evals.looking import looking
+
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    shown = draw(count, seed, device)
+    plain = Plain.load(directory, device=device, batch_size=batch_size or (1000 if device == "cuda" else 25))
+    figures = measure(plain, shown)
+    few = min(count, 48)
+    figures["looking"] = looking(plain, shown.pictures[:few], figures["texts"][:few])
+    for line in lines(figures):
+        click.echo(line)
+    if file is not None:
+        file.write_text(json.dumps({"scenes": count, "seed": seed, **figures}, indent=1) + "\n", encoding="utf-8")
+
+
+def main() -> None:
+    """Run the command; one line for what is wrong, exit code 2 for usage and 1 for failure."""
+    try:
+        command(standalone_mode=False)
+    except click.ClickException as error:
+        click.echo(f"error: {error.format_message()}", err=True)
+        sys.exit(2)
+    except VlmfixError as error:
+        click.echo(f"error: {error}", err=True)
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

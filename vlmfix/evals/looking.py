@@ -1,0 +1,70 @@
+"""Where a model looks while it writes a caption, and whether it has attention sinks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from vlmfix.evals.plain import Plain
+from vlmfix.world.questions import DESCRIBE
+
+REGIONS = ("beginning", "image", "question", "generated")
+
+
+def looking(plain: Plain, pictures: Sequence[Image.Image], captions: Sequence[str]) -> dict[str, Any]:
+    """Measure attention mass and the largest activations while captions are written.
+
+    Args:
+        plain: The model.
+        pictures: One for each row.
+        captions: What the model said about them.
+
+    Returns:
+        `mass`: for each region (beginning: `<s>USER:`) the share of the attention of the caption's tokens, per layer;
+        `first token` and `top image token`: share of the attention that the first token and the most attended
+        image token get, per layer; `largest`: for the first token, image tokens and text tokens the largest
+        |x_d| / rms(x) of the hidden states after each layer; a model with sinks passes 20.
+    """
+    before = plain.model.config._attn_implementation
+    plain.model.set_attn_implementation("eager")
+    try:
+        rows = [_one(plain, picture, caption) for picture, caption in zip(pictures, captions, strict=True)]
+    finally:
+        plain.model.set_attn_implementation(before)
+    mass = torch.stack([row["mass"] for row in rows]).mean(0)  # (4, L)
+    largest = torch.stack([row["largest"] for row in rows]).amax(0)  # (3, L)
+    return {
+        "mass": {name: mass[number].tolist() for number, name in enumerate(REGIONS)},
+        "first token": torch.stack([row["first"] for row in rows]).mean(0).tolist(),
+        "top image token": torch.stack([row["top"] for row in rows]).mean(0).tolist(),
+        "largest": {name: largest[number].tolist() for number, name in enumerate(("first", "image", "text"))},
+    }
+
+
+def _one(plain: Plain, picture: Image.Image, caption: str) -> dict[str, Tensor]:
+    asked = plain.encode([[picture]], [DESCRIBE[0]])["input_ids"].shape[1]
+    batch = plain.encode([[picture]], [DESCRIBE[0]], [caption])
+    with torch.inference_mode():
+        out = plain.model(**batch, output_attentions=True, output_hidden_states=True)
+    ids = batch["input_ids"][0]
+    image = ids == plain.model.config.image_token_id
+    first = int(image.nonzero()[0])
+    place = torch.arange(len(ids), device=ids.device)
+    regions = torch.stack(
+        [place < first, image, (place > first) & ~image & (place < asked), place >= asked]
+    ).float()  # (4, T)
+    # the query that predicts a caption token is the one before it
+    rows = torch.stack([layer[0].float().mean(0)[asked - 1 : -1] for layer in out.attentions])  # (L, Q, T)
+    states = torch.stack(out.hidden_states[1:]).float()[:, 0]  # (L, T, width)
+    ratio = states.abs().amax(-1) / states.square().mean(-1).sqrt()  # (L, T)
+    text = ~image & (place > 0)
+    return {
+        "mass": torch.einsum("lqt,rt->rl", rows, regions) / rows.shape[1],
+        "first": rows[..., 0].mean(-1),
+        "top": (rows * image).mean(1).amax(-1),
+        "largest": torch.stack([ratio[:, 0], ratio[:, image].amax(-1), ratio[:, text].amax(-1)]),
+    }

@@ -1,0 +1,94 @@
+"""A pool of training pictures: scenes drawn by several processes, small as the model sees them."""
+
+from __future__ import annotations
+
+import multiprocessing
+from concurrent.futures import Future, ProcessPoolExecutor
+
+import torch
+from torch import Tensor
+from torchvision.transforms.v2 import functional as pictures
+from torchvision.transforms.v2 import InterpolationMode
+
+from vlmfix.world.questions import zoom
+from vlmfix.world.render import render
+from vlmfix.world.scenes import scene
+
+IMAGE_SIZE = 128
+CHUNK = 500
+
+
+def shrink(canvas: Tensor) -> Tensor:
+    """Make pictures as small as the model's processor does: bicubic with antialiasing, still in bytes.
+
+    Args:
+        canvas: (N, 3, S, S) uint8, squares.
+
+    Returns:
+        (N, 3, 128, 128) uint8.
+    """
+    size = [IMAGE_SIZE, IMAGE_SIZE]
+    return pictures.resize(canvas, size, interpolation=InterpolationMode.BICUBIC, antialias=True)
+
+
+def paint(seed: int, start: int, stop: int, device: str) -> Tensor:
+    """Draw scenes and, for each, the enlarged part that `zoom` chooses.
+
+    Args:
+        seed: Seed of the scenes.
+        start: First index.
+        stop: One past the last index.
+        device: Where to draw.
+
+    Returns:
+        (N, 2, 3, 128, 128) uint8 on the CPU: the whole scene, then its part.
+    """
+    found = torch.empty((stop - start, 2, 3, IMAGE_SIZE, IMAGE_SIZE), dtype=torch.uint8, device=device)
+    for low in range(start, stop, 50):
+        views = [scene(seed, index) for index in range(low, min(low + 50, stop))]
+        canvas = render(views, device=device)  # (n, 3, 512, 512)
+        rows = found[low - start : low - start + len(views)]
+        rows[:, 0] = shrink(canvas)
+        for number, view in enumerate(views):
+            x0, y0, x1, y1 = zoom(view)[0]
+            rows[number, 1] = shrink(canvas[number : number + 1, :, y0:y1, x0:x1])[0]
+    return found.cpu()
+
+
+class Painters:
+    """Processes that draw a pool of pictures while the training goes on.
+
+    Args:
+        seed: Seed of the scenes.
+        count: How many scenes.
+        device: Where they draw.
+        processes: How many at a time.
+    """
+
+    def __init__(self, *, seed: int, count: int, device: str, processes: int) -> None:
+        self.pool = torch.empty((count, 2, 3, IMAGE_SIZE, IMAGE_SIZE), dtype=torch.uint8, device=device)
+        self.drawn = 0
+        self.executor = ProcessPoolExecutor(processes, mp_context=multiprocessing.get_context("spawn"))
+        self.parts: list[Future[bytes]] = [
+            self.executor.submit(_paint_bytes, seed, start, min(start + CHUNK, count), device)
+            for start in range(0, count, CHUNK)
+        ]
+
+    def pictures(self, reach: int) -> Tensor:
+        """Wait until the first `reach` scenes are drawn. (count, 2, 3, 128, 128) uint8: whole and enlarged part."""
+        while self.drawn < reach:
+            part = torch.frombuffer(bytearray(self.parts.pop(0).result()), dtype=torch.uint8)
+            part = part.view(-1, *self.pool.shape[1:])
+            self.pool[self.drawn : self.drawn + len(part)] = part
+            self.drawn += len(part)
+        return self.pool
+
+    def close(self) -> None:
+        """End the processes; pictures that nobody asked for are not drawn."""
+        self.executor.shutdown(cancel_futures=True)
+
+
+def _paint_bytes(seed: int, start: int, stop: int, device: str) -> bytes:
+    # plain bytes: shared-memory tensors would need as much /dev/shm as the whole pool
+    torch.set_num_threads(1)
+    return paint(seed, start, stop, device).numpy().tobytes()
