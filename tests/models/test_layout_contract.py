@@ -154,29 +154,6 @@ def test_heatmap_paints_a_token_over_its_box(vlm: Checkpoint) -> None:
     assert (heat == 0).all()
 
 
-def test_pixels_belong_to_the_row_that_they_came_from(vlm: Checkpoint) -> None:
-    rows = mixed()
-    batch = encoded(vlm, rows)
-    owners = vlm.family.pixel_rows(vlm.model, batch, [len(row) for row in rows])
-    assert len(owners) == len(batch["pixel_values"])
-    for row, pictures in enumerate(rows):
-        mine = batch["pixel_values"][owners == row]
-        if not pictures:
-            assert (mine == 0).all()
-            continue
-        alone = vlm.encode(["?"], [pictures])["pixel_values"]
-        shared = tuple(slice(min(a, b)) for a, b in zip(mine.shape, alone.shape, strict=True))
-        assert len(mine) == len(alone)
-        assert mine[shared].equal(alone[shared])
-
-
-def test_generates_from_a_mixed_batch(vlm: Checkpoint) -> None:
-    batch = encoded(vlm, mixed())
-    out = vlm.model.generate(**batch, max_new_tokens=3, min_new_tokens=3, do_sample=False)
-    assert out.shape == (3, batch.length + 3)
-    assert out[:, : batch.length].equal(batch["input_ids"])
-
-
 def test_answers_depend_on_picture_and_prompt(vlm: Checkpoint) -> None:
     red, blank = painted(64, 64, (0, 0, 1, 1)), plain(64, 64)
     with torch.no_grad():
