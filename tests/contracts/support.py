@@ -75,6 +75,7 @@ def logits(
             max_new_tokens=steps,
             min_new_tokens=steps,
             do_sample=False,
+            suppress_tokens=[vlm.family.image_token(vlm.model.config)],  # a random model may say one
             return_dict_in_generate=True,
             output_logits=True,
             **options,

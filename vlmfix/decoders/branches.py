@@ -101,16 +101,16 @@ def with_pixels(vlm: Checkpoint, branch: Batch, change: Callable[[Tensor, Tensor
     """
     pixels = branch["pixel_values"]
     owners = vlm.family.pixel_rows(vlm.model, branch, picture_counts(vlm, branch))
-    changed = change(pixels, owners)
-    if pixels.dim() == 5:  # (n, tiles, channels, height, width): models tell padding tiles by their zeros
-        padding = _blank(pixels)
-        changed = torch.where(_blank(changed) & ~padding, torch.finfo(pixels.dtype).tiny, changed)
-        changed = torch.where(padding, pixels, changed)
-    return Branch(branch.with_inputs(pixel_values=changed))
-
-
-def _blank(tiles: Tensor) -> Tensor:
-    return (tiles == 0).flatten(2).all(dim=2)[:, :, None, None, None]
+    if pixels.dim() == 5:  # (n, tiles, channels, height, width), filled up with empty tiles that depend on the batch
+        tiles = pixels.flatten(0, 1)
+        real = (tiles != 0).flatten(1).any(dim=1)
+        changed = change(tiles[real], owners.repeat_interleave(pixels.shape[1])[real.cpu()])
+        # Some models tell empty tiles by their zeros: a real tile must not become one.
+        changed = torch.where((changed == 0).all(), torch.finfo(pixels.dtype).tiny, changed)
+        pixels = tiles.index_put((real,), changed).view_as(pixels)
+    else:
+        pixels = change(pixels, owners)
+    return Branch(branch.with_inputs(pixel_values=pixels))
 
 
 def picture_counts(vlm: Checkpoint, batch: Batch) -> list[int]:
@@ -335,15 +335,17 @@ def _decode(stack: Stack, kwargs: dict[str, Any]) -> None:
     if positions is None:
         positions = _counted(mask)[:, -1:]
     kwargs["position_ids"] = _repeat(positions, copies, -2) + stack.shift
+    cache = kwargs.get("past_key_values")
     if isinstance(mask, dict):
-        kwargs["attention_mask"] = {name: _decode_mask(stack, part) for name, part in mask.items()}
+        kwargs["attention_mask"] = {name: _decode_mask(stack, part, cache) for name, part in mask.items()}
     else:
-        kwargs["attention_mask"] = _decode_mask(stack, mask)
+        kwargs["attention_mask"] = _decode_mask(stack, mask, cache)
 
 
-def _decode_mask(stack: Stack, mask: Tensor | None) -> Tensor:
-    if mask is None:
-        raise IncompatibleDecodersError("a decoding step came without an attention mask", "pass attention_mask")
+def _decode_mask(stack: Stack, mask: Tensor | None, cache: Cache | None) -> Tensor:
+    if mask is None:  # the clean rows see every key: no padding, and a static cache that is full
+        length = cache.get_max_length() if cache.is_compileable else cache.get_seq_length() + 1
+        mask = stack.mask.new_ones(stack.clean, 1, 1, length, dtype=torch.bool)
     if mask.dim() == 2:
         tail = mask[:, stack.prompt :].repeat(stack.copies, 1)
         return torch.cat([stack.mask, tail.to(stack.mask.dtype)], dim=1)

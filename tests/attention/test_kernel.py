@@ -1,0 +1,259 @@
+"""The kernel against slow float64 attention, on random tensors."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+from torch import nn
+
+from tests.attention.reference import attention as reference
+from vlmfix.attention.edit import BiasEdit, LayerSet, OutputEdit, ScoreEdit, WeightEdit
+from vlmfix.attention.kernel import PLAN, LayerPlan, Step, attention
+from vlmfix.errors import UnsupportedAttentionError, UsageError
+
+B, H, G, T, D = 3, 6, 2, 7, 8
+SCALE = 0.3
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Bias(BiasEdit):
+    table: torch.Tensor  # (H, K), another bias for every head and key
+
+    def bias(self, site):
+        return self.table[None, :, None, : site.allowed.shape[-1]] + site.queries[:, None, :, None] * 0.1
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Scores(ScoreEdit):
+    def scores(self, site, scores):
+        heads = torch.arange(1, H + 1)[None, :, None, None]
+        return scores * (1 + 0.2 * heads) * torch.where(site.image_keys[:, None, None], 1.5, 1.0)
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Weights(WeightEdit):
+    def weights(self, site, weights):
+        return weights * 0.5 + 0.1  # puts weight on every key, masked ones too
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Output(OutputEdit):
+    def output(self, site, output):
+        return output * torch.arange(1, H + 1)[None, None, :, None]
+
+
+class Module(nn.Module):
+    num_key_value_groups = H // G
+    is_causal = True
+
+
+def plan(edits, *, live, image):
+    """Rows 3, 5 and 6 of the prompt are edited; row 5 only in the first sample."""
+    rows = torch.tensor([3, 5, 6])
+    which = torch.ones(B, 3, dtype=torch.bool)
+    which[1:, 1] = False
+    steps = tuple(Step(edit, which, live, image, ~image) for edit in edits)
+    return LayerPlan(layer=4, rows=rows, prompt=T, steps=steps)
+
+
+def tensors(queries, keys, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    query = torch.randn(B, H, queries, D, generator=generator)
+    key, value = (torch.randn(B, G, keys, D, generator=generator) for _ in range(2))
+    return query, key, value
+
+
+TABLE = torch.linspace(-1, 1, H * 12).view(H, 12)
+LIVE = torch.tensor([True, True, False])
+IMAGE = torch.zeros(B, T, dtype=torch.bool)
+IMAGE[:, 1:3] = True
+IMAGE[1, 3] = True
+
+KINDS = {
+    "bias": [Bias(table=TABLE)],
+    "scores": [Scores()],
+    "weights": [Weights()],
+    "output": [Output()],
+    "all": [Scores(), Bias(table=TABLE), Weights(), Output()],
+    "bias+output": [Bias(table=TABLE), Output()],
+}
+
+
+def slow(kind, query, key, value, allowed, acts, positions):
+    """The same edits in the reference; ``acts`` (B, Q) bool, ``positions`` (Q,) of the queries."""
+    kinds = {type(edit) for edit in KINDS[kind]}
+    shown = torch.nn.functional.pad(IMAGE, (0, key.shape[2] - T))
+
+    def bias(b, h, q):
+        row = TABLE[h, : key.shape[2]].double() + positions[q] * 0.1
+        return row if acts[b, q] else torch.zeros_like(row)
+
+    def scores(b, h, q, row):
+        return row * (1 + 0.2 * (h + 1)) * torch.where(shown[b], 1.5, 1.0) if acts[b, q] else row
+
+    def weights(b, h, q, row):
+        return row * 0.5 + 0.1 if acts[b, q] else row
+
+    def output(b, h, q, vector):
+        return vector * (h + 1) if acts[b, q] else vector
+
+    return reference(
+        query,
+        key,
+        value,
+        allowed,
+        SCALE,
+        bias=bias if Bias in kinds else None,
+        scores=scores if Scores in kinds else None,
+        weights=weights if Weights in kinds else None,
+        output=output if Output in kinds else None,
+    )
+
+
+def edited_rows(queries):
+    acts = torch.zeros(B, queries, dtype=torch.bool)
+    acts[:, [3, 6]] = True
+    acts[0, 5] = True
+    acts[:, T:] = True
+    return acts & LIVE[:, None]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("masked", [False, True], ids=["unpadded", "padded"])
+@pytest.mark.parametrize("capacity", [T, 12], ids=["dynamic", "static"])
+def test_prefill(kind, masked, capacity):
+    query, key, value = tensors(T, capacity)
+    causal = torch.ones(T, capacity, dtype=torch.bool).tril()
+    allowed = causal.expand(B, -1, -1).clone()
+    if masked:
+        allowed[1, :, 0] = False
+        allowed[2, :, :2] = False
+    module = Module()
+    setattr(module, PLAN, plan(KINDS[kind], live=LIVE, image=IMAGE))
+    mask = allowed[:, None] if masked else None
+    got, _ = attention(module, query, key, value, mask, scaling=SCALE)
+    want = slow(kind, query, key, value, allowed, edited_rows(T), range(T))
+    sees = allowed.any(dim=-1)  # a padding query that sees nothing has no defined output
+    torch.testing.assert_close(got.double()[sees], want[sees], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("static", [False, True], ids=["dynamic", "static"])
+@pytest.mark.parametrize("masked", [False, True], ids=["unpadded", "padded"])
+def test_decode(kind, static, masked):
+    length, capacity = 9, 12 if static else 9
+    query, key, value = tensors(1, capacity)
+    allowed = (torch.arange(capacity) < length).expand(B, 1, -1).clone()
+    if masked:
+        allowed[1, :, 0] = False
+    module = Module()
+    setattr(module, PLAN, plan(KINDS[kind], live=LIVE, image=IMAGE))
+    mask = allowed[:, None] if masked or static else None
+    got, _ = attention(module, query, key, value, mask, scaling=SCALE)
+    want = slow(kind, query, key, value, allowed, LIVE[:, None], [length - 1])
+    torch.testing.assert_close(got.double(), want, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_rows_past_the_prompt_are_edited_in_a_pass_without_a_cache(kind):
+    query, key, value = tensors(T + 2, T + 2)
+    allowed = torch.ones(T + 2, T + 2, dtype=torch.bool).tril().expand(B, -1, -1)
+    module = Module()
+    setattr(module, PLAN, plan(KINDS[kind], live=LIVE, image=IMAGE))
+    got, _ = attention(module, query, key, value, None, scaling=SCALE)
+    want = slow(kind, query, key, value, allowed, edited_rows(T + 2), range(T + 2))
+    torch.testing.assert_close(got.double(), want, atol=1e-5, rtol=1e-5)
+
+
+def test_bias_on_sdpa_equals_the_same_bias_on_materialised_scores():
+    class AsScores(ScoreEdit):
+        def scores(self, site, scores):
+            return scores + KINDS["bias"][0].bias(site)
+
+    query, key, value = tensors(T, T)
+    outputs = []
+    for edit in (KINDS["bias"][0], AsScores()):
+        module = Module()
+        setattr(module, PLAN, plan([edit], live=LIVE, image=IMAGE))
+        outputs.append(attention(module, query, key, value, None, scaling=SCALE)[0])
+    torch.testing.assert_close(*outputs, atol=1e-5, rtol=1e-5)
+
+
+def test_prefill_memory_grows_with_the_prompt_and_not_with_its_square():
+    """Counts the largest tensor that the edited pass makes beside SDPA's own."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Largest(TorchDispatchMode):
+        size = 0
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            result = function(*args, **(kwargs or {}))
+            for tensor in result if isinstance(result, tuple | list) else (result,):
+                if isinstance(tensor, torch.Tensor):
+                    self.size = max(self.size, tensor.numel())
+            return result
+
+    sizes = []
+    for length in (512, 1024):
+        image = torch.zeros(1, length, dtype=torch.bool)
+        image[:, 1:-10] = True
+        rows = torch.arange(length - 10, length)
+        module = Module()
+        step = Step(Weights(), torch.ones(1, 10, dtype=torch.bool), torch.ones(1, dtype=torch.bool), image, ~image)
+        setattr(module, PLAN, LayerPlan(layer=0, rows=rows, prompt=length, steps=(step,)))
+        query, key = torch.randn(1, H, length, D), torch.randn(1, G, length, D)
+        with Largest() as largest:
+            attention(module, query, key, key, None, scaling=SCALE)
+        sizes.append(largest.size)
+    assert sizes[1] <= 2 * sizes[0]
+    assert sizes[1] < 1024 * 1024
+
+
+def test_a_module_without_a_plan_gets_sdpa():
+    query, key, value = tensors(T, T)
+    allowed = torch.ones(T, T, dtype=torch.bool).tril().expand(B, -1, -1)
+    got, _ = attention(Module(), query, key, value, None, scaling=SCALE)
+    torch.testing.assert_close(got.double(), reference(query, key, value, allowed, SCALE), atol=1e-5, rtol=1e-5)
+
+
+def test_a_rolled_window_is_refused():
+    query, key, value = tensors(1, T)
+    module = Module()
+    module.sliding_window = T
+    setattr(module, PLAN, plan(KINDS["bias"], live=LIVE, image=IMAGE))
+    with pytest.raises(UnsupportedAttentionError, match="sliding window of 7"):
+        attention(module, query, key, value, None)
+
+
+def test_another_number_of_rows_is_refused():
+    query, key, value = tensors(1, T)
+    module = Module()
+    setattr(module, PLAN, plan(KINDS["bias"], live=LIVE, image=IMAGE))
+    with pytest.raises(UnsupportedAttentionError, match="made for 3 rows, the model runs 2"):
+        attention(module, query[:2], key[:2], value[:2], None)
+
+
+@pytest.mark.parametrize(
+    ("spec", "count", "layers"),
+    [
+        ("all", 3, {0, 1, 2}),
+        ("2:-1", 6, {2, 3, 4}),
+        ("9:15", 12, {9, 10, 11}),
+        ("-1", 4, {3}),
+        ("0/2:4/-1", 8, {0, 2, 3, 7}),
+        ("7", 4, set()),
+        (":", 2, {0, 1}),
+    ],
+)
+def test_layer_sets(spec, count, layers):
+    assert LayerSet(spec).resolve(count) == layers
+
+
+@pytest.mark.parametrize("spec", ["", "2-5", "a", "1//2", "1:2:3", "1,2"])
+def test_layer_sets_that_make_no_sense(spec):
+    with pytest.raises(UsageError, match="not understood"):
+        LayerSet(spec)
+
+

@@ -1,0 +1,269 @@
+"""Sessions install edits and leave the model exactly as it was found."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import pytest
+import torch
+from transformers import AttentionInterface
+
+from tests.contracts.support import batch_of, close, logits, plain, vlm_of
+from tests.tiny import TINY
+from vlmfix.attention.edit import BiasEdit, LayerSet, OutputEdit, Rows, ScoreEdit, WeightEdit
+from vlmfix.attention.session import bare, edited
+from vlmfix.decoders import DecodingPlan, Greedy
+from vlmfix.errors import UnsupportedAttentionError
+
+GAIN = 1.7
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class ImageBias(BiasEdit):
+    size: float = 1.0
+
+    def bias(self, site):
+        return site.image_keys[:, None, None, :] * self.size
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class LastImageBias(ImageBias):
+    rows: ClassVar[Rows] = "last"
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class ImageScores(ScoreEdit):
+    size: float = 1.0
+
+    def scores(self, site, scores):
+        return scores + site.image_keys[:, None, None, :] * self.size
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class ImageWeights(WeightEdit):
+    gain: float = GAIN
+
+    def weights(self, site, weights):
+        return torch.where(site.image_keys[:, None, None, :], weights * self.gain, weights)
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Same(WeightEdit):
+    """Changes nothing and makes the layer materialise."""
+
+    def weights(self, site, weights):
+        return weights
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class HeadGain(OutputEdit):
+    gain: float = GAIN
+
+    def output(self, site, output):
+        heads = torch.arange(site.heads, device=output.device)[None, None, :, None]
+        return output * torch.where(heads % 2 == 0, self.gain, 1.0)
+
+
+STRONG = {
+    "bias": ImageBias(size=3.0),
+    "scores": ImageScores(size=3.0),
+    "weights": ImageWeights(),
+    "output": HeadGain(),
+}
+NEUTRAL = {
+    "bias": ImageBias(size=0.0),
+    "scores": ImageScores(size=0.0),
+    "weights": ImageWeights(gain=1.0),
+    "output": HeadGain(gain=1.0),
+}
+
+
+def run(vlm, batch, *edits, **options):
+    with edited(vlm, vlm.layout(batch), edits):
+        return plain(vlm, batch, **options)
+
+
+def snapshot(vlm):
+    """Everything about a model that a session could leave changed."""
+    return {
+        name: (
+            sorted(module.__dict__),
+            [id(hook) for hook in module._forward_pre_hooks.values()],
+            [id(hook) for hook in module._forward_hooks.values()],
+            getattr(getattr(module, "config", None), "_attn_implementation", None),
+        )
+        for name, module in vlm.model.named_modules()
+    }
+
+
+@pytest.mark.parametrize("family", TINY)
+@pytest.mark.parametrize("kind", STRONG)
+def test_neutral_edits_change_nothing_and_strong_ones_change_every_row(family, kind):
+    vlm = vlm_of(family)
+    batch = batch_of(vlm)
+    before = plain(vlm, batch)
+    close(run(vlm, batch, NEUTRAL[kind]), before)
+    assert (run(vlm, batch, STRONG[kind]) - before).abs().amax(dim=(0, 2)).min() > 1e-3
+
+
+@pytest.mark.parametrize("family", TINY)
+@pytest.mark.parametrize("kind", ["bias", "output"])
+def test_the_sdpa_path_equals_the_materialised_path(family, kind):
+    vlm = vlm_of(family)
+    batch = batch_of(vlm)
+    close(run(vlm, batch, STRONG[kind], Same()), run(vlm, batch, STRONG[kind]), 1e-5)
+
+
+@pytest.mark.parametrize("family", TINY)
+def test_bias_equals_scores(family):
+    vlm = vlm_of(family)
+    batch = batch_of(vlm)
+    close(run(vlm, batch, ImageBias(size=2.0)), run(vlm, batch, ImageScores(size=2.0)), 1e-5)
+
+
+@pytest.mark.parametrize("kind", STRONG)
+@pytest.mark.parametrize("family", TINY)
+def test_padding_and_caches_change_nothing(family, kind):
+    vlm = vlm_of(family)
+    batch = batch_of(vlm)
+    together = run(vlm, batch, STRONG[kind])
+    close(run(vlm, batch, STRONG[kind], cache_implementation="static"), together)
+    for row in (0, 1):
+        alone = batch_of(vlm, [row])
+        close(together[:, row], run(vlm, alone, STRONG[kind])[:, 0])
+        close(run(vlm, alone, STRONG[kind], cache_implementation="static")[:, 0], together[:, row])
+
+
+@pytest.mark.parametrize("family", TINY)
+def test_an_edit_of_the_last_row_equals_an_edit_of_all_rows_there(family):
+    """In the last layer the other rows are read by nobody."""
+    vlm = vlm_of(family)
+    batch = batch_of(vlm)
+    last = LayerSet("-1")
+    close(run(vlm, batch, LastImageBias(layers=last, size=2.0)), run(vlm, batch, ImageBias(layers=last, size=2.0)))
+
+
+@pytest.mark.parametrize("family", TINY)
+def test_the_model_is_left_as_it_was_found(family):
+    vlm = vlm_of(family)
+    batch = batch_of(vlm, [0])
+    before, logits_before = snapshot(vlm), plain(vlm, batch, steps=1)
+    run(vlm, batch, *STRONG.values(), steps=1)
+    assert snapshot(vlm) == before
+    with pytest.raises(ZeroDivisionError), edited(vlm, vlm.layout(batch), tuple(STRONG.values())):
+        raise ZeroDivisionError
+    assert snapshot(vlm) == before
+    close(plain(vlm, batch, steps=1), logits_before, 0)
+
+
+@pytest.mark.parametrize("family", TINY)
+def test_the_vision_tower_is_never_touched(family):
+    """Inside a session no module outside the text decoder has a plan, another implementation or a hook."""
+    vlm = vlm_of(family)
+    batch = batch_of(vlm, [0])
+    before = snapshot(vlm)
+    decoder = next(name for name, module in vlm.model.named_modules() if module is vlm.family.decoder(vlm.model))
+    inside = {}
+    with edited(vlm, vlm.layout(batch), tuple(STRONG.values())):
+        inside = snapshot(vlm)
+    outside = {name for name in before if not name.startswith(decoder)}
+    assert any("vision" in name or "visual" in name for name in outside)
+    assert {name for name in outside if inside[name] != before[name]} == set()
+    assert any(inside[name] != before[name] for name in before)
+
+
+def test_sessions_nest_by_appending():
+    vlm = vlm_of("llava")
+    batch = batch_of(vlm)
+    layout = vlm.layout(batch)
+    one, two = ImageBias(size=2.0, layers=LayerSet("0:2")), LastImageBias(size=-1.0, layers=LayerSet("1:"))
+    with edited(vlm, layout, [one]), edited(vlm, layout, [two]):
+        nested = plain(vlm, batch)
+    close(nested, run(vlm, batch, one, two))
+    before = snapshot(vlm)
+    with edited(vlm, layout, [one]):
+        inner = snapshot(vlm)
+        with edited(vlm, layout, [two]):
+            pass
+        assert snapshot(vlm) == inner
+        close(plain(vlm, batch), run_alone(vlm, batch, one))
+    assert snapshot(vlm) == before
+
+
+def run_alone(vlm, batch, edit):
+    with bare(vlm):
+        return run(vlm, batch, edit)
+
+
+def test_bare_lifts_every_edit():
+    vlm = vlm_of("qwen2_5_vl")
+    batch = batch_of(vlm)
+    before = plain(vlm, batch)
+    with edited(vlm, vlm.layout(batch), tuple(STRONG.values())):
+        with bare(vlm):
+            close(plain(vlm, batch), before)
+        assert (plain(vlm, batch) - before).abs().max() > 1e-3
+
+
+def test_an_edit_that_fits_no_layer_is_an_error():
+    vlm = vlm_of("llava")
+    with pytest.raises(UnsupportedAttentionError, match="layers 30:40, but the model has 3 layers"):
+        run(vlm, batch_of(vlm), ImageBias(layers=LayerSet("30:40")))
+
+
+def test_capped_scores_are_refused(monkeypatch):
+    vlm = vlm_of("gemma3")
+    module = vlm.family.attention_modules(vlm.model)[0]
+    monkeypatch.setattr(module, "attn_logit_softcapping", 50.0)
+    with pytest.raises(UnsupportedAttentionError, match="caps its scores"):
+        run(vlm, batch_of(vlm), ImageBias())
+
+
+def test_nothing_is_registered_before_the_first_session():
+    import subprocess
+    import sys
+
+    code = (
+        "import vlmfix.attention.session, vlmfix.decoders, vlmfix.generation;"
+        "from transformers import AttentionInterface;"
+        "assert 'vlmfix' not in AttentionInterface().valid_keys()"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+    vlm = vlm_of("llava")
+    run(vlm, batch_of(vlm, [0]), ImageBias(), steps=1)
+    assert "vlmfix" in AttentionInterface().valid_keys()
+
+
+def test_edits_never_write_into_their_argument():
+    """Every edit of every decoder gets a tensor that remembers its version."""
+    from tests.contracts.support import STRONG as DECODERS
+    from vlmfix.decoders import parse
+
+    vlm = vlm_of("llava")
+    batch = batch_of(vlm)
+    checked = []
+
+    def guard(edit):
+        for stage in ("scores", "weights", "output"):
+            if hasattr(type(edit), stage):
+                checked.append(type(edit).__name__)
+                original = getattr(edit, stage)
+
+                def guarded(site, tensor, original=original):
+                    version = tensor._version
+                    result = original(site, tensor)
+                    assert tensor._version == version
+                    return result
+
+                object.__setattr__(edit, stage, guarded)
+        return edit
+
+    class Guarded(Greedy):
+        def plan(self, vlm, batch, layout):
+            return DecodingPlan(edits=tuple(guard(edit) for edit in planned.edits))
+
+    for spec in DECODERS.values():
+        planned = parse(spec).plan(vlm, batch, vlm.layout(batch))
+        logits(vlm, batch, Guarded(), steps=2)
+    assert set(checked) >= {"Redistribution", "LocalScores", "LocalWeights"}

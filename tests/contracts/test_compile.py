@@ -1,0 +1,80 @@
+"""Compiled decoding gives the eager logits, and a session costs at most one new graph."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import CompileConfig
+
+from tests.contracts.support import STRONG, batch_of, close, logits, plain, vlm_of
+from vlmfix.decoders import parse
+
+FAMILIES = ("llava", "qwen2_5_vl", "internvl")
+
+
+GRAPHS: list[int] = []
+
+
+def count(graph, inputs):
+    """A backend that counts the graphs it is given and runs them as they are."""
+    GRAPHS.append(len(graph.graph.nodes))
+    return graph.forward
+
+
+def compiled(vlm, batch, spec, **options):
+    config = CompileConfig(fullgraph=True, backend=count, mode=None)
+    config._compile_all_devices = True
+    return logits(vlm, batch, spec, cache_implementation="static", compile_config=config, steps=4, **options)
+
+
+@pytest.fixture(autouse=True)
+def _fresh_graphs():
+    torch._dynamo.reset()
+    GRAPHS.clear()
+    yield
+    torch._dynamo.reset()
+
+
+def forget_compiled(vlm):
+    for name in ("_compiled_call", "_last_compile_config", "_previous_max_cache_length"):
+        vlm.model.__dict__.pop(name, None)
+
+
+@pytest.mark.parametrize(
+    ("family", "name"),
+    [("llava", name) for name in STRONG]
+    + [(family, name) for family in FAMILIES[1:] for name in ("var", "locore", "chain")],
+)
+def test_fullgraph_decoding_equals_eager_and_costs_one_graph(family, name):
+    vlm = vlm_of(family)
+    batch = batch_of(vlm)
+    forget_compiled(vlm)
+    try:
+        unmitigated = compiled(vlm, batch, "greedy")
+        alone = len(GRAPHS)
+        assert alone >= 1
+        first = compiled(vlm, batch, STRONG[name])
+        assert len(GRAPHS) <= alone + 1
+        second = compiled(vlm, batch, STRONG[name])
+        again = compiled(vlm, batch, "greedy")
+        assert len(GRAPHS) <= alone + 1
+    finally:
+        forget_compiled(vlm)
+    close(first, logits(vlm, batch, STRONG[name], steps=4))
+    close(second, first, 0)
+    close(unmitigated, plain(vlm, batch, steps=4))
+    close(again, unmitigated, 0)
+
+
+def test_prefill_can_be_compiled_by_the_user():
+    vlm = vlm_of("llava")
+    batch = batch_of(vlm)
+    with torch.no_grad():
+        features = {"image": vlm.model.get_image_features(batch["pixel_values"], return_dict=True)}
+    inputs = {name: value for name, value in batch.items() if name != "pixel_values"}
+    for name in ("var", "locore"):
+        with torch.no_grad(), parse(STRONG[name]).applied(vlm, batch):
+            call = torch.compile(vlm.model.__call__, backend=count, fullgraph=True)
+            got = call(**inputs, mm_encoder_outputs=features).logits
+            want = vlm.model(**inputs, mm_encoder_outputs=features).logits
+        close(got, want)
