@@ -168,7 +168,12 @@ class _Job:
                 "commit": vlm.revision,
                 "dtype": str(vlm.model.dtype).removeprefix("torch."),
             },
-            {"device": device_name(vlm.device), "versions": versions(), "batch_size": self._batch_size},
+            {
+                "device": device_name(vlm.device),
+                "batch_size": self._batch_size,
+                "prompts_file": self._questions.file_name or None,
+                "versions": versions(),
+            },
         )
         self._report(self.progress())
         finished = False

@@ -8,7 +8,7 @@ import io
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Self
+from typing import Self
 
 from vlmfix.errors import UsageError
 
@@ -26,12 +26,14 @@ class Questions:
     Attributes:
         everywhere: Asked about every picture.
         named: Asked about one picture, by its path relative to the folder; empty unless a file names any.
-        about: What the run card says about where the prompts come from.
+        about: What tells these prompts from others: the prompt, and the digest of the file.
+        file_name: The file that they come from; empty for a prompt of its own.
     """
 
     everywhere: tuple[str, ...] = ()
     named: dict[str, tuple[str, ...]] = field(default_factory=dict)
-    about: dict[str, Any] = field(default_factory=dict)
+    about: dict[str, str | None] = field(default_factory=dict)
+    file_name: str = ""
 
     @classmethod
     def text(cls, prompt: str = DESCRIBE) -> Self:
@@ -42,7 +44,7 @@ class Questions:
         """
         if not prompt.strip():
             raise UsageError("the prompt is empty", "write a question or an instruction")
-        return cls(everywhere=(prompt,), about={"prompt": prompt})
+        return cls(everywhere=(prompt,), about={"prompt": prompt, "prompts": None})
 
     @classmethod
     def file(cls, path: Path) -> Self:
@@ -62,12 +64,12 @@ class Questions:
             if earlier != line:
                 raise UsageError(f"{path}, line {line} repeats line {earlier}", "remove one of them")
             named.setdefault(image, {})[prompt] = None
-        about = {"prompts": {"file": str(path), "sha256": digest, "rows": len(rows)}}
         everywhere = tuple(named.pop("", ()))
         return cls(
             everywhere=everywhere,
             named={image: tuple(prompts) for image, prompts in named.items()},
-            about=about,
+            about={"prompt": None, "prompts": f"sha256:{digest}"},
+            file_name=str(path.resolve()),
         )
 
     def about_picture(self, name: str) -> tuple[str, ...]:

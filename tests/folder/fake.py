@@ -1,0 +1,51 @@
+"""A model that answers at once, and fails where a test wants it to."""
+
+import time
+from types import SimpleNamespace
+
+import torch
+from PIL import Image
+
+from vlmfix.generation import Answer
+
+
+class FakeVLM:
+    revision = "abc"
+    device = torch.device("cpu")
+
+    def __init__(self, *, fails=None, seconds=0.0):
+        text = SimpleNamespace(
+            num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, hidden_size=32, head_dim=8
+        )
+        config = SimpleNamespace(get_text_config=lambda: text)
+        self.model = SimpleNamespace(dtype=torch.float32, config=config)
+        self.batches = []
+        self.options = {}
+        self.fails = fails or (lambda batch: None)
+        self.seconds = seconds
+
+    def generate(self, pictures, prompts, **options):
+        batch = [
+            (picture.getpixel((0, 0)), prompt) for picture, prompt in zip(pictures, prompts, strict=True)
+        ]
+        self.batches.append(batch)
+        self.options = options
+        time.sleep(self.seconds * len(batch))
+        problem = self.fails(batch)
+        if problem is not None:
+            raise problem
+        return [Answer(f"{prompt}: {colour}", 3, "eos", 0.5) for colour, prompt in batch]
+
+    def load(self, model, *, revision=None, device="auto", dtype="auto"):
+        return self
+
+
+def colour(number):
+    return (number % 256, number // 256, 0)
+
+
+def draw(folder, count):
+    folder.mkdir(parents=True, exist_ok=True)
+    for number in range(count):
+        Image.new("RGB", (8, 8), colour(number)).save(folder / f"{number:04d}.png")
+    return folder

@@ -1,0 +1,279 @@
+"""The command line, as a person at a terminal meets it; with a tiny random model where one is needed."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from tests.folder.fake import draw
+from tests.tiny import tiny_vlm
+from vlmfix import cli
+from vlmfix.decoders import DECODERS
+from vlmfix.errors import DataError
+from vlmfix.records import read_json, read_lines
+
+
+@pytest.fixture(autouse=True)
+def _keep_the_process_as_it_is(monkeypatch):
+    monkeypatch.setattr(cli, "_quieten", lambda: None)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model")
+    vlm = tiny_vlm("llava")
+    vlm.model.save_pretrained(folder)
+    vlm.processor.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture
+def vlmfix(capsys):
+    def call(*arguments):
+        code = cli._run([str(argument) for argument in arguments])
+        out, err = capsys.readouterr()
+        return code, out, err
+
+    return call
+
+
+def test_run_asks_and_goes_on(tmp_path, model, vlmfix):
+    pictures, out = draw(tmp_path / "in", 3), tmp_path / "out"
+    (pictures / "notes.txt").write_text("no picture")
+    options = ("run", pictures, "--out", out, "--model", model, "--max-new-tokens", 4, "--prompt", "What?")
+    code, printed, told = vlmfix(*options)
+    assert (code, printed) == (0, "")
+    assert f"3 answers in {out}/answers.jsonl" in told
+    assert f"1 failures in {out}/failed.jsonl" in told
+    records = list(read_lines(out / "answers.jsonl"))
+    assert [record["prompt"] for record in records] == ["What?"] * 3
+    assert all(1 <= record["tokens"] <= 4 for record in records)
+    assert read_json(out / "run.json")["settings"]["weights"].startswith("sha256:")
+    code, _, told = vlmfix(*options)
+    assert code == 0
+    assert "3 of them from before" in told
+    code, _, told = vlmfix(*options, "--decoder", "vcd")
+    assert code == 2
+    assert told.startswith(
+        f"vlmfix: {out} holds answers made with other settings: decoder was 'greedy', now 'vcd:"
+    )
+    assert "\nhint: choose another --out" in told
+
+
+def test_run_reads_prompts_from_a_file(tmp_path, model, vlmfix):
+    pictures, out = draw(tmp_path / "in", 2), tmp_path / "out"
+    (tmp_path / "p.csv").write_text("image,prompt\n0001.png,A?\n")
+    options = (
+        "run",
+        pictures,
+        "--out",
+        out,
+        "--model",
+        model,
+        "--max-new-tokens",
+        2,
+        "--prompts",
+        tmp_path / "p.csv",
+    )
+    assert vlmfix(*options, "--batch-size", 1)[0] == 0
+    assert [(r["image"], r["prompt"]) for r in read_lines(out / "answers.jsonl")] == [("0001.png", "A?")]
+    code, _, told = vlmfix(*options, "--prompt", "B?")
+    assert (code, told.splitlines()[0]) == (2, "vlmfix: --prompt and --prompts are both given")
+
+
+def test_ask_streams_what_run_writes(tmp_path, model, vlmfix):
+    pictures = draw(tmp_path / "in", 1)
+    options = ("--model", model, "--max-new-tokens", 6)
+    code, printed, _ = vlmfix("ask", pictures / "0000.png", "What?", *options)
+    assert code == 0
+    assert vlmfix("run", pictures, "--out", tmp_path / "out", "--prompt", "What?", *options)[0] == 0
+    (record,) = read_lines(tmp_path / "out" / "answers.jsonl")
+    assert printed.strip() == record["answer"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message", "hint"),
+    [
+        (["run"], 2, "Missing argument 'PICTURES'", "see vlmfix run --help"),
+        (["run", "{}"], 2, "Missing option '--out'", "see vlmfix run --help"),
+        (["nonsense"], 2, "No such command 'nonsense'", "see vlmfix --help"),
+        (["run", "{}", "--out", "x", "--batch-size", "0"], 2, "0 is not in the range x>=1", "see"),
+        (["run", "{}", "--out", "x", "--batch-size", "many"], 2, "'many' is not a valid integer", "see"),
+        (
+            ["run", "{}", "--out", "x", "--decoder", "nonsense"],
+            2,
+            "unknown decoder 'nonsense'",
+            "known decoders: greedy",
+        ),
+        (
+            ["run", "{}", "--out", "x", "--decoder", "vcd:contrast=99"],
+            2,
+            "vcd: contrast=99.0 is not allowed",
+            "float in",
+        ),
+        (["run", "{}/none", "--out", "x"], 2, "there is no {}/none", "give a picture"),
+        (["run", "{}", "--out", "x", "--prompt", ""], 2, "the prompt is empty", "write a question"),
+        (["run", "{}", "--out", "{}/out", "--model", "{}"], 1, "no config.json", "llava-hf"),
+        (["ask", "{}/none", "Q?"], 2, "there is no file {}/none", "give a picture"),
+        (["ask", "{}/0000.png", " "], 2, "the question is empty", "write"),
+        (["ask", "{}/a.txt", "Q?"], 1, "{}/a.txt: not a picture", "JPEG"),
+        (
+            ["world", "make", "{}/w", "--count", "0"],
+            2,
+            "0 is not in the range",
+            "see vlmfix world make --help",
+        ),
+        (["doctor", "{}/none"], 1, "{}/none", "llava-hf"),
+    ],
+)
+def test_bad_input_gets_one_line_and_a_hint(tmp_path, vlmfix, monkeypatch, arguments, code, message, hint):
+    monkeypatch.chdir(tmp_path)
+    draw(tmp_path, 1)
+    (tmp_path / "a.txt").write_text("text")
+    found, printed, told = vlmfix(*(argument.format(tmp_path) for argument in arguments))
+    lines = [line for line in told.splitlines() if not line.startswith("vlmfix: loading")]
+    assert found == code
+    assert printed == ""
+    assert lines[0].startswith("vlmfix: ")
+    assert message.format(tmp_path) in lines[0]
+    assert lines[1].startswith("hint: ")
+    assert hint in lines[1]
+    assert len(lines) == 2
+    assert not (tmp_path / "x").exists()
+
+
+def test_a_fault_of_ours_is_one_line_unless_debug(vlmfix, monkeypatch):
+    def broken(decoder):
+        raise ZeroDivisionError("ours")
+
+    monkeypatch.setattr("vlmfix.decoders.describe", broken)
+    assert vlmfix("decoders") == (
+        1,
+        "",
+        "vlmfix: ZeroDivisionError: ours\nhint: use --debug for the traceback\n",
+    )
+    code, _, told = vlmfix("decoders", "--debug")
+    assert code == 1
+    assert "Traceback" in told
+    assert "in broken" in told
+
+
+def test_debug_shows_the_cause_of_an_expected_error(tmp_path, vlmfix):
+    code, _, told = vlmfix(
+        "--debug", "run", draw(tmp_path, 1), "--out", tmp_path / "out", "--model", tmp_path
+    )
+    assert code == 1
+    assert "Traceback" in told
+    assert "no config.json" in told.splitlines()[-2]
+
+
+def test_decoders_are_listed(vlmfix):
+    code, printed, _ = vlmfix("decoders")
+    assert code == 0
+    for name in DECODERS:
+        assert f"\n{name} " in printed
+    code, printed, _ = vlmfix("decoders", "--json")
+    listed = {info["name"]: info for info in json.loads(printed)}
+    assert list(listed) == list(DECODERS)
+    assert set(listed["vcd"]) == {
+        "name",
+        "title",
+        "arxiv",
+        "acts_on",
+        "passes",
+        "beams",
+        "compiles",
+        "parameters",
+    }
+    contrast = next(p for p in listed["vcd"]["parameters"] if p["name"] == "contrast")
+    assert (contrast["default"], contrast["allowed"]) == (1.0, "float in [0, 10]")
+    assert (listed["greedy"]["passes"], listed["vcd"]["passes"], listed["inter"]["passes"]) == (1, 2, 4)
+
+
+def test_doctor_says_what_works(model, vlmfix, monkeypatch):
+    monkeypatch.setattr(DECODERS["var"], "check", lambda self, vlm: "it has no visual sinks")
+    code, printed, _ = vlmfix("doctor", model)
+    assert code == 0
+    lines = printed.splitlines()
+    assert any(line.split() == ["vcd", "works"] for line in lines)
+    assert any("var" in line and "does not work: it has no visual sinks" in line for line in lines)
+    diagnosis = json.loads(vlmfix("doctor", model, "--json")[1])
+    assert diagnosis["decoders"]["var"] == "it has no visual sinks"
+    assert diagnosis["decoders"]["greedy"] is None
+    assert diagnosis["model"]["layers"] == 3
+    assert diagnosis["machine"]["memory"] > 0
+
+
+def test_world_is_drawn(tmp_path, vlmfix):
+    code, _, told = vlmfix("world", "make", tmp_path / "w", "--count", 2, "--seed", 3)
+    assert code == 0
+    assert f"2 scenes in {tmp_path / 'w'}" in told
+    assert len(list((tmp_path / "w" / "images").iterdir())) == 2
+    assert (tmp_path / "w" / "annotations" / "instances.json").exists()
+
+
+def test_an_interrupt_says_how_to_go_on(tmp_path, vlmfix, monkeypatch):
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("vlmfix.folder.run", interrupted)
+    code, _, told = vlmfix("run", tmp_path, "--out", tmp_path / "out")
+    assert code == 130
+    assert "The same command goes on from there." in told
+    monkeypatch.setattr("vlmfix.doctor.diagnose", interrupted)
+    assert vlmfix("doctor")[0] == 130
+
+
+def test_failures_while_running_are_failures(tmp_path, vlmfix, monkeypatch):
+    def failing(*_, **__):
+        raise DataError("cannot write", "free some space")
+
+    monkeypatch.setattr("vlmfix.folder.run", failing)
+    assert vlmfix("run", tmp_path, "--out", tmp_path / "out") == (
+        1,
+        "",
+        "vlmfix: cannot write\nhint: free some space\n",
+    )
+
+
+def test_a_real_interrupt_and_a_quiet_terminal(tmp_path, model):
+    pictures, out = draw(tmp_path / "in", 400), tmp_path / "out"
+    command = [
+        sys.executable,
+        "-m",
+        "vlmfix",
+        "run",
+        pictures,
+        "--out",
+        out,
+        "--model",
+        model,
+        "--batch-size",
+        "2",
+    ]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    until = time.monotonic() + 120
+    while time.monotonic() < until and not (out / "answers.jsonl").exists():
+        time.sleep(0.05)
+    while time.monotonic() < until and not (out / "answers.jsonl").stat().st_size:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    printed, told = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert printed == ""
+    lines = told.splitlines()
+    assert lines[0] == f"vlmfix: loading {model}"
+    assert lines[-1] == f"vlmfix: stopped; what is done is in {out}. The same command goes on from there."
+    assert all(line.startswith("vlmfix: ") for line in lines)
+    card = read_json(out / "run.json")
+    assert card["finished"] is False
+    assert card["totals"]["answers"] == len(list(read_lines(out / "answers.jsonl")))
+
+
+def test_a_reader_that_leaves_is_no_error():
+    command = f"{sys.executable} -m vlmfix decoders --json | head -n 1"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=True)
+    assert (done.stdout, done.stderr) == ("[\n", "")
