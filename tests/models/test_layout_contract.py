@@ -109,14 +109,13 @@ def test_a_token_looks_where_its_box_is(vlm: Checkpoint, size: tuple[int, int]) 
     after = embeddings(vlm, vlm.encode(["?"] * len(cells), [[painted(*size, cell)] for cell in cells]))
     assert after[:, ~layout.tokens[0]].equal(before[:, ~layout.tokens[0]].expand(len(cells), -1, -1))
     missing = (after[1:] - after[:1]).norm(dim=-1) / (before - after[:1]).norm(dim=-1)
-    painted_share = (1 - missing).masked_fill(
-        ~layout.tokens[0], 0
-    )  # 1: as if all were painted, 0: as if nothing
+    # 1 where a token looks as if all were painted, 0 as if nothing were
+    painted_share = (1 - missing).masked_fill(~layout.tokens[0], 0)  # (cells, T)
     for token, cell, share in zip(chosen, cells[1:], painted_share, strict=True):
         inside = _overlap(boxes, cell)
         touched = _overlap(boxes, cell, margin=(2 / width + 0.02, 2 / height + 0.02)) > 0
         assert share[token] > 0.4
-        assert inside[share.argmax()] > 0.7
+        assert inside[share.argmax()] > 0.6  # not 1: cells end at whole pixels
         assert (share[inside > 0.99] > 0.4).all()
         assert (share[layout.tokens[0] & ~touched].abs() < 0.05).all()
 

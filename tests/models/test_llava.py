@@ -133,6 +133,16 @@ def test_unknown_resizing_is_refused() -> None:
         vlm.layout(batch)
 
 
+def test_a_picture_without_tokens_is_refused() -> None:
+    vlm = with_processor()
+    batch = vlm.encode(["?"], [[plain(60, 40), plain(60, 40)]])
+    ids = batch["input_ids"].clone()
+    where = (ids[0] == vlm.processor.image_token_id).nonzero().squeeze(1)
+    ids[0, where[25:]] = 0
+    with pytest.raises(LayoutError, match="25 image tokens but its pictures fill 50"):
+        vlm.layout(batch.with_inputs(input_ids=ids))
+
+
 def test_another_processor_is_refused() -> None:
     vlm = replace(tiny_vlm("llava"), processor=tiny_vlm("llava_next").processor)
     with pytest.raises(UnsupportedModelError, match="LlavaNextProcessor"):

@@ -33,6 +33,10 @@ def test_counts_are_the_processor_s_at_the_released_sizes() -> None:
 
 
 def test_patches_leave_a_gap_at_the_end_of_each_tile() -> None:
+    vlm = tiny_vlm("llava_onevision")
+    layout = vlm.layout(vlm.encode(["?"], [[plain(50, 50)]]))
+    base = layout.boxes[0][layout.tokens[0]][:9]
+    assert torch.allclose(base[-1, 2:] * 26, torch.tensor([24.0, 24.0]))
     boxes = anyres((768, 768), canvases=[[768, 768]], tile=384, patch=14)
     line = boxes.reshape(54, 55, 4)[0, :-1]
     assert torch.allclose(line[26, 2] * 768, torch.tensor(378.0))
