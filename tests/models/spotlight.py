@@ -55,9 +55,7 @@ def _local_vision(vlm: Checkpoint) -> Iterator[None]:
     layers = [
         module
         for name, module in vlm.model.named_modules()
-        if isinstance(module, nn.ModuleList)
-        and name.rsplit(".", 1)[-1] in BLOCKS
-        and id(module) not in decoder
+        if isinstance(module, nn.ModuleList) and name.rsplit(".", 1)[-1] in BLOCKS and id(module) not in decoder
     ]
     weights = [weight for module in layers for weight in module.parameters()]
     if not weights:

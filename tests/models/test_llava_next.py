@@ -21,9 +21,7 @@ def test_base_tile_first_then_lines_that_end_in_newlines() -> None:
     marked = (batch["input_ids"][0] == vlm.processor.image_token_id).nonzero().squeeze(1)
     boxes = layout.boxes[0, marked]
     assert torch.allclose(boxes[4], torch.tensor([1 / 3, 1 / 3, 2 / 3, 2 / 3]))  # middle of the base tile
-    assert (~layout.tokens[0, marked]).nonzero().squeeze(1).tolist() == [
-        9 + 7 * line + 6 for line in range(6)
-    ]
+    assert (~layout.tokens[0, marked]).nonzero().squeeze(1).tolist() == [9 + 7 * line + 6 for line in range(6)]
     assert torch.allclose(boxes[9 + 7 + 1], torch.tensor([1 / 6, 1 / 6, 2 / 6, 2 / 6]))
     assert not layout.text[0, marked].any()
     assert layout.grid(0, 0) is None

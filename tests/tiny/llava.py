@@ -117,9 +117,7 @@ def _llava_onevision(seed: int) -> Checkpoint:
         **_text(Qwen2Config, tokenizer),
     )
     processor = LlavaOnevisionProcessor(
-        image_processor=LlavaOnevisionImageProcessor(
-            size={"height": 26, "width": 26}, image_grid_pinpoints=pinpoints
-        ),
+        image_processor=LlavaOnevisionImageProcessor(size={"height": 26, "width": 26}, image_grid_pinpoints=pinpoints),
         tokenizer=tokenizer,
         video_processor=LlavaOnevisionVideoProcessor(size={"height": 26, "width": 26}),
         num_image_tokens=9,

@@ -51,9 +51,7 @@ class Checkpoint:
     revision: str | None = None
 
     @classmethod
-    def load(
-        cls, model: str | Path, *, revision: str | None = None, device: str = "auto", dtype: str = "auto"
-    ) -> Self:
+    def load(cls, model: str | Path, *, revision: str | None = None, device: str = "auto", dtype: str = "auto") -> Self:
         """Loads a checkpoint through stock transformers classes.
 
         Args:
@@ -117,10 +115,7 @@ class Checkpoint:
                 f"{len(prompts)} prompts and {len(pictures)} picture lists",
                 "give one list of pictures per prompt",
             )
-        texts = [
-            self.render(prompt, len(row), system=system)
-            for prompt, row in zip(prompts, pictures, strict=True)
-        ]
+        texts = [self.render(prompt, len(row), system=system) for prompt, row in zip(prompts, pictures, strict=True)]
         inputs = self.family.process(self.processor, texts, pictures)
         return Batch(
             inputs={key: self._placed(value) for key, value in inputs.items() if isinstance(value, Tensor)},
@@ -153,11 +148,7 @@ class Checkpoint:
         """
         ids = batch["input_ids"]
         marked = ids == self.family.image_token(self.model.config)
-        places = (
-            self.family.patches(self.model, self.processor, batch)
-            if bool(marked.any())
-            else [[]] * batch.rows
-        )
+        places = self.family.patches(self.model, self.processor, batch) if bool(marked.any()) else [[]] * batch.rows
         boxes = torch.full((*ids.shape, 4), float("nan"))
         image = torch.full(ids.shape, -1, dtype=torch.long)
         for row, pictures in enumerate(places):

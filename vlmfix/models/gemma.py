@@ -43,9 +43,7 @@ class Gemma(Family):
             ]
             crops = _crops(between) if starts else []
             sizes = [None] * len(crops) if batch.sizes is None else batch.sizes[row]
-            places.append(
-                [_boxes(isqrt(tokens), count, size) for count, size in zip(crops, sizes, strict=False)]
-            )
+            places.append([_boxes(isqrt(tokens), count, size) for count, size in zip(crops, sizes, strict=False)])
         return places
 
     def pixel_rows(self, model: PreTrainedModel, batch: Batch, counts: Sequence[int]) -> Tensor:

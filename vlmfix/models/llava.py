@@ -41,9 +41,7 @@ class Llava(Family):
         patch = model.config.vision_config.patch_size
         shown = (int(batch["pixel_values"].shape[-2]), int(batch["pixel_values"].shape[-1]))
         lines, columns = shown[0] // patch, shown[1] // patch
-        extra = processor.num_additional_image_tokens - (
-            processor.vision_feature_select_strategy == "default"
-        )
+        extra = processor.num_additional_image_tokens - (processor.vision_feature_select_strategy == "default")
         pictures = []
         for size in _sizes(batch):
             window = _window(processor, size, shown, (lines * patch, columns * patch))
