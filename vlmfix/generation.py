@@ -18,6 +18,7 @@ from transformers import (
     LogitsProcessor,
     LogitsProcessorList,
     PreTrainedModel,
+    PreTrainedTokenizerBase,
     ProcessorMixin,
     TemperatureLogitsWarper,
     TextIteratorStreamer,
@@ -93,7 +94,7 @@ class VLM(Checkpoint):
         with self._prepared(
             rows, asked, decoder, max_new_tokens, num_beams, temperature, top_p, seed, static_cache
         ) as (batch, arguments):
-            sequences = self.model.generate(**batch, **arguments)
+            sequences = self._generated(batch, arguments)
         fresh = sequences[:, batch.length :]
         seconds = (time.perf_counter() - started) / len(rows)
         return [self._answer(row, seconds) for row in fresh]
@@ -116,10 +117,11 @@ class VLM(Checkpoint):
 
         def work() -> None:
             try:
-                with self._prepared(
-                    rows, [prompt], decoder, max_new_tokens, 1, temperature, top_p, seed, False
-                ) as (batch, arguments):
-                    self.model.generate(**batch, **arguments, streamer=streamer)
+                with self._prepared(rows, [prompt], decoder, max_new_tokens, 1, temperature, top_p, seed, False) as (
+                    batch,
+                    arguments,
+                ):
+                    self._generated(batch, {**arguments, "streamer": streamer})
             except BaseException as error:  # handed to the caller's thread
                 failure.append(error)
                 streamer.end()
@@ -166,12 +168,17 @@ class VLM(Checkpoint):
                 arguments["logits_processor"] = LogitsProcessorList(processors)
             yield batch, arguments
 
+    def _generated(self, batch: Batch, arguments: dict[str, Any]) -> Tensor:
+        model: Any = self.model
+        sequences: Tensor = model.generate(**batch, **arguments)
+        return sequences
+
     def _answer(self, ids: Tensor, seconds: float) -> Answer:
         ends = self.model.generation_config.eos_token_id
         ends = [] if ends is None else [ends] if isinstance(ends, int) else list(ends)
         ended = torch.isin(ids, torch.tensor(ends, device=ids.device, dtype=ids.dtype)).nonzero().flatten()
         count = int(ended[0]) + 1 if len(ended) else len(ids)
-        text = _tokenizer(self.processor).decode(ids[:count], skip_special_tokens=True)
+        text = str(_tokenizer(self.processor).decode(ids[:count], skip_special_tokens=True))
         return Answer(text=text.strip(), tokens=count, finish="eos" if len(ended) else "length", seconds=seconds)
 
 
@@ -187,7 +194,7 @@ def wrap(model: PreTrainedModel, processor: ProcessorMixin) -> VLM:
         UnsupportedModelError: The model's family is not one that vlmfix knows.
     """
     family = family_of(model.config.model_type)
-    return VLM(model=model, processor=processor, family=family, name=model.config.name_or_path)
+    return VLM(model=model, processor=processor, family=family, name=str(model.config.name_or_path))
 
 
 class RowSampler(LogitsProcessor):
@@ -205,9 +212,7 @@ class RowSampler(LogitsProcessor):
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         """Adds a draw of Gumbel noise to (B, V) scores."""
-        draws = torch.stack(
-            [torch.rand(scores.shape[1], generator=g, device=scores.device) for g in self.generators]
-        )
+        draws = torch.stack([torch.rand(scores.shape[1], generator=g, device=scores.device) for g in self.generators])
         tiny = torch.finfo(torch.float32).tiny
         return scores - (-(draws.clamp(min=tiny).log())).clamp(min=tiny).log()
 
@@ -218,9 +223,7 @@ def _sampling(
     warpers: list[LogitsProcessor] = [TemperatureLogitsWarper(temperature)] if temperature != 1 else []
     if top_p < 1:
         warpers.append(TopPLogitsWarper(top_p))
-    seeds = [
-        int.from_bytes(hashlib.sha256(seed.to_bytes(8, "little") + key).digest()[:7], "little") for key in keys
-    ]
+    seeds = [int.from_bytes(hashlib.sha256(seed.to_bytes(8, "little") + key).digest()[:7], "little") for key in keys]
     return [*warpers, RowSampler(seeds, device)]
 
 
@@ -231,8 +234,9 @@ def _row_key(prompt: str, pictures: Sequence[Image.Image]) -> bytes:
     return digest.digest()
 
 
-def _tokenizer(processor: ProcessorMixin) -> Any:
-    return processor.tokenizer
+def _tokenizer(processor: ProcessorMixin) -> PreTrainedTokenizerBase:
+    tokenizer: PreTrainedTokenizerBase = processor.tokenizer
+    return tokenizer
 
 
 def _check(rows: int, prompts: int, max_new_tokens: int, beams: int, temperature: float, top_p: float) -> None:
@@ -245,6 +249,8 @@ def _check(rows: int, prompts: int, max_new_tokens: int, beams: int, temperature
             f"temperature={temperature}, top_p={top_p} are not allowed", "temperature is in [0, 100], top_p in (0, 1]"
         )
     if temperature > 0 and beams > 1:
-        raise UsageError(f"temperature={temperature} with num_beams={beams}", "sample with num_beams=1, or use temperature=0")
+        raise UsageError(
+            f"temperature={temperature} with num_beams={beams}", "sample with num_beams=1, or use temperature=0"
+        )
     if top_p < 1 and temperature == 0:
         raise UsageError(f"top_p={top_p} with temperature=0", "greedy search has no nucleus; give a temperature")

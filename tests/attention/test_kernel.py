@@ -255,5 +255,3 @@ def test_layer_sets(spec, count, layers):
 def test_layer_sets_that_make_no_sense(spec):
     with pytest.raises(UsageError, match="not understood"):
         LayerSet(spec)
-
-

@@ -1,4 +1,4 @@
-"""What the contracts share: inputs, parameters that change nothing and parameters that change much, and one way to run."""
+"""What the contracts share: inputs, parameters that change nothing or much, and one way to run."""
 
 from __future__ import annotations
 

@@ -89,7 +89,7 @@ class Site:
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
-class AttentionEdit(ABC):
+class AttentionEdit:
     """One change to attention. An edit returns a new tensor and never writes into its argument.
 
     It is traced by ``torch.compile``: no ``.item()``, no branching on a tensor's values.
@@ -103,7 +103,7 @@ class AttentionEdit(ABC):
     needs_hidden: ClassVar[bool] = False
 
 
-class BiasEdit(AttentionEdit):
+class BiasEdit(AttentionEdit, ABC):
     """Adds to the scaled scores before the softmax; stays on SDPA."""
 
     @abstractmethod
@@ -111,7 +111,7 @@ class BiasEdit(AttentionEdit):
         """Returns a float tensor broadcastable to (B, H, R, K)."""
 
 
-class ScoreEdit(AttentionEdit):
+class ScoreEdit(AttentionEdit, ABC):
     """Rewrites the scaled, unmasked scores; materialises the edited rows."""
 
     @abstractmethod
@@ -119,7 +119,7 @@ class ScoreEdit(AttentionEdit):
         """Returns new scores for ``scores`` (B, H, R, K) float32."""
 
 
-class WeightEdit(AttentionEdit):
+class WeightEdit(AttentionEdit, ABC):
     """Rewrites the attention weights after the softmax; materialises the edited rows."""
 
     @abstractmethod
@@ -127,7 +127,7 @@ class WeightEdit(AttentionEdit):
         """Returns new weights for ``weights`` (B, H, R, K) float32."""
 
 
-class OutputEdit(AttentionEdit):
+class OutputEdit(AttentionEdit, ABC):
     """Rewrites the head outputs before the output projection; stays on SDPA."""
 
     @abstractmethod

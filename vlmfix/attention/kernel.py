@@ -10,6 +10,7 @@ rows that they edit and overwrite their output, so memory grows with K and not w
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -75,7 +76,7 @@ def attention(
     attention_mask: Tensor | None,
     scaling: float | None = None,
     dropout: float = 0.0,
-    **kwargs: object,
+    **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """SDPA, with the edits of the module's plan.
 
@@ -118,7 +119,7 @@ def _prefill(
     mask: Tensor | None,
     scale: float,
     hidden: Tensor | None,
-    kwargs: dict[str, object],
+    kwargs: dict[str, Any],
 ) -> Tensor:
     output, _ = sdpa_attention_forward(module, query, key, value, mask, scaling=scale, **kwargs)
     length = query.shape[2]
@@ -140,9 +141,7 @@ def _prefill(
     if plan.materialises or any(isinstance(step.edit, BiasEdit) for step in plan.steps):
         head = _materialised if plan.materialises else _biased
         touched = torch.stack([s.acts for s, p in zip(sites, plan.steps, strict=True) if not _is_output(p)]).any(0)
-        edited = torch.where(
-            touched[:, :, None, None], head(plan, sites, picked, key, value, allowed, scale), before
-        )
+        edited = torch.where(touched[:, :, None, None], head(plan, sites, picked, key, value, allowed, scale), before)
     edited = _outputs(plan, sites, edited)
     return output.index_copy(1, rows, edited)
 
@@ -156,7 +155,7 @@ def _decode(
     mask: Tensor | None,
     scale: float,
     hidden: Tensor | None,
-    kwargs: dict[str, object],
+    kwargs: dict[str, Any],
 ) -> Tensor:
     length = key.shape[2]
     if mask is None:
@@ -171,8 +170,9 @@ def _decode(
         output = _materialised(plan, sites, query, key, value, allowed, scale)
     else:
         bias = _bias(plan, sites)
-        extra = {} if bias is None else {"position_bias": bias.to(query.dtype)}
-        output, _ = sdpa_attention_forward(module, query, key, value, mask, scaling=scale, **extra, **kwargs)
+        if bias is not None:
+            kwargs = {**kwargs, "position_bias": bias.to(query.dtype)}
+        output, _ = sdpa_attention_forward(module, query, key, value, mask, scaling=scale, **kwargs)
     return _outputs(plan, sites, output).contiguous()
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -49,17 +50,17 @@ def edited(
         try:
             for layer, plan in plans.items():
                 outer: LayerPlan | None = getattr(modules[layer], PLAN, None)
-                plan = plan if outer is None else _nested(outer, plan)
-                setattr(modules[layer], PLAN, plan)
-                setattr(layers[layer], PLAN, plan)
+                merged = plan if outer is None else _nested(outer, plan)
+                setattr(modules[layer], PLAN, merged)
+                setattr(layers[layer], PLAN, merged)
                 if any(step.edit.needs_hidden for step in plan.steps):
                     hooks.append(layers[layer].register_forward_pre_hook(_remember, with_kwargs=True))
             yield
         finally:
             for hook in hooks:
                 hook.remove()
-            for owner, plan in zip(owners, former, strict=True):
-                delattr(owner, PLAN) if plan is None else setattr(owner, PLAN, plan)
+            for owner, before in zip(owners, former, strict=True):
+                delattr(owner, PLAN) if before is None else setattr(owner, PLAN, before)
 
 
 @contextmanager
@@ -94,7 +95,8 @@ def _plans(
         here = [edit for edit in edits if layer in wanted[edit]]
         union = torch.stack([masks[edit] & live[:, None] for edit in here]).any(0).any(0).nonzero().squeeze(1)
         steps = tuple(
-            Step(edit, masks[edit][:, union], live, layout.image_keys(length), layout.text_keys(length)) for edit in here
+            Step(edit, masks[edit][:, union], live, layout.image_keys(length), layout.text_keys(length))
+            for edit in here
         )
         plans[layer] = LayerPlan(layer=layer, rows=union, prompt=length, steps=steps)
     return plans
@@ -130,7 +132,7 @@ def _implementation(vlm: Checkpoint) -> Iterator[None]:
     if NAME not in AttentionInterface().valid_keys():
         AttentionInterface.register(NAME, attention)
         AttentionMaskInterface.register(NAME, sdpa_mask)  # without a mask rule padding would be ignored
-    owners = [vlm.family.decoder(vlm.model), *vlm.family.attention_modules(vlm.model)]
+    owners: list[Any] = [vlm.family.decoder(vlm.model), *vlm.family.attention_modules(vlm.model)]
     configs: dict[int, PreTrainedConfig] = {id(owner.config): owner.config for owner in owners}
     former = [(config, config._attn_implementation_internal) for config in configs.values()]
     try:

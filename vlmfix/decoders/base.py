@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any, ClassVar, Protocol, Self
+from typing import Any, ClassVar, Protocol
 
 from torch import Tensor
-from transformers import LogitsProcessor, LogitsProcessorList
+from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel
+from transformers.generation.utils import GenerateOutput
 
 from vlmfix.attention.edit import AttentionEdit
 from vlmfix.attention.session import edited
-from vlmfix.decoders.branches import Contrast, stack_layout, stacked
-from vlmfix.decoders.parameters import Value, parameter, ranges, written
+from vlmfix.decoders.branches import Contrast
+from vlmfix.decoders.parameters import Value, ranges, written
+from vlmfix.decoders.stack import stack_layout, stacked
 from vlmfix.errors import IncompatibleDecodersError, UsageError
 from vlmfix.models.checkpoint import Checkpoint
 from vlmfix.models.layout import Batch, ImageLayout
@@ -37,7 +38,7 @@ class Source:
 class DecodingLoop(Protocol):
     """A loop of its own, handed to ``generate`` as ``custom_generate``: for methods that reject or roll back."""
 
-    def __call__(self, model: Any, input_ids: Tensor, **kwargs: Any) -> Any:
+    def __call__(self, model: PreTrainedModel, input_ids: Tensor, **kwargs: Any) -> Tensor | GenerateOutput:
         """Generates from prepared inputs; see transformers' ``custom_generate``."""
 
 
@@ -111,7 +112,7 @@ class Decoder(ABC):
     def _preset(self) -> Mapping[str, Value]:
         if not self.presets:
             return {}
-        chosen = getattr(self, "preset", None)
+        chosen = str(getattr(self, "preset", None))
         if chosen not in self.presets:
             raise UsageError(f"{self.name}: preset={chosen!r} is not allowed", f"allowed: {' | '.join(self.presets)}")
         return self.presets[chosen]
@@ -143,9 +144,7 @@ class Decoder(ABC):
         return f"{self.name}:{given}" if given else self.name
 
     @contextmanager
-    def applied(
-        self, vlm: Checkpoint, batch: Mapping[str, Tensor], *, num_beams: int = 1
-    ) -> Iterator[dict[str, Any]]:
+    def applied(self, vlm: Checkpoint, batch: Mapping[str, Tensor], *, num_beams: int = 1) -> Iterator[dict[str, Any]]:
         """Puts the method to work on a model inside the block.
 
         Args:

@@ -98,11 +98,11 @@ class INTER(Decoder):
         if self.mask_image == "zeros":
             return torch.zeros_like(pixels)
         if self.mask_image == "mean":
-            means = pixels.float().flatten(1).mean(dim=1)
-            rows = torch.zeros(int(owners.max()) + 1, device=pixels.device)
             index = owners.to(pixels.device)
-            rows = rows.index_reduce(0, index, means, "mean", include_self=False)
-            return rows[index].view(-1, *[1] * (pixels.dim() - 1)).expand_as(pixels).to(pixels.dtype)
+            sums = torch.zeros(int(owners.max()) + 1, device=pixels.device)
+            sums = sums.index_add(0, index, pixels.float().flatten(1).mean(dim=1))
+            means = sums / index.bincount().clamp(min=1)
+            return means[index].view(-1, *[1] * (pixels.dim() - 1)).expand_as(pixels).to(pixels.dtype)
         noise = row_noise(pixels, owners, self.noise_seed, uniform=self.mask_image == "uniform")
         return noise.to(pixels.dtype)
 

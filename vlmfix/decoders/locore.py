@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from vlmfix.attention.edit import AttentionEdit, BiasEdit, LayerSet, Rows, ScoreEdit, Site, WeightEdit
 from vlmfix.decoders.base import Decoder, DecodingPlan, Source
-from vlmfix.decoders.parameters import parameter
+from vlmfix.decoders.parameters import Value, parameter
 from vlmfix.models.checkpoint import Checkpoint
 from vlmfix.models.layout import Batch, ImageLayout
 
@@ -63,7 +64,7 @@ class LocoRE(Decoder):
         code="https://github.com/zhangbaijin/LVLMs-Saliency",
     )
     acts_on: ClassVar[str] = "attention, additive bias"
-    presets = {
+    presets: ClassVar[Mapping[str, Mapping[str, Value]]] = {
         "paper-literal": {"mode": "renorm", "scope": "post_image", "layers": "all"},
         "semantic": {"mode": "renorm", "scope": "generated", "layers": "all"},
         "released-hook": {"mode": "score", "scope": "post_image", "layers": "9:15"},

@@ -41,9 +41,11 @@ class Range:
         elif self.kind in (int, float):
             words = f"{self.kind.__name__} in [{self.low:g}, {self.high:g}]"
         else:
-            words = {bool: "true | false", LayerSet: "layers such as all, 2:-1 or 5/8", tuple: "integers joined by /"}.get(
-                self.kind, "text"
-            )
+            words = {
+                bool: "true | false",
+                LayerSet: "layers such as all, 2:-1 or 5/8",
+                tuple: "integers joined by /",
+            }.get(self.kind, "text")
         return words
 
     def check(self, owner: str, name: str, value: Value) -> Value:
@@ -56,11 +58,13 @@ class Range:
             return None
         if self.kind is LayerSet and isinstance(value, str):
             return LayerSet(value)
-        number = self.kind is float and isinstance(value, int) and not isinstance(value, bool)
-        value = float(value) if number else value
-        wrong = not isinstance(value, self.kind) or (self.kind is int and isinstance(value, bool))
-        wrong = wrong or (self.kind in (int, float) and not self.low <= value <= self.high)
-        if wrong or (self.choices and value not in self.choices):
+        if self.kind is float and type(value) is int:
+            value = float(value)
+        if isinstance(value, int | float) and not isinstance(value, bool):
+            fits = type(value) is self.kind and self.low <= value <= self.high
+        else:
+            fits = type(value) is self.kind and (not self.choices or value in self.choices)
+        if not fits:
             raise UsageError(f"{owner}: {name}={value!r} is not allowed", f"allowed: {self.text()}")
         return value
 
@@ -73,12 +77,13 @@ class Range:
                 return {"true": True, "false": False, "1": True, "0": False}[text.lower()]
             if self.kind is tuple:
                 return tuple(int(part) for part in text.split("/"))
-            return self.kind(text)
+            value: Value = self.kind(text)
+            return value
         except (ValueError, KeyError) as error:
             raise UsageError(f"{owner}: {name}={text} is not allowed", f"allowed: {self.text()}") from error
 
 
-def parameter(default: Any, kind: type, **limits: Any) -> Any:
+def parameter(default: Value, kind: type, **limits: Any) -> Any:  # noqa: ANN401 (a field stands for its value)
     """A dataclass field that knows its range; see ``Range`` for ``limits``."""
     return dataclasses.field(default=default, metadata={"range": Range(kind=kind, **limits)})
 

@@ -9,9 +9,10 @@ from torch import Tensor
 
 
 def cut(clean: Tensor, scores: Tensor, share: float) -> Tensor:
-    """Forbids tokens whose clean probability is below a share of the largest (Li et al. 2023, arXiv 2210.15097, sec. 3.3).
+    """Forbids tokens whose clean probability is below a share of the largest.
 
-    The best clean token always survives. Logits and log-probabilities give the same result.
+    Source: Li et al., "Contrastive Decoding", 2023, arXiv 2210.15097, the adaptive plausibility constraint. The best
+    clean token always survives. Logits and log-probabilities give the same result.
 
     Args:
         clean: (B, V) clean logits.

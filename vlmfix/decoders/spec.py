@@ -61,7 +61,9 @@ def _one(spec: str, decoders: Mapping[str, type[Decoder]]) -> Decoder:
         key = key.strip()
         if key not in allowed or not equals:
             known = ", ".join(allowed) or "none"
-            raise UsageError(f"{name}: {item!r} is no parameter", f"write parameter=value; parameters of {name}: {known}")
+            raise UsageError(
+                f"{name}: {item!r} is no parameter", f"write parameter=value; parameters of {name}: {known}"
+            )
         if key in values:
             raise UsageError(f"{name}: {key} is given twice", "give each parameter once")
         values[key] = allowed[key].parse(name, key, text.strip())

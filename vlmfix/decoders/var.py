@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import ClassVar
 
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from vlmfix.attention.edit import LayerSet, Site, WeightEdit
 from vlmfix.decoders.base import Decoder, DecodingPlan, Source
-from vlmfix.decoders.parameters import parameter
+from vlmfix.decoders.parameters import Value, parameter
 from vlmfix.errors import IncompatibleDecodersError, UsageError
 from vlmfix.heads.sinks import find_sinks, scaled_threshold, sink_strength
 from vlmfix.models.checkpoint import Checkpoint
@@ -63,7 +64,7 @@ class VAR(Decoder):
         code="https://github.com/seilk/VisAttnSink",
     )
     acts_on: ClassVar[str] = "attention weights"
-    presets = {
+    presets: ClassVar[Mapping[str, Mapping[str, Value]]] = {
         "paper": {"moved_fraction": 0.6, "min_nonsink_ratio": 0.5, "layers": "2:-1"},
         "official-code": {"moved_fraction": 0.4, "min_nonsink_ratio": 0.5, "layers": "2:"},
     }
@@ -177,9 +178,7 @@ class Redistribution(WeightEdit):
         return redistribute(weights, site.image_keys, sink, moved=self.moved, ratio=self.ratio, mass=self.mass)
 
 
-def redistribute(
-    weights: Tensor, image: Tensor, sink: Tensor, *, moved: float, ratio: float, mass: float
-) -> Tensor:
+def redistribute(weights: Tensor, image: Tensor, sink: Tensor, *, moved: float, ratio: float, mass: float) -> Tensor:
     """Moves a share of the sinks' attention to the other image keys, in the rows that look at image content.
 
     Args:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -10,9 +11,9 @@ import torch
 from torch import Tensor
 
 from vlmfix.decoders.base import Decoder, DecodingPlan, Source
-from vlmfix.decoders.branches import Branch, Contrast, with_pixels
-from vlmfix.decoders.parameters import parameter
+from vlmfix.decoders.branches import Contrast, with_pixels
 from vlmfix.decoders.noise import row_noise
+from vlmfix.decoders.parameters import Value, parameter
 from vlmfix.decoders.plausibility import cut
 from vlmfix.models.checkpoint import Checkpoint
 from vlmfix.models.layout import Batch, ImageLayout
@@ -62,7 +63,7 @@ class VCD(Decoder):
     )
     acts_on: ClassVar[str] = "logits of 2 branches"
     passes: ClassVar[int] = 2
-    presets = {
+    presets: ClassVar[Mapping[str, Mapping[str, Value]]] = {
         "paper": {"contrast": 1.0, "plausibility": 0.1, "noise_step": 500},
         "official-code": {"contrast": 1.0, "plausibility": 0.2, "noise_step": 500},
     }
@@ -78,10 +79,10 @@ class VCD(Decoder):
         if "pixel_values" not in batch:
             return DecodingPlan()
         pictured = layout.tokens.any(dim=1)
-        branch = with_pixels(vlm, batch, lambda pixels, owners: noised(pixels, owners, self.noise_step, self.noise_seed))
-        rule = ImageContrast(
-            branches=(branch,), rows=pictured, contrast=self.contrast, plausibility=self.plausibility
+        branch = with_pixels(
+            vlm, batch, lambda pixels, owners: noised(pixels, owners, self.noise_step, self.noise_seed)
         )
+        rule = ImageContrast(branches=(branch,), rows=pictured, contrast=self.contrast, plausibility=self.plausibility)
         return DecodingPlan(contrasts=(rule,))
 
 

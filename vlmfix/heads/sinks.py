@@ -1,4 +1,4 @@
-"""Sink dimensions: the hidden dimensions in which a model's first token is massive, and the image tokens that share them.
+"""Sink dimensions: the hidden dimensions in which a model's first token is massive, and which image tokens share them.
 
 Source: Kang et al., "See What You Are Told: Visual Attention Sink in Large Multimodal Models", ICLR 2025, arXiv
 2503.03321; the contrastive probe is this package's own (it needs no table and no data).
@@ -112,7 +112,7 @@ def _probe(vlm: Checkpoint, threshold: float) -> SinkReport:
     hit = torch.cat(first).median(dim=0).values  # (hidden size,)
     contrast = hit - torch.cat(others).median(dim=0).values
     bound = math.sqrt(config.hidden_size)
-    dims = TABLE.get(key, ())
+    dims: tuple[int, ...] = TABLE.get(key, ())
     if not dims:
         chosen = (hit > 0.15 * bound) & (contrast > 0.5 * contrast.max())
         order = contrast.masked_fill(~chosen, float("-inf")).topk(min(4, len(hit))).indices

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from math import isqrt
 
 import torch
-from PIL import Image
 from torch import Tensor, nn
 from transformers import PreTrainedModel, ProcessorMixin
 
@@ -33,20 +32,6 @@ class SmolVLM(Family):
         if not isinstance(decoder, nn.Module):
             raise TypeError(f"{type(model).__name__} has no text_model module")
         return decoder
-
-    def process(
-        self, processor: ProcessorMixin, texts: Sequence[str], pictures: Sequence[Sequence[Image.Image]]
-    ) -> Mapping[str, Tensor]:
-        """One list of pictures per row, as the processor wants them; see ``Family.process``."""
-        nested = [list(row) for row in pictures]
-        inputs = processor(
-            text=list(texts),
-            images=nested if any(nested) else None,
-            padding=True,
-            padding_side="left",
-            return_tensors="pt",
-        )
-        return dict(inputs)
 
     def patches(self, model: PreTrainedModel, processor: ProcessorMixin, batch: Batch) -> list[list[Tensor]]:
         """Boxes of every tile's tokens, then of the whole picture's; see ``Family.patches``."""

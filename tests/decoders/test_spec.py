@@ -1,0 +1,112 @@
+"""One language for decoders: parsed, printed, checked."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import pytest
+
+from tests.contracts.support import STRONG, batch_of, vlm_of
+from vlmfix.attention.edit import LayerSet
+from vlmfix.decoders import DECODERS, INTER, VAR, VCD, Chain, Greedy, LocoRE, describe, parse
+from vlmfix.errors import UsageError, VlmfixError
+
+
+def test_parsing():
+    assert parse("greedy") == Greedy()
+    assert parse("vcd:contrast=0.5,noise_step=10") == VCD(contrast=0.5, noise_step=10)
+    assert parse("vcd:contrast=1e+1") == VCD(contrast=10.0)
+    assert parse("var:sink_dims=5/7,sink_threshold=none") == VAR(sink_dims=(5, 7), sink_threshold=None)
+    assert parse("inter:variance=inf") == INTER(variance=math.inf)
+    assert parse("var:moved_fraction=0.4+locore:strength=0.15") == Chain(
+        decoders=(VAR(moved_fraction=0.4), LocoRE(strength=0.15))
+    )
+    assert parse("locore:layers=2:-1") == LocoRE(layers=LayerSet("2:-1"))
+
+
+@pytest.mark.parametrize("name", DECODERS)
+def test_a_decoder_is_a_value(name):
+    decoder = DECODERS[name]()
+    assert decoder == DECODERS[name]()
+    assert hash(decoder) == hash(DECODERS[name]())
+    assert parse(decoder.spec()) == decoder
+    assert eval(repr(decoder), {**{type(decoder).__name__: type(decoder)}, "LayerSet": LayerSet}) == decoder
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        decoder.anything = 1
+
+
+@pytest.mark.parametrize("spec", STRONG.values())
+def test_specifications_round_trip(spec):
+    assert parse(parse(spec).spec()) == parse(spec)
+
+
+@pytest.mark.parametrize("spec", STRONG.values())
+def test_planning_twice_gives_independent_state(spec):
+    vlm = vlm_of("llava")
+    batch = batch_of(vlm)
+    decoder = parse(spec)
+    one, two = (decoder.plan(vlm, batch, vlm.layout(batch)) for _ in range(2))
+    for left, right in ((one.edits, two.edits), (one.contrasts, two.contrasts)):
+        assert all(a is not b for a, b in zip(left, right, strict=True))
+        assert all(getattr(a, "sinks", 1) is not getattr(b, "sinks", 2) for a, b in zip(left, right, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ("vdc", "unknown decoder 'vdc'.*greedy, var, locore, vcd, inter"),
+        ("vcd:alpha=1", "'alpha=1' is no parameter.*contrast, plausibility"),
+        ("vcd:contrast", "'contrast' is no parameter"),
+        ("vcd:contrast=x", r"contrast=x is not allowed.*float in \[0, 10\]"),
+        ("vcd:contrast=-1", r"contrast=-1\.0 is not allowed"),
+        ("vcd:contrast=nan", "contrast=nan is not allowed"),
+        ("vcd:contrast=none", "contrast=none is not allowed"),
+        ("vcd:noise_step=1.5", "noise_step=1.5 is not allowed"),
+        ("vcd:noise_step=1000", r"noise_step=1000 is not allowed.*\[0, 999\]"),
+        ("vcd:contrast=1,contrast=2", "contrast is given twice"),
+        ("var:preset=code", r"preset='code' is not allowed.*paper \| official-code"),
+        ("locore:mode=half", "mode='half' is not allowed"),
+        ("locore:layers=2-5", "layers '2-5' are not understood"),
+        ("var:sink_dims=a", "sink_dims=a is not allowed.*integers"),
+        ("", "unknown decoder ''"),
+        ("greedy:x=1", "parameters of greedy: none"),
+    ],
+)
+def test_mistakes_are_named(spec, message):
+    with pytest.raises(UsageError, match=message):
+        parse(spec)
+
+
+@pytest.mark.parametrize("value", ["0.5", True, float("nan"), -0.1])
+def test_python_values_are_checked(value):
+    with pytest.raises(UsageError, match="contrast="):
+        VCD(contrast=value)
+
+
+def test_none_stands_for_the_preset_and_for_nothing_else():
+    assert VCD(contrast=None) == VCD()
+    with pytest.raises(UsageError, match="noise_seed=None"):
+        VCD(noise_seed=None)
+
+
+@pytest.mark.parametrize("name", DECODERS)
+def test_descriptions(name):
+    info = describe(DECODERS[name])
+    assert info.name == name
+    assert info.title
+    assert info.acts_on
+    assert bool(info.arxiv) == (name != "greedy")
+    assert all(parameter.help and parameter.allowed for parameter in info.parameters)
+    declared = {field.name for field in dataclasses.fields(DECODERS[name])}
+    assert {parameter.name for parameter in info.parameters} == declared
+
+
+def test_a_chain_of_nothing_is_refused():
+    with pytest.raises(UsageError, match="a chain of no decoders"):
+        Chain(decoders=())
+
+
+def test_errors_are_one_family():
+    assert issubclass(UsageError, VlmfixError)
+    assert str(UsageError("what", "do")) == "what (do)"

@@ -1,0 +1,390 @@
+"""Branches as extra rows of the same forward pass.
+
+A decoding step is bound by reading the weights, so a second row costs almost nothing where a second forward pass costs
+a whole step. The rows of the clean prompt and of each branch are stacked, left-padded to one length, share one cache,
+and are fused into one row of logits per sample. ``generate`` sees B rows from outside, so greedy search, sampling,
+beams, processors and stopping criteria are its own.
+
+Shape letters (``docs/notation.md``): B rows (after beam expansion), N branches, T prompt tokens, T' the length of the
+stacked prompts, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import Cache, PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutputWithPooling, CausalLMOutputWithPast
+
+from vlmfix.decoders.branches import Branch, Contrast
+from vlmfix.errors import IncompatibleDecodersError
+from vlmfix.models.checkpoint import Checkpoint
+from vlmfix.models.layout import Batch, ImageLayout
+
+STACK = "_vlmfix_stack"
+"""Attribute of the model that holds the stacked rows while a ``with`` block lasts."""
+PIXELS = ("pixel_values", "image_grid_thw", "image_sizes", "pixel_attention_mask", "batch_num_images", "num_crops")
+"""Inputs that belong to the pictures."""
+TYPES = ("mm_token_type_ids", "token_type_ids")
+"""Inputs that mark each token as text or picture; models use one of the names."""
+
+Features = BaseModelOutputWithPooling
+"""What the pictures became: ``pooler_output``, and ``deepstack_features`` in some families."""
+
+
+@dataclass(eq=False)
+class Stack:
+    """Clean rows and branches as rows of one pass, (1 + N) * B in branch-major order: clean rows first.
+
+    Attributes:
+        forward: The model's own forward.
+        contrasts: The rules, in order.
+        clean: B, rows of the clean batch after beam expansion.
+        prompt: T of the clean batch, as ``generate`` sees it.
+        ids: (N*B, T') prompts of the branches, left-padded to the common length T'.
+        mask: ((1+N)*B, T') int64, 1 where a prompt token is real.
+        positions: (N*B, T') or (4, N*B, T') position ids of the branches.
+        shift: What to add to the clean rows' next positions, ((1+N)*B, 1) or (4, (1+N)*B, 1).
+        features: What the pictures of each branch became, None where the branch has none or shares the clean ones.
+        shares: Which branches share the clean rows' features.
+        types: Under each name in ``TYPES`` that the clean batch has, (N*B, T') of the branches.
+    """
+
+    forward: Callable[..., CausalLMOutputWithPast]
+    contrasts: tuple[Contrast, ...]
+    clean: int
+    prompt: int
+    ids: Tensor
+    mask: Tensor
+    positions: Tensor
+    shift: Tensor
+    features: tuple[Features | None, ...]
+    shares: tuple[bool, ...]
+    types: dict[str, Tensor]
+
+    @property
+    def copies(self) -> int:
+        """1 + N, rows per sample."""
+        return 1 + len(self.shares)
+
+    @property
+    def length(self) -> int:
+        """T', the common prompt length."""
+        return int(self.mask.shape[1])
+
+
+def stack_layout(layout: ImageLayout, stack: Stack) -> tuple[ImageLayout, Tensor]:
+    """Layout of the stacked rows, and which of them are clean (those that edits may change).
+
+    Args:
+        layout: (B, T) layout of the clean rows, beams expanded.
+        stack: The stacked rows.
+
+    Returns:
+        The ((1+N)*B, T') layout, whose contrast rows are empty, and ((1+N)*B,) bool.
+    """
+    extra = stack.length - stack.prompt
+    others = stack.clean * (stack.copies - 1)
+
+    def grown(mask: Tensor, fill: float) -> Tensor:
+        pad = (0, 0) * (mask.dim() - 2) + (extra, 0, 0, others)
+        return torch.nn.functional.pad(mask, pad, value=fill)
+
+    live = torch.arange(stack.clean + others, device=layout.tokens.device) < stack.clean
+    return (
+        ImageLayout(
+            tokens=grown(layout.tokens, False),
+            text=grown(layout.text, False),
+            image=grown(layout.image, -1),
+            boxes=grown(layout.boxes, float("nan")),
+        ),
+        live,
+    )
+
+
+@contextmanager
+def stacked(vlm: Checkpoint, batch: Batch, contrasts: Sequence[Contrast], *, beams: int = 1) -> Iterator[Stack]:
+    """Runs every branch as extra rows of the model's forward inside the block.
+
+    Args:
+        vlm: The model; its ``forward`` is restored on leaving, also after an exception.
+        batch: The clean rows that ``generate`` is called with.
+        contrasts: The rules, in the order in which they act.
+        beams: Number of beams that ``generate`` is called with.
+
+    Raises:
+        IncompatibleDecodersError: Stacks do not nest.
+    """
+    model = vlm.model
+    if hasattr(model, STACK):
+        raise IncompatibleDecodersError("contrast branches are already at work on this model", "chain them with +")
+    owned = "forward" in model.__dict__
+    original = model.forward
+    stack = _stack(vlm, batch, tuple(contrasts), beams, original)
+    caches: list[Cache] = []
+
+    @functools.wraps(original)
+    def forward(**kwargs: Any) -> CausalLMOutputWithPast:
+        return _forward(model, getattr(model, STACK), caches, kwargs)
+
+    try:
+        setattr(model, STACK, stack)
+        model.forward = forward
+        yield stack
+    finally:
+        for cache in caches:
+            cache.__dict__.pop("reorder_cache", None)
+        if owned:
+            model.forward = original
+        else:
+            del model.forward
+        delattr(model, STACK)
+
+
+@torch.no_grad()
+def _stack(
+    vlm: Checkpoint,
+    batch: Batch,
+    contrasts: tuple[Contrast, ...],
+    beams: int,
+    forward: Callable[..., CausalLMOutputWithPast],
+) -> Stack:
+    branches = [branch for contrast in contrasts for branch in contrast.branches]
+    batches = [branch.batch for branch in branches]
+    length = max(b.length for b in (batch, *batches))
+    masks = [_wide(_left(b.attention_mask, length), beams) for b in (batch, *batches)]
+    positions = [_wide(_left(_positions(vlm.model, b), length), beams) for b in (batch, *batches)]
+    clean = positions[0][..., -1:]
+    return Stack(
+        forward=forward,
+        contrasts=tuple(replace(c, rows=c.rows.repeat_interleave(beams)) for c in contrasts),
+        clean=batch.rows * beams,
+        prompt=batch.length,
+        ids=torch.cat([_wide(_left(b["input_ids"], length), beams) for b in batches]),
+        mask=torch.cat(masks),
+        positions=torch.cat(positions[1:], dim=-2),
+        shift=torch.cat([p[..., -1:] - clean for p in positions], dim=-2),
+        features=tuple(_features(vlm.model, branch, beams) for branch in branches),
+        shares=tuple(branch.same_pictures for branch in branches),
+        types={
+            name: torch.cat(
+                [_wide(_left(b.get(name, torch.zeros_like(b["input_ids"])), length), beams) for b in batches]
+            )
+            for name in TYPES
+            if name in batch
+        },
+    )
+
+
+def _forward(
+    model: PreTrainedModel, stack: Stack, caches: list[Cache], given: Mapping[str, Any]
+) -> CausalLMOutputWithPast:
+    kwargs = dict(given)
+    ids = kwargs["input_ids"]
+    if ids is None or ids.shape[0] != stack.clean:
+        raise IncompatibleDecodersError(
+            f"the branches were made for {stack.clean} rows of token ids, the model was called otherwise",
+            "with beam search, give num_beams to decoder.applied(...); inputs_embeds are not supported",
+        )
+    if ids.shape[1] > 1:
+        _prefill(model, stack, caches, kwargs)
+    else:
+        _decode(stack, kwargs)
+    output = stack.forward(**kwargs)
+    return _fused(stack, output)
+
+
+def _prefill(model: PreTrainedModel, stack: Stack, caches: list[Cache], kwargs: dict[str, Any]) -> None:
+    """Replaces the clean prompt by the stacked prompts; tokens past the prompt (no cache) follow in every row."""
+    ids, copies, extra = kwargs["input_ids"], stack.copies, stack.length - stack.prompt
+    cache = kwargs.get("past_key_values")
+    if ids.shape[1] < stack.prompt or (cache is not None and cache.get_seq_length() > 0):
+        raise IncompatibleDecodersError(
+            f"a pass over {ids.shape[1]} tokens of a prompt of {stack.prompt}",
+            "chunked prefill, assisted decoding and a cache from an earlier call do not go with contrast branches",
+        )
+    if cache is not None:
+        _check_capacity(cache, stack)
+        _reorder_all(cache, stack)
+        caches.append(cache)
+    tail = ids[:, stack.prompt :]
+    clean_positions = kwargs.get("position_ids")
+    if clean_positions is None:
+        mask = stack.mask[: stack.clean, extra:]
+        clean_positions = _counted(torch.cat([mask, mask.new_ones(tail.shape)], dim=1))
+    after = _repeat(clean_positions[..., stack.prompt :], copies, -2) + stack.shift
+    before = torch.cat([_left(clean_positions[..., : stack.prompt], stack.length), stack.positions], dim=-2)
+    kwargs["position_ids"] = torch.cat([before, after], dim=-1)
+    kwargs["input_ids"] = torch.cat(
+        [torch.cat([_left(ids[:, : stack.prompt], stack.length), stack.ids]), tail.repeat(copies, 1)], dim=1
+    )
+    kwargs["attention_mask"] = torch.cat([stack.mask, stack.mask.new_ones(stack.mask.shape[0], tail.shape[1])], dim=1)
+    kwargs["mm_encoder_outputs"] = _all_features(model, stack, kwargs)
+    for name, others in stack.types.items():
+        if (types := kwargs.get(name)) is not None:
+            rows = torch.cat([_left(types[:, : stack.prompt], stack.length), others.to(types.dtype)])
+            kwargs[name] = torch.cat([rows, rows.new_zeros(rows.shape[0], tail.shape[1])], dim=1)
+
+
+def _decode(stack: Stack, kwargs: dict[str, Any]) -> None:
+    copies = stack.copies
+    kwargs["input_ids"] = kwargs["input_ids"].repeat(copies, 1)
+    for name in stack.types:
+        if (types := kwargs.get(name)) is not None:
+            kwargs[name] = types.repeat(copies, 1)
+    positions = kwargs.get("position_ids")
+    mask = kwargs.get("attention_mask")
+    cache = kwargs.get("past_key_values")
+    if positions is None:
+        if not isinstance(mask, Tensor) or mask.dim() != 2:
+            raise IncompatibleDecodersError("a decoding step came without positions", "pass a 2D attention_mask")
+        positions = _counted(mask)[:, -1:]
+    kwargs["position_ids"] = _repeat(positions, copies, -2) + stack.shift
+    if isinstance(mask, dict):
+        kwargs["attention_mask"] = {name: _decode_mask(stack, part, cache) for name, part in mask.items()}
+    else:
+        kwargs["attention_mask"] = _decode_mask(stack, mask, cache)
+
+
+def _decode_mask(stack: Stack, mask: Tensor | None, cache: Cache | None) -> Tensor:
+    if mask is None:
+        if cache is None:
+            raise IncompatibleDecodersError("one token came without a cache", "pass past_key_values")
+        # the clean rows see every key: no padding, and a static cache that is full
+        length = cache.get_max_length() if cache.is_compileable else cache.get_seq_length() + 1
+        mask = stack.mask.new_ones(stack.clean, 1, 1, length, dtype=torch.bool)
+    if mask.dim() == 2:
+        tail = mask[:, stack.prompt :].repeat(stack.copies, 1)
+        return torch.cat([stack.mask, tail.to(stack.mask.dtype)], dim=1)
+    wide = mask.repeat(stack.copies, 1, 1, 1)  # (B', 1, 1, K) of a static cache
+    prompt = stack.mask.bool()[:, None, None, :]  # (B', 1, 1, T)
+    return torch.cat([prompt, wide[..., stack.length :]], dim=-1)
+
+
+def _fused(stack: Stack, output: CausalLMOutputWithPast) -> CausalLMOutputWithPast:
+    logits = torch.as_tensor(output.logits)  # ((1+N)*B, Q, V)
+    rows = logits[:, -1].float().view(stack.copies, stack.clean, -1)  # (1+N, B, V)
+    clean, others = rows[0], rows[1:]
+    scores, first = clean, 0
+    for contrast in stack.contrasts:
+        count = len(contrast.branches)
+        fused = contrast.fuse(clean, others[first : first + count], scores)
+        scores = torch.where(contrast.rows[:, None], fused, scores)
+        first += count
+    # Fused scores stay in float32: rounded to bfloat16, a contrast would tie where the clean logits do not.
+    output.logits = torch.cat([logits[: stack.clean, :-1].float(), scores[:, None]], dim=1)
+    for name in ("hidden_states", "attentions"):
+        if (states := output.get(name)) is not None:
+            output[name] = tuple(None if s is None else s[: stack.clean] for s in states)
+    return output
+
+
+def _features(model: PreTrainedModel, branch: Branch, beams: int) -> Features | None:
+    if branch.same_pictures or "pixel_values" not in branch.batch:
+        return None
+    features = _encoded(model, branch.batch)
+    if beams > 1:
+        expand: Any = model._expand_multimodal_outputs
+        features = expand(branch.batch["input_ids"], {"image": features}, beams)["image"]
+    return features
+
+
+def _encoded(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> Features:
+    encoder: Any = model.base_model.get_image_features
+    wanted = [name for name in inspect.signature(encoder).parameters if name in inputs]
+    features: Features = encoder(**{name: inputs[name] for name in wanted}, return_dict=True)
+    return features
+
+
+def _all_features(model: PreTrainedModel, stack: Stack, kwargs: dict[str, Any]) -> dict[str, Features] | None:
+    given = kwargs.pop("mm_encoder_outputs", None) or {}
+    clean = given.get("image")
+    if clean is None and kwargs.get("pixel_values") is not None:
+        clean = _encoded(model, kwargs)
+    for name in PIXELS:
+        kwargs.pop(name, None)
+    parts = [clean, *(clean if share else own for share, own in zip(stack.shares, stack.features, strict=True))]
+    present = [part for part in parts if part is not None]
+    return {"image": _joined(present)} if present else None
+
+
+def _joined(parts: Sequence[Any]) -> Features:
+    """One encoder output with the pictures of all parts, in order; only what decoders read of it."""
+    joined: Any = type(parts[0])(pooler_output=_chained([part.pooler_output for part in parts]))
+    if getattr(parts[0], "deepstack_features", None) is not None:
+        levels = zip(*(part.deepstack_features for part in parts), strict=True)
+        joined.deepstack_features = [_chained(level) for level in levels]
+    features: Features = joined
+    return features
+
+
+def _chained(parts: Sequence[Tensor | Sequence[Tensor]]) -> Tensor | list[Tensor]:
+    tensors = [part for part in parts if isinstance(part, Tensor)]
+    if len(tensors) == len(parts):
+        return torch.cat(tensors)
+    return [feature for part in parts for feature in part]
+
+
+def _positions(model: PreTrainedModel, batch: Batch) -> Tensor:
+    """Position ids of a prompt, as ``generate`` makes them; what that leaves on the model is put back."""
+    base: Any = model.base_model
+    prepare: Any = model._prepare_position_ids_for_generation
+    former = getattr(base, "rope_deltas", None)
+    inputs = {name: value for name, value in batch.items() if name != "input_ids"}
+    positions: Tensor = prepare(batch["input_ids"], inputs)
+    if hasattr(base, "rope_deltas"):
+        base.rope_deltas = former
+    return positions.expand(*positions.shape[:-2], batch.rows, -1)
+
+
+def _counted(mask: Tensor) -> Tensor:
+    return (mask.long().cumsum(-1) - 1).clamp(min=0)
+
+
+def _left(rows: Tensor, length: int) -> Tensor:
+    """Pads the last dimension on the left with zeros; the mask hides what stands there."""
+    return torch.nn.functional.pad(rows, (length - rows.shape[-1], 0))
+
+
+def _wide(rows: Tensor, beams: int) -> Tensor:
+    return rows if beams == 1 else rows.repeat_interleave(beams, dim=-2)
+
+
+def _repeat(rows: Tensor, copies: int, dim: int) -> Tensor:
+    return torch.cat([rows] * copies, dim=dim)
+
+
+def _check_capacity(cache: Cache, stack: Stack) -> None:
+    if not cache.is_compileable:
+        return
+    if stack.length > stack.prompt:
+        raise IncompatibleDecodersError(
+            f"a branch's prompt has {stack.length} tokens, the clean one {stack.prompt}, and the cache is static",
+            "use the dynamic cache, or a shorter instruction",
+        )
+    layers: list[Any] = list(cache.layers)
+    capacity = max(layer.max_cache_len for layer in layers)
+    window = min((layer.max_cache_len for layer in layers if getattr(layer, "is_sliding", False)), default=capacity)
+    if window < capacity:
+        raise IncompatibleDecodersError(
+            f"the static cache of {capacity} tokens has layers with a window of {window}",
+            "use the dynamic cache with contrast branches on this model",
+        )
+
+
+def _reorder_all(cache: Any, stack: Stack) -> None:  # noqa: ANN401 (a cache whose method is shadowed)
+    """Beam search reorders B rows; the branches of a beam move with it."""
+    original = cache.reorder_cache
+
+    def reorder(beams: Tensor) -> None:
+        offsets = torch.arange(stack.copies, device=beams.device)[:, None] * stack.clean
+        original((beams[None] + offsets).flatten())
+
+    cache.reorder_cache = reorder
