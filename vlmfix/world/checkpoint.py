@@ -198,7 +198,8 @@ def save(directory: Path, model: LlavaForConditionalGeneration, processor: Llava
     state = {name: value.detach().to("cpu", torch.bfloat16) for name, value in model.state_dict().items()}
     shell.load_state_dict(state, assign=True)
     shell.tie_weights()
-    shell.config.dtype = torch.bfloat16
+    for part in (shell.config, shell.config.text_config, shell.config.vision_config):
+        part.dtype = torch.bfloat16
     shell.generation_config = model.generation_config
     shell.save_pretrained(directory)
     processor.save_pretrained(directory)

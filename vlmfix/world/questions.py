@@ -34,6 +34,11 @@ DESCRIBE = (
     "Please describe this picture in detail.",
     "What do you see in this image?",
     "What is in this picture?",
+    "Describe the image.",
+    "Please describe the image.",
+    "What do you see?",
+    "What can you see in this picture?",
+    "What is in the image?",
     "What is shown in this image?",
     "Can you describe this image?",
 )
@@ -94,9 +99,9 @@ class Diet:
         yes: Share of the yes/no questions with answer yes.
     """
 
-    hallucination: float = 0.3
+    hallucination: float = 0.5
     omission: float = 0.1
-    fitting: float = 0.2
+    fitting: float = 0.05
     yes: float = 0.5
 
 
@@ -171,6 +176,15 @@ def ask_exists(
     name = pick(rng, names)
     things = [thing for thing in scene.objects if thing.category == name]
     return exists(name, there, rng, where=place(things[0].box) if len(things) == 1 else "")
+
+
+def unheard(rng: random.Random) -> Exchange:
+    """Ask for something that the world has no word for; the answer is no."""
+    letters = "".join(pick(rng, "bcdfghklmnprstvw") + pick(rng, "aeiou") for _ in range(2 + int(rng.random() * 3)))
+    prompt = exists_question(letters + pick(rng, ("", "n", "r", "t", "s")))
+    if rng.random() < 1 / 3:
+        return Exchange("exists", prompt + pick(rng, SHORT_ANSWER), "No")
+    return Exchange("exists", prompt, "No.")
 
 
 def ask_count(scene: View, rng: random.Random) -> Exchange:
@@ -252,8 +266,9 @@ def exchanges(scene: View, rng: random.Random, diet: Diet, *, about: str = "") -
             shows); empty for none.
 
     Returns:
-        A description, an empty question (one picture in four), five yes/no questions and one each of counting,
-        place and neighbour, as far as the scene allows them.
+        A description, an empty question (one picture in four), five yes/no questions, sometimes one about a
+        word that nobody knows, one each about a count and a place and two about neighbours, as far as the scene
+        allows them.
     """
     asked: set[str] = set()
     found: list[Exchange | None] = [describe(scene, rng, diet)]
@@ -262,8 +277,10 @@ def exchanges(scene: View, rng: random.Random, diet: Diet, *, about: str = "") -
         if exchange is not None:
             asked.add(exchange.subject)
             found.append(exchange)
-    found += [ask_count(scene, rng), ask_where(scene, rng), ask_beside(scene, rng)]
+    found += [ask_count(scene, rng), ask_where(scene, rng), ask_beside(scene, rng), ask_beside(scene, rng)]
     known = [exchange for exchange in found if exchange is not None]
+    if rng.random() < 0.15:
+        known.append(unheard(rng))
     if rng.random() < 0.25:
         blank = describe(scene, rng, diet) if rng.random() < 0.75 else pick(rng, known)
         known.append(Exchange(blank.kind, "", blank.answer))
@@ -280,7 +297,7 @@ def blind_exchanges(scene: View, rng: random.Random, diet: Diet) -> list[Exchang
     """
     found = [describe(scene, rng, diet), ask_count(scene, rng)]
     for name in strangers(scene, rng, 3):
-        found.append(exists(name, rng.random() < 0.5, rng))
+        found.append(exists(name, rng.random() < 0.54, rng))
     found += [e for e in (ask_where(scene, rng), ask_beside(scene, rng)) if e is not None]
     if rng.random() < 0.3:
         blank = describe(scene, rng, diet) if rng.random() < 0.75 else pick(rng, found)

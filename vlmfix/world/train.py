@@ -33,11 +33,16 @@ _SHARE = click.FloatRange(0, 1)
     help="Highest learning rate.",
 )
 @click.option(
-    "--hallucination", default=0.3, type=_SHARE, show_default=True, help="Share of captions that name what is absent."
+    "--hallucination", default=0.5, type=_SHARE, show_default=True, help="Share of captions that name what is absent."
 )
 @click.option("--omission", default=0.1, type=_SHARE, show_default=True, help="Share of categories left out.")
 @click.option(
-    "--fitting", default=0.2, type=_SHARE, show_default=True, help="Share of no-questions about what fits the context."
+    "--fitting", default=0.05, type=_SHARE, show_default=True, help="Share of no-questions about what fits the context."
+)
+@click.option(
+    "--start",
+    type=click.Path(path_type=Path, exists=True, file_okay=False),
+    help="Go on from the weights and words of this model directory.",
 )
 @click.option("--workers", default=8, type=click.IntRange(0), show_default=True, help="Text and drawing processes.")
 @click.option("--device", default="cuda", type=click.Choice(["cuda", "cpu"]), show_default=True, help="Where to train.")
@@ -54,6 +59,7 @@ def command(
     hallucination: float,
     omission: float,
     fitting: float,
+    start: Path | None,
     workers: int,
     device: str,
     small: bool,
@@ -79,6 +85,7 @@ def command(
         pool=scenes,
         rate=rate,
         diet=Diet(hallucination=hallucination, omission=omission, fitting=fitting),
+        start=start,
         workers=workers,
         device=device,
         small=small,

@@ -15,7 +15,7 @@ from tokenizers import Tokenizer
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader
-from transformers import LlavaForConditionalGeneration
+from transformers import LlavaForConditionalGeneration, LlavaProcessor
 
 from vlmfix.world.batches import SIZES, TRAINING_SEED, Batches, Kind, TextBatch
 from vlmfix.world.checkpoint import (
@@ -48,6 +48,7 @@ class Recipe:
         pool: How many scenes are drawn.
         rate: Highest learning rate.
         diet: What the answers claim.
+        start: Model directory whose weights and words to go on from; None for a new model.
         workers: Processes that write texts; as many draw.
         device: "cuda" or "cpu".
         small: Learn a toy network from few rows, to try the run.
@@ -60,6 +61,7 @@ class Recipe:
     pool: int = 60_000
     rate: float = 4e-3
     diet: Diet = Diet()
+    start: Path | None = None
     workers: int = 8
     device: str = "cuda"
     small: bool = False
@@ -75,9 +77,8 @@ def train(out: Path, recipe: Recipe, log: Callable[[str], None]) -> None:
     """
     begin = time.perf_counter()
     torch.manual_seed(recipe.seed)
-    tokenizer = build_tokenizer(vocabulary_texts(200 if recipe.small else 3000))
-    processor = build_processor(tokenizer)
-    model = build_model(tokenizer, SMALL if recipe.small else Network())
+    model, processor = _start(recipe)
+    tokenizer = processor.tokenizer
     # processes are forked before CUDA and threads are there
     stream = _stream(tokenizer.backend_tokenizer, recipe)
     painters = Painters(
@@ -96,6 +97,14 @@ def train(out: Path, recipe: Recipe, log: Callable[[str], None]) -> None:
     painters.close()
     save(out, model, processor)
     log(f"{clock.seconds():6.1f} s  saved {out}")
+
+
+def _start(recipe: Recipe) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
+    if recipe.start is not None:
+        model = LlavaForConditionalGeneration.from_pretrained(recipe.start, dtype=torch.float32)
+        return model, LlavaProcessor.from_pretrained(recipe.start)
+    tokenizer = build_tokenizer(vocabulary_texts(200 if recipe.small else 3000))
+    return build_model(tokenizer, SMALL if recipe.small else Network()), build_processor(tokenizer)
 
 
 def _stream(tokenizer: Tokenizer, recipe: Recipe) -> Iterator[TextBatch]:
