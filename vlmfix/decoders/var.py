@@ -13,7 +13,7 @@ from vlmfix.attention.edit import LayerSet, Site, WeightEdit
 from vlmfix.decoders.base import Decoder, DecodingPlan, Source
 from vlmfix.decoders.parameters import Value, parameter
 from vlmfix.errors import IncompatibleDecodersError, UsageError
-from vlmfix.heads.sinks import find_sinks, scaled_threshold, sink_strength
+from vlmfix.heads.sinks import find_sinks, least_massive, scaled_threshold, sink_strength
 from vlmfix.models.checkpoint import Checkpoint
 from vlmfix.models.layout import Batch, ImageLayout
 
@@ -107,7 +107,7 @@ class VAR(Decoder):
         if not report.dims:
             return (
                 f"the model has no sink dimensions (its first token reaches |x|/rms {report.largest:.1f} of a possible "
-                f"{report.bound:.0f}, below {0.15 * report.bound:.1f} or shared by all tokens)"
+                f"{report.bound:.0f}; massive begins at {least_massive(width):.1f}, and other tokens must not share it)"
             )
         if report.visual_share == 0:
             return (

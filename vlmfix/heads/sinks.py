@@ -80,14 +80,19 @@ def scaled_threshold(hidden_size: int) -> float:
     return 0.3125 * math.sqrt(hidden_size)
 
 
+def least_massive(hidden_size: int) -> float:
+    """Smallest ``|x_d| / rms(x)`` of the first token that counts as massive: 0.15 of the bound, and at least 3."""
+    return max(0.15 * math.sqrt(hidden_size), 3.0)
+
+
 _REPORTS: WeakKeyDictionary[nn.Module, dict[float, SinkReport]] = WeakKeyDictionary()
 
 
 def find_sinks(vlm: Checkpoint, *, threshold: float) -> SinkReport:
     """Finds a model's sink dimensions, from the table or by a probe of 16 short prompts, once per model.
 
-    The probe compares the first token with all others in layers L/4 to 3L/4: dimensions in which it is massive (more
-    than 0.15 of the bound) and the others are not, at most four.
+    The probe compares the first token with all others in layers L/4 to 3L/4: dimensions in which it is massive (see
+    ``least_massive``) and the others are not, at most four.
 
     Args:
         vlm: The model.
@@ -114,7 +119,8 @@ def _probe(vlm: Checkpoint, threshold: float) -> SinkReport:
     bound = math.sqrt(config.hidden_size)
     dims: tuple[int, ...] = TABLE.get(key, ())
     if not dims:
-        chosen = (hit > 0.15 * bound) & (contrast > 0.5 * contrast.max())
+        # An ordinary dimension of a narrow model reaches 0.15 of the bound by chance; three deviations it does not.
+        chosen = (hit > least_massive(config.hidden_size)) & (contrast > 0.5 * contrast.max())
         order = contrast.masked_fill(~chosen, float("-inf")).topk(min(4, len(hit))).indices
         dims = tuple(int(d) for d in order.tolist() if bool(chosen[d]))
     patches = torch.cat([part.flatten(0, 1) for part in image])

@@ -1,0 +1,130 @@
+"""The front door: answers, streams, and what it refuses."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from PIL import Image
+
+import vlmfix
+from tests.contracts.support import PICTURES, PROMPTS, batch_of, vlm_of
+from tests.tiny import tiny_vlm
+from vlmfix.decoders import VCD
+from vlmfix.errors import DataError, IncompatibleDecodersError, UnsupportedModelError, UsageError
+
+ROWS = [list(row) for row in PICTURES]
+
+
+def test_answers_are_what_generate_says():
+    vlm = vlm_of("llava")
+    batch = batch_of(vlm)
+    sequences = vlm.model.generate(**batch, max_new_tokens=5, do_sample=False)[:, batch.length :]
+    answers = vlm.generate(ROWS, PROMPTS, max_new_tokens=5)
+    for ids, answer in zip(sequences, answers, strict=True):
+        assert answer.text == vlm.processor.tokenizer.decode(ids, skip_special_tokens=True).strip()
+        assert answer.seconds > 0
+
+
+def test_an_answer_that_ends_and_one_that_is_cut(monkeypatch):
+    vlm = vlm_of("llava")
+    ids = vlm.generate([ROWS[0]], PROMPTS[0], max_new_tokens=4)
+    assert (ids[0].finish, ids[0].tokens) == ("length", 4)
+    batch = batch_of(vlm, [0])
+    third = vlm.model.generate(**batch, max_new_tokens=4, do_sample=False)[0, batch.length + 2]
+    monkeypatch.setattr(vlm.model.generation_config, "eos_token_id", [int(third)])
+    first = vlm.model.generate(**batch, max_new_tokens=4, do_sample=False)[0, batch.length :].tolist()
+    (answer,) = vlm.generate([ROWS[0]], PROMPTS[0], max_new_tokens=4)
+    assert (answer.finish, answer.tokens) == ("eos", first.index(int(third)) + 1)
+
+
+def test_one_prompt_serves_all_pictures():
+    vlm = vlm_of("llava")
+    one = vlm.generate([ROWS[0][0], ROWS[1][0]], PROMPTS[0], max_new_tokens=3)
+    two = vlm.generate([[ROWS[0][0]], [ROWS[1][0]]], [PROMPTS[0]] * 2, max_new_tokens=3)
+    assert [answer.text for answer in one] == [answer.text for answer in two]
+
+
+@pytest.mark.parametrize("decoder", ["greedy", "vcd", VCD(contrast=2.0)])
+def test_a_stream_says_what_generate_says(decoder):
+    vlm = vlm_of("llava")
+    pieces = list(vlm.stream(ROWS[0], PROMPTS[0], decoder=decoder, max_new_tokens=6))
+    (answer,) = vlm.generate([ROWS[0]], PROMPTS[0], decoder=decoder, max_new_tokens=6)
+    assert "".join(pieces).strip() == answer.text
+
+
+def test_a_stream_that_fails_raises_where_it_is_read():
+    vlm = vlm_of("llava")
+    with pytest.raises(IncompatibleDecodersError, match="var cannot act"):
+        list(vlm.stream(ROWS[0], PROMPTS[0], decoder="var"))
+
+
+def test_beams_and_a_static_cache():
+    vlm = vlm_of("llava")
+    beams = vlm.generate(ROWS, PROMPTS, num_beams=3, max_new_tokens=4, decoder="vcd")
+    assert [answer.tokens for answer in beams] == [4, 4]
+    static = vlm.generate(ROWS, PROMPTS, static_cache=True, max_new_tokens=4, decoder="vcd")
+    dynamic = vlm.generate(ROWS, PROMPTS, max_new_tokens=4, decoder="vcd")
+    assert [answer.text for answer in static] == [answer.text for answer in dynamic]
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"max_new_tokens": 0}, UsageError, "max_new_tokens=0"),
+        ({"num_beams": 0}, UsageError, "num_beams=0"),
+        ({"temperature": -1.0}, UsageError, r"temperature=-1\.0"),
+        ({"temperature": 1.0, "top_p": 0.0}, UsageError, r"top_p=0\.0"),
+        ({"top_p": 0.5}, UsageError, "greedy search has no nucleus"),
+        ({"temperature": 1.0, "num_beams": 2}, UsageError, "sample with num_beams=1"),
+        ({"decoder": "nothing"}, UsageError, "unknown decoder"),
+        ({"prompts": ["one"]}, DataError, "2 pictures and 1 prompts"),
+        ({"pictures": [], "prompts": []}, DataError, "0 pictures and 0 prompts"),
+    ],
+)
+def test_what_it_refuses(options, error, message):
+    vlm = vlm_of("llava")
+    call = {"pictures": ROWS, "prompts": PROMPTS, **options}
+    with pytest.raises(error, match=message):
+        vlm.generate(call.pop("pictures"), call.pop("prompts"), **call)
+
+
+def test_sampling_at_a_small_temperature_is_greedy_and_the_nucleus_cuts():
+    vlm = vlm_of("llava")
+    greedy = vlm.generate(ROWS, PROMPTS, max_new_tokens=4)
+    cold = vlm.generate(ROWS, PROMPTS, max_new_tokens=4, temperature=1e-4)
+    narrow = vlm.generate(ROWS, PROMPTS, max_new_tokens=4, temperature=1.0, top_p=1e-6)
+    assert [a.text for a in cold] == [a.text for a in greedy] == [a.text for a in narrow]
+
+
+def test_sampling_leaves_the_global_generator_alone():
+    vlm = vlm_of("llava")
+    torch.manual_seed(1)
+    before = torch.random.get_rng_state()
+    vlm.generate([ROWS[0]], PROMPTS[0], max_new_tokens=3, temperature=1.0, decoder="vcd")
+    assert torch.equal(torch.random.get_rng_state(), before)
+
+
+def test_a_users_own_model():
+    tiny = tiny_vlm("llava")
+    vlm = vlmfix.wrap(tiny.model, tiny.processor)
+    inputs = tiny.processor(
+        text=[vlm.render("what is here?", 1)], images=[PICTURES[0][0]], return_tensors="pt", padding=True
+    )
+    with VCD().applied(vlm, inputs) as arguments:
+        own = tiny.model.generate(**inputs, **arguments, max_new_tokens=4, do_sample=False)
+    (answer,) = vlm.generate([ROWS[0]], PROMPTS[0], decoder="vcd", max_new_tokens=4)
+    fresh = own[0, inputs["input_ids"].shape[1] :]
+    assert tiny.processor.tokenizer.decode(fresh, skip_special_tokens=True).strip() == answer.text
+
+
+def test_wrapping_an_unknown_family(monkeypatch):
+    tiny = tiny_vlm("llava")
+    monkeypatch.setattr(type(tiny.model.config), "model_type", "mllama")
+    with pytest.raises(UnsupportedModelError, match=r"'mllama' is not supported .*LLaVA-1\.5"):
+        vlmfix.wrap(tiny.model, tiny.processor)
+
+
+def test_pictures_of_any_size_and_one_colour():
+    vlm = vlm_of("llava")
+    odd = [Image.new("RGB", size, "black") for size in ((1, 1), (3000, 2), (2, 3000))]
+    assert len(vlm.generate(odd, "what?", max_new_tokens=2, decoder="vcd")) == 3
