@@ -102,6 +102,7 @@ def test_a_longer_instruction_needs_a_dynamic_cache(family):
 def test_the_model_is_left_as_it_was_found(family):
     vlm = vlm_of(family)
     batch = batch_of(vlm)
+    plain(vlm, batch, steps=1)  # transformers hooks some vision towers on their first pass
     before, keys = snapshot(vlm), set(vlm.model.__dict__)
     logits(vlm, batch, Watch(), steps=2)
     assert snapshot(vlm) == before
@@ -192,7 +193,7 @@ def test_unknown_pictures_say_what_to_do():
     batch = batch_of(vlm)
     foreign = type(batch).of(dict(batch))
     with pytest.raises(DataError, match=r"vlm\.encode"):
-        without_question(vlm, foreign)
+        with_instruction(vlm, foreign, "be confused")
     with pytest.raises(DataError, match=r"vlm\.encode"):
         without_picture(vlm, foreign)
 
@@ -224,3 +225,16 @@ def test_edits_of_a_chain_leave_contrast_rows_alone():
     (clean, others), (edited, beside) = runs
     close(others, beside, 1e-5)
     assert (clean - edited).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("family", TINY)
+@pytest.mark.parametrize("prompt", ["", None])
+def test_the_question_of_a_users_own_inputs_is_cut_as_if_it_had_not_been_asked(family, prompt):
+    vlm = vlm_of(family)
+    batch = batch_of(vlm)
+    cut = without_question(vlm, type(batch).of(dict(batch)), prompt=prompt).batch
+    want = without_question(vlm, batch, prompt=prompt).batch
+    for name in ("input_ids", "attention_mask", "mm_token_type_ids", "token_type_ids"):
+        assert (name in cut) == (name in want)
+        if name in want:
+            assert torch.equal(cut[name], want[name])

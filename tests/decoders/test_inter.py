@@ -10,7 +10,6 @@ import torch
 from tests.contracts.support import batch_of, close, logits, plain, vlm_of
 from vlmfix.decoders import INTER
 from vlmfix.decoders.inter import Interaction
-from vlmfix.errors import DataError
 
 CLEAN = torch.tensor([[3.0, 4.0, 3.0, -6.0]])
 PICTURE = torch.tensor([[1.0, 1.0, 1.0, -4.0]])
@@ -179,10 +178,11 @@ def test_dropping_the_turns_text():
     assert logits(vlm, batch, INTER(mask_text="drop_turn", variance=0.0), steps=2).shape[0] == 2
 
 
-def test_without_the_question_it_says_how_to_give_it():
-    vlm = vlm_of("llava")
-    with pytest.raises(DataError, match=r"questions of these inputs are unknown .*vlm\.encode"):
-        logits(vlm, dict(batch_of(vlm)), INTER())
+@pytest.mark.parametrize("family", ["llava", "qwen2_vl", "gemma3"])
+def test_a_users_own_processor_output_works(family):
+    vlm = vlm_of(family)
+    batch = batch_of(vlm)
+    close(logits(vlm, dict(batch), INTER(variance=0.0)), logits(vlm, batch, INTER(variance=0.0)))
 
 
 def test_inputs_without_pictures_are_decoded_plainly():

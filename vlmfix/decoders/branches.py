@@ -11,11 +11,18 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
+from PIL import Image
 from torch import Tensor
+from torch.nn.functional import pad
 
 from vlmfix.errors import DataError
 from vlmfix.models.checkpoint import Checkpoint
 from vlmfix.models.layout import Batch
+
+TYPES = ("mm_token_type_ids", "token_type_ids")
+"""Inputs that mark each token as text or picture; models use one of the names."""
+TOKENS = ("input_ids", "attention_mask", *TYPES)
+"""Inputs with one entry per token."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,8 +70,13 @@ def without_picture(vlm: Checkpoint, batch: Batch) -> Branch:
 
 
 def without_question(vlm: Checkpoint, batch: Batch, *, prompt: str | None = "") -> Branch:
-    """The same pictures and no question: an empty one, or with None no text at all in the user's turn."""
-    _prompts(batch)
+    """The same pictures and no question: an empty one, or with None no text at all in the user's turn.
+
+    Inputs that were not made by ``vlm.encode`` lose what stands between their last picture and the assistant's turn;
+    what stands before a picture is taken for template and stays.
+    """
+    if batch.prompts is None or batch.pictures is None:
+        return _cut_after_pictures(vlm, batch, prompt)
     return _asked(vlm, batch, [prompt] * batch.rows, batch.system)
 
 
@@ -101,6 +113,28 @@ def picture_counts(vlm: Checkpoint, batch: Batch) -> list[int]:
     if batch.pictures is not None:
         return [len(row) for row in batch.pictures]
     return [len(row) for row in vlm.family.patches(vlm.model, vlm.processor, batch)]
+
+
+def _cut_after_pictures(vlm: Checkpoint, batch: Batch, prompt: str | None) -> Branch:
+    """Replaces all that follows each row's last image token by what the template puts there."""
+    image = vlm.family.image_token(vlm.model.config)
+    blank = Image.new("RGB", (64, 64))
+    kept: list[dict[str, Tensor]] = []
+    for row, count in enumerate(picture_counts(vlm, batch)):
+        real = batch.attention_mask[row].bool()
+        own = {name: batch[name][row][real] for name in TOKENS if name in batch}
+        if count:
+            template = vlm.encode([prompt], [[blank] * count])
+            end, begin = (int((ids == image).nonzero()[-1]) + 1 for ids in (own["input_ids"], template["input_ids"][0]))
+            own = {name: torch.cat([value[:end], template[name][0, begin:]]) for name, value in own.items()}
+        kept.append(own)
+    length = max(len(row["input_ids"]) for row in kept)
+    fill = {"input_ids": vlm.processor.tokenizer.pad_token_id or 0}
+    inputs = {
+        name: torch.stack([pad(row[name], (length - len(row[name]), 0), value=fill.get(name, 0)) for row in kept])
+        for name in kept[0]
+    }
+    return Branch(batch.with_inputs(**inputs), same_pictures=True)
 
 
 def _asked(vlm: Checkpoint, batch: Batch, prompts: Sequence[str | None], system: str | None) -> Branch:

@@ -23,7 +23,7 @@ from torch import Tensor
 from transformers import Cache, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPooling, CausalLMOutputWithPast
 
-from vlmfix.decoders.branches import Branch, Contrast
+from vlmfix.decoders.branches import TYPES, Branch, Contrast
 from vlmfix.errors import IncompatibleDecodersError
 from vlmfix.models.checkpoint import Checkpoint
 from vlmfix.models.layout import Batch, ImageLayout
@@ -32,8 +32,6 @@ STACK = "_vlmfix_stack"
 """Attribute of the model that holds the stacked rows while a ``with`` block lasts."""
 PIXELS = ("pixel_values", "image_grid_thw", "image_sizes", "pixel_attention_mask", "batch_num_images", "num_crops")
 """Inputs that belong to the pictures."""
-TYPES = ("mm_token_type_ids", "token_type_ids")
-"""Inputs that mark each token as text or picture; models use one of the names."""
 
 Features = BaseModelOutputWithPooling
 """What the pictures became: ``pooler_output``, and ``deepstack_features`` in some families."""

@@ -35,5 +35,5 @@ def family_of(model_type: str) -> Family:
     known = ", ".join(f"{family.title} ({'/'.join(sorted(family.model_types))})" for family in FAMILIES)
     raise UnsupportedModelError(
         f"model type {model_type!r} is not supported",
-        f"supported families: {known}; docs/adding-a-family.md says how to add one",
+        f"supported families: {known}; CONTRIBUTING.md says how to add one",
     )
