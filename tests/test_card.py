@@ -39,10 +39,7 @@ def test_weights_of_a_folder_are_told_apart(tmp_path):
     first = digest(a=b"1", b=b"2")
     assert first.startswith("sha256:")
     assert digest(a=b"1", b=b"2") == first
-    assert (
-        len({first, digest(a=b"12", b=b""), digest(a=b"2", b=b"1"), digest(a=b"1"), digest(a=b"1", c=b"2")})
-        == 5
-    )
+    assert len({first, digest(a=b"12", b=b""), digest(a=b"2", b=b"1"), digest(a=b"1"), digest(a=b"1", c=b"2")}) == 5
 
 
 def test_changed_weights_are_read_again(tmp_path):

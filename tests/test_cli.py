@@ -57,9 +57,7 @@ def test_run_asks_and_goes_on(tmp_path, model, vlmfix):
     assert "3 of them from before" in told
     code, _, told = vlmfix(*options, "--decoder", "vcd")
     assert code == 2
-    assert told.startswith(
-        f"vlmfix: {out} holds answers made with other settings: decoder was 'greedy', now 'vcd:"
-    )
+    assert told.startswith(f"vlmfix: {out} holds answers made with other settings: decoder was 'greedy', now 'vcd:")
     assert "\nhint: choose another --out" in told
 
 
@@ -162,9 +160,7 @@ def test_a_fault_of_ours_is_one_line_unless_debug(vlmfix, monkeypatch):
 
 
 def test_debug_shows_the_cause_of_an_expected_error(tmp_path, vlmfix):
-    code, _, told = vlmfix(
-        "--debug", "run", draw(tmp_path, 1), "--out", tmp_path / "out", "--model", tmp_path
-    )
+    code, _, told = vlmfix("--debug", "run", draw(tmp_path, 1), "--out", tmp_path / "out", "--model", tmp_path)
     assert code == 1
     assert "Traceback" in told
     assert "no config.json" in told.splitlines()[-2]

@@ -32,8 +32,7 @@ class Speaker:
         self.asked.append(decoder.name)
         more = " and <a kite>" if decoder.name == "greedy" else ""
         present = [
-            next(name for name in scene(5, number).counts() if name != "kite")
-            for number in range(len(pictures))
+            next(name for name in scene(5, number).counts() if name != "kite") for number in range(len(pictures))
         ]
         return [Answer(f"A {name}{more}", 4, "eos", 0.1) for name in present]
 
@@ -48,6 +47,7 @@ def test_a_demonstration_counts_and_shows_both(tmp_path):
     assert (mitigated.mentioned, mitigated.hallucinated, mitigated.found) == (3, 0, 3)
     assert plain.present == mitigated.present == sum(len(scene(5, number).counts()) for number in range(3))
     text = comparison_text(shown)
+    assert text.count("[kite]") == 3 - kites
     assert f"greedy: {3 - kites} of 6 objects mentioned are not in the picture" in text
     html = (tmp_path / "demo" / "index.html").read_text()
     assert html == page(shown)

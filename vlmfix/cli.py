@@ -23,9 +23,7 @@ INTERRUPTED = 130  # what a shell reports after Ctrl-C
 _debug = click.option("--debug", is_flag=True, expose_value=False, help="Show the traceback of an error.")
 
 _OPTIONS = {
-    "model": click.option(
-        "--model", default="tiny", show_default=True, help="tiny, a Hub id, or a directory."
-    ),
+    "model": click.option("--model", default="tiny", show_default=True, help="tiny, a Hub id, or a directory."),
     "revision": click.option("--revision", help="Branch, tag or commit of a Hub model."),
     "device": click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N."),
     "dtype": click.option(
@@ -70,7 +68,7 @@ def _generation_options(*left_out: str) -> Callable[[Callable[..., None]], Calla
 
     def decorate(command: Callable[..., None]) -> Callable[..., None]:
         @functools.wraps(command)
-        def with_settings(**given: Any) -> None:  # noqa: ANN401 (click passes options by name)
+        def with_settings(**given: Any) -> None:
             settings = Settings(**{name: given.pop(name) for name in _OPTIONS if name in given})
             command(settings=settings, **given)
 
@@ -102,12 +100,8 @@ def cli() -> None:
 @click.argument("pictures", type=click.Path(path_type=Path))
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder for the answers.")
 @click.option("--prompt", help="Asked about every picture.  [default: Please describe this image in detail.]")
-@click.option(
-    "--prompts", type=click.Path(path_type=Path), help="CSV file with the columns prompt or image,prompt."
-)
-@click.option(
-    "--batch-size", type=_BatchSize(), default="auto", show_default=True, help="Questions at a time."
-)
+@click.option("--prompts", type=click.Path(path_type=Path), help="CSV file with the columns prompt or image,prompt.")
+@click.option("--batch-size", type=_BatchSize(), default="auto", show_default=True, help="Questions at a time.")
 @_generation_options()
 def run(
     pictures: Path,
@@ -144,9 +138,7 @@ def run(
                 loader=loading,
             )
     except KeyboardInterrupt:
-        click.echo(
-            f"vlmfix: stopped; what is done is in {out}. The same command goes on from there.", err=True
-        )
+        click.echo(f"vlmfix: stopped; what is done is in {out}. The same command goes on from there.", err=True)
         click.get_current_context().exit(INTERRUPTED)
     click.echo(summary(end, out), err=True)
 
@@ -170,9 +162,7 @@ def ask(picture: Path, question: str, settings: Settings) -> None:
     try:
         shown = open_picture(picture).image
     except DataError as error:
-        raise DataError(
-            f"{picture}: {error.message}", "give a JPEG, PNG, WebP, TIFF, BMP or GIF file"
-        ) from error
+        raise DataError(f"{picture}: {error.message}", "give a JPEG, PNG, WebP, TIFF, BMP or GIF file") from error
     vlm = loading(settings.model, revision=settings.revision, device=settings.device, dtype=settings.dtype)
     pieces = vlm.stream(
         shown,
@@ -182,8 +172,11 @@ def ask(picture: Path, question: str, settings: Settings) -> None:
         temperature=settings.temperature,
         seed=settings.seed,
     )
+    begun = False
     for piece in pieces:
-        click.echo(piece, nl=False)
+        shown_piece = piece if begun else piece.lstrip()
+        begun = begun or bool(shown_piece)
+        click.echo(shown_piece, nl=False)
     click.echo()
 
 
@@ -240,13 +233,9 @@ def make(directory: Path, count: int, seed: int) -> None:
 
 
 @cli.command()
-@click.option(
-    "--out", type=click.Path(path_type=Path), default="demo", show_default=True, help="Folder to write."
-)
+@click.option("--out", type=click.Path(path_type=Path), default="demo", show_default=True, help="Folder to write.")
 @click.option("--decoder", default="vcd", show_default=True, metavar="SPEC", help="The mitigation to show.")
-@click.option(
-    "--seed", default=20260, show_default=True, type=click.IntRange(min=0), help="Seed of the scenes."
-)
+@click.option("--seed", default=20260, show_default=True, type=click.IntRange(min=0), help="Seed of the scenes.")
 @_debug
 def demo(out: Path, decoder: str, seed: int) -> None:
     """Describe drawn scenes plain and mitigated.

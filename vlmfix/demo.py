@@ -49,7 +49,7 @@ class Scene:
     Attributes:
         image: The picture's file.
         present: COCO names of what is in it.
-        answers: What each decoder said, by the decoder's specification.
+        answers: What each decoder said, by the decoder's name as it was given.
     """
 
     image: Path
@@ -98,7 +98,7 @@ def demonstrate(
         UsageError: The decoder's specification is not allowed.
         DataError: ``out`` cannot be written, or is in use for something else.
     """
-    arms = {arm.spec(): arm for arm in (parse(PLAIN), parse(decoder))}
+    arms = {spec: parse(spec) for spec in (PLAIN, decoder)}
     folder = out / f"scenes-{seed}-{count}"
     coco.make(folder, count=count, seed=seed)
     files = [folder / "images" / coco.image_name(number) for number in range(count)]
@@ -200,7 +200,7 @@ del {{ color: #b00020; font-weight: 600; }}
 what is in it. <b>Bold</b> objects are in the picture, <del>struck</del> ones are not.</p>
 <table><thead><tr><th>picture</th>{head}</tr></thead>
 <tbody>
-{rows}<tr><td>all pictures</td>{sums}</tr>
-</tbody></table>
+<tr><td>all pictures</td>{sums}</tr>
+{rows}</tbody></table>
 </body></html>
 """

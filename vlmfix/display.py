@@ -96,9 +96,7 @@ def _lines() -> Iterator[Callable[[str, int, int, float], None]]:
         if now - last[0] < LINE_SECONDS and done < total:
             return
         last[0] = now
-        left = (
-            f", {timedelta(seconds=round((total - done) / rate))} left" if rate > 0 and done < total else ""
-        )
+        left = f", {timedelta(seconds=round((total - done) / rate))} left" if rate > 0 and done < total else ""
         print(f"vlmfix: {done} of {total} {what}, {rate:.2f}/s{left}", file=sys.stderr, flush=True)
 
     yield show
@@ -111,9 +109,7 @@ def summary(end: Progress, out: Path) -> str:
     if end.before:
         lines[0] += f", {min(end.before, totals.answers)} of them from before"
     if totals.failed:
-        lines.append(
-            f"vlmfix: {totals.failed} failures in {out / 'failed.jsonl'}; remove that file to try them again"
-        )
+        lines.append(f"vlmfix: {totals.failed} failures in {out / 'failed.jsonl'}; remove that file to try them again")
     if totals.ms_per_token is not None:
         speed = f"{totals.tokens} tokens, {totals.ms_per_token:.1f} ms per token"
         lines.append(f"vlmfix: {speed}; settings in {out / 'run.json'}")
@@ -194,7 +190,8 @@ def comparison_text(comparison: Comparison) -> str:
     for scene in comparison.scenes:
         present = Text(f"{scene.image.name}\n").append(", ".join(scene.present), style="dim")
         table.add_row(present, *(_marked(described) for described in scene.answers.values()))
-    return _text(table, *(Text(_counted(spec, count)) for spec, count in comparison.counts.items()))
+    legend = Text("[in brackets]: not in the picture")
+    return _text(table, legend, "", *(Text(_counted(spec, count)) for spec, count in comparison.counts.items()))
 
 
 def _counted(spec: str, count: Count) -> str:
@@ -207,7 +204,7 @@ def _counted(spec: str, count: Count) -> str:
 def _marked(described: Described) -> Text:
     text = Text()
     for words, mark in described.pieces:
-        text.append(words, style=STYLES[mark])
+        text.append(f"[{words}]" if mark == "absent" else words, style=STYLES[mark])
     return text
 
 

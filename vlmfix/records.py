@@ -35,9 +35,7 @@ class JsonLines:
         try:
             self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
         except OSError as error:
-            raise DataError(
-                f"cannot open {path}: {error.strerror}", "choose a folder that you may write to"
-            ) from error
+            raise DataError(f"cannot open {path}: {error.strerror}", "choose a folder that you may write to") from error
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
@@ -130,9 +128,7 @@ def replace_json(path: Path, document: Mapping[str, Any]) -> None:
             os.fsync(file.fileno())
         draft.replace(path)
     except OSError as error:
-        raise DataError(
-            f"cannot write {path}: {error.strerror}", "free some space and start again"
-        ) from error
+        raise DataError(f"cannot write {path}: {error.strerror}", "free some space and start again") from error
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -146,9 +142,7 @@ def read_json(path: Path) -> dict[str, Any]:
     except OSError as error:
         raise DataError(f"cannot read {path}: {error.strerror}", "check the path") from error
     except ValueError as error:
-        raise DataError(
-            f"{path} is not JSON: {error}", "remove the file, or choose another folder"
-        ) from error
+        raise DataError(f"{path} is not JSON: {error}", "remove the file, or choose another folder") from error
     if not isinstance(document, dict):
         raise DataError(f"{path} holds no JSON object", "remove the file, or choose another folder")
     return document
@@ -165,9 +159,7 @@ def to_json(value: Any, *, indent: int | None = None) -> str:  # noqa: ANN401 (w
 
 
 def _bad_line(path: Path, number: int) -> DataError:
-    return DataError(
-        f"line {number} of {path} is not a JSON object", "remove that line, or choose another folder"
-    )
+    return DataError(f"line {number} of {path} is not a JSON object", "remove that line, or choose another folder")
 
 
 def _end_of_last_line(file: int, block: int = 1 << 16) -> int:

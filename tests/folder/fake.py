@@ -25,9 +25,7 @@ class FakeVLM:
         self.seconds = seconds
 
     def generate(self, pictures, prompts, **options):
-        batch = [
-            (picture.getpixel((0, 0)), prompt) for picture, prompt in zip(pictures, prompts, strict=True)
-        ]
+        batch = [(picture.getpixel((0, 0)), prompt) for picture, prompt in zip(pictures, prompts, strict=True)]
         self.batches.append(batch)
         self.options = options
         time.sleep(self.seconds * len(batch))

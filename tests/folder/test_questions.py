@@ -30,9 +30,7 @@ def test_rows_with_pictures_are_for_those_pictures(tmp_path):
 
 
 def test_all_missing_pictures_are_listed(tmp_path):
-    questions = Questions.file(
-        written(tmp_path, "image,prompt\n" + "".join(f"{n:02d}.png,A?\n" for n in range(13)))
-    )
+    questions = Questions.file(written(tmp_path, "image,prompt\n" + "".join(f"{n:02d}.png,A?\n" for n in range(13))))
     with pytest.raises(UsageError, match=r"12 pictures .* 00\.png, .*, 10\.png and 2 more") as caught:
         questions.check(["05.png"])
     assert "05.png" not in caught.value.message

@@ -101,16 +101,12 @@ def run(
     with OutputFolder(out, _known_settings(pictures, questions, settings, decoder)) as output:
         job = _Job(files, questions, output, report)
         if job.left():
-            vlm = loader(
-                settings.model, revision=settings.revision, device=settings.device, dtype=settings.dtype
-            )
+            vlm = loader(settings.model, revision=settings.revision, device=settings.device, dtype=settings.dtype)
             job.work(vlm, decoder, settings, batch_size)
         return job.progress()
 
 
-def _known_settings(
-    pictures: Path, questions: Questions, settings: Settings, decoder: Decoder
-) -> dict[str, Any]:
+def _known_settings(pictures: Path, questions: Questions, settings: Settings, decoder: Decoder) -> dict[str, Any]:
     """The settings that can be compared before the model is loaded."""
     asked = asdict(settings)
     for name in ("device", "dtype"):  # what they come to is known only with the model
@@ -144,11 +140,7 @@ class _Job:
     def _open_prompts(self, name: str) -> list[str]:
         if name in self._output.unreadable:
             return []
-        return [
-            prompt
-            for prompt in self._questions.about_picture(name)
-            if (name, prompt) not in self._output.done
-        ]
+        return [prompt for prompt in self._questions.about_picture(name) if (name, prompt) not in self._output.done]
 
     def left(self) -> int:
         """Questions without an answer or a failure."""

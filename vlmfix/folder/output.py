@@ -56,9 +56,7 @@ class OutputFolder:
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise DataError(
-                f"cannot make the folder {folder}: {error.strerror}", "choose another --out"
-            ) from error
+            raise DataError(f"cannot make the folder {folder}: {error.strerror}", "choose another --out") from error
         with ExitStack() as opened:
             self._answers = opened.enter_context(JsonLines(folder / ANSWERS))
             self._failed = opened.enter_context(JsonLines(folder / FAILED))

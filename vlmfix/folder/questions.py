@@ -123,9 +123,7 @@ def _read(path: Path) -> tuple[list[tuple[int, str, str]], str]:
 def _row(path: Path, line: int, row: dict[str, str], named: bool) -> tuple[int, str, str]:
     image, prompt = row.get("image") or "", row.get("prompt") or ""
     if None in row:
-        raise UsageError(
-            f"{path}, line {line} has too many fields", "put text that holds a comma in double quotes"
-        )
+        raise UsageError(f"{path}, line {line} has too many fields", "put text that holds a comma in double quotes")
     if not prompt.strip() or (named and not image):
         raise UsageError(f"{path}, line {line} has an empty field", "fill in every column")
     return line, image, prompt
