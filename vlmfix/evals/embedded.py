@@ -1,4 +1,4 @@
-"""Measure a model on fresh scenes of the drawn world: `python -m vlmfix.evals.embedded --model DIR`."""
+"""Measure models and decoders on fresh scenes of the drawn world: `python -m vlmfix.evals.embedded`."""
 
 from __future__ import annotations
 
@@ -14,7 +14,9 @@ from typing import Any
 import click
 from PIL import Image
 
-from vlmfix.errors import VlmfixError
+from vlmfix.errors import UsageError, VlmfixError
+from vlmfix.evals.looking import looking
+from vlmfix.generation import VLM, load
 from vlmfix.world.captions import absent
 from vlmfix.world.language import NUMBERS, alone, place
 from vlmfix.world.mentions import mentions
@@ -22,6 +24,7 @@ from vlmfix.world.pope import SPLITS, choose
 from vlmfix.world.pope import lines as pope_lines
 from vlmfix.world.questions import (
     DESCRIBE,
+    beside_any,
     beside_exchanges,
     count_exchange,
     exists_question,
@@ -53,8 +56,21 @@ def draw(count: int, seed: int, device: str) -> Set:
     return Set(scenes, [Image.fromarray(canvas) for canvas in canvases])
 
 
+def answering(vlm: VLM, decoder: str, batch_size: int) -> Answer:
+    """Answer with a loaded model, greedily, under a decoder's specification."""
+
+    def answer(pictures: Sequence[Pictures], prompts: Sequence[str]) -> list[str]:
+        found: list[str] = []
+        for start in range(0, len(prompts), batch_size):
+            rows = slice(start, start + batch_size)
+            found += [entry.text for entry in vlm.generate(pictures[rows], prompts[rows], decoder=decoder)]
+        return found
+
+    return answer
+
+
 def measure(answer: Answer, shown: Set) -> dict[str, Any]:
-    """Run every measurement that needs nothing but answers.
+    """Run every measurement that needs pictures and answers.
 
     Args:
         answer: What is measured.
@@ -66,8 +82,7 @@ def measure(answer: Answer, shown: Set) -> dict[str, Any]:
     captions = answer([[picture] for picture in shown.pictures], [DESCRIBE[0]] * len(shown.pictures))
     return {
         "captions": caption_figures(shown.scenes, captions),
-        "pope": pope_figures(answer, shown, blind=False),
-        "pope without the picture": pope_figures(answer, shown, blind=True),
+        "pope": pope_figures(answer, shown),
         "counting": counting(answer, shown),
         "position": position(answer, shown),
         "small objects": small_objects(answer, shown),
@@ -120,7 +135,7 @@ def says_yes(answer: str) -> bool:
     return not {"No", "no", "not"} & set(words)
 
 
-def pope_figures(answer: Answer, shown: Set, *, blind: bool) -> dict[str, dict[str, float]]:
+def pope_figures(answer: Answer, shown: Set, *, blind: bool = False) -> dict[str, dict[str, float]]:
     """POPE by the official rules on the three splits.
 
     Args:
@@ -129,20 +144,22 @@ def pope_figures(answer: Answer, shown: Set, *, blind: bool) -> dict[str, dict[s
         blind: Ask without the picture.
 
     Returns:
-        For each split accuracy, precision, recall, f1 and yes-ratio.
+        For each split accuracy, precision, recall, f1 and yes_ratio.
     """
     pictures = choose(((str(row), list(view.counts())) for row, view in enumerate(shown.scenes)), seed=0)
-    figures = {}
-    for split in SPLITS:
-        asked = [json.loads(line) for line in pope_lines(pictures, split=split, seed=0)]
-        prompts = [entry["text"] for entry in asked]
-        if blind:
-            said = _unique(answer, prompts)
-        else:
-            said = answer([[shown.pictures[int(entry["image"])]] for entry in asked], prompts)
-        pairs = [(entry["label"] == "yes", says_yes(text)) for entry, text in zip(asked, said, strict=True)]
-        figures[split] = rates(pairs)
-    return figures
+    asked = {split: [json.loads(line) for line in pope_lines(pictures, split=split, seed=0)] for split in SPLITS}
+    # the splits share their yes questions, and without pictures only the words differ: each is asked once
+    keys = dict.fromkeys(_pope_key(entry, blind) for split in SPLITS for entry in asked[split])
+    rows = [[] if blind else [shown.pictures[int(row)]] for row, _ in keys]
+    said = dict(zip(keys, answer(rows, [text for _, text in keys]), strict=True))
+    return {
+        split: rates([(entry["label"] == "yes", says_yes(said[_pope_key(entry, blind)])) for entry in asked[split]])
+        for split in SPLITS
+    }
+
+
+def _pope_key(entry: Mapping[str, str], blind: bool) -> tuple[str, str]:
+    return "" if blind else entry["image"], entry["text"]
 
 
 def rates(pairs: Sequence[tuple[bool, bool]]) -> dict[str, float]:
@@ -152,11 +169,11 @@ def rates(pairs: Sequence[tuple[bool, bool]]) -> dict[str, float]:
     said_yes = sum(said for _, said in pairs)
     precision, recall = hits / max(1, said_yes), hits / max(1, positives)
     return {
-        "accuracy": sum(truth == said for truth, said in pairs) / len(pairs),
+        "accuracy": sum(truth == said for truth, said in pairs) / max(1, len(pairs)),
         "precision": precision,
         "recall": recall,
         "f1": 2 * precision * recall / max(1e-9, precision + recall),
-        "yes_ratio": said_yes / len(pairs),
+        "yes_ratio": said_yes / max(1, len(pairs)),
     }
 
 
@@ -167,7 +184,9 @@ def counting(answer: Answer, shown: Set) -> dict[str, float]:
         for repeated in (False, True):
             names = [name for name, count in view.counts().items() if (count > 1) is repeated]
             asked += [(row, name, view.counts()[name]) for name in names[:1]]
-    said = answer([[shown.pictures[row]] for row, _, _ in asked], [count_exchange(name, 1).prompt for _, name, _ in asked])
+    said = answer(
+        [[shown.pictures[row]] for row, _, _ in asked], [count_exchange(name, 1).prompt for _, name, _ in asked]
+    )
     right = [(count > 1, spelled(text) == count) for (_, _, count), text in zip(asked, said, strict=True)]
     return {
         "one": _share([ok for many, ok in right if not many]),
@@ -193,8 +212,19 @@ def position(answer: Answer, shown: Set) -> dict[str, float]:
         full = [found for found in beside_exchanges(view) if not found.answer.startswith("Nothing")]
         beside += [(row, found) for found in full[:1]]
     said = answer([[shown.pictures[row]] for row, _ in beside], [found.prompt for _, found in beside])
-    neighbours = [mentions(text)[:1] == mentions(found.answer)[:1] for (_, found), text in zip(beside, said, strict=True)]
-    return {"place": _share(places), "neighbour": _share(neighbours)}
+    named = [mentions(text)[:1] for text in said]
+    return {
+        "place": _share(places),
+        "nearest on that side": _share(
+            [name == mentions(found.answer)[:1] for (_, found), name in zip(beside, named, strict=True)]
+        ),
+        "on that side": _share(
+            [
+                bool(name) and name[0] in beside_any(shown.scenes[row], found)
+                for (row, found), name in zip(beside, named, strict=True)
+            ]
+        ),
+    }
 
 
 def small_objects(answer: Answer, shown: Set) -> dict[str, float]:
@@ -223,13 +253,6 @@ def small_objects(answer: Answer, shown: Set) -> dict[str, float]:
     return figures
 
 
-def _unique(answer: Answer, prompts: Sequence[str]) -> list[str]:
-    """Ask each distinct prompt once, without a picture."""
-    distinct = list(dict.fromkeys(prompts))
-    known = dict(zip(distinct, answer([[]] * len(distinct), distinct), strict=True))
-    return [known[prompt] for prompt in prompts]
-
-
 def _share(found: Sequence[bool]) -> float:
     return sum(found) / max(1, len(found))
 
@@ -251,31 +274,45 @@ def lines(figures: Mapping[str, Any], title: str = "") -> list[str]:
 
 
 @click.command()
-@click.option("--model", "directory", required=True, type=click.Path(path_type=Path, exists=True, file_okay=False))
+@click.option("--model", default="tiny", show_default=True, help="tiny, or a directory with such a model.")
+@click.option("--decoder", "decoders", multiple=True, default=("greedy",), show_default=True, help="May be repeated.")
 @click.option("--scenes", "count", default=500, type=click.IntRange(1), show_default=True, help="Fresh scenes.")
 @click.option("--seed", default=1, type=click.IntRange(0), show_default=True, help="Seed of the scenes.")
-@click.option("--device", default=None, type=click.Choice(["cuda", "cpu"]), help="Default: cuda where there is one.")
-@click.option("--batch-size", default=None, type=click.IntRange(1), help="Default: 1000 on cuda, 25 on cpu.")
+@click.option("--device", default="auto", show_default=True, help="auto, cpu or cuda.")
+@click.option("--batch-size", default=50, type=click.IntRange(1), show_default=True, help="Questions at a time.")
 @click.option("--json", "file", type=click.Path(path_type=Path, dir_okay=False), help="Also write the figures here.")
 def command(
-    *, directory: Path, count: int, seed: int, device: str | None, batch_size: int | None, file: Path | None
+    *,
+    model: str,
+    decoders: tuple[str, ...],
+    count: int,
+    seed: int,
+    device: str,
+    batch_size: int,
+    file: Path | None,
 ) -> None:
-    """Measure the embedded model, or one like it, on scenes of the drawn world that it has not seen."""
-    import torch
+    """Measure the embedded model, or one like it, on scenes of the drawn world that it has not seen.
 
-    from vlmfix.evals.plain import Plain
-    from vlmfix.evals.looking import looking
-
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    shown = draw(count, seed, device)
-    plain = Plain.load(directory, device=device, batch_size=batch_size or (1000 if device == "cuda" else 25))
-    figures = measure(plain, shown)
+    Hallucination in captions, POPE, counting, position, small objects with and without an enlarged part, and where
+    the model looks. Use another seed than 10000000 and 10000001, which the embedded model was trained on.
+    """
+    vlm = load(model, device=device)
+    shown = draw(count, seed, vlm.device.type)
+    found: dict[str, Any] = {}
+    for decoder in decoders:
+        found[decoder] = measure(answering(vlm, decoder, batch_size), shown)
+        click.echo("\n".join([f"# {decoder}", *lines(found[decoder])]))
+    plain = answering(vlm, "greedy", batch_size)
     few = min(count, 48)
-    figures["looking"] = looking(plain, shown.pictures[:few], figures["texts"][:few])
-    for line in lines(figures):
-        click.echo(line)
+    texts = plain([[picture] for picture in shown.pictures[:few]], [DESCRIBE[0]] * few)
+    model_alone = {
+        "pope without the picture": pope_figures(plain, shown, blind=True),
+        "looking": looking(vlm, shown.pictures[:few], texts),
+    }
+    click.echo("\n".join(["# the model alone", *lines(model_alone)]))
     if file is not None:
-        file.write_text(json.dumps({"scenes": count, "seed": seed, **figures}, indent=1) + "\n", encoding="utf-8")
+        figures = {"model": model, "scenes": count, "seed": seed, "decoders": found, **model_alone}
+        file.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
 
 
 def main() -> None:
@@ -287,7 +324,7 @@ def main() -> None:
         sys.exit(2)
     except VlmfixError as error:
         click.echo(f"error: {error}", err=True)
-        sys.exit(1)
+        sys.exit(2 if isinstance(error, UsageError) else 1)
 
 
 if __name__ == "__main__":

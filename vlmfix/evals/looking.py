@@ -9,17 +9,17 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from vlmfix.evals.plain import Plain
+from vlmfix.generation import VLM
 from vlmfix.world.questions import DESCRIBE
 
 REGIONS = ("beginning", "image", "question", "generated")
 
 
-def looking(plain: Plain, pictures: Sequence[Image.Image], captions: Sequence[str]) -> dict[str, Any]:
+def looking(vlm: VLM, pictures: Sequence[Image.Image], captions: Sequence[str]) -> dict[str, Any]:
     """Measure attention mass and the largest activations while captions are written.
 
     Args:
-        plain: The model.
+        vlm: The model, of the embedded kind: its prompts begin with `<s>USER:`, then the picture.
         pictures: One for each row.
         captions: What the model said about them.
 
@@ -29,12 +29,12 @@ def looking(plain: Plain, pictures: Sequence[Image.Image], captions: Sequence[st
         image token get, per layer; `largest`: for the first token, image tokens and text tokens the largest
         |x_d| / rms(x) of the hidden states after each layer; a model with sinks passes 20.
     """
-    before = plain.model.config._attn_implementation
-    plain.model.set_attn_implementation("eager")
+    before = vlm.model.config.get_text_config()._attn_implementation
+    vlm.model.set_attn_implementation({"text_config": "eager"})
     try:
-        rows = [_one(plain, picture, caption) for picture, caption in zip(pictures, captions, strict=True)]
+        rows = [_one(vlm, picture, caption) for picture, caption in zip(pictures, captions, strict=True)]
     finally:
-        plain.model.set_attn_implementation(before)
+        vlm.model.set_attn_implementation({"text_config": before})
     mass = torch.stack([row["mass"] for row in rows]).mean(0)  # (4, L)
     largest = torch.stack([row["largest"] for row in rows]).amax(0)  # (3, L)
     return {
@@ -45,13 +45,17 @@ def looking(plain: Plain, pictures: Sequence[Image.Image], captions: Sequence[st
     }
 
 
-def _one(plain: Plain, picture: Image.Image, caption: str) -> dict[str, Tensor]:
-    asked = plain.encode([[picture]], [DESCRIBE[0]])["input_ids"].shape[1]
-    batch = plain.encode([[picture]], [DESCRIBE[0]], [caption])
+def _one(vlm: VLM, picture: Image.Image, caption: str) -> dict[str, Tensor]:
+    batch = vlm.encode([DESCRIBE[0]], [[picture]])
+    asked = batch.length
+    said = vlm.processor.tokenizer(f" {caption}", add_special_tokens=False, return_tensors="pt")["input_ids"]
+    ids = torch.cat([batch["input_ids"], said.to(vlm.device)], dim=1)  # (1, T)
     with torch.inference_mode():
-        out = plain.model(**batch, output_attentions=True, output_hidden_states=True)
-    ids = batch["input_ids"][0]
-    image = ids == plain.model.config.image_token_id
+        out = vlm.model(
+            input_ids=ids, pixel_values=batch["pixel_values"], output_attentions=True, output_hidden_states=True
+        )
+    ids = ids[0]  # (T,)
+    image = ids == vlm.model.config.image_token_id
     first = int(image.nonzero()[0])
     place = torch.arange(len(ids), device=ids.device)
     regions = torch.stack(

@@ -74,9 +74,7 @@ class TextBatch:
 
     def mask(self) -> Tensor:
         """Who sees whom: everything before in the same exchange and the shared beginning. (B, 1, T, T) bool."""
-        earlier = torch.ones(
-            self.ids.shape[1], self.ids.shape[1], dtype=torch.bool, device=self.ids.device
-        ).tril()
+        earlier = torch.ones(self.ids.shape[1], self.ids.shape[1], dtype=torch.bool, device=self.ids.device).tril()
         query, key = self.turns[:, :, None], self.turns[:, None, :]  # (B, T, 1), (B, 1, T)
         return (earlier & ((key == 0) | (key == query)))[:, None]  # (B, 1, T, T)
 
@@ -112,7 +110,7 @@ class Batches(Dataset[TextBatch]):
         self.filled = filled
         self.diet = diet
         self.shrink = shrink
-        self.special = {name: tokenizer.token_to_id(name) for name in (PAD, BOS, EOS, IMAGE)}
+        self.special = {name: tokenizer.get_vocab()[name] for name in (PAD, BOS, EOS, IMAGE)}
 
     def __len__(self) -> int:
         return len(self.schedule)
@@ -128,7 +126,8 @@ class Batches(Dataset[TextBatch]):
         packed = [self._row(kind, index, turned, rng) for index, turned in zip(chosen, mirrored, strict=True)]
         table = torch.tensor([row[:3] for row in packed])  # (B, 3, T)
         weights = torch.tensor([row[3] for row in packed])  # (B, T)
-        return TextBatch(kind, reach, torch.tensor(chosen), torch.tensor(mirrored), *table.unbind(1), weights)
+        ids, positions, turns = table.unbind(1)  # (B, T) each
+        return TextBatch(kind, reach, torch.tensor(chosen), torch.tensor(mirrored), ids, positions, turns, weights)
 
     def _row(
         self, kind: Kind, index: int, mirrored: bool, rng: random.Random

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import json
-import logging
 import random
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
@@ -21,6 +19,7 @@ from transformers import (
     LlavaConfig,
     LlavaForConditionalGeneration,
     LlavaProcessor,
+    PreTrainedConfig,
     PreTrainedTokenizerFast,
 )
 
@@ -74,9 +73,7 @@ class Network:
     vision_heads: int = 7
 
 
-SMALL = Network(
-    width=64, layers=2, heads=2, groups=1, inner=128, vision_width=64, vision_layers=2, vision_heads=2
-)
+SMALL = Network(width=64, layers=2, heads=2, groups=1, inner=128, vision_width=64, vision_layers=2, vision_heads=2)
 
 
 def vocabulary_texts(count: int = 3000) -> Iterable[str]:
@@ -145,7 +142,7 @@ def build_processor(tokenizer: PreTrainedTokenizerFast) -> LlavaProcessor:
 
 def build_model(tokenizer: PreTrainedTokenizerFast, shape: Network) -> LlavaForConditionalGeneration:
     """Make an untrained model, in float32 on the CPU, with the caller's torch seed."""
-    token = {name: tokenizer.convert_tokens_to_ids(name) for name in SPECIAL}
+    token = {name: tokenizer.get_vocab()[name] for name in SPECIAL}
     vision = CLIPVisionConfig(
         hidden_size=shape.vision_width,
         intermediate_size=4 * shape.vision_width,
@@ -198,8 +195,9 @@ def save(directory: Path, model: LlavaForConditionalGeneration, processor: Llava
     state = {name: value.detach().to("cpu", torch.bfloat16) for name, value in model.state_dict().items()}
     shell.load_state_dict(state, assign=True)
     shell.tie_weights()
-    for part in (shell.config, shell.config.text_config, shell.config.vision_config):
-        part.dtype = torch.bfloat16
+    shell.config.dtype = torch.bfloat16
+    for part in (shell.config.text_config, shell.config.vision_config):
+        cast(PreTrainedConfig, part).dtype = torch.bfloat16
     shell.generation_config = model.generation_config
     shell.save_pretrained(directory)
     processor.save_pretrained(directory)

@@ -66,4 +66,5 @@ def orthogonal(matrices: Tensor) -> Tensor:
     for _ in range(5):
         square = x @ x.mT  # (n, short, short)
         x = first * x + (third * square + fifth * square @ square) @ x
-    return x.mT if tall else x  # (n, rows, columns)
+    found: Tensor = x.mT if tall else x  # (n, rows, columns)
+    return found

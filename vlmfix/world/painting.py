@@ -7,8 +7,8 @@ from concurrent.futures import Future, ProcessPoolExecutor
 
 import torch
 from torch import Tensor
-from torchvision.transforms.v2 import functional as pictures
 from torchvision.transforms.v2 import InterpolationMode
+from torchvision.transforms.v2 import functional as pictures
 
 from vlmfix.world.questions import zoom
 from vlmfix.world.render import render
@@ -28,7 +28,8 @@ def shrink(canvas: Tensor) -> Tensor:
         (N, 3, 128, 128) uint8.
     """
     size = [IMAGE_SIZE, IMAGE_SIZE]
-    return pictures.resize(canvas, size, interpolation=InterpolationMode.BICUBIC, antialias=True)
+    small: Tensor = pictures.resize(canvas, size, interpolation=InterpolationMode.BICUBIC, antialias=True)
+    return small
 
 
 def paint(seed: int, start: int, stop: int, device: str) -> Tensor:
@@ -56,36 +57,44 @@ def paint(seed: int, start: int, stop: int, device: str) -> Tensor:
 
 
 class Painters:
-    """Processes that draw a pool of pictures while the training goes on.
+    """A pool of pictures that is drawn while the training goes on.
 
     Args:
         seed: Seed of the scenes.
         count: How many scenes.
-        device: Where they draw.
-        processes: How many at a time.
+        device: Where they are drawn.
+        processes: How many draw at a time; 0 draws here, when pictures are asked for.
     """
 
     def __init__(self, *, seed: int, count: int, device: str, processes: int) -> None:
         self.pool = torch.empty((count, 2, 3, IMAGE_SIZE, IMAGE_SIZE), dtype=torch.uint8, device=device)
         self.drawn = 0
-        self.executor = ProcessPoolExecutor(processes, mp_context=multiprocessing.get_context("spawn"))
-        self.parts: list[Future[bytes]] = [
-            self.executor.submit(_paint_bytes, seed, start, min(start + CHUNK, count), device)
-            for start in range(0, count, CHUNK)
-        ]
+        self.jobs = [(seed, start, min(start + CHUNK, count), device) for start in range(0, count, CHUNK)]
+        self.executor: ProcessPoolExecutor | None = None
+        self.parts: list[Future[bytes]] = []
+        if processes:
+            # spawned, because a forked process cannot draw on CUDA
+            self.executor = ProcessPoolExecutor(processes, mp_context=multiprocessing.get_context("spawn"))
+            self.parts = [self.executor.submit(_paint_bytes, *job) for job in self.jobs]
 
     def pictures(self, reach: int) -> Tensor:
         """Wait until the first `reach` scenes are drawn. (count, 2, 3, 128, 128) uint8: whole and enlarged part."""
         while self.drawn < reach:
-            part = torch.frombuffer(bytearray(self.parts.pop(0).result()), dtype=torch.uint8)
-            part = part.view(-1, *self.pool.shape[1:])
+            job = self.drawn // CHUNK
+            if self.executor is None:
+                part = paint(*self.jobs[job])
+            else:
+                data = bytearray(self.parts[job].result())
+                self.parts[job] = Future()  # lets go of the bytes
+                part = torch.frombuffer(data, dtype=torch.uint8).view(-1, *self.pool.shape[1:])
             self.pool[self.drawn : self.drawn + len(part)] = part
             self.drawn += len(part)
         return self.pool
 
     def close(self) -> None:
         """End the processes; pictures that nobody asked for are not drawn."""
-        self.executor.shutdown(cancel_futures=True)
+        if self.executor is not None:
+            self.executor.shutdown(cancel_futures=True)
 
 
 def _paint_bytes(seed: int, start: int, stop: int, device: str) -> bytes:

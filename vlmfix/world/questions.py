@@ -145,9 +145,7 @@ def exists(name: str, there: bool, rng: random.Random, *, where: str = "") -> Ex
     return Exchange("exists", prompt, answer, name)
 
 
-def ask_exists(
-    scene: View, rng: random.Random, diet: Diet, *, avoid: set[str], about: str = ""
-) -> Exchange | None:
+def ask_exists(scene: View, rng: random.Random, diet: Diet, *, avoid: set[str], about: str = "") -> Exchange | None:
     """Ask about a category of the scene or an absent one.
 
     Args:
@@ -161,11 +159,7 @@ def ask_exists(
         The exchange, or None when every candidate was asked about already.
     """
     if rng.random() < diet.yes:
-        names = (
-            [about]
-            if about and about not in avoid
-            else [name for name in scene.counts() if name not in avoid]
-        )
+        names = [about] if about and about not in avoid else [name for name in scene.counts() if name not in avoid]
         there = True
     else:
         draw = absent if rng.random() < diet.fitting else strangers
@@ -203,11 +197,7 @@ def count_exchange(name: str, count: int, pattern: str = _COUNT[0], *, short: bo
     prompt = pattern.format(many=category(name).plural)
     if short:
         return Exchange("count", prompt + SHORT_ANSWER[0], number_word(count).capitalize(), name)
-    phrase = several(name, count)
-    if count == 1:
-        phrase = (
-            phrase.replace("a ", "one ", 1) if phrase.startswith("a ") else phrase.replace("an ", "one ", 1)
-        )
+    phrase = f"one {one(name).split(' ', 1)[1]}" if count == 1 else several(name, count)
     return Exchange("count", prompt, f"There {'is' if count == 1 else 'are'} {phrase} in the image.", name)
 
 
@@ -220,9 +210,7 @@ def ask_where(scene: View, rng: random.Random) -> Exchange | None:
 def where_exchange(thing: Thing) -> Exchange:
     """Ask where one object is, and answer by the 3 by 3 grid."""
     name = thing.category
-    return Exchange(
-        "where", f"Where is the {name}?", sentence(f"the {name} {_be(name)} {place(thing.box)}"), name
-    )
+    return Exchange("where", f"Where is the {name}?", sentence(f"the {name} {_be(name)} {place(thing.box)}"), name)
 
 
 def ask_beside(scene: View, rng: random.Random) -> Exchange | None:
@@ -248,6 +236,13 @@ def beside_exchanges(scene: View) -> list[Exchange]:
             answer = sentence(f"{one(near.category) if near else 'nothing'} is {said}")
             found.append(Exchange("beside", f"What is {said}?", answer, name))
     return found
+
+
+def beside_any(scene: View, exchange: Exchange) -> set[str]:
+    """Categories of all objects on the side that a question of `beside_exchanges` asks about, near or far."""
+    start = alone(scene)[exchange.subject]
+    side = next(side for side in SIDES if f" {side} " in exchange.prompt)
+    return {thing.category for thing in scene.objects if thing is not start and toward(start.box, thing.box) == side}
 
 
 def informal(prompt: str) -> str:

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 import torch
 import transformers
@@ -15,7 +16,7 @@ from tokenizers import Tokenizer
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader
-from transformers import LlavaForConditionalGeneration, LlavaProcessor
+from transformers import CLIPImageProcessor, LlavaForConditionalGeneration, LlavaProcessor
 
 from vlmfix.world.batches import SIZES, TRAINING_SEED, Batches, Kind, TextBatch
 from vlmfix.world.checkpoint import (
@@ -49,7 +50,7 @@ class Recipe:
         rate: Highest learning rate.
         diet: What the answers claim.
         start: Model directory whose weights and words to go on from; None for a new model.
-        workers: Processes that write texts; as many draw.
+        workers: Processes that write texts; as many draw. 0 does both in this one.
         device: "cuda" or "cpu".
         small: Learn a toy network from few rows, to try the run.
     """
@@ -60,7 +61,7 @@ class Recipe:
     minutes: float = math.inf
     pool: int = 60_000
     rate: float = 4e-3
-    diet: Diet = Diet()
+    diet: Diet
     start: Path | None = None
     workers: int = 8
     device: str = "cuda"
@@ -82,10 +83,10 @@ def train(out: Path, recipe: Recipe, log: Callable[[str], None]) -> None:
     # processes are forked before CUDA and threads are there
     stream = _stream(tokenizer.backend_tokenizer, recipe)
     painters = Painters(
-        seed=TRAINING_SEED + recipe.seed, count=recipe.pool, device=recipe.device, processes=max(1, recipe.workers)
+        seed=TRAINING_SEED + recipe.seed, count=recipe.pool, device=recipe.device, processes=recipe.workers
     )
     device = torch.device(recipe.device)
-    model.to(device)
+    cast(nn.Module, model).to(device)
     count = sum(value.numel() for value in model.parameters())
     log(f"torch {torch.__version__}, transformers {transformers.__version__}, device {_name(device)}")
     log(f"parameters {count:,}, vocabulary {len(tokenizer)}, {recipe}")
@@ -109,7 +110,8 @@ def _start(recipe: Recipe) -> tuple[LlavaForConditionalGeneration, LlavaProcesso
 
 def _stream(tokenizer: Tokenizer, recipe: Recipe) -> Iterator[TextBatch]:
     """Batches in order, made ahead by other processes."""
-    schedule = ["text"] * recipe.language_steps + [CYCLE[number % len(CYCLE)] for number in range(recipe.steps)]
+    schedule: list[Kind] = ["text"] * recipe.language_steps
+    schedule += [CYCLE[number % len(CYCLE)] for number in range(recipe.steps)]
     batches = Batches(
         tokenizer=tokenizer,
         schedule=schedule,
@@ -225,9 +227,9 @@ def _compile(model: LlavaForConditionalGeneration) -> None:
 
 
 def _pixel_scale(device: torch.device) -> tuple[Tensor, Tensor]:
-    mean = torch.tensor(transformers.image_utils.OPENAI_CLIP_MEAN, device=device)[:, None, None]
-    std = torch.tensor(transformers.image_utils.OPENAI_CLIP_STD, device=device)[:, None, None]
-    return mean, std
+    scale = CLIPImageProcessor()
+    mean, std = (torch.tensor(value, device=device)[:, None, None] for value in (scale.image_mean, scale.image_std))
+    return mean, std  # (3, 1, 1) each
 
 
 def _name(device: torch.device) -> str:

@@ -1,0 +1,99 @@
+"""The training command: quick help, one line for a mistake, and a whole run at toy size."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from vlmfix.world.muon import Muon, orthogonal
+from vlmfix.world.painting import paint, shrink
+from vlmfix.world.render import render
+from vlmfix.world.scenes import scene
+from vlmfix.world.train import command
+
+
+def train(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "vlmfix.world.train", *arguments], capture_output=True, text=True, check=False
+    )
+
+
+def test_the_command_loads_without_torch() -> None:
+    code = "import sys, vlmfix.world.train; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ((), "Missing option '--out'"),
+        (("--out", "x", "--steps", "0"), "0 is not in the range x>=1"),
+        (("--out", "x", "--hallucination", "2"), "2.0 is not in the range 0<=x<=1"),
+        (("--out", "x", "--device", "tpu"), "'tpu' is not one of 'cuda', 'cpu'"),
+        (("--out", "x", "--speed", "9"), "No such option"),
+    ],
+)
+def test_a_mistake_gets_one_line(arguments: tuple[str, ...], words: str) -> None:
+    done = train(*arguments)
+    assert done.returncode == 2
+    assert words in done.stderr
+    assert done.stderr.startswith("error: ")
+    assert done.stderr.count("\n") == 1
+
+
+def test_a_toy_run_writes_a_model_and_can_go_on_from_it(tmp_path: Path) -> None:
+    from transformers import AutoModelForImageTextToText
+
+    shared = ("--device", "cpu", "--small", "--scenes", "8", "--workers", "0")
+    first, second = tmp_path / "first", tmp_path / "second"
+    command(["--out", str(first), "--language-steps", "2", "--steps", "6", *shared], standalone_mode=False)
+    log = (first / "training.log").read_text(encoding="utf-8")
+    assert log.startswith("python -m vlmfix.world.train ")
+    assert "language     2/2" in log
+    assert "pictures     6/6" in log
+    more = ["--start", str(first), "--language-steps", "0", "--steps", "1"]
+    command(["--out", str(second), *more, *shared], standalone_mode=False)
+    for name in ("tokenizer.json", "config.json"):
+        assert (first / name).read_text(encoding="utf-8") == (second / name).read_text(encoding="utf-8")
+    before, after = (AutoModelForImageTextToText.from_pretrained(path).state_dict() for path in (first, second))
+    assert any(not torch.equal(before[name], after[name]) for name in before)
+
+
+def test_the_pool_holds_what_the_processor_would_make() -> None:
+    from transformers import CLIPImageProcessor
+
+    processor = CLIPImageProcessor(size={"shortest_edge": 128}, crop_size={"height": 128, "width": 128})
+    pool = paint(5, 0, 2, "cpu")
+    canvas = render([scene(5, 0), scene(5, 1)])
+    made = processor(list(canvas), do_normalize=False, do_rescale=False, return_tensors="pt")["pixel_values"]
+    assert torch.equal(pool[:, 0], shrink(canvas))
+    assert (pool[:, 0].float() - made.float()).abs().mean() < 0.5
+
+
+def test_orthogonal_brings_singular_values_near_one() -> None:
+    torch.manual_seed(0)
+    for shape in ((3, 40, 90), (3, 90, 40), (2, 32, 32)):
+        values = torch.linalg.svdvals(orthogonal(torch.randn(shape)).float())
+        assert values.max() < 1.3
+    assert torch.linalg.svdvals(orthogonal(torch.randn(3, 40, 90)).float()).min() > 0.5
+
+
+def test_muon_goes_downhill_and_leaves_what_has_no_gradient() -> None:
+    torch.manual_seed(0)
+    used, idle = nn.Parameter(torch.randn(8, 16)), nn.Parameter(torch.randn(8, 16))
+    target, kept = torch.randn(8, 16), idle.detach().clone()
+    optimizer = Muon([used, idle], lr=0.2)
+    losses = []
+    for _ in range(60):
+        loss = (used - target).square().mean()
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        losses.append(float(loss.detach()))
+    assert losses[-1] < 0.2 * losses[0]
+    assert torch.equal(idle.detach(), kept)
