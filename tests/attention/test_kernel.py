@@ -10,7 +10,7 @@ from torch import nn
 
 from tests.attention.reference import attention as reference
 from vlmfix.attention.edit import BiasEdit, LayerSet, OutputEdit, ScoreEdit, WeightEdit
-from vlmfix.attention.kernel import PLAN, LayerPlan, Step, attention
+from vlmfix.attention.kernel import HEADROOM, PLAN, LayerPlan, Step, attention
 from vlmfix.errors import UnsupportedAttentionError, UsageError
 
 B, H, G, T, D = 3, 6, 2, 7, 8
@@ -54,7 +54,8 @@ def plan(edits, *, live, image):
     rows = torch.tensor([3, 5, 6])
     which = torch.ones(B, 3, dtype=torch.bool)
     which[1:, 1] = False
-    steps = tuple(Step(edit, which, live, image, ~image) for edit in edits)
+    keys, text = (nn.functional.pad(mask, (0, HEADROOM)) for mask in (image, ~image))
+    steps = tuple(Step(edit, which, live, keys, text) for edit in edits)
     return LayerPlan(layer=4, rows=rows, prompt=T, steps=steps)
 
 

@@ -65,6 +65,13 @@ def test_noise_depends_on_the_picture_alone():
     assert not torch.equal(shared[0] - pixels[0], shared[1] - pixels[1])
 
 
+def test_noise_does_not_depend_on_the_precision():
+    pixels = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(4))
+    rows = torch.tensor([0, 1])
+    exact, rounded = (row_noise(p, rows, 1, uniform=False) for p in (pixels, pixels.bfloat16()))
+    assert torch.equal(exact, rounded)
+
+
 def test_noise_has_the_schedules_variance():
     pixels = torch.zeros(1, 3, 100, 100)
     got = noised(pixels, torch.tensor([0]), 500, 0)

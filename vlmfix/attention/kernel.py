@@ -21,6 +21,8 @@ from vlmfix.errors import UnsupportedAttentionError
 
 NAME = "vlmfix"
 """Name of the attention function in transformers' registries."""
+HEADROOM = 65536
+"""Keys past the prompt for which masks are kept ready, so that a decoding step takes a view and pads nothing."""
 PLAN = "_vlmfix_plan"
 """Attribute of an attention module, and of its layer, that holds the plan."""
 
@@ -33,8 +35,9 @@ class Step:
         edit: The edit.
         prompt_rows: (B, R) bool, edited rows among the plan's prompt rows.
         live: (B,) bool, rows of the batch that it edits; False for contrast rows.
-        image_keys: (B, T) bool.
-        text_keys: (B, T) bool.
+        image_keys: (B, T + ``HEADROOM``) bool; generated keys are False.
+        text_keys: (B, T + ``HEADROOM``) bool.
+        mixed: Whether some rows are not live, so that edited and plain rows must be told apart.
     """
 
     edit: AttentionEdit
@@ -42,6 +45,7 @@ class Step:
     live: Tensor
     image_keys: Tensor
     text_keys: Tensor
+    mixed: bool = True
 
 
 @dataclass(eq=False)
@@ -197,7 +201,6 @@ def _site(
         acts = step.prompt_rows & acts  # (B, R)
         if queries.shape[1] > acts.shape[1]:
             acts = torch.cat([acts, step.live[:, None].expand(-1, queries.shape[1] - acts.shape[1])], dim=1)
-    missing = (0, length - plan.prompt)  # negative crops, which happens in no supported pass
     return Site(
         layer=plan.layer,
         heads=heads,
@@ -205,8 +208,8 @@ def _site(
         prefill=prefill,
         queries=queries,
         allowed=allowed,
-        image_keys=nn.functional.pad(step.image_keys, missing),
-        text_keys=nn.functional.pad(step.text_keys, missing),
+        image_keys=step.image_keys[:, :length],
+        text_keys=step.text_keys[:, :length],
         acts=acts,
         hidden=hidden,
     )
@@ -216,7 +219,7 @@ def _bias(plan: LayerPlan, sites: list[Site]) -> Tensor | None:
     total: Tensor | None = None
     for step, site in zip(plan.steps, sites, strict=True):
         if isinstance(step.edit, BiasEdit):
-            bias = torch.where(site.acts[:, None, :, None], step.edit.bias(site).float(), 0.0)
+            bias = _chosen(step, site, site.acts[:, None, :, None], step.edit.bias(site).float(), 0.0)
             total = bias if total is None else total + bias
     return total
 
@@ -249,14 +252,14 @@ def _materialised(
     for step, site in zip(plan.steps, sites, strict=True):
         acts = site.acts[:, None, :, None]
         if isinstance(step.edit, ScoreEdit):
-            scores = torch.where(acts, step.edit.scores(site, scores), scores)
+            scores = _chosen(step, site, acts, step.edit.scores(site, scores), scores)
         elif isinstance(step.edit, BiasEdit):
-            scores = scores + torch.where(acts, step.edit.bias(site).float(), 0.0)
+            scores = scores + _chosen(step, site, acts, step.edit.bias(site).float(), 0.0)
     weights = scores.masked_fill(~allowed, torch.finfo(scores.dtype).min).softmax(dim=-1)
     for step, site in zip(plan.steps, sites, strict=True):
         if isinstance(step.edit, WeightEdit):
             new = step.edit.weights(site, weights).masked_fill(~allowed, 0.0)
-            weights = torch.where(site.acts[:, None, :, None], new, weights)
+            weights = _chosen(step, site, site.acts[:, None, :, None], new, weights)
     grouped = weights.to(value.dtype).view(rows, groups, -1, weights.shape[-1])  # (B, G, H/G*R, K)
     return (grouped @ value).view(rows, heads, length, -1).transpose(1, 2)  # (B, R, H, D)
 
@@ -264,8 +267,13 @@ def _materialised(
 def _outputs(plan: LayerPlan, sites: list[Site], output: Tensor) -> Tensor:
     for step, site in zip(plan.steps, sites, strict=True):
         if isinstance(step.edit, OutputEdit):
-            output = torch.where(site.acts[:, :, None, None], step.edit.output(site, output), output)
+            output = _chosen(step, site, site.acts[:, :, None, None], step.edit.output(site, output), output)
     return output
+
+
+def _chosen(step: Step, site: Site, acts: Tensor, new: Tensor, old: Tensor | float) -> Tensor:
+    """``new`` where the edit acts; without contrast rows that is everywhere in decoding, and nothing is to choose."""
+    return torch.where(acts, new, old) if step.mixed or site.prefill else new
 
 
 def _is_output(step: Step) -> bool:

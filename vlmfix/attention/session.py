@@ -13,7 +13,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedC
 from transformers.masking_utils import sdpa_mask
 
 from vlmfix.attention.edit import AttentionEdit
-from vlmfix.attention.kernel import NAME, PLAN, LayerPlan, Step, attention
+from vlmfix.attention.kernel import HEADROOM, NAME, PLAN, LayerPlan, Step, attention
 from vlmfix.errors import UnsupportedAttentionError
 from vlmfix.models.checkpoint import Checkpoint
 from vlmfix.models.layout import ImageLayout
@@ -81,6 +81,7 @@ def _plans(
     edits: Sequence[AttentionEdit], layout: ImageLayout, count: int, live: Tensor | None
 ) -> dict[int, LayerPlan]:
     rows, length = layout.tokens.shape
+    mixed = live is not None
     live = torch.ones(rows, dtype=torch.bool, device=layout.tokens.device) if live is None else live
     wanted = {edit: edit.layers.resolve(count) for edit in edits}
     for edit, chosen in wanted.items():
@@ -90,14 +91,12 @@ def _plans(
                 "give layers that exist, counted from 0",
             )
     masks = {edit: _prompt_rows(edit, layout) for edit in edits}
+    image, text = layout.image_keys(length + HEADROOM), layout.text_keys(length + HEADROOM)
     plans: dict[int, LayerPlan] = {}
     for layer in sorted(frozenset().union(*wanted.values())):
         here = [edit for edit in edits if layer in wanted[edit]]
         union = torch.stack([masks[edit] & live[:, None] for edit in here]).any(0).any(0).nonzero().squeeze(1)
-        steps = tuple(
-            Step(edit, masks[edit][:, union], live, layout.image_keys(length), layout.text_keys(length))
-            for edit in here
-        )
+        steps = tuple(Step(edit, masks[edit][:, union], live, image, text, mixed) for edit in here)
         plans[layer] = LayerPlan(layer=layer, rows=union, prompt=length, steps=steps)
     return plans
 
@@ -117,7 +116,7 @@ def _nested(outer: LayerPlan, inner: LayerPlan) -> LayerPlan:
         for step in plan.steps:
             wide = torch.zeros(step.live.shape[0], len(rows), dtype=torch.bool, device=rows.device)
             wide[:, torch.searchsorted(rows, plan.rows)] = step.prompt_rows
-            yield Step(step.edit, wide, step.live, step.image_keys, step.text_keys)
+            yield Step(step.edit, wide, step.live, step.image_keys, step.text_keys, step.mixed)
 
     return LayerPlan(outer.layer, rows, inner.prompt, (*spread(outer), *spread(inner)))
 

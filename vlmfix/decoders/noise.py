@@ -26,8 +26,9 @@ def row_noise(pixels: Tensor, owners: Tensor, seed: int, *, uniform: bool) -> Te
     noise = torch.empty(pixels.shape, dtype=torch.float32)
     for row in owners.unique().tolist():
         mine = owners == row
-        content = pixels[mine.to(pixels.device)].float().cpu().contiguous()
-        digest = hashlib.sha256(seed.to_bytes(8, "little") + content.numpy().tobytes()).digest()
+        # Rounded to bfloat16, so that the model's precision does not change the noise.
+        content = pixels[mine.to(pixels.device)].to(torch.bfloat16).cpu().contiguous()
+        digest = hashlib.sha256(seed.to_bytes(8, "little") + content.view(torch.int16).numpy().tobytes()).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
         draw = torch.rand if uniform else torch.randn
         noise[mine] = draw(content.shape, generator=generator)
