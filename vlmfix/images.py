@@ -6,7 +6,7 @@ import hashlib
 import os
 import stat
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -144,8 +144,8 @@ def open_picture(path: Path) -> Picture:
         raise DataError(f"broken picture: {type(error).__name__}: {error}") from error
 
 
-def read_ahead(files: Iterable[Found]) -> Iterator[tuple[Found, Picture | DataError]]:
-    """Opens pictures in background threads, a few ahead of the caller, in order.
+def read_ahead(files: Iterable[Found]) -> Generator[tuple[Found, Picture | DataError]]:
+    """Opens pictures in background threads, a few ahead of the caller, in order; ``close()`` ends the threads.
 
     Args:
         files: What to open; taken one by one as the caller goes on.

@@ -1,5 +1,6 @@
 import hashlib
 import json
+import threading
 from dataclasses import replace
 
 import pytest
@@ -287,6 +288,7 @@ def test_what_is_wrong_with_every_batch_stops_the_run(tmp_path, error):
     with pytest.raises(type(error)):
         go(draw(tmp_path / "in", 6), tmp_path / "out", vlm)
     assert len(vlm.batches) == 1
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("vlmfix-pictures")]
     assert failures(tmp_path / "out") == []
     assert read_json(tmp_path / "out" / "run.json")["finished"] is False
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import itertools
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -170,15 +171,16 @@ class _Job:
         self._report(self.progress())
         finished = False
         try:
-            samples = self._samples()
-            while batch := list(itertools.islice(samples, self._batch_size)):
-                self._answer(batch)
+            with closing(read_ahead(self._files)) as pictures:
+                samples = self._samples(pictures)
+                while batch := list(itertools.islice(samples, self._batch_size)):
+                    self._answer(batch)
             finished = True
         finally:
             self._output.save(finished=finished, peak_memory=peak_memory(vlm.device))
 
-    def _samples(self) -> Iterator[_Sample]:
-        for file, picture in read_ahead(self._files):
+    def _samples(self, pictures: Iterable[tuple[Found, Picture | DataError]]) -> Iterator[_Sample]:
+        for file, picture in pictures:
             prompts = self._open_prompts(file.name)
             if isinstance(picture, DataError):
                 self._output.fail(file.name, str(picture))
