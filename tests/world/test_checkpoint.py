@@ -48,6 +48,11 @@ def test_a_word_of_the_world_is_one_token(tokenizer: PreTrainedTokenizerFast) ->
     assert tokens.count("Ġgiraffe") == 2
 
 
+def test_what_the_world_has_no_word_for_gets_no_token() -> None:
+    few, more = (build_tokenizer(vocabulary_texts(count)) for count in (150, 300))
+    assert len(more) - len(few) < 5  # invented nouns would add one for every sixth scene
+
+
 @pytest.mark.parametrize(
     ("prompt", "pictures", "text"),
     [

@@ -87,6 +87,8 @@ def vocabulary_texts(count: int = 3000) -> Iterable[str]:
         for text in references(view):
             yield f" {text}"
         for exchange in exchanges(view, rng, Diet(hallucination=0.5)):
+            if exchange.kind == "unheard":  # its word must stay without a token
+                continue
             yield f"\n{exchange.prompt} ASSISTANT: {exchange.answer}"
         for exchange in blind_exchanges(view, rng, Diet()):
             yield f"USER: {exchange.prompt} ASSISTANT: {exchange.answer}"

@@ -75,7 +75,7 @@ class Exchange:
     """One question and its answer.
 
     Attributes:
-        kind: "describe", "brief", "exists", "count", "where" or "beside".
+        kind: "describe", "brief", "exists", "unheard", "count", "where" or "beside".
         prompt: What the user says; empty for the empty question.
         answer: What the model should say.
         subject: COCO name that is asked about; empty for descriptions.
@@ -177,8 +177,8 @@ def unheard(rng: random.Random) -> Exchange:
     letters = "".join(pick(rng, "bcdfghklmnprstvw") + pick(rng, "aeiou") for _ in range(2 + int(rng.random() * 3)))
     prompt = exists_question(letters + pick(rng, ("", "n", "r", "t", "s")))
     if rng.random() < 1 / 3:
-        return Exchange("exists", prompt + pick(rng, SHORT_ANSWER), "No")
-    return Exchange("exists", prompt, "No.")
+        return Exchange("unheard", prompt + pick(rng, SHORT_ANSWER), "No")
+    return Exchange("unheard", prompt, "No.")
 
 
 def ask_count(scene: View, rng: random.Random) -> Exchange:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
@@ -76,25 +76,24 @@ def train(out: Path, recipe: Recipe, log: Callable[[str], None]) -> None:
         recipe: What to do.
         log: Takes one line at a time.
     """
-    begin = time.perf_counter()
+    clock = Clock(60 * recipe.minutes)
     torch.manual_seed(recipe.seed)
     model, processor = _start(recipe)
-    tokenizer = processor.tokenizer
     # processes are forked before CUDA and threads are there
-    stream = _stream(tokenizer.backend_tokenizer, recipe)
+    stream = _stream(processor.tokenizer.backend_tokenizer, recipe)
     painters = Painters(
         seed=TRAINING_SEED + recipe.seed, count=recipe.pool, device=recipe.device, processes=recipe.workers
     )
-    device = torch.device(recipe.device)
-    cast(nn.Module, model).to(device)
+    cast(nn.Module, model).to(recipe.device)
     count = sum(value.numel() for value in model.parameters())
-    log(f"torch {torch.__version__}, transformers {transformers.__version__}, device {_name(device)}")
-    log(f"parameters {count:,}, vocabulary {len(tokenizer)}, {recipe}")
-    if device.type == "cuda":
+    name = torch.cuda.get_device_name() if recipe.device == "cuda" else recipe.device
+    log(f"torch {torch.__version__}, transformers {transformers.__version__}, device {name}")
+    log(f"parameters {count:,}, vocabulary {len(processor.tokenizer)}, {recipe}")
+    if recipe.device == "cuda":
         _compile(model)
-    clock = Clock(begin, recipe)
-    _learn(model, stream, recipe.language_steps, painters, recipe, clock, log, "language")
-    _learn(model, stream, recipe.steps, painters, recipe, clock, log, "pictures")
+    trainer = Trainer(model, stream, painters, recipe, clock, log)
+    trainer.learn("language", recipe.language_steps)
+    trainer.learn("pictures", recipe.steps)
     painters.close()
     save(out, model, processor)
     log(f"{clock.seconds():6.1f} s  saved {out}")
@@ -133,11 +132,15 @@ def _stream(tokenizer: Tokenizer, recipe: Recipe) -> Iterator[TextBatch]:
 
 
 class Clock:
-    """Seconds since the start, and how far the run has come."""
+    """Seconds since it was made, and how far a phase has come.
 
-    def __init__(self, begin: float, recipe: Recipe) -> None:
-        self.begin = begin
-        self.limit = 60 * recipe.minutes
+    Args:
+        limit: Seconds by which everything must be over.
+    """
+
+    def __init__(self, limit: float) -> None:
+        self.begin = time.perf_counter()
+        self.limit = limit
 
     def seconds(self) -> float:
         """Seconds since the start."""
@@ -145,50 +148,80 @@ class Clock:
 
     def progress(self, step: int, steps: int, since: float) -> float:
         """Share of a phase that is done, by steps or by time, whichever is further; in [0, 1]."""
-        return min(1.0, max(step / max(1, steps), (self.seconds() - since) / max(1e-9, self.limit - since)))
+        return min(1.0, max(step / steps, (self.seconds() - since) / max(1e-9, self.limit - since)))
 
 
-def _learn(
-    model: LlavaForConditionalGeneration,
-    stream: Iterator[TextBatch],
-    steps: int,
-    painters: Painters,
-    recipe: Recipe,
-    clock: Clock,
-    log: Callable[[str], None],
-    phase: str,
-) -> None:
-    device = next(model.parameters()).device
-    optimizers = _optimizers(model, recipe)
-    mean, std = _pixel_scale(device)
-    since = clock.seconds()
-    losses: dict[str, list[Tensor]] = {}
-    for step in range(steps):
-        done = clock.progress(step, steps, since)
-        if done >= 1:
-            log(f"{clock.seconds():6.1f} s  {phase} ends at step {step}: out of time")
-            break
-        rate = recipe.rate * min(1.0, (step + 1) / WARMUP) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * done)))
+class Trainer:
+    """One model and what it learns from.
+
+    Args:
+        model: On its device; trained in place.
+        stream: Batches of all phases, in order.
+        painters: The pictures.
+        recipe: Rates.
+        clock: Started with the run.
+        log: Takes one line at a time.
+    """
+
+    def __init__(
+        self,
+        model: LlavaForConditionalGeneration,
+        stream: Iterator[TextBatch],
+        painters: Painters,
+        recipe: Recipe,
+        clock: Clock,
+        log: Callable[[str], None],
+    ) -> None:
+        self.model = model
+        self.stream = stream
+        self.painters = painters
+        self.recipe = recipe
+        self.clock = clock
+        self.log = log
+        self.device = torch.device(recipe.device)
+        scale = CLIPImageProcessor()
+        self.mean, self.std = (
+            torch.tensor(value, device=self.device)[:, None, None] for value in (scale.image_mean, scale.image_std)
+        )  # (3, 1, 1) each
+
+    def learn(self, phase: str, steps: int) -> None:
+        """Take the steps of one phase, with new optimisers; fewer when time runs out."""
+        optimizers = _optimizers(self.model, self.recipe)
+        since = self.clock.seconds()
+        losses: dict[Kind, list[Tensor]] = {}
+        for step in range(steps):
+            done = self.clock.progress(step, steps, since)
+            if done >= 1:
+                self.log(f"{self.clock.seconds():6.1f} s  {phase} ends at step {step}: out of time")
+                return
+            falling = 0.02 + 0.98 * (1 + math.cos(math.pi * done)) / 2
+            rate = self.recipe.rate * min(1.0, (step + 1) / WARMUP) * falling
+            batch = next(self.stream).to(self.device)
+            losses.setdefault(batch.kind, []).append(self._step(batch, optimizers, rate))
+            if (step + 1) % 100 == 0 or step + 1 == steps:
+                means = ", ".join(f"{kind} {torch.stack(found).mean():.4f}" for kind, found in sorted(losses.items()))
+                count = f"{step + 1:5d}/{steps}"
+                self.log(f"{self.clock.seconds():6.1f} s  {phase} {count}  rate {rate:.2e}  loss {means}")
+                losses = {}
+
+    def _step(self, batch: TextBatch, optimizers: Sequence[torch.optim.Optimizer], rate: float) -> Tensor:
+        loss = _loss(self.model, batch, self._pixels(batch))
+        loss.backward()
+        nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         for optimizer in optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = rate
-        batch = next(stream).to(device)
-        pixels = None
-        if batch.kind != "text":
-            shown = painters.pictures(batch.reach)[batch.scenes, : SIZES[batch.kind].pictures]  # (B, n, 3, 128, 128)
-            shown = torch.where(batch.mirrored[:, None, None, None, None], shown.flip(-1), shown)
-            pixels = (shown.flatten(0, 1).float() / 255 - mean) / std  # (B * n, 3, 128, 128)
-        loss = _loss(model, batch, pixels)
-        loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        for optimizer in optimizers:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-        losses.setdefault(batch.kind, []).append(loss.detach())
-        if (step + 1) % 100 == 0 or step + 1 == steps:
-            shares = ", ".join(f"{kind} {torch.stack(found).mean():.4f}" for kind, found in sorted(losses.items()))
-            log(f"{clock.seconds():6.1f} s  {phase} {step + 1:5d}/{steps}  rate {rate:.2e}  loss {shares}")
-            losses = {}
+        return loss.detach()
+
+    def _pixels(self, batch: TextBatch) -> Tensor | None:
+        count = SIZES[batch.kind].pictures
+        if count == 0:
+            return None
+        shown = self.painters.pictures(batch.reach)[batch.scenes, :count]  # (B, count, 3, 128, 128)
+        shown = torch.where(batch.mirrored[:, None, None, None, None], shown.flip(-1), shown)
+        return (shown.flatten(0, 1).float() / 255 - self.mean) / self.std  # (B * count, 3, 128, 128)
 
 
 def _loss(model: LlavaForConditionalGeneration, batch: TextBatch, pixels: Tensor | None) -> Tensor:
@@ -224,13 +257,3 @@ def _compile(model: LlavaForConditionalGeneration) -> None:
     torch._dynamo.config.recompile_limit = 32
     for layer in (*model.model.vision_tower.encoder.layers, *model.model.language_model.layers):
         layer.compile(dynamic=False)
-
-
-def _pixel_scale(device: torch.device) -> tuple[Tensor, Tensor]:
-    scale = CLIPImageProcessor()
-    mean, std = (torch.tensor(value, device=device)[:, None, None] for value in (scale.image_mean, scale.image_std))
-    return mean, std  # (3, 1, 1) each
-
-
-def _name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
