@@ -35,7 +35,7 @@ def test_bfloat16_stays_near_float32(family, name):
     got = logits(rounded, batch_of(rounded), STRONG[name], steps=1)
     assert got.isfinite().all()
     # These methods choose by thresholds and differences: rounding moves them further than the plain logits.
-    assert torch.cosine_similarity(got.float(), want, dim=-1).min() > 0.85
+    assert torch.cosine_similarity(got.float(), want, dim=-1).min() > 0.8
 
 
 @pytest.mark.parametrize("name", [name for name in STRONG if not name.startswith("locore-")])
