@@ -24,9 +24,7 @@ def vlm(request: pytest.FixtureRequest) -> Checkpoint:
     [((64, 48), (4, 5)), ((240, 24), (1, 15)), ((26, 220), (14, 1)), ((5, 3), (2, 3)), ((900, 700), (4, 5))],
     ids=["square", "wide", "tall", "tiny", "large"],
 )
-def test_the_grid_covers_a_picture_of_any_shape(
-    vlm: Checkpoint, size: tuple[int, int], grid: tuple[int, int]
-) -> None:
+def test_the_grid_covers_a_picture_of_any_shape(vlm: Checkpoint, size: tuple[int, int], grid: tuple[int, int]) -> None:
     layout = vlm.layout(vlm.encode(["What is this?"], [[plain(size)]]))
     assert layout.grid(0, 0) == grid
     boxes = layout.boxes[0][layout.tokens[0]]
@@ -56,9 +54,7 @@ def test_pictures_are_told_apart_in_a_mixed_batch(vlm: Checkpoint) -> None:
 
 def test_places_need_no_sizes(vlm: Checkpoint) -> None:
     batch = vlm.encode(["One"], [[plain((64, 48))]])
-    torch.testing.assert_close(
-        vlm.layout(Batch.of(dict(batch))).boxes, vlm.layout(batch).boxes, equal_nan=True
-    )
+    torch.testing.assert_close(vlm.layout(Batch.of(dict(batch))).boxes, vlm.layout(batch).boxes, equal_nan=True)
 
 
 def test_a_cut_prompt_is_refused(vlm: Checkpoint) -> None:

@@ -66,9 +66,7 @@ def test_pictures_are_told_apart_in_a_mixed_batch(vlm: Checkpoint) -> None:
 
 def test_places_need_no_sizes(vlm: Checkpoint) -> None:
     batch = vlm.encode(["One"], [[plain((64, 48))]])
-    torch.testing.assert_close(
-        vlm.layout(Batch.of(dict(batch))).boxes, vlm.layout(batch).boxes, equal_nan=True
-    )
+    torch.testing.assert_close(vlm.layout(Batch.of(dict(batch))).boxes, vlm.layout(batch).boxes, equal_nan=True)
 
 
 def test_a_cut_prompt_is_refused(vlm: Checkpoint) -> None:

@@ -21,9 +21,7 @@ def asked(split, pictures=PICTURES, **options):
 
 def test_line_format():
     line = next(lines(PICTURES, split="popular", seed=0))
-    assert (
-        line == '{"question_id": 1, "image": "a.png", "text": "Is there a cup in the image?", "label": "yes"}'
-    )
+    assert line == '{"question_id": 1, "image": "a.png", "text": "Is there a cup in the image?", "label": "yes"}'
 
 
 def test_articles():

@@ -176,9 +176,7 @@ def average(picture: np.ndarray, row: int, column: int, rows: int, columns: int)
     for y in range(row * height // rows, -(-(row + 1) * height // rows)):
         tall = min(Fraction((row + 1) * height, rows), y + 1) - max(Fraction(row * height, rows), y)
         for x in range(column * width // columns, -(-(column + 1) * width // columns)):
-            wide = min(Fraction((column + 1) * width, columns), x + 1) - max(
-                Fraction(column * width, columns), x
-            )
+            wide = min(Fraction((column + 1) * width, columns), x + 1) - max(Fraction(column * width, columns), x)
             weight = tall * wide * int(picture[y, x, 3])
             opacity += weight
             total = [part + weight * int(picture[y, x, channel]) for channel, part in enumerate(total)]

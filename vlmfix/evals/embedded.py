@@ -98,8 +98,8 @@ def caption_figures(scenes: Sequence[Scene], captions: Sequence[str]) -> dict[st
         captions: One for each scene.
 
     Returns:
-        chair_s, chair_i, recall, mentions, words and sentences per caption, and the share of mentions that are
-        hallucinated in each quarter of a caption's mentions (`quarters`) and in each sentence (`sentences`).
+        chair_s, chair_i, recall; mentions, words and sentences per caption; the hallucinated share of the mentions
+        in each quarter of a caption's mentions and in each sentence; and how many mentions each sentence has.
     """
     wrong = total = hit = present = words = parts = bad_captions = 0
     quarters: dict[int, list[int]] = {}

@@ -162,6 +162,4 @@ def category(name: str) -> Category:
     try:
         return _BY_NAME[name]
     except KeyError:
-        raise DataError(
-            f"no COCO category is called {name!r}", hint=f"use one of: {', '.join(_BY_NAME)}"
-        ) from None
+        raise DataError(f"no COCO category is called {name!r}", hint=f"use one of: {', '.join(_BY_NAME)}") from None

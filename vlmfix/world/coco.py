@@ -87,9 +87,7 @@ def _claim(directory: Path, card: dict[str, int]) -> None:
         except ValueError:
             found = None
         if found != card:
-            raise DataError(
-                f"{directory} holds another world: {found}, not {card}", hint="name an empty or new folder"
-            )
+            raise DataError(f"{directory} holds another world: {found}, not {card}", hint="name an empty or new folder")
     elif any(entry != _part(path) for entry in directory.iterdir()):
         raise DataError(f"{directory} is not empty and holds no {CARD}", hint="name an empty or new folder")
     else:
@@ -110,9 +108,7 @@ def _annotate(directory: Path, count: int, seed: int) -> None:
     paths = {split: directory / "pope" / f"{split}.json" for split in pope.SPLITS}
     if all(path.exists() for path in paths.values()):
         return
-    pictures = pope.choose(
-        ((image_name(index), objects(scene(seed, index))) for index in range(count)), seed=seed
-    )
+    pictures = pope.choose(((image_name(index), objects(scene(seed, index))) for index in range(count)), seed=seed)
     names = [entry.name for entry in DRAWN]
     for split, path in paths.items():
         _write(path, (f"{line}\n" for line in pope.lines(pictures, split=split, seed=seed, names=names)))
@@ -120,9 +116,7 @@ def _annotate(directory: Path, count: int, seed: int) -> None:
 
 def _instances(count: int, seed: int) -> Iterator[str]:
     """Pieces of `instances.json`."""
-    categories = [
-        {"supercategory": entry.supercategory, "id": entry.id, "name": entry.name} for entry in CATEGORIES
-    ]
+    categories = [{"supercategory": entry.supercategory, "id": entry.id, "name": entry.name} for entry in CATEGORIES]
     placed = ((index, item) for index in range(count) for item in instances(scene(seed, index)))
     yield from _head(count, seed)
     yield from _list("annotations", (_instance(n, *found) for n, found in enumerate(placed, start=1)))

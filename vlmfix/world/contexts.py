@@ -97,8 +97,7 @@ CONTEXTS: tuple[Context, ...] = (
         weights=_weights(
             1.7,
             "couch:2, tv:1.6, potted plant:1.2, book:1.2, cat, chair, vase",
-            "dog:0.6, clock:0.6, laptop, cell phone:0.4, cup:0.5, teddy bear:0.4, bottle, wine glass, "
-            "bowl:0.2",
+            "dog:0.6, clock:0.6, laptop, cell phone:0.4, cup:0.5, teddy bear:0.4, bottle, wine glass, bowl:0.2",
         ),
         surfaces=(
             Surface(290, (214, 196, 172), (198, 178, 152), 4),
@@ -161,8 +160,7 @@ CONTEXTS: tuple[Context, ...] = (
         weights=_weights(
             2.4,
             "car:2.4, traffic light:1.6, bus:1.2, truck:1.2, bicycle:1.2, stop sign:1.1, motorcycle:1.1",
-            "handbag:0.6, backpack:0.5, umbrella:0.6, dog, cell phone, bird:0.2, skateboard, "
-            "potted plant:0.2",
+            "handbag:0.6, backpack:0.5, umbrella:0.6, dog, cell phone, bird:0.2, skateboard, potted plant:0.2",
         ),
         surfaces=(
             Surface(250, (150, 186, 222), (206, 220, 232), 2),
@@ -212,8 +210,7 @@ CONTEXTS: tuple[Context, ...] = (
         weights=_weights(
             2.2,
             "dog:1.8, bird:1.6, bicycle:1.2, frisbee:1.3, kite:1.1, skateboard:0.9",
-            "sports ball:0.7, backpack:0.5, umbrella, book, sandwich, horse, bottle:0.4, teddy bear:0.2, "
-            "cell phone",
+            "sports ball:0.7, backpack:0.5, umbrella, book, sandwich, horse, bottle:0.4, teddy bear:0.2, cell phone",
         ),
         surfaces=(
             Surface(210, (146, 198, 236), (206, 230, 244), 2),

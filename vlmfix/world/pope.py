@@ -100,9 +100,7 @@ def lines(pictures: Sequence[Picture], *, split: str, seed: int, names: Sequence
             if absent is None:
                 absent = _any(about.popular, taken, draw()) or _any(names, taken, draw())
             if absent is None:
-                raise DataError(
-                    f"no object is left for a no question about {image}", hint="use more pictures"
-                )
+                raise DataError(f"no object is left for a no question about {image}", hint="use more pictures")
             taken.add(absent)
             for name, label in ((present, "yes"), (absent, "no")):
                 number += 1

@@ -216,9 +216,7 @@ def _clipped(box: tuple[int, int, int, int]) -> tuple[int, int, int, int]:
     return max(0, x0), max(0, y0), min(CANVAS, x1), min(CANVAS, y1)
 
 
-def _cover(
-    canvas: Tensor, boxes: Sequence[tuple[int, int, int, int, int]]
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _cover(canvas: Tensor, boxes: Sequence[tuple[int, int, int, int, int]]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """List the pixels of boxes, all boxes one after the other.
 
     Args:

@@ -189,8 +189,7 @@ def _union(boxes: Sequence[Box]) -> int:
 @cache
 def _companions() -> dict[str, frozenset[str]]:
     return {
-        entry.name: frozenset(name for group in _TOGETHER if entry.name in group for name in group)
-        for entry in DRAWN
+        entry.name: frozenset(name for group in _TOGETHER if entry.name in group for name in group) for entry in DRAWN
     }
 
 
@@ -298,8 +297,7 @@ def _fit(draft: Placed, bottom: int, placed: Sequence[Placed], dice: Dice) -> Pl
         box = (max(0, x), max(0, y), min(CANVAS, x + width), min(CANVAS, y + height))
         item = replace(draft, size=size, origin=(x, y), box=box)
         if all(
-            _stays(other, [later.box for later in placed[number + 1 :]], item)
-            for number, other in enumerate(placed)
+            _stays(other, [later.box for later in placed[number + 1 :]], item) for number, other in enumerate(placed)
         ):
             return item
         bottom += dice.between(-12, 12)

@@ -92,9 +92,7 @@ def main(font_path: str) -> None:
         sheet.paste(Image.fromarray(picture), (x, y))
         height, width = picture.shape[:2]
         drawn = [resample(picture, size).shape[1::-1] for size in SIZES]
-        cells.append(
-            {"category": name, "glyph": character, "box": [x, y, x + width, y + height], "drawn": drawn}
-        )
+        cells.append({"category": name, "glyph": character, "box": [x, y, x + width, y + height], "drawn": drawn})
     folder = Path(__file__).parent
     sheet.save(folder / "sprites.png", optimize=True)
     lines = ",\n".join(json.dumps(cell, ensure_ascii=False) for cell in cells)
