@@ -7,6 +7,7 @@ from contextlib import contextmanager
 
 import pytest
 import torch
+from transformers import LlamaConfig, Qwen2_5_VLTextConfig, Qwen2VLTextConfig
 
 from tests.contracts.support import batch_of, logits, plain, vlm_of
 from vlmfix.decoders import VAR
@@ -66,7 +67,6 @@ def test_planted_dimensions_are_found_in_order(family):
     with planted(vlm, (17, 5), image_share=0.1):
         report = find_sinks(vlm, threshold=0.4 * math.sqrt(64))
     assert report.dims == (17, 5)
-    assert report.found_by == "probe"
     assert report.largest > 0.5 * report.bound
     assert report.visual_share == pytest.approx(0.1, abs=0.05)
 
@@ -93,10 +93,23 @@ def test_the_answer_is_kept_per_model_and_threshold(monkeypatch):
     assert len(calls) == 2
 
 
-def test_the_table_knows_the_released_models():
-    assert sinks.TABLE["llama", 4096, 32, 32] == (1415, 2533)
-    assert sinks.TABLE["llama", 5120, 40, 40] == (2100, 4743)
-    assert sinks.TABLE["qwen2_vl_text", 3584, 28, 4] == (458, 2570)
+@pytest.mark.parametrize(
+    ("text", "dims"),
+    [
+        (LlamaConfig(hidden_size=4096, num_hidden_layers=32, num_key_value_heads=32), (1415, 2533)),
+        (LlamaConfig(hidden_size=5120, num_hidden_layers=40, num_key_value_heads=40), (2100, 4743)),
+        (LlamaConfig(hidden_size=4096, num_hidden_layers=32, num_key_value_heads=8), ()),  # LLaMA-3 is another model
+        (Qwen2VLTextConfig(hidden_size=3584, num_hidden_layers=28, num_key_value_heads=4), (458, 2570)),
+        (Qwen2_5_VLTextConfig(hidden_size=3584, num_hidden_layers=28, num_key_value_heads=4), (458, 2570)),
+    ],
+)
+def test_the_table_knows_the_released_models(text, dims, monkeypatch):
+    vlm = vlm_of("llava")
+    monkeypatch.setattr(type(vlm.model.config), "get_text_config", lambda self: text)
+    assert sinks.tabulated_sinks(vlm) == dims
+    monkeypatch.setattr(sinks, "_probe", lambda *args: pytest.fail("tabulated models are not probed"))
+    if dims:
+        assert VAR().check(vlm) is None
 
 
 @pytest.mark.parametrize(

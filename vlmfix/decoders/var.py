@@ -13,7 +13,7 @@ from vlmfix.attention.edit import LayerSet, Site, WeightEdit
 from vlmfix.decoders.base import Decoder, DecodingPlan, Source
 from vlmfix.decoders.parameters import Value, parameter
 from vlmfix.errors import IncompatibleDecodersError, UsageError
-from vlmfix.heads.sinks import find_sinks, least_massive, scaled_threshold, sink_strength
+from vlmfix.heads.sinks import find_sinks, least_massive, scaled_threshold, sink_strength, tabulated_sinks
 from vlmfix.models.checkpoint import Checkpoint
 from vlmfix.models.layout import Batch, ImageLayout
 
@@ -97,11 +97,13 @@ class VAR(Decoder):
         return DecodingPlan(edits=(edit,))
 
     def check(self, vlm: Checkpoint) -> str | None:
-        """Whether the model has visual sinks; with ``sink_dims`` given, only whether they exist."""
+        """Whether the model has visual sinks; given or tabulated dimensions are not put to the test."""
         width = vlm.model.config.get_text_config().hidden_size
         if self.sink_dims is not None:
             wrong = [d for d in self.sink_dims if not 0 <= d < width]
             return f"sink_dims {wrong} are outside the model's {width} dimensions" if wrong else None
+        if tabulated_sinks(vlm):
+            return None
         threshold = self._threshold(vlm)
         report = find_sinks(vlm, threshold=threshold)
         if not report.dims:
@@ -122,7 +124,7 @@ class VAR(Decoder):
         return None
 
     def _dims(self, vlm: Checkpoint) -> tuple[int, ...]:
-        return self.sink_dims or find_sinks(vlm, threshold=self._threshold(vlm)).dims
+        return self.sink_dims or tabulated_sinks(vlm) or find_sinks(vlm, threshold=self._threshold(vlm)).dims
 
     def _threshold(self, vlm: Checkpoint) -> float:
         if self.sink_threshold is not None:

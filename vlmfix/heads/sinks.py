@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from vlmfix.models.checkpoint import Checkpoint
 from vlmfix.models.layout import Batch
 
-TABLE = {
+TABLE: dict[tuple[str, int, int, int], tuple[int, ...]] = {
     ("llama", 4096, 32, 32): (1415, 2533),
     ("llama", 5120, 40, 40): (2100, 4743),
     ("qwen2_vl_text", 3584, 28, 4): (458, 2570),
@@ -47,14 +47,12 @@ class SinkReport:
 
     Attributes:
         dims: Sink dimensions, strongest first; empty when no dimension stands out.
-        found_by: ``table`` or ``probe``.
         largest: Largest ``|x_d| / rms(x)`` of the first token in the middle layers (median over prompts and layers).
         bound: sqrt(hidden size), the largest value that ``|x_d| / rms(x)`` can take.
         visual_share: Share of image tokens above the threshold, mean over the middle layers, in [0, 1].
     """
 
     dims: tuple[int, ...]
-    found_by: str
     largest: float
     bound: float
     visual_share: float
@@ -85,11 +83,18 @@ def least_massive(hidden_size: int) -> float:
     return max(0.15 * math.sqrt(hidden_size), 3.0)
 
 
+def tabulated_sinks(vlm: Checkpoint) -> tuple[int, ...]:
+    """Sink dimensions that the literature gives for a model of this type and size; empty when it gives none."""
+    config = vlm.model.config.get_text_config()
+    key = (config.model_type, config.hidden_size, config.num_hidden_layers, config.num_key_value_heads)
+    return TABLE.get(key, ())
+
+
 _REPORTS: WeakKeyDictionary[nn.Module, dict[float, SinkReport]] = WeakKeyDictionary()
 
 
 def find_sinks(vlm: Checkpoint, *, threshold: float) -> SinkReport:
-    """Finds a model's sink dimensions, from the table or by a probe of 16 short prompts, once per model.
+    """Finds a model's sink dimensions by a probe of 16 short prompts, once per model.
 
     The probe compares the first token with all others in layers L/4 to 3L/4: dimensions in which it is massive (see
     ``least_massive``) and the others are not, at most four.
@@ -105,8 +110,7 @@ def find_sinks(vlm: Checkpoint, *, threshold: float) -> SinkReport:
 
 
 def _probe(vlm: Checkpoint, threshold: float) -> SinkReport:
-    config = vlm.model.config.get_text_config()
-    key = (config.model_type, config.hidden_size, config.num_hidden_layers, config.num_key_value_heads)
+    width = vlm.model.config.get_text_config().hidden_size
     first, others, image = [], [], []
     for batch in _prompts(vlm):
         hidden = _middle_layers(vlm, batch)  # (layers, T, hidden size), normalised
@@ -116,17 +120,13 @@ def _probe(vlm: Checkpoint, threshold: float) -> SinkReport:
         image.append(hidden[:, shown])
     hit = torch.cat(first).median(dim=0).values  # (hidden size,)
     contrast = hit - torch.cat(others).median(dim=0).values
-    bound = math.sqrt(config.hidden_size)
-    dims: tuple[int, ...] = TABLE.get(key, ())
-    if not dims:
-        # An ordinary dimension of a narrow model reaches 0.15 of the bound by chance; three deviations it does not.
-        chosen = (hit > least_massive(config.hidden_size)) & (contrast > 0.5 * contrast.max())
-        order = contrast.masked_fill(~chosen, float("-inf")).topk(min(4, len(hit))).indices
-        dims = tuple(int(d) for d in order.tolist() if bool(chosen[d]))
+    # An ordinary dimension of a narrow model reaches 0.15 of the bound by chance; three deviations it does not.
+    chosen = (hit > least_massive(width)) & (contrast > 0.5 * contrast.max())
+    order = contrast.masked_fill(~chosen, float("-inf")).topk(min(4, len(hit))).indices
+    dims = tuple(int(d) for d in order.tolist() if bool(chosen[d]))
     patches = torch.cat([part.flatten(0, 1) for part in image])
     share = float((patches[:, list(dims)].abs().amax(dim=1) > threshold).float().mean()) if dims else 0.0
-    found = "table" if key in TABLE else "probe"
-    return SinkReport(dims=dims, found_by=found, largest=float(hit.max()), bound=bound, visual_share=share)
+    return SinkReport(dims=dims, largest=float(hit.max()), bound=math.sqrt(width), visual_share=share)
 
 
 def _prompts(vlm: Checkpoint) -> Iterator[Batch]:
