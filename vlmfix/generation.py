@@ -128,7 +128,12 @@ class VLM(Checkpoint):
 
         thread = threading.Thread(target=work, daemon=True)
         thread.start()
-        yield from streamer
+        started = False
+        for piece in streamer:
+            piece = piece if started else piece.lstrip()  # tokenizers begin a word with its space
+            started = started or bool(piece)
+            if piece:
+                yield piece
         thread.join()
         if failure:
             raise failure[0]

@@ -102,6 +102,12 @@ def test_descriptions(name):
     assert {parameter.name for parameter in info.parameters} == declared
 
 
+def test_a_chain_costs_the_rows_of_its_parts():
+    assert parse("locore+vcd+inter").passes == 1 + 1 + 3
+    assert parse("locore+locore:mode=post").passes == 1
+    assert parse("vcd+inter").beams
+
+
 def test_a_chain_of_nothing_is_refused():
     with pytest.raises(UsageError, match="a chain of no decoders"):
         Chain(decoders=())

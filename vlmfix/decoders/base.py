@@ -201,6 +201,9 @@ class Chain(Decoder):
     def __post_init__(self) -> None:
         if not self.decoders:
             raise UsageError("a chain of no decoders", "name at least one, such as var+vcd")
+        object.__setattr__(self, "passes", 1 + sum(decoder.passes - 1 for decoder in self.decoders))
+        object.__setattr__(self, "beams", all(decoder.beams for decoder in self.decoders))
+        object.__setattr__(self, "compiles", all(decoder.compiles for decoder in self.decoders))
 
     def plan(self, vlm: Checkpoint, batch: Batch, layout: ImageLayout) -> DecodingPlan:
         """The merged plans of all parts."""
