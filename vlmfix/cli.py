@@ -172,11 +172,8 @@ def ask(picture: Path, question: str, settings: Settings) -> None:
         temperature=settings.temperature,
         seed=settings.seed,
     )
-    begun = False
     for piece in pieces:
-        shown_piece = piece if begun else piece.lstrip()
-        begun = begun or bool(shown_piece)
-        click.echo(shown_piece, nl=False)
+        click.echo(piece, nl=False)
     click.echo()
 
 

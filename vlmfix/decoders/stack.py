@@ -129,8 +129,15 @@ def stacked(vlm: Checkpoint, batch: Batch, contrasts: Sequence[Contrast], *, bea
     caches: list[Cache] = []
 
     @functools.wraps(original)
-    def forward(**kwargs: Any) -> CausalLMOutputWithPast:
-        return _forward(model, getattr(model, STACK), caches, kwargs)
+    def forward(
+        *, mm_token_type_ids: Tensor | None = None, token_type_ids: Tensor | None = None, **kwargs: Any
+    ) -> CausalLMOutputWithPast:
+        # Generated tokens are text, so only the prompt needs its types. A decoding step must not even look at them:
+        # transformers before 5.23 hands over a row that grows, and compiled code would be made anew for its shape.
+        stack: Stack = getattr(model, STACK)
+        if kwargs["input_ids"] is not None and kwargs["input_ids"].shape[1] > 1:
+            kwargs |= {"mm_token_type_ids": mm_token_type_ids, "token_type_ids": token_type_ids}
+        return _forward(model, stack, caches, kwargs)
 
     try:
         setattr(model, STACK, stack)
@@ -184,8 +191,8 @@ def _stack(
 def _forward(
     model: PreTrainedModel, stack: Stack, caches: list[Cache], given: Mapping[str, Any]
 ) -> CausalLMOutputWithPast:
-    kwargs = dict(given)
-    ids = kwargs["input_ids"]
+    kwargs = {name: value for name, value in given.items() if value is not None}
+    ids = kwargs.get("input_ids")
     if ids is None or ids.shape[0] != stack.clean:
         raise IncompatibleDecodersError(
             f"the branches were made for {stack.clean} rows of token ids, the model was called otherwise",
@@ -234,9 +241,6 @@ def _prefill(model: PreTrainedModel, stack: Stack, caches: list[Cache], kwargs: 
 def _decode(stack: Stack, kwargs: dict[str, Any]) -> None:
     copies = stack.copies
     kwargs["input_ids"] = kwargs["input_ids"].repeat(copies, 1)
-    for name in stack.types:
-        if (types := kwargs.get(name)) is not None:
-            kwargs[name] = types.repeat(copies, 1)
     positions = kwargs.get("position_ids")
     mask = kwargs.get("attention_mask")
     cache = kwargs.get("past_key_values")
