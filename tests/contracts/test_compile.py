@@ -7,7 +7,6 @@ import torch
 from transformers import CompileConfig
 
 from tests.contracts.support import STRONG, batch_of, close, logits, plain, vlm_of
-from vlmfix.decoders import parse
 
 FAMILIES = ("llava", "qwen2_5_vl", "internvl")
 
@@ -64,17 +63,3 @@ def test_fullgraph_decoding_equals_eager_and_costs_one_graph(family, name):
     close(second, first, 0)
     close(unmitigated, plain(vlm, batch, steps=4))
     close(again, unmitigated, 0)
-
-
-def test_prefill_can_be_compiled_by_the_user():
-    vlm = vlm_of("llava")
-    batch = batch_of(vlm)
-    with torch.no_grad():
-        features = {"image": vlm.model.get_image_features(batch["pixel_values"], return_dict=True)}
-    inputs = {name: value for name, value in batch.items() if name != "pixel_values"}
-    for name in ("var", "locore"):
-        with torch.no_grad(), parse(STRONG[name]).applied(vlm, batch):
-            call = torch.compile(vlm.model.__call__, backend=count, fullgraph=True)
-            got = call(**inputs, mm_encoder_outputs=features).logits
-            want = vlm.model(**inputs, mm_encoder_outputs=features).logits
-        close(got, want)

@@ -134,7 +134,7 @@ def test_chunks_do_not_matter(chunk: int):
     assert torch.equal(torch.cat(parts), alone)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.gpu
 def test_a_gpu_draws_the_same():
     scenes = [scene(9, index) for index in range(120)]
     assert torch.equal(render(scenes, device="cuda").cpu(), render(scenes))
