@@ -7,7 +7,8 @@ import torch
 
 from tests.contracts.support import NEUTRAL, STRONG, batch_of, close, logits, plain, vlm_of
 from tests.tiny import TINY
-from vlmfix.decoders import parse
+from vlmfix.decoders import Chain, DecodingPlan, Greedy, parse
+from vlmfix.errors import IncompatibleDecodersError
 from vlmfix.generation import RowSampler
 
 
@@ -185,3 +186,55 @@ def test_the_row_sampler_draws_from_the_distribution():
     counts = torch.bincount(draws, minlength=5)
     assert counts[4] == 0
     assert chisquare(counts[:4].numpy(), (probabilities[:4] * 20000).numpy()).pvalue > 1e-3
+
+
+class EveryOther(Greedy):
+    """A decoding loop of its own: rejects the best token and takes the second best."""
+
+    def plan(self, vlm, batch, layout):
+        def loop(model, input_ids, logits_processor, stopping_criteria, generation_config, **kwargs):
+            for _ in range(generation_config.max_new_tokens):
+                inputs = model.prepare_inputs_for_generation(
+                    input_ids,
+                    next_sequence_length=None if input_ids.shape[1] == batch.length else 1,
+                    is_first_iteration=input_ids.shape[1] == batch.length,
+                    **kwargs,
+                )
+                output = model(**inputs, return_dict=True)
+                kwargs = model._update_model_kwargs_for_generation(output, kwargs)
+                second = logits_processor(input_ids, output.logits[:, -1].float()).topk(2).indices[:, 1:]
+                input_ids = torch.cat([input_ids, second], dim=1)
+            return input_ids
+
+        return DecodingPlan(loop=loop)
+
+
+@pytest.mark.parametrize("name", ["locore", "vcd", "chain"])
+def test_a_decoding_loop_of_its_own_sees_edits_and_branches(name):
+    vlm = vlm_of("llava")
+    batch = batch_of(vlm)
+    method = Chain(decoders=(parse(STRONG[name]), EveryOther()))
+    with method.applied(vlm, batch) as arguments:
+        tokens = vlm.model.generate(**batch, **arguments, max_new_tokens=3)[:, batch.length :]
+    forced = logits(vlm, batch, STRONG[name], logits_processor=[Forced(tokens, batch.length)])
+    assert torch.equal(forced.topk(2).indices[..., 1], tokens.T)
+
+
+def test_two_loops_do_not_go_together():
+    vlm = vlm_of("llava")
+    with pytest.raises(IncompatibleDecodersError, match="decoding loop"):
+        logits(vlm, batch_of(vlm), Chain(decoders=(EveryOther(), EveryOther())))
+
+
+class NoBeams(Greedy):
+    def plan(self, vlm, batch, layout):
+        return DecodingPlan(beams=False, compiles=False)
+
+
+def test_a_method_without_beams_refuses_them_and_one_that_cannot_compile_says_so():
+    vlm = vlm_of("llava")
+    batch = batch_of(vlm)
+    with pytest.raises(IncompatibleDecodersError, match="does not work with beam search"):
+        vlm.generate([[batch.pictures[0][0]]], "what?", decoder=NoBeams(), num_beams=2)
+    with NoBeams().applied(vlm, batch) as arguments:
+        assert arguments == {"disable_compile": True}
