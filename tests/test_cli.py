@@ -98,8 +98,8 @@ def test_ask_streams_what_run_writes(tmp_path, model, vlmfix):
         (["run"], 2, "Missing argument 'PICTURES'", "see vlmfix run --help"),
         (["run", "{}"], 2, "Missing option '--out'", "see vlmfix run --help"),
         (["nonsense"], 2, "No such command 'nonsense'", "see vlmfix --help"),
-        (["run", "{}", "--out", "x", "--batch-size", "0"], 2, "0 is not in the range x>=1", "see"),
-        (["run", "{}", "--out", "x", "--batch-size", "many"], 2, "'many' is not a valid integer", "see"),
+        (["run", "{}", "--out", "x", "--batch-size", "0"], 2, "'0' is neither auto nor a number", "see"),
+        (["run", "{}", "--out", "x", "--batch-size", "many"], 2, "'many' is neither auto nor a number", "see"),
         (
             ["run", "{}", "--out", "x", "--decoder", "nonsense"],
             2,

@@ -86,7 +86,13 @@ class _BatchSize(click.ParamType[int | None]):
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int | None:  # noqa: ANN401
         if value is None or value == "auto":
             return None
-        return click.IntRange(min=1).convert(value, param, ctx)
+        try:
+            rows = int(value)
+        except ValueError:
+            rows = 0
+        if rows < 1:
+            self.fail(f"{value!r} is neither auto nor a number of rows, 1 or more", param, ctx)
+        return rows
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
@@ -286,9 +292,11 @@ def _explain(error: Exception, message: str, hint: str, *, debug: bool) -> None:
 
 
 def _quieten() -> None:
-    """Keeps third-party chatter off the terminal: warnings, and the bar of transformers' loading."""
+    """Keeps third-party chatter off the terminal: warnings, the bar of transformers' loading, the Hub's retries."""
     warnings.simplefilter("ignore")
+    from huggingface_hub.utils import logging as hub_logging
     from transformers.utils import logging as transformers_logging
 
+    hub_logging.set_verbosity_error()
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
