@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from PIL import Image
 from torch import Tensor
+from transformers import LogitsProcessor
 
 from tests.tiny import tiny_vlm
 from vlmfix.decoders import Decoder, Greedy, parse
@@ -91,3 +92,19 @@ def plain(vlm: VLM, batch: Mapping[str, Tensor], **options: Any) -> Tensor:
 def close(left: Tensor, right: Tensor, tolerance: float = 1e-4) -> None:
     """Fails unless both are equal within a tolerance, -inf where -inf."""
     torch.testing.assert_close(left.float(), right.float(), atol=tolerance, rtol=tolerance)
+
+
+class Forced(LogitsProcessor):
+    """Makes greedy search take given tokens.
+
+    Args:
+        tokens: (B, steps).
+        prompt: T, length of the prompt.
+    """
+
+    def __init__(self, tokens: Tensor, prompt: int) -> None:
+        self.tokens, self.prompt = tokens, prompt
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        column = self.tokens[:, input_ids.shape[1] - self.prompt]
+        return torch.full_like(scores, float("-inf")).scatter(1, column[:, None], 0.0)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tests.contracts.support import NEUTRAL, STRONG, batch_of, close, logits, plain, vlm_of
+from tests.contracts.support import NEUTRAL, STRONG, Forced, batch_of, close, logits, plain, vlm_of
 from tests.tiny import TINY
 from vlmfix.decoders import Chain, DecodingPlan, Greedy, parse
 from vlmfix.errors import IncompatibleDecodersError
@@ -78,17 +78,6 @@ def test_a_beams_score_is_what_its_tokens_have_without_beams(family, name):
     forced = logits(vlm, batch, STRONG[name], steps=steps, logits_processor=[Forced(tokens, batch.length)])
     expected = forced.log_softmax(dim=-1).gather(2, tokens.T[:, :, None]).sum(dim=(0, 2))
     close(found.sequences_scores, expected, 1e-3)
-
-
-class Forced:
-    """Makes greedy search take given tokens."""
-
-    def __init__(self, tokens, prompt):
-        self.tokens, self.prompt = tokens, prompt
-
-    def __call__(self, input_ids, scores):
-        column = self.tokens[:, input_ids.shape[1] - self.prompt]
-        return torch.full_like(scores, float("-inf")).scatter(1, column[:, None], 0.0)
 
 
 def ends(vlm):

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from tests.attention.test_session import snapshot
-from tests.contracts.support import PICTURES, batch_of, close, logits, plain, vlm_of
+from tests.contracts.support import PICTURES, Forced, batch_of, close, logits, plain, vlm_of
 from tests.tiny import TINY
 from vlmfix.decoders import Chain, DecodingPlan, Greedy, parse
 from vlmfix.decoders.branches import (
@@ -53,17 +53,6 @@ class Watch(Greedy):
 
 
 WATCHED: list[Watched] = []
-
-
-class Forced:
-    """Makes greedy search take given tokens, (B, steps)."""
-
-    def __init__(self, tokens, prompt):
-        self.tokens, self.prompt = tokens, prompt
-
-    def __call__(self, input_ids, scores):
-        column = self.tokens[:, input_ids.shape[1] - self.prompt]
-        return torch.full_like(scores, float("-inf")).scatter(1, column[:, None], 0.0)
 
 
 @pytest.mark.parametrize("family", TINY)
