@@ -185,7 +185,7 @@ def test_decoders_are_listed(vlmfix):
         "parameters",
     }
     contrast = next(p for p in listed["vcd"]["parameters"] if p["name"] == "contrast")
-    assert (contrast["default"], contrast["allowed"]) == (1.0, "float in [0, 10]")
+    assert (contrast["default"], contrast["range"]) == (1.0, "float in [0, 10]")
     assert (listed["greedy"]["passes"], listed["vcd"]["passes"], listed["inter"]["passes"]) == (1, 2, 4)
 
 

@@ -134,7 +134,7 @@ def decoder_tables(infos: Sequence[DecoderInfo]) -> str:
 def _parameter_table(info: DecoderInfo) -> Table:
     table = Table(box=None, pad_edge=False, show_header=False)
     for parameter in info.parameters:
-        table.add_row(f"  {parameter.name}", written(parameter.default), parameter.allowed, parameter.help)
+        table.add_row(f"  {parameter.name}", written(parameter.default), parameter.range, parameter.help)
     return table
 
 
@@ -152,7 +152,7 @@ def info_json(info: DecoderInfo) -> dict[str, Any]:
             {
                 "name": parameter.name,
                 "default": plain(parameter.default),
-                "allowed": parameter.allowed,
+                "range": parameter.range,
                 "help": parameter.help,
             }
             for parameter in info.parameters

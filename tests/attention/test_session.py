@@ -9,9 +9,9 @@ import pytest
 import torch
 from transformers import AttentionInterface
 
-from tests.contracts.support import batch_of, close, logits, plain, vlm_of
+from tests.contracts.support import HeadGain, batch_of, close, logits, plain, vlm_of
 from tests.tiny import TINY
-from vlmfix.attention.edit import BiasEdit, LayerSet, OutputEdit, Rows, ScoreEdit, WeightEdit
+from vlmfix.attention.edit import BiasEdit, LayerSet, Rows, ScoreEdit, WeightEdit
 from vlmfix.attention.session import bare, edited
 from vlmfix.decoders import DecodingPlan, Greedy
 from vlmfix.errors import UnsupportedAttentionError
@@ -54,15 +54,6 @@ class Same(WeightEdit):
 
     def weights(self, site, weights):
         return weights
-
-
-@dataclass(frozen=True, eq=False, kw_only=True)
-class HeadGain(OutputEdit):
-    gain: float = GAIN
-
-    def output(self, site, output):
-        heads = torch.arange(site.heads, device=output.device)[None, None, :, None]
-        return output * torch.where(heads % 2 == 0, self.gain, 1.0)
 
 
 STRONG = {
@@ -240,7 +231,7 @@ def test_nothing_is_registered_before_the_first_session():
 def test_edits_never_write_into_their_argument():
     """Every edit of every decoder gets a tensor that remembers its version."""
     from tests.contracts.support import STRONG as DECODERS
-    from vlmfix.decoders import parse
+    from tests.contracts.support import method_of
 
     vlm = vlm_of("llava")
     batch = batch_of(vlm)
@@ -266,6 +257,6 @@ def test_edits_never_write_into_their_argument():
             return DecodingPlan(edits=tuple(guard(edit) for edit in planned.edits))
 
     for spec in DECODERS.values():
-        planned = parse(spec).plan(vlm, batch, vlm.layout(batch))
+        planned = method_of(spec).plan(vlm, batch, vlm.layout(batch))
         logits(vlm, batch, Guarded(), steps=2)
     assert set(checked) >= {"Redistribution", "LocalScores", "LocalWeights"}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,13 +12,35 @@ from torch import Tensor
 from transformers import LogitsProcessor
 
 from tests.tiny import tiny_vlm
-from vlmfix.decoders import Decoder, Greedy, parse
+from vlmfix.attention.edit import OutputEdit, Site
+from vlmfix.decoders import Decoder, DecodingPlan, Greedy, parse
 from vlmfix.generation import VLM
-from vlmfix.models.layout import Batch
+from vlmfix.models.checkpoint import Checkpoint
+from vlmfix.models.layout import Batch, ImageLayout
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class HeadGain(OutputEdit):
+    gain: float = 1.7
+
+    def output(self, site: Site, output: Tensor) -> Tensor:
+        heads = torch.arange(site.heads, device=output.device)[None, None, :, None]
+        return output * torch.where(heads % 2 == 0, self.gain, 1.0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeadGains(Greedy):
+    """An output edit as a decoder: no method of the package has that kind yet, and all contracts hold for it."""
+
+    gain: float = 1.7
+
+    def plan(self, vlm: Checkpoint, batch: Batch, layout: ImageLayout) -> DecodingPlan:
+        return DecodingPlan(edits=(HeadGain(gain=self.gain),))
+
 
 _VAR = "var:sink_dims=1/2/3/4,sink_threshold=0.8,min_visual_mass=0,min_nonsink_ratio=0,layers=2:"
 
-NEUTRAL = {
+NEUTRAL: dict[str, str | Decoder] = {
     "greedy": "greedy",
     "var": f"{_VAR},moved_fraction=0",
     "locore": "locore:strength=0",
@@ -25,19 +48,26 @@ NEUTRAL = {
     "locore-post": "locore:strength=0,mode=post",
     "vcd": "vcd:contrast=0,plausibility=0",
     "inter": "inter:variance=inf,plausibility=0",
+    "head-gains": HeadGains(gain=1.0),
 }
 """Parameters under which a method does nothing."""
 
-STRONG = {
+STRONG: dict[str, str | Decoder] = {
     "var": f"{_VAR},moved_fraction=1",
     "locore": "locore:strength=4",
     "locore-score": "locore:strength=4,mode=score",
     "locore-post": "locore:strength=4,mode=post",
     "vcd": "vcd:contrast=1.5,plausibility=0",
     "inter": "inter:variance=0,plausibility=0",
+    "head-gains": HeadGains(),
     "chain": f"{_VAR},moved_fraction=1+locore:strength=2+vcd:plausibility=0+inter:variance=0,plausibility=0",
 }
 """Parameters under which it does much, and one chain of all."""
+
+
+def method_of(spec: str | Decoder) -> Decoder:
+    """A decoder, or the one that a specification names."""
+    return parse(spec) if isinstance(spec, str) else spec
 
 
 def picture(seed: int, size: tuple[int, int]) -> Image.Image:
@@ -68,8 +98,7 @@ def logits(
     vlm: VLM, batch: Mapping[str, Tensor], decoder: Decoder | str = "greedy", *, steps: int = 3, **options: Any
 ) -> Tensor:
     """(steps, B, V) raw logits of greedy decoding; no row ends early."""
-    method = parse(decoder) if isinstance(decoder, str) else decoder
-    with method.applied(vlm, batch) as arguments:
+    with method_of(decoder).applied(vlm, batch) as arguments:
         output = vlm.model.generate(
             **batch,
             **arguments,

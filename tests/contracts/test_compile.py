@@ -1,4 +1,7 @@
-"""Compiled decoding gives the eager logits, and a session costs at most one new graph."""
+"""Compiled decoding gives the eager logits, and a session costs no more graphs than the plain model.
+
+That is one, but for Gemma 3: its sliding cache counts tokens in Python, which costs the plain model a second one too.
+"""
 
 from __future__ import annotations
 
@@ -7,9 +10,7 @@ import torch
 from transformers import CompileConfig
 
 from tests.contracts.support import STRONG, batch_of, close, logits, plain, vlm_of
-
-FAMILIES = ("llava", "qwen2_5_vl", "internvl")
-
+from tests.tiny import TINY
 
 GRAPHS: list[int] = []
 
@@ -41,8 +42,7 @@ def forget_compiled(vlm):
 
 @pytest.mark.parametrize(
     ("family", "name"),
-    [("llava", name) for name in STRONG]
-    + [(family, name) for family in FAMILIES[1:] for name in ("var", "locore", "chain")],
+    [("llava", name) for name in STRONG] + [(family, name) for family in TINY[1:] for name in ("locore", "chain")],
 )
 def test_fullgraph_decoding_equals_eager_and_costs_one_graph(family, name):
     vlm = vlm_of(family)
@@ -51,12 +51,12 @@ def test_fullgraph_decoding_equals_eager_and_costs_one_graph(family, name):
     try:
         unmitigated = compiled(vlm, batch, "greedy")
         alone = len(GRAPHS)
-        assert alone >= 1
+        assert alone == (2 if family == "gemma3" else 1)
         first = compiled(vlm, batch, STRONG[name])
-        assert len(GRAPHS) <= alone + 1
+        assert len(GRAPHS) <= 2 * alone
         second = compiled(vlm, batch, STRONG[name])
         again = compiled(vlm, batch, "greedy")
-        assert len(GRAPHS) <= alone + 1
+        assert len(GRAPHS) <= 2 * alone
     finally:
         forget_compiled(vlm)
     close(first, logits(vlm, batch, STRONG[name], steps=4))

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tests.contracts.support import NEUTRAL, STRONG, Forced, batch_of, close, logits, plain, vlm_of
+from tests.contracts.support import NEUTRAL, STRONG, Forced, batch_of, close, logits, method_of, plain, vlm_of
 from tests.tiny import TINY
-from vlmfix.decoders import Chain, DecodingPlan, Greedy, parse
+from vlmfix.decoders import Chain, DecodingPlan, Greedy
 from vlmfix.errors import IncompatibleDecodersError
 from vlmfix.generation import RowSampler
 
@@ -62,7 +62,7 @@ def test_a_beams_score_is_what_its_tokens_have_without_beams(family, name):
     """Beam search returns, for its best beam, the sum of the log-probabilities that the method gives its tokens."""
     vlm, beams, steps = vlm_of(family), 3, 4
     batch = batch_of(vlm)
-    with parse(STRONG[name]).applied(vlm, batch, num_beams=beams) as arguments:
+    with method_of(STRONG[name]).applied(vlm, batch, num_beams=beams) as arguments:
         found = vlm.model.generate(
             **batch,
             **arguments,
@@ -111,7 +111,7 @@ def test_a_finished_row_stays_finished(name):
                 scores[0, end] = 0.0
             return scores
 
-    with parse(STRONG[name]).applied(vlm, batch) as arguments:
+    with method_of(STRONG[name]).applied(vlm, batch) as arguments:
         sequences = vlm.model.generate(
             **batch, **arguments, max_new_tokens=6, do_sample=False, logits_processor=[FirstRowEnds()]
         )
@@ -144,7 +144,7 @@ def test_processors_of_the_user_see_the_methods_scores(name):
 def test_transformers_own_sampling_works(name):
     vlm = vlm_of("llava")
     batch = batch_of(vlm)
-    with parse(STRONG[name]).applied(vlm, batch) as arguments:
+    with method_of(STRONG[name]).applied(vlm, batch) as arguments:
         drawn = vlm.model.generate(**batch, **arguments, do_sample=True, top_k=1, max_new_tokens=3, min_new_tokens=3)
     greedy = logits(vlm, batch, STRONG[name]).clone()
     greedy[..., ends(vlm)] = float("-inf")
@@ -202,7 +202,7 @@ class EveryOther(Greedy):
 def test_a_decoding_loop_of_its_own_sees_edits_and_branches(name):
     vlm = vlm_of("llava")
     batch = batch_of(vlm)
-    method = Chain(decoders=(parse(STRONG[name]), EveryOther()))
+    method = Chain(decoders=(method_of(STRONG[name]), EveryOther()))
     with method.applied(vlm, batch) as arguments:
         tokens = vlm.model.generate(**batch, **arguments, max_new_tokens=3)[:, batch.length :]
     forced = logits(vlm, batch, STRONG[name], logits_processor=[Forced(tokens, batch.length)])

@@ -36,12 +36,12 @@ def test_a_decoder_is_a_value(name):
         decoder.anything = 1
 
 
-@pytest.mark.parametrize("spec", STRONG.values())
+@pytest.mark.parametrize("spec", [spec for spec in STRONG.values() if isinstance(spec, str)])
 def test_specifications_round_trip(spec):
     assert parse(parse(spec).spec()) == parse(spec)
 
 
-@pytest.mark.parametrize("spec", STRONG.values())
+@pytest.mark.parametrize("spec", [spec for spec in STRONG.values() if isinstance(spec, str)])
 def test_planning_twice_gives_independent_state(spec):
     vlm = vlm_of("llava")
     batch = batch_of(vlm)
@@ -97,7 +97,7 @@ def test_descriptions(name):
     assert info.title
     assert info.acts_on
     assert bool(info.arxiv) == (name != "greedy")
-    assert all(parameter.help and parameter.allowed for parameter in info.parameters)
+    assert all(parameter.help and parameter.range for parameter in info.parameters)
     declared = {field.name for field in dataclasses.fields(DECODERS[name])}
     assert {parameter.name for parameter in info.parameters} == declared
 

@@ -17,7 +17,7 @@ class Parameter:
 
     name: str
     default: Value
-    allowed: str
+    range: str
     help: str
 
 
