@@ -9,6 +9,7 @@ rows that they edit and overwrite their output, so memory grows with K and not w
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -107,111 +108,106 @@ def attention(
         )
         return output, None
     _check_window(module, query, key)
-    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     hidden, plan.hidden = plan.hidden, None
-    if query.shape[2] > 1:
-        return _prefill(module, plan, query, key, value, attention_mask, scale, hidden, kwargs), None
-    return _decode(module, plan, query, key, value, attention_mask, scale, hidden, kwargs), None
+    call = Call(
+        module=module,
+        query=query,
+        key=key,
+        value=value,
+        mask=attention_mask,
+        scale=query.shape[-1] ** -0.5 if scaling is None else scaling,
+        hidden=hidden,
+        kwargs=kwargs,
+    )
+    return (_prefill(plan, call) if query.shape[2] > 1 else _decode(plan, call)), None
 
 
-def _prefill(
-    module: nn.Module,
-    plan: LayerPlan,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    mask: Tensor | None,
-    scale: float,
-    hidden: Tensor | None,
-    kwargs: dict[str, Any],
-) -> Tensor:
-    output, _ = sdpa_attention_forward(module, query, key, value, mask, scaling=scale, **kwargs)
-    length = query.shape[2]
+@dataclass(frozen=True, eq=False)
+class Call:
+    """What transformers called the attention function with; see ``attention``."""
+
+    module: nn.Module
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    mask: Tensor | None
+    scale: float
+    hidden: Tensor | None
+    kwargs: Mapping[str, Any]
+
+    def sdpa(self, **more: Any) -> Tensor:
+        """Plain SDPA of all rows, (B, Q, H, D)."""
+        output, _ = sdpa_attention_forward(
+            self.module, self.query, self.key, self.value, self.mask, scaling=self.scale, **more, **self.kwargs
+        )
+        return output
+
+
+def _prefill(plan: LayerPlan, call: Call) -> Tensor:
+    output = call.sdpa()
+    length = call.query.shape[2]
     rows = plan.rows
     if length > plan.prompt:  # a pass without a cache: rows past the prompt are decode rows, all edited
         rows = torch.cat([rows, torch.arange(plan.prompt, length, device=rows.device)])
     if rows.shape[0] == 0:
         return output
-    key, value = key[:, :, :length], value[:, :, :length]  # a static cache holds more; alignment is upper-left
-    if mask is None:
+    key, value = call.key[:, :, :length], call.value[:, :, :length]  # a static cache holds more, to the right
+    if call.mask is None:
         allowed = torch.arange(length, device=rows.device) <= rows[:, None]
         allowed = allowed[None, None]  # (1, 1, R, K)
     else:
-        allowed = mask[:, :, rows, :length].bool()  # (B, 1, R, K)
-    sites = [_site(plan, step, query, length, rows[None], allowed, True, hidden) for step in plan.steps]
-    before = output[:, rows]  # (B, R, H, D)
-    picked = query[:, :, rows]  # (B, H, R, D)
-    edited = before
-    if plan.materialises or any(isinstance(step.edit, BiasEdit) for step in plan.steps):
+        allowed = call.mask[:, :, rows, :length].bool()  # (B, 1, R, K)
+    sites = [_site(plan, step, call, length, rows[None], allowed) for step in plan.steps]
+    edited = before = output[:, rows]  # (B, R, H, D)
+    inner = [site.acts for site, step in zip(sites, plan.steps, strict=True) if not isinstance(step.edit, OutputEdit)]
+    if inner:
         head = _materialised if plan.materialises else _biased
-        touched = torch.stack([s.acts for s, p in zip(sites, plan.steps, strict=True) if not _is_output(p)]).any(0)
-        edited = torch.where(touched[:, :, None, None], head(plan, sites, picked, key, value, allowed, scale), before)
-    edited = _outputs(plan, sites, edited)
-    return output.index_copy(1, rows, edited)
+        touched = torch.stack(inner).any(dim=0)[:, :, None, None]  # (B, R, 1, 1)
+        new = head(plan, sites, call.query[:, :, rows], key, value, allowed, call.scale)
+        edited = torch.where(touched, new, before)
+    return output.index_copy(1, rows, _outputs(plan, sites, edited))
 
 
-def _decode(
-    module: nn.Module,
-    plan: LayerPlan,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    mask: Tensor | None,
-    scale: float,
-    hidden: Tensor | None,
-    kwargs: dict[str, Any],
-) -> Tensor:
-    length = key.shape[2]
-    if mask is None:
-        queries = torch.full((1, 1), length - 1, device=key.device)
-        allowed = torch.ones((1, 1, 1, length), dtype=torch.bool, device=key.device)
+def _decode(plan: LayerPlan, call: Call) -> Tensor:
+    length, device = call.key.shape[2], call.key.device
+    if call.mask is None:
+        queries = torch.full((1, 1), length - 1, device=device)
+        allowed = torch.ones((1, 1, 1, length), dtype=torch.bool, device=device)
     else:
-        allowed = mask[:, :1, -1:].bool()  # (B, 1, 1, K)
+        allowed = call.mask[:, :1, -1:].bool()  # (B, 1, 1, K)
         # With a static cache K is the capacity: the query stands at the last key that it may see.
         queries = length - 1 - allowed[:, 0, :, :].int().flip(-1).argmax(-1)  # (B, 1)
-    sites = [_site(plan, step, query, length, queries, allowed, False, hidden) for step in plan.steps]
+    sites = [_site(plan, step, call, length, queries, allowed) for step in plan.steps]
     if plan.materialises:
-        output = _materialised(plan, sites, query, key, value, allowed, scale)
+        output = _materialised(plan, sites, call.query, call.key, call.value, allowed, call.scale)
     else:
         bias = _bias(plan, sites)
-        if bias is not None:
-            kwargs = {**kwargs, "position_bias": bias.to(query.dtype)}
-        output, _ = sdpa_attention_forward(module, query, key, value, mask, scaling=scale, **kwargs)
+        output = call.sdpa() if bias is None else call.sdpa(position_bias=bias.to(call.query.dtype))
     return _outputs(plan, sites, output).contiguous()
 
 
-def _site(
-    plan: LayerPlan,
-    step: Step,
-    query: Tensor,
-    length: int,
-    queries: Tensor,
-    allowed: Tensor,
-    prefill: bool,
-    hidden: Tensor | None,
-) -> Site:
-    rows, heads = query.shape[0], query.shape[1]
+def _site(plan: LayerPlan, step: Step, call: Call, length: int, queries: Tensor, allowed: Tensor) -> Site:
+    rows, heads, count, _ = call.query.shape
     if rows != step.live.shape[0]:
         raise UnsupportedAttentionError(
             f"the edits were made for {step.live.shape[0]} rows, the model runs {rows}",
             "with beam search, give num_beams to decoder.applied(...)",
         )
-    acts = step.live[:, None]
-    if prefill:
-        acts = step.prompt_rows & acts  # (B, R)
-        if queries.shape[1] > acts.shape[1]:
-            acts = torch.cat([acts, step.live[:, None].expand(-1, queries.shape[1] - acts.shape[1])], dim=1)
+    acts = step.live[:, None]  # (B, 1)
+    if count > 1:
+        later = acts.expand(-1, queries.shape[1] - step.prompt_rows.shape[1])
+        acts = torch.cat([step.prompt_rows & acts, later], dim=1)  # (B, R)
     return Site(
         layer=plan.layer,
         heads=heads,
         prompt=plan.prompt,
-        prefill=prefill,
+        prefill=count > 1,
         queries=queries,
         allowed=allowed,
         image_keys=step.image_keys[:, :length],
         text_keys=step.text_keys[:, :length],
         acts=acts,
-        hidden=hidden,
+        hidden=call.hidden,
     )
 
 
@@ -274,10 +270,6 @@ def _outputs(plan: LayerPlan, sites: list[Site], output: Tensor) -> Tensor:
 def _chosen(step: Step, site: Site, acts: Tensor, new: Tensor, old: Tensor | float) -> Tensor:
     """``new`` where the edit acts; without contrast rows that is everywhere in decoding, and nothing is to choose."""
     return torch.where(acts, new, old) if step.mixed or site.prefill else new
-
-
-def _is_output(step: Step) -> bool:
-    return isinstance(step.edit, OutputEdit)
 
 
 def _check_window(module: nn.Module, query: Tensor, key: Tensor) -> None:
