@@ -90,10 +90,19 @@ class VLM(Checkpoint):
         """
         rows = [[shown] if isinstance(shown, Image.Image) else list(shown) for shown in pictures]
         asked = [prompts] * len(rows) if isinstance(prompts, str) else list(prompts)
+        request = _Request(
+            rows=rows,
+            prompts=asked,
+            decoder=parse(decoder) if isinstance(decoder, str) else decoder,
+            max_new_tokens=max_new_tokens,
+            num_beams=num_beams,
+            temperature=temperature,
+            top_p=top_p,
+            seed=seed,
+            static_cache=static_cache,
+        )
         started = time.perf_counter()
-        with self._prepared(
-            rows, asked, decoder, max_new_tokens, num_beams, temperature, top_p, seed, static_cache
-        ) as (batch, arguments):
+        with self._prepared(request) as (batch, arguments):
             sequences = self._generated(batch, arguments)
         fresh = sequences[:, batch.length :]
         seconds = (time.perf_counter() - started) / len(rows)
@@ -111,16 +120,21 @@ class VLM(Checkpoint):
         seed: int = 0,
     ) -> Iterator[str]:
         """Answers one question and yields the text as it comes; parameters as in ``generate``."""
-        rows = [[picture] if isinstance(picture, Image.Image) else list(picture)]
+        request = _Request(
+            rows=[[picture] if isinstance(picture, Image.Image) else list(picture)],
+            prompts=[prompt],
+            decoder=parse(decoder) if isinstance(decoder, str) else decoder,
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            top_p=top_p,
+            seed=seed,
+        )
         streamer = TextIteratorStreamer(_tokenizer(self.processor), skip_prompt=True, skip_special_tokens=True)
         failure: list[BaseException] = []
 
         def work() -> None:
             try:
-                with self._prepared(rows, [prompt], decoder, max_new_tokens, 1, temperature, top_p, seed, False) as (
-                    batch,
-                    arguments,
-                ):
+                with self._prepared(request) as (batch, arguments):
                     self._generated(batch, {**arguments, "streamer": streamer})
             except BaseException as error:  # handed to the caller's thread
                 failure.append(error)
@@ -139,37 +153,23 @@ class VLM(Checkpoint):
             raise failure[0]
 
     @contextmanager
-    def _prepared(
-        self,
-        rows: list[list[Image.Image]],
-        prompts: list[str],
-        decoder: Decoder | str,
-        max_new_tokens: int,
-        num_beams: int,
-        temperature: float,
-        top_p: float,
-        seed: int,
-        static_cache: bool,
-    ) -> Iterator[tuple[Batch, dict[str, Any]]]:
-        _check(len(rows), len(prompts), max_new_tokens, num_beams, temperature, top_p)
-        method = parse(decoder) if isinstance(decoder, str) else decoder
-        batch = self.encode(prompts, rows)
+    def _prepared(self, request: _Request) -> Iterator[tuple[Batch, dict[str, Any]]]:
+        """The model inputs and ``generate`` arguments of a request, with its decoder at work inside the block."""
+        batch = self.encode(request.prompts, request.rows)
         arguments: dict[str, Any] = {
-            "max_new_tokens": max_new_tokens,
-            "num_beams": num_beams,
+            "max_new_tokens": request.max_new_tokens,
+            "num_beams": request.num_beams,
             "do_sample": False,
             "temperature": None,
             "top_p": None,
             "top_k": None,
         }
-        if static_cache:
+        if request.static_cache:
             arguments["cache_implementation"] = "static"
-        with method.applied(self, batch, num_beams=num_beams) as given:
+        with request.decoder.applied(self, batch, num_beams=request.num_beams) as given:
             arguments.update(given)
-            if temperature > 0:
-                keys = [_row_key(prompt, row) for prompt, row in zip(prompts, rows, strict=True)]
-                processors = list(arguments.pop("logits_processor", ()))
-                processors += _sampling(temperature, top_p, seed, keys, self.device)
+            if request.temperature > 0:
+                processors = [*arguments.pop("logits_processor", ()), *_sampling(request, self.device)]
                 arguments["logits_processor"] = LogitsProcessorList(processors)
             yield batch, arguments
 
@@ -185,6 +185,38 @@ class VLM(Checkpoint):
         count = int(ended[0]) + 1 if len(ended) else len(ids)
         text = str(_tokenizer(self.processor).decode(ids[:count], skip_special_tokens=True))
         return Answer(text=text.strip(), tokens=count, finish="eos" if len(ended) else "length", seconds=seconds)
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class _Request:
+    """The parameters of ``VLM.generate``, checked."""
+
+    rows: Sequence[Sequence[Image.Image]]
+    prompts: Sequence[str]
+    decoder: Decoder
+    max_new_tokens: int
+    num_beams: int = 1
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int = 0
+    static_cache: bool = False
+
+    def __post_init__(self) -> None:
+        pictures, prompts = len(self.rows), len(self.prompts)
+        if pictures != prompts or not pictures:
+            raise DataError(f"{pictures} pictures and {prompts} prompts", "give one prompt for all, or one per picture")
+        if self.max_new_tokens < 1 or self.num_beams < 1:
+            given = f"max_new_tokens={self.max_new_tokens}, num_beams={self.num_beams}"
+            raise UsageError(f"{given} are not allowed", "both are at least 1")
+        if not 0 <= self.temperature <= 100 or not 0 < self.top_p <= 1:
+            given = f"temperature={self.temperature}, top_p={self.top_p}"
+            raise UsageError(f"{given} are not allowed", "temperature is in [0, 100], top_p in (0, 1]")
+        if self.temperature > 0 and self.num_beams > 1:
+            given = f"temperature={self.temperature} with num_beams={self.num_beams}"
+            raise UsageError(given, "sample with num_beams=1, or use temperature=0")
+        if self.top_p < 1 and self.temperature == 0:
+            given = f"top_p={self.top_p} with temperature=0"
+            raise UsageError(given, "greedy search has no nucleus; give a temperature")
 
 
 def load(model: str | Path, *, revision: str | None = None, device: str = "auto", dtype: str = "auto") -> VLM:
@@ -222,40 +254,23 @@ class RowSampler(LogitsProcessor):
         return scores - (-(draws.clamp(min=tiny).log())).clamp(min=tiny).log()
 
 
-def _sampling(
-    temperature: float, top_p: float, seed: int, keys: Sequence[bytes], device: torch.device
-) -> list[LogitsProcessor]:
-    warpers: list[LogitsProcessor] = [TemperatureLogitsWarper(temperature)] if temperature != 1 else []
-    if top_p < 1:
-        warpers.append(TopPLogitsWarper(top_p))
-    seeds = [int.from_bytes(hashlib.sha256(seed.to_bytes(8, "little") + key).digest()[:7], "little") for key in keys]
+def _sampling(request: _Request, device: torch.device) -> list[LogitsProcessor]:
+    warpers: list[LogitsProcessor] = []
+    if request.temperature != 1:
+        warpers.append(TemperatureLogitsWarper(request.temperature))
+    if request.top_p < 1:
+        warpers.append(TopPLogitsWarper(request.top_p))
+    seeds = [_row_seed(request.seed, prompt, row) for prompt, row in zip(request.prompts, request.rows, strict=True)]
     return [*warpers, RowSampler(seeds, device)]
 
 
-def _row_key(prompt: str, pictures: Sequence[Image.Image]) -> bytes:
-    digest = hashlib.sha256(prompt.encode())
+def _row_seed(seed: int, prompt: str, pictures: Sequence[Image.Image]) -> int:
+    digest = hashlib.sha256(seed.to_bytes(8, "little") + prompt.encode())
     for picture in pictures:
         digest.update(picture.tobytes())
-    return digest.digest()
+    return int.from_bytes(digest.digest()[:7], "little")
 
 
 def _tokenizer(processor: ProcessorMixin) -> PreTrainedTokenizerBase:
     tokenizer: PreTrainedTokenizerBase = processor.tokenizer
     return tokenizer
-
-
-def _check(rows: int, prompts: int, max_new_tokens: int, beams: int, temperature: float, top_p: float) -> None:
-    if rows != prompts or not rows:
-        raise DataError(f"{rows} pictures and {prompts} prompts", "give one prompt for all, or one per picture")
-    if max_new_tokens < 1 or beams < 1:
-        raise UsageError(f"max_new_tokens={max_new_tokens}, num_beams={beams} are not allowed", "both are at least 1")
-    if not 0 <= temperature <= 100 or not 0 < top_p <= 1:
-        raise UsageError(
-            f"temperature={temperature}, top_p={top_p} are not allowed", "temperature is in [0, 100], top_p in (0, 1]"
-        )
-    if temperature > 0 and beams > 1:
-        raise UsageError(
-            f"temperature={temperature} with num_beams={beams}", "sample with num_beams=1, or use temperature=0"
-        )
-    if top_p < 1 and temperature == 0:
-        raise UsageError(f"top_p={top_p} with temperature=0", "greedy search has no nucleus; give a temperature")
