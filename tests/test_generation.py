@@ -73,6 +73,7 @@ def test_beams_and_a_static_cache():
     [
         ({"max_new_tokens": 0}, UsageError, "max_new_tokens=0"),
         ({"num_beams": 0}, UsageError, "num_beams=0"),
+        ({"seed": -1}, UsageError, "seed=-1"),
         ({"temperature": -1.0}, UsageError, r"temperature=-1\.0"),
         ({"temperature": 1.0, "top_p": 0.0}, UsageError, r"top_p=0\.0"),
         ({"top_p": 0.5}, UsageError, "greedy search has no nucleus"),

@@ -208,6 +208,8 @@ class _Request:
         if self.max_new_tokens < 1 or self.num_beams < 1:
             given = f"max_new_tokens={self.max_new_tokens}, num_beams={self.num_beams}"
             raise UsageError(f"{given} are not allowed", "both are at least 1")
+        if not 0 <= self.seed < 2**63:
+            raise UsageError(f"seed={self.seed} is not allowed", "a seed is in [0, 2**63)")
         if not 0 <= self.temperature <= 100 or not 0 < self.top_p <= 1:
             given = f"temperature={self.temperature}, top_p={self.top_p}"
             raise UsageError(f"{given} are not allowed", "temperature is in [0, 100], top_p in (0, 1]")
