@@ -1,0 +1,166 @@
+"""Attention methods against a slow version of their own, on a whole model of every family.
+
+The slow version knows nothing of edits, plans, caches or row numbers: it computes every row of attention in float64,
+applies the specification to one row at a time, and runs the full sequence anew for every token.
+"""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+
+import pytest
+import torch
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.masking_utils import sdpa_mask
+
+from tests.contracts.support import Forced, batch_of, close, logits, vlm_of
+from tests.tiny import TINY
+from vlmfix.decoders import VAR, LocoRE
+
+NAME = "slow_reference"
+
+
+class Slow:
+    """Attention of one model, with a rule for single rows.
+
+    Args:
+        rule: f(layer, b, h, q, scores or weights) for both stages, see the methods below.
+        hidden: Residual stream that enters each layer, filled by hooks.
+    """
+
+    def __init__(self, scores, weights):
+        self.scores, self.weights, self.hidden = scores, weights, {}
+
+    def __call__(self, module, query, key, value, attention_mask, scaling, **kwargs):
+        rows, heads, length, _ = query.shape
+        key, value = (x.double().repeat_interleave(heads // x.shape[1], dim=1) for x in (key, value))
+        scores = query.double() @ key.transpose(2, 3) * scaling
+        allowed = torch.ones(length, length, dtype=torch.bool).tril() if attention_mask is None else attention_mask
+        allowed = allowed.expand(rows, 1, length, length)
+        edited = scores.clone()
+        for b, h, q in torch.cartesian_prod(*map(torch.arange, (rows, heads, length))).tolist():
+            edited[b, h, q] = self.scores(module.layer_idx, b, h, q, scores[b, h, q])
+        weights = edited.masked_fill(~allowed, -1e300).softmax(-1) * allowed
+        final = weights.clone()
+        for b, h, q in torch.cartesian_prod(*map(torch.arange, (rows, heads, length))).tolist():
+            final[b, h, q] = self.weights(module.layer_idx, b, h, q, weights[b, h, q])
+        return (final @ value).transpose(1, 2).to(query.dtype).contiguous(), None
+
+
+@contextmanager
+def installed(vlm, slow):
+    AttentionInterface.register(NAME, slow)
+    AttentionMaskInterface.register(NAME, sdpa_mask)
+    hooks = []
+    for number, layer in enumerate(vlm.family.layers(vlm.model)):
+
+        def keep(module, args, kwargs, number=number):
+            slow.hidden[number] = args[0] if args else kwargs["hidden_states"]
+
+        hooks.append(layer.register_forward_pre_hook(keep, with_kwargs=True))
+    owners = [vlm.family.decoder(vlm.model), *vlm.family.attention_modules(vlm.model)]
+    former = [(owner.config, owner.config._attn_implementation_internal) for owner in owners]
+    try:
+        for config, _ in former:
+            config._attn_implementation_internal = NAME
+        yield
+    finally:
+        for config, name in former:
+            config._attn_implementation_internal = name
+        for hook in hooks:
+            hook.remove()
+        AttentionInterface._global_mapping.pop(NAME)
+        AttentionMaskInterface._global_mapping.pop(NAME)
+
+
+def same(layer, b, h, q, row):
+    return row
+
+
+def var(vlm, batch, method):
+    """Section 2.2 to 2.5 of VAR's specification."""
+    layout = vlm.layout(batch)
+    image, text, prompt = layout.tokens, layout.text, batch.length
+    slow = Slow(same, None)
+
+    def weights(layer, b, h, q, row):
+        seen_picture = bool(image[b, : q + 1].any())
+        if layer < 2 or (q < prompt and not (bool(text[b, q]) and seen_picture)):
+            return row
+        x = slow.hidden[layer][b, :prompt].double()
+        phi = (x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt())[:, list(method.sink_dims)].abs().amax(-1)
+        sink = torch.zeros(len(row), dtype=torch.bool)
+        sink[:prompt] = phi > method.sink_threshold
+        shown = torch.zeros(len(row), dtype=torch.bool)
+        shown[:prompt] = image[b]
+        seen, kept = row[shown].sum(), row[shown & ~sink].sum()
+        if not (shown & sink).any() or seen < method.min_visual_mass or kept == 0:
+            return row
+        if kept / seen < method.min_nonsink_ratio:
+            return row
+        freed = method.moved_fraction * row[sink].sum()
+        new = row.clone()
+        new[sink] *= 1 - method.moved_fraction
+        new[shown & ~sink] += freed * row[shown & ~sink] / kept
+        return new
+
+    slow.weights = weights
+    return slow
+
+
+def locore(vlm, batch, method):
+    """Section 2.2 of LocoRE's specification."""
+    layout, prompt = vlm.layout(batch), batch.length
+
+    def window(b, q):
+        if q < prompt - 1:
+            return slice(0, 0)
+        start = int(layout.tokens[b].nonzero()[-1]) + 1 if method.scope == "post_image" else prompt
+        return slice(max(start, q - method.window), max(q, start, 0))
+
+    def boosted(stage):
+        def rule(layer, b, h, q, row):
+            new = row.clone()
+            here = window(b, q)
+            if method.mode == "renorm" and stage == "scores":
+                new[here] += torch.log(torch.tensor(1 + method.strength, dtype=torch.float64))
+            elif method.mode == "score" and stage == "scores":
+                new[here] *= 1 + method.strength
+            elif method.mode == "post" and stage == "weights":
+                new[here] *= 1 + method.strength
+            return new
+
+        return rule
+
+    return Slow(boosted("scores"), boosted("weights"))
+
+
+METHODS = {
+    "var": (
+        var,
+        VAR(sink_dims=(1, 2, 3, 4), sink_threshold=0.9, min_visual_mass=0.1, min_nonsink_ratio=0.3, layers="2:"),
+    ),
+    "var-official": (
+        var,
+        VAR(preset="official-code", sink_dims=(5, 9, 11), sink_threshold=1.2, min_visual_mass=0.05),
+    ),
+    "locore": (locore, LocoRE(strength=1.5, window=3)),
+    "locore-generated": (locore, LocoRE(strength=1.5, preset="semantic", window=2)),
+    "locore-post": (locore, LocoRE(strength=1.5, mode="post")),
+    "locore-score": (locore, LocoRE(strength=1.5, mode="score")),
+}
+TOKENS = torch.tensor([[40, 50, 60], [70, 45, 33]])
+
+
+@pytest.mark.parametrize("family", TINY)
+@pytest.mark.parametrize("name", METHODS)
+def test_a_whole_model_with_the_slow_method_gives_the_same_logits(family, name):
+    build, method = METHODS[name]
+    vlm = vlm_of(family)
+    batch = batch_of(vlm)
+    fast = logits(vlm, batch, method, logits_processor=[Forced(TOKENS, batch.length)])
+    with installed(vlm, build(vlm, batch, method)):
+        slow = logits(vlm, batch, logits_processor=[Forced(TOKENS, batch.length)], use_cache=False)
+    close(fast, slow, 1e-4)
+    plain = logits(vlm, batch, logits_processor=[Forced(TOKENS, batch.length)])
+    assert (fast - plain).abs().max() > 1e-4
