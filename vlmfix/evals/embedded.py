@@ -13,6 +13,8 @@ from typing import Any
 
 import click
 from PIL import Image
+from rich.console import Console
+from rich.progress import track
 
 from vlmfix.errors import UsageError, VlmfixError
 from vlmfix.evals.looking import looking
@@ -57,11 +59,14 @@ def draw(count: int, seed: int, device: str) -> Set:
 
 
 def answering(vlm: VLM, decoder: str, batch_size: int) -> Answer:
-    """Answer with a loaded model, greedily, under a decoder's specification."""
+    """Answer with a loaded model, greedily, under a decoder's specification; a bar on stderr shows how far it is."""
+    terminal = Console(stderr=True)
 
     def answer(pictures: Sequence[Pictures], prompts: Sequence[str]) -> list[str]:
         found: list[str] = []
-        for start in range(0, len(prompts), batch_size):
+        starts = range(0, len(prompts), batch_size)
+        hidden = not terminal.is_terminal
+        for start in track(starts, description=decoder, console=terminal, transient=True, disable=hidden):
             rows = slice(start, start + batch_size)
             found += [entry.text for entry in vlm.generate(pictures[rows], prompts[rows], decoder=decoder)]
         return found
