@@ -205,6 +205,27 @@ def test_an_edit_that_fits_no_layer_is_an_error():
         run(vlm, batch_of(vlm), ImageBias(layers=LayerSet("30:40")))
 
 
+@pytest.mark.parametrize("family", TINY)
+def test_chunked_prefill_is_refused(family):
+    vlm = vlm_of(family)
+    batch = batch_of(vlm)
+    before = snapshot(vlm)
+    with pytest.raises(UnsupportedAttentionError, match="chunked prefill"):
+        run(vlm, batch, ImageBias(), prefill_chunk_size=16)
+    assert snapshot(vlm) == before
+
+
+def test_a_cache_from_an_earlier_call_is_refused():
+    vlm = vlm_of("llava")
+    batch = batch_of(vlm)
+    cache = vlm.model(**batch, use_cache=True).past_key_values
+    with (
+        pytest.raises(UnsupportedAttentionError, match="behind a cache of"),
+        edited(vlm, vlm.layout(batch), [ImageBias()]),
+    ):
+        vlm.model(input_ids=torch.full((2, 3), 40), past_key_values=cache)
+
+
 def test_capped_scores_are_refused(monkeypatch):
     vlm = vlm_of("gemma3")
     module = vlm.family.attention_modules(vlm.model)[0]

@@ -10,7 +10,7 @@ import torch
 from tests.contracts.support import PICTURES, batch_of, close, logits, plain, vlm_of
 from vlmfix.decoders import VAR
 from vlmfix.decoders.var import Redistribution, redistribute
-from vlmfix.errors import IncompatibleDecodersError, UsageError
+from vlmfix.errors import IncompatibleDecodersError, UnsupportedAttentionError, UsageError
 from vlmfix.heads.sinks import sink_strength
 
 B, H, Q, K = 2, 4, 3, 12
@@ -259,3 +259,11 @@ def test_full_ratio_is_the_plain_model():
     vlm = vlm_of("qwen2_vl")
     batch = batch_of(vlm)
     close(logits(vlm, batch, VAR(**{**LOOSE, "min_nonsink_ratio": 1.01})), plain(vlm, batch))
+
+
+def test_a_cache_from_before_the_session_is_refused():
+    vlm = vlm_of("llava")
+    batch = batch_of(vlm)
+    cache = vlm.model(**batch, use_cache=True).past_key_values
+    with VAR(**LOOSE).applied(vlm, batch), pytest.raises(UnsupportedAttentionError, match="before its prompt"):
+        vlm.model(input_ids=torch.full((2, 1), 40), past_key_values=cache)

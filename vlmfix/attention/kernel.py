@@ -144,8 +144,13 @@ class Call:
 
 
 def _prefill(plan: LayerPlan, call: Call) -> Tensor:
-    output = call.sdpa()
     length = call.query.shape[2]
+    if length < plan.prompt:
+        raise UnsupportedAttentionError(
+            f"a pass over {length} tokens of a prompt of {plan.prompt}",
+            "attention edits need the prompt in one piece: no chunked prefill",
+        )
+    output = call.sdpa()
     rows = plan.rows
     if length > plan.prompt:  # a pass without a cache: rows past the prompt are decode rows, all edited
         rows = torch.cat([rows, torch.arange(plan.prompt, length, device=rows.device)])

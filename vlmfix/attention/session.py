@@ -48,6 +48,8 @@ def edited(
     hooks: list[RemovableHandle] = []
     with _implementation(vlm):
         try:
+            decoder = vlm.family.decoder(vlm.model)
+            hooks.append(decoder.register_forward_pre_hook(_refuse_continuation, with_kwargs=True))
             for layer, plan in plans.items():
                 outer: LayerPlan | None = getattr(modules[layer], PLAN, None)
                 merged = plan if outer is None else _nested(outer, plan)
@@ -124,6 +126,18 @@ def _nested(outer: LayerPlan, inner: LayerPlan) -> LayerPlan:
 def _remember(layer: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
     hidden = args[0] if args else kwargs["hidden_states"]
     getattr(layer, PLAN).hidden = hidden
+
+
+def _refuse_continuation(decoder: nn.Module, args: tuple[object, ...], kwargs: dict[str, Any]) -> None:
+    """Several new tokens behind a filled cache: their rows would be taken for the prompt's."""
+    inputs, cache = kwargs.get("inputs_embeds"), kwargs.get("past_key_values")
+    if inputs is None or inputs.shape[1] == 1 or cache is None or torch.compiler.is_compiling():
+        return
+    if int(cache.get_seq_length()) > 0:
+        raise UnsupportedAttentionError(
+            f"{inputs.shape[1]} tokens at once behind a cache of {int(cache.get_seq_length())}",
+            "chunked prefill, assisted decoding and a cache from an earlier call do not go with attention edits",
+        )
 
 
 @contextmanager

@@ -135,7 +135,8 @@ def stacked(vlm: Checkpoint, batch: Batch, contrasts: Sequence[Contrast], *, bea
         # Generated tokens are text, so only the prompt needs its types. A decoding step must not even look at them:
         # transformers before 5.23 hands over a row that grows, and compiled code would be made anew for its shape.
         stack: Stack = getattr(model, STACK)
-        if kwargs["input_ids"] is not None and kwargs["input_ids"].shape[1] > 1:
+        ids = kwargs.get("input_ids")
+        if ids is not None and ids.shape[1] > 1:
             kwargs |= {"mm_token_type_ids": mm_token_type_ids, "token_type_ids": token_type_ids}
         return _forward(model, stack, caches, kwargs)
 

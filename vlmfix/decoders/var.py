@@ -12,7 +12,7 @@ from torch import Tensor
 from vlmfix.attention.edit import LayerSet, Site, WeightEdit
 from vlmfix.decoders.base import Decoder, DecodingPlan, Source
 from vlmfix.decoders.parameters import Value, parameter
-from vlmfix.errors import IncompatibleDecodersError, UsageError
+from vlmfix.errors import IncompatibleDecodersError, UnsupportedAttentionError, UsageError
 from vlmfix.heads.sinks import find_sinks, least_massive, scaled_threshold, sink_strength, tabulated_sinks
 from vlmfix.models.checkpoint import Checkpoint
 from vlmfix.models.layout import Batch, ImageLayout
@@ -175,6 +175,8 @@ class Redistribution(WeightEdit):
             if site.hidden is None:
                 raise RuntimeError("the residual stream was not recorded")
             self.sinks[site.layer] = sink_strength(site.hidden[:, : site.prompt], self.dims) > self.threshold
+        if site.layer not in self.sinks:
+            raise UnsupportedAttentionError("a token came before its prompt", "let generate read the prompt itself")
         sink = self.sinks[site.layer]  # (B, T)
         sink = torch.nn.functional.pad(sink, (0, weights.shape[-1] - site.prompt))  # (B, K)
         return redistribute(weights, site.image_keys, sink, moved=self.moved, ratio=self.ratio, mass=self.mass)
