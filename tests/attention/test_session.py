@@ -166,6 +166,31 @@ def test_the_vision_tower_is_never_touched(family):
     assert any(inside[name] != before[name] for name in before)
 
 
+@pytest.mark.parametrize("family", TINY)
+@pytest.mark.parametrize("kind", STRONG)
+def test_prefill_changes_the_text_after_a_picture_and_nothing_else(family, kind):
+    """Read off the first layer, whose inputs no edit has touched."""
+    vlm = vlm_of(family)
+    batch = batch_of(vlm)
+    outputs = []
+
+    def keep(module, args, output):
+        outputs.append(output[0].detach())
+
+    handle = vlm.family.attention_modules(vlm.model)[0].register_forward_hook(keep)
+    try:
+        vlm.model(**batch)
+        with edited(vlm, vlm.layout(batch), [STRONG[kind]]):
+            vlm.model(**batch)
+    finally:
+        handle.remove()
+    before, after = outputs
+    layout = vlm.layout(batch)
+    changed = ((before - after).abs().amax(dim=-1) > 1e-5) & batch.attention_mask.bool()
+    assert torch.equal(changed, layout.text_after_image())
+    assert (layout.text & ~layout.text_after_image()).any()
+
+
 def test_sessions_nest_by_appending():
     vlm = vlm_of("llava")
     batch = batch_of(vlm)

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from tests.attention.test_session import snapshot
-from tests.contracts.support import PICTURES, Forced, batch_of, close, logits, plain, vlm_of
+from tests.contracts.support import STRONG, Forced, batch_of, close, logits, method_of, plain, vlm_of
 from tests.tiny import TINY
 from vlmfix.decoders import Chain, DecodingPlan, Greedy, parse
 from vlmfix.decoders.branches import (
@@ -202,18 +202,21 @@ def test_a_chain_of_contrasts_starts_from_the_scores_of_the_first():
     )
 
 
-def test_edits_of_a_chain_leave_contrast_rows_alone():
-    """The clean row changes with the edit; the branches' logits do not."""
-    vlm = vlm_of("llava")
-    batch = vlm.encode(["what is here?"], [PICTURES[0]])
+@pytest.mark.parametrize("family", TINY)
+@pytest.mark.parametrize("name", ["locore", "locore-post", "head-gains"])
+def test_edits_of_a_chain_leave_contrast_rows_alone(family, name):
+    """The clean rows change with the edit at every step; the branches' logits never do."""
+    vlm = vlm_of(family)
+    batch = batch_of(vlm)
+    forced = [Forced(torch.tensor([[40, 50, 60], [70, 45, 33]]), batch.length)]
     runs = []
-    for spec in ("greedy", "locore:strength=5,scope=post_image"):
+    for method in (Greedy(), method_of(STRONG[name])):
         WATCHED.clear()
-        logits(vlm, batch, Chain(decoders=(parse(spec), Watch())), steps=1)
-        runs.append(WATCHED[0].seen[0])
-    (clean, others), (edited, beside) = runs
-    close(others, beside, 1e-5)
-    assert (clean - edited).abs().max() > 1e-3
+        logits(vlm, batch, Chain(decoders=(method, Watch())), logits_processor=forced)
+        runs.append(WATCHED[0].seen)
+    for (clean, others), (edited, beside) in zip(*runs, strict=True):
+        close(others, beside, 1e-5)
+        assert (clean - edited).abs().amax(dim=1).min() > 1e-3
 
 
 @pytest.mark.parametrize("family", TINY)
