@@ -34,7 +34,7 @@ class Speaker:
         present = [
             next(name for name in scene(5, number).counts() if name != "kite") for number in range(len(pictures))
         ]
-        return [Answer(f"A {name}{more}", 4, "eos", 0.1) for name in present]
+        return [Answer(f"A {name}{more}", 4, "eos", 0.1, (5, 6, 7, 2)) for name in present]
 
 
 def test_a_demonstration_counts_and_shows_both(tmp_path):

@@ -22,6 +22,7 @@ def test_answers_are_what_generate_says():
     answers = vlm.generate(ROWS, PROMPTS, max_new_tokens=5)
     for ids, answer in zip(sequences, answers, strict=True):
         assert answer.text == vlm.processor.tokenizer.decode(ids, skip_special_tokens=True).strip()
+        assert list(answer.ids) == ids.tolist()
         assert answer.seconds > 0
 
 
@@ -35,6 +36,48 @@ def test_an_answer_that_ends_and_one_that_is_cut(monkeypatch):
     first = vlm.model.generate(**batch, max_new_tokens=4, do_sample=False)[0, batch.length :].tolist()
     (answer,) = vlm.generate([ROWS[0]], PROMPTS[0], max_new_tokens=4)
     assert (answer.finish, answer.tokens) == ("eos", first.index(int(third)) + 1)
+    assert answer.ids == tuple(first[: answer.tokens])
+
+
+def broken_head(vlm, *, row, step):
+    """From a step on, the scores of one row are partly not numbers; removed by the caller."""
+    calls = []
+
+    def spoil(module, args, output):
+        calls.append(None)
+        output = output.clone()
+        if len(calls) > step:
+            output[row, :, 7] = float("nan")
+        return output
+
+    return vlm.model.lm_head.register_forward_hook(spoil)
+
+
+@pytest.mark.parametrize("decoder", ["greedy", "vcd", "vcd+inter:plausibility=0", "locore"])
+@pytest.mark.parametrize("options", [{}, {"temperature": 1.0}, {"num_beams": 2}, {"static_cache": True}], ids=str)
+@pytest.mark.parametrize("step", [0, 3])
+def test_an_answer_from_scores_that_are_no_numbers_says_so(decoder, options, step):
+    vlm = vlm_of("llava")
+    call = {"decoder": decoder, "max_new_tokens": 4, **options}
+    whole = vlm.generate(ROWS, PROMPTS, **call)
+    assert "nan" not in [answer.finish for answer in whole]
+    with broken_head(vlm, row=options.get("num_beams", 1), step=step):
+        answers = vlm.generate(ROWS, PROMPTS, **call)
+    assert [answer.finish == "nan" for answer in answers] == [False, True]
+    assert answers[0].ids == whole[0].ids
+    assert all(answer.tokens == len(answer.ids) for answer in answers)
+
+
+def test_what_a_finished_row_runs_on_with_does_not_count(monkeypatch):
+    vlm = vlm_of("llava")
+    free = vlm.generate(ROWS, PROMPTS, max_new_tokens=6)
+    end = next(token for token in free[1].ids if token not in free[0].ids)
+    monkeypatch.setattr(vlm.model.generation_config, "eos_token_id", [end])
+    last = free[1].ids.index(end)
+    for step, finish in ((last, "nan"), (last + 1, "eos")):
+        with broken_head(vlm, row=1, step=step):
+            answers = vlm.generate(ROWS, PROMPTS, max_new_tokens=last + 3)
+        assert [answer.finish for answer in answers] == ["length", finish]
 
 
 def test_one_prompt_serves_all_pictures():

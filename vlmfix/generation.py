@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -41,15 +42,18 @@ class Answer:
 
     Attributes:
         text: What the model said, without special tokens and outer white space.
-        tokens: Generated tokens, the end token included.
-        finish: ``eos`` when the model ended it, ``length`` when ``max_new_tokens`` cut it.
+        tokens: Number of generated tokens, the end token included.
+        finish: ``eos`` when the model ended it, ``length`` when ``max_new_tokens`` cut it, ``nan`` when some score
+            behind it was not a number: text and tokens then mean nothing.
         seconds: Wall-clock time of its batch, divided by the batch's rows.
+        ids: The generated tokens, ``tokens`` many: the end token included, what is filled up behind it not.
     """
 
     text: str
     tokens: int
-    finish: Literal["eos", "length"]
+    finish: Literal["eos", "length", "nan"]
     seconds: float
+    ids: tuple[int, ...]
 
 
 class VLM(Checkpoint):
@@ -103,10 +107,12 @@ class VLM(Checkpoint):
         )
         started = time.perf_counter()
         with self._prepared(request) as (batch, arguments):
+            watch = NumberWatch(batch.length)
+            arguments["logits_processor"] = LogitsProcessorList([watch, *arguments.get("logits_processor", ())])
             sequences = self._generated(batch, arguments)
-        fresh = sequences[:, batch.length :]
+        fresh = sequences[:, batch.length :].tolist()
         seconds = (time.perf_counter() - started) / len(rows)
-        return [self._answer(row, seconds) for row in fresh]
+        return [self._answer(ids, broken, seconds) for ids, broken in zip(fresh, watch.steps(len(rows)), strict=True)]
 
     def stream(
         self,
@@ -178,13 +184,23 @@ class VLM(Checkpoint):
         sequences: Tensor = model.generate(**batch, **arguments)
         return sequences
 
-    def _answer(self, ids: Tensor, seconds: float) -> Answer:
+    def _answer(self, ids: Sequence[int], broken: Sequence[int], seconds: float) -> Answer:
+        """The answer of one row.
+
+        Args:
+            ids: Generated tokens, filled up behind the end token.
+            broken: Steps, from 0, whose scores were not numbers.
+            seconds: Its share of the time.
+        """
         ends = self.model.generation_config.eos_token_id
         ends = [] if ends is None else [ends] if isinstance(ends, int) else list(ends)
-        ended = torch.isin(ids, torch.tensor(ends, device=ids.device, dtype=ids.dtype)).nonzero().flatten()
-        count = int(ended[0]) + 1 if len(ended) else len(ids)
-        text = str(_tokenizer(self.processor).decode(ids[:count], skip_special_tokens=True))
-        return Answer(text=text.strip(), tokens=count, finish="eos" if len(ended) else "length", seconds=seconds)
+        last = next((place for place, token in enumerate(ids) if token in ends), None)
+        own = tuple(ids if last is None else ids[: last + 1])
+        text = str(_tokenizer(self.processor).decode(list(own), skip_special_tokens=True)).strip()
+        finish: Literal["eos", "length", "nan"] = "length" if last is None else "eos"
+        if any(step < len(own) for step in broken):  # a row that has ended still runs, and what it says is dropped
+            finish = "nan"
+        return Answer(text=text, tokens=len(own), finish=finish, seconds=seconds, ids=own)
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -254,6 +270,29 @@ class RowSampler(LogitsProcessor):
         draws = torch.stack([torch.rand(scores.shape[1], generator=g, device=scores.device) for g in self.generators])
         tiny = torch.finfo(torch.float32).tiny
         return scores - (-(draws.clamp(min=tiny).log())).clamp(min=tiny).log()
+
+
+class NumberWatch(LogitsProcessor):
+    """Remembers at which steps scores were NaN or +inf; it changes nothing, and the device is not waited for.
+
+    Args:
+        prompt: T, number of prompt tokens, padding included.
+    """
+
+    def __init__(self, prompt: int) -> None:
+        self.prompt = prompt
+        self._seen: list[tuple[int, Tensor]] = []
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """Looks at (B, V) scores."""
+        self._seen.append((input_ids.shape[1] - self.prompt, ~(scores < math.inf).all(dim=1)))  # (B,)
+        return scores
+
+    def steps(self, samples: int) -> list[list[int]]:
+        """For each sample, the steps, from 0, at which scores of its row, or of one of its beams, were no numbers."""
+        flags = torch.stack([flag for _, flag in self._seen]).view(len(self._seen), samples, -1).any(dim=2).tolist()
+        places = [place for place, _ in self._seen]
+        return [[place for place, flag in zip(places, flags, strict=True) if flag[row]] for row in range(samples)]
 
 
 def _sampling(request: _Request, device: torch.device) -> list[LogitsProcessor]:

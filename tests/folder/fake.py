@@ -13,7 +13,7 @@ class FakeVLM:
     revision = "abc"
     device = torch.device("cpu")
 
-    def __init__(self, *, fails=None, seconds=0.0):
+    def __init__(self, *, fails=None, seconds=0.0, broken=()):
         text = SimpleNamespace(
             num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, hidden_size=32, head_dim=8
         )
@@ -23,6 +23,7 @@ class FakeVLM:
         self.options = {}
         self.fails = fails or (lambda batch: None)
         self.seconds = seconds
+        self.broken = broken  # colours whose answers are not numbers
 
     def generate(self, pictures, prompts, **options):
         batch = [(picture.getpixel((0, 0)), prompt) for picture, prompt in zip(pictures, prompts, strict=True)]
@@ -32,7 +33,10 @@ class FakeVLM:
         problem = self.fails(batch)
         if problem is not None:
             raise problem
-        return [Answer(f"{prompt}: {colour}", 3, "eos", 0.5) for colour, prompt in batch]
+        return [
+            Answer(f"{prompt}: {colour}", 3, "nan" if colour in self.broken else "eos", 0.5, (5, 6, 2))
+            for colour, prompt in batch
+        ]
 
     def load(self, model, *, revision=None, device="auto", dtype="auto"):
         return self

@@ -83,6 +83,16 @@ def test_a_single_picture(tmp_path):
     assert [record["image"] for record in answers(tmp_path / "out")] == ["0001.png"]
 
 
+def test_an_answer_from_no_numbers_is_a_failure_and_not_asked_again(tmp_path):
+    pictures, out, vlm = draw(tmp_path / "in", 4), tmp_path / "out", FakeVLM(broken=[colour(2)])
+    end = go(pictures, out, vlm)
+    assert [record["image"] for record in answers(out)] == ["0000.png", "0001.png", "0003.png"]
+    reason = "the model's output was not a number"
+    assert failures(out) == [{"image": "0002.png", "reason": reason, "prompt": "What?"}]
+    assert (end.done, end.totals.answers, end.totals.failed) == (4, 3, 1)
+    go(pictures, out, FakeVLM(fails=lambda batch: pytest.fail("asked again")))
+
+
 def test_a_finished_run_starts_no_model(tmp_path):
     pictures, out, vlm = draw(tmp_path / "in", 3), tmp_path / "out", FakeVLM()
     go(pictures, out, vlm)

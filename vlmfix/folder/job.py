@@ -199,7 +199,10 @@ class _Job:
         answers = self._attempt(batch)
         if not isinstance(answers, Exception):
             for sample, answer in zip(batch, answers, strict=True):
-                self._output.answer(_record(sample, answer))
+                if answer.finish == "nan":
+                    self._output.fail(sample.image, "the model's output was not a number", prompt=sample.prompt)
+                else:
+                    self._output.answer(_record(sample, answer))
             self._step(len(batch))
         elif len(batch) == 1:
             self._output.fail(batch[0].image, _reason(answers), prompt=batch[0].prompt)
