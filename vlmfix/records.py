@@ -148,6 +148,27 @@ def read_json(path: Path) -> dict[str, Any]:
     return document
 
 
+def refuse_other(folder: Path, card: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    """Makes sure that a folder goes on with the settings that it was begun with.
+
+    Args:
+        folder: The folder, for the message.
+        card: The file that says the settings, for the message.
+        before: What it says.
+        now: What is asked for; what else ``before`` holds is not compared.
+
+    Raises:
+        UsageError: Some differ; the message says which, with both values.
+    """
+    differing = [name for name in now if before.get(name) != now[name]]
+    if differing:
+        listed = "; ".join(f"{name} was {before.get(name)!r}, now {now[name]!r}" for name in differing)
+        raise UsageError(
+            f"{folder} holds answers made with other settings: {listed}",
+            f"choose another --out, or the settings in {card}",
+        )
+
+
 def to_json(value: Any, *, indent: int | None = None) -> str:  # noqa: ANN401 (what JSON can hold has no name)
     """JSON text in plain characters, except that a file name which is not text is escaped."""
     text = json.dumps(value, ensure_ascii=False, indent=indent, allow_nan=False)

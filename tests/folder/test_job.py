@@ -248,7 +248,7 @@ MEMORY = [
 def test_out_of_memory_halves_the_batch_and_goes_on(tmp_path, error):
     vlm = FakeVLM(fails=lambda batch: error if len(batch) > 3 else None)
     end = go(draw(tmp_path / "in", 20), tmp_path / "out", vlm, batch_size=8)
-    assert [len(batch) for batch in vlm.batches] == [8, 4, 2, 2, 4, 2, 2, *[2] * 6]
+    assert [len(batch) for batch in vlm.batches] == [8, 4, *[2] * 10]
     assert end.batch_size == 2
     assert [record["image"] for record in answers(tmp_path / "out")] == [f"{n:04d}.png" for n in range(20)]
 
@@ -342,7 +342,7 @@ def test_an_automatic_batch_fits_the_free_memory(tmp_path, monkeypatch):
     pictures = draw(tmp_path / "in", 20)
     row = 2 * 2 * 2 * 2 * 8 * 4 * 4096  # twice: keys and values, layers, heads, width, bytes, tokens
     for free, expected in ((100 * row, 8), (3 * row, 3), (0, 1)):
-        monkeypatch.setattr("vlmfix.folder.job.free_memory", lambda device, free=free: free)
+        monkeypatch.setattr("vlmfix.answering.free_memory", lambda device, free=free: free)
         vlm = FakeVLM()
         go(pictures, tmp_path / f"out{free}", vlm, batch_size=None)
         assert len(vlm.batches[0]) == expected

@@ -3,31 +3,21 @@
 from __future__ import annotations
 
 import itertools
-import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from vlmfix.card import device_name, free_memory, peak_memory, plain, versions, weights_digest
+from vlmfix.answering import Answerer, Question
+from vlmfix.card import device_name, peak_memory, plain, versions, weights_digest
 from vlmfix.decoders import Decoder, parse
-from vlmfix.errors import DataError, LayoutError, UsageError, VlmfixError
+from vlmfix.errors import DataError, UsageError
 from vlmfix.folder.output import OutputFolder, Totals
 from vlmfix.folder.questions import Questions
 from vlmfix.generation import VLM, Answer, load
 from vlmfix.images import Found, Picture, find, read_ahead
 from vlmfix.settings import Settings
-
-logger = logging.getLogger(__name__)
-
-ROW_TOKENS = 4096
-"""Prompt and answer tokens that ``batch_size="auto"`` makes room for in every row."""
-LARGEST_BATCH = {"cuda": 32, "cpu": 8}
-
-OUT_OF_MEMORY = ("out of memory", "not enough memory", "can't allocate memory", "ALLOC_FAILED")
 
 
 @dataclass(frozen=True)
@@ -152,8 +142,9 @@ class _Job:
 
     def work(self, vlm: VLM, decoder: Decoder, settings: Settings, batch_size: int | None) -> None:
         """Deals with everything that is left."""
-        self._vlm, self._decoder, self._settings = vlm, decoder, settings
-        self._batch_size = batch_size or _fitting_batch(vlm, decoder)
+        self._vlm = vlm
+        answerer = Answerer(vlm, decoder, settings, batch_size)
+        self._batch_size = answerer.rows
         weights = weights_digest(settings.model, vlm.revision)
         self._output.begin(
             {
@@ -163,7 +154,7 @@ class _Job:
             },
             {
                 "device": device_name(vlm.device),
-                "batch_size": self._batch_size,
+                "batch_size": answerer.rows,
                 "prompts_file": self._questions.file_name or None,
                 "versions": versions(),
             },
@@ -173,8 +164,8 @@ class _Job:
         try:
             with closing(read_ahead(self._files)) as pictures:
                 samples = self._samples(pictures)
-                while batch := list(itertools.islice(samples, self._batch_size)):
-                    self._answer(batch)
+                while batch := list(itertools.islice(samples, answerer.rows)):
+                    self._answer(batch, answerer)
             finished = True
         finally:
             self._output.save(finished=finished, peak_memory=peak_memory(vlm.device))
@@ -194,47 +185,15 @@ class _Job:
             self._output.save(finished=False, peak_memory=peak_memory(self._vlm.device))
         self._report(self.progress())
 
-    def _answer(self, batch: list[_Sample]) -> None:
-        """Answers a batch; where it fails, smaller ones, until the sample at fault is alone."""
-        answers = self._attempt(batch)
-        if not isinstance(answers, Exception):
-            for sample, answer in zip(batch, answers, strict=True):
-                if answer.finish == "nan":
-                    self._output.fail(sample.image, "the model's output was not a number", prompt=sample.prompt)
-                else:
-                    self._output.answer(_record(sample, answer))
-            self._step(len(batch))
-        elif len(batch) == 1:
-            self._output.fail(batch[0].image, _reason(answers), prompt=batch[0].prompt)
-            self._step(1)
-        else:
-            rows = 1
-            if _is_memory(answers):
-                self._batch_size = rows = len(batch) // 2
-                logger.warning("out of memory with %d rows: going on with %d", len(batch), rows)
-            for start in range(0, len(batch), rows):
-                self._answer(batch[start : start + rows])
-
-    def _attempt(self, batch: list[_Sample]) -> list[Answer] | Exception:
-        """The answers, or what went wrong with this batch; what would go wrong with every batch is raised."""
-        settings = self._settings
-        try:
-            return self._vlm.generate(
-                [sample.picture.image for sample in batch],
-                [sample.prompt for sample in batch],
-                decoder=self._decoder,
-                max_new_tokens=settings.max_new_tokens,
-                num_beams=settings.num_beams,
-                temperature=settings.temperature,
-                seed=settings.seed,
-            )
-        except Exception as error:
-            if not _is_memory(error) and _concerns_every_batch(error):
-                raise
-            problem = error.with_traceback(None)  # its frames would keep the tensors alive
-        if _is_memory(problem) and torch.cuda.is_available():
-            torch.cuda.empty_cache()
-        return problem
+    def _answer(self, batch: list[_Sample], answerer: Answerer) -> None:
+        outcomes = answerer([Question(sample.picture.image, sample.prompt) for sample in batch])
+        for sample, outcome in zip(batch, outcomes, strict=True):
+            if isinstance(outcome, str):
+                self._output.fail(sample.image, outcome, prompt=sample.prompt)
+            else:
+                self._output.answer(_record(sample, outcome))
+        self._batch_size = answerer.rows
+        self._step(len(batch))
 
 
 def _record(sample: _Sample, answer: Answer) -> dict[str, Any]:
@@ -247,33 +206,3 @@ def _record(sample: _Sample, answer: Answer) -> dict[str, Any]:
         "finish": answer.finish,
         "seconds": round(answer.seconds, 4),
     }
-
-
-def _reason(error: Exception) -> str:
-    if isinstance(error, VlmfixError):
-        return str(error)
-    first = (str(error).strip().splitlines() or [""])[0]
-    return f"{'out of memory: ' if _is_memory(error) else ''}{type(error).__name__}: {first}"
-
-
-def _is_memory(error: Exception) -> bool:
-    if isinstance(error, MemoryError | torch.OutOfMemoryError):
-        return True
-    return isinstance(error, RuntimeError) and any(words in str(error) for words in OUT_OF_MEMORY)
-
-
-def _concerns_every_batch(error: Exception) -> bool:
-    """Settings that cannot work, and a GPU that is lost until the process ends."""
-    if isinstance(error, VlmfixError):
-        return not isinstance(error, DataError | LayoutError)
-    return isinstance(error, torch.AcceleratorError)
-
-
-def _fitting_batch(vlm: VLM, decoder: Decoder) -> int:
-    """Rows whose keys and values, twice over for what else a row needs, fit the free memory."""
-    config = vlm.model.config.get_text_config()
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    cache = 2 * config.num_hidden_layers * heads * width * vlm.model.dtype.itemsize * ROW_TOKENS
-    fitting = free_memory(vlm.device) // (2 * cache * decoder.passes)
-    return int(max(1, min(fitting, LARGEST_BATCH.get(vlm.device.type, 8))))

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from vlmfix.errors import DataError, UsageError
-from vlmfix.records import JsonLines, read_json, replace_json
+from vlmfix.records import JsonLines, read_json, refuse_other, replace_json
 
 ANSWERS, FAILED, CARD = "answers.jsonl", "failed.jsonl", "run.json"
 
@@ -91,7 +91,7 @@ class OutputFolder:
         path = self.folder / CARD
         if path.exists():
             card = read_json(path)
-            _refuse_other(self.folder, card["settings"], settings)
+            refuse_other(self.folder, path, card["settings"], settings)
             return card
         if self.done or self.unreadable:
             raise UsageError(f"{self.folder} holds answers but no {CARD}", "choose another --out")
@@ -108,7 +108,7 @@ class OutputFolder:
             UsageError: The folder's answers were made with other weights or another precision.
         """
         known = {name: value for name, value in self._card["settings"].items() if name in settings}
-        _refuse_other(self.folder, known, {name: settings[name] for name in known})
+        refuse_other(self.folder, self.folder / CARD, known, {name: settings[name] for name in known})
         self._card["settings"].update(settings)
         self._card["sessions"].append({"started": _now(), **session, "peak_memory": 0})
         self.save(finished=False)
@@ -163,16 +163,6 @@ class OutputFolder:
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-
-def _refuse_other(folder: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-    differing = [name for name in now if before.get(name) != now[name]]
-    if differing:
-        listed = "; ".join(f"{name} was {before.get(name)!r}, now {now[name]!r}" for name in differing)
-        raise UsageError(
-            f"{folder} holds answers made with other settings: {listed}",
-            f"choose another --out, or the settings in {folder / CARD}",
-        )
 
 
 def _now() -> str:
