@@ -11,6 +11,7 @@ import pytest
 from tests.folder.fake import draw
 from tests.tiny import tiny_vlm
 from vlmfix import cli
+from vlmfix.commands import options
 from vlmfix.decoders import DECODERS
 from vlmfix.errors import DataError
 from vlmfix.records import read_json, read_lines
@@ -18,7 +19,7 @@ from vlmfix.records import read_json, read_lines
 
 @pytest.fixture(autouse=True)
 def _keep_the_process_as_it_is(monkeypatch):
-    monkeypatch.setattr(cli, "_quieten", lambda: None)
+    monkeypatch.setattr(options, "quieten", lambda: None)
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,1 @@
+"""The commands, one file for what belongs together; `vlmfix/cli.py` puts them on the command line."""

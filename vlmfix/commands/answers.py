@@ -1,0 +1,92 @@
+"""`vlmfix run` and `vlmfix ask`: pictures and questions in, answers out."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from vlmfix.commands import options
+from vlmfix.errors import DataError, UsageError
+from vlmfix.settings import Settings
+
+
+@click.command()
+@click.argument("pictures", type=click.Path(path_type=Path))
+@click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder for the answers.")
+@click.option("--prompt", help="Asked about every picture.  [default: Please describe this image in detail.]")
+@click.option("--prompts", type=click.Path(path_type=Path), help="CSV file with the columns prompt or image,prompt.")
+@click.option("--batch-size", type=options.BatchSize(), default="auto", show_default=True, help="Questions at a time.")
+@options.generation_options()
+def run(
+    pictures: Path,
+    out: Path,
+    prompt: str | None,
+    prompts: Path | None,
+    batch_size: int | None,
+    settings: Settings,
+) -> None:
+    """Ask about every picture in PICTURES, a folder or a file.
+
+    Answers go to OUT/answers.jsonl, failures to OUT/failed.jsonl, settings and totals to OUT/run.json.
+    Started again with the same options, it goes on where it was.
+    """
+    if prompt is not None and prompts is not None:
+        raise UsageError("--prompt and --prompts are both given", "give one of them")
+    options.quieten()
+    from vlmfix import folder
+    from vlmfix.display import loading, run_display, summary
+
+    if prompts is not None:
+        questions = folder.Questions.file(prompts)
+    else:
+        questions = folder.Questions.text(folder.DESCRIBE if prompt is None else prompt)
+    try:
+        with run_display() as report:
+            end = folder.run(
+                pictures,
+                out,
+                questions=questions,
+                settings=settings,
+                batch_size=batch_size,
+                report=report,
+                loader=loading,
+            )
+    except KeyboardInterrupt:
+        click.echo(f"vlmfix: stopped; what is done is in {out}. The same command goes on from there.", err=True)
+        click.get_current_context().exit(options.INTERRUPTED)
+    click.echo(summary(end, out), err=True)
+
+
+@click.command()
+@click.argument("picture", type=click.Path(path_type=Path))
+@click.argument("question")
+@options.generation_options("num_beams")
+def ask(picture: Path, question: str, settings: Settings) -> None:
+    """Ask one QUESTION about one PICTURE."""
+    if not question.strip():
+        raise UsageError("the question is empty", "write a question or an instruction")
+    options.quieten()
+    from vlmfix.decoders import parse
+    from vlmfix.display import loading
+    from vlmfix.images import open_picture
+
+    if not picture.exists():
+        raise UsageError(f"there is no file {picture}", "give a picture")
+    decoder = parse(settings.decoder)
+    try:
+        shown = open_picture(picture).image
+    except DataError as error:
+        raise DataError(f"{picture}: {error.message}", "give a JPEG, PNG, WebP, TIFF, BMP or GIF file") from error
+    vlm = loading(settings.model, revision=settings.revision, device=settings.device, dtype=settings.dtype)
+    pieces = vlm.stream(
+        shown,
+        question,
+        decoder=decoder,
+        max_new_tokens=settings.max_new_tokens,
+        temperature=settings.temperature,
+        seed=settings.seed,
+    )
+    for piece in pieces:
+        click.echo(piece, nl=False)
+    click.echo()

@@ -1,0 +1,103 @@
+"""Options that several commands share, and what every command does first."""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import click
+
+from vlmfix.settings import Settings
+
+INTERRUPTED = 130
+"""Exit code after Ctrl-C, as a shell reports it."""
+
+debug = click.option("--debug", is_flag=True, expose_value=False, help="Show the traceback of an error.")
+
+_OPTIONS = {
+    "model": click.option("--model", default="tiny", show_default=True, help="tiny, a Hub id, or a directory."),
+    "revision": click.option("--revision", help="Branch, tag or commit of a Hub model."),
+    "device": click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N."),
+    "dtype": click.option(
+        "--dtype",
+        default="auto",
+        show_default=True,
+        type=click.Choice(["auto", "float32", "bfloat16", "float16"]),
+        help="auto: the checkpoint's own on a GPU, float32 on the CPU.",
+    ),
+    "decoder": click.option(
+        "--decoder",
+        default="greedy",
+        show_default=True,
+        metavar="SPEC",
+        help="name, or name:parameter=value,parameter=value; + joins several. See: vlmfix decoders.",
+    ),
+    "max_new_tokens": click.option(
+        "--max-new-tokens",
+        default=128,
+        show_default=True,
+        type=click.IntRange(min=1),
+        help="Longest answer, in tokens.",
+    ),
+    "num_beams": click.option(
+        "--num-beams", default=1, show_default=True, type=click.IntRange(min=1), help="Beam search from 2 on."
+    ),
+    "temperature": click.option(
+        "--temperature",
+        default=0.0,
+        show_default=True,
+        type=click.FloatRange(0, 100),
+        help="0 takes the most probable token; above, samples.",
+    ),
+    "seed": click.option(
+        "--seed", default=0, show_default=True, type=click.IntRange(0, 2**63 - 1), help="Seed of sampling."
+    ),
+}
+
+
+def generation_options(*left_out: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """The options of a command that generates, handed over as one ``settings``."""
+
+    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+        @functools.wraps(command)
+        def with_settings(**given: Any) -> None:
+            settings = Settings(**{name: given.pop(name) for name in _OPTIONS if name in given})
+            command(settings=settings, **given)
+
+        for name, option in reversed(_OPTIONS.items()):
+            if name not in left_out:
+                with_settings = option(with_settings)
+        return debug(with_settings)
+
+    return decorate
+
+
+class BatchSize(click.ParamType[int | None]):
+    """A number of rows, or auto, which becomes None."""
+
+    name = "auto|N"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int | None:  # noqa: ANN401
+        """Reads the option."""
+        if value is None or value == "auto":
+            return None
+        try:
+            rows = int(value)
+        except ValueError:
+            rows = 0
+        if rows < 1:
+            self.fail(f"{value!r} is neither auto nor a number of rows, 1 or more", param, ctx)
+        return rows
+
+
+def quieten() -> None:
+    """Keeps third-party chatter off the terminal: warnings, the bar of transformers' loading, the Hub's retries."""
+    warnings.simplefilter("ignore")
+    from huggingface_hub.utils import logging as hub_logging
+    from transformers.utils import logging as transformers_logging
+
+    hub_logging.set_verbosity_error()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
