@@ -10,6 +10,7 @@ import pytest
 from tests.contracts.support import STRONG, batch_of, vlm_of
 from vlmfix.attention.edit import LayerSet
 from vlmfix.decoders import DECODERS, INTER, VAR, VCD, Chain, Greedy, LocoRE, describe, parse
+from vlmfix.decoders.parameters import ranges
 from vlmfix.errors import UsageError, VlmfixError
 
 
@@ -100,6 +101,24 @@ def test_descriptions(name):
     assert all(parameter.help and parameter.range for parameter in info.parameters)
     declared = {field.name for field in dataclasses.fields(DECODERS[name])}
     assert {parameter.name for parameter in info.parameters} == declared
+
+
+@pytest.mark.parametrize("name", DECODERS)
+def test_searches_stay_within_what_is_allowed(name):
+    for parameter, allowed in ranges(DECODERS[name]).items():
+        for value in allowed.search:
+            assert allowed.check(name, parameter, value) == value
+        if allowed.search and allowed.kind in (int, float):
+            low, high = allowed.search
+            assert low < high
+            assert low > 0 or not allowed.log
+
+
+def test_descriptions_say_what_tuning_tries():
+    described = {parameter.name: parameter.search for parameter in describe(LocoRE).parameters}
+    assert described["strength"] == "0.02 to 0.6, logarithmic"
+    assert described["scope"] == "post_image | generated"
+    assert described["preset"] == described["layers"] == ""
 
 
 def test_a_chain_costs_the_rows_of_its_parts():

@@ -63,15 +63,29 @@ class INTER(Decoder):
     acts_on: ClassVar[str] = "logits of 4 branches"
     passes: ClassVar[int] = 4
 
-    variance: float = parameter(1.0, float, low=0, high=math.inf, help="k, variance from which the modifier acts")
-    plausibility: float = parameter(0.1, float, low=0, high=1, help="beta, cut below this share of the best token")
+    variance: float = parameter(
+        1.0, float, low=0, high=math.inf, search=(0.1, 5.0), log=True, help="k, variance from which the modifier acts"
+    )
+    plausibility: float = parameter(
+        0.1, float, low=0, high=1, search=(0.01, 0.5), log=True, help="beta, cut below this share of the best token"
+    )
     var_topk: int | None = parameter(
         None, int, low=2, high=10**6, optional=True, help="variance over the best k tokens; none: whole vocabulary"
     )
     mask_image: str = parameter(
-        "uniform", str, choices=("uniform", "zeros", "mean", "gaussian"), help="what stands for no picture"
+        "uniform",
+        str,
+        choices=("uniform", "zeros", "mean", "gaussian"),
+        search=("uniform", "zeros", "mean", "gaussian"),
+        help="what stands for no picture",
     )
-    mask_text: str = parameter("empty", str, choices=("empty", "drop_turn"), help="what stands for no question")
+    mask_text: str = parameter(
+        "empty",
+        str,
+        choices=("empty", "drop_turn"),
+        search=("empty", "drop_turn"),
+        help="what stands for no question",
+    )
     noise_seed: int = parameter(0, int, low=0, high=2**31 - 1, help="seed of the noise")
 
     def plan(self, vlm: Checkpoint, batch: Batch, layout: ImageLayout) -> DecodingPlan:

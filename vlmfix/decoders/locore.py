@@ -74,11 +74,30 @@ class LocoRE(Decoder):
         "paper-literal", str, choices=("paper-literal", "semantic", "released-hook"), help="named set of parameters"
     )
     strength: float | None = parameter(
-        None, float, low=0, high=10, optional=True, help="beta, gain minus one; none: the paper's for the model"
+        None,
+        float,
+        low=0,
+        high=10,
+        optional=True,
+        search=(0.02, 0.6),
+        log=True,
+        help="beta, gain minus one; none: the paper's for the model",
     )
-    window: int = parameter(5, int, low=0, high=10**6, help="w_s, number of boosted tokens")
-    mode: str = parameter(None, str, choices=("renorm", "post", "score"), help="where the gain enters")
-    scope: str = parameter(None, str, choices=("post_image", "generated"), help="which keys count as history")
+    window: int = parameter(5, int, low=0, high=10**6, search=(1, 20), log=True, help="w_s, number of boosted tokens")
+    mode: str = parameter(
+        None,
+        str,
+        choices=("renorm", "post", "score"),
+        search=("renorm", "post", "score"),
+        help="where the gain enters",
+    )
+    scope: str = parameter(
+        None,
+        str,
+        choices=("post_image", "generated"),
+        search=("post_image", "generated"),
+        help="which keys count as history",
+    )
     layers: LayerSet = parameter(None, LayerSet, help="layers to act in")
 
     def plan(self, vlm: Checkpoint, batch: Batch, layout: ImageLayout) -> DecodingPlan:

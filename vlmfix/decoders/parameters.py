@@ -25,6 +25,9 @@ class Range:
         choices: Allowed words; empty for any.
         optional: None is allowed and stands for what ``help`` says.
         help: One sentence: meaning, the paper's symbol, unit.
+        search: What tuning tries: the lowest and highest number, or the words; empty for a parameter that tuning
+            leaves alone, such as a seed.
+        log: Tuning tries numbers on a logarithmic scale.
     """
 
     kind: type
@@ -33,6 +36,8 @@ class Range:
     choices: tuple[str, ...] = ()
     optional: bool = False
     help: str = ""
+    search: tuple[bool | int | float | str, ...] = ()
+    log: bool = False
 
     def text(self) -> str:
         """The allowed values in words."""
@@ -47,6 +52,13 @@ class Range:
                 tuple: "integers joined by /",
             }.get(self.kind, "text")
         return words
+
+    def search_text(self) -> str:
+        """What tuning tries, in words; empty when it leaves the parameter alone."""
+        if self.search and self.kind in (int, float):
+            low, high = self.search
+            return f"{low:g} to {high:g}{', logarithmic' if self.log else ''}"
+        return " | ".join(written(word) for word in self.search)
 
     def check(self, owner: str, name: str, value: Value) -> Value:
         """Returns the value in its own type.

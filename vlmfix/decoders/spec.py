@@ -1,14 +1,19 @@
-"""The one language for decoders: ``var:moved_fraction=0.4+locore:strength=0.15``."""
+"""The one language for decoders: ``var:moved_fraction=0.4+locore:strength=0.15``, or ``@recipe.toml``."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 from vlmfix.decoders.base import Chain, Decoder
 from vlmfix.decoders.parameters import Value, ranges
-from vlmfix.errors import UsageError
+from vlmfix.decoders.recipe import read_recipe
+from vlmfix.errors import DataError, UsageError
+
+PART = re.compile(r"(@.*?\.toml\s*(?=\+|$)|.*?)(?:\+(?=\s*[a-zA-Z@])|$)", re.DOTALL)
+"""A part of a chain and the ``+`` after it; the path of a recipe may hold a ``+``, and so may a number."""
 
 
 @dataclass(frozen=True)
@@ -19,6 +24,7 @@ class Parameter:
     default: Value
     range: str
     help: str
+    search: str
 
 
 @dataclass(frozen=True)
@@ -35,22 +41,60 @@ class DecoderInfo:
     parameters: tuple[Parameter, ...]
 
 
+@dataclass(frozen=True)
+class Part:
+    """One decoder of a chain, as a specification gives it.
+
+    Attributes:
+        decoder: The method.
+        given: The parameters that the specification names, with their values.
+    """
+
+    decoder: type[Decoder]
+    given: Mapping[str, Value]
+
+
 def parse(spec: str, decoders: Mapping[str, type[Decoder]]) -> Decoder:
     """Reads a decoder.
 
     Args:
-        spec: ``name``, ``name:parameter=value,parameter=value``, or several joined by ``+``.
+        spec: ``name``, ``name:parameter=value,parameter=value``, ``@recipe.toml``, or several joined by ``+``.
         decoders: Known decoders by name.
 
     Raises:
         UsageError: Unknown name or parameter, or a value that is not allowed.
+        DataError: A recipe that cannot be read.
     """
-    parts = re.split(r"\+(?=\s*[a-zA-Z])", spec)
-    chain = tuple(_one(part.strip(), decoders) for part in parts)
+    chain = tuple(part.decoder(**part.given) for part in read_parts(spec, decoders))
     return chain[0] if len(chain) == 1 else Chain(decoders=chain)
 
 
-def _one(spec: str, decoders: Mapping[str, type[Decoder]]) -> Decoder:
+def read_parts(spec: str, decoders: Mapping[str, type[Decoder]]) -> tuple[Part, ...]:
+    """Reads what a specification says and nothing that it leaves open.
+
+    Raises:
+        UsageError: Unknown name or parameter.
+        DataError: A recipe that cannot be read.
+    """
+    parts: list[Part] = []
+    for text in [found[1].strip() for found in PART.finditer(spec) if found[0]] or [""]:
+        parts += _recipe(text[1:], decoders) if text.startswith("@") else [_one(text, decoders)]
+    return tuple(parts)
+
+
+def _recipe(name: str, decoders: Mapping[str, type[Decoder]]) -> tuple[Part, ...]:
+    path = Path(name).expanduser()
+    spec = read_recipe(path)["decoder"]
+    if "@" in spec:
+        raise DataError(f"{path}: its decoder {spec!r} names a recipe", "write the decoder's parameters out")
+    try:
+        parse(spec, decoders)  # so that a value out of range is reported with the file's name too
+        return read_parts(spec, decoders)
+    except UsageError as error:
+        raise DataError(f"{path}: {error.message}", error.hint) from error
+
+
+def _one(spec: str, decoders: Mapping[str, type[Decoder]]) -> Part:
     name, _, rest = spec.partition(":")
     if name not in decoders:
         raise UsageError(f"unknown decoder {name!r}", f"known decoders: {', '.join(decoders)}")
@@ -67,7 +111,7 @@ def _one(spec: str, decoders: Mapping[str, type[Decoder]]) -> Decoder:
         if key in values:
             raise UsageError(f"{name}: {key} is given twice", "give each parameter once")
         values[key] = allowed[key].parse(name, key, text.strip())
-    return decoders[name](**values)
+    return Part(decoders[name], values)
 
 
 def describe(decoder: type[Decoder]) -> DecoderInfo:
@@ -82,7 +126,7 @@ def describe(decoder: type[Decoder]) -> DecoderInfo:
         beams=decoder.beams,
         compiles=decoder.compiles,
         parameters=tuple(
-            Parameter(name, getattr(defaults, name), allowed.text(), allowed.help)
+            Parameter(name, getattr(defaults, name), allowed.text(), allowed.help, allowed.search_text())
             for name, allowed in ranges(decoder).items()
         ),
     )

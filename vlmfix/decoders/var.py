@@ -70,9 +70,15 @@ class VAR(Decoder):
     }
 
     preset: str = parameter("paper", str, choices=("paper", "official-code"), help="named set of parameters")
-    moved_fraction: float = parameter(None, float, low=0, high=1, help="m, share of sink attention that is moved")
-    min_nonsink_ratio: float = parameter(None, float, low=0, high=1.01, help="rho, non-sink share of image attention")
-    min_visual_mass: float = parameter(0.2, float, low=0, high=1.01, help="image attention that a head needs")
+    moved_fraction: float = parameter(
+        None, float, low=0, high=1, search=(0.1, 1.0), help="m, share of sink attention that is moved"
+    )
+    min_nonsink_ratio: float = parameter(
+        None, float, low=0, high=1.01, search=(0.3, 0.95), help="rho, non-sink share of image attention"
+    )
+    min_visual_mass: float = parameter(
+        0.2, float, low=0, high=1.01, search=(0.05, 0.5), help="image attention that a head needs"
+    )
     sink_threshold: float | None = parameter(
         20.0, float, low=0, high=1e4, optional=True, help="tau; none: 0.3125 sqrt(hidden size)"
     )

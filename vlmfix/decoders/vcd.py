@@ -69,9 +69,15 @@ class VCD(Decoder):
     }
 
     preset: str = parameter("paper", str, choices=("paper", "official-code"), help="named set of parameters")
-    contrast: float = parameter(None, float, low=0, high=10, help="alpha, weight of the contrast")
-    plausibility: float = parameter(None, float, low=0, high=1, help="beta, cut below this share of the best token")
-    noise_step: int = parameter(None, int, low=0, high=STEPS - 1, help="diffusion step of the noised picture")
+    contrast: float = parameter(
+        None, float, low=0, high=10, search=(0.05, 2.0), log=True, help="alpha, weight of the contrast"
+    )
+    plausibility: float = parameter(
+        None, float, low=0, high=1, search=(0.01, 0.5), log=True, help="beta, cut below this share of the best token"
+    )
+    noise_step: int = parameter(
+        None, int, low=0, high=STEPS - 1, search=(200, 999), help="diffusion step of the noised picture"
+    )
     noise_seed: int = parameter(0, int, low=0, high=2**31 - 1, help="seed of the noise")
 
     def plan(self, vlm: Checkpoint, batch: Batch, layout: ImageLayout) -> DecodingPlan:

@@ -1,0 +1,69 @@
+"""Recipes: a tuned decoder in a file, with what it was tuned for and what that gave."""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import tomli_w
+
+from vlmfix.errors import DataError
+
+FORMAT = 1
+"""Of the file; raised when an older reader could not understand it."""
+HINT = 'give a recipe that vlmfix tune wrote, or a TOML file with a line such as decoder = "vcd:contrast=0.5"'
+
+
+def read_recipe(path: Path) -> dict[str, Any]:
+    """Reads a recipe.
+
+    Args:
+        path: A TOML file; only its ``decoder`` must be there.
+
+    Returns:
+        Everything in it. ``decoder`` is a specification; whether it is a valid one is for its parser to say.
+
+    Raises:
+        DataError: The file is missing, is not TOML, is of a later format or has no decoder.
+    """
+    try:
+        recipe = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise DataError(f"cannot read the recipe {path}: {error.strerror}", "check the path after @") from error
+    except ValueError as error:
+        raise DataError(f"the recipe {path} is not TOML: {error}", HINT) from error
+    if recipe.get("format", FORMAT) != FORMAT:
+        raise DataError(f"the recipe {path} has format {recipe['format']!r}", f"this version reads format {FORMAT}")
+    if not isinstance(recipe.get("decoder"), str):
+        raise DataError(f"the recipe {path} has no decoder", HINT)
+    return recipe
+
+
+def write_recipe(path: Path, decoder: str, about: Mapping[str, Any]) -> None:
+    """Writes a recipe so that a reader sees the old one or the new one, never a part.
+
+    Args:
+        path: The file, with a name that ends in ``.toml``.
+        decoder: The specification with all its parameters.
+        about: What else is known of it, in nested mappings; a value of None is left out, because TOML has none.
+
+    Raises:
+        DataError: The file cannot be written.
+    """
+    recipe = {"format": FORMAT, "decoder": decoder, **_without_none(about)}
+    draft = path.with_name(f".{path.name}.new")
+    try:
+        draft.write_text(f"# Use it with --decoder @{path.name}\n{tomli_w.dumps(recipe)}", encoding="utf-8")
+        draft.replace(path)
+    except OSError as error:
+        raise DataError(f"cannot write {path}: {error.strerror}", "choose a folder that you may write to") from error
+
+
+def _without_none(values: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        name: _without_none(value) if isinstance(value, Mapping) else value
+        for name, value in values.items()
+        if value is not None
+    }
