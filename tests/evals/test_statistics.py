@@ -38,7 +38,7 @@ def test_the_interval_of_a_mean_is_that_of_scipy():
 
 
 def test_intervals_hold_the_truth_nearly_always_when_units_are_clusters():
-    """Clusters of five share a chance of being right, 0.6 on average. 95 % of 300 repetitions is 285, give or take 4."""
+    """Clusters of five share a chance of being right, 0.6 on average. 95 % of 300 is 285, give or take 4."""
     generator = np.random.default_rng(3)
     held = {"clusters": 0, "samples": 0}
     for repetition in range(300):
