@@ -1,0 +1,288 @@
+"""Several decoders over one workload: order, resume, refusals and failures."""
+
+import multiprocessing
+import shutil
+import signal
+import time
+from dataclasses import replace
+
+import pytest
+
+from tests.evals.fake import Says, workload
+from tests.folder.fake import FakeVLM, colour
+from vlmfix.decoders import VCD, parse
+from vlmfix.errors import DataError, IncompatibleDecodersError, UsageError
+from vlmfix.evals import tasks
+from vlmfix.evals.record import read_run
+from vlmfix.evals.runner import evaluate
+from vlmfix.evals.score import score
+from vlmfix.evals.task import Sample, Workload
+from vlmfix.records import read_json, read_lines
+from vlmfix.settings import Settings
+
+
+@pytest.fixture(autouse=True)
+def _known_task(monkeypatch):
+    monkeypatch.setitem(tasks.TASKS, "says", Says)
+
+
+def go(out, work, vlm, *, arms=(), batch_size=4, task=None, report=lambda done, total: None, **settings):
+    return evaluate(
+        out,
+        task or Says(),
+        work,
+        Settings(**settings),
+        {name: parse(name) for name in arms},
+        batch_size=batch_size,
+        report=report,
+        loader=vlm.load,
+    )
+
+
+def files(out):
+    return {path.relative_to(out): path.read_bytes() for path in sorted(out.rglob("*.jsonl"))}
+
+
+def test_every_arm_answers_every_sample(tmp_path):
+    work, seen = workload(tmp_path / "in"), []
+    run = go(tmp_path / "out", work, FakeVLM(), arms=("vcd",), report=lambda done, total: seen.append((done, total)))
+    assert list(run.answers) == ["greedy", "vcd"]
+    assert all(run.missing(arm) == 0 for arm in run.answers)
+    assert run.samples == list(work.samples)
+    assert seen == [(number, 48) for number in range(1, 49)]
+    line = next(read_lines(tmp_path / "out" / "vcd" / "answers.jsonl"))
+    assert line == {
+        "id": "a/0/shared",
+        "image": "0000.png",
+        "sha256": line["sha256"],
+        "answer": f"shared: {colour(0)}",
+        "ids": [5, 6, 2],
+        "finish": "eos",
+    }
+    assert len(line["sha256"]) == 64
+
+
+def test_a_question_of_two_splits_is_asked_once_and_pictures_stay_together(tmp_path):
+    vlm = FakeVLM()
+    run = go(tmp_path / "out", workload(tmp_path / "in"), vlm, batch_size=3)
+    assert [len(batch) for batch in vlm.batches] == [3] * 6
+    for number, batch in enumerate(vlm.batches):
+        assert {shown for shown, _ in batch} == {colour(number)}
+        assert [prompt for _, prompt in batch] == ["shared", "only a", "only b"]
+    answers = run.answers["greedy"]
+    assert answers["a/2/shared"].answer == answers["b/2/shared"].answer
+
+
+def test_rows_about_one_picture_hold_one_object(tmp_path):
+    class Looks(FakeVLM):
+        def generate(self, pictures, prompts, **options):
+            self.distinct = len({id(picture) for picture in pictures})
+            return super().generate(pictures, prompts, **options)
+
+    vlm = Looks()
+    go(tmp_path / "out", workload(tmp_path / "in", 1), vlm)
+    assert vlm.distinct == 1
+
+
+@pytest.mark.parametrize("kept", [0, 1, 5, 11, 17, 24])
+@pytest.mark.parametrize("torn", [b"", b'{"id": "a/'])
+def test_a_resumed_run_is_the_uninterrupted_one_byte_for_byte(tmp_path, kept, torn):
+    work = workload(tmp_path / "in")
+    whole = tmp_path / "whole"
+    go(whole, work, FakeVLM(), arms=("vcd",))
+    cut = tmp_path / "cut"
+    shutil.copytree(whole, cut)
+    path = cut / "greedy" / "answers.jsonl"
+    path.write_bytes(b"".join(path.read_bytes().splitlines(keepends=True)[:kept]) + torn)
+    (cut / "vcd" / "answers.jsonl").unlink()
+    vlm = FakeVLM()
+    go(cut, work, vlm, arms=("vcd",), batch_size=None)
+    assert files(cut) == files(whole)
+    full = [tuple(batch) for batch in _batches(work)]
+    assert {tuple(batch) for batch in vlm.batches} <= set(full)  # a batch that was cut is answered as a whole
+
+
+def _batches(work):
+    vlm = FakeVLM()
+    go(work.images.parent / "again", work, vlm)
+    return vlm.batches
+
+
+def test_a_finished_run_loads_no_model(tmp_path):
+    work = workload(tmp_path / "in")
+    go(tmp_path / "out", work, FakeVLM())
+
+    class Never:
+        def load(self, *_, **__):
+            raise AssertionError("loaded")
+
+    run = go(tmp_path / "out", work, Never())
+    assert run.missing("greedy") == 0
+
+
+def test_an_arm_can_be_added(tmp_path):
+    work = workload(tmp_path / "in")
+    go(tmp_path / "out", work, FakeVLM())
+    vlm = FakeVLM()
+    run = go(tmp_path / "out", work, vlm, arms=("vcd:contrast=0.5",))
+    assert list(run.answers) == ["greedy", "vcd:contrast=0.5"]
+    assert sum(map(len, vlm.batches)) == 18
+    run = go(tmp_path / "out", work, vlm)
+    assert list(run.answers) == ["greedy", "vcd:contrast=0.5"]
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"seed": 3}, "decoding"),
+        ({"max_new_tokens": 3}, "decoding"),
+        ({"model": "other"}, "model"),
+        ({"task": Says(upper=True)}, "options"),
+        ({"batch_size": 5}, "batch_size"),
+    ],
+)
+def test_other_settings_are_refused(tmp_path, change, named):
+    work = workload(tmp_path / "in")
+    go(tmp_path / "out", work, FakeVLM())
+    path = tmp_path / "out" / "greedy" / "answers.jsonl"
+    path.write_bytes(b"")  # otherwise nothing is left to do, and the batch size does not matter
+    with pytest.raises(UsageError, match=named):
+        go(tmp_path / "out", work, FakeVLM(), **change)
+
+
+def test_other_samples_are_refused(tmp_path):
+    work = workload(tmp_path / "in")
+    go(tmp_path / "out", work, FakeVLM())
+    with pytest.raises(UsageError, match="samples was"):
+        go(tmp_path / "out", replace(work, samples=work.samples[1:]), FakeVLM())
+    with pytest.raises(UsageError, match="data was"):
+        go(tmp_path / "out", replace(work, about={"data": "other"}), FakeVLM())
+
+
+def test_an_arm_with_other_parameters_under_the_same_name_is_refused(tmp_path):
+    work = workload(tmp_path / "in")
+    vlm = FakeVLM()
+    evaluate(tmp_path / "out", Says(), work, Settings(), {"mine": VCD(contrast=0.5)}, batch_size=4, loader=vlm.load)
+    with pytest.raises(UsageError, match="mine was"):
+        evaluate(tmp_path / "out", Says(), work, Settings(), {"mine": VCD(contrast=0.6)}, batch_size=4, loader=vlm.load)
+
+
+def test_what_fails_is_recorded_and_never_scored(tmp_path):
+    work = workload(tmp_path / "in")
+    (tmp_path / "in" / "0001.png").write_bytes(b"no picture")
+    vlm = FakeVLM(
+        fails=lambda batch: RuntimeError("boom") if (colour(2), "only a") in batch else None, broken={colour(3)}
+    )
+    run = score(go(tmp_path / "out", work, vlm))
+    failed = {name: found.failed for name, found in run.answers["greedy"].items() if found.failed}
+    assert set(failed) == {
+        *(f"{split}/1/{question}" for split in "ab" for question in ("shared", f"only {split}")),
+        "a/2/only a",
+        *(f"{split}/3/{question}" for split in "ab" for question in ("shared", f"only {split}")),
+    }
+    assert failed["a/1/shared"].startswith("not a picture")
+    assert failed["a/2/only a"] == "RuntimeError: boom"
+    assert failed["b/3/shared"] == "the model's output was not a number"
+    assert len(run.judged("greedy")) == 24 - 9
+    report = read_json(tmp_path / "out" / "report.json")["arms"]["greedy"]
+    assert (report["answers"], report["failed"], report["missing"]) == (15, 9, 0)
+    assert read_json(tmp_path / "out" / "results.json")["greedy"]["a/accuracy"] == 1.0
+
+
+def test_scoring_again_with_another_rule(tmp_path):
+    run = go(tmp_path / "out", workload(tmp_path / "in"), FakeVLM())
+    assert score(run).task == Says()
+    assert read_json(tmp_path / "out" / "results.json")["greedy"]["a/accuracy"] == 1.0
+    score(read_run(tmp_path / "out"), upper=True)
+    assert read_json(tmp_path / "out" / "results.json")["greedy"]["a/accuracy"] == 0.0
+    assert read_run(tmp_path / "out").task == Says(upper=True)
+
+
+def test_nothing_to_ask(tmp_path):
+    with pytest.raises(DataError, match="nothing to ask"):
+        go(tmp_path / "out", Workload(samples=[], images=None, about={}), FakeVLM())
+
+
+def test_ids_that_repeat(tmp_path):
+    work = workload(tmp_path / "in")
+    with pytest.raises(DataError, match="the id 'a/0/shared'"):
+        go(tmp_path / "out", replace(work, samples=[*work.samples, work.samples[0]]), FakeVLM())
+
+
+def test_missing_pictures_are_listed_before_the_model_loads(tmp_path):
+    work = workload(tmp_path / "in", 9)
+    for number in range(7):
+        (tmp_path / "in" / f"{number:04d}.png").unlink()
+    with pytest.raises(DataError, match=r"7 of 9 pictures .* 0000.png, .*, 0004.png and 2 more"):
+        go(tmp_path / "out", work, FakeVLM(fails=lambda batch: AssertionError("asked")))
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_prompt_without_a_picture(tmp_path):
+    class Blind(FakeVLM):
+        def generate(self, pictures, prompts, **options):
+            self.shown = pictures
+            return super().generate(_grey(len(pictures)), prompts, **options)
+
+    def _grey(count):
+        from PIL import Image
+
+        return [Image.new("RGB", (2, 2))] * count
+
+    vlm = Blind()
+    sample = Sample(id="1", image=None, prompt="what", target={"word": "what"}, group="a")
+    run = go(tmp_path / "out", Workload(samples=[sample], images=None, about={}), vlm)
+    assert vlm.shown == [[]]
+    assert run.answers["greedy"]["1"].answer.startswith("what")
+
+
+def test_a_decoder_that_cannot_act_is_refused_before_the_first_question(tmp_path):
+    vlm = FakeVLM()
+    with pytest.raises((UsageError, IncompatibleDecodersError, AttributeError)):
+        go(tmp_path / "out", workload(tmp_path / "in"), vlm, arms=("var",))
+    assert vlm.batches == []
+
+
+def test_a_folder_of_something_else(tmp_path):
+    with pytest.raises(DataError, match=r"holds no card.json"):
+        read_run(tmp_path)
+
+
+def test_changed_samples_are_noticed(tmp_path):
+    go(tmp_path / "out", workload(tmp_path / "in"), FakeVLM())
+    path = tmp_path / "out" / "samples.jsonl"
+    path.write_text(path.read_text().replace('"word": "shared"', '"word": "changed"', 1))
+    with pytest.raises(DataError, match="not what the run asked"):
+        read_run(tmp_path / "out")
+
+
+def slowly(base):
+    """Runs in a process of its own, to be killed."""
+    tasks.TASKS["says"] = Says
+    go(base / "out", workload(base / "in", 20), FakeVLM(seconds=0.004), arms=("vcd",))
+
+
+def test_killed_at_any_moment(tmp_path):
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    go(whole / "out", workload(whole / "in", 20), FakeVLM(), arms=("vcd",))
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["tests.evals.test_runner"])
+    kills, code = 0, None
+    while code != 0:
+        process = context.Process(target=slowly, args=(killed,))
+        process.start()
+        enough, deadline = _lines(killed) + 23, time.monotonic() + 60
+        while process.is_alive() and _lines(killed) < enough and time.monotonic() < deadline:
+            time.sleep(0.002)
+        process.kill()
+        process.join()
+        code = process.exitcode
+        assert code in (0, -signal.SIGKILL)
+        kills += code != 0
+    assert kills >= 3
+    assert files(killed / "out") == files(whole / "out")
+    assert len(read_json(killed / "out" / "card.json")["sessions"]) >= kills
+
+
+def _lines(base):
+    return sum(path.read_bytes().count(b"\n") for path in base.glob("out/*/answers.jsonl"))

@@ -1,0 +1,133 @@
+"""Run an evaluation again from its card, and say what came out differently."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from vlmfix.card import versions, weights_digest
+from vlmfix.decoders import parse
+from vlmfix.errors import DataError
+from vlmfix.evals.record import EvalRun, Record
+from vlmfix.evals.runner import Report, evaluate
+from vlmfix.evals.task import Workload
+from vlmfix.generation import VLM, load
+from vlmfix.settings import Settings
+
+
+@dataclass(frozen=True)
+class Difference:
+    """How the second run of one arm differs from the first.
+
+    Attributes:
+        samples: Compared.
+        same: Answered with the same tokens, or failed in both.
+        first: Ids of the first few samples with other tokens.
+        figures: Figures whose values differ: name to (before, now).
+    """
+
+    samples: int
+    same: int
+    first: tuple[str, ...]
+    figures: dict[str, tuple[float, float]]
+
+
+@dataclass(frozen=True)
+class Reproduction:
+    """The second run beside the first.
+
+    Attributes:
+        run: The second run.
+        arms: Differences by arm.
+        versions: Packages whose version is another one now: name to (before, now).
+    """
+
+    run: EvalRun
+    arms: dict[str, Difference]
+    versions: dict[str, tuple[str | None, str]]
+
+    @property
+    def exact(self) -> bool:
+        """Whether every answer has the same tokens."""
+        return all(found.same == found.samples for found in self.arms.values())
+
+
+def reproduce(
+    run: EvalRun,
+    out: Path,
+    *,
+    device: str = "auto",
+    report: Report = lambda done, total: None,
+    loader: Callable[..., VLM] = load,
+) -> Reproduction:
+    """Ask every question of a run again, with the same model, decoders, settings and batches.
+
+    Args:
+        run: A finished run.
+        out: Folder for the second run; one that was begun is gone on with.
+        device: Where to run; another kind of device rounds differently, and single tokens may change.
+        report: Called with the samples done and their total.
+        loader: Loads the model.
+
+    Raises:
+        DataError: The run is unfinished, or the model's weights or the pictures are not those of the run.
+    """
+    card = run.card
+    if unfinished := [arm for arm in run.answers if run.missing(arm)]:
+        raise DataError(
+            f"{run.folder} is unfinished: {', '.join(unfinished)}", "finish it with the command in its card"
+        )
+    if card["commit"] is None and (found := weights_digest(card["model"], None)) != card["weights"]:
+        raise DataError(
+            f"the weights of {card['model']} are not those of the run: {found}, then {card['weights']}",
+            "put the former weights back",
+        )
+    settings = Settings(
+        model=card["model"],
+        revision=card["commit"] or card["revision"],
+        device=device,
+        dtype=card["dtype"],
+        **card["decoding"],
+    )
+    again = evaluate(
+        out,
+        run.task,
+        Workload(
+            samples=run.samples, images=None if card["images"] is None else Path(card["images"]), about=card["data"]
+        ),
+        settings,
+        {arm: parse(about["spec"]) for arm, about in card["arms"].items()},
+        batch_size=card["batch_size"],
+        command=f"vlmfix reproduce {run.folder}",
+        report=report,
+        loader=loader,
+    )
+    before = card["sessions"][-1]["versions"]
+    changed = {name: (before.get(name), now) for name, now in versions().items() if before.get(name) != now}
+    return Reproduction(again, {arm: _difference(run, again, arm) for arm in run.answers}, changed)
+
+
+def _difference(first: EvalRun, second: EvalRun, arm: str) -> Difference:
+    before, now = first.answers[arm], second.answers[arm]
+    other = [s.id for s in first.samples if _said(before[s.id]) != _said(now[s.id])]
+    values, later = _figures(first, arm), _figures(second, arm)
+    return Difference(
+        samples=len(first.samples),
+        same=len(first.samples) - len(other),
+        first=tuple(other[:5]),
+        figures={name: (value, later[name]) for name, value in values.items() if _differ(value, later[name])},
+    )
+
+
+def _said(record: Record) -> tuple[int, ...] | None:
+    return None if record.failed else record.ids
+
+
+def _figures(run: EvalRun, arm: str) -> dict[str, float]:
+    tally = run.task.tally(run.judged(arm))
+    return {name: float(value) for name, value in run.task.figures(tally.sums()).items()}
+
+
+def _differ(one: float, other: float) -> bool:
+    return one != other and not (one != one and other != other)  # two figures without a value are equal

@@ -1,0 +1,331 @@
+"""Several decoders over one workload: every sample through every arm, resumed after any kill.
+
+What makes a resumed run equal to an uninterrupted one, byte for byte: the order of the questions and the partition
+into batches follow from the samples and the batch size alone, the batch size is kept in the card, a batch that was
+cut off is answered again as a whole, and nothing that depends on the clock stands in the answers.
+"""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, closing
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from vlmfix.answering import Answerer, Question, fitting_batch
+from vlmfix.card import device_name, peak_memory, plain, versions, weights_digest
+from vlmfix.decoders import Decoder, Greedy
+from vlmfix.errors import DataError, UsageError
+from vlmfix.evals.record import ANSWERS, CARD, FORMAT, PLAIN, SAMPLES, EvalRun, arm_folder, digest, read_run
+from vlmfix.evals.task import Sample, Task, Workload
+from vlmfix.generation import VLM, Answer, load
+from vlmfix.images import Found, Picture, read_ahead
+from vlmfix.records import JsonLines, read_json, refuse_other, replace_json, to_json
+from vlmfix.settings import Settings
+
+SHOWN = 5
+"""Missing pictures named in the message; the rest are counted."""
+CARD_SECONDS = 30.0
+"""The card is at most this old while the run goes on."""
+
+Report = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """One question, and the samples that it answers: a picture's question may stand in several splits."""
+
+    image: str | None
+    prompt: str
+    samples: tuple[Sample, ...]
+
+
+def evaluate(
+    out: Path,
+    task: Task,
+    workload: Workload,
+    settings: Settings,
+    arms: Mapping[str, Decoder],
+    *,
+    batch_size: int | None = None,
+    command: str = "",
+    report: Report = lambda done, total: None,
+    loader: Callable[..., VLM] = load,
+) -> EvalRun:
+    """Ask every question of a workload with every decoder; go on where an earlier start ended.
+
+    Writes ``card.json``, ``samples.jsonl`` and, for each arm, ``<arm>/answers.jsonl`` into ``out``. The same question
+    about the same picture is asked once, whatever number of samples it stands for. Arms that a folder already has
+    stay; new ones are added.
+
+    Args:
+        out: The folder; made when it is missing.
+        task: The rules of scoring.
+        workload: Samples and pictures.
+        settings: Model and generation settings; its ``decoder`` is not read.
+        arms: Decoders by name; the plain one is added when it is not among them.
+        batch_size: Rows at a time; None takes as many as the free memory allows, or what the folder was begun with.
+        command: How to start the same run from a shell, for the card.
+        report: Called with the samples done and their total, over all arms.
+        loader: Loads the model; ``vlmfix.load`` unless a test gives another.
+
+    Returns:
+        The finished run.
+
+    Raises:
+        UsageError: The folder holds another run, or another process writes there.
+        DataError: There is no sample, two share an id, or pictures are missing.
+        IncompatibleDecodersError: A decoder cannot act on the model.
+    """
+    check(workload)
+    arms = {PLAIN: Greedy(), **arms}
+    with _Folder(out, task, workload, settings, arms, command) as folder:
+        left = {arm: folder.left(arm) for arm in arms}
+        if any(left.values()):
+            vlm = loader(settings.model, revision=settings.revision, device=settings.device, dtype=settings.dtype)
+            folder.begin(vlm, settings, batch_size, min(fitting_batch(vlm, decoder) for decoder in arms.values()))
+            folder.refuse_idle(vlm, arms)
+            total = len(workload.samples) * len(arms)
+            done = itertools.count(total - sum(left.values()) + 1)
+            for arm, decoder in arms.items():
+                answerer = Answerer(vlm, decoder, settings, folder.batch_size)
+                for _ in folder.work(arm, answerer, workload, vlm):
+                    report(next(done), total)
+            folder.save()
+    return read_run(out)
+
+
+def check(workload: Workload) -> None:
+    """Find what would stop a run before any model is loaded.
+
+    Raises:
+        DataError: There is no sample, two share an id, or pictures are missing.
+    """
+    samples = workload.samples
+    if not samples:
+        raise DataError("there is nothing to ask", "the questions, the list or --count leave no sample")
+    if len({sample.id for sample in samples}) < len(samples):
+        twice = Counter(sample.id for sample in samples).most_common(1)[0][0]
+        raise DataError(f"two samples have the id {twice!r}", "ids must be unique within a run")
+    names = dict.fromkeys(sample.image for sample in samples if sample.image is not None)
+    if names and workload.images is None:
+        raise DataError("the samples name pictures, but no folder of pictures is given", "give --images DIR")
+    missing = [name for name in names if not _path(workload, name).is_file()]
+    if missing:
+        more = f" and {len(missing) - SHOWN} more" if len(missing) > SHOWN else ""
+        raise DataError(
+            f"{len(missing)} of {len(names)} pictures are not in {workload.images}: {', '.join(missing[:SHOWN])}{more}",
+            "give the folder that holds them with --images",
+        )
+
+
+def _path(workload: Workload, name: str) -> Path:
+    return (workload.images or Path()) / name
+
+
+def _questions(samples: Sequence[Sample]) -> list[_Asked]:
+    """Distinct questions, those about one picture in a row, in the order of first mention."""
+    by_picture: dict[str | None, dict[str, list[Sample]]] = {}
+    for sample in samples:
+        by_picture.setdefault(sample.image, {}).setdefault(sample.prompt, []).append(sample)
+    return [
+        _Asked(image, prompt, tuple(found))
+        for image, prompts in by_picture.items()
+        for prompt, found in prompts.items()
+    ]
+
+
+class _Folder:
+    """The run's folder while it is written; holds the lock of every arm's answers."""
+
+    def __init__(
+        self,
+        out: Path,
+        task: Task,
+        workload: Workload,
+        settings: Settings,
+        arms: Mapping[str, Decoder],
+        command: str,
+    ) -> None:
+        self._out = out
+        self._batches = _questions(workload.samples)
+        self._saved = 0.0
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise DataError(f"cannot make the folder {out}: {error.strerror}", "choose another --out") from error
+        with ExitStack() as opened:
+            # the lock comes first: nothing in the folder is read or written by two processes
+            self._files = {arm: opened.enter_context(JsonLines(self._arm(arm))) for arm in arms}
+            self._claim(task, workload, settings, arms, command)
+            self._done = {arm: {line["id"] for line in file} for arm, file in self._files.items()}
+            self._open = opened.pop_all()
+
+    def _arm(self, arm: str) -> Path:
+        folder = self._out / arm_folder(arm)
+        folder.mkdir(exist_ok=True)
+        return folder / ANSWERS
+
+    def _claim(
+        self,
+        task: Task,
+        workload: Workload,
+        settings: Settings,
+        arms: Mapping[str, Decoder],
+        command: str,
+    ) -> None:
+        """Makes the folder this run's own, or finds that it is."""
+        known = {
+            "format": FORMAT,
+            "task": task.name,
+            "options": task.options(),
+            "data": dict(workload.about),
+            "samples": digest(workload.samples),
+            "count": len(workload.samples),
+            "images": None if workload.images is None else str(workload.images.resolve()),
+            "model": settings.model,
+            "revision": settings.revision,
+            "decoding": decoding(settings),
+        }
+        named = {name: _about(decoder) for name, decoder in arms.items()}
+        path = self._out / CARD
+        if path.exists():
+            self._card = read_json(path)
+            refuse_other(self._out, path, self._card, known)
+            both = {name: about for name, about in named.items() if name in self._card["arms"]}
+            refuse_other(self._out, path, self._card["arms"], both)
+            self._card["arms"] |= named
+        elif any(file.path.stat().st_size for file in self._files.values()):
+            raise UsageError(f"{self._out} holds answers but no {CARD}", "choose another --out")
+        else:
+            self._card = known | {"arms": named, "command": command, "sessions": []}
+        samples = self._out / SAMPLES
+        if not samples.exists():
+            draft = samples.with_name(f".{SAMPLES}.new")
+            draft.write_text("".join(f"{to_json(asdict(s))}\n" for s in workload.samples), encoding="utf-8")
+            draft.replace(samples)
+        replace_json(path, self._card)
+
+    @property
+    def batch_size(self) -> int:
+        """Rows per batch, the same from start to start."""
+        return int(self._card["batch_size"])
+
+    def left(self, arm: str) -> int:
+        """Samples of an arm without a record."""
+        return sum(len(asked.samples) for asked in self._batches) - len(self._done[arm])
+
+    def begin(self, vlm: VLM, settings: Settings, batch_size: int | None, fitting: int) -> None:
+        """Notes that a model starts to work on the folder."""
+        found = {
+            "weights": weights_digest(settings.model, vlm.revision),
+            "commit": vlm.revision,
+            "dtype": str(vlm.model.dtype).removeprefix("torch."),
+            "batch_size": batch_size or self._card.get("batch_size") or fitting,
+        }
+        before = {name: self._card[name] for name in found if name in self._card}
+        refuse_other(self._out, self._out / CARD, before, {name: found[name] for name in before})
+        self._card |= found
+        self._card["sessions"].append({"started": _now(), "device": device_name(vlm.device), "versions": versions()})
+        self._device = vlm.device
+        self.save()
+
+    def refuse_idle(self, vlm: VLM, arms: Mapping[str, Decoder]) -> None:
+        """Refuses decoders that cannot act on the model, before the first question is asked."""
+        for name, decoder in arms.items():
+            if reason := decoder.check(vlm):
+                raise UsageError(f"{name} cannot act on {self._card['model']}: {reason}", "leave that decoder out")
+
+    def work(self, arm: str, answerer: Answerer, workload: Workload, vlm: VLM) -> Iterator[None]:
+        """Answers what is left of an arm; yields once for each sample that is written."""
+        done, size = self._done[arm], self.batch_size
+        batches = [self._batches[start : start + size] for start in range(0, len(self._batches), size)]
+        open_batches = [b for b in batches if any(s.id not in done for asked in b for s in asked.samples)]
+        names = dict.fromkeys(a.image for batch in open_batches for a in batch if a.image is not None)
+        found = (Found(name, _path(workload, name)) for name in names)
+        shown: dict[str, Picture | DataError] = {}
+        started, tokens = time.perf_counter(), 0
+        with closing(read_ahead(found)) as pictures:
+            for batch in open_batches:
+                needed = {asked.image for asked in batch if asked.image is not None}
+                shown = {name: picture for name, picture in shown.items() if name in needed}
+                while needed - shown.keys():
+                    file, picture = next(pictures)
+                    shown[file.name] = picture
+                for sample, line in _answered(batch, shown, answerer):
+                    if sample.id not in done:
+                        self._files[arm].append(line)
+                        done.add(sample.id)
+                        yield
+                    tokens += len(line.get("ids", ()))
+                self._note(arm, tokens, time.perf_counter() - started)
+
+    def _note(self, arm: str, tokens: int, seconds: float) -> None:
+        timing = {"tokens": tokens, "seconds": round(seconds, 3)}
+        self._card["sessions"][-1].setdefault("arms", {})[arm] = timing
+        if time.monotonic() - self._saved > CARD_SECONDS:
+            self.save()
+
+    def save(self) -> None:
+        """Rewrites the card."""
+        self._card["sessions"][-1] |= {"updated": _now(), "peak_memory": peak_memory(self._device)}
+        replace_json(self._out / CARD, self._card)
+        self._saved = time.monotonic()
+
+    def __enter__(self) -> _Folder:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._open.close()
+
+
+def _answered(
+    batch: Sequence[_Asked], shown: Mapping[str, Picture | DataError], answerer: Answerer
+) -> Iterator[tuple[Sample, dict[str, Any]]]:
+    """Each sample of a batch with its line."""
+    pictures = [None if asked.image is None else shown[asked.image] for asked in batch]
+    questions = [
+        Question(picture.image if isinstance(picture, Picture) else None, asked.prompt)
+        for asked, picture in zip(batch, pictures, strict=True)
+        if not isinstance(picture, DataError)
+    ]
+    outcomes = iter(answerer(questions) if questions else ())
+    for asked, picture in zip(batch, pictures, strict=True):
+        outcome: Answer | str = str(picture) if isinstance(picture, DataError) else next(outcomes)
+        for sample in asked.samples:
+            yield sample, _line(sample, picture, outcome)
+
+
+def _line(sample: Sample, picture: Picture | DataError | None, outcome: Answer | str) -> dict[str, Any]:
+    about: dict[str, Any] = {"id": sample.id, "image": sample.image}
+    if isinstance(picture, Picture):
+        about["sha256"] = picture.sha256
+    if isinstance(outcome, str):
+        return about | {"failed": outcome}
+    return about | {"answer": outcome.text, "ids": list(outcome.ids), "finish": outcome.finish}
+
+
+def decoding(settings: Settings) -> dict[str, Any]:
+    """The generation settings that two comparable runs share."""
+    return {
+        "max_new_tokens": settings.max_new_tokens,
+        "num_beams": settings.num_beams,
+        "temperature": settings.temperature,
+        "seed": settings.seed,
+    }
+
+
+def _about(decoder: Decoder) -> dict[str, Any]:
+    return {
+        "spec": decoder.spec(),
+        "parameters": {name: plain(value) for name, value in decoder.parameters().items()},
+    }
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")

@@ -1,0 +1,44 @@
+"""From raw answers to figures, without the model that gave them."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from vlmfix.evals.record import CARD, REPORT, RESULTS, EvalRun
+from vlmfix.records import replace_json
+
+
+def score(run: EvalRun, **options: str | bool | None) -> EvalRun:
+    """Score every arm and write ``results.json`` and ``report.json`` into the run's folder.
+
+    Args:
+        run: Arms may be unfinished; what is missing is counted in the report.
+        **options: Rules of scoring to change, such as ``parser="vcd"``; the card then says so.
+
+    Returns:
+        The run under the rules that it was scored with.
+
+    Raises:
+        UsageError: The task has no such option, or refuses the value.
+    """
+    if options:
+        run = replace(run, task=replace(run.task, **options), card=run.card | {"options": run.task.options() | options})
+        replace_json(run.folder / CARD, run.card)
+    results: dict[str, Any] = {}
+    report: dict[str, Any] = {}
+    for arm in run.answers:
+        judged = run.judged(arm)
+        results[arm] = run.task.results(judged)
+        report[arm] = {
+            "answers": len(judged),
+            "failed": run.failed(arm),
+            "missing": run.missing(arm),
+            "unparsed": sum(not verdict.parsed for _, verdict in judged),
+            "cut": sum(record.finish == "length" for record in run.answers[arm].values()),
+            **run.task.details(judged, run.texts(arm)),
+        }
+    head = {name: run.card[name] for name in ("task", "options", "data", "count", "model", "decoding")}
+    replace_json(run.folder / RESULTS, results)
+    replace_json(run.folder / REPORT, head | {"arms": report})
+    return run
