@@ -27,6 +27,7 @@ from transformers import (
 )
 
 from vlmfix.decoders import Decoder, parse
+from vlmfix.decoders.encoding import encoded_once, repeats_pictures
 from vlmfix.errors import DataError, UsageError
 from vlmfix.models.checkpoint import Checkpoint
 from vlmfix.models.families import family_of
@@ -179,9 +180,14 @@ class VLM(Checkpoint):
                 arguments["logits_processor"] = LogitsProcessorList(processors)
             yield batch, arguments
 
+    @torch.no_grad()
     def _generated(self, batch: Batch, arguments: dict[str, Any]) -> Tensor:
         model: Any = self.model
-        sequences: Tensor = model.generate(**batch, **arguments)
+        inputs = dict[str, Any](batch)
+        if repeats_pictures(batch):
+            inputs["mm_encoder_outputs"] = {"image": encoded_once(self, batch)}
+            del inputs["pixel_values"]
+        sequences: Tensor = model.generate(**inputs, **arguments)
         return sequences
 
     def _answer(self, ids: Sequence[int], broken: Sequence[int], seconds: float) -> Answer:

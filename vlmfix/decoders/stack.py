@@ -12,7 +12,6 @@ stacked prompts, V vocabulary.
 from __future__ import annotations
 
 import functools
-import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -21,20 +20,16 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import Cache, PreTrainedModel
-from transformers.modeling_outputs import BaseModelOutputWithPooling, CausalLMOutputWithPast
+from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from vlmfix.decoders.branches import TYPES, Branch, Contrast
+from vlmfix.decoders.encoding import PIXELS, Features, encoded, encoded_once, joined
 from vlmfix.errors import IncompatibleDecodersError
 from vlmfix.models.checkpoint import Checkpoint
 from vlmfix.models.layout import Batch, ImageLayout
 
 STACK = "_vlmfix_stack"
 """Attribute of the model that holds the stacked rows while a ``with`` block lasts."""
-PIXELS = ("pixel_values", "image_grid_thw", "image_sizes", "pixel_attention_mask", "batch_num_images", "num_crops")
-"""Inputs that belong to the pictures."""
-
-Features = BaseModelOutputWithPooling
-"""What the pictures became: ``pooler_output``, and ``deepstack_features`` in some families."""
 
 
 @dataclass(eq=False)
@@ -177,7 +172,7 @@ def _stack(
         mask=torch.cat(masks),
         positions=torch.cat(positions[1:], dim=-2),
         shift=torch.cat([p[..., -1:] - clean for p in positions], dim=-2),
-        features=tuple(_features(vlm.model, branch, beams) for branch in branches),
+        features=_features(vlm, branches, beams),
         shares=tuple(branch.same_pictures for branch in branches),
         types={
             name: torch.cat(
@@ -289,50 +284,36 @@ def _fused(stack: Stack, output: CausalLMOutputWithPast) -> CausalLMOutputWithPa
     return output
 
 
-def _features(model: PreTrainedModel, branch: Branch, beams: int) -> Features | None:
-    if branch.same_pictures or "pixel_values" not in branch.batch:
-        return None
-    features = _encoded(model, branch.batch)
-    if beams > 1:
-        expand: Any = model._expand_multimodal_outputs
-        features = expand(branch.batch["input_ids"], {"image": features}, beams)["image"]
-    return features
+def _features(vlm: Checkpoint, branches: Sequence[Branch], beams: int) -> tuple[Features | None, ...]:
+    """What the pictures of each branch became; branches with one tensor of pixels share it."""
+    made: dict[int, Features] = {}
+    found: list[Features | None] = []
+    for branch in branches:
+        pixels = None if branch.same_pictures else branch.batch.get("pixel_values")
+        if pixels is not None and id(pixels) not in made:
+            made[id(pixels)] = _widened(vlm, branch.batch, encoded_once(vlm, branch.batch), beams)
+        found.append(None if pixels is None else made[id(pixels)])
+    return tuple(found)
 
 
-def _encoded(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> Features:
-    encoder: Any = model.base_model.get_image_features
-    wanted = [name for name in inspect.signature(encoder).parameters if name in inputs]
-    features: Features = encoder(**{name: inputs[name] for name in wanted}, return_dict=True)
-    return features
+def _widened(vlm: Checkpoint, batch: Batch, features: Features, beams: int) -> Features:
+    if beams == 1:
+        return features
+    expand: Any = vlm.model._expand_multimodal_outputs
+    wide: Features = expand(batch["input_ids"], {"image": features}, beams)["image"]
+    return wide
 
 
 def _all_features(model: PreTrainedModel, stack: Stack, kwargs: dict[str, Any]) -> dict[str, Features] | None:
     given = kwargs.pop("mm_encoder_outputs", None) or {}
     clean = given.get("image")
     if clean is None and kwargs.get("pixel_values") is not None:
-        clean = _encoded(model, kwargs)
+        clean = encoded(model, kwargs)
     for name in PIXELS:
         kwargs.pop(name, None)
     parts = [clean, *(clean if share else own for share, own in zip(stack.shares, stack.features, strict=True))]
     present = [part for part in parts if part is not None]
-    return {"image": _joined(present)} if present else None
-
-
-def _joined(parts: Sequence[Any]) -> Features:
-    """One encoder output with the pictures of all parts, in order; only what decoders read of it."""
-    joined: Any = type(parts[0])(pooler_output=_chained([part.pooler_output for part in parts]))
-    if getattr(parts[0], "deepstack_features", None) is not None:
-        levels = zip(*(part.deepstack_features for part in parts), strict=True)
-        joined.deepstack_features = [_chained(level) for level in levels]
-    features: Features = joined
-    return features
-
-
-def _chained(parts: Sequence[Tensor | Sequence[Tensor]]) -> Tensor | list[Tensor]:
-    tensors = [part for part in parts if isinstance(part, Tensor)]
-    if len(tensors) == len(parts):
-        return torch.cat(tensors)
-    return [feature for part in parts for feature in part]
+    return {"image": joined(present)} if present else None
 
 
 def _positions(model: PreTrainedModel, batch: Batch) -> Tensor:

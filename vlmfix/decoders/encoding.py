@@ -1,0 +1,151 @@
+"""What the vision tower makes of a batch's pictures, each distinct picture once.
+
+Shape letters (``docs/notation.md``): B rows, T prompt tokens.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+
+from vlmfix.decoders.branches import picture_counts
+from vlmfix.models.checkpoint import Checkpoint
+from vlmfix.models.layout import Batch
+
+PIXELS = ("pixel_values", "image_grid_thw", "image_sizes", "pixel_attention_mask", "batch_num_images", "num_crops")
+"""Inputs that belong to the pictures."""
+
+Features = BaseModelOutputWithPooling
+"""What the pictures became: ``pooler_output``, and ``deepstack_features`` in some families."""
+
+
+def encoded(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> Features:
+    """The features of all pictures of the inputs, as ``generate`` would compute them."""
+    encoder: Any = model.base_model.get_image_features
+    features: Features = encoder(**{name: inputs[name] for name in _read(model, inputs)}, return_dict=True)
+    return features
+
+
+def encoded_once(vlm: Checkpoint, batch: Batch) -> Features:
+    """The features of all pictures of a batch, where rows with the same pictures share one run of the vision tower.
+
+    Rows share when they hold the same picture objects in the same order and all inputs that belong to their pictures
+    are equal; a batch without such rows is encoded as it is.
+
+    Args:
+        vlm: The model.
+        batch: B rows with ``pixel_values``.
+
+    Returns:
+        Features in the order of the prompts, as for ``encoded``.
+    """
+    if not repeats_pictures(batch):
+        return encoded(vlm.model, batch)
+    first = first_rows(batch)
+    owners = {name: _owners(vlm, batch, name) for name in _read(vlm.model, batch)}
+    if not all(_alike(batch[name], own, first) for name, own in owners.items()):
+        return encoded(vlm.model, batch)
+    kept = sorted({row for row, count in zip(first, picture_counts(vlm, batch), strict=True) if count})
+    chosen = {name: torch.isin(own, torch.tensor(kept)).to(batch[name].device) for name, own in owners.items()}
+    features: Any = encoded(vlm.model, {name: batch[name][mask] for name, mask in chosen.items()})
+    tokens = (batch["input_ids"] == vlm.family.image_token(vlm.model.config)).sum(dim=1).tolist()
+    parts = _by_row([len(part) for part in features.pooler_output], kept, tokens)
+    order = [part for row in first for part in parts.get(row, ())]
+    return _picked(features, order)
+
+
+def first_rows(batch: Batch) -> list[int]:
+    """For each row, the first row that holds the same picture objects in the same order; itself when unknown."""
+    if batch.pictures is None:
+        return list(range(batch.rows))
+    seen: dict[tuple[int, ...], int] = {}
+    return [seen.setdefault(tuple(id(picture) for picture in row), number) for number, row in enumerate(batch.pictures)]
+
+
+def repeats_pictures(batch: Batch) -> bool:
+    """Whether some row holds the pictures of an earlier one."""
+    if batch.pictures is None:
+        return False
+    return any(
+        row and first != number
+        for number, (row, first) in enumerate(zip(batch.pictures, first_rows(batch), strict=True))
+    )
+
+
+def joined(parts: Sequence[Any]) -> Features:
+    """One encoder output with the pictures of all parts, in order; only what decoders read of it."""
+    whole: Any = type(parts[0])(pooler_output=_chained([part.pooler_output for part in parts]))
+    if getattr(parts[0], "deepstack_features", None) is not None:
+        levels = zip(*(part.deepstack_features for part in parts), strict=True)
+        whole.deepstack_features = [_chained(level) for level in levels]
+    features: Features = whole
+    return features
+
+
+def _picked(features: Any, order: Sequence[int]) -> Features:  # noqa: ANN401 (families add fields)
+    def pick(parts: Tensor | Sequence[Tensor]) -> Tensor | list[Tensor]:
+        if isinstance(parts, Tensor):
+            return parts[torch.tensor(order, device=parts.device)]
+        return [parts[number] for number in order]
+
+    whole: Any = type(features)(pooler_output=pick(features.pooler_output))
+    if getattr(features, "deepstack_features", None) is not None:
+        whole.deepstack_features = [pick(level) for level in features.deepstack_features]
+    picked: Features = whole
+    return picked
+
+
+def _chained(parts: Sequence[Tensor | Sequence[Tensor]]) -> Tensor | list[Tensor]:
+    tensors = [part for part in parts if isinstance(part, Tensor)]
+    if len(tensors) == len(parts):
+        return torch.cat(tensors)
+    return [feature for part in parts for feature in part]
+
+
+def _read(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> list[str]:
+    """Names of the inputs that the vision tower reads."""
+    encoder: Any = model.base_model.get_image_features
+    return [name for name in inspect.signature(encoder).parameters if name in inputs]
+
+
+def _owners(vlm: Checkpoint, batch: Batch, name: str) -> Tensor:
+    """Row that each entry of an input belongs to, (n,) int64 on the CPU, ascending."""
+    counts = torch.tensor(picture_counts(vlm, batch))
+    if name in ("pixel_values", "pixel_attention_mask"):
+        return vlm.family.pixel_rows(vlm.model, batch, counts.tolist())
+    if name == "batch_num_images":  # rows without a picture are left out
+        return counts.nonzero().squeeze(1)
+    return torch.arange(batch.rows).repeat_interleave(counts)
+
+
+def _alike(value: Tensor, owners: Tensor, first: Sequence[int]) -> bool:
+    """Whether every row's entries equal those of the row that is to stand for it."""
+    source = torch.cat([(owners == first[row]).nonzero().squeeze(1) for row in owners.unique().tolist()])
+    if len(owners) != len(value) or len(source) != len(value):
+        return False
+    return torch.equal(value, value[source.to(value.device)])
+
+
+def _by_row(sizes: Sequence[int], rows: Sequence[int], tokens: Sequence[int]) -> dict[int, list[int]]:
+    """Which parts of the encoder's output belong to each row, by the image tokens that they fill.
+
+    Args:
+        sizes: Image tokens of every part.
+        rows: The rows that were encoded.
+        tokens: Image tokens of every row of the batch.
+    """
+    parts: dict[int, list[int]] = {}
+    rest = iter(enumerate(sizes))
+    for row in rows:
+        parts[row], filled = [], 0
+        while filled < tokens[row]:
+            number, size = next(rest)
+            parts[row].append(number)
+            filled += size
+    return parts
