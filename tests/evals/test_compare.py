@@ -1,0 +1,250 @@
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, replace
+
+import pytest
+from scipy import stats
+
+from tests.evals.exam import Exam, answers, exam, samples, written
+from vlmfix.errors import DataError, UsageError
+from vlmfix.evals.compare import compare
+from vlmfix.evals.record import PLAIN, Record, read_run
+from vlmfix.evals.tasks import TASKS
+
+DRAWS = 500
+
+
+def changes(comparison, arm):
+    return {change.figure: change for found in comparison.arms if found.name == arm for change in found.changes}
+
+
+@pytest.fixture(scope="module")
+def comparison():
+    return compare([exam()], draws=DRAWS)
+
+
+def test_values_are_those_of_the_task_and_the_difference_is_theirs(comparison):
+    run = exam()
+    for name, change in changes(comparison, "good").items():
+        assert change.arm.value == run.task.results(run.judged("good"))[name]
+        assert change.plain.value == run.task.results(run.judged(PLAIN))[name]
+        assert change.difference.value == pytest.approx(change.arm.value - change.plain.value)
+    for change in comparison.plain[0].changes:
+        assert change.difference.value == change.difference.low == change.difference.high == 0
+        assert change.test == ""
+
+
+def test_every_figure_has_intervals_that_hold_its_value(comparison):
+    for arm in comparison.arms:
+        for change in arm.changes:
+            for estimate in (change.plain, change.arm, change.difference):
+                assert estimate.low <= estimate.value <= estimate.high, change.figure
+
+
+def test_better_worse_and_neither(comparison):
+    good, wordy = changes(comparison, "good"), changes(comparison, "wordy")
+    assert good["easy/accuracy"].direction == "better"
+    assert good["easy/misses"].direction == "better", "fewer is better"
+    assert good["easy/misses"].difference.value < 0
+    assert wordy["easy/accuracy"].direction == "no clear difference"
+    swapped = exam(arms={PLAIN: exam().answers["good"], "bad": exam().answers[PLAIN]})
+    assert changes(compare([swapped], draws=DRAWS), "bad")["easy/accuracy"].direction == "worse"
+
+
+def test_shifts_stand_beside_and_are_not_tested(comparison):
+    wordy = changes(comparison, "wordy")
+    assert wordy["easy/length"].kind == "shift"
+    assert (wordy["easy/length"].difference.low, wordy["easy/length"].direction) == (2, "")
+    assert wordy["easy/n"].kind == "other"
+    assert all(change.p is None for change in wordy.values() if change.kind != "merit")
+
+
+def test_outcomes_of_a_group_are_tested_by_mcnemar_and_the_rest_by_the_bootstrap(comparison):
+    run = exam()
+    pairs = [
+        (before.right, after.right)
+        for (sample, before), (_, after) in zip(run.judged(PLAIN), run.judged("good"), strict=True)
+        if sample.group == "easy"
+    ]
+    gained, lost = pairs.count((False, True)), pairs.count((True, False))
+    good = changes(comparison, "good")
+    assert gained + lost < 25
+    assert good["easy/accuracy"].test == "McNemar, exact"
+    assert good["easy/accuracy"].p == pytest.approx(stats.binomtest(gained, gained + lost).pvalue)
+    assert good["hard/accuracy"].test == "McNemar, chi-square"
+    assert {good["mean/accuracy"].test, good["easy/precision"].test} == {"bootstrap"}
+
+
+def test_p_values_are_corrected_over_the_arms_figure_by_figure(comparison):
+    for figure in ("easy/accuracy", "hard/misses"):
+        first, second = sorted(
+            (changes(comparison, arm)[figure] for arm in ("good", "wordy")), key=lambda change: change.p
+        )
+        assert first.corrected == pytest.approx(min(1, 2 * first.p))
+        assert second.corrected == pytest.approx(max(first.corrected, second.p))
+    alone = compare([exam(arms={name: exam().answers[name] for name in (PLAIN, "good")})], draws=DRAWS)
+    change = changes(alone, "good")["easy/accuracy"]
+    assert change.corrected == change.p
+
+
+def test_the_interval_must_leave_out_zero_too():
+    """McNemar takes questions for independent; the interval shows when one unit makes the whole difference."""
+    asked = [replace(sample, unit="one" if int(sample.image[:3]) < 10 else "") for sample in samples(20)]
+    better = answers(asked, {"easy": 1.0, "hard": 1.0}, seed=0)
+    wrong = answers(asked, {"easy": 0.0, "hard": 0.0}, seed=0)
+    plain = {sample.id: (wrong if sample.unit else better)[sample.id] for sample in asked}
+    found = changes(compare([exam(asked=asked, arms={PLAIN: plain, "one": better})], draws=DRAWS), "one")
+    change = found["easy/accuracy"]
+    assert change.corrected < 1e-5
+    assert change.difference.low == 0 < change.difference.value
+    assert change.direction == "no clear difference"
+
+
+def test_seeds_reproduce(comparison):
+    assert compare([exam()], draws=DRAWS) == comparison
+    assert compare([exam()], draws=DRAWS, seed=1) != comparison
+
+
+def test_only_samples_that_both_answered_are_compared():
+    run = exam()
+    names = [sample.id for sample in run.samples]
+    run.answers["good"][names[0]] = Record(id=names[0], answer=None, failed="NaN")
+    run.answers[PLAIN][names[1]] = Record(id=names[1], answer=None, failed="NaN")
+    for name in names[-10:]:
+        del run.answers["good"][name]
+    comparison = compare([run], draws=DRAWS)
+    good, wordy = comparison.arms
+    assert (good.compared, good.failed, good.missing) == (240 - 12, 1, 10)
+    assert (wordy.compared, wordy.failed, wordy.missing) == (239, 0, 0)
+    assert {c.figure: c.plain.value for c in good.changes}["easy/n"] == 118
+    assert {c.figure: c.arm.value for c in good.changes}["easy/n"] == 118
+    assert {c.figure: c.arm.value for c in comparison.plain[0].changes}["easy/n"] == 119
+    assert any("good is incomplete: 1 failed, 10 not asked yet" in note for note in comparison.notes)
+
+
+def test_an_arm_without_answers_is_named_and_holds_nothing():
+    run = exam()
+    run.answers["good"].clear()
+    good, wordy = compare([run], draws=DRAWS).arms
+    assert (good.compared, good.changes) == (0, ())
+    assert wordy.changes
+    run.answers["wordy"].clear()
+    with pytest.raises(DataError, match="no sample"):
+        compare([run], draws=DRAWS)
+
+
+def test_figures_without_a_value_have_none_and_no_direction():
+    asked = samples()
+    mute = answers(asked, {"easy": 0.5, "hard": 0.5}, seed=0)
+    mute = {name: replace(record, answer="no") for name, record in mute.items()}
+    comparison = compare([exam(asked=asked, arms=exam(asked=asked).answers | {"mute": mute})], draws=DRAWS)
+    change = changes(comparison, "mute")["easy/precision"]
+    assert (change.arm.value, change.difference.value, change.difference.low, change.p) == (None, None, None, None)
+    assert change.plain.value is not None
+    assert change.direction == ""
+    assert "NaN" not in json.dumps(asdict(comparison))
+
+
+def test_unparsed_answers_are_counted():
+    run = exam()
+    run.answers["good"] |= {
+        name: replace(run.answers["good"][name], answer="maybe") for name in list(run.answers["good"])[:3]
+    }
+    assert [arm.unparsed for arm in compare([run], draws=DRAWS).arms] == [3, 0]
+
+
+def test_few_units_are_noted(comparison):
+    assert comparison.notes == ()
+    assert comparison.unit == "pictures"
+    notes = compare([exam(asked=samples(12))], draws=DRAWS).notes
+    assert any("Only 12" in note for note in notes)
+
+
+def test_arms_of_the_same_name_get_their_folders_name():
+    first, second = exam("x/first"), exam("x/second")
+    del second.answers["wordy"]
+    comparison = compare([first, second], draws=DRAWS)
+    assert [arm.name for arm in comparison.plain] == [PLAIN]
+    assert [arm.name for arm in comparison.arms] == ["first/good", "wordy", "second/good"]
+    twins = compare([exam("x/run"), exam("y/run")], draws=DRAWS)
+    assert [arm.name for arm in twins.arms][::2] == ["x/run/good", "y/run/good"]
+
+
+def test_plain_arms_that_differ_are_told_apart():
+    first, second = exam("first"), exam("second")
+    for name in list(second.answers[PLAIN])[:7]:
+        second.answers[PLAIN][name] = replace(second.answers[PLAIN][name], answer="no, none")
+    comparison = compare([first, second], draws=DRAWS)
+    assert [arm.name for arm in comparison.plain] == ["first/greedy", "second/greedy"]
+    assert [arm.plain for arm in comparison.arms] == ["first/greedy"] * 2 + ["second/greedy"] * 2
+    assert any("answer 7 of 240 samples differently" in note for note in comparison.notes)
+    assert changes(comparison, "first/good")["easy/length"].plain.value == 1
+    assert changes(comparison, "second/good")["easy/length"].plain.value > 1
+
+
+@pytest.mark.parametrize(
+    ("other", "said"),
+    [
+        ({"task": Exam(strict=True)}, "options.strict is False and True"),
+        ({"weights": "sha256:78"}, "weights is 'sha256:77' and 'sha256:78'"),
+        ({"commit": "abc"}, "commit is None and 'abc'"),
+        ({"revision": "v2"}, "revision is None and 'v2'"),
+        ({"dtype": "bfloat16"}, "dtype is 'float32' and 'bfloat16'"),
+        ({"data": {"questions": {"sha256": "ff"}}}, "data.questions.sha256 is '12ab' and 'ff'"),
+        (
+            {"decoding": {"max_new_tokens": 512, "num_beams": 1, "temperature": 0.0, "seed": 0}},
+            "decoding.max_new_tokens is 8 and 512",
+        ),
+        ({"asked": samples(61)}, "samples are 240 and 244, 4 of them in one run only"),
+        (
+            {"asked": samples(prompt="Do you see a {}?")},
+            "prompt of easy-0-0 is 'Is there a cat?' and 'Do you see a cat?'",
+        ),
+        ({"asked": samples()[::-1]}, "order"),
+    ],
+)
+def test_runs_that_differ_are_refused_with_both_values(other, said):
+    with pytest.raises(UsageError) as refused:
+        compare([exam("first"), exam("second", **other)], draws=DRAWS)
+    assert said in refused.value.message
+    assert "first and second" in refused.value.message
+
+
+def test_all_that_differs_is_named():
+    with pytest.raises(UsageError, match=r"weights is .*; dtype is .*"):
+        compare([exam("first"), exam("second", weights="other", dtype="float16")], draws=DRAWS)
+
+
+def test_moved_files_other_names_and_branches_are_no_difference():
+    moved = {"data": {"questions": {"file": "renamed.json", "sha256": "12ab"}, "path": "/mnt/exam.json"}}
+    first = exam("first", commit="abc", revision="main")
+    second = exam("second", commit="abc", revision="abc", images="/mnt/pictures", **moved)
+    assert len(compare([first, second], draws=DRAWS).arms) == 4
+
+
+def test_other_versions_are_noted():
+    sessions = [{"versions": {"vlmfix": "1.0", "torch": "2.15", "transformers": "5.24"}}]
+    (note,) = compare([exam("first"), exam("second", sessions=sessions)], draws=DRAWS).notes
+    assert note == "Made with several versions of transformers: 5.23 (first), 5.24 (second)."
+
+
+def test_what_cannot_be_compared_says_why():
+    good = exam().answers["good"]
+    with pytest.raises(UsageError, match="no plain arm"):
+        compare([exam(arms={"good": good})], draws=DRAWS)
+    with pytest.raises(UsageError, match="only the plain arm"):
+        compare([exam(arms={PLAIN: good})], draws=DRAWS)
+    with pytest.raises(UsageError, match="given twice"):
+        compare([exam(), exam()], draws=DRAWS)
+    with pytest.raises(UsageError, match="draws=10 "):
+        compare([exam()], draws=10)
+    with pytest.raises(UsageError, match="no run"):
+        compare([], draws=DRAWS)
+
+
+def test_a_run_on_the_disk_gives_the_same(tmp_path, monkeypatch, comparison):
+    monkeypatch.setitem(TASKS, "exam", Exam)
+    found = compare([read_run(written(exam(tmp_path / "run")))], draws=DRAWS)
+    assert [arm.changes for arm in found.arms] == [arm.changes for arm in comparison.arms]
+    assert found.card == comparison.card

@@ -1,0 +1,112 @@
+"""Whether runs may be compared: what must be equal, and what is only worth a note."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import PurePath
+from typing import Any
+
+from vlmfix.errors import UsageError
+from vlmfix.evals.record import PLAIN, EvalRun
+
+SHOWN = 80
+"""Longest value in a message, in characters."""
+PACKAGES = ("vlmfix", "torch", "transformers")
+"""Packages whose versions are noted when they differ."""
+
+
+def refuse_incomparable(runs: Sequence[EvalRun]) -> None:
+    """Find what makes a comparison of runs meaningless.
+
+    Equal must be: task and options, samples, data (paths and file names left out, digests not), the model's weights,
+    commit and dtype, and the decoding settings. The revision counts where no commit is known: a branch and the commit
+    that it stands for are the same model.
+
+    Raises:
+        UsageError: Something differs, with both values; a run has no plain arm; or there is no other arm.
+    """
+    if not runs:
+        raise UsageError("there is no run to compare", "give the folder of at least one run")
+    for run in runs:
+        if PLAIN not in run.answers:
+            raise UsageError(
+                f"{run.folder} has no plain arm {PLAIN!r}", "start its command again: vlmfix eval adds the plain arm"
+            )
+    folders = [run.folder.resolve() for run in runs]
+    if len(set(folders)) < len(folders):
+        raise UsageError("a folder is given twice", "give each run once")
+    for run in runs[1:]:
+        if differing := list(_differing(runs[0], run)):
+            raise UsageError(
+                f"{runs[0].folder} and {run.folder} cannot be compared: {'; '.join(differing)}",
+                "compare runs of the same questions, model and settings; vlmfix eval adds arms to a run's folder",
+            )
+    if all(len(run.answers) == 1 for run in runs):
+        listed = " and ".join(str(run.folder) for run in runs)
+        raise UsageError(
+            f"there is only the plain arm in {listed}", "add arms: vlmfix eval ... --decoder SPEC with the same --out"
+        )
+
+
+def version_notes(runs: Sequence[EvalRun], labels: Sequence[str]) -> Iterator[str]:
+    """Says which packages had several versions; answers may differ for that reason alone."""
+    for package in PACKAGES:
+        found: dict[str, list[str]] = {}
+        for run, label in zip(runs, labels, strict=True):
+            for session in run.card.get("sessions", ()):
+                found.setdefault(session.get("versions", {}).get(package, "unknown"), []).append(label)
+        if len(found) > 1:
+            listed = ", ".join(f"{version} ({', '.join(dict.fromkeys(used))})" for version, used in found.items())
+            yield f"Made with several versions of {package}: {listed}."
+
+
+def _differing(one: EvalRun, other: EvalRun) -> Iterator[str]:
+    first, second = _what(one.card), _what(other.card)
+    for name in dict.fromkeys([*first, *second]):
+        if first.get(name) != second.get(name):
+            yield f"{name} is {_shown(first.get(name))} and {_shown(second.get(name))}"
+    if one.card["samples"] != other.card["samples"]:
+        yield _other_samples(one, other)
+
+
+def _what(card: Mapping[str, Any]) -> dict[str, Any]:
+    """What must be equal, by dotted names."""
+    named = {name: card.get(name) for name in ("task", "weights", "commit", "dtype", "decoding", "options")}
+    if card.get("commit") is None:
+        named["revision"] = card.get("revision")
+    return dict(_flat(named, "")) | dict(_flat(_without_paths(card.get("data")), "data."))
+
+
+def _flat(value: Any, name: str) -> Iterator[tuple[str, Any]]:  # noqa: ANN401 (any JSON value)
+    if isinstance(value, Mapping):
+        for key, inner in value.items():
+            yield from _flat(inner, f"{name}{key}." if isinstance(inner, Mapping) else f"{name}{key}")
+    else:
+        yield name.removesuffix("."), value
+
+
+def _without_paths(value: Any) -> Any:  # noqa: ANN401 (any JSON value)
+    """The same without file names and absolute paths: a moved or renamed file is the same data."""
+    if isinstance(value, Mapping):
+        return {key: _without_paths(inner) for key, inner in value.items() if key != "file" and not _is_path(inner)}
+    return value
+
+
+def _is_path(value: object) -> bool:
+    return isinstance(value, str) and PurePath(value).is_absolute()
+
+
+def _shown(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= SHOWN else f"{text[: SHOWN - 3]}..."
+
+
+def _other_samples(one: EvalRun, other: EvalRun) -> str:
+    """Says how two lists of samples differ."""
+    first, second = ({sample.id: sample for sample in run.samples} for run in (one, other))
+    if alone := len(first.keys() ^ second.keys()):
+        return f"samples are {len(first)} and {len(second)}, {alone} of them in one run only"
+    for name, sample in first.items():
+        if sample.prompt != second[name].prompt:
+            return f"prompt of {name} is {_shown(sample.prompt)} and {_shown(second[name].prompt)}"
+    return "samples have the same ids and prompts, but another truth, grouping or order"

@@ -1,0 +1,340 @@
+"""Every arm of one or several runs against plain decoding, with intervals, tests and the shifts to read them with."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from vlmfix.errors import DataError, UsageError
+from vlmfix.evals.comparable import refuse_incomparable, version_notes
+from vlmfix.evals.record import PLAIN, EvalRun
+from vlmfix.evals.statistics import bootstrap, bootstrap_p, holm, interval, mcnemar
+from vlmfix.evals.task import Judged, Numbers, Task
+from vlmfix.evals.task import plain as finite
+
+ALPHA = 0.05
+"""A difference is called better or worse when its corrected p value is below this and its interval leaves out zero."""
+FEW_UNITS = 30
+"""Below this many units a comparison says that its intervals are too narrow."""
+MIN_DRAWS = 100
+
+Direction = Literal["better", "worse", "no clear difference", ""]
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A figure with its 95 % interval; None for what has no value.
+
+    Attributes:
+        value: As measured.
+        low: Low end of the percentile bootstrap interval.
+        high: High end.
+    """
+
+    value: float | None
+    low: float | None
+    high: float | None
+
+
+@dataclass(frozen=True)
+class Change:
+    """One figure of an arm against the plain arm, on the samples that both answered.
+
+    Attributes:
+        figure: Its name, with its group before a slash when there is one: ``random/f1``.
+        kind: A ``merit`` has a better side and is tested, a ``shift`` is what merits must be read with; the rest is
+            ``other``.
+        better: Which side is better; empty unless a merit.
+        plain: The plain arm's.
+        arm: The arm's.
+        difference: Arm minus plain, with the interval of the paired difference.
+        test: ``McNemar, exact``, ``McNemar, chi-square`` or ``bootstrap``; empty when not tested.
+        p: The test's p value.
+        corrected: The same after Holm's correction over the arms, figure by figure.
+        direction: Better or worse when ``corrected`` is below 0.05 and the interval leaves out zero; empty when not
+            tested.
+    """
+
+    figure: str
+    kind: Literal["merit", "shift", "other"]
+    better: Literal["higher", "lower", ""]
+    plain: Estimate
+    arm: Estimate
+    difference: Estimate
+    test: str = ""
+    p: float | None = None
+    corrected: float | None = None
+    direction: Direction = ""
+
+    @property
+    def group(self) -> str:
+        """What stands before the last slash of the figure's name; empty when there is none."""
+        return self.figure.rpartition("/")[0]
+
+    @property
+    def label(self) -> str:
+        """The last part of the figure's name."""
+        return self.figure.rpartition("/")[2]
+
+
+@dataclass(frozen=True)
+class Arm:
+    """An arm and what it changes.
+
+    Attributes:
+        name: In the comparison; with the folder's name before it when several runs have an arm of that name.
+        spec: Decoder specification.
+        folder: The run's folder.
+        plain: Name of the plain arm that it is compared with.
+        compared: Samples that both answered; the figures are over these.
+        units: Units among them that the bootstrap draws.
+        failed: Samples of the arm that failed.
+        missing: Samples of the arm that were not asked yet.
+        unparsed: Compared answers that could not be read; they count as the benchmark says.
+        changes: By figure, in the task's order; for a plain arm the differences are zero and nothing is tested.
+    """
+
+    name: str
+    spec: str
+    folder: str
+    plain: str
+    compared: int
+    units: int
+    failed: int
+    missing: int
+    unparsed: int
+    changes: tuple[Change, ...]
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Arms of comparable runs against plain decoding.
+
+    Attributes:
+        task: Name of the benchmark.
+        card: What all runs share: options, data, count, model, revision, commit, weights, dtype, decoding.
+        unit: What the bootstrap draws, in the plural.
+        draws: Of the bootstrap.
+        seed: Of the bootstrap.
+        plain: The plain arms; several when those of several folders differ.
+        arms: The others.
+        notes: What a reader must know besides, in sentences.
+    """
+
+    task: str
+    card: dict[str, Any]
+    unit: str
+    draws: int
+    seed: int
+    plain: tuple[Arm, ...]
+    arms: tuple[Arm, ...]
+    notes: tuple[str, ...]
+
+
+def compare(runs: Sequence[EvalRun], *, draws: int = 10_000, seed: int = 0) -> Comparison:
+    """Compare every arm with the plain arm of its own folder.
+
+    Intervals are 95 % percentile intervals of a bootstrap over units, the same draws for both arms. The figure of
+    single outcomes (``Task.outcome``) is tested within each group by McNemar's test, every other merit by the
+    bootstrap. P values are corrected for the number of arms (Holm), separately for each figure.
+
+    Args:
+        runs: Runs of the same samples by the same model with the same settings; their arms may be unfinished.
+        draws: Of the bootstrap, 100 or more.
+        seed: Of the bootstrap.
+
+    Raises:
+        UsageError: The runs differ in what must be equal, have no plain arm or no other, or ``draws`` is too small.
+        DataError: No arm has a sample in common with its plain arm yet.
+    """
+    if draws < MIN_DRAWS:
+        raise UsageError(f"draws={draws} is too few", f"give {MIN_DRAWS} or more; 10000 is usual")
+    refuse_incomparable(runs)
+    labels = _labels([run.folder for run in runs])
+    differing = _differing_plain(runs, labels)
+    names = _names(runs, labels, keep_plain=not differing)
+    found = [
+        replace(arm, name=names[number][arm.name], plain=names[number][PLAIN])
+        for number, run in enumerate(runs)
+        for arm in _arms(run, draws, seed)
+    ]
+    plain = {arm.name: arm for arm in sorted(found, key=lambda arm: arm.compared) if arm.name == arm.plain}
+    arms = [arm for arm in found if arm.name != arm.plain]
+    if not any(arm.compared for arm in arms):
+        raise DataError("no sample is answered by both an arm and its plain arm yet", "let vlmfix eval go on first")
+    samples = runs[0].samples
+    notes = [*differing, *_unfinished(found), *version_notes(runs, labels), *_few_units(arms)]
+    shared = ("options", "data", "count", "samples", "model", "revision", "commit", "weights", "dtype", "decoding")
+    return Comparison(
+        task=runs[0].task.name,
+        card={name: runs[0].card.get(name) for name in shared},
+        unit="pictures" if all(sample.image and not sample.unit for sample in samples) else "units",
+        draws=draws,
+        seed=seed,
+        plain=tuple(plain.values()),
+        arms=tuple(_corrected(arms)),
+        notes=tuple(notes),
+    )
+
+
+def _labels(folders: Sequence[Path]) -> list[str]:
+    """Short names of folders: their last part, or the whole path where that is not enough."""
+    short = [folder.resolve().name for folder in folders]
+    return short if len(set(short)) == len(short) else [str(folder) for folder in folders]
+
+
+def _names(runs: Sequence[EvalRun], labels: Sequence[str], *, keep_plain: bool) -> list[dict[str, str]]:
+    """For each run its arms' names in the comparison."""
+    times: dict[str, int] = {}
+    for run in runs:
+        for arm in run.answers:
+            times[arm] = times.get(arm, 0) + 1
+    return [
+        {arm: arm if times[arm] == 1 or (arm == PLAIN and keep_plain) else f"{label}/{arm}" for arm in run.answers}
+        for run, label in zip(runs, labels, strict=True)
+    ]
+
+
+def _differing_plain(runs: Sequence[EvalRun], labels: Sequence[str]) -> list[str]:
+    """Says where plain arms of several folders gave other answers; nothing when all agree."""
+    first = runs[0].answers[PLAIN]
+    notes = []
+    for run, label in zip(runs[1:], labels[1:], strict=True):
+        other = run.answers[PLAIN]
+        both = [name for name in first if name in other and not (first[name].failed or other[name].failed)]
+        if count := sum(first[name].answer != other[name].answer for name in both):
+            notes.append(
+                f"The plain arms of {labels[0]} and {label} answer {count} of {len(both)} samples differently; "
+                "each arm is compared with the plain arm of its own folder."
+            )
+    return notes
+
+
+def _unfinished(arms: Sequence[Arm]) -> Iterator[str]:
+    for arm in arms:
+        if arm.failed or arm.missing:
+            against = "" if arm.name == arm.plain else f"; compared with {arm.plain} on {arm.compared} samples"
+            yield f"{arm.name} is incomplete: {arm.failed} failed, {arm.missing} not asked yet{against}."
+
+
+def _few_units(arms: Sequence[Arm]) -> Iterator[str]:
+    if (fewest := min(arm.units for arm in arms if arm.units)) < FEW_UNITS:
+        yield f"Only {fewest} units to draw from: with fewer than {FEW_UNITS} the intervals are too narrow."
+
+
+def _arms(run: EvalRun, draws: int, seed: int) -> Iterator[Arm]:
+    """Every arm of a run against its plain arm, the plain arm included; names are the run's."""
+    judged = {arm: {sample.id: (sample, verdict) for sample, verdict in run.judged(arm)} for arm in run.answers}
+    common = {arm: tuple(name for name in judged[PLAIN] if name in found) for arm, found in judged.items()}
+    together: dict[tuple[str, ...], list[str]] = {}
+    for arm, names in common.items():
+        together.setdefault(names, []).append(arm)
+    changes = {
+        arm: found
+        for names, arms in together.items()
+        for arm, found in _changes(
+            run.task, {arm: [judged[arm][name] for name in names] for arm in dict.fromkeys([PLAIN, *arms])}, draws, seed
+        ).items()
+        if arm in arms
+    }
+    for arm in run.answers:
+        both = [judged[arm][name] for name in common[arm]]
+        yield Arm(
+            name=arm,
+            spec=run.card["arms"][arm]["spec"],
+            folder=str(run.folder),
+            plain=PLAIN,
+            compared=len(both),
+            units=len({sample.drawn_as() for sample, _ in both}),
+            failed=run.failed(arm),
+            missing=run.missing(arm),
+            unparsed=sum(not verdict.parsed for _, verdict in both),
+            changes=changes[arm],
+        )
+
+
+def _changes(
+    task: Task, judged: Mapping[str, Sequence[Judged]], draws: int, seed: int
+) -> dict[str, tuple[Change, ...]]:
+    """What each arm changes; all arms have judged the same samples."""
+    if not judged[PLAIN]:
+        return {arm: () for arm in judged}
+    tallies = {arm: task.tally(found) for arm, found in judged.items()}
+    values = {arm: task.figures(tally.sums()) for arm, tally in tallies.items()}
+    drawn = bootstrap(task.figures, tallies, draws=draws, seed=seed)
+    plain = {name: _estimate(value, drawn[PLAIN][name]) for name, value in values[PLAIN].items()}
+    found: dict[str, tuple[Change, ...]] = {}
+    for arm in judged:
+        changes = []
+        for name, value in values[arm].items():
+            differences = drawn[arm][name] - drawn[PLAIN][name]
+            change = Change(
+                figure=name,
+                kind="other",
+                better="",
+                plain=plain[name],
+                arm=_estimate(value, drawn[arm][name]),
+                difference=_estimate(value - values[PLAIN][name], differences),
+            )
+            changes.append(_tested(_sorted(change, task), task, judged[PLAIN], judged[arm], differences))
+        found[arm] = tuple(changes)
+    return found
+
+
+def _estimate(value: Numbers, drawn: Numbers) -> Estimate:
+    number = finite(value)
+    low, high = interval(drawn)
+    return Estimate(None, None, None) if number is None else Estimate(number, finite(low), finite(high))
+
+
+def _sorted(change: Change, task: Task) -> Change:
+    """With the kind that the task gives the figure."""
+    if change.label in task.better:
+        return replace(change, kind="merit", better=task.better[change.label])
+    return replace(change, kind="shift") if change.label in task.shifts else change
+
+
+def _tested(change: Change, task: Task, plain: Sequence[Judged], arm: Sequence[Judged], differences: Numbers) -> Change:
+    """With the p value, when it is a merit; the same of the plain arm against itself is left untested."""
+    if change.kind != "merit" or change.difference.value is None or plain is arm:
+        return change
+    if change.label == task.outcome:
+        outcomes = [
+            (before.right, after.right)
+            for (sample, before), (_, after) in zip(plain, arm, strict=True)
+            if sample.group == change.group and before.right is not None and after.right is not None
+        ]
+        if outcomes:
+            result = mcnemar(*zip(*outcomes, strict=True))
+            return replace(change, test=f"McNemar, {'exact' if result.exact else 'chi-square'}", p=result.p)
+    return replace(change, test="bootstrap", p=finite(bootstrap_p(differences)))
+
+
+def _corrected(arms: Sequence[Arm]) -> list[Arm]:
+    """With p values corrected over the arms, figure by figure, and the direction that follows."""
+    families: dict[str, list[float]] = {}
+    for arm in arms:
+        for change in arm.changes:
+            if change.p is not None:
+                families.setdefault(change.figure, []).append(change.p)
+    corrected = {figure: iter(holm(family)) for figure, family in families.items()}
+    return [
+        replace(
+            arm,
+            changes=tuple(
+                change if change.p is None else _directed(replace(change, corrected=next(corrected[change.figure])))
+                for change in arm.changes
+            ),
+        )
+        for arm in arms
+    ]
+
+
+def _directed(change: Change) -> Change:
+    value, low, high = change.difference.value, change.difference.low, change.difference.high
+    clear = change.corrected is not None and change.corrected < ALPHA
+    if value is None or low is None or high is None or not clear or low <= 0 <= high:
+        return replace(change, direction="no clear difference")
+    return replace(change, direction="better" if (value > 0) == (change.better == "higher") else "worse")

@@ -1,0 +1,1 @@
+"""What people read of a comparison: tables and plots; never needs a model."""
