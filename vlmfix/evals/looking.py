@@ -19,22 +19,23 @@ def looking(vlm: VLM, pictures: Sequence[Image.Image], captions: Sequence[str]) 
     """Measure attention mass and the largest activations while captions are written.
 
     Args:
-        vlm: The model, of the embedded kind: its prompts begin with `<s>USER:`, then the picture.
+        vlm: The model.
         pictures: One for each row.
         captions: What the model said about them.
 
     Returns:
-        `mass`: for each region (beginning: `<s>USER:`) the share of the attention of the caption's tokens, per layer;
+        `mass`: for each region (beginning: what stands before the picture) the share of the attention of the caption's tokens, per layer;
         `first token` and `top image token`: share of the attention that the first token and the most attended
         image token get, per layer; `largest`: for the first token, image tokens and text tokens the largest
         |x_d| / rms(x) of the hidden states after each layer; a model with sinks passes 20.
     """
-    before = vlm.model.config.get_text_config()._attn_implementation
-    vlm.model.set_attn_implementation({"text_config": "eager"})
+    parts = ("text_config", "vision_config")
+    before = {part: getattr(vlm.model.config, part)._attn_implementation for part in parts}
+    vlm.model.set_attn_implementation("eager")
     try:
         rows = [_one(vlm, picture, caption) for picture, caption in zip(pictures, captions, strict=True)]
     finally:
-        vlm.model.set_attn_implementation({"text_config": before})
+        vlm.model.set_attn_implementation(before)
     mass = torch.stack([row["mass"] for row in rows]).mean(0)  # (4, L)
     largest = torch.stack([row["largest"] for row in rows]).amax(0)  # (3, L)
     return {
@@ -48,12 +49,15 @@ def looking(vlm: VLM, pictures: Sequence[Image.Image], captions: Sequence[str]) 
 def _one(vlm: VLM, picture: Image.Image, caption: str) -> dict[str, Tensor]:
     batch = vlm.encode([DESCRIBE[0]], [[picture]])
     asked = batch.length
-    said = vlm.processor.tokenizer(f" {caption}", add_special_tokens=False, return_tensors="pt")["input_ids"]
-    ids = torch.cat([batch["input_ids"], said.to(vlm.device)], dim=1)  # (1, T)
+    said = vlm.processor.tokenizer(_said(vlm, caption), add_special_tokens=False, return_tensors="pt")["input_ids"]
+    said = said.to(vlm.device)  # (1, n)
+    inputs = {name: value for name, value in batch.items() if name != "attention_mask"}
+    inputs["input_ids"] = torch.cat([batch["input_ids"], said], dim=1)  # (1, T)
+    if "mm_token_type_ids" in inputs:  # 0 is text
+        inputs["mm_token_type_ids"] = torch.cat([inputs["mm_token_type_ids"], torch.zeros_like(said)], dim=1)  # (1, T)
     with torch.inference_mode():
-        out = vlm.model(
-            input_ids=ids, pixel_values=batch["pixel_values"], output_attentions=True, output_hidden_states=True
-        )
+        out = vlm.model(**inputs, output_attentions=True, output_hidden_states=True)
+    ids = inputs["input_ids"]
     ids = ids[0]  # (T,)
     image = ids == vlm.model.config.image_token_id
     first = int(image.nonzero()[0])
@@ -72,3 +76,12 @@ def _one(vlm: VLM, picture: Image.Image, caption: str) -> dict[str, Tensor]:
         "top": (rows * image).mean(1).amax(-1),
         "largest": torch.stack([ratio[:, 0], ratio[:, image].amax(-1), ratio[:, text].amax(-1)]),
     }
+
+
+def _said(vlm: VLM, caption: str) -> str:
+    """The caption as it stands behind the prompt: with what the chat template puts between the two."""
+    asked = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": DESCRIBE[0]}]}]
+    talk = [*asked, {"role": "assistant", "content": [{"type": "text", "text": caption}]}]
+    before = len(vlm.render(DESCRIBE[0], 1))
+    text = str(vlm.processor.apply_chat_template(talk, tokenize=False))
+    return text[before : text.index(caption, before) + len(caption)]

@@ -5,84 +5,25 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import Literal
+from dataclasses import replace
 
 import torch
 from tokenizers import Tokenizer
-from torch import Tensor
 from torch.utils.data import Dataset
 
-from vlmfix.world.checkpoint import BOS, EOS, IMAGE, IMAGE_TOKENS, PAD
+from vlmfix.world.architecture import Architecture, Grid, Kind, TextBatch
 from vlmfix.world.questions import Diet, Exchange, blind_exchanges, exchanges, zoom
 from vlmfix.world.scenes import CANVAS, Scene, scene
 
-Kind = Literal["text", "one", "two"]
-
 # training scenes have seeds that nobody draws a test set from
 TRAINING_SEED = 10_000_000
-
-
-@dataclass(frozen=True)
-class Size:
-    """Rows and tokens of one kind of batch, and how many pictures a row begins with."""
-
-    rows: int
-    tokens: int
-    pictures: int
-
-
-SIZES: dict[Kind, Size] = {"text": Size(128, 256, 0), "one": Size(128, 512, 1), "two": Size(64, 704, 2)}
-
-
-@dataclass(frozen=True)
-class TextBatch:
-    """Tokens of one batch, on the CPU or a device.
-
-    Attributes:
-        kind: Which kind.
-        reach: All the batch's scenes have indices below this.
-        scenes: (B,) int64, index of each row's scene.
-        mirrored: (B,) bool: the row's texts are about the picture turned left to right.
-        ids: (B, T) int64.
-        positions: (B, T) int64: every exchange goes on where the picture ended.
-        turns: (B, T) int64: 0 for the shared beginning, 1 and up for the exchanges, -1 for padding.
-        weights: (B, T) float32: weight of each token as a target, 0 for all that is not an answer.
-    """
-
-    kind: Kind
-    reach: int
-    scenes: Tensor
-    mirrored: Tensor
-    ids: Tensor
-    positions: Tensor
-    turns: Tensor
-    weights: Tensor
-
-    def to(self, device: torch.device) -> TextBatch:
-        """Copy to a device."""
-        moved = [value.to(device, non_blocking=True) for value in self.tensors()]
-        return TextBatch(self.kind, self.reach, *moved)
-
-    def pin_memory(self) -> TextBatch:
-        """Move to page-locked memory; the loader calls this."""
-        return TextBatch(self.kind, self.reach, *[value.pin_memory() for value in self.tensors()])
-
-    def tensors(self) -> list[Tensor]:
-        """The tensors, in the order of the fields."""
-        return [self.scenes, self.mirrored, self.ids, self.positions, self.turns, self.weights]
-
-    def mask(self) -> Tensor:
-        """Who sees whom: everything before in the same exchange and the shared beginning. (B, 1, T, T) bool."""
-        earlier = torch.ones(self.ids.shape[1], self.ids.shape[1], dtype=torch.bool, device=self.ids.device).tril()
-        query, key = self.turns[:, :, None], self.turns[:, None, :]  # (B, T, 1), (B, 1, T)
-        return (earlier & ((key == 0) | (key == query)))[:, None]  # (B, 1, T, T)
 
 
 class Batches(Dataset[TextBatch]):
     """Batch number n is a pure function of the seed and n, whichever process makes it.
 
     Args:
+        architecture: How prompts are written and pictures are cut.
         tokenizer: The fast tokenizer's own `Tokenizer`.
         schedule: Kind of each step's batch.
         seed: Training seed.
@@ -95,6 +36,7 @@ class Batches(Dataset[TextBatch]):
     def __init__(
         self,
         *,
+        architecture: Architecture,
         tokenizer: Tokenizer,
         schedule: Sequence[Kind],
         seed: int,
@@ -103,6 +45,7 @@ class Batches(Dataset[TextBatch]):
         diet: Diet,
         shrink: int = 1,
     ) -> None:
+        self.architecture = architecture
         self.tokenizer = tokenizer
         self.schedule = schedule
         self.seed = seed
@@ -110,74 +53,83 @@ class Batches(Dataset[TextBatch]):
         self.filled = filled
         self.diet = diet
         self.shrink = shrink
-        self.special = {name: tokenizer.get_vocab()[name] for name in (PAD, BOS, EOS, IMAGE)}
+        self.pad, self.end = (tokenizer.get_vocab()[name] for name in (architecture.special[0], architecture.end))
 
     def __len__(self) -> int:
         return len(self.schedule)
 
     def __getitem__(self, step: int) -> TextBatch:
         kind = self.schedule[step]
-        size = SIZES[kind]
+        size = self.architecture.sizes[kind]
         rng = random.Random(f"batch/{self.seed}/{step}")
         rows = max(1, size.rows // self.shrink)
         reach = math.ceil(self.pool * min(1.0, 0.25 + 0.75 * step / max(1, self.filled)))
         chosen = [int(rng.random() * reach) for _ in range(rows)]
         mirrored = [rng.random() < 0.5 for _ in range(rows)]
-        packed = [self._row(kind, index, turned, rng) for index, turned in zip(chosen, mirrored, strict=True)]
-        table = torch.tensor([row[:3] for row in packed])  # (B, 3, T)
-        weights = torch.tensor([row[3] for row in packed])  # (B, T)
-        ids, positions, turns = table.unbind(1)  # (B, T) each
-        return TextBatch(kind, reach, torch.tensor(chosen), torch.tensor(mirrored), ids, positions, turns, weights)
+        grids = self.architecture.grids(rng, size.pictures)
+        packed = [self._row(kind, index, turned, grids, rng) for index, turned in zip(chosen, mirrored, strict=True)]
+        ids, turns, weights, positions = zip(*packed, strict=True)
+        return TextBatch(
+            kind=kind,
+            reach=reach,
+            grids=grids,
+            scenes=torch.tensor(chosen),
+            mirrored=torch.tensor(mirrored),
+            ids=torch.tensor(ids),
+            positions=torch.tensor(positions),
+            turns=torch.tensor(turns),
+            weights=torch.tensor(weights),
+        )
 
     def _row(
-        self, kind: Kind, index: int, mirrored: bool, rng: random.Random
-    ) -> tuple[list[int], list[int], list[int], list[float]]:
-        view = scene(TRAINING_SEED + self.seed, index)
-        shown = zoom(view)[1]
-        if mirrored:
-            view = mirror(view)
-        room = SIZES[kind].tokens
-        if kind == "text":
-            talk = [part for _ in range(3) for part in blind_exchanges(view, rng, self.diet)]
-        else:
-            about = shown if kind == "two" and rng.random() < 0.8 else ""
-            talk = exchanges(view, rng, self.diet, about=about)
-        ids = self._beginning(SIZES[kind].pictures)
-        start = len(ids)
-        positions, turns, weights = list(range(start)), [0] * start, [0.0] * start
+        self, kind: Kind, index: int, mirrored: bool, grids: Sequence[Grid], rng: random.Random
+    ) -> tuple[list[int], list[int], list[float], list[list[int]]]:
+        """Ids, turns and weights of T tokens, and their positions on each axis."""
+        room = self.architecture.sizes[kind].tokens
+        ids = self.architecture.beginning(self._ids, grids)
+        positions = self.architecture.positions(grids, len(ids))
+        after = [axis.pop() for axis in positions]
+        turns, weights = [0] * len(ids), [0.0] * len(ids)
+        talk = self._talk(kind, index, mirrored, rng)
         for turn, (question, answer) in enumerate(self._encode(kind, talk), start=1):
             length = len(question) + len(answer)
             if len(ids) + length > room:
                 continue
             ids += question + answer
-            positions += range(start, start + length)
+            for axis, start in zip(positions, after, strict=True):
+                axis += range(start, start + length)
             turns += [turn] * length
             # between one weight for each token and one for each answer: "Yes" is not drowned by captions
             weights += [0.0] * len(question) + [1 / math.sqrt(len(answer))] * len(answer)
         spare = room - len(ids)
         return (
-            ids + [self.special[PAD]] * spare,
-            positions + [0] * spare,
+            ids + [self.pad] * spare,
             turns + [-1] * spare,
             weights + [0.0] * spare,
+            [axis + [0] * spare for axis in positions],
         )
 
-    def _beginning(self, pictures: int) -> list[int]:
-        start = [self.special[BOS], *self.tokenizer.encode("USER:", add_special_tokens=False).ids]
-        if pictures == 0:
-            return start
-        image = [self.special[IMAGE]] * IMAGE_TOKENS
-        gap, line = (self.tokenizer.encode(text, add_special_tokens=False).ids for text in (" ", "\n"))
-        return start + gap + (image + line) * (pictures - 1) + image
+    def _talk(self, kind: Kind, index: int, mirrored: bool, rng: random.Random) -> list[Exchange]:
+        view = scene(TRAINING_SEED + self.seed, index)
+        shown = zoom(view)[1]
+        if mirrored:
+            view = mirror(view)
+        if kind == "text":
+            return [part for _ in range(3) for part in blind_exchanges(view, rng, self.diet)]
+        return exchanges(view, rng, self.diet, about=shown if kind == "two" and rng.random() < 0.8 else "")
 
     def _encode(self, kind: Kind, talk: Sequence[Exchange]) -> list[tuple[list[int], list[int]]]:
-        lead = " " if kind == "text" else "\n"
-        texts = [f"{lead}{part.prompt} ASSISTANT:" for part in talk] + [f" {part.answer}" for part in talk]
+        texts = [self.architecture.question(part.prompt, blind=kind == "text") for part in talk]
+        texts += [self.architecture.answer(part.answer) for part in talk]
         encoded = [found.ids for found in self.tokenizer.encode_batch(texts, add_special_tokens=False)]
         return [
-            (question, [*answer, self.special[EOS]])
+            (question, [*answer, self.end])
             for question, answer in zip(encoded[: len(talk)], encoded[len(talk) :], strict=True)
         ]
+
+    def _ids(self, text: str) -> list[int]:
+        found: list[int] = self.tokenizer.encode(text, add_special_tokens=False).ids
+        return found
 
 
 def mirror(view: Scene) -> Scene:

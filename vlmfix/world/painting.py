@@ -7,52 +7,37 @@ from concurrent.futures import Future, ProcessPoolExecutor
 
 import torch
 from torch import Tensor
-from torchvision.transforms.v2 import InterpolationMode
-from torchvision.transforms.v2 import functional as pictures
 
+from vlmfix.world.architecture import resized
 from vlmfix.world.questions import zoom
 from vlmfix.world.render import render
 from vlmfix.world.scenes import scene
 
-IMAGE_SIZE = 128
 CHUNK = 500
 
 
-def shrink(canvas: Tensor) -> Tensor:
-    """Make pictures as small as the model's processor does: bicubic with antialiasing, still in bytes.
-
-    Args:
-        canvas: (N, 3, S, S) uint8, squares.
-
-    Returns:
-        (N, 3, 128, 128) uint8.
-    """
-    size = [IMAGE_SIZE, IMAGE_SIZE]
-    small: Tensor = pictures.resize(canvas, size, interpolation=InterpolationMode.BICUBIC, antialias=True)
-    return small
-
-
-def paint(seed: int, start: int, stop: int, device: str) -> Tensor:
+def paint(seed: int, start: int, stop: int, side: int, device: str) -> Tensor:
     """Draw scenes and, for each, the enlarged part that `zoom` chooses.
 
     Args:
         seed: Seed of the scenes.
         start: First index.
         stop: One past the last index.
+        side: Height and width of the pictures in pixels.
         device: Where to draw.
 
     Returns:
-        (N, 2, 3, 128, 128) uint8 on the CPU: the whole scene, then its part.
+        (N, 2, 3, side, side) uint8 on the CPU: the whole scene, then its part.
     """
-    found = torch.empty((stop - start, 2, 3, IMAGE_SIZE, IMAGE_SIZE), dtype=torch.uint8, device=device)
+    found = torch.empty((stop - start, 2, 3, side, side), dtype=torch.uint8, device=device)
     for low in range(start, stop, 50):
         views = [scene(seed, index) for index in range(low, min(low + 50, stop))]
         canvas = render(views, device=device)  # (n, 3, 512, 512)
         rows = found[low - start : low - start + len(views)]
-        rows[:, 0] = shrink(canvas)
+        rows[:, 0] = resized(canvas, side, side)
         for number, view in enumerate(views):
             x0, y0, x1, y1 = zoom(view)[0]
-            rows[number, 1] = shrink(canvas[number : number + 1, :, y0:y1, x0:x1])[0]
+            rows[number, 1] = resized(canvas[number : number + 1, :, y0:y1, x0:x1], side, side)[0]
     return found.cpu()
 
 
@@ -62,14 +47,15 @@ class Painters:
     Args:
         seed: Seed of the scenes.
         count: How many scenes.
+        side: Height and width of the pictures in pixels.
         device: Where they are drawn.
         processes: How many draw at a time; 0 draws here, when pictures are asked for.
     """
 
-    def __init__(self, *, seed: int, count: int, device: str, processes: int) -> None:
-        self.pool = torch.empty((count, 2, 3, IMAGE_SIZE, IMAGE_SIZE), dtype=torch.uint8, device=device)
+    def __init__(self, *, seed: int, count: int, side: int, device: str, processes: int) -> None:
+        self.pool = torch.empty((count, 2, 3, side, side), dtype=torch.uint8, device=device)
         self.drawn = 0
-        self.jobs = [(seed, start, min(start + CHUNK, count), device) for start in range(0, count, CHUNK)]
+        self.jobs = [(seed, start, min(start + CHUNK, count), side, device) for start in range(0, count, CHUNK)]
         self.executor: ProcessPoolExecutor | None = None
         self.parts: list[Future[bytes]] = []
         if processes:
@@ -78,7 +64,7 @@ class Painters:
             self.parts = [self.executor.submit(_paint_bytes, *job) for job in self.jobs]
 
     def pictures(self, reach: int) -> Tensor:
-        """Wait until the first `reach` scenes are drawn. (count, 2, 3, 128, 128) uint8: whole and enlarged part."""
+        """Wait until the first `reach` scenes are drawn. (count, 2, 3, side, side) uint8: whole and enlarged part."""
         while self.drawn < reach:
             job = self.drawn // CHUNK
             if self.executor is None:
@@ -97,7 +83,7 @@ class Painters:
             self.executor.shutdown(cancel_futures=True)
 
 
-def _paint_bytes(seed: int, start: int, stop: int, device: str) -> bytes:
+def _paint_bytes(seed: int, start: int, stop: int, side: int, device: str) -> bytes:
     # plain bytes: shared-memory tensors would need as much /dev/shm as the whole pool
     torch.set_num_threads(1)
-    return paint(seed, start, stop, device).numpy().tobytes()
+    return paint(seed, start, stop, side, device).numpy().tobytes()

@@ -1,4 +1,4 @@
-"""Train the embedded model: `python -m vlmfix.world.train --out DIR`."""
+"""Train an embedded model: `python -m vlmfix.world.train --out DIR`."""
 
 from __future__ import annotations
 
@@ -9,13 +9,20 @@ from pathlib import Path
 
 import click
 
-from vlmfix.errors import VlmfixError
+from vlmfix.errors import UsageError, VlmfixError
 
 _SHARE = click.FloatRange(0, 1)
 
 
 @click.command()
 @click.option("--out", required=True, type=click.Path(path_type=Path, file_okay=False), help="Directory to write.")
+@click.option(
+    "--architecture",
+    default="llava",
+    type=click.Choice(["llava", "qwen2_5_vl"]),
+    show_default=True,
+    help="Kind of model.",
+)
 @click.option("--seed", default=0, type=click.IntRange(0), show_default=True, help="Seed of weights, scenes, texts.")
 @click.option(
     "--language-steps", default=300, type=click.IntRange(0), show_default=True, help="Batches of language alone."
@@ -50,6 +57,7 @@ _SHARE = click.FloatRange(0, 1)
 def command(
     *,
     out: Path,
+    architecture: str,
     seed: int,
     language_steps: int,
     steps: int,
@@ -64,7 +72,7 @@ def command(
     device: str,
     small: bool,
 ) -> None:
-    """Train the embedded model from scratch on drawn scenes: language alone first, then pictures.
+    """Train an embedded model from scratch on drawn scenes: language alone first, then pictures.
 
     Writes a directory that transformers loads, and the log `training.log` in it. With the defaults it takes under 15
     minutes on one NVIDIA H200.
@@ -78,6 +86,7 @@ def command(
         raise VlmfixError("--device cuda: torch sees no CUDA device here", hint="use --device cpu --small to try it")
     out.mkdir(parents=True, exist_ok=True)
     recipe = Recipe(
+        architecture=architecture,
         seed=seed,
         language_steps=language_steps,
         steps=steps,
@@ -109,7 +118,7 @@ def main() -> None:
         sys.exit(2)
     except VlmfixError as error:
         click.echo(f"error: {error}", err=True)
-        sys.exit(1)
+        sys.exit(2 if isinstance(error, UsageError) else 1)
     except click.Abort:
         sys.exit(130)
 

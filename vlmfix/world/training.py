@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
 import transformers
@@ -16,18 +16,12 @@ from tokenizers import Tokenizer
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader
-from transformers import CLIPImageProcessor, LlavaForConditionalGeneration, LlavaProcessor
+from transformers import PreTrainedConfig, PreTrainedModel, ProcessorMixin
 
-from vlmfix.world.batches import SIZES, TRAINING_SEED, Batches, Kind, TextBatch
-from vlmfix.world.checkpoint import (
-    SMALL,
-    Network,
-    build_model,
-    build_processor,
-    build_tokenizer,
-    save,
-    vocabulary_texts,
-)
+from vlmfix.errors import UsageError
+from vlmfix.world.architecture import Architecture, Kind, TextBatch
+from vlmfix.world.batches import TRAINING_SEED, Batches
+from vlmfix.world.checkpoint import ARCHITECTURES, build_tokenizer, save, vocabulary_texts
 from vlmfix.world.muon import Muon
 from vlmfix.world.painting import Painters
 from vlmfix.world.questions import Diet
@@ -42,6 +36,7 @@ class Recipe:
     """Everything that a training run is made of.
 
     Attributes:
+        architecture: Name of the model's architecture, one of `ARCHITECTURES`.
         seed: Seed of weights, scenes and texts.
         language_steps: Batches of language alone, 0 or more.
         steps: Batches of the second phase, 1 or more.
@@ -55,6 +50,7 @@ class Recipe:
         small: Learn a toy network from few rows, to try the run.
     """
 
+    architecture: str = "llava"
     seed: int = 0
     language_steps: int = 300
     steps: int = 11_000
@@ -75,22 +71,28 @@ def train(out: Path, recipe: Recipe, log: Callable[[str], None]) -> None:
         out: Where to write it.
         recipe: What to do.
         log: Takes one line at a time.
+
+    Raises:
+        UsageError: The model to go on from has another architecture.
     """
     clock = Clock(60 * recipe.minutes)
     torch.manual_seed(recipe.seed)
-    model, processor = _start(recipe)
+    architecture = ARCHITECTURES[recipe.architecture]
+    model, processor = _start(recipe, architecture)
     # processes are forked before CUDA and threads are there
-    stream = _stream(processor.tokenizer.backend_tokenizer, recipe)
+    stream = _stream(processor.tokenizer.backend_tokenizer, recipe, architecture)
     painters = Painters(
-        seed=TRAINING_SEED + recipe.seed, count=recipe.pool, device=recipe.device, processes=recipe.workers
+        seed=TRAINING_SEED + recipe.seed,
+        count=recipe.pool,
+        side=architecture.side,
+        device=recipe.device,
+        processes=recipe.workers,
     )
     cast(nn.Module, model).to(recipe.device)
     count = sum(value.numel() for value in model.parameters())
     name = torch.cuda.get_device_name() if recipe.device == "cuda" else recipe.device
     log(f"torch {torch.__version__}, transformers {transformers.__version__}, device {name}")
     log(f"parameters {count:,}, vocabulary {len(processor.tokenizer)}, {recipe}")
-    if recipe.device == "cuda":
-        _compile(model)
     trainer = Trainer(model, stream, painters, recipe, clock, log)
     trainer.learn("language", recipe.language_steps)
     trainer.learn("pictures", recipe.steps)
@@ -99,19 +101,26 @@ def train(out: Path, recipe: Recipe, log: Callable[[str], None]) -> None:
     log(f"{clock.seconds():6.1f} s  saved {out}")
 
 
-def _start(recipe: Recipe) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
-    if recipe.start is not None:
-        model = LlavaForConditionalGeneration.from_pretrained(recipe.start, dtype=torch.float32)
-        return model, LlavaProcessor.from_pretrained(recipe.start)
-    tokenizer = build_tokenizer(vocabulary_texts(200 if recipe.small else 3000))
-    return build_model(tokenizer, SMALL if recipe.small else Network()), build_processor(tokenizer)
+def _start(recipe: Recipe, architecture: Architecture) -> tuple[PreTrainedModel, ProcessorMixin]:
+    """Model and processor, new or read."""
+    if recipe.start is None:
+        tokenizer = build_tokenizer(architecture, vocabulary_texts(architecture, 200 if recipe.small else 3000))
+        return architecture.build_model(tokenizer, small=recipe.small), architecture.build_processor(tokenizer)
+    found = PreTrainedConfig.get_config_dict(recipe.start)[0].get("model_type")
+    if found != recipe.architecture:
+        raise UsageError(
+            f"the model in {recipe.start} is a {found}, not a {recipe.architecture}", "give its --architecture"
+        )
+    model: PreTrainedModel = architecture.model.from_pretrained(recipe.start, dtype=torch.float32)
+    return model, architecture.processor.from_pretrained(recipe.start)
 
 
-def _stream(tokenizer: Tokenizer, recipe: Recipe) -> Iterator[TextBatch]:
+def _stream(tokenizer: Tokenizer, recipe: Recipe, architecture: Architecture) -> Iterator[TextBatch]:
     """Batches in order, made ahead by other processes."""
     schedule: list[Kind] = ["text"] * recipe.language_steps
     schedule += [CYCLE[number % len(CYCLE)] for number in range(recipe.steps)]
     batches = Batches(
+        architecture=architecture,
         tokenizer=tokenizer,
         schedule=schedule,
         seed=recipe.seed,
@@ -165,24 +174,23 @@ class Trainer:
 
     def __init__(
         self,
-        model: LlavaForConditionalGeneration,
+        model: PreTrainedModel,
         stream: Iterator[TextBatch],
         painters: Painters,
         recipe: Recipe,
         clock: Clock,
         log: Callable[[str], None],
     ) -> None:
-        self.model = model
+        self.model: Any = model
         self.stream = stream
         self.painters = painters
         self.recipe = recipe
         self.clock = clock
         self.log = log
         self.device = torch.device(recipe.device)
-        scale = CLIPImageProcessor()
-        self.mean, self.std = (
-            torch.tensor(value, device=self.device)[:, None, None] for value in (scale.image_mean, scale.image_std)
-        )  # (3, 1, 1) each
+        if recipe.device == "cuda":
+            torch._dynamo.config.recompile_limit = 32
+        self.forward = ARCHITECTURES[recipe.architecture].forward(model, compiled=recipe.device == "cuda")
 
     def learn(self, phase: str, steps: int) -> None:
         """Take the steps of one phase, with new optimisers; fewer when time runs out."""
@@ -205,7 +213,7 @@ class Trainer:
                 losses = {}
 
     def _step(self, batch: TextBatch, optimizers: Sequence[torch.optim.Optimizer], rate: float) -> Tensor:
-        loss = _loss(self.model, batch, self._pixels(batch))
+        loss = self._loss(batch)
         loss.backward()
         nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         for optimizer in optimizers:
@@ -215,30 +223,22 @@ class Trainer:
             optimizer.zero_grad(set_to_none=True)
         return loss.detach()
 
-    def _pixels(self, batch: TextBatch) -> Tensor | None:
-        count = SIZES[batch.kind].pictures
+    def _shown(self, batch: TextBatch) -> Tensor | None:
+        count = len(batch.grids)
         if count == 0:
             return None
-        shown = self.painters.pictures(batch.reach)[batch.scenes, :count]  # (B, count, 3, 128, 128)
-        shown = torch.where(batch.mirrored[:, None, None, None, None], shown.flip(-1), shown)
-        return (shown.flatten(0, 1).float() / 255 - self.mean) / self.std  # (B * count, 3, 128, 128)
+        shown = self.painters.pictures(batch.reach)[batch.scenes, :count]  # (B, count, 3, side, side)
+        return torch.where(batch.mirrored[:, None, None, None, None], shown.flip(-1), shown)
 
-
-def _loss(model: LlavaForConditionalGeneration, batch: TextBatch, pixels: Tensor | None) -> Tensor:
-    """Weighted mean of the answers' cross-entropy, in nats; a scalar."""
-    half = torch.autocast("cuda", torch.bfloat16) if batch.ids.is_cuda else contextlib.nullcontext()
-    with half:
-        hidden = model.model(
-            input_ids=batch.ids,
-            pixel_values=pixels,
-            attention_mask=batch.mask(),
-            position_ids=batch.positions,
-            use_cache=False,
-        ).last_hidden_state  # (B, T, width)
-        logits = model.lm_head(hidden[:, :-1])  # (B, T - 1, V)
-    each = cross_entropy(logits.flatten(0, 1).float(), batch.ids[:, 1:].flatten(), reduction="none")
-    weights = batch.weights[:, 1:].flatten()
-    return (each * weights).sum() / weights.sum()
+    def _loss(self, batch: TextBatch) -> Tensor:
+        """Weighted mean of the answers' cross-entropy, in nats; a scalar."""
+        half = torch.autocast("cuda", torch.bfloat16) if batch.ids.is_cuda else contextlib.nullcontext()
+        with half:
+            hidden = self.forward(batch, self._shown(batch))  # (B, T, width)
+            logits = self.model.lm_head(hidden[:, :-1])  # (B, T - 1, V)
+        each = cross_entropy(logits.flatten(0, 1).float(), batch.ids[:, 1:].flatten(), reduction="none")
+        weights = batch.weights[:, 1:].flatten()
+        return (each * weights).sum() / weights.sum()
 
 
 def _optimizers(model: nn.Module, recipe: Recipe) -> list[torch.optim.Optimizer]:
@@ -250,10 +250,3 @@ def _optimizers(model: nn.Module, recipe: Recipe) -> list[torch.optim.Optimizer]
         Muon([value for name, value in named if name in hidden], lr=recipe.rate),
         torch.optim.AdamW(rest, lr=recipe.rate, betas=(0.9, 0.98), weight_decay=0.0, fused=recipe.device == "cuda"),
     ]
-
-
-def _compile(model: LlavaForConditionalGeneration) -> None:
-    # layer by layer: all layers share one compiled graph, so compiling takes seconds instead of minutes
-    torch._dynamo.config.recompile_limit = 32
-    for layer in (*model.model.vision_tower.encoder.layers, *model.model.language_model.layers):
-        layer.compile(dynamic=False)
