@@ -1,0 +1,358 @@
+"""Read COCO annotation files of any size: streamed once, then from a small index in the user's cache folder."""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import json
+import logging
+import os
+import zlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any, BinaryIO, Literal
+
+import ijson
+
+from vlmfix.errors import DataError
+
+Kind = Literal["instances", "captions"]
+Progress = Callable[[int, int], None]
+"""Told the bytes read and the bytes of the file, while a file is read for the first time."""
+
+FORMAT = 1
+"""Of the index; raised when an older index must not be used."""
+BLOCK = 1 << 16
+SHOWN = 5
+
+_WANTED: Mapping[Kind, Mapping[str, Mapping[str, type]]] = {
+    "instances": {
+        "images": {"id": int, "file_name": str},
+        "annotations": {"image_id": int, "category_id": int},
+        "categories": {"id": int, "name": str},
+    },
+    "captions": {
+        "images": {"id": int, "file_name": str},
+        "annotations": {"image_id": int, "caption": str},
+    },
+}
+_SCALARS = frozenset({"string", "number", "boolean", "null"})
+_LOG = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Index:
+    """What one annotation file says about its pictures.
+
+    Attributes:
+        path: The file.
+        sha256: Hex digest of the file.
+        files: File name of every picture by image id, in the order of the file.
+        told: For an image id the names of its objects without repeats, or its captions, in the order of the
+            annotations; ids without annotations are left out.
+    """
+
+    path: Path
+    sha256: str
+    files: Mapping[int, str]
+    told: Mapping[int, Sequence[str]]
+
+
+@dataclass(frozen=True)
+class AnnotatedPicture:
+    """One picture.
+
+    Attributes:
+        id: COCO image id.
+        file: File name, as the annotations have it.
+        objects: Category names of its instances without repeats, in the order of the annotations.
+        captions: Its reference captions.
+    """
+
+    id: int
+    file: str
+    objects: tuple[str, ...]
+    captions: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Annotations:
+    """Pictures with their instances and captions, of one pair of files or of several.
+
+    Attributes:
+        pictures: By image id, in the order of the instances files.
+        sources: For instances and for captions the name and sha256 of every file.
+    """
+
+    pictures: Mapping[int, AnnotatedPicture]
+    sources: Mapping[Kind, list[dict[str, str]]]
+
+
+def picture_objects(
+    instances: Path | Sequence[Path], *, progress: Progress | None = None
+) -> Iterator[tuple[str, list[str]]]:
+    """The objects of every picture.
+
+    Args:
+        instances: One instances file, or several with different pictures.
+        progress: Called while a file is read for the first time.
+
+    Yields:
+        File name, and the names of its objects without repeats in the order of the annotations; pictures in the
+        order of the files, those without objects too.
+
+    Raises:
+        DataError: A file is not one of instances, or two files have the same picture.
+    """
+    for index in _indexes(instances, "instances", progress):
+        for number, file in index.files.items():
+            yield file, list(index.told.get(number, ()))
+
+
+def read_annotations(
+    instances: Path | Sequence[Path], captions: Path | Sequence[Path], *, progress: Progress | None = None
+) -> Annotations:
+    """Instances and reference captions of every picture.
+
+    Args:
+        instances: One instances file, or several with different pictures.
+        captions: One captions file, or several; together they must have the pictures of ``instances``.
+        progress: Called while a file is read for the first time.
+
+    Raises:
+        DataError: A file has another shape, two files of one kind have the same picture, or instances and captions
+            are about different pictures.
+    """
+    by_kind: dict[Kind, list[Index]] = {
+        "instances": _indexes(instances, "instances", progress),
+        "captions": _indexes(captions, "captions", progress),
+    }
+    files = {kind: {n: file for index in found for n, file in index.files.items()} for kind, found in by_kind.items()}
+    told = {kind: {n: text for index in found for n, text in index.told.items()} for kind, found in by_kind.items()}
+    _same_pictures(files["instances"], files["captions"])
+    pictures = {
+        number: AnnotatedPicture(
+            number, file, tuple(told["instances"].get(number, ())), tuple(told["captions"].get(number, ()))
+        )
+        for number, file in files["instances"].items()
+    }
+    sources = {
+        kind: [{"name": index.path.name, "sha256": index.sha256} for index in found] for kind, found in by_kind.items()
+    }
+    return Annotations(pictures, sources)
+
+
+def some(values: Sequence[object]) -> str:
+    """The first few of many values, and how many more there are."""
+    text = ", ".join(str(value) for value in islice(values, SHOWN))
+    return f"{text} and {len(values) - SHOWN} more" if len(values) > SHOWN else text
+
+
+def read_index(path: Path, kind: Kind, *, progress: Progress | None = None) -> Index:
+    """What one annotation file says, from the cache when the file is the one that was read before.
+
+    The cache is ``$XDG_CACHE_HOME/vlmfix/coco`` (``~/.cache`` when unset). An index belongs to a path, a size and a
+    time of change; one that is broken, of another format or of another file is made anew. Where the cache cannot
+    be written, a warning is logged and the file is read every time.
+
+    Args:
+        path: The annotation file.
+        kind: What it must hold.
+        progress: Called while the file is read, when it must be.
+
+    Raises:
+        DataError: The file cannot be read, is not JSON, is empty, or lacks something; the message says what.
+    """
+    try:
+        source = _identity(path)
+        cached = _cache_file(kind, source["path"])
+        found = _load(cached, path, source)
+        if found is None:
+            if not source["size"]:
+                raise _bad(path, "it is empty")
+            with path.open("rb") as file:
+                found = _build(path, _Metered(file, source["size"], progress), kind)
+            _store(cached, source, found)
+    except OSError as error:
+        raise DataError(f"cannot read {path}: {error.strerror or error}", f"give COCO's {kind} file") from error
+    return found
+
+
+def _indexes(paths: Path | Sequence[Path], kind: Kind, progress: Progress | None) -> list[Index]:
+    """The index of every file; no picture may be in two of them."""
+    found = [read_index(path, kind, progress=progress) for path in ([paths] if isinstance(paths, Path) else paths)]
+    if not found:
+        raise DataError(f"no {kind} file was given", f"give COCO's {kind} file")
+    seen: dict[int, Path] = {}
+    for index in found:
+        for number in index.files:
+            if number in seen:
+                raise DataError(
+                    f"image id {number} is in {seen[number]} and in {index.path}",
+                    "give each file once, and files about different pictures",
+                )
+            seen[number] = index.path
+    return found
+
+
+def _same_pictures(instances: Mapping[int, str], captions: Mapping[int, str]) -> None:
+    """Raise unless both are about the same pictures."""
+    for one, other, names in ((instances, captions, "instances"), (captions, instances, "captions")):
+        alone = sorted(one.keys() - other.keys())
+        if alone:
+            raise DataError(
+                f"instances and captions do not match: {len(alone)} image ids are only in the {names}: {some(alone)}",
+                "give the instances and captions files of the same pictures",
+            )
+    for number, file in instances.items():
+        if captions[number] != file:
+            raise DataError(
+                f"instances and captions do not match: picture {number} is {file} and {captions[number]}",
+                "give the instances and captions files of the same pictures",
+            )
+
+
+class _Metered:
+    """A file that is hashed while it is read, and says how far it is."""
+
+    def __init__(self, file: BinaryIO, size: int, progress: Progress | None) -> None:
+        self._file = file
+        self._size = size
+        self._progress = progress
+        self._done = 0
+        self.hash = hashlib.sha256()
+
+    def read(self, count: int = -1) -> bytes:
+        block = self._file.read(count)
+        self.hash.update(block)
+        self._done += len(block)
+        if self._progress is not None and block:
+            self._progress(self._done, self._size)
+        return block
+
+
+def _build(path: Path, file: _Metered, kind: Kind) -> Index:
+    """Read a whole annotation file; memory grows with its pictures and captions, not with its outlines."""
+    files: dict[int, str] = {}
+    names: dict[int, str] = {}
+    annotations: dict[int, list[Any]] = {}
+    for section, entry in _entries(path, file, kind):
+        if section == "annotations":
+            annotations.setdefault(entry["image_id"], []).append(
+                entry["category_id" if kind == "instances" else "caption"]
+            )
+            continue
+        table, value = (files, entry["file_name"]) if section == "images" else (names, entry["name"])
+        if table.setdefault(entry["id"], value) != value:
+            raise _bad(path, f"id {entry['id']} of {section!r} stands for {table[entry['id']]!r} and {value!r}")
+    if not files:
+        raise _bad(path, "it has no pictures")
+    if not annotations:
+        raise _bad(path, "it has no annotations")
+    strangers = sorted(annotations.keys() - files.keys())
+    if strangers:
+        raise _bad(path, f"{len(strangers)} image ids of annotations are not in 'images': {some(strangers)}")
+    if kind == "instances":
+        unknown = sorted({number for found in annotations.values() for number in found} - names.keys())
+        if unknown:
+            raise _bad(path, f"{len(unknown)} category ids are not in 'categories': {some(unknown)}")
+        told = {image: [names[n] for n in dict.fromkeys(found)] for image, found in annotations.items()}
+    else:
+        told = annotations
+    return Index(path, file.hash.hexdigest(), files, told)
+
+
+def _entries(path: Path, file: _Metered, kind: Kind) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The wanted fields of the wanted lists, in whatever order the file has them."""
+    wanted = _WANTED[kind]
+    fields = {f"{section}.item.{key}": key for section, keys in wanted.items() for key in keys}
+    items = {f"{section}.item": section for section in wanted}
+    missing = set(wanted)
+    entry: dict[str, Any] = {}
+    try:
+        for prefix, event, value in ijson.parse(file, buf_size=BLOCK, use_float=True):
+            if prefix in fields:
+                if event in _SCALARS:
+                    entry[fields[prefix]] = value
+            elif prefix in items:
+                if event == "end_map":
+                    section = items[prefix]
+                    _check(path, section, entry, wanted[section])
+                    yield section, entry
+                    entry = {}
+                elif event in _SCALARS:
+                    raise _bad(path, f"{items[prefix]!r} holds {value!r}, which is no object")
+            elif event == "start_array":
+                missing.discard(prefix)
+                if not prefix:
+                    raise _bad(path, "it holds a list")
+    except ijson.JSONError as error:
+        raise _bad(
+            path, f"it is not JSON: {str(error).splitlines()[0] if str(error) else 'it ends too early'}"
+        ) from error
+    if missing:
+        raise _bad(path, f"it has no list {' and no list '.join(map(repr, sorted(missing)))}")
+
+
+def _check(path: Path, section: str, entry: Mapping[str, Any], keys: Mapping[str, type]) -> None:
+    for key, kind in keys.items():
+        if type(entry.get(key)) is not kind:
+            found = f"{key!r} is {entry[key]!r}" if key in entry else f"there is no {key!r}"
+            wanted = "a whole number" if kind is int else "text"
+            raise _bad(path, f"in an entry of {section!r} {found}; {wanted} is needed")
+
+
+def _bad(path: Path, problem: str) -> DataError:
+    return DataError(
+        f"{path} is not an annotation file of the wanted kind: {problem}",
+        "COCO's instances_*.json has 'images', 'annotations' and 'categories', captions_*.json the first two",
+    )
+
+
+def _cache_file(kind: Kind, path: str) -> Path:
+    base = os.environ.get("XDG_CACHE_HOME", "")
+    folder = Path(base) if os.path.isabs(base) else Path.home() / ".cache"
+    return folder / "vlmfix" / "coco" / f"{hashlib.sha256(f'{kind} {path}'.encode()).hexdigest()[:24]}.json.gz"
+
+
+def _identity(path: Path) -> dict[str, Any]:
+    """What tells this version of the file from another."""
+    status = path.stat()
+    return {
+        "path": str(path.resolve()),
+        "size": status.st_size,
+        "changed": [status.st_mtime_ns, status.st_ctime_ns, status.st_ino],
+    }
+
+
+def _load(cached: Path, path: Path, source: Mapping[str, Any]) -> Index | None:
+    """The index of exactly this file; None when there is none that can be trusted."""
+    try:
+        with gzip.open(cached, "rb") as file:
+            document = json.load(file)
+        if document["format"] != FORMAT or document["source"] != source:
+            return None
+        files = {int(number): str(name) for number, name, _ in document["pictures"]}
+        told = {int(number): list(map(str, texts)) for number, _, texts in document["pictures"] if texts}
+        return Index(path, str(document["sha256"]), files, told)
+    except (OSError, EOFError, zlib.error, ValueError, KeyError, TypeError):
+        return None
+
+
+def _store(cached: Path, source: Mapping[str, Any], index: Index) -> None:
+    """Write the index whole or not at all."""
+    document = {
+        "format": FORMAT,
+        "source": source,
+        "sha256": index.sha256,
+        "pictures": [[number, name, index.told.get(number, ())] for number, name in index.files.items()],
+    }
+    draft = cached.with_name(f".{cached.name}.{os.getpid()}")
+    try:
+        cached.parent.mkdir(parents=True, exist_ok=True)
+        draft.write_bytes(gzip.compress(json.dumps(document).encode(), compresslevel=3))
+        draft.replace(cached)
+    except OSError as error:
+        _LOG.warning("cannot keep an index of %s in %s: %s", index.path, cached.parent, error.strerror)
