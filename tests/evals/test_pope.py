@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from vlmfix.errors import DataError, UsageError
+from vlmfix.evals.coco import picture_objects
 from vlmfix.evals.pope import SUFFIX, Pope, build, build_lines, read
 from vlmfix.evals.task import Judged, Sample
 from vlmfix.evals.yesno import PARSERS
@@ -297,8 +298,12 @@ def test_pictures_with_fewer_objects_cannot_be_asked_about() -> None:
         build(PICTURES[4:], IMAGES, seed=0)
 
 
-def test_an_exported_world_is_read_as_it_is(tmp_path: Path) -> None:
-    make(tmp_path, count=4, seed=11)
-    workload = read(tmp_path / "pope", tmp_path / "images")
+def test_an_exported_world_is_read_and_built_alike(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    world = tmp_path / "world"
+    make(world, count=6, seed=11)
+    workload = read(world / "pope", world / "images")
     assert {sample.group for sample in workload.samples} == {"random", "popular", "adversarial"}
-    assert all((tmp_path / "images" / str(sample.image)).exists() for sample in workload.samples)
+    assert all((world / "images" / str(sample.image)).exists() for sample in workload.samples)
+    built = build(picture_objects(world / "annotations" / "instances.json"), world / "images", seed=11)
+    assert built.samples == workload.samples  # the world asks by the same rule

@@ -95,14 +95,7 @@ class Pope(Task):
 
     def results(self, judged: Sequence[Judged]) -> dict[str, Any]:
         """By split: accuracy, precision, recall, f1, yes_ratio, n and unparsed."""
-        sums = self.tally(judged).sums()
-        figures = self.figures(sums)
-        names = ("accuracy", "precision", "recall", "f1", "yes_ratio")
-        return {
-            split: {name: plain(figures[f"{split}/{name}"]) for name in names}
-            | {"n": int(sums[f"{split}/answers"]), "unparsed": int(sums[f"{split}/unparsed"])}
-            for split in _splits(sums)
-        }
+        return self._by_split(self.tally(judged).sums())
 
     def details(self, judged: Sequence[Judged], answers: Sequence[str]) -> dict[str, Any]:
         """Mean and pooled F1, mean length in words, and what every published parser makes of the same answers.
@@ -115,19 +108,30 @@ class Pope(Task):
         readings: dict[str, list[str]] = {}
         for name in PARSERS:
             task = replace(self, parser=name)
-            other = list(zip(samples, task.judge_all(samples, answers), strict=True))
-            readings[name] = [verdict.note for _, verdict in other]
-            differing = sum(said != official for said, official in zip(readings[name], readings[OFFICIAL], strict=True))
-            parsers[name] = {"splits": task.results(other), **task._overall(other), "disagree": differing}
+            verdicts = task.judge_all(samples, answers)
+            readings[name] = [verdict.note for verdict in verdicts]
+            sums = task.tally(list(zip(samples, verdicts, strict=True))).sums()
+            parsers[name] = {"splits": task._by_split(sums), **task._overall(sums)}
+        for name, said in readings.items():
+            parsers[name]["disagree"] = sum(one != other for one, other in zip(said, readings[OFFICIAL], strict=True))
         return {
-            **self._overall(judged),
+            **self._overall(self.tally(judged).sums()),
             "length": sum(verdict.counts["words"] for _, verdict in judged) / max(1, len(judged)),
             "parsers": parsers,
             "any_disagree": sum(len(set(said)) > 1 for said in zip(*readings.values(), strict=True)),
         }
 
-    def _overall(self, judged: Sequence[Judged]) -> dict[str, float | None]:
-        figures = self.figures(self.tally(judged).sums())
+    def _by_split(self, sums: Mapping[str, Numbers]) -> dict[str, Any]:
+        figures = self.figures(sums)
+        names = ("accuracy", "precision", "recall", "f1", "yes_ratio")
+        return {
+            split: {name: plain(figures[f"{split}/{name}"]) for name in names}
+            | {"n": int(sums[f"{split}/answers"]), "unparsed": int(sums[f"{split}/unparsed"])}
+            for split in _splits(sums)
+        }
+
+    def _overall(self, sums: Mapping[str, Numbers]) -> dict[str, float | None]:
+        figures = self.figures(sums)
         return {f"{kind}_f1": plain(figures[f"{kind}/f1"]) for kind in ("mean", "pooled") if figures}
 
 
