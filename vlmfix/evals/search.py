@@ -1,0 +1,248 @@
+"""Search a decoder's parameters with Optuna: what a specification leaves open, trial by trial, in a file."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import optuna
+from optuna.distributions import (
+    BaseDistribution,
+    CategoricalDistribution,
+    FloatDistribution,
+    IntDistribution,
+)
+from optuna.storages import JournalStorage
+from optuna.storages.journal import JournalFileBackend
+from optuna.trial import FrozenTrial, TrialState
+
+from vlmfix.decoders import DECODERS, Chain, Decoder
+from vlmfix.decoders.parameters import Range, Value, ranges
+from vlmfix.decoders.spec import Part, read_parts
+from vlmfix.errors import UsageError
+from vlmfix.records import JsonLines
+
+DIGITS = 3
+"""Significant digits of the numbers that are tried, so that people can read and write them."""
+NAME = "tune"
+
+
+@dataclass(frozen=True)
+class Axis:
+    """One open parameter.
+
+    Attributes:
+        part: Which decoder of the chain has it.
+        name: Its name there.
+        allowed: Its declaration, with what a search tries.
+    """
+
+    part: int
+    name: str
+    allowed: Range
+
+    def distribution(self) -> BaseDistribution:
+        """The same in Optuna's terms."""
+        if self.allowed.kind is float:
+            low, high = (float(end) for end in self.allowed.search)
+            return FloatDistribution(low, high, log=self.allowed.log)
+        if self.allowed.kind is int:
+            first, last = (int(end) for end in self.allowed.search)
+            return IntDistribution(first, last, log=self.allowed.log)
+        return CategoricalDistribution(self.allowed.search)
+
+    def holds(self, value: Value) -> bool:
+        """Whether the search may try a value."""
+        if isinstance(value, int | float) and self.allowed.kind in (int, float):
+            low, high = (float(end) for end in self.allowed.search)
+            return low <= value <= high
+        return value in self.allowed.search
+
+
+@dataclass(frozen=True)
+class Space:
+    """A decoder with open parameters.
+
+    Attributes:
+        parts: The decoders of the chain with what is given.
+        axes: The open parameters by name; in a chain the name is ``decoder.parameter``.
+    """
+
+    parts: tuple[Part, ...]
+    axes: Mapping[str, Axis]
+
+    @classmethod
+    def of(cls, spec: str) -> Space:
+        """What a specification leaves open. A preset that it names is where the search begins; it fixes nothing.
+
+        Raises:
+            UsageError: The specification is wrong, or leaves nothing open that a search tries.
+            DataError: A recipe in it cannot be read.
+        """
+        parts = read_parts(spec, DECODERS)
+        axes = {
+            f"{label}{name}": Axis(number, name, allowed)
+            for number, (label, part) in enumerate(zip(_labels(parts), parts, strict=True))
+            for name, allowed in ranges(part.decoder).items()
+            if allowed.search and name not in part.given
+        }
+        if not axes:
+            named = {name: _searched(decoder) for name, decoder in DECODERS.items() if _searched(decoder)}
+            listed = "; ".join(f"{name}: {', '.join(searched)}" for name, searched in named.items())
+            raise UsageError(f"{spec} leaves nothing to tune", f"leave one of these open: {listed}")
+        space = cls(parts, axes)
+        space.build({})
+        return space
+
+    def build(self, chosen: Mapping[str, Value]) -> Decoder:
+        """The decoder with values for open parameters; those that are not named keep their defaults."""
+        values = [dict(part.given) for part in self.parts]
+        for label, value in chosen.items():
+            axis = self.axes[label]
+            values[axis.part][axis.name] = value
+        chain = tuple(part.decoder(**given) for part, given in zip(self.parts, values, strict=True))
+        return chain[0] if len(chain) == 1 else Chain(decoders=chain)
+
+    def defaults(self) -> dict[str, Value]:
+        """Values of the open parameters in the decoder as specified, as far as the search may try them."""
+        decoders = [part.decoder(**part.given) for part in self.parts]
+        values = {label: decoders[axis.part].parameters()[axis.name] for label, axis in self.axes.items()}
+        return {label: value for label, value in values.items() if self.axes[label].holds(value)}
+
+
+def _labels(parts: Sequence[Part]) -> list[str]:
+    """What stands before a parameter's name: nothing for one decoder, else the decoder, numbered when repeated."""
+    if len(parts) == 1:
+        return [""]
+    seen: Counter[str] = Counter()
+    labels = []
+    for part in parts:
+        seen[part.decoder.name] += 1
+        times = seen[part.decoder.name]
+        labels.append(f"{part.decoder.name}{f'-{times}' if times > 1 else ''}.")
+    return labels
+
+
+def _searched(decoder: type[Decoder]) -> list[str]:
+    return [name for name, allowed in ranges(decoder).items() if allowed.search]
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What one trial gave.
+
+    Attributes:
+        value: What is made small or large.
+        constraints: By name; each is kept when it is at most 0.
+        about: What else is known, in JSON values.
+    """
+
+    value: float
+    constraints: Mapping[str, float]
+    about: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Tried:
+    """One finished trial.
+
+    Attributes:
+        chosen: Values of the open parameters.
+        value: What is made small or large.
+        feasible: All constraints are kept.
+        about: See :class:`Measured`.
+    """
+
+    chosen: Mapping[str, Value]
+    value: float
+    feasible: bool
+    about: Mapping[str, Any]
+
+
+def search(
+    space: Space,
+    journal: Path,
+    measure: Callable[[Mapping[str, Value]], Measured],
+    *,
+    better: Literal["higher", "lower"],
+    budget: int,
+    seed: int,
+) -> list[Tried]:
+    """Try values with the tree-structured Parzen estimator until a file holds as many trials as asked for.
+
+    The first trial is the decoder as specified. Every trial's draw depends on the seed and on the trials before it
+    alone, so a search that was killed goes on as if it had not been.
+
+    Args:
+        space: What is searched.
+        journal: Optuna's file; one that is there is gone on with.
+        measure: Tries values; called once a trial.
+        better: Which way the value is better.
+        budget: Finished trials in the end, those in the file included.
+        seed: Of every draw.
+
+    Returns:
+        The finished trials of the file, in order.
+
+    Raises:
+        UsageError: Another process searches with the file.
+    """
+    distributions = {label: axis.distribution() for label, axis in space.axes.items()}
+    with JsonLines(journal), _quiet():  # which takes the lock and cuts off a line that a kill left unfinished
+        journal.with_name(f"{journal.name}.lock").unlink(missing_ok=True)  # Optuna's own, left by a kill
+        study = optuna.create_study(
+            storage=JournalStorage(JournalFileBackend(str(journal))),
+            study_name=NAME,
+            direction="maximize" if better == "higher" else "minimize",
+            load_if_exists=True,
+        )
+        for trial in study.get_trials(states=(TrialState.RUNNING,)):
+            study.tell(trial.number, state=TrialState.FAIL)  # cut off by a kill; the same is asked for again below
+        while (done := len(_finished(study))) < budget:
+            if done == 0 and not study.get_trials(states=(TrialState.WAITING,)):
+                study.enqueue_trial(space.defaults())
+            study.sampler = optuna.samplers.TPESampler(seed=_seed(seed, done))
+            asked = study.ask(distributions)
+            measured = measure(_readable(asked.params))
+            for name, value in measured.constraints.items():
+                asked.set_constraint(name, value)
+            asked.set_user_attr("about", dict(measured.about))
+            study.tell(asked, measured.value)
+        return [
+            Tried(
+                chosen=_readable(trial.params),
+                value=float(trial.value or 0.0),
+                feasible=all(value <= 0 for value in trial.constraints.values()),
+                about=trial.user_attrs["about"],
+            )
+            for trial in _finished(study)
+        ]
+
+
+def _finished(study: optuna.Study) -> list[FrozenTrial]:
+    return study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+
+
+def _seed(seed: int, number: int) -> int:
+    return int(np.random.SeedSequence((seed, number)).generate_state(1)[0])
+
+
+def _readable(chosen: Mapping[str, Any]) -> dict[str, Value]:
+    """Floats rounded to a few digits."""
+    return {name: float(f"{value:.{DIGITS}g}") if isinstance(value, float) else value for name, value in chosen.items()}
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keeps Optuna from telling every step on stderr."""
+    level = optuna.logging.get_verbosity()
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    try:
+        yield
+    finally:
+        optuna.logging.set_verbosity(level)
