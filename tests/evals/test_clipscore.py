@@ -247,6 +247,7 @@ def test_a_draw_by_seed(folder):
     assert len({tuple(names) for names in drawn.values()}) > 1
     assert drawn[1] == [s.id for s in read(folder, count=3, seed=1).samples]
     assert read(folder, count=3, seed=1).about["seed"] == 1
+    assert {s.id for s in read(folder, count=2, seed=1).samples} < set(drawn[1])
 
 
 def test_a_list(folder, tmp_path):

@@ -294,8 +294,8 @@ def read(
         images: The folder; files in it that are no pictures are passed over and counted.
         captions: COCO captions with references; only pictures that it has captions of are then asked about. They are
             found by file name, whatever the folder within ``images``.
-        count: Ask about this many, drawn by ``seed``; None for all.
-        seed: Seed of the draw.
+        count: Ask about this many; None for all. A smaller count gives a part of a larger one's.
+        seed: Seed of the draw: names are sorted, shuffled by ``random.Random(seed)``, and the first taken.
         listed: Text file with the pictures to ask about, one name relative to ``images`` per line.
         prompt: Asked about every picture, literally.
 
@@ -324,7 +324,9 @@ def read(
             f"{len(names)} pictures in {images} can be asked about{wanted}", "check the folder, the list and captions"
         )
     if count is not None:
-        names, about["seed"] = sorted(random.Random(seed).sample(names, count)), seed
+        drawn = sorted(names)
+        random.Random(seed).shuffle(drawn)
+        names, about["seed"] = sorted(drawn[:count]), seed
     samples = [
         Sample(id=name, image=name, prompt=prompt, target={"references": list(references.get(Path(name).name, ()))})
         for name in names
