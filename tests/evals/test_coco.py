@@ -71,8 +71,8 @@ def test_pictures_with_their_captions(pair: tuple[Path, Path]) -> None:
     )
     digests = [hashlib.sha256(path.read_bytes()).hexdigest() for path in pair]
     assert found.sources == {
-        "instances": [{"name": "instances.json", "sha256": digests[0]}],
-        "captions": [{"name": "captions.json", "sha256": digests[1]}],
+        "instances": {"file": ["instances.json"], "sha256": [digests[0]]},
+        "captions": {"file": ["captions.json"], "sha256": [digests[1]]},
     }
 
 

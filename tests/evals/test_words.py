@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from vlmfix.errors import DataError
-from vlmfix.evals.words import Words, original_words, own_words, tokens
+from vlmfix.evals.words import Words, original_words, own_words, read_synonyms, tokens, words_of
 from vlmfix.world.captions import references
 from vlmfix.world.categories import CATEGORIES
 from vlmfix.world.mentions import mentions
@@ -218,3 +218,18 @@ def test_a_broken_table_is_refused(text: str, problem: str) -> None:
 
 def test_a_table_needs_no_blanks_after_commas() -> None:
     assert original_words("dog,pup").nodes == original_words("dog, pup").nodes == {"dog": "dog", "pup": "dog"}
+
+
+def test_a_table_from_a_file(tmp_path: Path) -> None:
+    path = tmp_path / "synonyms.txt"
+    path.write_text(SMALL)
+    assert words_of(read_synonyms(path)).nodes["stool"] == "chair"
+    path.write_text("")
+    with pytest.raises(DataError, match="is empty"):
+        read_synonyms(path)
+    with pytest.raises(DataError, match=r"cannot read .*none"):
+        read_synonyms(tmp_path / "none")
+
+
+def test_without_a_table_our_own() -> None:
+    assert words_of(None) is own_words()

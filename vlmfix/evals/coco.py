@@ -83,11 +83,11 @@ class Annotations:
 
     Attributes:
         pictures: By image id, in the order of the instances files.
-        sources: For instances and for captions the name and sha256 of every file.
+        sources: For instances and for captions the files and their sha256, in JSON values.
     """
 
     pictures: Mapping[int, AnnotatedPicture]
-    sources: Mapping[Kind, list[dict[str, str]]]
+    sources: Mapping[str, Mapping[str, list[str]]]
 
 
 def picture_objects(
@@ -125,7 +125,7 @@ def read_annotations(
         DataError: A file has another shape, two files of one kind have the same picture, or instances and captions
             are about different pictures.
     """
-    by_kind: dict[Kind, list[Index]] = {
+    by_kind: dict[str, list[Index]] = {
         "instances": _indexes(instances, "instances", progress),
         "captions": _indexes(captions, "captions", progress),
     }
@@ -139,7 +139,8 @@ def read_annotations(
         for number, file in files["instances"].items()
     }
     sources = {
-        kind: [{"name": index.path.name, "sha256": index.sha256} for index in found] for kind, found in by_kind.items()
+        kind: {"file": [index.path.name for index in found], "sha256": [index.sha256 for index in found]}
+        for kind, found in by_kind.items()
     }
     return Annotations(pictures, sources)
 

@@ -13,9 +13,11 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
+from pathlib import Path
 from typing import Any
 
 from vlmfix.errors import DataError
+from vlmfix.evals.inputs import read_source
 from vlmfix.world.categories import CATEGORIES
 
 Phrase = tuple[str, ...]
@@ -160,6 +162,27 @@ def tokens(text: str) -> list[Token]:
             found.append(Token(token, origin[at], origin[at + size], number))
             at += size
     return found
+
+
+@cache
+def words_of(synonyms: str | None) -> Words:
+    """The original's rules with a table, or our own table for None; made once.
+
+    Raises:
+        DataError: The text is no such table.
+    """
+    return own_words() if synonyms is None else original_words(synonyms)
+
+
+def read_synonyms(path: Path) -> str:
+    """A table in the format of the original ``synonyms.txt``, checked.
+
+    Raises:
+        DataError: The file cannot be read, or is no such table.
+    """
+    text = read_source(path).text
+    words_of(text)
+    return text
 
 
 @cache
