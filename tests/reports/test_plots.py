@@ -1,0 +1,105 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from tests.evals.exam import exam
+from vlmfix.errors import DataError
+from vlmfix.evals.compare import compare
+from vlmfix.reports.files import save
+from vlmfix.reports.plots import COLOURS, Point, differences, front, pareto
+
+
+@pytest.fixture(scope="module")
+def comparison():
+    return compare([exam()], draws=200)
+
+
+def has(path, colour):
+    with Image.open(path) as image:
+        pixels = np.asarray(image.convert("RGB"))
+    return bool((pixels == [int(colour[i : i + 2], 16) for i in (1, 3, 5)]).all(-1).any())
+
+
+def test_differences_are_a_thousand_pixels_wide_with_a_colour_for_each_arm(tmp_path, comparison):
+    differences(comparison, tmp_path / "plot.png")
+    with Image.open(tmp_path / "plot.png") as image:
+        assert image.width == 1000
+    assert [has(tmp_path / "plot.png", colour) for colour in COLOURS[:3]] == [True, True, False]
+
+
+def test_differences_name_panels_groups_arms_and_better_sides(tmp_path, comparison):
+    differences(comparison, tmp_path / "plot.svg")
+    text = (tmp_path / "plot.svg").read_text()
+    for said in ("accuracy: better to the right →", "← better to the left: misses", "length (shift)", "good", "wordy"):
+        assert f"<!-- {said} -->" in text
+    assert text.count("<!-- easy -->") == 5
+    assert text.count("<!-- mean -->") == 1
+
+
+def test_many_arms_with_long_names_are_told_apart(tmp_path):
+    run = exam()
+    arms = run.answers | {f"vcd:contrast={number},noise_step=400+locore": run.answers["wordy"] for number in range(9)}
+    differences(compare([exam(arms=arms)], draws=100), tmp_path / "plot.png")
+    assert all(has(tmp_path / "plot.png", colour) for colour in COLOURS)
+
+
+def test_the_front_holds_what_nothing_beats():
+    points = [Point(0.7, 0.2), Point(0.8, 0.3), Point(0.75, 0.3), Point(0.9, 0.35), Point(0.6, 0.2), Point(0.9, 0.36)]
+    points.append(Point(0.95, 0.1, feasible=False))
+    best = front(points, objective_better="lower", guard_better="higher")
+    assert [(point.guard, point.objective) for point in best] == [(0.7, 0.2), (0.8, 0.3), (0.9, 0.35)]
+    mirrored = [Point(-point.guard, -point.objective, point.feasible) for point in points]
+    best = front(mirrored, objective_better="higher", guard_better="lower")
+    assert [point.guard for point in best] == [-0.9, -0.8, -0.7]
+    assert front([], objective_better="higher", guard_better="higher") == []
+
+
+def test_pareto_shows_trials_limit_chosen_and_plain(tmp_path):
+    points = [
+        Point(0.7, 0.1, feasible=False),
+        Point(0.78, 0.15),
+        Point(0.78, 0.15, role="chosen", name="vcd:contrast=0.7"),
+        Point(0.8, 0.2, role="plain", name="greedy"),
+    ]
+    for ending in ("png", "svg"):
+        pareto(
+            points,
+            tmp_path / f"pareto.{ending}",
+            objective="chair_i",
+            guard="recall",
+            objective_better="lower",
+            limit=0.76,
+            title="vcd, 2 trials",
+        )
+    text = (tmp_path / "pareto.svg").read_text()
+    for said in (
+        "infeasible trial",
+        "feasible trial",
+        "chosen",
+        "plain decoding",
+        "limit of recall",
+        "Pareto front",
+        "vcd:contrast=0.7",
+        "greedy",
+        "recall (higher is better)",
+        "chair_i (lower is better)",
+        "vcd, 2 trials",
+    ):
+        assert f"<!-- {said} -->" in text
+    assert has(tmp_path / "pareto.png", COLOURS[1])
+
+
+def test_all_files_are_written_and_a_bad_folder_is_an_error(tmp_path, comparison):
+    assert [path.name for path in save(comparison, tmp_path / "new")] == [
+        f"comparison.{e}" for e in ("csv", "md", "png")
+    ]
+    assert all(path.stat().st_size > 100 for path in (tmp_path / "new").iterdir())
+    (tmp_path / "file").write_text("")
+    with pytest.raises(DataError, match="cannot write"):
+        save(comparison, tmp_path / "file" / "below")
+    with pytest.raises(DataError, match="cannot write"):
+        differences(comparison, tmp_path / "plot.txt2")
+    with pytest.raises(DataError, match="cannot write"):
+        differences(comparison, tmp_path / "missing" / "plot.png")

@@ -1,0 +1,177 @@
+from __future__ import annotations
+
+import csv
+import io
+import json
+from dataclasses import asdict, replace
+
+import pytest
+from rich.console import Console
+
+from tests.evals.exam import answers, exam, samples
+from vlmfix.evals.compare import Change, Estimate, compare
+from vlmfix.evals.record import PLAIN
+from vlmfix.reports.tables import csv_text, json_text, markdown, terminal
+from vlmfix.reports.words import difference_text, heading, interval_text, value_text
+
+LONG = "vcd:contrast=0.5,noise_step=400+locore:beta=0.15"
+
+
+@pytest.fixture(scope="module")
+def comparison():
+    run = exam()
+    return compare([exam(arms=run.answers | {LONG: run.answers["wordy"]})], draws=500)
+
+
+def shown(comparison, width=110):
+    console = Console(file=io.StringIO(), width=width)
+    console.print(terminal(comparison, width=width))
+    return console.file.getvalue().splitlines()
+
+
+def cell(comparison, arm, figure):
+    return next(c for a in comparison.arms if a.name == arm for c in a.changes if c.figure == figure)
+
+
+def test_the_terminal_shows_value_difference_interval_and_mark(comparison):
+    lines = shown(comparison)
+    assert max(map(len, lines)) <= 110
+    change = cell(comparison, "good", "easy/accuracy")
+    row = lines.index(next(line for line in lines if line.startswith("good ")))
+    assert change.direction == "better"
+    assert f" {change.arm.value:.3f} {change.difference.value:+.3f} ✓ " in lines[row]
+    assert f" [{change.difference.low:+.3f},{change.difference.high:+.3f}] " in lines[row + 1]
+
+
+def test_the_plain_arm_stands_first_and_alone(comparison):
+    lines = [line for line in shown(comparison) if line.strip()]
+    assert "easy" in lines[2]
+    assert lines[3].split()[0] == PLAIN
+    assert lines[3].split()[1:] == [f"{change.arm.value:.3f}" for change in comparison.plain[0].changes[:5]]
+
+
+def test_the_header_names_better_sides_and_ends_with_the_shifts(comparison):
+    header = shown(comparison)[2].replace(" ↑", "↑").replace(" ↓", "↓").split()
+    assert header == ["accuracy↑", "precision↑", "misses↓", "yes_ratio", "length"]
+
+
+def test_figures_of_one_figure_groups_have_a_table_of_their_own(comparison):
+    lines = shown(comparison)
+    (header,) = (number for number, line in enumerate(lines) if "mean/accuracy ↑" in line)
+    assert "easy" not in lines[header]
+    assert lines[header + 1].split() == [PLAIN, f"{comparison.plain[0].changes[-1].arm.value:.3f}"]
+
+
+def test_where_figures_do_not_fit_the_shifts_stand_in_every_table(comparison):
+    lines = shown(comparison, width=66)
+    assert max(map(len, lines)) <= 66
+    headers = [line for line in lines if "yes_ratio" in line and "length" in line and "Shifts" not in line]
+    assert ["accuracy" in headers[0], "precision" in headers[1], "misses" in headers[2]] == [True] * 3
+
+
+@pytest.mark.parametrize("width", [66, 100, 110])
+def test_long_names_are_folded_and_not_cut(comparison, width):
+    lines = shown(comparison, width=width)
+    start = next(number for number, line in enumerate(lines) if line.startswith("vcd:"))
+    room = lines[start].index(next(part for part in lines[start].split() if part[0].isdigit()))
+    assert "".join(line[:room].strip() for line in lines[start : start + 6]).startswith(LONG)
+
+
+def test_the_legend_says_how_it_was_done(comparison):
+    text = " ".join(" ".join(shown(comparison)).split())
+    assert "paired bootstrap over 60 pictures, 500 draws" in text
+    assert "McNemar's test for accuracy in each group, else bootstrap; Holm-corrected for 3 arms" in text
+    assert "a gain may come from them alone: yes_ratio, length" in text
+    alone = compare([exam(arms={name: exam().answers[name] for name in (PLAIN, "good")})], draws=100)
+    assert "Holm" not in " ".join(shown(alone))
+
+
+def test_notes_unparsed_answers_and_specifications_are_told():
+    run = exam(arms=exam().answers)
+    first, second = list(run.answers["good"])[:2]
+    run.answers["good"][first] = replace(run.answers["good"][first], answer="maybe")
+    del run.answers["good"][second]
+    run.card["arms"]["good"]["spec"] = "vcd:contrast=1"
+    comparison = compare([run], draws=100)
+    text = " ".join(" ".join(shown(comparison)).split())
+    for said in (
+        "good is vcd:contrast=1.",
+        "scored by the benchmark's rule: good 1.",
+        "good is incomplete: 0 failed, 1",
+    ):
+        assert said in text
+        assert said in markdown(comparison)
+
+
+def test_markdown_rows_have_as_many_cells_as_the_header(comparison):
+    tables = [part.splitlines() for part in markdown(comparison).split("\n\n")[:2]]
+    for table in tables:
+        assert {line.count("|") for line in table} == {table[0].count("|")}
+    assert tables[0][0] == "| group | arm | accuracy ↑ | precision ↑ | misses ↓ | yes_ratio | length |"
+    assert [line.split(" | ")[0] for line in tables[0][2:]] == ["| easy", "| ", "| ", "| ", "| hard", "| ", "| ", "| "]
+    change = cell(comparison, "good", "hard/misses")
+    expected = f"{change.arm.value:.3f}<br>{change.difference.value:+.3f} [{change.difference.low:+.3f}, "
+    assert expected in tables[0][7]
+
+
+def test_the_markdown_caption_says_model_size_decoding_and_correction(comparison):
+    caption = markdown(comparison).split("\n\n")[2]
+    for said in ("exam: tiny, float32, up to 8 tokens, 240 samples about 60 pictures.", "Holm", "500 draws", "Shifts"):
+        assert said in caption
+
+
+def test_csv_has_every_number_of_every_arm_and_figure(comparison):
+    lines = list(csv.DictReader(io.StringIO(csv_text(comparison))))
+    assert len(lines) == 4 * len(comparison.plain[0].changes)
+    by_name = {(line["arm"], line["group"], line["figure"]): line for line in lines}
+    change, line = cell(comparison, "good", "hard/accuracy"), by_name["good", "hard", "accuracy"]
+    assert float(line["value"]) == change.arm.value
+    assert float(line["plain_high"]) == change.plain.high
+    assert float(line["difference_low"]) == change.difference.low
+    assert float(line["p_corrected"]) == change.corrected
+    assert (line["test"], line["direction"], line["samples"]) == (change.test, change.direction, "240")
+    assert by_name[PLAIN, "easy", "n"]["difference"] == ""
+    assert by_name[LONG, "mean", "accuracy"]["kind"] == "merit"
+
+
+def test_json_is_the_whole_comparison(comparison):
+    assert json.loads(json_text(comparison)) == json.loads(json.dumps(asdict(comparison)))
+
+
+def test_a_figure_without_a_value_is_a_dash():
+    asked = samples()
+    mute = {
+        name: replace(record, answer="no") for name, record in answers(asked, {"easy": 1, "hard": 1}, seed=0).items()
+    }
+    comparison = compare([exam(asked=asked, arms=exam(asked=asked).answers | {"mute": mute})], draws=100)
+    row = next(line for line in markdown(comparison).splitlines() if line.startswith("|  | `mute`"))
+    assert row.split(" | ")[3] == "-<br>-"
+    line = next(line for line in shown(comparison) if line.startswith("mute"))
+    assert " - - " in line
+
+
+def change(value, plain, low, high):
+    return Change(
+        figure="length",
+        kind="shift",
+        better="",
+        plain=Estimate(plain, plain, plain),
+        arm=Estimate(value, value, value),
+        difference=Estimate(value - plain, low, high),
+    )
+
+
+def test_decimals_suit_the_figure():
+    length = change(97.04, 94.91, -0.16, 4.43)
+    assert (value_text(length, length.arm.value), difference_text(length)) == ("97.0", "+2.1")
+    assert interval_text(length) == "[-0.2, +4.4]"
+    share = change(0.5, 0.5003, -0.0004, 0.0)
+    assert (difference_text(share), interval_text(share)) == ("+0.000", "[+0.000, +0.000]")
+
+
+def test_the_heading_tells_beams_sampling_and_commit():
+    decoding = {"max_new_tokens": 64, "num_beams": 5, "temperature": 0.7, "top_p": 0.9, "seed": 3}
+    run = exam(decoding=decoding, commit="0123456789abcdef", model="org/model")
+    said = heading(compare([run], draws=100))
+    assert "org/model (0123456789ab)" in said
+    assert "up to 64 tokens, 5 beams, sampling (temperature 0.7, top_p 0.9, seed 3)" in said

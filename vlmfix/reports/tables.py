@@ -1,0 +1,238 @@
+"""Comparisons as tables: for the terminal, Markdown, CSV and JSON."""
+
+from __future__ import annotations
+
+import csv
+import io
+import re
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+
+from rich.console import Group
+from rich.table import Table
+from rich.text import Text
+
+from vlmfix.evals.compare import Arm, Change, Comparison, Estimate
+from vlmfix.records import to_json
+from vlmfix.reports.words import (
+    ARROWS,
+    MARKS,
+    difference_text,
+    heading,
+    interval_text,
+    legend,
+    value_text,
+)
+
+WIDTH = 110
+"""Columns of the terminal's table unless the caller knows better."""
+CELL = 16
+"""Columns of one figure in the terminal, gap included."""
+NAME = 14
+"""Least columns of an arm's name in the terminal."""
+STYLES = {"better": "green", "worse": "red", "no clear difference": "", "": ""}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One arm in one group of figures.
+
+    Attributes:
+        group: Its name; empty when the figures have no groups.
+        arm: The arm, plain or not.
+        cells: Its figures in that group, by the titles of their columns.
+    """
+
+    group: str
+    arm: Arm
+    cells: dict[str, Change]
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether this is what the others are compared with."""
+        return self.arm.name == self.arm.plain
+
+
+@dataclass(frozen=True)
+class Sheet:
+    """Rows that share their columns.
+
+    Attributes:
+        merits: Titles, with an arrow to the better side.
+        shifts: Titles.
+        rows: By group; the plain arm stands before those that are compared with it.
+    """
+
+    merits: list[str]
+    shifts: list[str]
+    rows: list[Row]
+
+
+def sheets(comparison: Comparison) -> list[Sheet]:
+    """Merits and shifts laid out as tables: one by groups, and one of groups with a single figure, such as a mean."""
+    ordered = [
+        arm
+        for plain in comparison.plain
+        for arm in (plain, *(arm for arm in comparison.arms if arm.plain == plain.name))
+    ]
+    figures = {c.figure: c for arm in ordered for c in arm.changes if c.kind != "other"}
+    sizes = Counter(change.group for change in figures.values())
+    single = {group for group, size in sizes.items() if group and size == 1 < max(sizes.values())}
+    grouped = [change for change in figures.values() if change.group not in single]
+    overall = [change for change in figures.values() if change.group in single]
+    return [_sheet(ordered, grouped, by_group=True)] + ([_sheet(ordered, overall, by_group=False)] if overall else [])
+
+
+def _sheet(arms: Sequence[Arm], figures: Sequence[Change], *, by_group: bool) -> Sheet:
+    titles = {c.figure: f"{c.label if by_group else c.figure}{ARROWS[c.better]}" for c in figures}
+    found = []
+    for group in dict.fromkeys(change.group if by_group else "" for change in figures):
+        for arm in arms:
+            changes = (c for c in arm.changes if c.figure in titles and (c.group == group or not by_group))
+            if cells := {titles[change.figure]: change for change in changes}:
+                found.append(Row(group, arm, cells))
+    merits, shifts = (
+        list(dict.fromkeys(titles[c.figure] for c in figures if c.kind == kind)) for kind in ("merit", "shift")
+    )
+    return Sheet(merits, shifts, found)
+
+
+def terminal(comparison: Comparison, *, width: int = WIDTH) -> Group:
+    """Tables for the terminal, with what is needed to read them.
+
+    Each arm has two lines: value and difference to the plain arm with a mark where it is clear, then the difference's
+    interval. Where the figures do not fit side by side, the merits are split over several tables and the shifts stand
+    in each of them.
+
+    Args:
+        comparison: What to show.
+        width: Columns of the terminal.
+    """
+    return Group(
+        Text(heading(comparison), style="bold"),
+        "",
+        *(table for sheet in sheets(comparison) for table in _tables(sheet, width)),
+        "",
+        *(Text(line) for line in legend(comparison)),
+    )
+
+
+def _tables(sheet: Sheet, width: int) -> Iterator[Table]:
+    fitting = max(1, (width - NAME) // CELL - len(sheet.shifts))
+    for start in range(0, len(sheet.merits), fitting):
+        titles = sheet.merits[start : start + fitting] + sheet.shifts
+        room = max(NAME, width - CELL * len(titles)) - 1
+        table = Table(box=None, padding=(0, 1, 0, 0), pad_edge=False)
+        table.add_column("", max_width=room, overflow="fold")
+        for title in titles:
+            table.add_column(title, min_width=CELL - 1)
+        group = ""
+        for row in sheet.rows:
+            if row.group != group:
+                group = row.group
+                table.add_row(Text(group, style="bold"))
+            table.add_row(_folded(row.arm.name, room), *(_cell(row, row.cells.get(title)) for title in titles))
+        yield table
+
+
+def _cell(row: Row, change: Change | None) -> Text:
+    if change is None:
+        return Text("")
+    value = value_text(change, change.arm.value)
+    if row.is_plain:
+        return Text(value)
+    mark = MARKS[change.direction]
+    lines = f"{value} {difference_text(change)} {mark}".rstrip() + f"\n{interval_text(change, space='')}"
+    return Text(lines, style=STYLES[change.direction])
+
+
+def _folded(name: str, width: int) -> Text:
+    """A name in lines, broken behind the signs that part a specification where that is possible."""
+    lines = [""]
+    for piece in re.split(r"(?<=[:+,/_=])", name):
+        if lines[-1] and len(lines[-1]) + len(piece) > width:
+            lines.append("")
+        lines[-1] += piece
+    return Text("\n".join(lines))
+
+
+def markdown(comparison: Comparison) -> str:
+    """Tables for a README or a paper, with a caption that says what was measured and how."""
+    tables = [_markdown_table(sheet) for sheet in sheets(comparison)]
+    return "\n\n".join([*tables, " ".join([f"{heading(comparison)}.", *legend(comparison)])]) + "\n"
+
+
+def _markdown_table(sheet: Sheet) -> str:
+    grouped = any(row.group for row in sheet.rows)
+    titles = [*sheet.merits, *sheet.shifts]
+    lines = [["group"] * grouped + ["arm", *titles], ["---"] * (grouped + 1 + len(titles))]
+    group = ""
+    for row in sheet.rows:
+        name = f"`{row.arm.name}`".replace("|", "\\|")
+        cells = [name, *(_markdown_cell(row, row.cells.get(title)) for title in titles)]
+        lines.append([row.group if row.group != group else ""] * grouped + cells)
+        group = row.group
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+
+def _markdown_cell(row: Row, change: Change | None) -> str:
+    if change is None:
+        return ""
+    value = value_text(change, change.arm.value)
+    if row.is_plain:
+        return value
+    mark = MARKS[change.direction]
+    return f"{value}<br>{difference_text(change)} {interval_text(change)} {mark}".rstrip()
+
+
+def csv_text(comparison: Comparison) -> str:
+    """One line per arm and figure, with every number at full precision; empty for what has no value."""
+    out = io.StringIO()
+    lines = [_line(comparison, arm, change) for arm in (*comparison.plain, *comparison.arms) for change in arm.changes]
+    writer = csv.DictWriter(out, fieldnames=list(lines[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(lines)
+    return out.getvalue()
+
+
+def _line(comparison: Comparison, arm: Arm, change: Change) -> dict[str, str | int | float | None]:
+    is_plain = arm.name == arm.plain
+    nothing = Estimate(None, None, None)
+    estimates = {
+        "value": change.arm,
+        "plain": change.plain,
+        "difference": nothing if is_plain else change.difference,
+    }
+    return {
+        "task": comparison.task,
+        "folder": arm.folder,
+        "arm": arm.name,
+        "spec": arm.spec,
+        "plain_arm": arm.plain,
+        "group": change.group,
+        "figure": change.label,
+        "kind": change.kind,
+        "better": change.better,
+        **{
+            f"{name}{end}": value
+            for name, estimate in estimates.items()
+            for end, value in (("", estimate.value), ("_low", estimate.low), ("_high", estimate.high))
+        },
+        "direction": change.direction,
+        "test": change.test,
+        "p": change.p,
+        "p_corrected": change.corrected,
+        "samples": arm.compared,
+        "units": arm.units,
+        "failed": arm.failed,
+        "missing": arm.missing,
+        "unparsed": arm.unparsed,
+        "draws": comparison.draws,
+        "seed": comparison.seed,
+    }
+
+
+def json_text(comparison: Comparison) -> str:
+    """The whole comparison as JSON, for programs."""
+    return to_json(asdict(comparison), indent=2) + "\n"

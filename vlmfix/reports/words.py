@@ -1,0 +1,108 @@
+"""How reports say things: numbers, settings, and what an interval and a mark mean."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from vlmfix.evals.compare import ALPHA, Change, Comparison, Estimate
+
+NONE = "-"
+"""Stands for a figure without a value."""
+MARKS = {"better": "✓", "worse": "✗", "no clear difference": "", "": ""}
+ARROWS = {"higher": " ↑", "lower": " ↓", "": ""}
+LARGE = 10.0
+"""From here on a figure is no share, and one decimal is enough."""
+
+
+def value_text(change: Change, value: float | None) -> str:
+    """A figure with the decimals that suit it."""
+    return NONE if value is None else f"{_rounded(change, value):.{_decimals(change)}f}"
+
+
+def difference_text(change: Change) -> str:
+    """A difference with its sign."""
+    return _signed(change, change.difference.value)
+
+
+def interval_text(change: Change, *, space: str = " ") -> str:
+    """The interval of a difference; empty when there is none."""
+    low, high = change.difference.low, change.difference.high
+    return "" if low is None else f"[{_signed(change, low)},{space}{_signed(change, high)}]"
+
+
+def _signed(change: Change, value: float | None) -> str:
+    return NONE if value is None else f"{_rounded(change, value):+.{_decimals(change)}f}"
+
+
+def _rounded(change: Change, value: float) -> float:
+    return round(value, _decimals(change)) + 0.0  # adding zero turns -0.0 into 0.0
+
+
+def _decimals(change: Change) -> int:
+    values = (estimate.value for estimate in (change.plain, change.arm))
+    return 1 if any(value is not None and abs(value) >= LARGE for value in values) else 3
+
+
+def leaves_out_zero(estimate: Estimate) -> bool:
+    """Whether zero is outside of the interval; False without an interval."""
+    return estimate.low is not None and estimate.high is not None and not estimate.low <= 0 <= estimate.high
+
+
+def heading(comparison: Comparison) -> str:
+    """What was measured, in one line."""
+    card = comparison.card
+    counted = f"{card['count']} samples about {_units(comparison)} {comparison.unit}"
+    return f"{comparison.task}: {_model(card)}, {card['dtype']}, {_decoding(card['decoding'])}, {counted}"
+
+
+def _model(card: Mapping[str, Any]) -> str:
+    version = card["commit"] or card["revision"]
+    return f"{card['model']} ({version[:12]})" if version else str(card["model"])
+
+
+def _decoding(decoding: Mapping[str, Any]) -> str:
+    """Generation settings in words; sampling and beams only where they are used."""
+    words = [f"up to {decoding['max_new_tokens']} tokens"]
+    if decoding["num_beams"] > 1:
+        words.append(f"{decoding['num_beams']} beams")
+    if decoding["temperature"] > 0:
+        rest = ", ".join(
+            f"{name} {value}" for name, value in decoding.items() if name not in ("max_new_tokens", "num_beams")
+        )
+        words.append(f"sampling ({rest})")
+    return ", ".join(words)
+
+
+def _units(comparison: Comparison) -> str:
+    counts = [arm.units for arm in comparison.arms if arm.units]
+    return str(max(counts)) if min(counts) == max(counts) else f"{min(counts)} to {max(counts)}"
+
+
+def legend(comparison: Comparison) -> list[str]:
+    """How intervals and tests were made, what the marks mean and what else a reader must know, in sentences."""
+    plain = comparison.plain[0].name if len(comparison.plain) == 1 else "the plain arm of the same run"
+    changes = [change for arm in comparison.arms for change in arm.changes]
+    tested = [change for change in changes if change.test.startswith("McNemar")]
+    each = " in each group" if any(change.group for change in tested) else ""
+    labels = ", ".join(dict.fromkeys(change.label for change in tested))
+    tests = f"McNemar's test for {labels}{each}, else bootstrap" if labels else "bootstrap"
+    arms = len(comparison.arms)
+    corrected = f"; Holm-corrected for {arms} arms, figure by figure" if arms > 1 else ""
+    shifts = ", ".join(dict.fromkeys(change.label for change in changes if change.kind == "shift"))
+    return [
+        f"In brackets: 95 % intervals of the difference to {plain}, paired bootstrap over {_units(comparison)} "
+        f"{comparison.unit}, {comparison.draws} draws.",
+        f"{MARKS['better']} better, {MARKS['worse']} worse: p < {ALPHA} and an interval without zero; "
+        "no mark: no clear difference.",
+        f"p: {tests}{corrected}.",
+        *([f"Shifts, not merits; a gain may come from them alone: {shifts}."] if shifts else []),
+        *_unparsed(comparison),
+        *(f"{a.name} is {a.spec}." for a in (*comparison.plain, *comparison.arms) if a.name != a.spec),
+        *comparison.notes,
+    ]
+
+
+def _unparsed(comparison: Comparison) -> list[str]:
+    counts = [f"{arm.name} {arm.unparsed}" for arm in (*comparison.plain, *comparison.arms) if arm.unparsed]
+    return [f"Answers that could not be read, scored by the benchmark's rule: {', '.join(counts)}."] if counts else []
