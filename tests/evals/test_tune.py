@@ -132,8 +132,10 @@ def test_the_recipe_says_what_was_done(tmp_path):
     assert recipe["tuning"]["plain"]["value"] == found.plain.value
     assert recipe["tuning"]["recipe"]["value"] == found.chosen.outcome.value
     held_out = recipe["held-out"]["figures"]["chair_i"]
-    assert held_out["difference"]["low"] <= held_out["difference"]["value"] <= held_out["difference"]["high"]
-    assert held_out["plain"]["value"] + held_out["difference"]["value"] == pytest.approx(held_out["recipe"]["value"])
+    assert held_out["low"] <= held_out["difference"] <= held_out["high"]
+    assert held_out["plain"] + held_out["difference"] == pytest.approx(held_out["recipe"])
+    assert held_out["recipe"] < held_out["plain"]
+    assert recipe["data"] == {"data": "drawn"}
     assert "torch" in recipe["versions"]
 
 
@@ -217,6 +219,18 @@ def test_guards_can_be_loosened(tmp_path):
     assert go(tmp_path / "loose", Fake(answer), budget=1, guards=loose).recipe is not None
     with pytest.raises(UsageError, match=r"max_length_loss=10.*\[0, 1\]"):
         Guards(max_length_loss=10)
+
+
+def test_what_is_lost_on_the_held_out_split_alone_is_said(tmp_path):
+    unseen = {sample.id for sample in split(WORK, 0)[1].samples}
+
+    def answer(decoder, sample):
+        plain = isinstance(decoder, Greedy)
+        lost = not plain and sample.id in unseen
+        return {"wrong": float(plain), "named": 10.0, "found": 0.5 if lost else 0.6, "words": 30.0 if lost else 50.0}
+
+    found = go(tmp_path / "out", Fake(answer), budget=1)
+    assert found.verdict.endswith("better. It loses more recall and length there than the guards allow.")
 
 
 def test_a_decoder_that_breaks_samples_is_not_chosen(tmp_path):
@@ -391,7 +405,7 @@ def test_with_the_real_runner_on_pope(tmp_path):
     assert found.chosen.arm == arm_name(parse(f"@{found.recipe}"))
     read = read_recipe(found.recipe)
     assert read["model"]["weights"].startswith(("commit:", "sha256:"))
-    assert read["held-out"]["figures"]["mean/f1"]["difference"]["value"] == pytest.approx(1 / 3)
+    assert read["held-out"]["figures"]["mean/f1"]["difference"] == pytest.approx(1 / 3)
     batches = len(vlm.batches)
     again = go(tmp_path / "out", evaluate, spec="vcd:noise_step=500,plausibility=0.1", work=work, task=Pope(), budget=6)
     assert again.trials == found.trials

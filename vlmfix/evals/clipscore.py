@@ -170,6 +170,8 @@ def _references(samples: Sequence[Sample]) -> list[list[str]]:
 class Clip:
     """A CLIP model with its tokenizer, in float32; remembers what it has seen of pictures and references.
 
+    On a GPU torch's own default lets convolutions round to TF32.
+
     Attributes:
         model: An open_clip model.
         transform: PIL picture to (3, h, w).

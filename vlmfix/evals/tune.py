@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -15,7 +15,7 @@ from vlmfix.decoders import Decoder, Greedy
 from vlmfix.decoders.parameters import Value
 from vlmfix.decoders.recipe import write_recipe
 from vlmfix.errors import DataError, UsageError
-from vlmfix.evals.compare import Comparison, Estimate, compare
+from vlmfix.evals.compare import Comparison, compare
 from vlmfix.evals.record import PLAIN, EvalRun, digest
 from vlmfix.evals.runner import decoding
 from vlmfix.evals.search import Measured, Space, Tried, search
@@ -86,7 +86,7 @@ class Tuned:
         better: Which way it is better.
         plain: Plain decoding on the tuning split.
         trials: In the order in which they were tried.
-        verdict: In one sentence.
+        verdict: In words: what the recipe is worth on the held-out split, or why plain decoding is best.
         recipe: The file; None when plain decoding is best.
         held_out: The recipe against plain decoding on the held-out split; None when there is no recipe.
     """
@@ -204,8 +204,14 @@ def tune(
     after = evaluate({PLAIN: Greedy(), chosen.arm: decoder}, held_out, out / HELD_OUT)
     after = replace(after, answers={arm: after.answers[arm] for arm in (PLAIN, chosen.arm)})
     comparison = compare([after])
-    found = Tuned(figure, better, before, tuple(trials), _verdict(comparison, figure), out / RECIPE, comparison)
-    about = {"split": _about_split(tuning, held_out, seed), **_about(found, chosen, after, guards, spec)}
+    lost = guards.constraints(*(_outcome(after, arm, figure) for arm in (chosen.arm, PLAIN)))
+    verdict = _verdict(comparison, figure, [name for name in ("recall", "length") if lost[name] > 0])
+    found = Tuned(figure, better, before, tuple(trials), verdict, out / RECIPE, comparison)
+    about = {
+        **_about(found, chosen, after, guards, spec),
+        "data": workload.about,
+        "split": _about_split(tuning, held_out, seed),
+    }
     write_recipe(out / RECIPE, decoder.spec(), about)
     return found
 
@@ -307,14 +313,16 @@ def _why_plain(trials: list[Trial]) -> str:
     return f"Plain is best: none of the {feasible} trials within the guards ({len(trials)} in all) beats it."
 
 
-def _verdict(comparison: Comparison, figure: str) -> str:
+def _verdict(comparison: Comparison, figure: str, broken: Sequence[str]) -> str:
     (arm,) = comparison.arms
     change = next(change for change in arm.changes if change.figure == figure)
     difference = change.difference
     if difference.value is None or difference.low is None or difference.high is None:
-        return f"On the held-out split {figure} has no value that could be compared."
-    interval = f"[{difference.low:+.4f}, {difference.high:+.4f}]"
-    return f"On the held-out split {figure} changes by {difference.value:+.4f} {interval}: {change.direction}."
+        said = f"On the held-out split {figure} has no value that could be compared."
+    else:
+        interval = f"[{difference.low:+.4f}, {difference.high:+.4f}]"
+        said = f"On the held-out split {figure} changes by {difference.value:+.4f} {interval}: {change.direction}."
+    return f"{said} It loses more {' and '.join(broken)} there than the guards allow." if broken else said
 
 
 def _about_split(tuning: Workload, held_out: Workload, seed: int) -> dict[str, Any]:
@@ -338,7 +346,7 @@ def _about(found: Tuned, chosen: Trial, after: EvalRun, guards: Guards, spec: st
     return {
         "date": datetime.now(UTC).replace(microsecond=0),
         "model": {name: card.get(name) for name in model},
-        "task": {"name": card["task"], "options": card["options"], "data": card["data"]},
+        "task": {"name": card["task"], "options": card["options"]},
         "search": {
             "spec": spec,
             "objective": found.objective,
@@ -363,15 +371,13 @@ def _about_held_out(comparison: Comparison) -> dict[str, Any]:
         "notes": list(comparison.notes),
         "figures": {
             change.figure: {
-                "plain": _row(change.plain),
-                "recipe": _row(change.arm),
-                "difference": _row(change.difference),
+                "plain": change.plain.value,
+                "recipe": change.arm.value,
+                "difference": change.difference.value,
+                "low": change.difference.low,
+                "high": change.difference.high,
                 "direction": change.direction or None,
             }
             for change in arm.changes
         },
     }
-
-
-def _row(estimate: Estimate) -> dict[str, float | None]:
-    return asdict(estimate)
