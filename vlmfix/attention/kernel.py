@@ -9,7 +9,7 @@ rows that they edit and overwrite their output, so memory grows with K and not w
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -59,6 +59,9 @@ class LayerPlan:
         prompt: T, number of prompt tokens, padding included.
         steps: The edits.
         hidden: Residual stream that enters the layer, between the layer's entry and its attention.
+        start: Prompt columns that stand in the cache before the prompt's own pass; see ``session.continued``.
+        past: Gives the residual stream that entered the layer at those columns, (B, start, hidden size), when an edit
+            reads it.
     """
 
     layer: int
@@ -66,6 +69,8 @@ class LayerPlan:
     prompt: int
     steps: tuple[Step, ...]
     hidden: Tensor | None = None
+    start: int = 0
+    past: Callable[[], Tensor] | None = None
 
     @property
     def materialises(self) -> bool:
@@ -144,7 +149,7 @@ class Call:
 
 
 def _prefill(plan: LayerPlan, call: Call) -> Tensor:
-    length = call.query.shape[2]
+    length = plan.start + call.query.shape[2]
     if length < plan.prompt:
         raise UnsupportedAttentionError(
             f"a pass over {length} tokens of a prompt of {plan.prompt}",
@@ -156,21 +161,22 @@ def _prefill(plan: LayerPlan, call: Call) -> Tensor:
         rows = torch.cat([rows, torch.arange(plan.prompt, length, device=rows.device)])
     if rows.shape[0] == 0:
         return output
+    own = rows - plan.start  # (R,) among the queries of this pass
     key, value = call.key[:, :, :length], call.value[:, :, :length]  # a static cache holds more, to the right
     if call.mask is None:
         allowed = torch.arange(length, device=rows.device) <= rows[:, None]
         allowed = allowed[None, None]  # (1, 1, R, K)
     else:
-        allowed = call.mask[:, :, rows, :length].bool()  # (B, 1, R, K)
+        allowed = call.mask[:, :, own, :length].bool()  # (B, 1, R, K)
     sites = [_site(plan, step, call, length, rows[None], allowed) for step in plan.steps]
-    edited = before = output[:, rows]  # (B, R, H, D)
+    edited = before = output[:, own]  # (B, R, H, D)
     inner = [site.acts for site, step in zip(sites, plan.steps, strict=True) if not isinstance(step.edit, OutputEdit)]
     if inner:
         head = _materialised if plan.materialises else _biased
         touched = torch.stack(inner).any(dim=0)[:, :, None, None]  # (B, R, 1, 1)
-        new = head(plan, sites, call.query[:, :, rows], key, value, allowed, call.scale)
+        new = head(plan, sites, call.query[:, :, own], key, value, allowed, call.scale)
         edited = torch.where(touched, new, before)
-    return output.index_copy(1, rows, _outputs(plan, sites, edited))
+    return output.index_copy(1, own, _outputs(plan, sites, edited))
 
 
 def _decode(plan: LayerPlan, call: Call) -> Tensor:

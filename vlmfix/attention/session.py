@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -79,6 +79,73 @@ def bare(vlm: Checkpoint) -> Iterator[None]:
             setattr(owner, PLAN, plan)
 
 
+def first_edited(vlm: Checkpoint) -> int | None:
+    """The first prompt column at which some edit at work changes some row, or None when no edit changes the prompt."""
+    rows = [plan.rows for plan in _at_work(vlm).values()]
+    columns = torch.cat(rows) if rows else torch.empty(0)
+    return int(columns.min()) if len(columns) else None
+
+
+@contextmanager
+def recorded(vlm: Checkpoint) -> Iterator[dict[int, Tensor]]:
+    """Lifts every edit inside the block, and keeps what the edits would have read.
+
+    Yields:
+        Layer number -> residual stream that entered the layer in the block's last pass, for the layers in which an edit
+        reads it; filled by that pass.
+    """
+    layers = vlm.family.layers(vlm.model)
+    seen: dict[int, Tensor] = {}
+
+    readers = [number for number, plan in _at_work(vlm).items() if any(step.edit.needs_hidden for step in plan.steps)]
+    numbers = {layers[number]: number for number in readers}
+
+    def keep(layer: nn.Module, args: tuple[object, ...], kwargs: dict[str, Any]) -> None:
+        seen[numbers[layer]] = _entering(args, kwargs)
+
+    with ExitStack() as block:
+        block.enter_context(bare(vlm))
+        for layer in numbers:
+            block.enter_context(layer.register_forward_pre_hook(keep, with_kwargs=True))
+        yield seen
+
+
+@contextmanager
+def continued(vlm: Checkpoint, start: int, past: Mapping[int, Callable[[], Tensor]]) -> Iterator[None]:
+    """Lets the prompt's pass begin at a later column: those before it are in the cache, computed without edits.
+
+    Without this block edits refuse every pass over a part of the prompt.
+
+    Args:
+        vlm: The model.
+        start: Number of columns in the cache; no edit may act on them.
+        past: For each layer that ``recorded`` named, gives what it recorded as (B, start, hidden size).
+
+    Raises:
+        UnsupportedAttentionError: An edit acts on one of these columns.
+    """
+    first = first_edited(vlm)
+    if first is not None and first < start:
+        raise UnsupportedAttentionError(
+            f"column {first} of the prompt is edited, but {start} columns stand in the cache",
+            "compute the prompt from its first edited column on",
+        )
+    plans = _at_work(vlm)
+    try:
+        for number, plan in plans.items():
+            plan.start, plan.past = start, past.get(number)
+        yield
+    finally:
+        for plan in plans.values():
+            plan.start, plan.past = 0, None
+
+
+def _at_work(vlm: Checkpoint) -> dict[int, LayerPlan]:
+    modules = vlm.family.attention_modules(vlm.model)
+    found = {number: getattr(module, PLAN, None) for number, module in enumerate(modules)}
+    return {number: plan for number, plan in found.items() if plan is not None}
+
+
 def _plans(
     edits: Sequence[AttentionEdit], layout: ImageLayout, count: int, live: Tensor | None
 ) -> dict[int, LayerPlan]:
@@ -123,9 +190,16 @@ def _nested(outer: LayerPlan, inner: LayerPlan) -> LayerPlan:
     return LayerPlan(outer.layer, rows, inner.prompt, (*spread(outer), *spread(inner)))
 
 
-def _remember(layer: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
-    hidden = args[0] if args else kwargs["hidden_states"]
-    getattr(layer, PLAN).hidden = hidden
+def _remember(layer: nn.Module, args: tuple[object, ...], kwargs: dict[str, Any]) -> None:
+    plan: LayerPlan | None = getattr(layer, PLAN, None)
+    if plan is not None:  # not lifted
+        hidden = _entering(args, kwargs)
+        plan.hidden = hidden if plan.past is None else torch.cat([plan.past(), hidden], dim=1)
+
+
+def _entering(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    hidden: Tensor = args[0] if args else kwargs["hidden_states"]
+    return hidden
 
 
 def _refuse_continuation(decoder: nn.Module, args: tuple[object, ...], kwargs: dict[str, Any]) -> None:

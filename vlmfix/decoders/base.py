@@ -17,6 +17,7 @@ from vlmfix.attention.edit import AttentionEdit
 from vlmfix.attention.session import edited
 from vlmfix.decoders.branches import Contrast
 from vlmfix.decoders.parameters import Value, ranges, written
+from vlmfix.decoders.prefix import prompts_of, shared_prefixes
 from vlmfix.decoders.stack import stack_layout, stacked
 from vlmfix.errors import IncompatibleDecodersError, UsageError
 from vlmfix.models.checkpoint import Checkpoint
@@ -164,12 +165,16 @@ class Decoder(ABC):
         if num_beams > 1 and not plan.beams:
             raise IncompatibleDecodersError(f"{self.spec()} does not work with beam search", "use num_beams=1")
         layout = layout.expand(num_beams) if num_beams > 1 else layout
+        branches = [branch for contrast in plan.contrasts for branch in contrast.branches]
         with ExitStack() as block:
             live = None
             if plan.contrasts:
                 stack = block.enter_context(stacked(vlm, batch, plan.contrasts, beams=num_beams))
                 layout, live = stack_layout(layout, stack)
             block.enter_context(edited(vlm, layout, plan.edits, live=live))
+            prompts = prompts_of(vlm, batch, branches, beams=num_beams)
+            if prompts is not None:
+                block.enter_context(shared_prefixes(vlm, prompts))
             yield _arguments(plan)
 
 

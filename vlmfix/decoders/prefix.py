@@ -1,0 +1,342 @@
+"""Rows whose prompts begin alike share the pass over that beginning.
+
+Questions about one picture differ only behind it. The text decoder's first call, the prompt's, is split in two: the
+columns before ``start`` run once per distinct beginning, and their keys and values are copied to every row that begins
+so; the columns from ``start`` on run per row, behind that cache. Columns stay where they were, so masks, layouts and
+whatever is above the text decoder see one ordinary prompt. Where ``start`` cuts into a row's own beginning (its
+question is shorter than the longest), the row computes the few columns between once more.
+
+A pass is split only where that is the same computation: the beginnings are equal as the decoder sees them (embeddings,
+positions, deep features), no edit acts before ``start``, no sliding window ends inside the prompt, no rotary
+embedding depends on the length of the pass, and no token of a beginning looks at one behind it. Everything else runs
+as it would without this module.
+
+Shape letters (``docs/notation.md``): B rows (all branches, beams expanded), T prompt tokens; here also U distinct
+beginnings, P tokens of the longest, S = T - start.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache, StaticCache
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer, StaticLayer, StaticSlidingWindowLayer
+
+from vlmfix.attention.session import continued, first_edited, recorded
+from vlmfix.decoders.branches import Branch
+from vlmfix.decoders.encoding import first_rows, repeats_pictures
+from vlmfix.models.checkpoint import Checkpoint
+from vlmfix.models.layout import Batch
+
+LAYERS = (DynamicLayer, DynamicSlidingWindowLayer, StaticLayer, StaticSlidingWindowLayer)
+"""Cache layers that hold plain keys and values."""
+GROWING = {"dynamic", "longrope"}
+"""Rotary embeddings whose frequencies depend on the length of the pass."""
+
+
+@dataclass(frozen=True, eq=False)
+class Prompts:
+    """The rows of a prefill and which of them may begin alike.
+
+    Attributes:
+        real: (B, T) bool, True where a prompt token is real; padding is on the left.
+        alike: (B,) int64, the first row with the same pictures and the same tokens up to the last of them. A row
+            without a picture is like its own beams alone.
+    """
+
+    real: Tensor
+    alike: Tensor
+
+
+def prompts_of(vlm: Checkpoint, batch: Batch, branches: Sequence[Branch], *, beams: int = 1) -> Prompts | None:
+    """The rows that a call of ``generate`` will run, or None when no two of them can share.
+
+    Args:
+        vlm: The model.
+        batch: The clean rows.
+        branches: The branches that are stacked below them.
+        beams: Number of beams.
+    """
+    if batch.pictures is None:
+        return None
+    batches = [batch, *(branch.batch for branch in branches)]
+    shown = [batch, *(batch if branch.same_pictures else branch.batch for branch in branches)]
+    pixels = {id(part.get("pixel_values")) for part in shown}
+    if beams == 1 and len(pixels) == len(shown) and not repeats_pictures(batch):
+        return None
+    keys = [key for pair in zip(shown, batches, strict=True) for key in _keys(vlm, *pair) for _ in range(beams)]
+    seen: dict[Hashable, int] = {}
+    alike = [seen.setdefault(key, number) for number, key in enumerate(keys)]
+    if len(seen) == len(keys):
+        return None
+    length = max(part.length for part in batches)
+    masks = [torch.nn.functional.pad(part.attention_mask, (length - part.length, 0)) for part in batches]
+    real = torch.cat(masks).bool().repeat_interleave(beams, dim=0)  # (B, T)
+    if not bool((real.int().diff(dim=1) >= 0).all()):
+        return None  # padded elsewhere than on the left
+    return Prompts(real=real, alike=torch.tensor(alike, device=real.device))
+
+
+def _keys(vlm: Checkpoint, shown: Batch, asked: Batch) -> list[Hashable]:
+    """For each row, what its beginning is made of: pixels, pictures, and the tokens up to the last picture's last.
+
+    Args:
+        vlm: The model.
+        shown: The batch whose pixels the rows see.
+        asked: The batch whose prompts they have.
+    """
+    pixels, image = id(shown.get("pixel_values")), vlm.family.image_token(vlm.model.config)
+    keys: list[Hashable] = []
+    rows = zip(asked["input_ids"].tolist(), asked.attention_mask.tolist(), first_rows(shown), strict=True)
+    for number, (ids, mask, first) in enumerate(rows):
+        own = [token for token, real in zip(ids, mask, strict=True) if real]
+        end = len(own) - own[::-1].index(image) if image in own else 0
+        keys.append((pixels, first, *own[:end]) if end else (id(asked), number))
+    return keys
+
+
+@contextmanager
+def shared_prefixes(vlm: Checkpoint, prompts: Prompts) -> Iterator[None]:
+    """Splits the text decoder's first call inside the block, if that is the prompt's; later calls are not touched.
+
+    Args:
+        vlm: The model; its text decoder's ``forward`` is restored by the first call, and at the latest on leaving.
+        prompts: The rows of that call.
+    """
+    decoder: Any = vlm.family.decoder(vlm.model)
+    owned = "forward" in decoder.__dict__
+    original = decoder.forward
+
+    @functools.wraps(original)
+    def forward(*args: Any, **kwargs: Any) -> Any:  # noqa: ANN401 (families differ)
+        restore()
+        split = None if args else _split(vlm, prompts, kwargs)
+        return original(*args, **kwargs) if split is None else _run(vlm, original, split, kwargs)
+
+    def restore() -> None:
+        if decoder.__dict__.get("forward") is forward:
+            if owned:
+                decoder.forward = original
+            else:
+                del decoder.forward
+
+    decoder.forward = forward
+    try:
+        yield
+    finally:
+        restore()
+
+
+@dataclass(frozen=True, eq=False)
+class Split:
+    """Where a prompt is cut.
+
+    Attributes:
+        start: Columns that are computed once per beginning.
+        first: (U,) int64, the row that each beginning is taken from.
+        of: (B,) int64, the beginning of each row.
+        pad: (B,) int64, columns of padding before each row.
+        length: P, tokens of the longest beginning.
+    """
+
+    start: int
+    first: Tensor
+    of: Tensor
+    pad: Tensor
+    length: int
+
+
+def _split(vlm: Checkpoint, prompts: Prompts, given: Mapping[str, Any]) -> Split | None:
+    """How to cut, or None when the pass must stay whole or nothing would be saved."""
+    rows, total = prompts.real.shape
+    if not _is_prefill(vlm, given, prompts.real):
+        return None
+    pad = total - prompts.real.sum(dim=1)  # (B,)
+    common = torch.minimum(_common(prompts.alike, pad, given), total - pad - 2)  # (B,); one query alone is no prompt
+    common = common.scatter_reduce(0, prompts.alike, common, "amin")[prompts.alike]
+    edited = first_edited(vlm)
+    start = min(int((pad + common).min()), total if edited is None else edited)
+    wanted = (start - pad).clamp(min=0)  # (B,) tokens of the beginning that each row takes over
+    wanted = wanted.scatter_reduce(0, prompts.alike, wanted, "amax")
+    alike = torch.where(wanted[prompts.alike] > 0, prompts.alike, prompts.alike[wanted.argmax()])
+    first, of = alike.unique(return_inverse=True)
+    needed = _closed(given.get("attention_mask"), first, pad[first], wanted[first])  # (U,)
+    length = int(needed.max())
+    if bool((needed > common[first]).any()) or len(first) * length + rows * (total - start) >= rows * total:
+        return None
+    return Split(start=start, first=first, of=of, pad=pad, length=length)
+
+
+def _run(vlm: Checkpoint, decoder: Callable[..., Any], split: Split, given: Mapping[str, Any]) -> Any:  # noqa: ANN401
+    """Both passes; returns the second's output, which has the last S columns."""
+    mask, total = given.get("attention_mask"), given["inputs_embeds"].shape[1]
+    columns = torch.arange(total, device=split.pad.device)
+    once = (split.pad[split.first, None] + columns[: split.length]).clamp(max=total - 1)  # (U, P)
+    fresh = DynamicCache()
+    inputs = _inputs(given, split.first[:, None], once)
+    with recorded(vlm) as hidden:
+        decoder(**inputs, attention_mask=_mask_among(mask, split.first, once), past_key_values=fresh)
+    token = (columns[: split.start] - split.pad[:, None]).clamp(min=0)  # (B, start), padding takes any
+
+    def copied(values: Tensor) -> Tensor:
+        return values[split.of[:, None], token]  # (B, start, ...)
+
+    cache, layers = given["past_key_values"], list[Any](fresh.layers)
+    for number, layer in enumerate(layers):
+        keys, values = (copied(x.transpose(1, 2)).transpose(1, 2) for x in (layer.keys, layer.values))
+        cache.update(keys, values, number)  # (B, G, start, D)
+    past = {number: functools.partial(copied, value) for number, value in hidden.items()}
+    every = torch.arange(len(split.of), device=columns.device)[:, None]
+    inputs = _inputs(given, every, columns[None, split.start :].expand(len(every), -1))
+    with continued(vlm, split.start, past):
+        return decoder(**inputs, attention_mask=_mask_from(mask, split.start), past_key_values=cache)
+
+
+def _is_prefill(vlm: Checkpoint, given: Mapping[str, Any], real: Tensor) -> bool:
+    """Whether the call is the prompt's, into an empty cache, and of a kind that can be cut."""
+    embeds, mask = given.get("inputs_embeds"), given.get("attention_mask")
+    cache: Any = given.get("past_key_values")
+    if embeds is None or embeds.shape[:2] != real.shape or given.get("position_ids") is None:
+        return False
+    if type(cache) not in (DynamicCache, StaticCache) or int(cache.get_seq_length()) > 0:
+        return False
+    if given.get("output_attentions") or given.get("output_hidden_states"):
+        return False  # they would miss the beginning
+    masks = list(mask.values()) if isinstance(mask, dict) else [mask]
+    known = all(_says(part, real) for part in masks) and len({part is None for part in masks}) == 1
+    return known and _plain_layers(cache, real.shape[1]) and not GROWING & _rotary_types(vlm)
+
+
+def _says(mask: Any, real: Tensor) -> bool:  # noqa: ANN401 (what the decoder takes)
+    """Whether a mask, or no mask, hides the prompt's padding and nothing else from the last token."""
+    rows, total = real.shape
+    if mask is None:
+        return bool(real.all())
+    if not isinstance(mask, Tensor) or mask.shape not in {(rows, total), (rows, 1, total, mask.shape[-1])}:
+        return False
+    return torch.equal(mask.bool() if mask.dim() == 2 else _allowed(mask[:, 0, -1, :total]), real)
+
+
+def _allowed(mask: Tensor) -> Tensor:
+    """Where a query may look: a mask is bool, or what is added to the scores."""
+    return mask if mask.dtype == torch.bool else mask >= 0
+
+
+def _plain_layers(cache: Any, total: int) -> bool:  # noqa: ANN401 (dynamic or static)
+    """Whether all layers of a cache keep every key of the prompt."""
+    for layer in cache.layers:
+        window = getattr(layer, "max_cache_len", getattr(layer, "sliding_window", None))
+        if type(layer) not in LAYERS or (layer.is_sliding and (window is None or window <= total)):
+            return False
+    return True
+
+
+def _rotary_types(vlm: Checkpoint) -> set[str]:
+    decoder: Any = vlm.family.decoder(vlm.model)
+    given = getattr(decoder.config, "rope_parameters", None) or {}
+    each = [given, *(value for value in given.values() if isinstance(value, dict))]  # some models have one per kind
+    return {str(part["rope_type"]) for part in each if "rope_type" in part}
+
+
+def _common(alike: Tensor, pad: Tensor, given: Mapping[str, Any]) -> Tensor:
+    """(B,) tokens from its first on that each row has in common with the row it is alike to; all for that row itself.
+
+    Rows count as equal where the decoder's inputs are: embeddings, positions, and deep features of the pictures.
+    """
+    embeds: Tensor = given["inputs_embeds"]
+    rows, total, _ = embeds.shape
+    columns = torch.arange(total, device=pad.device)
+    own = (alike != torch.arange(rows, device=pad.device)).nonzero().squeeze(1)  # (N,) rows alike to another
+    other = alike[own]
+    source = columns - pad[own, None] + pad[other, None]  # (N, T), the other row's column of the same token
+    inside = (source >= 0) & (source < total)
+    at = (other[:, None], source.clamp(0, total - 1))
+    positions = _positions(given).reshape(-1, rows, total)
+    same = inside & (embeds[own] == embeds[at]).all(dim=-1) & (positions[:, own] == positions[:, *at]).all(dim=0)
+    visual = given.get("visual_pos_masks")
+    if visual is not None:
+        number = visual.flatten().cumsum(0).view_as(visual) - 1
+        both = visual[own] & visual[at]
+        mine, theirs = number[own][both], number[at][both]
+        for level in given["deepstack_visual_embeds"]:
+            same[both] &= (level[mine] == level[theirs]).all(dim=-1)
+    differs = ~same & (columns >= pad[own, None])  # (N, T)
+    end = torch.where(differs.any(dim=1), differs.int().argmax(dim=1), total)
+    return (total - pad).index_copy(0, own, end - pad[own])
+
+
+def _closed(mask: Any, first: Tensor, pad: Tensor, wanted: Tensor) -> Tensor:  # noqa: ANN401
+    """(U,) tokens of each beginning that the wanted ones depend on; more than these where a picture sees all of itself.
+
+    Args:
+        mask: What the decoder got: None or (B, T) for plain causality, (B, 1, T, K), or several of these by name.
+        first: (U,) rows of the beginnings.
+        pad: (U,) their padding.
+        wanted: (U,) tokens wanted.
+    """
+    square = [part for part in (mask.values() if isinstance(mask, dict) else [mask]) if part is not None]
+    square = [_allowed(part[first, 0]) for part in square if part.dim() == 4]  # (U, T, K)
+    needed = wanted
+    while True:
+        grown = needed
+        for allowed in square:
+            query, key = (torch.arange(size, device=pad.device) for size in allowed.shape[1:])
+            asking = (query >= pad[:, None]) & (query < (pad + grown)[:, None])  # (U, T)
+            seen = (allowed & asking[:, :, None]).any(dim=1)  # (U, K)
+            grown = torch.maximum(grown, torch.where(seen, key + 1, 0).amax(dim=1) - pad)
+        if torch.equal(grown, needed):
+            return needed
+        needed = grown
+
+
+def _inputs(given: Mapping[str, Any], rows: Tensor, columns: Tensor) -> dict[str, Any]:
+    """The decoder's inputs at some tokens, but for mask and cache.
+
+    Args:
+        given: All inputs.
+        rows: (N, 1) int64.
+        columns: (N, Q) int64.
+    """
+    inputs = {name: value for name, value in given.items() if name not in ("attention_mask", "past_key_values")}
+    inputs["inputs_embeds"] = given["inputs_embeds"][rows, columns]  # (N, Q, hidden size)
+    inputs["position_ids"] = _positions(given)[..., rows, columns]  # (..., N, Q)
+    visual = given.get("visual_pos_masks")
+    if visual is not None:
+        number = visual.flatten().cumsum(0).view_as(visual) - 1
+        chosen = visual[rows, columns]
+        inputs["visual_pos_masks"] = chosen
+        order = number[rows, columns][chosen]
+        inputs["deepstack_visual_embeds"] = [level[order] for level in given["deepstack_visual_embeds"]]
+    return inputs
+
+
+def _positions(given: Mapping[str, Any]) -> Tensor:
+    """(B, T) or (3 or 4, B, T) position ids."""
+    positions: Tensor = given["position_ids"]
+    return positions.expand(*positions.shape[:-2], given["inputs_embeds"].shape[0], -1)
+
+
+def _mask_among(mask: Any, rows: Tensor, columns: Tensor) -> Any:  # noqa: ANN401
+    """The mask of some tokens of some rows among themselves, (U, 1, P, P); None for plain causality."""
+    if isinstance(mask, dict):
+        return {name: _mask_among(part, rows, columns) for name, part in mask.items()}
+    if mask is None or mask.dim() == 2:
+        return None
+    return mask[rows[:, None, None], 0, columns[:, :, None], columns[:, None, :]][:, None]
+
+
+def _mask_from(mask: Any, start: int) -> Any:  # noqa: ANN401
+    """The mask of the queries from a column on; one without queries, (B, T), serves as it is.
+
+    None by name would be taken for a mask that is made already, and that mask is none of a pass behind a cache.
+    """
+    if isinstance(mask, dict):
+        parts = {name: _mask_from(part, start) for name, part in mask.items()}
+        return parts if any(part is not None for part in parts.values()) else None
+    return mask if mask is None or mask.dim() == 2 else mask[:, :, start:]
