@@ -12,7 +12,7 @@ from vlmfix.evals.compare import compare
 from vlmfix.evals.record import PLAIN, Record, read_run
 from vlmfix.evals.tasks import TASKS
 
-DRAWS = 500
+DRAWS = 2000
 
 
 def changes(comparison, arm):
@@ -183,9 +183,14 @@ def test_plain_arms_that_differ_are_told_apart():
     assert changes(comparison, "second/good")["easy/length"].plain.value > 1
 
 
+class Other(Exam):
+    name = "other"
+
+
 @pytest.mark.parametrize(
     ("other", "said"),
     [
+        ({"task": Other()}, "task is 'exam' and 'other'"),
         ({"task": Exam(strict=True)}, "options.strict is False and True"),
         ({"weights": "sha256:78"}, "weights is 'sha256:77' and 'sha256:78'"),
         ({"commit": "abc"}, "commit is None and 'abc'"),
@@ -237,8 +242,11 @@ def test_what_cannot_be_compared_says_why():
         compare([exam(arms={PLAIN: good})], draws=DRAWS)
     with pytest.raises(UsageError, match="given twice"):
         compare([exam(), exam()], draws=DRAWS)
-    with pytest.raises(UsageError, match="draws=10 "):
-        compare([exam()], draws=10)
+    with pytest.raises(UsageError, match="draws=999 is too few for 2 arms"):
+        compare([exam()], draws=999)
+    arms = {PLAIN: good} | {str(number): good for number in range(26)}
+    with pytest.raises(UsageError, match="give 10400 or more"):
+        compare([exam(arms=arms)])
     with pytest.raises(UsageError, match="no run"):
         compare([], draws=DRAWS)
 

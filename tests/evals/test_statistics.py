@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import tracemalloc
+
 import numpy as np
 import pytest
 from scipy import stats
@@ -78,6 +80,15 @@ def test_seeds_reproduce_whatever_the_chunks(monkeypatch):
     monkeypatch.setattr(statistics, "CHUNK", 333)
     assert np.allclose(drawn_mean(values, draws=101), first, rtol=1e-12)
     assert not np.allclose(drawn_mean(values, draws=101, seed=1), first)
+
+
+def test_memory_is_bounded_whatever_the_number_of_draws():
+    values = np.ones(20_000)
+    tracemalloc.start()
+    drawn_mean(values, draws=1000)  # the whole table of draws would hold 160 MB
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 40e6
 
 
 def test_draws_without_a_value_are_left_out_until_they_are_too_many():

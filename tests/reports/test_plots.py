@@ -13,7 +13,7 @@ from vlmfix.reports.plots import COLOURS, Point, differences, front, pareto
 
 @pytest.fixture(scope="module")
 def comparison():
-    return compare([exam()], draws=200)
+    return compare([exam()], draws=1000)
 
 
 def has(path, colour):
@@ -41,7 +41,7 @@ def test_differences_name_panels_groups_arms_and_better_sides(tmp_path, comparis
 def test_many_arms_with_long_names_are_told_apart(tmp_path):
     run = exam()
     arms = run.answers | {f"vcd:contrast={number},noise_step=400+locore": run.answers["wordy"] for number in range(9)}
-    differences(compare([exam(arms=arms)], draws=100), tmp_path / "plot.png")
+    differences(compare([exam(arms=arms)], draws=4400), tmp_path / "plot.png")
     assert all(has(tmp_path / "plot.png", colour) for colour in COLOURS)
 
 

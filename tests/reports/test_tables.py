@@ -20,7 +20,7 @@ LONG = "vcd:contrast=0.5,noise_step=400+locore:beta=0.15"
 @pytest.fixture(scope="module")
 def comparison():
     run = exam()
-    return compare([exam(arms=run.answers | {LONG: run.answers["wordy"]})], draws=500)
+    return compare([exam(arms=run.answers | {LONG: run.answers["wordy"]})], draws=2000)
 
 
 def shown(comparison, width=110):
@@ -79,10 +79,10 @@ def test_long_names_are_folded_and_not_cut(comparison, width):
 
 def test_the_legend_says_how_it_was_done(comparison):
     text = " ".join(" ".join(shown(comparison)).split())
-    assert "paired bootstrap over 60 pictures, 500 draws" in text
+    assert "paired bootstrap over 60 pictures, 2000 draws" in text
     assert "McNemar's test for accuracy in each group, else bootstrap; Holm-corrected for 3 arms" in text
     assert "a gain may come from them alone: yes_ratio, length" in text
-    alone = compare([exam(arms={name: exam().answers[name] for name in (PLAIN, "good")})], draws=100)
+    alone = compare([exam(arms={name: exam().answers[name] for name in (PLAIN, "good")})], draws=2000)
     assert "Holm" not in " ".join(shown(alone))
 
 
@@ -92,7 +92,7 @@ def test_notes_unparsed_answers_and_specifications_are_told():
     run.answers["good"][first] = replace(run.answers["good"][first], answer="maybe")
     del run.answers["good"][second]
     run.card["arms"]["good"]["spec"] = "vcd:contrast=1"
-    comparison = compare([run], draws=100)
+    comparison = compare([run], draws=2000)
     text = " ".join(" ".join(shown(comparison)).split())
     for said in (
         "good is vcd:contrast=1.",
@@ -116,7 +116,7 @@ def test_markdown_rows_have_as_many_cells_as_the_header(comparison):
 
 def test_the_markdown_caption_says_model_size_decoding_and_correction(comparison):
     caption = markdown(comparison).split("\n\n")[2]
-    for said in ("exam: tiny, float32, up to 8 tokens, 240 samples about 60 pictures.", "Holm", "500 draws", "Shifts"):
+    for said in ("exam: tiny, float32, up to 8 tokens, 240 samples about 60 pictures.", "Holm", "2000 draws", "Shifts"):
         assert said in caption
 
 
@@ -143,7 +143,7 @@ def test_a_figure_without_a_value_is_a_dash():
     mute = {
         name: replace(record, answer="no") for name, record in answers(asked, {"easy": 1, "hard": 1}, seed=0).items()
     }
-    comparison = compare([exam(asked=asked, arms=exam(asked=asked).answers | {"mute": mute})], draws=100)
+    comparison = compare([exam(asked=asked, arms=exam(asked=asked).answers | {"mute": mute})], draws=2000)
     row = next(line for line in markdown(comparison).splitlines() if line.startswith("|  | `mute`"))
     assert row.split(" | ")[3] == "-<br>-"
     line = next(line for line in shown(comparison) if line.startswith("mute"))
@@ -172,6 +172,6 @@ def test_decimals_suit_the_figure():
 def test_the_heading_tells_beams_sampling_and_commit():
     decoding = {"max_new_tokens": 64, "num_beams": 5, "temperature": 0.7, "top_p": 0.9, "seed": 3}
     run = exam(decoding=decoding, commit="0123456789abcdef", model="org/model")
-    said = heading(compare([run], draws=100))
+    said = heading(compare([run], draws=2000))
     assert "org/model (0123456789ab)" in said
     assert "up to 64 tokens, 5 beams, sampling (temperature 0.7, top_p 0.9, seed 3)" in said

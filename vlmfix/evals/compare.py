@@ -18,7 +18,9 @@ ALPHA = 0.05
 """A difference is called better or worse when its corrected p value is below this and its interval leaves out zero."""
 FEW_UNITS = 30
 """Below this many units a comparison says that its intervals are too narrow."""
-MIN_DRAWS = 100
+MIN_DRAWS = 1000
+DRAWS_PER_ARM = 400
+"""A bootstrap p value is never below 2 / (draws + 1); with fewer draws Holm's correction alone could hide an effect."""
 
 Direction = Literal["better", "worse", "no clear difference", ""]
 
@@ -114,7 +116,8 @@ class Comparison:
 
     Attributes:
         task: Name of the benchmark.
-        card: What all runs share: options, data, count, model, revision, commit, weights, dtype, decoding.
+        card: What all runs share: options, data, count and digest of the samples, model, revision, commit, weights,
+            dtype, decoding.
         unit: What the bootstrap draws, in the plural.
         draws: Of the bootstrap.
         seed: Of the bootstrap.
@@ -142,16 +145,17 @@ def compare(runs: Sequence[EvalRun], *, draws: int = 10_000, seed: int = 0) -> C
 
     Args:
         runs: Runs of the same samples by the same model with the same settings; their arms may be unfinished.
-        draws: Of the bootstrap, 100 or more.
+        draws: Of the bootstrap; 1000 or more, and 400 or more for each arm.
         seed: Of the bootstrap.
 
     Raises:
         UsageError: The runs differ in what must be equal, have no plain arm or no other, or ``draws`` is too small.
         DataError: No arm has a sample in common with its plain arm yet.
     """
-    if draws < MIN_DRAWS:
-        raise UsageError(f"draws={draws} is too few", f"give {MIN_DRAWS} or more; 10000 is usual")
     refuse_incomparable(runs)
+    count = sum(len(run.answers) - 1 for run in runs)
+    if draws < (least := max(MIN_DRAWS, DRAWS_PER_ARM * count)):
+        raise UsageError(f"draws={draws} is too few for {count} arms", f"give {least} or more")
     labels = _labels([run.folder for run in runs])
     differing = _differing_plain(runs, labels)
     names = _names(runs, labels, keep_plain=not differing)

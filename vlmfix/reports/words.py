@@ -98,7 +98,7 @@ def legend(comparison: Comparison) -> list[str]:
         f"p: {tests}{corrected}.",
         *([f"Shifts, not merits; a gain may come from them alone: {shifts}."] if shifts else []),
         *_unparsed(comparison),
-        *(f"{a.name} is {a.spec}." for a in (*comparison.plain, *comparison.arms) if a.name != a.spec),
+        *(f"{a.name} is {a.spec}." for a in (*comparison.plain, *comparison.arms) if not a.name.endswith(a.spec)),
         *comparison.notes,
     ]
 
