@@ -9,7 +9,7 @@ import traceback
 import click
 
 from vlmfix import __version__
-from vlmfix.commands import about, answers, options, world
+from vlmfix.commands import about, answers, compare, evaluate, options, tune, world
 from vlmfix.errors import UsageError, VlmfixError
 
 
@@ -20,8 +20,20 @@ def cli() -> None:
     """Fewer hallucinations from vision-language models, while they decode and without training."""
 
 
-for _command in (answers.run, answers.ask, about.decoders, about.doctor, world.world, world.demo):
+for _command in (
+    answers.run,
+    answers.ask,
+    evaluate.evaluate,
+    compare.compare,
+    compare.reproduce,
+    tune.tune,
+    about.decoders,
+    about.doctor,
+    world.world,
+    world.demo,
+):
     cli.add_command(_command)
+evaluate.evaluate.add_command(compare.score)
 
 
 def main() -> None:

@@ -6,7 +6,7 @@ import io
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,9 @@ LINE_SECONDS = 10.0
 """Between two lines of progress where there is no terminal to draw a bar on."""
 WIDTH = 110
 """Columns of a table that does not go to a terminal."""
+
+LARGE_FILE = 1 << 25
+"""Bytes from which the reading of a file is shown."""
 
 STYLES = {"": "", "present": "bold", "absent": "bold red strike"}
 
@@ -57,6 +60,29 @@ def counting(what: str) -> Iterator[Callable[[int, int], None]]:
             elapsed = time.monotonic() - started
             rate = (done - first[0]) / elapsed if elapsed > 0 else 0.0
             show(what, done, total, rate)
+
+        yield report
+
+
+@contextmanager
+def reading(what: str) -> Iterator[Callable[[int, int], None]]:
+    """Shows how far the first read of large files is; small ones pass unseen.
+
+    Args:
+        what: What is read.
+
+    Yields:
+        A function to call with the bytes read of a file and its size.
+    """
+    with ExitStack() as shown:
+        bars: dict[int, Callable[[int, int], None]] = {}
+
+        def report(done: int, total: int) -> None:
+            if total < LARGE_FILE:
+                return
+            if total not in bars:
+                bars[total] = shown.enter_context(counting(f"MB of {what}"))
+            bars[total](done >> 20, total >> 20)
 
         yield report
 
@@ -128,7 +154,7 @@ def decoder_tables(infos: Sequence[DecoderInfo]) -> str:
     for info in infos:
         if info.parameters:
             parts += ["", Text(f"{info.name}, parameters"), _parameter_table(info)]
-    return _text(*parts)
+    return rendered(*parts)
 
 
 def _parameter_table(info: DecoderInfo) -> Table:
@@ -153,6 +179,7 @@ def info_json(info: DecoderInfo) -> dict[str, Any]:
                 "name": parameter.name,
                 "default": plain(parameter.default),
                 "range": parameter.range,
+                "search": parameter.search,
                 "help": parameter.help,
             }
             for parameter in info.parameters
@@ -178,7 +205,7 @@ def diagnosis_text(diagnosis: dict[str, Any]) -> str:
     checks = Table(box=None, pad_edge=False, show_header=False)
     for name, reason in diagnosis["decoders"].items():
         checks.add_row(name, "works" if reason is None else f"does not work: {reason}")
-    return _text(facts, "", checks).rstrip("\n")
+    return rendered(facts, "", checks).rstrip("\n")
 
 
 def comparison_text(comparison: Comparison) -> str:
@@ -191,7 +218,7 @@ def comparison_text(comparison: Comparison) -> str:
         present = Text(f"{scene.image.name}\n").append(", ".join(scene.present), style="dim")
         table.add_row(present, *(_marked(described) for described in scene.answers.values()))
     legend = Text("[in brackets]: not in the picture")
-    return _text(table, legend, "", *(Text(_counted(spec, count)) for spec, count in comparison.counts.items()))
+    return rendered(table, legend, "", *(Text(_counted(spec, count)) for spec, count in comparison.counts.items()))
 
 
 def _counted(spec: str, count: Count) -> str:
@@ -208,7 +235,7 @@ def _marked(described: Described) -> Text:
     return text
 
 
-def _text(*parts: RenderableType) -> str:
+def rendered(*parts: RenderableType) -> str:
     """Renders for the terminal's width, or for a fixed one where there is none."""
     terminal = sys.stdout.isatty()
     out = io.StringIO()

@@ -32,7 +32,7 @@ _OPTIONS = {
         default="greedy",
         show_default=True,
         metavar="SPEC",
-        help="name, or name:parameter=value,parameter=value; + joins several. See: vlmfix decoders.",
+        help="name, or name:parameter=value,parameter=value, or @recipe.toml; + joins. See: vlmfix decoders.",
     ),
     "max_new_tokens": click.option(
         "--max-new-tokens",
@@ -63,7 +63,7 @@ def generation_options(*left_out: str) -> Callable[[Callable[..., None]], Callab
     def decorate(command: Callable[..., None]) -> Callable[..., None]:
         @functools.wraps(command)
         def with_settings(**given: Any) -> None:
-            settings = Settings(**{name: given.pop(name) for name in _OPTIONS if name in given})
+            settings = Settings(**{name: given.pop(name) for name in _OPTIONS if name not in left_out})
             command(settings=settings, **given)
 
         for name, option in reversed(_OPTIONS.items()):

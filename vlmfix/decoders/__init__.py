@@ -15,10 +15,11 @@ DECODERS: dict[str, type[Decoder]] = {decoder.name: decoder for decoder in (Gree
 
 
 def parse(spec: str) -> Decoder:
-    """Reads a decoder such as ``var:moved_fraction=0.4+locore:strength=0.15``.
+    """Reads a decoder such as ``var:moved_fraction=0.4+locore:strength=0.15`` or ``@recipe.toml``.
 
     Raises:
         UsageError: Unknown name or parameter, or a value that is not allowed.
+        DataError: A recipe cannot be read.
     """
     return _spec.parse(spec, DECODERS)
 

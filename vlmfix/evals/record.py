@@ -110,6 +110,13 @@ def _records(path: Path) -> dict[str, Record]:
     return {line["id"]: record(line) for line in read_lines(path)}
 
 
+def write_samples(folder: Path, samples: Sequence[Sample]) -> None:
+    """Write what was asked; a reader sees the old file or the new one, never a part."""
+    draft = folder / f".{SAMPLES}.new"
+    draft.write_text("".join(f"{to_json(asdict(sample))}\n" for sample in samples), encoding="utf-8")
+    draft.replace(folder / SAMPLES)
+
+
 def record(line: dict[str, Any]) -> Record:
     """One line of an answers file."""
     return Record(

@@ -12,7 +12,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -21,11 +21,22 @@ from vlmfix.answering import Answerer, Question, fitting_batch
 from vlmfix.card import device_name, peak_memory, plain, versions, weights_digest
 from vlmfix.decoders import Decoder, Greedy
 from vlmfix.errors import DataError, UsageError
-from vlmfix.evals.record import ANSWERS, CARD, FORMAT, PLAIN, SAMPLES, EvalRun, arm_folder, digest, read_run
+from vlmfix.evals.record import (
+    ANSWERS,
+    CARD,
+    FORMAT,
+    PLAIN,
+    SAMPLES,
+    EvalRun,
+    arm_folder,
+    digest,
+    read_run,
+    write_samples,
+)
 from vlmfix.evals.task import Sample, Task, Workload
 from vlmfix.generation import VLM, Answer, load
 from vlmfix.images import Found, Picture, read_ahead
-from vlmfix.records import JsonLines, read_json, refuse_other, replace_json, to_json
+from vlmfix.records import JsonLines, read_json, refuse_other, replace_json
 from vlmfix.settings import Settings
 
 SHOWN = 5
@@ -204,11 +215,8 @@ class _Folder:
             raise UsageError(f"{self._out} holds answers but no {CARD}", "choose another --out")
         else:
             self._card = known | {"arms": named, "command": command, "sessions": []}
-        samples = self._out / SAMPLES
-        if not samples.exists():
-            draft = samples.with_name(f".{SAMPLES}.new")
-            draft.write_text("".join(f"{to_json(asdict(s))}\n" for s in workload.samples), encoding="utf-8")
-            draft.replace(samples)
+        if not (self._out / SAMPLES).exists():
+            write_samples(self._out, workload.samples)
         replace_json(path, self._card)
 
     @property

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from vlmfix.evals.record import CARD, REPORT, RESULTS, EvalRun
+from vlmfix.evals.record import CARD, REPORT, RESULTS, EvalRun, digest, write_samples
+from vlmfix.evals.task import Sample
 from vlmfix.records import replace_json
 
 
-def score(run: EvalRun, **options: str | bool | None) -> EvalRun:
+def score(run: EvalRun, *, samples: Sequence[Sample] | None = None, **options: str | bool | None) -> EvalRun:
     """Score every arm and write ``results.json`` and ``report.json`` into the run's folder.
 
     Args:
         run: Arms may be unfinished; what is missing is counted in the report.
+        samples: The run's samples with other truths, such as judgements made since; the run then keeps these.
         **options: Rules of scoring to change, such as ``parser="vcd"``; the card then says so.
 
     Returns:
@@ -22,8 +25,11 @@ def score(run: EvalRun, **options: str | bool | None) -> EvalRun:
     Raises:
         UsageError: The task has no such option, or refuses the value.
     """
-    if options:
-        run = replace(run, task=replace(run.task, **options), card=run.card | {"options": run.task.options() | options})
+    if samples is not None or options:
+        samples = run.samples if samples is None else list(samples)
+        changed = {"options": run.task.options() | options, "samples": digest(samples)}
+        run = replace(run, task=replace(run.task, **options), card=run.card | changed, samples=samples)
+        write_samples(run.folder, run.samples)
         replace_json(run.folder / CARD, run.card)
     results: dict[str, Any] = {}
     report: dict[str, Any] = {}

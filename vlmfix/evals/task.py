@@ -137,7 +137,9 @@ class Task(ABC):
         for sample, verdict in judged:
             for name, value in verdict.counts.items():
                 full = f"{sample.group}/{name}" if sample.group else name
-                counts.setdefault(full, np.zeros(len(units)))[units[sample.drawn_as()]] += value
+                if full not in counts:
+                    counts[full] = np.zeros(len(units))
+                counts[full][units[sample.drawn_as()]] += value
         return Tally(tuple(units), counts)
 
     @abstractmethod

@@ -1,0 +1,114 @@
+"""`vlmfix compare`, `vlmfix reproduce` and `vlmfix eval score`: what may be said of answers that are there."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from vlmfix.commands import options
+from vlmfix.errors import UsageError
+from vlmfix.records import to_json
+
+PATH = click.Path(path_type=Path)
+
+
+@click.command()
+@click.argument("folder", type=PATH)
+@click.option("--parser", help="POPE: read the answers with another published parser.")
+@click.option("--synonyms", type=PATH, help="CHAIR: word table in the format of the original synonyms.txt.")
+@click.option("--judgements", type=PATH, multiple=True, help="HallusionBench: judgements made elsewhere.")
+@click.option("--json", "as_json", is_flag=True, help="Print the comparison as JSON.")
+@options.debug
+def score(
+    *,
+    folder: Path,
+    parser: str | None,
+    synonyms: Path | None,
+    judgements: tuple[Path, ...],
+    as_json: bool,
+) -> None:
+    """Score the answers in FOLDER again, without the model that gave them."""
+    options.quieten()
+    from vlmfix.evals.record import read_run
+    from vlmfix.evals.score import score as score_run
+
+    run = read_run(folder)
+    for name, given, task in (
+        ("parser", parser, "pope"),
+        ("synonyms", synonyms, "chair"),
+        ("judgements", judgements, "hallusion"),
+    ):
+        if given and run.task.name != task:
+            raise UsageError(f"--{name} does not go with {run.task.name}", f"{folder} is a run of {run.task.name}")
+    samples, changed = None, dict[str, Any]()
+    if parser is not None:
+        changed = {"parser": parser}
+    if synonyms is not None:
+        from vlmfix.evals.inputs import read_source
+
+        changed = {"synonyms": read_source(synonyms).text}
+    if judgements:
+        from vlmfix.evals.hallusion import judged_before
+
+        samples, changed = judged_before(run.samples, judgements), {"judged_by": "file"}
+    tell([score_run(run, samples=samples, **changed)], folder, as_json=as_json)
+
+
+@click.command()
+@click.argument("folders", type=PATH, nargs=-1, required=True)
+@click.option("--out", type=PATH, help="Where comparison.csv, .md and .png go.  [default: the first folder]")
+@click.option("--draws", default=10_000, show_default=True, type=click.IntRange(min=100), help="Bootstrap draws.")
+@click.option("--seed", default=0, show_default=True, type=click.IntRange(min=0), help="Seed of the draws.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@options.debug
+def compare(*, folders: tuple[Path, ...], out: Path | None, draws: int, seed: int, as_json: bool) -> None:
+    """Compare the arms of evaluation FOLDERS with plain decoding, by paired intervals.
+
+    Runs whose questions, model, prompt or decoding differ are refused.
+    """
+    options.quieten()
+    from vlmfix.evals.record import read_run
+
+    tell([read_run(folder) for folder in folders], out or folders[0], as_json=as_json, draws=draws, seed=seed)
+
+
+@click.command()
+@click.argument("folder", type=PATH)
+@click.option("--out", type=PATH, help="Folder of the second run.  [default: FOLDER/again]")
+@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@options.debug
+def reproduce(*, folder: Path, out: Path | None, device: str, as_json: bool) -> None:
+    """Run the evaluation in FOLDER again from its card, and say what differs.
+
+    The exit code is 0 when every answer has the same tokens, else 1.
+    """
+    options.quieten()
+    from vlmfix.display import counting, loading
+    from vlmfix.evals.record import read_run
+    from vlmfix.evals.reproduce import reproduce as again
+    from vlmfix.evals.score import score as score_run
+    from vlmfix.reports.reproduction import reproduction_json, reproduction_text
+
+    run = read_run(folder)
+    with counting("answers") as report:
+        found = again(run, out or folder / "again", device=device, report=report, loader=loading)
+    score_run(found.run)
+    click.echo(to_json(reproduction_json(found), indent=2) if as_json else reproduction_text(found, folder), nl=as_json)
+    if not found.exact:
+        click.get_current_context().exit(1)
+
+
+def tell(runs: list[Any], out: Path, *, as_json: bool, draws: int = 10_000, seed: int = 0) -> None:
+    """Compares runs, writes the comparison's files and prints it."""
+    from vlmfix.display import rendered
+    from vlmfix.evals.compare import compare as compare_runs
+    from vlmfix.reports import tables
+    from vlmfix.reports.files import save
+
+    comparison = compare_runs(runs, draws=draws, seed=seed)
+    save(comparison, out)
+    click.echo(tables.json_text(comparison) if as_json else rendered(tables.terminal(comparison)), nl=as_json)
+    click.echo(f"vlmfix: the same in {out}/comparison.csv, .md and .png", err=True)

@@ -1,0 +1,307 @@
+"""`vlmfix eval`: benchmarks."""
+
+from __future__ import annotations
+
+import functools
+import shlex
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import click
+
+from vlmfix.commands import options
+from vlmfix.commands.compare import tell
+from vlmfix.errors import UsageError
+from vlmfix.settings import Settings
+
+PATH = click.Path(path_type=Path)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What every benchmark's command is told.
+
+    Attributes:
+        out: Folder of the run.
+        decoders: Specifications of the arms, as typed.
+        settings: Model and generation settings; ``max_new_tokens`` 0 stands for the benchmark's own.
+        batch_size: Rows at a time; None is automatic.
+        as_json: Print JSON instead of a table.
+    """
+
+    out: Path
+    decoders: tuple[str, ...]
+    settings: Settings
+    batch_size: int | None
+    as_json: bool
+
+
+def _planned(command: Callable[..., None]) -> Callable[..., None]:
+    """The options that every benchmark has, handed over as one ``plan``."""
+
+    @functools.wraps(command)
+    def with_plan(
+        *,
+        settings: Settings,
+        out: Path,
+        decoders: tuple[str, ...],
+        batch_size: int | None,
+        as_json: bool,
+        max_new_tokens: int | None,
+        **given: Any,
+    ) -> None:
+        options.quieten()
+        settings = replace(settings, max_new_tokens=max_new_tokens or 0)
+        plan = Plan(out=out, decoders=decoders, settings=settings, batch_size=batch_size, as_json=as_json)
+        command(plan=plan, **given)
+
+    decorated: Callable[..., None] = with_plan
+    for option in (
+        options.generation_options("decoder", "max_new_tokens"),
+        click.option(
+            "--max-new-tokens",
+            type=click.IntRange(min=1),
+            help="Longest answer, in tokens.  [default: the benchmark's]",
+        ),
+        click.option(
+            "--batch-size", type=options.BatchSize(), default="auto", show_default=True, help="Rows at a time."
+        ),
+        click.option("--json", "as_json", is_flag=True, help="Print the comparison as JSON."),
+        click.option(
+            "--decoder",
+            "decoders",
+            multiple=True,
+            metavar="SPEC",
+            help="An arm beside plain greedy, which always runs; may be repeated. See: vlmfix decoders.",
+        ),
+        click.option("--out", required=True, type=PATH, help="Folder of the run; goes on where it was."),
+    ):
+        decorated = option(decorated)
+    return decorated
+
+
+def _sampled(what: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Options that choose pictures."""
+
+    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+        for option in (
+            click.option("--list", "listed", type=PATH, help="File with one picture per line: these, in this order."),
+            click.option(
+                "--sample-seed", default=0, show_default=True, type=click.IntRange(0), help="Seed of the draw."
+            ),
+            click.option("--count", type=click.IntRange(min=1), help=f"Draw so many {what}.  [default: all]"),
+        ):
+            command = option(command)
+        return command
+
+    return decorate
+
+
+@click.group("eval")
+def evaluate() -> None:
+    """Benchmarks: several decoders over the same questions, with intervals."""
+
+
+@evaluate.command()
+@click.option("--questions", type=PATH, help="Official question file, or a folder of them.")
+@click.option("--instances", type=PATH, multiple=True, help="Build questions from COCO instances instead.")
+@click.option("--images", required=True, type=PATH, help="Folder of the pictures.")
+@click.option("--sample-seed", default=0, show_default=True, type=click.IntRange(0), help="Seed of building questions.")
+@click.option("--suffix", help="Put behind each question.  [default: newline, Answer the question using a single ...]")
+@click.option("--parser", default="official", show_default=True, metavar="NAME", help="Who reads the answers.")
+@_planned
+def pope(
+    *,
+    questions: Path | None,
+    instances: tuple[Path, ...],
+    images: Path,
+    sample_seed: int,
+    suffix: str | None,
+    parser: str,
+    plan: Plan,
+) -> None:
+    """POPE: is there a dog in the image?
+
+    Reads question files of every generation, or builds questions from COCO instances by the official rule.
+    """
+    if (questions is None) == (not instances):
+        raise UsageError("give either --questions or --instances", "question files as published, or COCO instances")
+    from vlmfix.display import reading
+    from vlmfix.evals import coco
+    from vlmfix.evals import pope as benchmark
+
+    suffix = benchmark.SUFFIX if suffix is None else suffix
+    task = benchmark.Pope(parser=parser)
+    if questions is not None:
+        workload = benchmark.read(questions, images, suffix=suffix)
+    else:
+        with reading("annotations") as report:
+            pictures = coco.picture_objects(instances, progress=report)
+            workload = benchmark.build(pictures, images, seed=sample_seed, suffix=suffix)
+    _run(task, workload, plan)
+
+
+@evaluate.command()
+@click.option("--instances", required=True, type=PATH, multiple=True, help="COCO instances; may be repeated.")
+@click.option("--captions", required=True, type=PATH, multiple=True, help="COCO captions; may be repeated.")
+@click.option("--images", required=True, type=PATH, help="Folder of the pictures.")
+@click.option("--protocol", default="chair-512", show_default=True, help="chair-512 or chair-64-trim.")
+@click.option(
+    "--synonyms", type=PATH, help="Word table in the format of the original synonyms.txt.  [default: our own]"
+)
+@click.option("--prompt", help="Asked about every picture.  [default: the protocol's]")
+@_sampled("pictures")
+@_planned
+def chair(
+    *,
+    instances: tuple[Path, ...],
+    captions: tuple[Path, ...],
+    images: Path,
+    protocol: str,
+    synonyms: Path | None,
+    prompt: str | None,
+    count: int | None,
+    sample_seed: int,
+    listed: Path | None,
+    plan: Plan,
+) -> None:
+    """CHAIR: objects in captions that are not in the picture."""
+    from vlmfix.display import reading
+    from vlmfix.evals import chair as benchmark
+    from vlmfix.evals.inputs import read_source
+
+    table = None if synonyms is None else read_source(synonyms).text
+    with reading("annotations") as report:
+        workload = benchmark.read(
+            instances,
+            captions,
+            images,
+            protocol=protocol,
+            prompt=prompt,
+            count=count,
+            seed=sample_seed,
+            listed=listed,
+            synonyms=table,
+            progress=report,
+        )
+    rules = benchmark.PROTOCOLS[protocol]
+    _run(benchmark.Chair(synonyms=table, trim=rules.trim), workload, plan, rules.max_new_tokens)
+
+
+@evaluate.command()
+@click.option("--questions", required=True, type=PATH, help="Folder of the benchmark: query files and annotations.")
+@click.option("--images", required=True, type=PATH, help="Folder of the pictures.")
+@_planned
+def amber(*, questions: Path, images: Path, plan: Plan) -> None:
+    """AMBER: descriptions, and yes/no about existence, attributes and relations."""
+    from vlmfix.evals import amber as benchmark
+
+    _run(benchmark.Amber(), benchmark.read(questions, images), plan)
+
+
+@evaluate.command()
+@click.option("--questions", required=True, type=PATH, help="Folder of the benchmark, one folder or file per task.")
+@click.option("--images", type=PATH, help="Folder of the tasks' pictures.  [default: the same]")
+@_planned
+def mme(*, questions: Path, images: Path | None, plan: Plan) -> None:
+    """MME: two yes/no questions a picture; the hallucination subset and whatever other tasks are there."""
+    from vlmfix.evals import mme as benchmark
+
+    _run(benchmark.Mme(), benchmark.read(questions, images), plan)
+
+
+@evaluate.command()
+@click.option("--questions", required=True, type=PATH, help="HallusionBench.json.")
+@click.option("--images", required=True, type=PATH, help="Folder of the pictures.")
+@_planned
+def hallusion(*, questions: Path, images: Path, plan: Plan) -> None:
+    """HallusionBench, judged by the yes or no in the answer.
+
+    Judgements made elsewhere come in afterwards: vlmfix eval score DIR --judgements FILE.
+    """
+    from vlmfix.evals import hallusion as benchmark
+
+    _run(benchmark.Hallusion(), benchmark.read(questions, images), plan)
+
+
+@evaluate.command()
+@click.option("--images", required=True, type=PATH, help="Any folder of pictures.")
+@click.option("--captions", type=PATH, help="COCO captions, for RefCLIPScore.")
+@click.option(
+    "--clip", default="ViT-B-32-quickgelu", show_default=True, help="Model of open_clip, or hf-hub:OWNER/NAME."
+)
+@click.option("--clip-weights", default="openai", show_default=True, help="Tag of open_clip, or a file.")
+@click.option("--prompt", help="Asked about every picture.  [default: Describe this image in one sentence.]")
+@_sampled("pictures")
+@_planned
+def clipscore(
+    *,
+    images: Path,
+    captions: Path | None,
+    clip: str,
+    clip_weights: str,
+    prompt: str | None,
+    count: int | None,
+    sample_seed: int,
+    listed: Path | None,
+    plan: Plan,
+) -> None:
+    """CLIPScore of captions, for pictures without annotations."""
+    from vlmfix.evals import clipscore as benchmark
+
+    task = benchmark.ClipScore(images=str(images.resolve()), model=clip, pretrained=clip_weights)
+    workload = benchmark.read(
+        images,
+        captions=captions,
+        count=count,
+        seed=sample_seed,
+        listed=listed,
+        prompt=benchmark.PROMPT if prompt is None else prompt,
+    )
+    _run(task, workload, plan)
+
+
+def _run(task: Any, workload: Any, plan: Plan, longest: int | None = None) -> None:  # noqa: ANN401 (their types would import numpy)
+    """Asks, scores, compares and shows."""
+    from vlmfix.display import counting, loading
+    from vlmfix.evals.runner import evaluate as ask
+    from vlmfix.evals.score import score as score_run
+
+    arms = _arms(plan.decoders)
+    settings = replace(plan.settings, max_new_tokens=plan.settings.max_new_tokens or longest or task.max_new_tokens)
+    try:
+        with counting("answers") as report:
+            run = ask(
+                plan.out,
+                task,
+                workload,
+                settings,
+                arms,
+                batch_size=plan.batch_size,
+                command=shlex.join(["vlmfix", *sys.argv[1:]]),
+                report=report,
+                loader=loading,
+            )
+    except KeyboardInterrupt:
+        click.echo(f"vlmfix: stopped; what is done is in {plan.out}. The same command goes on from there.", err=True)
+        click.get_current_context().exit(options.INTERRUPTED)
+    tell([score_run(run)], plan.out, as_json=plan.as_json)
+
+
+def _arms(specs: tuple[str, ...]) -> dict[str, Any]:
+    """Decoders by what they are called in tables: as typed, and a recipe by the name of its file."""
+    from vlmfix.decoders import DECODERS, parse
+    from vlmfix.evals.record import PLAIN
+
+    arms: dict[str, Any] = {}
+    for spec in specs:
+        name = Path(spec[1:]).stem if spec.startswith("@") and "+" not in spec else spec
+        decoder = parse(spec)
+        name = PLAIN if isinstance(decoder, DECODERS[PLAIN]) else name
+        if name in arms or decoder in arms.values():
+            raise UsageError(f"--decoder {spec} is given twice", "give each arm once")
+        arms[name] = decoder
+    return arms

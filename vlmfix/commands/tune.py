@@ -1,0 +1,162 @@
+"""`vlmfix tune`: a decoder's parameters, searched on one half of the pictures and reported on the other."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import click
+
+from vlmfix.commands import options
+from vlmfix.errors import UsageError
+from vlmfix.settings import Settings
+
+PATH = click.Path(path_type=Path)
+NEEDED = {"pope": ("questions",), "chair": ("instances", "captions")}
+
+
+@click.command()
+@click.argument("spec")
+@click.option("--task", "benchmark", required=True, type=click.Choice(sorted(NEEDED)), help="What to tune for.")
+@click.option("--budget", default=20, show_default=True, type=click.IntRange(min=1), help="Number of trials.")
+@click.option("--out", required=True, type=PATH, help="Folder of the search; goes on where it was.")
+@click.option("--images", required=True, type=PATH, help="Folder of the pictures.")
+@click.option("--questions", type=PATH, help="pope: question file, or a folder of them.")
+@click.option("--instances", type=PATH, multiple=True, help="chair: COCO instances.")
+@click.option("--captions", type=PATH, multiple=True, help="chair: COCO captions.")
+@click.option("--count", type=click.IntRange(min=2), help="chair: draw so many pictures.  [default: all]")
+@click.option("--sample-seed", default=0, show_default=True, type=click.IntRange(0), help="Of draw, split and search.")
+@click.option("--max-recall-loss", default=0.02, show_default=True, help="What recall may lose against plain decoding.")
+@click.option("--max-length-loss", default=0.1, show_default=True, help="Share of its length that an answer may lose.")
+@click.option("--batch-size", type=options.BatchSize(), default="auto", show_default=True, help="Rows at once.")
+@click.option("--max-new-tokens", type=click.IntRange(min=1), help="Longest answer.  [default: the benchmark's]")
+@options.generation_options("decoder", "max_new_tokens")
+def tune(
+    *,
+    spec: str,
+    benchmark: str,
+    budget: int,
+    out: Path,
+    images: Path,
+    questions: Path | None,
+    instances: tuple[Path, ...],
+    captions: tuple[Path, ...],
+    count: int | None,
+    sample_seed: int,
+    max_recall_loss: float,
+    max_length_loss: float,
+    batch_size: int | None,
+    max_new_tokens: int | None,
+    settings: Settings,
+) -> None:
+    """Search the parameters that SPEC leaves open on half of the pictures, and report the best on the other half.
+
+    Writes OUT/recipe.toml, which every --decoder takes as @OUT/recipe.toml, and OUT/pareto.png. Parameters that SPEC
+    gives stay fixed: vcd:plausibility=0.1,noise_step=500 searches contrast alone.
+    """
+    given = {"questions": questions, "instances": instances, "captions": captions}
+    for name, value in given.items():
+        if bool(value) != (name in NEEDED[benchmark]):
+            need = " and ".join(f"--{needed}" for needed in NEEDED[benchmark])
+            raise UsageError(f"--task {benchmark} {'needs' if not value else 'does not take'} --{name}", f"give {need}")
+    options.quieten()
+    from vlmfix.evals import tune as tuning
+
+    if questions is not None:
+        task, workload = _pope(questions, images)
+    else:
+        task, workload = _chair(instances, captions, images, count, sample_seed)
+    settings = replace(settings, max_new_tokens=max_new_tokens or task.max_new_tokens)
+    guards = tuning.Guards(max_recall_loss=max_recall_loss, max_length_loss=max_length_loss)
+    found = tuning.tune(
+        spec,
+        workload,
+        task,
+        settings,
+        budget=budget,
+        out=out,
+        evaluate=_evaluator(task, settings, batch_size),
+        seed=sample_seed,
+        guards=guards,
+    )
+    _show(found, out, max_recall_loss)
+    if found.recipe is None:
+        click.get_current_context().exit(1)
+
+
+def _pope(questions: Path, images: Path) -> tuple[Any, Any]:
+    from vlmfix.evals import pope
+
+    return pope.Pope(), pope.read(questions, images)
+
+
+def _chair(
+    instances: tuple[Path, ...], captions: tuple[Path, ...], images: Path, count: int | None, seed: int
+) -> tuple[Any, Any]:
+    from vlmfix.display import reading
+    from vlmfix.evals import chair
+
+    with reading("annotations") as report:
+        return chair.Chair(), chair.read(instances, captions, images, count=count, seed=seed, progress=report)
+
+
+def _evaluator(task: Any, settings: Settings, batch_size: int | None) -> Any:  # noqa: ANN401 (their types import numpy)
+    """Runs arms with one model, which is loaded when it is first needed; a line on stderr for each."""
+    from vlmfix.display import loading
+    from vlmfix.evals.runner import evaluate
+
+    loaded: list[Any] = []
+
+    def loader(*model: str, **how: Any) -> Any:  # noqa: ANN401
+        if not loaded:
+            loaded.append(loading(*model, **how))
+        return loaded[0]
+
+    def run(arms: Any, workload: Any, folder: Path) -> Any:  # noqa: ANN401
+        *_, newest = arms
+        click.echo(f"vlmfix: {folder.name}: {newest}", err=True)
+        return evaluate(
+            folder,
+            task,
+            workload,
+            settings,
+            arms,
+            batch_size=batch_size,
+            command=shlex.join(["vlmfix", *sys.argv[1:]]),
+            loader=loader,
+        )
+
+    return run
+
+
+def _show(found: Any, out: Path, max_recall_loss: float) -> None:  # noqa: ANN401
+    """Prints what tuning found, with the held-out comparison, and draws the trials."""
+    from vlmfix.display import rendered
+    from vlmfix.reports import plots, tables
+
+    name = found.objective
+    points = [plots.Point(found.plain.recall, found.plain.value, role="plain", name="greedy")]
+    points += [
+        plots.Point(
+            trial.outcome.recall, trial.outcome.value, trial.feasible, *(("chosen", trial.spec) if trial.chosen else ())
+        )
+        for trial in found.trials
+        if trial.outcome.value is not None
+    ]
+    plots.pareto(
+        points,
+        out / "pareto.png",
+        objective=name,
+        guard="recall",
+        objective_better=found.better,
+        limit=found.plain.recall - max_recall_loss,
+        title=f"{len(found.trials)} trials on the tuning split",
+    )
+    if found.held_out is not None:
+        click.echo(rendered(tables.terminal(found.held_out)), nl=False)
+    click.echo(found.verdict)
+    written = f"{found.recipe} and pareto.png" if found.recipe else f"no recipe; the trials are in {out}/pareto.png"
+    click.echo(f"vlmfix: {written}", err=True)
