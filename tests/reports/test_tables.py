@@ -11,7 +11,7 @@ from rich.console import Console
 from tests.evals.exam import answers, exam, samples
 from vlmfix.evals.compare import Change, Estimate, compare
 from vlmfix.evals.record import PLAIN
-from vlmfix.reports.tables import csv_text, json_text, markdown, terminal
+from vlmfix.reports.tables import csv_text, json_text, markdown, sheets, terminal
 from vlmfix.reports.words import difference_text, heading, interval_text, value_text
 
 LONG = "vcd:contrast=0.5,noise_step=400+locore:beta=0.15"
@@ -25,7 +25,7 @@ def comparison():
 
 def shown(comparison, width=110):
     console = Console(file=io.StringIO(), width=width)
-    console.print(terminal(comparison, width=width))
+    console.print(terminal(comparison))
     return console.file.getvalue().splitlines()
 
 
@@ -63,13 +63,33 @@ def test_figures_of_one_figure_groups_have_a_table_of_their_own(comparison):
 
 
 def test_where_figures_do_not_fit_the_shifts_stand_in_every_table(comparison):
-    lines = shown(comparison, width=66)
-    assert max(map(len, lines)) <= 66
-    headers = [line for line in lines if "yes_ratio" in line and "length" in line and "Shifts" not in line]
-    assert ["accuracy" in headers[0], "precision" in headers[1], "misses" in headers[2]] == [True] * 3
+    lines = shown(comparison, width=82)
+    assert max(map(len, lines)) <= 82
+    headers = [line.split() for line in lines if "yes_ratio" in line and "Shifts" not in line]
+    assert headers == [
+        ["accuracy", "↑", "precision", "↑", "yes_ratio", "length"],
+        ["misses", "↓", "yes_ratio", "length"],
+    ]
 
 
-@pytest.mark.parametrize("width", [66, 100, 110])
+def test_groups_with_other_figures_and_figures_without_a_value(comparison):
+    def other(arm):
+        changes = [c for c in arm.changes if c.figure != "hard/misses"]
+        empty = Estimate(None, None, None)
+        changes = [replace(c, arm=empty, difference=empty) if c.label == "precision" else c for c in changes]
+        return replace(arm, changes=(*changes, replace(changes[0], figure="total")))
+
+    found = sheets(
+        replace(comparison, plain=tuple(map(other, comparison.plain)), arms=tuple(map(other, comparison.arms)))
+    )
+    assert [(sheet.merits, {row.group for row in sheet.rows}) for sheet in found] == [
+        (["accuracy ↑", "misses ↓"], {"easy"}),
+        (["accuracy ↑"], {"hard"}),
+        (["mean/accuracy ↑", "total ↑"], {""}),
+    ]
+
+
+@pytest.mark.parametrize("width", [82, 100, 110])
 def test_long_names_are_folded_and_not_cut(comparison, width):
     lines = shown(comparison, width=width)
     start = next(number for number, line in enumerate(lines) if line.startswith("vcd:"))

@@ -47,7 +47,7 @@ def differences(comparison: Comparison, path: Path) -> None:
     panels: dict[str, dict[str, list[tuple[int, Change]]]] = {}
     for number, arm in enumerate(comparison.arms):
         for change in sorted(arm.changes, key=lambda change: change.kind):
-            if change.kind != "other":
+            if change.kind != "other" and change.difference.value is not None:
                 panels.setdefault(change.label, {}).setdefault(change.group, []).append((number, change))
     tallest = max(len(groups) for groups in panels.values()) * (len(comparison.arms) + 1)
     across = min(ACROSS, len(panels))

@@ -5,11 +5,10 @@ from __future__ import annotations
 import csv
 import io
 import re
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 
-from rich.console import Group
+from rich.console import Console, ConsoleOptions, RenderResult
 from rich.table import Table
 from rich.text import Text
 
@@ -25,8 +24,6 @@ from vlmfix.reports.words import (
     value_text,
 )
 
-WIDTH = 110
-"""Columns of the terminal's table unless the caller knows better."""
 CELL = 16
 """Columns of one figure in the terminal, gap included."""
 NAME = 14
@@ -70,18 +67,26 @@ class Sheet:
 
 
 def sheets(comparison: Comparison) -> list[Sheet]:
-    """Merits and shifts laid out as tables: one by groups, and one of groups with a single figure, such as a mean."""
+    """Merits and shifts laid out as tables.
+
+    Groups that have the same figures share a table; those with a single one, such as means, share the last table. What
+    has no value in any arm is left out.
+    """
     ordered = [
         arm
         for plain in comparison.plain
         for arm in (plain, *(arm for arm in comparison.arms if arm.plain == plain.name))
     ]
-    figures = {c.figure: c for arm in ordered for c in arm.changes if c.kind != "other"}
-    sizes = Counter(change.group for change in figures.values())
-    single = {group for group, size in sizes.items() if group and size == 1 < max(sizes.values())}
-    grouped = [change for change in figures.values() if change.group not in single]
-    overall = [change for change in figures.values() if change.group in single]
-    return [_sheet(ordered, grouped, by_group=True)] + ([_sheet(ordered, overall, by_group=False)] if overall else [])
+    groups: dict[str, dict[str, Change]] = {}
+    for change in (c for arm in ordered for c in arm.changes if c.kind != "other" and c.arm.value is not None):
+        groups.setdefault(change.group, {}).setdefault(change.label, change)
+    alike: dict[frozenset[str], list[Change]] = {}
+    overall: list[Change] = []
+    for found in groups.values():
+        alone = len(found) == 1 and len(groups) > 1
+        (overall if alone else alike.setdefault(frozenset(found), [])).extend(found.values())
+    parts = [_sheet(ordered, figures, by_group=True) for figures in alike.values()]
+    return parts + ([_sheet(ordered, overall, by_group=False)] if overall else [])
 
 
 def _sheet(arms: Sequence[Arm], figures: Sequence[Change], *, by_group: bool) -> Sheet:
@@ -98,30 +103,38 @@ def _sheet(arms: Sequence[Arm], figures: Sequence[Change], *, by_group: bool) ->
     return Sheet(merits, shifts, found)
 
 
-def terminal(comparison: Comparison, *, width: int = WIDTH) -> Group:
-    """Tables for the terminal, with what is needed to read them.
+@dataclass(frozen=True)
+class Shown:
+    """A comparison that rich can print, for any width of the terminal."""
+
+    comparison: Comparison
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        yield Text(heading(self.comparison), style="bold")
+        for sheet in sheets(self.comparison):
+            yield ""
+            yield from _tables(sheet, options.max_width)
+        yield ""
+        for line in legend(self.comparison):
+            yield Text(line)
+
+
+def terminal(comparison: Comparison) -> Shown:
+    """Tables for the terminal, with what is needed to read them; print them with rich.
 
     Each arm has two lines: value and difference to the plain arm with a mark where it is clear, then the difference's
     interval. Where the figures do not fit side by side, the merits are split over several tables and the shifts stand
     in each of them.
-
-    Args:
-        comparison: What to show.
-        width: Columns of the terminal.
     """
-    return Group(
-        Text(heading(comparison), style="bold"),
-        "",
-        *(table for sheet in sheets(comparison) for table in _tables(sheet, width)),
-        "",
-        *(Text(line) for line in legend(comparison)),
-    )
+    return Shown(comparison)
 
 
 def _tables(sheet: Sheet, width: int) -> Iterator[Table]:
     fitting = max(1, (width - NAME) // CELL - len(sheet.shifts))
-    for start in range(0, len(sheet.merits), fitting):
-        titles = sheet.merits[start : start + fitting] + sheet.shifts
+    parts = max(1, -(-len(sheet.merits) // fitting))
+    each = -(-len(sheet.merits) // parts)
+    for part in range(parts):
+        titles = sheet.merits[part * each : (part + 1) * each] + sheet.shifts
         room = max(NAME, width - CELL * len(titles)) - 1
         table = Table(box=None, padding=(0, 1, 0, 0), pad_edge=False)
         table.add_column("", max_width=room, overflow="fold")
