@@ -235,14 +235,11 @@ def _arms(run: EvalRun, draws: int, seed: int) -> Iterator[Arm]:
     together: dict[tuple[str, ...], list[str]] = {}
     for arm, names in common.items():
         together.setdefault(names, []).append(arm)
-    changes = {
-        arm: found
-        for names, arms in together.items()
-        for arm, found in _changes(
-            run.task, {arm: [judged[arm][name] for name in names] for arm in dict.fromkeys([PLAIN, *arms])}, draws, seed
-        ).items()
-        if arm in arms
-    }
+    changes: dict[str, tuple[Change, ...]] = {}
+    for names, arms in together.items():  # arms with the same samples share their draws
+        found = {arm: [judged[arm][name] for name in names] for arm in dict.fromkeys([PLAIN, *arms])}
+        changed = _changes(run.task, found, draws, seed)
+        changes |= {arm: changed[arm] for arm in arms}
     for arm in run.answers:
         both = [judged[arm][name] for name in common[arm]]
         yield Arm(
@@ -270,7 +267,7 @@ def _changes(
     drawn = bootstrap(task.figures, tallies, draws=draws, seed=seed)
     plain = {name: _estimate(value, drawn[PLAIN][name]) for name, value in values[PLAIN].items()}
     found: dict[str, tuple[Change, ...]] = {}
-    for arm in judged:
+    for arm, answered in judged.items():
         changes = []
         for name, value in values[arm].items():
             differences = drawn[arm][name] - drawn[PLAIN][name]
@@ -282,7 +279,7 @@ def _changes(
                 arm=_estimate(value, drawn[arm][name]),
                 difference=_estimate(value - values[PLAIN][name], differences),
             )
-            changes.append(_tested(_sorted(change, task), task, judged[PLAIN], judged[arm], differences))
+            changes.append(_tested(_sorted(change, task), task, judged[PLAIN], answered, differences))
         found[arm] = tuple(changes)
     return found
 
@@ -301,19 +298,23 @@ def _sorted(change: Change, task: Task) -> Change:
 
 
 def _tested(change: Change, task: Task, plain: Sequence[Judged], arm: Sequence[Judged], differences: Numbers) -> Change:
-    """With the p value, when it is a merit; the same of the plain arm against itself is left untested."""
+    """With the p value, when it is a merit of another arm than the plain one."""
     if change.kind != "merit" or change.difference.value is None or plain is arm:
         return change
-    if change.label == task.outcome:
-        outcomes = [
-            (before.right, after.right)
-            for (sample, before), (_, after) in zip(plain, arm, strict=True)
-            if sample.group == change.group and before.right is not None and after.right is not None
-        ]
-        if outcomes:
-            result = mcnemar(*zip(*outcomes, strict=True))
-            return replace(change, test=f"McNemar, {'exact' if result.exact else 'chi-square'}", p=result.p)
-    return replace(change, test="bootstrap", p=finite(bootstrap_p(differences)))
+    outcomes = _outcomes(change.group, plain, arm) if change.label == task.outcome else []
+    if not outcomes:
+        return replace(change, test="bootstrap", p=finite(bootstrap_p(differences)))
+    result = mcnemar(*zip(*outcomes, strict=True))
+    return replace(change, test=f"McNemar, {'exact' if result.exact else 'chi-square'}", p=result.p)
+
+
+def _outcomes(group: str, plain: Sequence[Judged], arm: Sequence[Judged]) -> list[tuple[bool, bool]]:
+    """Whether the plain arm and the other one are right, for each sample of a group that has such an outcome."""
+    return [
+        (before.right, after.right)
+        for (sample, before), (_, after) in zip(plain, arm, strict=True)
+        if sample.group == group and before.right is not None and after.right is not None
+    ]
 
 
 def _corrected(arms: Sequence[Arm]) -> list[Arm]:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
@@ -97,13 +98,11 @@ def _panel(axis: Axes, label: str, groups: Mapping[str, Sequence[tuple[int, Chan
 
 def _mark(axis: Axes, height: float, change: Change, number: int) -> None:
     difference, colour = change.difference, _colour(number)
-    if difference.value is None:
-        return
-    if difference.low is not None and difference.high is not None:
-        axis.plot([difference.low, difference.high], [height, height], color=colour, linewidth=1.6)
+    ends, value = (np.array(found, dtype=float) for found in ([difference.low, difference.high], [difference.value]))
+    axis.plot(ends, [height, height], color=colour, linewidth=1.6)  # None becomes NaN, which is not drawn
     clear = change.direction in ("better", "worse") if change.kind == "merit" else leaves_out_zero(difference)
     axis.plot(
-        [difference.value],
+        value,
         [height],
         marker=_marker(number),
         color=colour,
