@@ -12,11 +12,13 @@ from vlmfix.errors import UsageError
 from vlmfix.records import to_json
 
 PATH = click.Path(path_type=Path)
+RULES = {"parser": ("pope", "amber"), "synonyms": ("chair",), "judgements": ("hallusion",)}
+"""Which benchmarks have rules that can be changed afterwards."""
 
 
 @click.command()
 @click.argument("folder", type=PATH)
-@click.option("--parser", help="POPE: read the answers with another published parser.")
+@click.option("--parser", help="POPE, AMBER: read the answers with another published parser.")
 @click.option("--synonyms", type=PATH, help="CHAIR: word table in the format of the original synonyms.txt.")
 @click.option("--judgements", type=PATH, multiple=True, help="HallusionBench: judgements made elsewhere.")
 @click.option("--json", "as_json", is_flag=True, help="Print the comparison as JSON.")

@@ -194,12 +194,23 @@ def chair(
 @evaluate.command()
 @click.option("--questions", required=True, type=PATH, help="Folder of the benchmark: query files and annotations.")
 @click.option("--images", required=True, type=PATH, help="Folder of the pictures.")
+@click.option(
+    "--part",
+    default="all",
+    show_default=True,
+    type=click.Choice(["all", "generative", "discriminative"]),
+    help="Which.",
+)
+@click.option("--suffix", default="", help="Put behind each yes/no question.")
+@click.option(
+    "--parser", default="exact", show_default=True, metavar="NAME", help="Who reads yes and no; exact: officially."
+)
 @_planned
-def amber(*, questions: Path, images: Path, plan: Plan) -> None:
+def amber(*, questions: Path, images: Path, part: str, suffix: str, parser: str, plan: Plan) -> None:
     """AMBER: descriptions, and yes/no about existence, attributes and relations."""
     from vlmfix.evals import amber as benchmark
 
-    _run(benchmark.Amber(), benchmark.read(questions, images), plan)
+    _run(benchmark.rules(questions, parser=parser), benchmark.read(questions, images, part=part, suffix=suffix), plan)
 
 
 @evaluate.command()

@@ -1,0 +1,213 @@
+"""Benchmarks from the command line, on a small drawn world with both embedded models."""
+
+import csv
+import json
+import shutil
+
+import pytest
+
+from vlmfix import cli
+from vlmfix.commands import options
+from vlmfix.models.checkpoint import EMBEDDED
+from vlmfix.records import read_json, read_lines
+from vlmfix.world import coco
+
+SCENES = 5
+ARMS = ("--decoder", "vcd:contrast=0.5", "--decoder", "locore:window=3")
+SPLIT = {"accuracy", "precision", "recall", "f1", "yes_ratio", "n", "unparsed"}
+
+
+@pytest.fixture(autouse=True)
+def _keep_the_process_as_it_is(monkeypatch, tmp_path):
+    monkeypatch.setattr(options, "quieten", lambda: None)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("world")
+    coco.make(folder, count=SCENES, seed=41)
+    return folder
+
+
+@pytest.fixture
+def vlmfix(capsys):
+    def call(*arguments):
+        code = cli._run([str(argument) for argument in arguments])
+        out, err = capsys.readouterr()
+        return code, out, err
+
+    return call
+
+
+def pope(world):
+    return ("eval", "pope", "--questions", world / "pope", "--images", world / "images", "--max-new-tokens", 4)
+
+
+def chair(world):
+    annotations = world / "annotations"
+    return (
+        *("eval", "chair", "--instances", annotations / "instances.json"),
+        *("--captions", annotations / "captions.json", "--images", world / "images", "--max-new-tokens", 60),
+    )
+
+
+@pytest.mark.parametrize("model", EMBEDDED)
+def test_pope_ends_with_intervals(world, tmp_path, vlmfix, model):
+    out = tmp_path / "out"
+    code, printed, _ = vlmfix(*pope(world), "--model", model, *ARMS, "--out", out)
+    assert code == 0
+    assert "95 % intervals" in printed
+    assert "adversarial" in printed
+    results = read_json(out / "results.json")
+    assert list(results) == ["greedy", "vcd:contrast=0.5", "locore:window=3"]
+    for splits in results.values():
+        assert list(splits) == ["random", "popular", "adversarial"]
+        assert all(set(figures) == SPLIT and figures["n"] == 6 * SCENES for figures in splits.values())
+    assert results["greedy"]["random"]["accuracy"] > 0.8
+    arms = read_json(out / "report.json")["arms"]
+    assert {"official", "opera", "vcd"} <= set(arms["greedy"]["parsers"])
+    assert arms["greedy"]["mean_f1"] > 0.7
+    with (out / "comparison.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert {("random", "f1"), ("pooled", "f1")} <= {(row["group"], row["figure"]) for row in rows}
+    assert (out / "comparison.png").stat().st_size > 10_000
+    before = (out / "results.json").read_bytes()
+    assert vlmfix("eval", "score", out)[0] == 0
+    assert (out / "results.json").read_bytes() == before
+
+
+@pytest.mark.parametrize("model", EMBEDDED)
+def test_chair_ends_with_intervals_and_comes_out_again(world, tmp_path, vlmfix, model):
+    out = tmp_path / "out"
+    code, printed, _ = vlmfix(*chair(world), "--model", model, *ARMS, "--out", out)
+    assert code == 0
+    assert "95 % intervals" in printed
+    results = read_json(out / "results.json")
+    assert len(results) == 3
+    for figures in results.values():
+        assert list(figures) == ["chair_s", "chair_i", "recall", "precision", "f1", "length", "n"]
+        assert figures["n"] == SCENES
+    assert results["greedy"]["recall"] > 0.5
+    code, printed, _ = vlmfix("reproduce", out)
+    assert code == 0
+    assert printed.count(f"{SCENES} of {SCENES} answers have the same tokens") == 3
+    for arm in results:
+        assert (out / "again" / arm / "answers.jsonl").read_bytes() == (out / arm / "answers.jsonl").read_bytes()
+
+
+def test_a_run_that_is_not_reproduced_says_so(world, tmp_path, vlmfix):
+    out = tmp_path / "out"
+    vlmfix(*chair(world), "--out", out)
+    path = out / "greedy" / "answers.jsonl"
+    lines = list(read_lines(path))
+    lines[1]["ids"][3] += 1
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    code, printed, _ = vlmfix("reproduce", out)
+    assert code == 1
+    assert f"{SCENES - 1} of {SCENES} answers" in printed
+    assert lines[1]["id"] in printed
+    code, printed, _ = vlmfix("reproduce", out, "--json")
+    assert code == 1
+    assert json.loads(printed)["exact"] is False
+
+
+def test_plain_alone_has_figures_too(world, tmp_path, vlmfix):
+    code, printed, _ = vlmfix(*chair(world), "--out", tmp_path / "out")
+    assert code == 0
+    assert "chair_i" in printed
+    assert read_json(tmp_path / "out" / "results.json")["greedy"]["n"] == SCENES
+
+
+def test_two_runs_side_by_side(world, tmp_path, vlmfix):
+    one, two = tmp_path / "one", tmp_path / "two"
+    assert vlmfix(*chair(world), "--decoder", "vcd", "--out", one)[0] == 0
+    assert vlmfix(*chair(world), "--decoder", "locore", "--out", two)[0] == 0
+    code, printed, _ = vlmfix("compare", one, two, "--out", tmp_path / "both", "--json")
+    assert code == 0
+    assert [arm["name"] for arm in json.loads(printed)["arms"]] == ["vcd", "locore"]
+    assert sorted(path.name for path in (tmp_path / "both").iterdir()) == [
+        "comparison.csv",
+        "comparison.md",
+        "comparison.png",
+    ]
+    three = tmp_path / "three"
+    vlmfix(*chair(world), "--seed", 5, "--decoder", "vcd", "--out", three)
+    code, _, told = vlmfix("compare", one, three)
+    assert code == 2
+    assert "decoding.seed is 0 and 5" in told
+
+
+def test_built_questions_are_those_of_the_world(world, tmp_path, vlmfix):
+    given, built = tmp_path / "given", tmp_path / "built"
+    vlmfix(*pope(world), "--out", given)
+    instances = world / "annotations" / "instances.json"
+    command = ("eval", "pope", "--instances", instances, "--images", world / "images", "--max-new-tokens", 4)
+    assert vlmfix(*command, "--sample-seed", 41, "--out", built)[0] == 0
+    asked = [[line["prompt"] for line in read_lines(folder / "samples.jsonl")] for folder in (given, built)]
+    assert asked[0][:30] == asked[1][:30]
+
+
+def test_tuning_on_one_half(world, tmp_path, vlmfix):
+    out = tmp_path / "out"
+    code, printed, told = vlmfix(
+        *("tune", "vcd:plausibility=0.1,noise_step=500", "--task", "chair", "--budget", 2, "--out", out),
+        *chair(world)[2:],
+        *("--max-recall-loss", 1, "--max-length-loss", 1),
+    )
+    assert code in (0, 1)
+    assert (out / "pareto.png").exists()
+    assert (code == 0) == (out / "recipe.toml").exists()
+    assert printed
+    assert "held-out" in told or code == 1
+
+
+@pytest.mark.parametrize(
+    ("change", "code", "message"),
+    [
+        (("--questions", "nowhere"), 1, "there is no nowhere"),
+        (("--decoder", "nothing"), 2, "unknown decoder 'nothing'"),
+        (("--decoder", "var"), 2, "var cannot act on tiny"),
+        (("--parser", "guess"), 2, "no yes/no parser is called 'guess'"),
+        (("--images", "nowhere"), 1, "of 5 pictures are not in nowhere: "),
+        (("--instances", "x.json"), 2, "give either --questions or --instances"),
+        (("--decoder", "vcd", "--decoder", "vcd"), 2, "--decoder vcd is given twice"),
+    ],
+)
+def test_wrong_use_of_pope(world, tmp_path, vlmfix, change, code, message):
+    found, _, told = vlmfix(*pope(world), "--out", tmp_path / "out", *change)
+    assert (found, message in told) == (code, True), told
+    assert told.count("Traceback") == 0
+
+
+def test_questions_of_another_shape(world, tmp_path, vlmfix):
+    (tmp_path / "q.json").write_text('{"question_id": 1, "image": "a.png", "text": "Is there a cup?"}\n')
+    code, _, told = vlmfix(*pope(world), "--out", tmp_path / "out", "--questions", tmp_path / "q.json")
+    assert code == 1
+    assert "line 1 has no label" in told
+    assert not (tmp_path / "out").exists()
+
+
+def test_pictures_that_are_missing(world, tmp_path, vlmfix):
+    images = tmp_path / "images"
+    shutil.copytree(world / "images", images)
+    (images / "000000000003.png").unlink()
+    code, _, told = vlmfix(*chair(world)[:-4], "--images", images, "--out", tmp_path / "out")
+    assert code == 1
+    assert "1 of 5 pictures are not in" in told
+    assert "000000000003.png" in told
+
+
+@pytest.mark.parametrize("command", ["compare", "reproduce", "score"])
+def test_a_folder_that_is_no_run(tmp_path, vlmfix, command):
+    group = ("eval",) if command == "score" else ()
+    code, _, told = vlmfix(*group, command, tmp_path)
+    assert code == 1
+    assert "holds no card.json" in told
+
+
+def test_rules_of_another_benchmark(world, tmp_path, vlmfix):
+    vlmfix(*chair(world), "--out", tmp_path / "out")
+    code, _, told = vlmfix("eval", "score", tmp_path / "out", "--parser", "vcd")
+    assert code == 2
+    assert "--parser does not go with chair" in told
