@@ -234,12 +234,16 @@ def test_other_versions_are_noted():
     assert note == "Made with several versions of transformers: 5.23 (first), 5.24 (second)."
 
 
+def test_plain_alone_has_its_intervals():
+    found = compare([exam(arms={PLAIN: exam().answers["good"]})], draws=DRAWS)
+    assert found.arms == ()
+    assert all(change.arm.low <= change.arm.value <= change.arm.high for change in found.plain[0].changes)
+
+
 def test_what_cannot_be_compared_says_why():
     good = exam().answers["good"]
     with pytest.raises(UsageError, match="no plain arm"):
         compare([exam(arms={"good": good})], draws=DRAWS)
-    with pytest.raises(UsageError, match="only the plain arm"):
-        compare([exam(arms={PLAIN: good})], draws=DRAWS)
     with pytest.raises(UsageError, match="given twice"):
         compare([exam(), exam()], draws=DRAWS)
     with pytest.raises(UsageError, match="draws=999 is too few for 2 arms"):

@@ -61,7 +61,7 @@ def score(
 @click.command()
 @click.argument("folders", type=PATH, nargs=-1, required=True)
 @click.option("--out", type=PATH, help="Where comparison.csv, .md and .png go.  [default: the first folder]")
-@click.option("--draws", default=10_000, show_default=True, type=click.IntRange(min=100), help="Bootstrap draws.")
+@click.option("--draws", default=10_000, show_default=True, type=click.IntRange(min=1000), help="Bootstrap draws.")
 @click.option("--seed", default=0, show_default=True, type=click.IntRange(min=0), help="Seed of the draws.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @options.debug
@@ -73,7 +73,11 @@ def compare(*, folders: tuple[Path, ...], out: Path | None, draws: int, seed: in
     options.quieten()
     from vlmfix.evals.record import read_run
 
-    tell([read_run(folder) for folder in folders], out or folders[0], as_json=as_json, draws=draws, seed=seed)
+    runs = [read_run(folder) for folder in folders]
+    if all(len(run.answers) == 1 for run in runs):
+        listed = " and ".join(str(run.folder) for run in runs)
+        raise UsageError(f"there is only the plain arm in {listed}", "add arms: vlmfix eval ... --decoder SPEC")
+    tell(runs, out or folders[0], as_json=as_json, draws=draws, seed=seed)
 
 
 @click.command()
@@ -111,6 +115,6 @@ def tell(runs: list[Any], out: Path, *, as_json: bool, draws: int = 10_000, seed
     from vlmfix.reports.files import save
 
     comparison = compare_runs(runs, draws=draws, seed=seed)
-    save(comparison, out)
+    written = save(comparison, out)
     click.echo(tables.json_text(comparison) if as_json else rendered(tables.terminal(comparison)), nl=as_json)
-    click.echo(f"vlmfix: the same in {out}/comparison.csv, .md and .png", err=True)
+    click.echo(f"vlmfix: the same in {', '.join(map(str, written))}", err=True)

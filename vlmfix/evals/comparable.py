@@ -23,7 +23,7 @@ def refuse_incomparable(runs: Sequence[EvalRun]) -> None:
     that it stands for are the same model.
 
     Raises:
-        UsageError: Something differs, with both values; a run has no plain arm; or there is no other arm.
+        UsageError: Something differs, with both values; or a run has no plain arm.
     """
     if not runs:
         raise UsageError("there is no run to compare", "give the folder of at least one run")
@@ -41,11 +41,6 @@ def refuse_incomparable(runs: Sequence[EvalRun]) -> None:
                 f"{runs[0].folder} and {run.folder} cannot be compared: {'; '.join(differing)}",
                 "compare runs of the same questions, model and settings; vlmfix eval adds arms to a run's folder",
             )
-    if all(len(run.answers) == 1 for run in runs):
-        listed = " and ".join(str(run.folder) for run in runs)
-        raise UsageError(
-            f"there is only the plain arm in {listed}", "add arms: vlmfix eval ... --decoder SPEC with the same --out"
-        )
 
 
 def version_notes(runs: Sequence[EvalRun], labels: Sequence[str]) -> Iterator[str]:

@@ -149,8 +149,8 @@ def compare(runs: Sequence[EvalRun], *, draws: int = 10_000, seed: int = 0) -> C
         seed: Of the bootstrap.
 
     Raises:
-        UsageError: The runs differ in what must be equal, have no plain arm or no other, or ``draws`` is too small.
-        DataError: No arm has a sample in common with its plain arm yet.
+        UsageError: The runs differ in what must be equal, have no plain arm, or ``draws`` is too small.
+        DataError: No arm has a sample in common with its plain arm yet, or plain decoding alone has none.
     """
     refuse_incomparable(runs)
     count = sum(len(run.answers) - 1 for run in runs)
@@ -166,10 +166,10 @@ def compare(runs: Sequence[EvalRun], *, draws: int = 10_000, seed: int = 0) -> C
     ]
     plain = {arm.name: arm for arm in sorted(found, key=lambda arm: arm.compared) if arm.name == arm.plain}
     arms = [arm for arm in found if arm.name != arm.plain]
-    if not any(arm.compared for arm in arms):
+    if not any(arm.compared for arm in arms or found):
         raise DataError("no sample is answered by both an arm and its plain arm yet", "let vlmfix eval go on first")
     samples = runs[0].samples
-    notes = [*differing, *_unfinished(found), *version_notes(runs, labels), *_few_units(arms)]
+    notes = [*differing, *_unfinished(found), *version_notes(runs, labels), *_few_units(arms or found)]
     shared = ("options", "data", "count", "samples", "model", "revision", "commit", "weights", "dtype", "decoding")
     return Comparison(
         task=runs[0].task.name,

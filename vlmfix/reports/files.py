@@ -20,7 +20,7 @@ def save(comparison: Comparison, folder: Path) -> list[Path]:
         folder: Where; made when it is missing. Files of an earlier comparison are replaced.
 
     Returns:
-        ``comparison.csv``, ``comparison.md`` and ``comparison.png``.
+        ``comparison.csv``, ``comparison.md`` and, where there are arms beside the plain one, ``comparison.png``.
 
     Raises:
         DataError: A file cannot be written.
@@ -32,5 +32,8 @@ def save(comparison: Comparison, folder: Path) -> list[Path]:
         text.write_text(markdown(comparison), encoding="utf-8")
     except OSError as error:
         raise DataError(f"cannot write to {folder}: {error.strerror}", "choose another folder") from error
+    if not comparison.arms:
+        plot.unlink(missing_ok=True)
+        return [table, text]
     differences(comparison, plot)
     return [table, text, plot]

@@ -21,6 +21,7 @@ from vlmfix.reports.words import (
     heading,
     interval_text,
     legend,
+    own_interval_text,
     value_text,
 )
 
@@ -123,8 +124,8 @@ def terminal(comparison: Comparison) -> Shown:
     """Tables for the terminal, with what is needed to read them; print them with rich.
 
     Each arm has two lines: value and difference to the plain arm with a mark where it is clear, then the difference's
-    interval. Where the figures do not fit side by side, the merits are split over several tables and the shifts stand
-    in each of them.
+    interval; the plain arm has its value and the interval of that. Where the figures do not fit side by side, the
+    merits are split over several tables and the shifts stand in each of them.
     """
     return Shown(comparison)
 
@@ -154,7 +155,7 @@ def _cell(row: Row, change: Change | None) -> Text:
         return Text("")
     value = value_text(change, change.arm.value)
     if row.is_plain:
-        return Text(value)
+        return Text(f"{value}\n{own_interval_text(change, space='')}")
     mark = MARKS[change.direction]
     lines = f"{value} {difference_text(change)} {mark}".rstrip() + f"\n{interval_text(change, space='')}"
     return Text(lines, style=STYLES[change.direction])
@@ -194,7 +195,7 @@ def _markdown_cell(row: Row, change: Change | None) -> str:
         return ""
     value = value_text(change, change.arm.value)
     if row.is_plain:
-        return value
+        return f"{value}<br>{own_interval_text(change)}"
     mark = MARKS[change.direction]
     return f"{value}<br>{difference_text(change)} {interval_text(change)} {mark}".rstrip()
 

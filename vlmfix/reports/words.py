@@ -31,6 +31,12 @@ def interval_text(change: Change, *, space: str = " ") -> str:
     return "" if low is None else f"[{_signed(change, low)},{space}{_signed(change, high)}]"
 
 
+def own_interval_text(change: Change, *, space: str = " ") -> str:
+    """The interval of a figure itself; empty when there is none."""
+    low, high = change.arm.low, change.arm.high
+    return "" if low is None else f"[{value_text(change, low)},{space}{value_text(change, high)}]"
+
+
 def _signed(change: Change, value: float | None) -> str:
     return NONE if value is None else f"{_rounded(change, value):+.{_decimals(change)}f}"
 
@@ -75,7 +81,7 @@ def _decoding(decoding: Mapping[str, Any]) -> str:
 
 
 def _units(comparison: Comparison) -> str:
-    counts = [arm.units for arm in comparison.arms if arm.units]
+    counts = [arm.units for arm in (comparison.arms or comparison.plain) if arm.units]
     return str(max(counts)) if min(counts) == max(counts) else f"{min(counts)} to {max(counts)}"
 
 
@@ -90,9 +96,11 @@ def legend(comparison: Comparison) -> list[str]:
     arms = len(comparison.arms)
     corrected = f"; Holm-corrected for {arms} arms, figure by figure" if arms > 1 else ""
     shifts = ", ".join(dict.fromkeys(change.label for change in changes if change.kind == "shift"))
+    drawn = f"bootstrap over {_units(comparison)} {comparison.unit}, {comparison.draws} draws"
+    if not comparison.arms:
+        return [f"In brackets: 95 % intervals, {drawn}.", *_unparsed(comparison), *comparison.notes]
     return [
-        f"In brackets: 95 % intervals of the difference to {plain}, paired bootstrap over {_units(comparison)} "
-        f"{comparison.unit}, {comparison.draws} draws.",
+        f"In brackets: 95 % intervals, of the value for {plain}, else of the difference to it; paired {drawn}.",
         f"{MARKS['better']} better, {MARKS['worse']} worse: p < {ALPHA} and an interval without zero; "
         "no mark: no clear difference.",
         f"p: {tests}{corrected}.",
