@@ -10,8 +10,11 @@ import pytest
 import torch
 from torch import nn
 
+from vlmfix.errors import UsageError
+from vlmfix.world.architecture import resized
+from vlmfix.world.checkpoint import ARCHITECTURES
 from vlmfix.world.muon import Muon, orthogonal
-from vlmfix.world.painting import paint, shrink
+from vlmfix.world.painting import paint
 from vlmfix.world.render import render
 from vlmfix.world.scenes import scene
 from vlmfix.world.train import command
@@ -36,6 +39,7 @@ def test_the_command_loads_without_torch() -> None:
         (("--out", "x", "--hallucination", "2"), "2.0 is not in the range 0<=x<=1"),
         (("--out", "x", "--device", "tpu"), "'tpu' is not one of 'cuda', 'cpu'"),
         (("--out", "x", "--speed", "9"), "No such option"),
+        (("--out", "x", "--architecture", "bert"), "'bert' is not one of 'llava', 'qwen2_5_vl'"),
     ],
 )
 def test_a_mistake_gets_one_line(arguments: tuple[str, ...], words: str) -> None:
@@ -46,32 +50,46 @@ def test_a_mistake_gets_one_line(arguments: tuple[str, ...], words: str) -> None
     assert done.stderr.count("\n") == 1
 
 
-def test_a_toy_run_writes_a_model_and_can_go_on_from_it(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_a_toy_run_writes_a_model_and_can_go_on_from_it(name: str, tmp_path: Path) -> None:
     from transformers import AutoModelForImageTextToText
 
-    shared = ("--device", "cpu", "--small", "--scenes", "8", "--workers", "0")
+    shared = ("--architecture", name, "--device", "cpu", "--small", "--scenes", "8", "--workers", "0")
     first, second = tmp_path / "first", tmp_path / "second"
-    command(["--out", str(first), "--language-steps", "2", "--steps", "6", *shared], standalone_mode=False)
+    command(["--out", str(first), "--language-steps", "2", "--steps", "3", *shared], standalone_mode=False)
     log = (first / "training.log").read_text(encoding="utf-8")
     assert log.startswith("python -m vlmfix.world.train ")
     assert "language     2/2" in log
-    assert "pictures     6/6" in log
+    assert "pictures     3/3" in log
     more = ["--start", str(first), "--language-steps", "0", "--steps", "1"]
     command(["--out", str(second), *more, *shared], standalone_mode=False)
-    for name in ("tokenizer.json", "config.json"):
-        assert (first / name).read_text(encoding="utf-8") == (second / name).read_text(encoding="utf-8")
+    for file in ("tokenizer.json", "config.json"):
+        assert (first / file).read_text(encoding="utf-8") == (second / file).read_text(encoding="utf-8")
     before, after = (AutoModelForImageTextToText.from_pretrained(path).state_dict() for path in (first, second))
-    assert any(not torch.equal(before[name], after[name]) for name in before)
+    assert any(not torch.equal(before[weight], after[weight]) for weight in before)
 
 
-def test_the_pool_holds_what_the_processor_would_make() -> None:
+def test_going_on_from_another_architecture_is_refused(tmp_path: Path) -> None:
+    start = ["--start", "vlmfix/world/assets/tiny", "--architecture", "qwen2_5_vl", "--out", str(tmp_path)]
+    with pytest.raises(UsageError, match="is a llava, not a qwen2_5_vl"):
+        command([*start, "--device", "cpu"], standalone_mode=False)
+
+
+def test_every_architecture_can_be_chosen() -> None:
+    choice = next(option for option in command.params if option.name == "architecture").type
+    assert tuple(choice.choices) == tuple(ARCHITECTURES)
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_the_pool_holds_what_the_processor_would_make(name: str) -> None:
     from transformers import CLIPImageProcessor
 
-    processor = CLIPImageProcessor(size={"shortest_edge": 128}, crop_size={"height": 128, "width": 128})
-    pool = paint(5, 0, 2, "cpu")
+    side = ARCHITECTURES[name].side
+    processor = CLIPImageProcessor(size={"shortest_edge": side}, crop_size={"height": side, "width": side})
+    pool = paint(5, 0, 2, side, "cpu")
     canvas = render([scene(5, 0), scene(5, 1)])
     made = processor(list(canvas), do_normalize=False, do_rescale=False, return_tensors="pt")["pixel_values"]
-    assert torch.equal(pool[:, 0], shrink(canvas))
+    assert torch.equal(pool[:, 0], resized(canvas, side, side))
     assert (pool[:, 0].float() - made.float()).abs().mean() < 0.5
 
 

@@ -24,10 +24,11 @@ def looking(vlm: VLM, pictures: Sequence[Image.Image], captions: Sequence[str]) 
         captions: What the model said about them.
 
     Returns:
-        `mass`: for each region (beginning: what stands before the picture) the share of the attention of the caption's tokens, per layer;
-        `first token` and `top image token`: share of the attention that the first token and the most attended
-        image token get, per layer; `largest`: for the first token, image tokens and text tokens the largest
-        |x_d| / rms(x) of the hidden states after each layer; a model with sinks passes 20.
+        `mass`: for each region (beginning: what stands before the picture) the share of the attention of the
+        caption's tokens, per layer; `first token` and `top image token`: share of the attention that the first token
+        and the most attended image token get, per layer; `largest`: for the first token, image tokens and text tokens
+        the largest |x_d| / rms(x) of the hidden states after each layer; a model with sinks passes 20. It cannot
+        exceed the square root of the width, 16 for a width of 256.
     """
     parts = ("text_config", "vision_config")
     before = {part: getattr(vlm.model.config, part)._attn_implementation for part in parts}
@@ -80,7 +81,9 @@ def _one(vlm: VLM, picture: Image.Image, caption: str) -> dict[str, Tensor]:
 
 def _said(vlm: VLM, caption: str) -> str:
     """The caption as it stands behind the prompt: with what the chat template puts between the two."""
-    asked = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": DESCRIBE[0]}]}]
+    asked: list[dict[str, Any]] = [
+        {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": DESCRIBE[0]}]}
+    ]
     talk = [*asked, {"role": "assistant", "content": [{"type": "text", "text": caption}]}]
     before = len(vlm.render(DESCRIBE[0], 1))
     text = str(vlm.processor.apply_chat_template(talk, tokenize=False))
