@@ -24,7 +24,7 @@ from vlmfix.models.families import family_of
 from vlmfix.models.family import Family
 from vlmfix.models.layout import Batch, ImageLayout
 
-EMBEDDED = {"tiny": Path(__file__).parent.parent / "world" / "assets" / "tiny"}
+EMBEDDED = {name: Path(__file__).parent.parent / "world" / "assets" / name for name in ("tiny", "tiny-qwen")}
 """Models that come with the package, by name."""
 
 _WHAT_LOADS = "give 'tiny', a Hub id such as llava-hf/llava-1.5-7b-hf, or a directory with config.json"
