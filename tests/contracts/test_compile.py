@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import CompileConfig
 
-from tests.contracts.support import STRONG, batch_of, close, logits, plain, vlm_of
+from tests.contracts.support import PICTURES, PROMPTS, STRONG, batch_of, close, logits, plain, vlm_of
 from tests.tiny import TINY
 
 GRAPHS: list[int] = []
@@ -63,3 +63,18 @@ def test_fullgraph_decoding_equals_eager_and_costs_one_graph(family, name):
     close(second, first, 0)
     close(unmitigated, plain(vlm, batch, steps=4))
     close(again, unmitigated, 0)
+
+
+@pytest.mark.parametrize("name", ["locore", "chain"])
+def test_a_shared_prompt_costs_no_graph(name):
+    vlm = vlm_of("llava")
+    apart, together = batch_of(vlm), vlm.encode(PROMPTS, [PICTURES[1]] * 2)
+    forget_compiled(vlm)
+    try:
+        compiled(vlm, apart, STRONG[name])
+        before = len(GRAPHS)
+        shared = compiled(vlm, together, STRONG[name])
+        assert (before, len(GRAPHS)) == (1, 1)
+    finally:
+        forget_compiled(vlm)
+    close(shared, logits(vlm, together, STRONG[name], steps=4))

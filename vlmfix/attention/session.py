@@ -94,11 +94,9 @@ def recorded(vlm: Checkpoint) -> Iterator[dict[int, Tensor]]:
         Layer number -> residual stream that entered the layer in the block's last pass, for the layers in which an edit
         reads it; filled by that pass.
     """
-    layers = vlm.family.layers(vlm.model)
+    layers, plans = vlm.family.layers(vlm.model), _at_work(vlm)
+    numbers = {layers[n]: n for n, plan in plans.items() if any(step.edit.needs_hidden for step in plan.steps)}
     seen: dict[int, Tensor] = {}
-
-    readers = [number for number, plan in _at_work(vlm).items() if any(step.edit.needs_hidden for step in plan.steps)]
-    numbers = {layers[number]: number for number in readers}
 
     def keep(layer: nn.Module, args: tuple[object, ...], kwargs: dict[str, Any]) -> None:
         seen[numbers[layer]] = _entering(args, kwargs)

@@ -185,7 +185,8 @@ def _run(vlm: Checkpoint, decoder: Callable[..., Any], split: Split, given: Mapp
     token = (columns[: split.start] - split.pad[:, None]).clamp(min=0)  # (B, start), padding takes any
 
     def copied(values: Tensor) -> Tensor:
-        return values[split.of[:, None], token]  # (B, start, ...)
+        there = values.device  # that of the layer
+        return values[split.of[:, None].to(there), token.to(there)]  # (B, start, ...)
 
     cache, layers = given["past_key_values"], list[Any](fresh.layers)
     for number, layer in enumerate(layers):
