@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor
 from transformers import (
@@ -20,7 +20,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from vlmfix.world.architecture import Architecture, Forward, Grid, Size, TextBatch, normalised
+from vlmfix.world.architecture import Architecture, Forward, Grid, Kind, Size, TextBatch, normalised
 
 IMAGE_SIZE = 128
 PATCH = 8
@@ -81,11 +81,12 @@ class Llava(Architecture):
     image = IMAGE
     opening = "USER:"
     side = IMAGE_SIZE
-    sizes = {"text": Size(128, 256, 0), "one": Size(128, 512, 1), "two": Size(64, 704, 2)}  # noqa: RUF012
+    sizes: ClassVar[dict[Kind, Size]] = {"text": Size(128, 256, 0), "one": Size(128, 512, 1), "two": Size(64, 704, 2)}
 
     def question(self, prompt: str, *, blind: bool) -> str:
         """See `Architecture.question`."""
-        return f"{' ' if blind else chr(10)}{prompt} ASSISTANT:"
+        lead = " " if blind else "\n"
+        return f"{lead}{prompt} ASSISTANT:"
 
     def answer(self, text: str) -> str:
         """See `Architecture.answer`."""

@@ -6,7 +6,7 @@ import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +23,7 @@ from transformers import (
 )
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import apply_rotary_pos_emb_vision
 
-from vlmfix.world.architecture import Architecture, Forward, Grid, Size, TextBatch, normalised, resized
+from vlmfix.world.architecture import Architecture, Forward, Grid, Kind, Size, TextBatch, normalised, resized
 
 PATCH = 8
 MERGE = 2
@@ -117,7 +117,7 @@ class Qwen(Architecture):
     image = IMAGE
     opening = f"{BEGIN}system\n{SYSTEM}{END}\n{BEGIN}user\n"
     side = SQUARE * CELL
-    sizes = {"text": Size(128, 288, 0), "one": Size(128, 480, 1), "two": Size(64, 656, 2)}  # noqa: RUF012
+    sizes: ClassVar[dict[Kind, Size]] = {"text": Size(128, 288, 0), "one": Size(128, 480, 1), "two": Size(64, 656, 2)}
 
     def question(self, prompt: str, *, blind: bool) -> str:
         """The same with and without pictures; see `Architecture.question`."""
@@ -262,7 +262,7 @@ class Tower:
         Returns:
             (B, n * tokens, width) float, the tokens of a row's pictures one after the other.
         """
-        rows, columns = shown.shape[:2]
+        rows, count = shown.shape[:2]
         room = MOST * MERGE**2
         # a scene is stretched, because the texts name its places; of the enlarged part any piece will do
         cut = [patches(fit(shown[:, number], grid, crop=number > 0)) for number, grid in enumerate(grids)]
@@ -274,7 +274,7 @@ class Tower:
         for number, block in enumerate(self.visual.blocks):
             mask = whole if number in self.visual.fullatt_block_indexes else windows
             states = self.block(block, states, cos, sin, mask)  # (B * n, N, C)
-        merged = self.visual.merger(states).view(rows, columns, MOST, -1)  # (B, n, tokens, width)
+        merged = self.visual.merger(states).view(rows, count, MOST, -1)  # (B, n, tokens, width)
         return torch.cat([merged[:, number, : high * wide] for number, (high, wide) in enumerate(grids)], dim=1)
 
     def _tables(self, grids: Sequence[Grid], rows: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
