@@ -10,7 +10,7 @@ class Settings:
     """Model, decoder and generation settings of a run.
 
     Attributes:
-        model: ``tiny``, a Hub id or a local directory.
+        model: ``tiny``, ``tiny-qwen``, a Hub id or a local directory.
         revision: Branch, tag or commit on the Hub.
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
         dtype: ``auto``, ``float32``, ``bfloat16`` or ``float16``.

@@ -17,7 +17,10 @@ from rich.console import Console
 from rich.progress import track
 
 from vlmfix.errors import UsageError, VlmfixError
+from vlmfix.evals.chair import Chair
 from vlmfix.evals.looking import looking
+from vlmfix.evals.pope import Pope
+from vlmfix.evals.task import Sample
 from vlmfix.generation import VLM, load
 from vlmfix.world.captions import absent
 from vlmfix.world.language import NUMBERS, alone, place
@@ -103,44 +106,27 @@ def caption_figures(scenes: Sequence[Scene], captions: Sequence[str]) -> dict[st
         captions: One for each scene.
 
     Returns:
-        chair_s, chair_i, recall; mentions, words and sentences per caption; the hallucinated share of the mentions
-        in each quarter of a caption's mentions and in each sentence; and how many mentions each sentence has.
+        CHAIR's results; mentions and words per caption; the hallucinated share of the mentions in each quarter of a
+        caption's mentions and in each sentence, and how many mentions each sentence has.
     """
-    wrong = total = hit = present = words = parts = bad_captions = 0
-    quarters: dict[int, list[int]] = {}
-    sentences: dict[int, list[int]] = {}
-    for view, text in zip(scenes, captions, strict=True):
-        there = view.counts()
-        split = re.split(r"(?<=\.)\s+", text.strip())
-        named = [(name, number) for number, part in enumerate(split) for name in mentions(part)]
-        for order, (name, number) in enumerate(named):
-            false = int(name not in there)
-            quarters.setdefault(4 * order // len(named), []).append(false)
-            sentences.setdefault(number, []).append(false)
-        errors = sum(name not in there for name, _ in named)
-        wrong, total, bad_captions = wrong + errors, total + len(named), bad_captions + (errors > 0)
-        hit, present = hit + len({name for name, _ in named} & there.keys()), present + len(there)
-        words, parts = words + len(text.split()), parts + len(split)
+    task = Chair()
+    samples = [
+        Sample(id=str(row), image=None, prompt="", target={"objects": list(view.counts()), "captions": []})
+        for row, view in enumerate(scenes)
+    ]
+    judged = list(zip(samples, task.judge_all(samples, captions), strict=True))
+    about = task.details(judged, captions)
     return {
-        "chair_s": bad_captions / len(captions),
-        "chair_i": wrong / max(1, total),
-        "recall": hit / present,
-        "mentions": total / len(captions),
-        "words": words / len(captions),
-        "sentences": parts / len(captions),
-        "by quarter": [sum(found) / len(found) for _, found in sorted(quarters.items())],
-        "by sentence": [sum(found) / len(found) for _, found in sorted(sentences.items())],
-        "mentions by sentence": [len(found) / len(captions) for _, found in sorted(sentences.items())],
+        **task.results(judged),
+        "mentions": about["mentions_per_caption"],
+        "words": about["words_per_caption"],
+        "by quarter": [row["share"] for row in about["by_quarter"]],
+        "by sentence": [row["share"] for row in about["by_sentence"]],
+        "mentions by sentence": [row["mentions"] / len(captions) for row in about["by_sentence"]],
     }
 
 
-def says_yes(answer: str) -> bool:
-    """Parse a yes/no answer exactly as POPE's official script does: whatever is not a plain no is a yes."""
-    words = answer.split(".")[0].replace(",", "").split(" ")
-    return not {"No", "no", "not"} & set(words)
-
-
-def pope_figures(answer: Answer, shown: Set, *, blind: bool = False) -> dict[str, dict[str, float]]:
+def pope_figures(answer: Answer, shown: Set, *, blind: bool = False) -> dict[str, Any]:
     """POPE by the official rules on the three splits.
 
     Args:
@@ -149,37 +135,28 @@ def pope_figures(answer: Answer, shown: Set, *, blind: bool = False) -> dict[str
         blind: Ask without the picture.
 
     Returns:
-        For each split accuracy, precision, recall, f1 and yes_ratio.
+        POPE's results.
     """
     pictures = choose(((str(row), list(view.counts())) for row, view in enumerate(shown.scenes)), seed=0)
-    asked = {split: [json.loads(line) for line in pope_lines(pictures, split=split, seed=0)] for split in SPLITS}
+    samples = []
+    for split in SPLITS:
+        for entry in map(json.loads, pope_lines(pictures, split=split, seed=0)):
+            name, image = f"{split}/{entry['question_id']}", None if blind else entry["image"]
+            samples.append(_yes_no(name, image, entry["text"], entry["label"] == "yes", split))
     # the splits share their yes questions, and without pictures only the words differ: each is asked once
-    keys = dict.fromkeys(_pope_key(entry, blind) for split in SPLITS for entry in asked[split])
-    rows = [[] if blind else [shown.pictures[int(row)]] for row, _ in keys]
-    said = dict(zip(keys, answer(rows, [text for _, text in keys]), strict=True))
-    return {
-        split: rates([(entry["label"] == "yes", says_yes(said[_pope_key(entry, blind)])) for entry in asked[split]])
-        for split in SPLITS
-    }
+    asked = dict.fromkeys((sample.image, sample.prompt) for sample in samples)
+    rows = [[] if image is None else [shown.pictures[int(image)]] for image, _ in asked]
+    said = dict(zip(asked, answer(rows, [prompt for _, prompt in asked]), strict=True))
+    return _yes_no_results(samples, [said[sample.image, sample.prompt] for sample in samples])
 
 
-def _pope_key(entry: Mapping[str, str], blind: bool) -> tuple[str, str]:
-    return "" if blind else entry["image"], entry["text"]
+def _yes_no(name: str, image: str | None, prompt: str, truth: bool, group: str) -> Sample:
+    return Sample(id=name, image=image, prompt=prompt, target={"label": "yes" if truth else "no"}, group=group)
 
 
-def rates(pairs: Sequence[tuple[bool, bool]]) -> dict[str, float]:
-    """Accuracy, precision, recall, F1 and yes-ratio of (truth, answer) pairs; yes is positive."""
-    hits = sum(truth and said for truth, said in pairs)
-    positives = sum(truth for truth, _ in pairs)
-    said_yes = sum(said for _, said in pairs)
-    precision, recall = hits / max(1, said_yes), hits / max(1, positives)
-    return {
-        "accuracy": sum(truth == said for truth, said in pairs) / max(1, len(pairs)),
-        "precision": precision,
-        "recall": recall,
-        "f1": 2 * precision * recall / max(1e-9, precision + recall),
-        "yes_ratio": said_yes / max(1, len(pairs)),
-    }
+def _yes_no_results(samples: Sequence[Sample], answers: Sequence[str]) -> dict[str, Any]:
+    task = Pope()
+    return task.results(list(zip(samples, task.judge_all(samples, answers), strict=True)))
 
 
 def counting(answer: Answer, shown: Set) -> dict[str, float]:
@@ -232,7 +209,7 @@ def position(answer: Answer, shown: Set) -> dict[str, float]:
     }
 
 
-def small_objects(answer: Answer, shown: Set) -> dict[str, float]:
+def small_objects(answer: Answer, shown: Set) -> dict[str, Any]:
     """Yes/no about objects under 48 pixels, without and with a second picture that shows their part enlarged.
 
     Each scene with such an object is asked about it and about a category that would fit but is absent.
@@ -247,15 +224,18 @@ def small_objects(answer: Answer, shown: Set) -> dict[str, float]:
         asked.append((row, small[0].category, True, part))
         asked += [(row, name, False, part) for name in absent(view, rng, 1)]
     prompts = [exists_question(name) for _, name, _, _ in asked]
-    figures: dict[str, float] = {"questions": len(asked)}
-    for title, rows in (
+    samples: list[Sample] = []
+    answers: list[str] = []
+    for group, rows in (
         ("one picture", [[shown.pictures[row]] for row, _, _, _ in asked]),
         ("two pictures", [[shown.pictures[row], part] for row, _, _, part in asked]),
     ):
-        said = answer(rows, prompts)
-        found = rates([(truth, says_yes(text)) for (_, _, truth, _), text in zip(asked, said, strict=True)])
-        figures |= {f"{title}: {name}": found[name] for name in ("accuracy", "recall", "yes_ratio")}
-    return figures
+        answers += answer(rows, prompts)
+        samples += [
+            _yes_no(f"{group}/{number}", None, prompt, truth, group)
+            for number, (prompt, (_, _, truth, _)) in enumerate(zip(prompts, asked, strict=True))
+        ]
+    return _yes_no_results(samples, answers)
 
 
 def _share(found: Sequence[bool]) -> float:
@@ -279,7 +259,7 @@ def lines(figures: Mapping[str, Any], title: str = "") -> list[str]:
 
 
 @click.command()
-@click.option("--model", default="tiny", show_default=True, help="tiny, or a directory with such a model.")
+@click.option("--model", default="tiny", show_default=True, help="tiny, tiny-qwen, or a directory with such a model.")
 @click.option("--decoder", "decoders", multiple=True, default=("greedy",), show_default=True, help="May be repeated.")
 @click.option("--scenes", "count", default=500, type=click.IntRange(1), show_default=True, help="Fresh scenes.")
 @click.option("--seed", default=1, type=click.IntRange(0), show_default=True, help="Seed of the scenes.")
@@ -299,7 +279,7 @@ def command(
     """Measure the embedded model, or one like it, on scenes of the drawn world that it has not seen.
 
     Hallucination in captions, POPE, counting, position, small objects with and without an enlarged part, and where
-    the model looks. Use another seed than 10000000 and 10000001, which the embedded model was trained on.
+    the model looks. Use another seed than 10000000 and 10000001, which the embedded models were trained on.
     """
     vlm = load(model, device=device)
     shown = draw(count, seed, vlm.device.type)

@@ -27,7 +27,7 @@ from vlmfix.models.layout import Batch, ImageLayout
 EMBEDDED = {name: Path(__file__).parent.parent / "world" / "assets" / name for name in ("tiny", "tiny-qwen")}
 """Models that come with the package, by name."""
 
-_WHAT_LOADS = "give 'tiny', a Hub id such as llava-hf/llava-1.5-7b-hf, or a directory with config.json"
+_WHAT_LOADS = "give 'tiny', 'tiny-qwen', a Hub id such as llava-hf/llava-1.5-7b-hf, or a directory with config.json"
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -55,7 +55,7 @@ class Checkpoint:
         """Loads a checkpoint through stock transformers classes.
 
         Args:
-            model: ``tiny`` (comes with the package), a Hub id, or a local directory.
+            model: ``tiny`` or ``tiny-qwen`` (they come with the package), a Hub id, or a local directory.
             revision: Branch, tag or commit on the Hub.
             device: ``auto`` (the GPU when there is one), or a torch device such as ``cpu`` or ``cuda:1``.
             dtype: ``auto`` (the checkpoint's own on a GPU, float32 on the CPU), ``float32``, ``bfloat16`` or
