@@ -1,0 +1,239 @@
+"""Saliency against its specification's vectors and against the full T x T computation on whole models."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers.utils import ModelOutput
+
+from tests.contracts.support import batch_of, plain, vlm_of
+from tests.contracts.test_reference import Slow, installed, same
+from tests.tiny import TINY
+from vlmfix.attention.edit import LayerSet
+from vlmfix.attention.saliency import after_picture, mean_over, row_saliency, saliency_steps, scoring_layers
+from vlmfix.errors import IncompatibleDecodersError, UnsupportedAttentionError
+from vlmfix.models.layout import ImageLayout
+
+# Two heads, four keys, the row that predicts; only its last two rows have a gradient.
+WEIGHTS = torch.tensor([[0.1, 0.2, 0.3, 0.4], [0.25, 0.25, 0.25, 0.25]])[None]
+GRADIENT = torch.tensor([[2.0, -1.0, 1.0, 0.5], [0.0, 2.0, -2.0, 4.0]])[None]
+TOKENS = torch.tensor([[40, 50, 60], [70, 45, 33]])
+
+
+def test_the_specifications_vector():
+    saliency = row_saliency(WEIGHTS, GRADIENT)
+    want = torch.tensor([[0.123797, 0.433289, 0.495188, 0.742781]])
+    torch.testing.assert_close(saliency, want, atol=1e-6, rtol=0)
+    assert mean_over(saliency[None], torch.tensor([[False, True, True, False]])).item() == pytest.approx(0.464238)
+    assert mean_over(saliency[None], torch.tensor([[False, True, True, True]])).item() == pytest.approx(0.557086)
+    assert mean_over(saliency[None], torch.zeros(1, 4, dtype=torch.bool)).isnan().all()
+
+
+def test_neither_the_losss_scale_and_sign_nor_the_order_of_heads_matter():
+    want = row_saliency(WEIGHTS, GRADIENT)
+    torch.testing.assert_close(row_saliency(WEIGHTS, -37.0 * GRADIENT), want)
+    torch.testing.assert_close(row_saliency(WEIGHTS.flip(1), GRADIENT.flip(1)), want)
+
+
+def test_a_row_without_gradient_stays_zero_and_scores_stay_below_their_bound():
+    assert row_saliency(WEIGHTS, torch.zeros_like(GRADIENT)).eq(0).all()
+    torch.manual_seed(0)
+    saliency = torch.stack([row_saliency(torch.rand(3, 2, 9).softmax(-1), torch.randn(3, 2, 9)) for _ in range(4)])
+    torch.testing.assert_close(saliency.norm(dim=-1), torch.ones(4, 3))
+    for count in (1, 4, 9):
+        scores = mean_over(saliency, torch.arange(9).lt(count).expand(3, 9))
+        assert (scores >= 0).all()
+        assert (scores <= count**-0.5 + 1e-6).all()
+
+
+@pytest.mark.parametrize(("count", "layers"), [(3, {1, 2}), (8, {4, 5, 6}), (9, {6, 7, 8}), (32, {6, 7, 8})])
+def test_layers_of_the_score(count, layers):
+    assert scoring_layers(count).resolve(count) == layers
+
+
+def test_history_begins_behind_the_last_picture_of_each_row():
+    tokens = torch.tensor([[0, 0, 1, 0, 1, 0], [0, 0, 0, 0, 0, 0]], dtype=torch.bool)
+    text = torch.tensor([[0, 1, 0, 1, 0, 1], [0, 0, 1, 1, 1, 1]], dtype=torch.bool)
+    layout = ImageLayout(tokens, text, tokens.long() - 1, torch.zeros(2, 6, 4))
+    assert after_picture(layout).tolist() == [5, 2]
+
+
+def decoded(vlm, batch, run, **options):
+    """Calls ``run(input_ids, kwargs)`` as a decoding loop."""
+    found = []
+
+    def loop(model, input_ids, logits_processor, stopping_criteria, generation_config, **kwargs):
+        found.append(run(input_ids, kwargs))
+        return input_ids
+
+    vlm.model.generate(**batch, custom_generate=loop, max_new_tokens=4, do_sample=False, **options)
+    return found[0]
+
+
+def fast(vlm, batch, layers="all", tokens=TOKENS):
+    """[(logits, saliency)] of every forced token."""
+
+    def run(input_ids, kwargs):
+        found = []
+        with saliency_steps(vlm, vlm.layout(batch), LayerSet(layers), input_ids, kwargs) as steps:
+            for column in tokens.T:
+                found.append((steps.advance(input_ids), steps.saliency(column)))
+                input_ids = torch.cat([input_ids, column[:, None]], dim=1)
+        return found
+
+    return decoded(vlm, batch, run)
+
+
+class Graph(Slow):
+    """The slow attention of the reference tests, which keeps every layer's whole attention in the graph."""
+
+    def __init__(self):
+        super().__init__(same, same)
+        self.attention = {}
+
+    def __call__(self, module, query, key, value, attention_mask, scaling, **kwargs):
+        _, heads, length, _ = query.shape
+        key, value = (x.double().repeat_interleave(heads // x.shape[1], dim=1) for x in (key, value))
+        scores = query.double() @ key.transpose(2, 3) * scaling
+        allowed = torch.ones(length, length, dtype=torch.bool).tril() if attention_mask is None else attention_mask
+        weights = scores.masked_fill(~allowed, -1e300).softmax(-1) * allowed
+        self.attention[module.layer_idx] = weights
+        return (weights @ value).transpose(1, 2).to(query.dtype).contiguous(), None
+
+
+def slow(vlm, batch, *, append=False):
+    """Steps 1 to 6 of the specification: a full forward pass per token, and the gradient of all rows.
+
+    Args:
+        append: The judged token stands behind the prefix, as in the released script.
+    """
+
+    def run(input_ids, kwargs):
+        found, graph = [], Graph()
+        kwargs["logits_to_keep"] = 0
+        with installed(vlm, graph):
+            for place, column in enumerate(TOKENS.T):
+                longer = vlm.model._update_model_kwargs_for_generation(ModelOutput(), dict(kwargs))
+                ids = torch.cat([input_ids, column[:, None]], dim=1)
+                given = (ids, longer) if append else (input_ids, kwargs)
+                with torch.enable_grad():
+                    inputs = vlm.model.prepare_inputs_for_generation(
+                        given[0], is_first_iteration=place == 0, **given[1]
+                    )
+                    logits = vlm.model(**inputs, return_dict=True).logits[:, -2 if append else -1]
+                    loss = torch.nn.functional.cross_entropy(logits.double(), column, reduction="sum")
+                    layers = [graph.attention[layer] for layer in sorted(graph.attention)]
+                    gradients = torch.autograd.grad(loss, layers)
+                matrices = [(a * g).abs().tril().sum(dim=1) for a, g in zip(layers, gradients, strict=True)]
+                rows = torch.stack([m / m.norm(dim=-1, keepdim=True).clamp(min=1e-9) for m in matrices])
+                found.append((logits.detach(), rows.detach()))  # (L, B, K, K)
+                input_ids, kwargs = ids, longer
+        return found
+
+    return decoded(vlm, batch, run, use_cache=False)
+
+
+@pytest.mark.parametrize("family", TINY)
+def test_a_cached_row_equals_the_full_computation(family):
+    vlm = vlm_of(family)
+    batch = batch_of(vlm)
+    for (logits, saliency), (want, full) in zip(fast(vlm, batch), slow(vlm, batch), strict=True):
+        torch.testing.assert_close(logits, want.float(), atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(saliency.double(), full[:, :, -1], atol=1e-4, rtol=0)
+        assert saliency.std() > 0.01
+
+
+@pytest.mark.parametrize("family", ["llava", "qwen2_5_vl"])
+def test_the_row_of_the_judged_token_itself_has_no_gradient(family):
+    """The released script reads it: all its scores are exactly zero."""
+    vlm = vlm_of(family)
+    batch = batch_of(vlm)
+    for (_, prefix), (_, appended) in zip(slow(vlm, batch), slow(vlm, batch, append=True), strict=True):
+        assert appended[:, :, -1].eq(0).all()
+        torch.testing.assert_close(appended[:, :, :-1, :-1], prefix, atol=1e-5, rtol=0)
+        assert appended[-1, :, :-2].eq(0).all()  # in the last layer only the predicting row counts
+        assert appended[:, :, -2].sum() > 1
+
+
+def test_different_candidates_get_different_rows_and_only_where_wanted():
+    vlm = vlm_of("llava")
+    batch = batch_of(vlm)
+
+    def run(input_ids, kwargs):
+        with saliency_steps(vlm, vlm.layout(batch), LayerSet("1:"), input_ids, kwargs) as steps:
+            steps.advance(input_ids)
+            one, other = (steps.saliency(torch.tensor([token, token])) for token in (40, 50))
+            half = steps.saliency(torch.tensor([40, 50]), torch.tensor([True, False]))
+            assert (one - other).abs().max() > 1e-3
+            torch.testing.assert_close(half[:, 0], one[:, 0])
+            assert half[:, 1].eq(0).all()
+            assert steps.length == batch.length
+
+    decoded(vlm, batch, run)
+
+
+def test_nothing_is_left_behind_and_memory_is_one_row_per_layer():
+    vlm = vlm_of("llava")
+    batch = batch_of(vlm)
+    for parameter in vlm.model.parameters():
+        parameter.requires_grad_(False)
+    try:
+        frozen = fast(vlm, batch)
+    finally:
+        for parameter in vlm.model.parameters():
+            parameter.requires_grad_(True)
+
+    def run(input_ids, kwargs):
+        cache = kwargs["past_key_values"]
+        with saliency_steps(vlm, vlm.layout(batch), LayerSet("1:"), input_ids, kwargs) as steps:
+            steps.advance(input_ids)
+            saliency = steps.saliency(TOKENS[:, 0])
+            assert sorted(steps.recorder.seen) == [1, 2]
+            assert all(node.shape == (2, 8, 1, batch.length) for node in steps.recorder.seen.values())
+            assert not saliency.requires_grad
+        assert not steps.recorder.seen
+        assert not any(x.requires_grad for layer in cache.layers for x in (layer.keys, layer.values))
+        return saliency
+
+    torch.testing.assert_close(decoded(vlm, batch, run), frozen[0][1][1:])
+    assert all(parameter.grad is None for parameter in vlm.model.parameters())
+    assert not hasattr(vlm.family.attention_modules(vlm.model)[1], "_vlmfix_plan")
+    torch.testing.assert_close(plain(vlm, batch)[0], frozen[0][0], atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("options", [{"use_cache": False}, {"cache_implementation": "static"}])
+def test_caches_that_cannot_step_back_are_refused(options):
+    vlm = vlm_of("llava")
+    batch = batch_of(vlm)
+
+    def run(input_ids, kwargs):
+        with (
+            pytest.raises(IncompatibleDecodersError, match="dynamic cache"),
+            saliency_steps(vlm, vlm.layout(batch), LayerSet("all"), input_ids, kwargs),
+        ):
+            pass
+
+    decoded(vlm, batch, run, **options)
+
+
+def test_a_full_sliding_window_is_refused():
+    vlm = vlm_of("gemma3")
+    batch = batch_of(vlm)
+
+    def run(input_ids, kwargs):
+        for layer in kwargs["past_key_values"].layers:
+            if layer.is_sliding:
+                layer.sliding_window = batch.length
+        with (
+            pytest.raises(IncompatibleDecodersError, match="sliding window"),
+            saliency_steps(vlm, vlm.layout(batch), LayerSet("all"), input_ids, kwargs),
+        ):
+            pass
+
+    decoded(vlm, batch, run)
+
+
+def test_layers_that_the_model_lacks_are_refused():
+    vlm = vlm_of("llava")
+    with pytest.raises(UnsupportedAttentionError, match="the model has 3 layers"):
+        fast(vlm, batch_of(vlm), layers="6:9")

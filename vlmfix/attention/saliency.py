@@ -1,0 +1,236 @@
+"""Saliency: attention times gradient, for the one row of attention that chose a token.
+
+For a token c that row r predicts, with attention A of one layer and loss ``-log softmax(logits of r)[c]``::
+
+    S[j] = mean over heads of |A[h, r, j] * d loss / d A[h, r, j]|        Sbar = S / ||S||_2
+
+A counts as a free variable (no gradient of the softmax), and a causal model leaves every row behind r without gradient.
+
+Row r is the newest query of a cached step, so the keys and values before it are constants and one backward pass through
+one row gives exactly what the full T x T computation gives, in memory that is linear in T. The prompt is read without
+gradients; its last token is then taken back from the cache and passes once more, with them.
+
+Shape letters (``docs/notation.md``): B rows, H query heads, K keys, V vocabulary; here also N recorded layers and R
+rows of the pass, branches included.
+
+Source: "Hallucination Begins Where Saliency Drops", ICLR 2026, arXiv 2601.20279, sec. 2, eq. 1-6.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+
+from vlmfix.attention.edit import LayerSet, Rows, Site, WeightEdit
+from vlmfix.attention.session import edited
+from vlmfix.errors import IncompatibleDecodersError
+from vlmfix.models.checkpoint import Checkpoint
+from vlmfix.models.layout import ImageLayout
+
+SCALE = 1024.0
+"""The loss is multiplied by it and the gradients are divided by it, so that float16 does not lose small ones."""
+SMALLEST = 1e-9
+"""Norm below which a row counts as zero and stays zero."""
+RELEASED = LayerSet("6:9")
+"""Layers of the authors' released script, counted from 0; the paper says "middle-to-deep"."""
+
+
+def scoring_layers(count: int) -> LayerSet:
+    """The released script's layers 6 to 8; of a model with fewer than nine layers, up to three from its middle on."""
+    return RELEASED if count >= 9 else LayerSet(f"{count // 2}:{count // 2 + 3}")
+
+
+def row_saliency(weights: Tensor, gradient: Tensor) -> Tensor:
+    """Merges heads and normalises one row of attention.
+
+    Args:
+        weights: (B, H, K) attention of the row.
+        gradient: (B, H, K) gradient of the token's loss with respect to it.
+
+    Returns:
+        (B, K) of norm 1 in the last dimension, or all zero; float32, or float64 for float64 arguments.
+    """
+    exact = torch.promote_types(weights.dtype, torch.float32)
+    merged = (weights.to(exact) * gradient.to(exact)).abs().mean(dim=1)  # (B, K)
+    norm: Tensor = torch.linalg.vector_norm(merged, dim=-1, keepdim=True)
+    return merged / norm.clamp(min=SMALLEST)
+
+
+def mean_over(saliency: Tensor, keys: Tensor) -> Tensor:
+    """A token's score: the mean over layers and over some keys.
+
+    Args:
+        saliency: (N, B, K).
+        keys: (B, K) bool.
+
+    Returns:
+        (B,) in [0, 1 / sqrt(number of keys)]; NaN where there are no keys.
+    """
+    return (saliency.mean(dim=0) * keys).sum(dim=-1) / keys.sum(dim=-1)
+
+
+def after_picture(layout: ImageLayout) -> Tensor:
+    """(B,) the column behind each row's last image token, or its first real column when it has no picture."""
+    column = torch.arange(layout.tokens.shape[1], device=layout.tokens.device)
+    after = torch.where(layout.tokens, column + 1, 0).amax(dim=1)
+    first = torch.where(layout.text, column, len(column)).amin(dim=1)
+    return torch.where(after > 0, after, first)
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Recorder(WeightEdit):
+    """Keeps the weights that are really used, as a node of the graph, and changes nothing.
+
+    Attributes:
+        seen: Layer number -> (R, H, 1, K) float32 of the last pass.
+    """
+
+    seen: dict[int, Tensor] = field(default_factory=dict)
+    rows: ClassVar[Rows] = "last"
+
+    def weights(self, site: Site, weights: Tensor) -> Tensor:
+        """The same weights; the first layer's begin the graph when nothing before them has one."""
+        node = weights if weights.requires_grad else weights.detach().requires_grad_()
+        self.seen[site.layer] = node
+        return node
+
+
+@dataclass(frozen=True, eq=False)
+class SaliencySteps:
+    """Single-token passes behind a cache, whose newest row keeps its graph until the next pass.
+
+    Attributes:
+        model: The transformers model.
+        kwargs: What ``generate`` keeps between passes; replaced after each of them.
+        recorder: Where the weights are kept.
+        newest: The newest pass's log-probabilities, one entry of (B, V) float32 with their graph.
+    """
+
+    model: Any
+    kwargs: dict[str, Any]
+    recorder: Recorder
+    newest: list[Tensor] = field(default_factory=list)
+
+    def advance(self, input_ids: Tensor) -> Tensor:
+        """Runs the newest token.
+
+        Args:
+            input_ids: (B, T + generated) all tokens.
+
+        Returns:
+            (B, V) float32 logits without their graph.
+        """
+        self.release()
+        with torch.enable_grad():
+            inputs = self.model.prepare_inputs_for_generation(input_ids, next_sequence_length=1, **self.kwargs)
+            output = self.model(**inputs, return_dict=True)
+            logits = output.logits[:, -1].float()  # (B, V)
+            self.newest.append(logits.log_softmax(dim=-1))
+        self.kwargs.update(self.model._update_model_kwargs_for_generation(output, self.kwargs))
+        return torch.as_tensor(logits).detach().clone()
+
+    @property
+    def length(self) -> int:
+        """K, keys of the newest pass."""
+        return int(next(iter(self.recorder.seen.values())).shape[-1])
+
+    def saliency(self, tokens: Tensor, wanted: Tensor | None = None) -> Tensor:
+        """What each row's token owes to each key: one backward pass for all rows.
+
+        Args:
+            tokens: (B,) int64, the judged token of each row.
+            wanted: (B,) bool, rows to compute; elsewhere the result is zero.
+
+        Returns:
+            (N, B, K) ``Sbar`` of the recorded layers, in order.
+        """
+        seen = [self.recorder.seen[layer] for layer in sorted(self.recorder.seen)]
+        with torch.enable_grad():
+            chosen = self.newest[0].gather(1, tokens[:, None])[:, 0]  # (B,)
+            loss = -SCALE * (chosen if wanted is None else chosen[wanted]).sum()
+        gradients = torch.autograd.grad(loss, seen, retain_graph=True)
+        rows = len(tokens)  # branches stand behind the clean rows
+        place = tokens.device
+        return torch.stack(
+            [
+                row_saliency(weights[:rows, :, 0].detach(), gradient[:rows, :, 0] / SCALE).to(place)
+                for weights, gradient in zip(seen, gradients, strict=True)
+            ]
+        )
+
+    def release(self) -> None:
+        """Forgets the newest graph, in the cache too."""
+        self.newest.clear()
+        self.recorder.seen.clear()
+        _detach(self.kwargs["past_key_values"])
+
+
+@contextmanager
+def saliency_steps(
+    vlm: Checkpoint,
+    layout: ImageLayout,
+    layers: LayerSet,
+    input_ids: Tensor,
+    kwargs: dict[str, Any],
+    *,
+    live: Tensor | None = None,
+) -> Iterator[SaliencySteps]:
+    """Reads the prompt; inside the block tokens pass one by one, the prompt's last one first.
+
+    Edits that are at work when the block begins come before the recorder, so saliency is that of the edited attention.
+
+    Args:
+        vlm: The model.
+        layout: Layout of the rows that the model runs, with contrast rows if there are any.
+        layers: Layers to record.
+        input_ids: (B, T) prompts, left-padded.
+        kwargs: What ``generate`` hands to a ``custom_generate`` for the model.
+        live: (R,) bool, False for contrast rows.
+
+    Raises:
+        IncompatibleDecodersError: The cache cannot give back its last token.
+        UnsupportedAttentionError: The model's attention cannot be recorded; see ``edited``.
+    """
+    model: Any = vlm.model
+    cache: Any = kwargs.get("past_key_values")
+    _check_cache(cache, input_ids.shape[1])
+    with torch.no_grad():
+        inputs = model.prepare_inputs_for_generation(input_ids, is_first_iteration=True, **kwargs)
+        model(**inputs, return_dict=True)
+    cache.crop(-1)
+    recorder = Recorder(layers=layers)
+    with edited(vlm, layout, (recorder,), live=live):
+        steps = SaliencySteps(model, dict(kwargs), recorder)
+        try:
+            yield steps
+        finally:
+            steps.release()
+
+
+def _check_cache(cache: Any, prompt: int) -> None:  # noqa: ANN401 (whatever generate made, or None)
+    plain = type(cache) is DynamicCache and all(
+        type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in cache.layers
+    )
+    if not plain or int(cache.get_seq_length()) > 0:
+        raise IncompatibleDecodersError(
+            f"saliency steps back by one token and needs an empty dynamic cache, not {type(cache).__name__}",
+            "leave use_cache on, and cache_implementation, static_cache and past_key_values at their defaults",
+        )
+    windows = [layer.sliding_window for layer in cache.layers if isinstance(layer, DynamicSlidingWindowLayer)]
+    if windows and min(windows) <= prompt:
+        raise IncompatibleDecodersError(
+            f"a prompt of {prompt} tokens fills the sliding window of {min(windows)}, which then forgets its first one",
+            "shorten the prompt",
+        )
+
+
+def _detach(cache: Any) -> None:  # noqa: ANN401 (checked above)
+    for layer in cache.layers:
+        layer.keys, layer.values = layer.keys.detach(), layer.values.detach()
