@@ -9,7 +9,7 @@ import traceback
 import click
 
 from vlmfix import __version__
-from vlmfix.commands import about, answers, compare, evaluate, options, tune, world
+from vlmfix.commands import about, answers, compare, evaluate, options, profile, tune, world
 from vlmfix.errors import UsageError, VlmfixError
 
 
@@ -27,6 +27,7 @@ for _command in (
     compare.compare,
     compare.reproduce,
     tune.tune,
+    profile.profile,
     about.decoders,
     about.doctor,
     world.world,

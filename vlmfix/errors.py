@@ -42,3 +42,7 @@ class IncompatibleDecodersError(VlmfixError):
 
 class DataError(VlmfixError):
     """A file, picture or record is not what it should be."""
+
+
+class ProfileMismatchError(VlmfixError):
+    """A head profile was measured on another model, or two profiles are of different models."""

@@ -1,0 +1,177 @@
+"""Read-only probes of attention: rows of weights, head outputs, states, and gates that switch heads off.
+
+The readings are edits that return what they were given, so that the kernel computes the rows they ask for and no
+others: memory grows with K and not with K squared. Shape letters (``docs/notation.md``): B rows, H query heads,
+G key/value heads, R query rows, K keys, D head dimension, L layers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer
+
+from vlmfix.attention.edit import OutputEdit, Rows, Site, WeightEdit
+from vlmfix.models.checkpoint import Checkpoint
+
+Reader = Callable[[Site, Tensor], None]
+"""Takes what a reading shows; it must not write into the tensor."""
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class TextRows(WeightEdit):
+    """Shows the attention of the prompt text behind a picture.
+
+    Other readings may have asked for further rows: ``site.acts`` marks this one's.
+
+    Attributes:
+        reader: Called with (B, H, R, K) float32 weights, once per layer.
+    """
+
+    reader: Reader
+
+    def weights(self, site: Site, weights: Tensor) -> Tensor:
+        """The weights, as they were."""
+        self.reader(site, weights)
+        return weights
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class TextRowsAndStates(TextRows):
+    """Shows the same, and the residual stream that enters the layer as ``site.hidden``."""
+
+    needs_hidden: ClassVar[bool] = True
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class LastRows(TextRows):
+    """Shows the attention of the last prompt row and of every row behind it, in order; ``site.acts`` marks them."""
+
+    rows: ClassVar[Rows] = "last"
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class LastOutputs(OutputEdit):
+    """Shows the head outputs of the last row.
+
+    Attributes:
+        reader: Called with (B, H, D) outputs before the output projection, once per layer.
+    """
+
+    reader: Reader
+    rows: ClassVar[Rows] = "last"
+
+    def output(self, site: Site, output: Tensor) -> Tensor:
+        """The outputs, as they were."""
+        self.reader(site, output[:, -1])  # (B, H, D)
+        return output
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Gates(OutputEdit):
+    """Multiplies the head outputs of the last row by a gate each: 1 leaves a head, 0 switches it off.
+
+    Attributes:
+        gates: (L, B, H) float.
+    """
+
+    gates: Tensor
+    rows: ClassVar[Rows] = "last"
+
+    def output(self, site: Site, output: Tensor) -> Tensor:
+        """(B, R, H, D), gated."""
+        return output * self.gates[site.layer][:, None, :, None].to(output.dtype)
+
+
+def mass(weights: Tensor, keys: Tensor) -> Tensor:
+    """Attention that goes to some keys.
+
+    Args:
+        weights: (B, H, R, K) attention.
+        keys: (B, K) bool.
+
+    Returns:
+        (B, H, R), in [0, 1].
+    """
+    return torch.einsum("bhrk,bk->bhr", weights, keys.to(weights.dtype))
+
+
+def mean_of_rows(values: Tensor, acts: Tensor) -> Tensor:
+    """Mean over the rows that count; NaN for a sample in which none does.
+
+    Args:
+        values: (B, H, R, ...).
+        acts: (B, R) bool.
+
+    Returns:
+        (B, H, ...).
+    """
+    share = acts.to(values.dtype) / acts.sum(dim=1, keepdim=True)  # (B, R)
+    return torch.einsum("bhr...,br->bh...", values, share)
+
+
+@contextmanager
+def leaving(vlm: Checkpoint, reader: Callable[[int, Tensor], None]) -> Iterator[None]:
+    """Shows the residual stream that leaves each layer.
+
+    Args:
+        vlm: The model.
+        reader: Called with the layer's number and (B, T, hidden size).
+    """
+    layers = vlm.family.layers(vlm.model)
+    numbers = {layer: number for number, layer in enumerate(layers)}
+
+    def show(layer: nn.Module, args: object, output: Any) -> None:  # noqa: ANN401 (a tensor, or a tuple that has it)
+        reader(numbers[layer], output if isinstance(output, Tensor) else output[0])
+
+    with ExitStack() as hooks:
+        for layer in layers:
+            hooks.enter_context(layer.register_forward_hook(show))
+        yield
+
+
+class SharedLayer(DynamicLayer):
+    """One layer of a cache whose prompt all rows have in common: it is stored once and copied layer by layer.
+
+    What a pass adds is used in that pass and not kept.
+
+    Args:
+        keys: (1, G, K, D).
+        values: (1, G, K, D).
+    """
+
+    def __init__(self, keys: Tensor, values: Tensor) -> None:
+        super().__init__()
+        self.lazy_initialization(keys, values)
+        self.keys, self.values = keys, values
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Keys and values of the prompt and of the new tokens, (B, G, K + Q, D) each."""
+        return self._behind(self.keys, key_states), self._behind(self.values, value_states)
+
+    def _behind(self, prompt: Tensor | None, new: Tensor) -> Tensor:
+        if prompt is None:
+            raise RuntimeError("the shared prompt was reset")
+        return torch.cat([prompt.expand(len(new), -1, -1, -1), new], dim=2)  # (B, G, K + Q, D)
+
+
+def shared_prompt(cache: DynamicCache, row: int, length: int) -> DynamicCache:
+    """A cache for any number of rows that all continue one row's first columns.
+
+    Args:
+        cache: Keys and values of a batch.
+        row: The row.
+        length: Columns to take over, padding included.
+    """
+    shared = DynamicCache()
+    shared.layers = [
+        SharedLayer(layer.keys[row : row + 1, :, :length], layer.values[row : row + 1, :, :length])
+        for layer in list[Any](cache.layers)
+    ]
+    return shared

@@ -1,0 +1,174 @@
+"""Grounding: what every token of an answer owes to the picture, to the prompt and to the answer before it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.nn.functional import pad
+from transformers import PreTrainedModel
+
+from vlmfix.attention.edit import LayerSet
+from vlmfix.attention.saliency import mean_over, saliency_steps
+from vlmfix.errors import DataError
+from vlmfix.models.checkpoint import Checkpoint
+from vlmfix.models.layout import ImageLayout
+
+
+@dataclass(frozen=True, eq=False)
+class Grounding:
+    """Saliency of one answer, n tokens long.
+
+    A score is the mean of ``Sbar`` over layers and over the keys that it is about, in [0, 1 / sqrt(number of keys)]; so
+    compare it between tokens, not between sets of keys of different size. NaN where there are no such keys.
+
+    Attributes:
+        tokens: The n judged tokens.
+        texts: Each token as text.
+        picture: (n,) score over the image patches.
+        prompt: (n,) score over the prompt's text, template included.
+        earlier: (n,) score over the answer's tokens before the judged one.
+        preceding: (n,) the entry of the token just before; the paper's statistic for right and hallucinated tokens.
+        rows: (n, T + n - 1) ``Sbar``, mean over layers, by the columns of the batch that the answer was in: T of
+            prompt, then the answer's. ``layout.heatmap(rows[i, :T], ...)`` paints it over the picture.
+    """
+
+    tokens: tuple[int, ...]
+    texts: tuple[str, ...]
+    picture: Tensor
+    prompt: Tensor
+    earlier: Tensor
+    preceding: Tensor
+    rows: Tensor
+
+
+def grounding(
+    vlm: Checkpoint,
+    pictures: Sequence[Image.Image | Sequence[Image.Image]],
+    prompts: str | Sequence[str],
+    answers: Sequence[str | Sequence[int]],
+    *,
+    layers: LayerSet | str = "all",
+) -> list[Grounding]:
+    """Replays answers token by token and measures the saliency of each token.
+
+    For token c of an answer, with attention A of the row that predicts it and ``loss = -log softmax(logits)[c]``:
+    ``S = mean over heads |A * d loss / d A|`` and ``Sbar = S / ||S||_2``, layer by layer. "Hallucination Begins Where
+    Saliency Drops" (ICLR 2026, arXiv 2601.20279) finds that hallucinated tokens owe little to the token before them
+    (``preceding``).
+
+    Each token is one cached pass and one backward pass through one row of attention, for all answers together; memory
+    is linear in the prompt. The paper's printed norm, over the whole T x T matrix, is not offered: it would need all
+    rows. The released picture demos multiply every layer by the gradient of layer 0, which is not reproduced.
+
+    Args:
+        vlm: The model, as it is: without a decoder.
+        pictures: B pictures, or B lists of pictures.
+        prompts: One question for all, or B questions.
+        answers: B answers: token ids, such as ``Answer.ids``, which say exactly what was generated, or text, which is
+            split into tokens as it stands alone.
+        layers: Layers to average; the paper names none for its statistics.
+
+    Returns:
+        One ``Grounding`` per answer, on the CPU.
+
+    Raises:
+        DataError: The numbers of pictures, prompts and answers differ, an answer is empty or a token is none of the
+            model's.
+        IncompatibleDecodersError: The prompt fills a sliding window.
+        UnsupportedAttentionError: The model's attention is not plain softmax attention, or has none of ``layers``.
+    """
+    shown = [[one] if isinstance(one, Image.Image) else list(one) for one in pictures]
+    asked = [prompts] * len(shown) if isinstance(prompts, str) else list(prompts)
+    if len(asked) != len(shown) or len(answers) != len(shown):
+        raise DataError(
+            f"{len(shown)} pictures, {len(asked)} prompts and {len(answers)} answers", "give one answer per picture"
+        )
+    ids = [_ids(vlm, answer, number) for number, answer in enumerate(answers)]
+    batch = vlm.encode(asked, shown)
+    layout = vlm.layout(batch)
+    chosen = LayerSet(layers) if isinstance(layers, str) else layers
+    replay = Replay(vlm=vlm, layout=layout, layers=chosen, answers=ids)
+    model: Any = vlm.model
+    plain = {"do_sample": False, "num_beams": 1, "temperature": None, "top_p": None, "top_k": None}
+    model.generate(**batch, custom_generate=replay, max_new_tokens=max(map(len, ids)), disable_compile=True, **plain)
+    return [_grounding(vlm, layout, ids[row], row, torch.stack(replay.rows[row])) for row in range(len(ids))]
+
+
+@dataclass(eq=False, kw_only=True)
+class Replay:
+    """A decoding loop that takes given tokens and keeps what each owes to what stands before it.
+
+    Attributes:
+        vlm: The model.
+        layout: Layout of the prompts.
+        layers: Layers to average.
+        answers: The tokens of each row.
+        rows: For each row, per token (T + longest answer - 1,) saliency on the CPU.
+    """
+
+    vlm: Checkpoint
+    layout: ImageLayout
+    layers: LayerSet
+    answers: Sequence[Sequence[int]]
+    rows: list[list[Tensor]] = field(default_factory=list)
+
+    def __call__(self, model: PreTrainedModel, input_ids: Tensor, **kwargs: Any) -> Tensor:
+        """See transformers' ``custom_generate``."""
+        for name in ("logits_processor", "stopping_criteria", "generation_config"):
+            kwargs.pop(name)
+        lengths = [len(answer) for answer in self.answers]
+        longest = max(lengths)
+        tokens = torch.tensor([[*answer, *[0] * (longest - len(answer))] for answer in self.answers])
+        tokens = tokens.to(input_ids.device)  # (B, longest)
+        total = input_ids.shape[1] + longest - 1
+        self.rows = [[] for _ in lengths]
+        with saliency_steps(self.vlm, self.layout, self.layers, input_ids, kwargs) as steps:
+            for place in range(longest):
+                steps.advance(input_ids)
+                running = torch.tensor([place < length for length in lengths], device=input_ids.device)
+                saliency = steps.saliency(tokens[:, place], running).mean(dim=0)  # (B, K)
+                for row in running.nonzero()[:, 0].tolist():
+                    self.rows[row].append(pad(saliency[row], (0, total - saliency.shape[1])).cpu())
+                input_ids = torch.cat([input_ids, tokens[:, place : place + 1]], dim=1)
+        return input_ids
+
+
+def _grounding(vlm: Checkpoint, layout: ImageLayout, ids: Sequence[int], row: int, rows: Tensor) -> Grounding:
+    """The scores of one row; ``rows`` is (n, T + longest - 1)."""
+    count, prompt = len(ids), layout.tokens.shape[1]
+    rows = rows[:, : prompt + count - 1]
+    column = torch.arange(rows.shape[1])
+    place = torch.arange(count)[:, None]
+    answered = (column >= prompt) & (column < prompt + place)  # (n, K)
+    preceding = rows.diagonal(prompt - 1).clone()  # (n,), row i looks at column T - 1 + i
+    preceding[0] = float("nan")  # the prompt's last token is none of the answer's
+
+    def over(keys: Tensor) -> Tensor:
+        return mean_over(rows[None], keys.cpu().expand_as(rows))
+
+    return Grounding(
+        tokens=tuple(ids),
+        texts=tuple(vlm.processor.tokenizer.decode([token]) for token in ids),
+        picture=over(layout.image_keys(rows.shape[1])[row]),
+        prompt=over(layout.text_keys(rows.shape[1])[row]),
+        earlier=over(answered),
+        preceding=preceding,
+        rows=rows,
+    )
+
+
+def _ids(vlm: Checkpoint, answer: str | Sequence[int], number: int) -> list[int]:
+    if isinstance(answer, str):
+        answer = vlm.processor.tokenizer(answer, add_special_tokens=False)["input_ids"]
+    ids = [int(token) for token in answer]
+    size = vlm.model.config.get_text_config().vocab_size
+    if not ids or not all(0 <= token < size for token in ids):
+        raise DataError(
+            f"answer {number} has the tokens {ids[:10]}", f"an answer has one token at least, each in [0, {size})"
+        )
+    return ids

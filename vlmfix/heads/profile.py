@@ -1,0 +1,238 @@
+"""The profile of a model's heads: one number per head, its uncertainty, and where both come from.
+
+Shape letters (``docs/notation.md``): L layers, H query heads.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from vlmfix.errors import DataError, ProfileMismatchError, UsageError
+from vlmfix.models.checkpoint import Checkpoint
+from vlmfix.records import to_json
+
+KEY, FORMAT, VERSION = "vlmfix", "head-profiles", 1
+"""The metadata entry of a file that holds the cards, and what it says about itself."""
+MATRICES, ENTRIES = 32, 8
+"""Weight matrices, and entries of each, that a model is told apart by."""
+TOLERANCE = 0.01
+"""Relative difference that rounding to another dtype explains: bfloat16 rounds by 0.004 at most."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProfileCard:
+    """Where a profile comes from.
+
+    Attributes:
+        profiler: Its name.
+        parameters: The profiler's parameters.
+        model: What the model was loaded by.
+        revision: Commit of the Hub snapshot, or None.
+        model_type: ``config.model_type``.
+        dtype: The weights' dtype during the profile.
+        layers: L.
+        heads: H.
+        question: What was asked about every picture.
+        pictures: Number of pictures that the scores are the mean of.
+        data: SHA-256 of the pixels of the pictures, in order; of all that were shown, also those without a score.
+        seed: Seed of what the profiler draws.
+        reliability: Rank correlation that a profile of as many other pictures would have with this one, estimated as
+            in ``moments.Halves``; None with fewer than two pictures or when no head differs.
+        stable: Whether the profile ended because its ranking was stable.
+        versions: Versions of the packages that made it.
+    """
+
+    profiler: str
+    parameters: Mapping[str, Any]
+    model: str
+    revision: str | None
+    model_type: str
+    dtype: str
+    layers: int
+    heads: int
+    question: str
+    pictures: int
+    data: str
+    seed: int
+    reliability: float | None
+    stable: bool
+    versions: Mapping[str, str]
+
+
+@dataclass(frozen=True, eq=False)
+class HeadProfile:
+    """What one profiler found out about a model's heads.
+
+    Attributes:
+        scores: (L, H) float32 mean over the pictures; higher is more of what the profiler measures.
+        stderr: (L, H) float32 standard error of that mean; NaN with one picture.
+        card: Where it comes from.
+        fingerprint: Some of the model's weights, (n,) float32; see ``fingerprint``.
+        details: What else the profiler found, by name.
+    """
+
+    scores: Tensor
+    stderr: Tensor
+    card: ProfileCard
+    fingerprint: Tensor
+    details: Mapping[str, Tensor] = field(default_factory=dict)
+
+    def top(self, count: int) -> tuple[tuple[int, int], ...]:
+        """The strongest heads, strongest first; of equal ones that of the lower layer, then of the lower number.
+
+        Args:
+            count: How many, from 0 to L * H.
+
+        Returns:
+            (layer, head) of each.
+
+        Raises:
+            UsageError: ``count`` is out of range.
+        """
+        if not 0 <= count <= self.scores.numel():
+            raise UsageError(f"count={count} is not allowed", f"the profile has {self.scores.numel()} heads")
+        order = self.scores.flatten().sort(descending=True, stable=True).indices[:count].tolist()
+        heads = self.scores.shape[1]
+        return tuple((place // heads, place % heads) for place in order)
+
+    def check(self, vlm: Checkpoint) -> None:
+        """Makes sure that the profile is of this model: its type, its numbers of layers and heads, and its weights.
+
+        The dtype in which the model was loaded, its name and its place do not matter.
+
+        Raises:
+            ProfileMismatchError: It is of another one.
+        """
+        card = self.card
+        config = vlm.model.config
+        for what, mine, yours in (
+            ("model type", card.model_type, config.model_type),
+            ("layers", card.layers, len(vlm.family.layers(vlm.model))),
+            ("heads", card.heads, int(config.get_text_config().num_attention_heads)),
+        ):
+            if mine != yours:
+                raise _mismatch(card, f"{what} {mine}", f"{yours}")
+        now = fingerprint(vlm)
+        same = now.shape == self.fingerprint.shape and torch.allclose(now, self.fingerprint, TOLERANCE, 1e-6)
+        if not same:
+            raise _mismatch(card, f"weights of {card.model}", f"other weights ({vlm.name})")
+
+    @classmethod
+    def load(cls, path: Path, name: str | None = None) -> HeadProfile:
+        """Reads one profile of a file.
+
+        Args:
+            path: A file that ``save_profiles`` wrote.
+            name: The profiler; None when the file holds one profile.
+
+        Raises:
+            DataError: The file cannot be read, is no profile, lacks that profile, or holds several and none is named.
+        """
+        profiles = load_profiles(path)
+        if name is None and len(profiles) == 1:
+            return next(iter(profiles.values()))
+        if name not in profiles:
+            held = ", ".join(profiles)
+            raise DataError(f"{path} holds the profiles {held}, not {name or 'one alone'}", "name one of them")
+        return profiles[name]
+
+    def save(self, path: Path) -> None:
+        """Writes the profile to a file of its own; see ``save_profiles``."""
+        save_profiles({self.card.profiler: self}, path)
+
+
+def save_profiles(profiles: Mapping[str, HeadProfile], path: Path) -> None:
+    """Writes profiles of one model to one file: tensors by safetensors, the cards as JSON in its metadata.
+
+    Args:
+        profiles: By profiler.
+        path: The file; replaced whole when it is there.
+
+    Raises:
+        UsageError: There is no profile, or they are of different models.
+        DataError: The file cannot be written.
+    """
+    every = list(profiles.values())
+    if not every or not all(torch.equal(part.fingerprint, every[0].fingerprint) for part in every):
+        raise UsageError(f"{len(every)} profiles cannot share a file", "give profiles of one model")
+    tensors = {"fingerprint": every[0].fingerprint}
+    for name, part in profiles.items():
+        tensors |= {f"{name}/scores": part.scores, f"{name}/stderr": part.stderr}
+        tensors |= {f"{name}/details/{key}": value for key, value in part.details.items()}
+    cards = {name: asdict(part.card) for name, part in profiles.items()}
+    about = to_json({"format": FORMAT, "version": VERSION, "profiles": cards})
+    content = save({key: value.contiguous() for key, value in tensors.items()}, metadata={KEY: about})
+    draft = path.with_name(f".{path.name}.new")
+    try:
+        draft.write_bytes(content)
+        os.replace(draft, path)
+    except OSError as error:
+        raise DataError(f"cannot write {path}: {error.strerror}", "choose another file") from error
+
+
+def load_profiles(path: Path) -> dict[str, HeadProfile]:
+    """Reads all profiles of a file, by profiler.
+
+    Raises:
+        DataError: The file cannot be read, or is no profile.
+    """
+    hint = "give a file that vlmfix profile wrote"
+    try:
+        with safe_open(path, framework="pt") as file:
+            about = json.loads((file.metadata() or {}).get(KEY, "{}"))
+            tensors = {key: file.get_tensor(key) for key in file.keys()}
+    except OSError as error:
+        raise DataError(f"cannot read {path}: {error.strerror or error}", hint) from error
+    except (SafetensorError, ValueError) as error:
+        raise DataError(f"{path} is no profile: {error}", hint) from error
+    if about.get("format") != FORMAT or about.get("version") != VERSION:
+        said = f"format {about.get('format')!r}, version {about.get('version')!r}"
+        raise DataError(f"{path} is no profile of version {VERSION}: {said}", hint)
+    try:
+        return {name: _profile(name, card, tensors) for name, card in about["profiles"].items()}
+    except (KeyError, TypeError, AttributeError) as error:
+        raise DataError(f"{path} is damaged: {error}", "measure the profile again") from error
+
+
+def _profile(name: str, card: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> HeadProfile:
+    start = f"{name}/details/"
+    return HeadProfile(
+        scores=tensors[f"{name}/scores"],
+        stderr=tensors[f"{name}/stderr"],
+        card=ProfileCard(**card),
+        fingerprint=tensors["fingerprint"],
+        details={key.removeprefix(start): value for key, value in tensors.items() if key.startswith(start)},
+    )
+
+
+def fingerprint(vlm: Checkpoint) -> Tensor:
+    """Some of the text decoder's weights: the same model gives the same numbers, but for the rounding of its dtype.
+
+    Returns:
+        (n,) float32 on the CPU, at most ``MATRICES * ENTRIES`` entries of matrices spread over the decoder.
+    """
+    matrices = [weight for weight in vlm.family.decoder(vlm.model).parameters() if weight.dim() > 1]
+    chosen = [matrices[number * len(matrices) // MATRICES] for number in range(min(MATRICES, len(matrices)))]
+    entries = [matrix.detach().flatten()[_places(matrix.numel(), matrix.device)].float().cpu() for matrix in chosen]
+    return torch.cat(entries)
+
+
+def _places(size: int, device: torch.device) -> Tensor:
+    return torch.arange(1, ENTRIES + 1, device=device) * size // (ENTRIES + 1)
+
+
+def _mismatch(card: ProfileCard, mine: str, yours: str) -> ProfileMismatchError:
+    return ProfileMismatchError(
+        f"the {card.profiler} profile was measured on {mine}, this model has {yours}",
+        "measure this model: vlmfix profile --model ... --profiler ...",
+    )

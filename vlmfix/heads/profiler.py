@@ -1,0 +1,157 @@
+"""What a profiler is: parameters, and the state of one measurement that watches the shared passes.
+
+Shape letters (``docs/notation.md``): B rows, L layers, H query heads, T prompt tokens, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from random import Random
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from transformers import DynamicCache
+
+from vlmfix.errors import UsageError
+from vlmfix.models.checkpoint import Checkpoint
+from vlmfix.models.layout import Batch, ImageLayout
+
+
+@dataclass(frozen=True, eq=False)
+class Work:
+    """One batch to look at: one question about B pictures.
+
+    Attributes:
+        vlm: The model.
+        batch: The encoded prompts, one picture each.
+        layout: Their layout.
+        first: Number of the first row's picture, from 0.
+        seed: Seed of the profile.
+    """
+
+    vlm: Checkpoint
+    batch: Batch
+    layout: ImageLayout
+    first: int
+    seed: int
+
+    @property
+    def layers(self) -> int:
+        """L."""
+        return len(self.vlm.family.layers(self.vlm.model))
+
+    @property
+    def heads(self) -> int:
+        """H."""
+        return int(self.vlm.model.config.get_text_config().num_attention_heads)
+
+    def random(self, row: int) -> Random:
+        """A source for what is drawn for one row; it depends on the seed and the picture's number alone."""
+        return Random(f"{self.seed}, {self.first + row}")
+
+    def stacked(self, found: Mapping[int, Tensor]) -> Tensor:
+        """Scores by layer, (B, H) each, as (B, L, H); zeros for layers that have none."""
+        empty = torch.zeros(self.batch.rows, self.heads, device=self.vlm.device)
+        return torch.stack([found.get(layer, empty).float() for layer in range(self.layers)], dim=1)  # (B, L, H)
+
+
+@dataclass(frozen=True, eq=False)
+class Ran:
+    """What the shared pass left behind.
+
+    Attributes:
+        logits: (B, V) of the last row.
+        cache: Keys and values of the prompt, when a state keeps the cache.
+        inputs: What the text decoder was called with.
+    """
+
+    logits: Tensor
+    cache: DynamicCache | None
+    inputs: Mapping[str, Any]
+
+
+class State(ABC):
+    """One profiler's measurement: it watches each shared pass and then says what the batch's heads scored."""
+
+    shares: ClassVar[bool] = True
+    """Whether it needs the shared pass; one that runs passes of its own does not."""
+    keeps_cache: ClassVar[bool] = False
+    """Whether it reads the cache that the shared pass filled."""
+
+    @contextmanager
+    def watching(self, work: Work) -> Iterator[None]:
+        """Has its readings at work inside the block, in which the shared pass runs once."""
+        yield
+
+    @abstractmethod
+    def scores(self, work: Work, ran: Ran | None) -> Tensor:
+        """What the batch's heads scored.
+
+        Args:
+            work: The batch that was watched.
+            ran: What its pass left; None when no state of the profile shares it.
+
+        Returns:
+            (B, L, H); a picture that says nothing is NaN. A state that must see more pictures first may hold pictures
+            back and return fewer, or none, and those of earlier batches later.
+        """
+
+    def rest(self, layers: int, heads: int) -> Tensor:
+        """(N, L, H) scores that were held back to the end."""
+        return torch.empty(0, layers, heads)
+
+    def details(self) -> dict[str, Tensor]:
+        """What else it found, at the end."""
+        return {}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Profiler(ABC):
+    """What is measured, with its parameters. One profiler is one file; ``profilers.PROFILERS`` lists them."""
+
+    name: ClassVar[str]
+    """Its name on the command line."""
+    title: ClassVar[str]
+    """What a high score means, for plots and tables."""
+
+    def _require(self, allowed: bool, name: str, rule: str) -> None:
+        """Checks a parameter.
+
+        Raises:
+            UsageError: It is not allowed.
+        """
+        if not allowed:
+            raise UsageError(f"{self.name}: {name}={getattr(self, name)!r} is not allowed", f"{name} is {rule}")
+
+    @abstractmethod
+    def begin(self, vlm: Checkpoint) -> State:
+        """A fresh state.
+
+        Raises:
+            UnsupportedModelError: The model lacks what is measured.
+        """
+
+
+@torch.no_grad()
+def run_pass(work: Work, states: list[State]) -> Ran | None:
+    """Runs the prompts once, with all states watching; None when none of them needs the pass."""
+    if not any(state.shares for state in states):
+        return None
+    model: Any = work.vlm.model
+    cache = DynamicCache() if any(state.keeps_cache for state in states) else None
+    inputs: dict[str, Any] = {}
+
+    def remember(decoder: nn.Module, args: object, kwargs: dict[str, Any]) -> None:
+        inputs.update(kwargs)
+
+    with ExitStack() as block:
+        decoder = work.vlm.family.decoder(work.vlm.model)
+        block.enter_context(decoder.register_forward_pre_hook(remember, with_kwargs=True))
+        for state in states:
+            block.enter_context(state.watching(work))
+        output = model(**work.batch, use_cache=cache is not None, past_key_values=cache, logits_to_keep=1)
+    return Ran(logits=output.logits[:, -1].float(), cache=cache, inputs=inputs)
