@@ -11,7 +11,6 @@ from tests.tiny import TINY
 from vlmfix.errors import DataError, UnsupportedAttentionError
 from vlmfix.heads.grounding import grounding
 
-
 ANSWERS = tuple(TOKENS.tolist())
 
 

@@ -6,11 +6,12 @@ from vlmfix.decoders import spec as _spec
 from vlmfix.decoders.base import Chain, Decoder, DecodingPlan, Greedy, Source
 from vlmfix.decoders.inter import INTER
 from vlmfix.decoders.locore import LocoRE
+from vlmfix.decoders.sgrs import SGRS
 from vlmfix.decoders.spec import DecoderInfo, Parameter, describe
 from vlmfix.decoders.var import VAR
 from vlmfix.decoders.vcd import VCD
 
-DECODERS: dict[str, type[Decoder]] = {decoder.name: decoder for decoder in (Greedy, VAR, LocoRE, VCD, INTER)}
+DECODERS: dict[str, type[Decoder]] = {decoder.name: decoder for decoder in (Greedy, VAR, LocoRE, VCD, INTER, SGRS)}
 """Every method by its name on the command line."""
 
 
@@ -27,6 +28,7 @@ def parse(spec: str) -> Decoder:
 __all__ = [
     "DECODERS",
     "INTER",
+    "SGRS",
     "VAR",
     "VCD",
     "Chain",
