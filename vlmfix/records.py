@@ -12,6 +12,8 @@ from typing import Any, Self
 
 from vlmfix.errors import DataError, UsageError
 
+SHOWN = 80
+"""Longest value in a message, in characters."""
 SYNC_SECONDS = 5.0
 """At most this much is lost in a power cut; a killed process loses nothing that was appended."""
 
@@ -162,11 +164,17 @@ def refuse_other(folder: Path, card: Path, before: Mapping[str, Any], now: Mappi
     """
     differing = [name for name in now if before.get(name) != now[name]]
     if differing:
-        listed = "; ".join(f"{name} was {before.get(name)!r}, now {now[name]!r}" for name in differing)
+        listed = "; ".join(f"{name} was {shown(before.get(name))}, now {shown(now[name])}" for name in differing)
         raise UsageError(
             f"{folder} holds answers made with other settings: {listed}",
             f"choose another --out, or the settings in {card}",
         )
+
+
+def shown(value: object) -> str:
+    """A value for a message, cut when it is long."""
+    text = repr(value)
+    return text if len(text) <= SHOWN else f"{text[: SHOWN - 3]}..."
 
 
 def to_json(value: Any, *, indent: int | None = None) -> str:  # noqa: ANN401 (what JSON can hold has no name)

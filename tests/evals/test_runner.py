@@ -11,8 +11,9 @@ import pytest
 from tests.evals.fake import Says, workload
 from tests.folder.fake import FakeVLM, colour
 from vlmfix.decoders import VCD, parse
-from vlmfix.errors import DataError, IncompatibleDecodersError, UsageError
+from vlmfix.errors import DataError, UsageError
 from vlmfix.evals import tasks
+from vlmfix.evals.compare import compare
 from vlmfix.evals.record import read_run
 from vlmfix.evals.runner import evaluate
 from vlmfix.evals.score import score
@@ -155,8 +156,13 @@ def test_other_samples_are_refused(tmp_path):
     go(tmp_path / "out", work, FakeVLM())
     with pytest.raises(UsageError, match="samples was"):
         go(tmp_path / "out", replace(work, samples=work.samples[1:]), FakeVLM())
-    with pytest.raises(UsageError, match="data was"):
+    with pytest.raises(UsageError, match=r"data.data was 'drawn', now 'other'"):
         go(tmp_path / "out", replace(work, about={"data": "other"}), FakeVLM())
+    with pytest.raises(UsageError, match=r"data.data was 'drawn', now None"):
+        go(tmp_path / "out", replace(work, about={}), FakeVLM())
+    with pytest.raises(UsageError) as refused:
+        go(tmp_path / "out", replace(work, about={"data": "long " * 1000}), FakeVLM())
+    assert len(refused.value.message) < 300
 
 
 def test_an_arm_with_other_parameters_under_the_same_name_is_refused(tmp_path):
@@ -198,6 +204,25 @@ def test_scoring_again_with_another_rule(tmp_path):
     assert read_run(tmp_path / "out").task == Says(upper=True)
 
 
+def test_rules_that_cannot_score_do_not_become_the_runs(tmp_path, monkeypatch):
+    run = score(go(tmp_path / "out", workload(tmp_path / "in"), FakeVLM()))
+    before = {path.name: path.read_bytes() for path in run.folder.glob("*.json*")}
+
+    def judge(self, sample, answer):
+        raise DataError("no such rule")
+
+    monkeypatch.setattr(Says, "judge", judge)
+    with pytest.raises(DataError, match="no such rule"):
+        score(run, samples=run.samples[::-1], upper=True)
+    assert {path.name: path.read_bytes() for path in run.folder.glob("*.json*")} == before
+
+
+def test_when_everything_failed_the_comparison_says_so(tmp_path):
+    run = go(tmp_path / "out", workload(tmp_path / "in"), FakeVLM(fails=lambda batch: RuntimeError("boom")))
+    with pytest.raises(DataError, match="24 of 24 failed in greedy"):
+        compare([run])
+
+
 def test_nothing_to_ask(tmp_path):
     with pytest.raises(DataError, match="nothing to ask"):
         go(tmp_path / "out", Workload(samples=[], images=None, about={}), FakeVLM())
@@ -236,11 +261,58 @@ def test_a_prompt_without_a_picture(tmp_path):
     assert run.answers["greedy"]["1"].answer.startswith("what")
 
 
-def test_a_decoder_that_cannot_act_is_refused_before_the_first_question(tmp_path):
-    vlm = FakeVLM()
-    with pytest.raises((UsageError, IncompatibleDecodersError, AttributeError)):
-        go(tmp_path / "out", workload(tmp_path / "in"), vlm, arms=("var",))
+class Idle(VCD):
+    def check(self, vlm):
+        return "it has nothing to contrast"
+
+
+def test_a_decoder_that_cannot_act_leaves_the_folder_free(tmp_path):
+    vlm, work = FakeVLM(), workload(tmp_path / "in")
+    with pytest.raises(UsageError, match="idle cannot act on tiny: it has nothing to contrast"):
+        evaluate(tmp_path / "out", Says(), work, Settings(), {"idle": Idle()}, loader=vlm.load)
     assert vlm.batches == []
+    assert list(go(tmp_path / "out", work, vlm, arms=("vcd",)).answers) == ["greedy", "vcd"]
+
+
+def test_a_model_that_cannot_be_loaded_leaves_the_folder_free(tmp_path):
+    class Unknown(FakeVLM):
+        def load(self, model, **_):
+            raise DataError(f"cannot load {model}")
+
+    work = workload(tmp_path / "in")
+    with pytest.raises(DataError, match="cannot load tiiny"):
+        go(tmp_path / "out", work, Unknown(), model="tiiny")
+    assert go(tmp_path / "out", work, FakeVLM()).card["model"] == "tiny"
+
+
+def test_the_plain_arm_is_plain(tmp_path):
+    vlm = FakeVLM()
+    with pytest.raises(UsageError, match="an arm called greedy is vcd:"):
+        evaluate(tmp_path / "out", Says(), workload(tmp_path / "in"), Settings(), {"greedy": VCD()}, loader=vlm.load)
+    assert vlm.batches == []
+
+
+@pytest.mark.parametrize("name", ["../in/0001.png", "/etc/hostname", "below/../../in/0001.png"])
+def test_pictures_outside_of_the_folder_are_refused(tmp_path, name):
+    work = workload(tmp_path / "in")
+    samples = [replace(work.samples[0], image=name), *work.samples[1:]]
+    with pytest.raises(DataError, match=f"1 of 7 pictures have names that lead out of .*: {name}"):
+        go(tmp_path / "out", replace(work, samples=samples), FakeVLM())
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_linked_picture_is_a_picture(tmp_path):
+    work = workload(tmp_path / "in")
+    (tmp_path / "in" / "0001.png").rename(tmp_path / "elsewhere.png")
+    (tmp_path / "in" / "0001.png").symlink_to(tmp_path / "elsewhere.png")
+    assert go(tmp_path / "out", work, FakeVLM()).failed("greedy") == 0
+
+
+def test_a_folder_that_cannot_be_written(tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "greedy").write_text("a file")
+    with pytest.raises(DataError, match=r"cannot make the folder .*greedy"):
+        go(tmp_path / "out", workload(tmp_path / "in"), FakeVLM())
 
 
 def test_a_folder_of_something_else(tmp_path):
@@ -253,6 +325,21 @@ def test_changed_samples_are_noticed(tmp_path):
     path = tmp_path / "out" / "samples.jsonl"
     path.write_text(path.read_text().replace('"word": "shared"', '"word": "changed"', 1))
     with pytest.raises(DataError, match="not what the run asked"):
+        read_run(tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("file", "text", "message"),
+    [
+        ("samples.jsonl", '{"idd": "1"}\n', "a file in .* was changed: .*idd"),
+        ("greedy/answers.jsonl", '{"idd": "1"}\n', "a line of .*answers.jsonl has no id"),
+        ("card.json", '{"format": 1, "task": "says"}', "card.json has no options, samples, arms"),
+    ],
+)
+def test_a_changed_run_is_told_in_words(tmp_path, file, text, message):
+    go(tmp_path / "out", workload(tmp_path / "in"), FakeVLM())
+    (tmp_path / "out" / file).write_text(text)
+    with pytest.raises(DataError, match=message):
         read_run(tmp_path / "out")
 
 

@@ -117,7 +117,7 @@ def test_notes_unparsed_answers_and_specifications_are_told():
     for said in (
         "good is vcd:contrast=1.",
         "scored by the benchmark's rule: good 1.",
-        "good is incomplete: 0 failed, 1",
+        "good is incomplete: 1 not asked yet",
     ):
         assert said in text
         assert said in markdown(comparison)

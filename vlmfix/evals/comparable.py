@@ -8,9 +8,8 @@ from typing import Any
 
 from vlmfix.errors import UsageError
 from vlmfix.evals.record import PLAIN, EvalRun
+from vlmfix.records import shown
 
-SHOWN = 80
-"""Longest value in a message, in characters."""
 PACKAGES = ("vlmfix", "torch", "transformers")
 """Packages whose versions are noted when they differ."""
 
@@ -59,7 +58,7 @@ def _differing(one: EvalRun, other: EvalRun) -> Iterator[str]:
     first, second = _what(one.card), _what(other.card)
     for name in dict.fromkeys([*first, *second]):
         if first.get(name) != second.get(name):
-            yield f"{name} is {_shown(first.get(name))} and {_shown(second.get(name))}"
+            yield f"{name} is {shown(first.get(name))} and {shown(second.get(name))}"
     if one.card["samples"] != other.card["samples"]:
         yield _other_samples(one, other)
 
@@ -69,13 +68,14 @@ def _what(card: Mapping[str, Any]) -> dict[str, Any]:
     named = {name: card.get(name) for name in ("task", "weights", "commit", "dtype", "decoding", "options")}
     if card.get("commit") is None:
         named["revision"] = card.get("revision")
-    return dict(_flat(named, "")) | dict(_flat(_without_paths(card.get("data")), "data."))
+    return dict(flat(named)) | dict(flat(_without_paths(card.get("data")), "data."))
 
 
-def _flat(value: Any, name: str) -> Iterator[tuple[str, Any]]:  # noqa: ANN401 (any JSON value)
+def flat(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:  # noqa: ANN401 (any JSON value)
+    """The values in nested mappings by dotted names."""
     if isinstance(value, Mapping):
         for key, inner in value.items():
-            yield from _flat(inner, f"{name}{key}." if isinstance(inner, Mapping) else f"{name}{key}")
+            yield from flat(inner, f"{name}{key}." if isinstance(inner, Mapping) else f"{name}{key}")
     else:
         yield name.removesuffix("."), value
 
@@ -91,11 +91,6 @@ def _is_path(value: object) -> bool:
     return isinstance(value, str) and PurePath(value).is_absolute()
 
 
-def _shown(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= SHOWN else f"{text[: SHOWN - 3]}..."
-
-
 def _other_samples(one: EvalRun, other: EvalRun) -> str:
     """Says how two lists of samples differ."""
     first, second = ({sample.id: sample for sample in run.samples} for run in (one, other))
@@ -103,5 +98,5 @@ def _other_samples(one: EvalRun, other: EvalRun) -> str:
         return f"samples are {len(first)} and {len(second)}, {alone} of them in one run only"
     for name, sample in first.items():
         if sample.prompt != second[name].prompt:
-            return f"prompt of {name} is {_shown(sample.prompt)} and {_shown(second[name].prompt)}"
+            return f"prompt of {name} is {shown(sample.prompt)} and {shown(second[name].prompt)}"
     return "samples have the same ids and prompts, but another truth, grouping or order"

@@ -167,6 +167,11 @@ def compare(runs: Sequence[EvalRun], *, draws: int = 10_000, seed: int = 0) -> C
     plain = {arm.name: arm for arm in sorted(found, key=lambda arm: arm.compared) if arm.name == arm.plain}
     arms = [arm for arm in found if arm.name != arm.plain]
     if not any(arm.compared for arm in arms or found):
+        if not any(arm.missing for arm in found):
+            raise DataError(
+                f"no sample is answered by both an arm and its plain arm: {_failures(runs)}",
+                "the reasons are in answers.jsonl; repair what failed and run again into another --out",
+            )
         raise DataError("no sample is answered by both an arm and its plain arm yet", "let vlmfix eval go on first")
     samples = runs[0].samples
     notes = [*differing, *_unfinished(found), *version_notes(runs, labels), *_few_units(arms or found)]
@@ -220,7 +225,13 @@ def _unfinished(arms: Sequence[Arm]) -> Iterator[str]:
     for arm in arms:
         if arm.failed or arm.missing:
             against = "" if arm.name == arm.plain else f"; compared with {arm.plain} on {arm.compared} samples"
-            yield f"{arm.name} is incomplete: {arm.failed} failed, {arm.missing} not asked yet{against}."
+            counts = (f"{arm.failed} failed", f"{arm.missing} not asked yet")
+            listed = ", ".join(count for count in counts if not count.startswith("0 "))
+            yield f"{arm.name} is incomplete: {listed}{against}."
+
+
+def _failures(runs: Sequence[EvalRun]) -> str:
+    return ", ".join(f"{run.failed(arm)} of {len(run.samples)} failed in {arm}" for run in runs for arm in run.answers)
 
 
 def _few_units(arms: Sequence[Arm]) -> Iterator[str]:

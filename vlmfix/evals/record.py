@@ -18,6 +18,8 @@ FORMAT = 1
 """Of the folder; raised when an older reader could not understand it."""
 CARD, SAMPLES, ANSWERS = "card.json", "samples.jsonl", "answers.jsonl"
 RESULTS, REPORT = "results.json", "report.json"
+NEEDED = ("format", "task", "options", "samples", "arms", "data", "count", "model", "decoding")
+"""What a card must say for its answers to be scored."""
 PLAIN = "greedy"
 """Name of the plain arm, which every run has."""
 
@@ -32,6 +34,7 @@ class Record:
         ids: Generated token ids, the end token included.
         finish: ``eos`` or ``length``; empty when it failed.
         failed: Why there is no answer; empty when there is one.
+        sha256: Hex digest of the picture's file; empty when there is none.
     """
 
     id: str
@@ -39,6 +42,7 @@ class Record:
     ids: tuple[int, ...] = ()
     finish: str = ""
     failed: str = ""
+    sha256: str = ""
 
 
 @dataclass(frozen=True, eq=False)
@@ -93,28 +97,45 @@ def read_run(folder: Path) -> EvalRun:
     if not (folder / CARD).exists():
         raise DataError(f"{folder} holds no {CARD}", "give a folder that vlmfix eval wrote")
     card = read_json(folder / CARD)
-    if card.get("format") != FORMAT or card.get("task") not in TASKS:
+    if lacking := [name for name in NEEDED if name not in card]:
+        raise DataError(f"{folder / CARD} has no {', '.join(lacking)}", "give a folder that vlmfix eval wrote")
+    if card["format"] != FORMAT or card["task"] not in TASKS:
         raise DataError(
-            f"{folder / CARD} has format {card.get('format')!r} and task {card.get('task')!r}",
+            f"{folder / CARD} has format {card['format']!r} and task {card['task']!r}",
             f"this version reads format {FORMAT}",
         )
-    samples = [Sample(**line) for line in read_lines(folder / SAMPLES)]
+    try:
+        samples = [Sample(**line) for line in read_lines(folder / SAMPLES)]
+        task = TASKS[card["task"]](**card["options"])
+    except TypeError as error:
+        raise DataError(f"a file in {folder} was changed: {error}", "restore it, or run again") from error
     if digest(samples) != card["samples"]:
         raise DataError(f"{folder / SAMPLES} is not what the run asked", "restore the file, or run again")
-    task = TASKS[card["task"]](**card["options"])
     arms = {name: _records(folder / arm_folder(name) / ANSWERS) for name in card["arms"]}
     return EvalRun(folder, card, task, samples, arms)
 
 
 def _records(path: Path) -> dict[str, Record]:
-    return {line["id"]: record(line) for line in read_lines(path)}
+    try:
+        return {line["id"]: record(line) for line in read_lines(path)}
+    except KeyError as error:
+        raise DataError(f"a line of {path} has no id", "restore the file, or run again") from error
 
 
 def write_samples(folder: Path, samples: Sequence[Sample]) -> None:
-    """Write what was asked; a reader sees the old file or the new one, never a part."""
+    """Write what was asked; a reader sees the old file or the new one, never a part.
+
+    Raises:
+        DataError: The file cannot be written.
+    """
     draft = folder / f".{SAMPLES}.new"
-    draft.write_text("".join(f"{to_json(asdict(sample))}\n" for sample in samples), encoding="utf-8")
-    draft.replace(folder / SAMPLES)
+    try:
+        draft.write_text("".join(f"{to_json(asdict(sample))}\n" for sample in samples), encoding="utf-8")
+        draft.replace(folder / SAMPLES)
+    except OSError as error:
+        raise DataError(
+            f"cannot write {folder / SAMPLES}: {error.strerror}", "free some space and start again"
+        ) from error
 
 
 def record(line: dict[str, Any]) -> Record:
@@ -125,6 +146,7 @@ def record(line: dict[str, Any]) -> Record:
         ids=tuple(line.get("ids", ())),
         finish=line.get("finish", ""),
         failed=line.get("failed", ""),
+        sha256=line.get("sha256", ""),
     )
 
 

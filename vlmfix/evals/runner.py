@@ -14,19 +14,20 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 from vlmfix.answering import Answerer, Question, fitting_batch
 from vlmfix.card import device_name, peak_memory, plain, versions, weights_digest
 from vlmfix.decoders import Decoder, Greedy
 from vlmfix.errors import DataError, UsageError
+from vlmfix.evals.coco import some
+from vlmfix.evals.comparable import flat
 from vlmfix.evals.record import (
     ANSWERS,
     CARD,
     FORMAT,
     PLAIN,
-    SAMPLES,
     EvalRun,
     arm_folder,
     digest,
@@ -39,8 +40,6 @@ from vlmfix.images import Found, Picture, read_ahead
 from vlmfix.records import JsonLines, read_json, refuse_other, replace_json
 from vlmfix.settings import Settings
 
-SHOWN = 5
-"""Missing pictures named in the message; the rest are counted."""
 CARD_SECONDS = 30.0
 """The card is at most this old while the run goes on."""
 
@@ -89,18 +88,19 @@ def evaluate(
         The finished run.
 
     Raises:
-        UsageError: The folder holds another run, or another process writes there.
-        DataError: There is no sample, two share an id, or pictures are missing.
-        IncompatibleDecodersError: A decoder cannot act on the model.
+        UsageError: The folder holds another run, another process writes there, or a decoder cannot act on the model.
+        DataError: There is no sample, two share an id, or pictures are missing or not in the folder.
     """
     check(workload)
+    if not isinstance(arms.get(PLAIN, Greedy()), Greedy):
+        raise UsageError(f"an arm called {PLAIN} is {arms[PLAIN].spec()}", f"{PLAIN} is plain decoding; rename the arm")
     arms = {PLAIN: Greedy(), **arms}
     with _Folder(out, task, workload, settings, arms, command) as folder:
         left = {arm: folder.left(arm) for arm in arms}
         if any(left.values()):
             vlm = loader(settings.model, revision=settings.revision, device=settings.device, dtype=settings.dtype)
+            _refuse_idle(vlm, settings.model, arms)
             folder.begin(vlm, settings, batch_size, min(fitting_batch(vlm, decoder) for decoder in arms.values()))
-            folder.refuse_idle(vlm, arms)
             total = len(workload.samples) * len(arms)
             done = itertools.count(total - sum(left.values()) + 1)
             for arm, decoder in arms.items():
@@ -115,7 +115,7 @@ def check(workload: Workload) -> None:
     """Find what would stop a run before any model is loaded.
 
     Raises:
-        DataError: There is no sample, two share an id, or pictures are missing.
+        DataError: There is no sample, two share an id, or pictures are missing or not in the folder.
     """
     samples = workload.samples
     if not samples:
@@ -126,13 +126,25 @@ def check(workload: Workload) -> None:
     names = dict.fromkeys(sample.image for sample in samples if sample.image is not None)
     if names and workload.images is None:
         raise DataError("the samples name pictures, but no folder of pictures is given", "give --images DIR")
+    outside = [name for name in names if PurePath(name).is_absolute() or ".." in PurePath(name).parts]
+    if outside:
+        raise DataError(
+            f"{len(outside)} of {len(names)} pictures have names that lead out of {workload.images}: {some(outside)}",
+            "name pictures as they lie below the folder; links in the folder are followed",
+        )
     missing = [name for name in names if not _path(workload, name).is_file()]
     if missing:
-        more = f" and {len(missing) - SHOWN} more" if len(missing) > SHOWN else ""
         raise DataError(
-            f"{len(missing)} of {len(names)} pictures are not in {workload.images}: {', '.join(missing[:SHOWN])}{more}",
+            f"{len(missing)} of {len(names)} pictures are not in {workload.images}: {some(missing)}",
             "give the folder that holds them with --images",
         )
+
+
+def _refuse_idle(vlm: VLM, model: str, arms: Mapping[str, Decoder]) -> None:
+    """Refuses decoders that cannot act on the model, before the folder knows them."""
+    for name, decoder in arms.items():
+        if reason := decoder.check(vlm):
+            raise UsageError(f"{name} cannot act on {model}: {reason}", "leave that decoder out")
 
 
 def _path(workload: Workload, name: str) -> Path:
@@ -179,7 +191,10 @@ class _Folder:
 
     def _arm(self, arm: str) -> Path:
         folder = self._out / arm_folder(arm)
-        folder.mkdir(exist_ok=True)
+        try:
+            folder.mkdir(exist_ok=True)
+        except OSError as error:
+            raise DataError(f"cannot make the folder {folder}: {error.strerror}", "choose another --out") from error
         return folder / ANSWERS
 
     def _claim(
@@ -190,7 +205,7 @@ class _Folder:
         arms: Mapping[str, Decoder],
         command: str,
     ) -> None:
-        """Makes the folder this run's own, or finds that it is."""
+        """Finds that the folder is this run's, or nobody's; it is made this run's own when a model begins to answer."""
         known = {
             "format": FORMAT,
             "task": task.name,
@@ -207,7 +222,8 @@ class _Folder:
         path = self._out / CARD
         if path.exists():
             self._card = read_json(path)
-            refuse_other(self._out, path, self._card, known)
+            before, now = dict(flat({name: self._card.get(name) for name in known})), dict(flat(known))
+            refuse_other(self._out, path, before, {name: now.get(name) for name in (*now, *before)})
             both = {name: about for name, about in named.items() if name in self._card["arms"]}
             refuse_other(self._out, path, self._card["arms"], both)
             self._card["arms"] |= named
@@ -215,9 +231,7 @@ class _Folder:
             raise UsageError(f"{self._out} holds answers but no {CARD}", "choose another --out")
         else:
             self._card = known | {"arms": named, "command": command, "sessions": []}
-        if not (self._out / SAMPLES).exists():
-            write_samples(self._out, workload.samples)
-        replace_json(path, self._card)
+        self._samples = workload.samples
 
     @property
     def batch_size(self) -> int:
@@ -241,13 +255,8 @@ class _Folder:
         self._card |= found
         self._card["sessions"].append({"started": _now(), "device": device_name(vlm.device), "versions": versions()})
         self._device = vlm.device
+        write_samples(self._out, self._samples)
         self.save()
-
-    def refuse_idle(self, vlm: VLM, arms: Mapping[str, Decoder]) -> None:
-        """Refuses decoders that cannot act on the model, before the first question is asked."""
-        for name, decoder in arms.items():
-            if reason := decoder.check(vlm):
-                raise UsageError(f"{name} cannot act on {self._card['model']}: {reason}", "leave that decoder out")
 
     def work(self, arm: str, answerer: Answerer, workload: Workload, vlm: VLM) -> Iterator[None]:
         """Answers what is left of an arm; yields once for each sample that is written."""

@@ -25,12 +25,11 @@ def score(run: EvalRun, *, samples: Sequence[Sample] | None = None, **options: s
     Raises:
         UsageError: The task has no such option, or refuses the value.
     """
+    changed: dict[str, Any] = {}
     if samples is not None or options:
         samples = run.samples if samples is None else list(samples)
         changed = {"options": run.task.options() | options, "samples": digest(samples)}
         run = replace(run, task=replace(run.task, **options), card=run.card | changed, samples=samples)
-        write_samples(run.folder, run.samples)
-        replace_json(run.folder / CARD, run.card)
     results: dict[str, Any] = {}
     report: dict[str, Any] = {}
     for arm in run.answers:
@@ -45,6 +44,9 @@ def score(run: EvalRun, *, samples: Sequence[Sample] | None = None, **options: s
             **run.task.details(judged, run.texts(arm)),
         }
     head = {name: run.card[name] for name in ("task", "options", "data", "count", "model", "decoding")}
+    if changed:  # only now: rules that cannot score the answers do not become the run's
+        write_samples(run.folder, run.samples)
+        replace_json(run.folder / CARD, run.card)
     replace_json(run.folder / RESULTS, results)
     replace_json(run.folder / REPORT, head | {"arms": report})
     return run
