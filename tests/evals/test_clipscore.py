@@ -241,6 +241,11 @@ def test_any_folder_of_pictures(folder):
     assert workload.images == folder
 
 
+def test_a_folder_to_leave_out(folder):
+    left = read(folder, skip=folder / "deep").samples
+    assert {s.image for s in read(folder).samples} - {s.image for s in left} == {"deep/b.jpg"}
+
+
 def test_a_draw_by_seed(folder):
     drawn = {seed: [s.id for s in read(folder, count=3, seed=seed).samples] for seed in range(5)}
     assert all(len(names) == 3 and names == sorted(names) for names in drawn.values())

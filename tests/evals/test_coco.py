@@ -203,6 +203,14 @@ def test_wrong_shapes_are_named(tmp_path: Path, document: Any, problem: str) -> 
     assert "i.json" in caught.value.message
 
 
+def test_garbage_is_told_in_one_line(tmp_path: Path) -> None:
+    (tmp_path / "i.json").write_bytes(b"\xe4\xc7\xe1)o\xc8x\x0c\xf1\n" * 9)
+    with pytest.raises(DataError, match="it is not JSON: lexical error") as caught:
+        list(picture_objects(tmp_path / "i.json"))
+    assert "\n" not in caught.value.message
+    assert "b'" not in caught.value.message
+
+
 def test_a_missing_file(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"cannot read .*none.json: No such file"):
         list(picture_objects(tmp_path / "none.json"))

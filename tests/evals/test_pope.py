@@ -243,6 +243,7 @@ def test_the_file_is_known_by_its_digest(tmp_path: Path, monkeypatch: pytest.Mon
         ("question,label\n", "line 1 is not JSON"),
         ("", "has no question"),
         ("[]", "has no question"),
+        ("[" * 100_000, "nests too deeply"),
     ],
 )
 def test_a_bad_file_is_named_with_its_line(tmp_path: Path, text: str, message: str) -> None:

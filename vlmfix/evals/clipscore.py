@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import random
+import textwrap
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
@@ -32,6 +33,8 @@ WEIGHT = 2.5
 """w of the paper: stretches cosines, which hardly exceed 0.4, to about [0, 1]."""
 PROMPT = "Please describe this image in one sentence."
 """Short on purpose: CLIP reads no more than 77 tokens."""
+LONGEST_REASON = 200
+"""Characters of open_clip's own words in a message; it lists all models that it knows."""
 Item = TypeVar("Item")
 
 
@@ -93,6 +96,14 @@ class ClipScore(Task):
     @cached_property
     def _clip(self) -> Clip:
         return Clip.load(self.model, self.pretrained, batch=self.batch)
+
+    def load(self) -> None:
+        """Load the CLIP model now and not when the first caption is scored.
+
+        Raises:
+            DataError: It cannot be had.
+        """
+        _ = self._clip
 
     def judge(self, sample: Sample, answer: str) -> Verdict:
         """Score one caption."""
@@ -208,11 +219,11 @@ class Clip:
             net, transform = open_clip.create_model_from_pretrained(model, pretrained=weights, device=device)
             tokenizer = open_clip.get_tokenizer(model)
         except Exception as error:  # open_clip and what it reads weights with raise nearly anything
-            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            reason = textwrap.shorten(str(error) or type(error).__name__, LONGEST_REASON)
             raise DataError(
                 f"no CLIP model {model}{f' with weights {weights}' if weights else ''}: {reason}",
-                "without a network give a weights file as pretrained, or a folder as model=local-dir:FOLDER; "
-                "with one, model=ViT-B-32-quickgelu and pretrained=openai, or model=hf-hub:OWNER/NAME",
+                "without a network give a weights file (--clip-weights FILE), or a folder (--clip local-dir:FOLDER); "
+                "with one, --clip ViT-B-32-quickgelu --clip-weights openai, or --clip hf-hub:OWNER/NAME",
             ) from error
         context = int(tokenizer.context_length)
         return cls(net.float().eval(), transform, lambda texts, n: tokenizer(list(texts), n), context, device, batch)
@@ -289,6 +300,7 @@ def read(
     seed: int = 0,
     listed: Path | None = None,
     prompt: str = PROMPT,
+    skip: Path | None = None,
 ) -> Workload:
     """Ask for a caption of pictures from any folder.
 
@@ -300,6 +312,7 @@ def read(
         seed: Seed of the draw: names are sorted, shuffled by ``random.Random(seed)``, and the first taken.
         listed: Text file with the pictures to ask about, one name relative to ``images`` per line.
         prompt: Asked about every picture, literally.
+        skip: A folder within ``images`` to leave out, such as that of the run.
 
     Raises:
         UsageError: Both a count and a list, or a count below 1.
@@ -313,7 +326,7 @@ def read(
         names = [line.strip() for line in source.text.splitlines() if line.strip()]
         about["list"] = source.about()
     else:
-        names, about["passed_over"] = _pictures(images)
+        names, about["passed_over"] = _pictures(images, skip)
     references: Mapping[str, Sequence[str]] = {}
     if captions is not None:
         index = read_index(captions, "captions")
@@ -336,9 +349,9 @@ def read(
     return Workload(samples=samples, images=images, about=about)
 
 
-def _pictures(folder: Path) -> tuple[list[str], int]:
+def _pictures(folder: Path, skip: Path | None) -> tuple[list[str], int]:
     """Names of the files that begin like a picture, and how many do not."""
-    files = list(find(folder))
+    files = list(find(folder, skip=skip))
     names = [file.name for file in files if not file.problem and _begins_like_a_picture(file.path)]
     return names, len(files) - len(names)
 

@@ -290,9 +290,9 @@ def _entries(path: Path, file: _Metered, kind: Kind) -> Iterator[tuple[str, dict
                 if not prefix:
                     raise _bad(path, "it holds a list")
     except ijson.JSONError as error:
-        raise _bad(
-            path, f"it is not JSON: {str(error).splitlines()[0] if str(error) else 'it ends too early'}"
-        ) from error
+        said = error.args[0] if error.args else ""
+        words = said.decode(errors="replace") if isinstance(said, bytes) else str(said)  # the parser in C gives bytes
+        raise _bad(path, f"it is not JSON: {(words.splitlines() or ['it ends too early'])[0]}") from error
     if missing:
         raise _bad(path, f"it has no list {' and no list '.join(map(repr, sorted(missing)))}")
 

@@ -100,6 +100,8 @@ class Source:
                 f"{self.path}, line {error.lineno} is not JSON: {error.msg}",
                 "give JSON lines or a JSON array, as published",
             ) from error
+        except RecursionError as error:
+            raise DataError(f"{self.path} nests too deeply to be a question file", "check the file") from error
 
 
 def read_source(path: Path) -> Source:
