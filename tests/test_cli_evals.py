@@ -5,6 +5,7 @@ import json
 import shutil
 
 import pytest
+from PIL import Image
 
 from vlmfix import cli
 from vlmfix.commands import options
@@ -110,6 +111,71 @@ def test_a_run_that_is_not_reproduced_says_so(world, tmp_path, vlmfix):
     code, printed, _ = vlmfix("reproduce", out, "--json")
     assert code == 1
     assert json.loads(printed)["exact"] is False
+
+
+def test_a_picture_that_changed_is_named(world, tmp_path, vlmfix):
+    images, out = tmp_path / "images", tmp_path / "out"
+    shutil.copytree(world / "images", images)
+    command = chair(world)
+    vlmfix(*command[: command.index("--images")], "--images", images, "--out", out, "--max-new-tokens", 20)
+    Image.new("RGB", (64, 64)).save(images / "000000000001.png")
+    code, printed, _ = vlmfix("reproduce", out)
+    assert code in (0, 1)
+    assert "pictures that changed: 000000000001.png\n" in printed
+
+
+def test_the_second_run_is_another_one(world, tmp_path, vlmfix):
+    out = tmp_path / "out"
+    vlmfix(*chair(world), "--out", out, "--max-new-tokens", 20)
+    code, _, told = vlmfix("reproduce", out, "--out", f"{out}/greedy/..")
+    assert (code, "is the run itself" in told) == (2, True)
+    assert "complete before" not in vlmfix("reproduce", out)[2]
+    assert f"{out}/again was complete before" in vlmfix("reproduce", out)[2]
+
+
+def test_recipes_are_arms_of_their_own(world, tmp_path, vlmfix):
+    specs = {"vcd/recipe": "vcd:contrast=0.5", "locore/recipe": "locore:window=3", "vcd/greedy": "vcd:contrast=0.7"}
+    for name, spec in specs.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / f"{name}.toml").write_text(f'decoder = "{spec}"\n')
+    decoders = [part for name in specs for part in ("--decoder", f"@{tmp_path}/{name}.toml")]
+    assert vlmfix(*chair(world), "--max-new-tokens", 20, *decoders, "--out", tmp_path / "out")[0] == 0
+    arms = read_json(tmp_path / "out" / "card.json")["arms"]
+    assert list(arms) == ["greedy", *specs]
+    assert arms["greedy"]["spec"] == "greedy"
+    assert arms["locore/recipe"]["parameters"]["window"] == 3
+
+
+def test_what_failed_is_told(world, tmp_path, vlmfix):
+    images, out = tmp_path / "images", tmp_path / "out"
+    shutil.copytree(world / "images", images)
+    (images / "000000000003.png").write_bytes(b"")
+    command = chair(world)[: chair(world).index("--images")]
+    code, printed, told = vlmfix(*command, "--images", images, "--out", out)
+    assert code == 0
+    assert f"greedy: 1 of {SCENES} samples failed; the first, 3: empty file" in told
+    assert "greedy is incomplete: 1 failed." in printed
+    assert read_json(out / "results.json")["greedy"]["n"] == SCENES - 1
+
+
+def test_a_clip_model_that_is_not_there_costs_no_answers(world, tmp_path, vlmfix):
+    command = ("eval", "clipscore", "--images", world / "images", "--out", tmp_path / "out")
+    code, _, told = vlmfix(*command, "--clip", "local-dir:/nowhere")
+    assert code == 1
+    assert "no CLIP model local-dir:/nowhere" in told
+    assert "loading tiny" not in told
+    assert not (tmp_path / "out").exists()
+
+
+def test_amber_is_scored_with_another_parser(world, tmp_path, vlmfix):
+    (tmp_path / "annotations.json").write_text('[{"id": 1, "type": "discriminative-hallucination", "truth": "no"}]')
+    query = '[{"id": 1, "image": "000000000001.png", "query": "Is there a zebra in the image?"}]'
+    (tmp_path / "query_discriminative.json").write_text(query)
+    out = tmp_path / "out"
+    command = ("eval", "amber", "--questions", tmp_path, "--images", world / "images", "--part", "discriminative")
+    assert vlmfix(*command, "--max-new-tokens", 4, "--out", out)[0] == 0
+    assert vlmfix("eval", "score", out, "--parser", "vcd")[0] == 0
+    assert read_json(out / "card.json")["options"]["parser"] == "vcd"
 
 
 def test_plain_alone_has_figures_too(world, tmp_path, vlmfix):

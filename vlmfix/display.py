@@ -26,6 +26,8 @@ from vlmfix.generation import VLM, load
 
 LINE_SECONDS = 10.0
 """Between two lines of progress where there is no terminal to draw a bar on."""
+RATE_SECONDS = 1.0
+"""A batch is reported all at once; before this time a speed would say nothing."""
 WIDTH = 110
 """Columns of a table that does not go to a terminal."""
 
@@ -51,14 +53,14 @@ def counting(what: str) -> Iterator[Callable[[int, int], None]]:
     Yields:
         A function to call with the number done and the total.
     """
-    started = time.monotonic()
-    first: list[int] = []
+    first: list[tuple[int, float]] = []
     with _bar() if sys.stderr.isatty() else _lines() as show:
 
         def report(done: int, total: int) -> None:
-            first.append(done) if not first else None
-            elapsed = time.monotonic() - started
-            rate = (done - first[0]) / elapsed if elapsed > 0 else 0.0
+            now = time.monotonic()
+            first.append((done, now)) if not first else None
+            before, started = first[0]
+            rate = (done - before) / (now - started) if now - started > RATE_SECONDS else 0.0
             show(what, done, total, rate)
 
         yield report
@@ -108,7 +110,7 @@ def _bar() -> Iterator[Callable[[str, int, int, float], None]]:
         def show(what: str, done: int, total: int, rate: float) -> None:
             if not bar.task_ids:
                 bar.add_task(what, total=total, completed=done, rate="")
-            bar.update(bar.task_ids[0], completed=done, total=total, rate=f"{rate:.2f}/s")
+            bar.update(bar.task_ids[0], completed=done, total=total, rate=f"{rate:.2f}/s" if rate else "")
 
         yield show
 
@@ -122,8 +124,9 @@ def _lines() -> Iterator[Callable[[str, int, int, float], None]]:
         if now - last[0] < LINE_SECONDS and done < total:
             return
         last[0] = now
+        speed = f", {rate:.2f}/s" if rate > 0 else ""
         left = f", {timedelta(seconds=round((total - done) / rate))} left" if rate > 0 and done < total else ""
-        print(f"vlmfix: {done} of {total} {what}, {rate:.2f}/s{left}", file=sys.stderr, flush=True)
+        print(f"vlmfix: {done} of {total} {what}{speed}{left}", file=sys.stderr, flush=True)
 
     yield show
 

@@ -37,12 +37,8 @@ def score(
     from vlmfix.evals.score import score as score_run
 
     run = read_run(folder)
-    for name, given, task in (
-        ("parser", parser, "pope"),
-        ("synonyms", synonyms, "chair"),
-        ("judgements", judgements, "hallusion"),
-    ):
-        if given and run.task.name != task:
+    for name, given in (("parser", parser), ("synonyms", synonyms), ("judgements", judgements)):
+        if given and run.task.name not in RULES[name]:
             raise UsageError(f"--{name} does not go with {run.task.name}", f"{folder} is a run of {run.task.name}")
     samples, changed = None, dict[str, Any]()
     if parser is not None:
@@ -98,9 +94,20 @@ def reproduce(*, folder: Path, out: Path | None, device: str, as_json: bool) -> 
     from vlmfix.evals.score import score as score_run
     from vlmfix.reports.reproduction import reproduction_json, reproduction_text
 
-    run = read_run(folder)
+    run, second = read_run(folder), out or folder / "again"
+    if second.resolve() == folder.resolve():
+        raise UsageError(f"--out {second} is the run itself", "choose another folder for the second run")
+    asked = False
+
+    def load(*model: Any, **how: Any) -> Any:  # noqa: ANN401 (its type would import torch)
+        nonlocal asked
+        asked = True
+        return loading(*model, **how)
+
     with counting("answers") as report:
-        found = again(run, out or folder / "again", device=device, report=report, loader=loading)
+        found = again(run, second, device=device, report=report, loader=load)
+    if not asked:
+        click.echo(f"vlmfix: {second} was complete before; remove it to run once more", err=True)
     score_run(found.run)
     click.echo(to_json(reproduction_json(found), indent=2) if as_json else reproduction_text(found, folder), nl=as_json)
     if not found.exact:

@@ -242,10 +242,13 @@ def hallusion(*, questions: Path, images: Path, plan: Plan) -> None:
 @click.option("--images", required=True, type=PATH, help="Any folder of pictures.")
 @click.option("--captions", type=PATH, help="COCO captions, for RefCLIPScore.")
 @click.option(
-    "--clip", default="ViT-B-32-quickgelu", show_default=True, help="Model of open_clip, or hf-hub:OWNER/NAME."
+    "--clip",
+    default="ViT-B-32-quickgelu",
+    show_default=True,
+    help="Model of open_clip, hf-hub:OWNER/NAME or local-dir:FOLDER.",
 )
 @click.option("--clip-weights", default="openai", show_default=True, help="Tag of open_clip, or a file.")
-@click.option("--prompt", help="Asked about every picture.  [default: Describe this image in one sentence.]")
+@click.option("--prompt", help="Asked about every picture.  [default: Please describe this image in one sentence.]")
 @_sampled("pictures")
 @_planned
 def clipscore(
@@ -271,7 +274,10 @@ def clipscore(
         seed=sample_seed,
         listed=listed,
         prompt=benchmark.PROMPT if prompt is None else prompt,
+        skip=plan.out,
     )
+    click.echo(f"vlmfix: loading CLIP {clip}", err=True)
+    task.load()  # what is wrong with it is said now, not after the last answer
     _run(task, workload, plan)
 
 
@@ -299,19 +305,28 @@ def _run(task: Any, workload: Any, plan: Plan, longest: int | None = None) -> No
     except KeyboardInterrupt:
         click.echo(f"vlmfix: stopped; what is done is in {plan.out}. The same command goes on from there.", err=True)
         click.get_current_context().exit(options.INTERRUPTED)
+    for arm, records in run.answers.items():
+        if failed := [record for record in records.values() if record.failed]:
+            first = f"{failed[0].id}: {failed[0].failed}"
+            click.echo(f"vlmfix: {arm}: {len(failed)} of {len(records)} samples failed; the first, {first}", err=True)
     tell([score_run(run)], plan.out, as_json=plan.as_json)
 
 
 def _arms(specs: tuple[str, ...]) -> dict[str, Any]:
-    """Decoders by what they are called in tables: as typed, and a recipe by the name of its file."""
+    """Decoders by what they are called in tables: as typed, and a recipe by its file and the folder that it lies in."""
     from vlmfix.decoders import DECODERS, parse
     from vlmfix.evals.record import PLAIN
 
     arms: dict[str, Any] = {}
     for spec in specs:
-        name = Path(spec[1:]).stem if spec.startswith("@") and "+" not in spec else spec
         decoder = parse(spec)
-        name = PLAIN if isinstance(decoder, DECODERS[PLAIN]) else name
+        if isinstance(decoder, DECODERS[PLAIN]):
+            name = PLAIN
+        elif spec.startswith("@") and "+" not in spec:
+            recipe = Path(spec[1:]).resolve()
+            name = f"{recipe.parent.name}/{recipe.stem}"
+        else:
+            name = spec
         if name in arms or decoder in arms.values():
             raise UsageError(f"--decoder {spec} is given twice", "give each arm once")
         arms[name] = decoder

@@ -6,10 +6,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from vlmfix.card import versions, weights_digest
+from vlmfix.card import weights_digest
 from vlmfix.decoders import parse
 from vlmfix.errors import DataError
-from vlmfix.evals.record import EvalRun, Record
+from vlmfix.evals.record import PLAIN, EvalRun, Record
 from vlmfix.evals.runner import Report, evaluate
 from vlmfix.evals.task import Workload
 from vlmfix.generation import VLM, load
@@ -40,12 +40,14 @@ class Reproduction:
     Attributes:
         run: The second run.
         arms: Differences by arm.
-        versions: Packages whose version is another one now: name to (before, now).
+        versions: Packages whose version was another one in the second run: name to (before, then).
+        pictures: Pictures whose files have another content now.
     """
 
     run: EvalRun
     arms: dict[str, Difference]
     versions: dict[str, tuple[str | None, str]]
+    pictures: tuple[str, ...]
 
     @property
     def exact(self) -> bool:
@@ -71,7 +73,7 @@ def reproduce(
         loader: Loads the model.
 
     Raises:
-        DataError: The run is unfinished, or the model's weights or the pictures are not those of the run.
+        DataError: The run is unfinished, the model's weights are not those of the run, or pictures are missing.
     """
     card = run.card
     if unfinished := [arm for arm in run.answers if run.missing(arm)]:
@@ -103,9 +105,19 @@ def reproduce(
         report=report,
         loader=loader,
     )
-    before = card["sessions"][-1]["versions"]
-    changed = {name: (before.get(name), now) for name, now in versions().items() if before.get(name) != now}
-    return Reproduction(again, {arm: _difference(run, again, arm) for arm in run.answers}, changed)
+    before, then = (one.card["sessions"][-1]["versions"] for one in (run, again))
+    return Reproduction(
+        again,
+        arms={arm: _difference(run, again, arm) for arm in run.answers},
+        versions={name: (before.get(name), now) for name, now in then.items() if before.get(name) != now},
+        pictures=_changed_pictures(run, again),
+    )
+
+
+def _changed_pictures(first: EvalRun, second: EvalRun) -> tuple[str, ...]:
+    before, now = first.answers[PLAIN], second.answers[PLAIN]
+    changed = (s.image for s in first.samples if s.image and before[s.id].sha256 != now[s.id].sha256)
+    return tuple(dict.fromkeys(changed))
 
 
 def _difference(first: EvalRun, second: EvalRun, arm: str) -> Difference:

@@ -6,6 +6,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from vlmfix.evals.coco import some
 from vlmfix.evals.reproduce import Reproduction
 
 
@@ -19,6 +20,8 @@ def reproduction_text(found: Reproduction, folder: Path) -> str:
     if found.versions:
         changed = ", ".join(f"{name} {before} -> {now}" for name, (before, now) in found.versions.items())
         lines.append(f"versions that changed: {changed}")
+    if found.pictures:
+        lines.append(f"pictures that changed: {some(found.pictures)}")
     verdict = "reproduced, token for token" if found.exact else "not the same"
     lines.append(f"{folder}: {verdict}; the second run is in {found.run.folder}")
     return "\n".join(lines) + "\n"
@@ -26,4 +29,9 @@ def reproduction_text(found: Reproduction, folder: Path) -> str:
 
 def reproduction_json(found: Reproduction) -> dict[str, Any]:
     """The same in plain JSON values."""
-    return {"exact": found.exact, "arms": {arm: asdict(d) for arm, d in found.arms.items()}, "versions": found.versions}
+    return {
+        "exact": found.exact,
+        "arms": {arm: asdict(difference) for arm, difference in found.arms.items()},
+        "versions": found.versions,
+        "pictures": found.pictures,
+    }
