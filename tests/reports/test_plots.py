@@ -1,12 +1,14 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from PIL import Image
 
 from tests.evals.exam import exam
 from vlmfix.errors import DataError
-from vlmfix.evals.compare import compare
+from vlmfix.evals.compare import Estimate, compare
 from vlmfix.reports.files import save
 from vlmfix.reports.plots import COLOURS, Point, differences, front, pareto
 
@@ -36,6 +38,15 @@ def test_differences_name_panels_groups_arms_and_better_sides(tmp_path, comparis
         assert f"<!-- {said} -->" in text
     assert text.count("<!-- easy -->") == 5
     assert text.count("<!-- mean -->") == 1
+
+
+def test_rounding_is_no_difference(tmp_path):
+    found = compare([exam()], draws=1000)
+    nothing = Estimate(0.0, -5e-17, 0.0)
+    arms = [replace(arm, changes=tuple(replace(c, difference=nothing) for c in arm.changes)) for arm in found.arms]
+    differences(replace(found, arms=tuple(arms)), tmp_path / "plot.svg")
+    text = (tmp_path / "plot.svg").read_text()
+    assert "<!-- 1e" not in text
 
 
 def test_many_arms_with_long_names_are_told_apart(tmp_path):
@@ -89,6 +100,15 @@ def test_pareto_shows_trials_limit_chosen_and_plain(tmp_path):
     ):
         assert f"<!-- {said} -->" in text
     assert has(tmp_path / "pareto.png", COLOURS[1])
+
+
+def test_a_long_name_stays_within_the_plot(tmp_path):
+    name = "vcd:preset=paper,contrast=1.0,plausibility=0.1,noise_step=500,noise_seed=0"
+    points = [Point(0.7, 0.1, role="chosen", name=name), Point(0.9, 0.2, role="plain", name="greedy")]
+    pareto(points, tmp_path / "pareto.png", objective="chair_i", guard="recall", objective_better="lower")
+    with Image.open(tmp_path / "pareto.png") as image:
+        right = np.asarray(image.convert("L"))[:, -4:]
+    assert (right > 200).all()  # the grid alone
 
 
 def test_all_files_are_written_and_a_bad_folder_is_an_error(tmp_path, comparison):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +28,10 @@ LEGEND = 130
 """Characters of the legend side by side."""
 ROW = 0.17
 """Height of one interval, in inches."""
+ROUNDING, NO_DIFFERENCE = 1e-9, 0.05
+"""Differences below the first are rounding; where there are no others, the axis reaches so far to both sides."""
+NAME = 34
+"""Characters in a line of a trial's name."""
 SHADE, GRID = "#e8f1ea", "#dddddd"
 
 Side = Literal["higher", "lower"]
@@ -85,6 +90,9 @@ def _panel(axis: Axes, label: str, groups: Mapping[str, Sequence[tuple[int, Chan
     axis.spines[["top", "right", "left"]].set_visible(False)
     axis.locator_params(axis="x", nbins=5)
     low, high = axis.get_xlim()
+    if max(-low, high) < ROUNDING:
+        low, high = -NO_DIFFERENCE, NO_DIFFERENCE
+        axis.set_xlim(low, high)
     if better:
         axis.axvspan(*((0, high) if better == "higher" else (low, 0)), color=SHADE, zorder=0)
         axis.set_xlim(low, high)
@@ -182,7 +190,7 @@ def _name(axis: Axes, point: Point) -> None:
     """Writes a point's name towards the middle of the plot."""
     left = point.guard < sum(axis.get_xlim()) / 2
     axis.annotate(
-        point.name,
+        textwrap.fill(point.name.replace(",", ", "), NAME),
         (point.guard, point.objective),
         xytext=(9 if left else -9, 8),
         textcoords="offset points",
