@@ -13,6 +13,13 @@ def test_versions_name_what_answers_depend_on():
     assert {"vlmfix", "python", "transformers"} < set(versions)
 
 
+def test_a_package_under_another_name_has_no_version(monkeypatch):
+    monkeypatch.setattr(card, "PACKAGES", ("torch", "opencv-python-under-another-name"))
+    versions = card.versions()
+    assert versions["opencv-python-under-another-name"] is None
+    assert versions["torch"]
+
+
 def test_machine_and_memory():
     facts = card.machine()
     assert facts["memory"] == psutil.virtual_memory().total

@@ -8,7 +8,7 @@ import platform
 import resource
 import sys
 from functools import lru_cache
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -33,10 +33,20 @@ PACKAGES = (
 """Packages whose version can change an answer."""
 
 
-def versions() -> dict[str, str]:
-    """Versions of vlmfix, Python and the packages that the answers depend on."""
+def versions() -> dict[str, str | None]:
+    """Versions of vlmfix, Python and the packages that the answers depend on.
+
+    None for a package that was installed under another name, as opencv-python-headless is.
+    """
     mine = {"vlmfix": vlmfix.__version__, "python": platform.python_version()}
-    return mine | {name: version(name) for name in PACKAGES}
+    return mine | {name: _version(name) for name in PACKAGES}
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
 
 
 def machine() -> dict[str, Any]:
