@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import ClassVar
 
 import pytest
 import torch
 from torch import nn
 
 from tests.attention.reference import attention as reference
-from vlmfix.attention.edit import BiasEdit, LayerSet, OutputEdit, ScoreEdit, WeightEdit
+from vlmfix.attention.edit import BiasEdit, LayerSet, OutputEdit, PromptReading, Rows, ScoreEdit, WeightEdit
 from vlmfix.attention.kernel import HEADROOM, PLAN, LayerPlan, Step, attention
 from vlmfix.errors import UnsupportedAttentionError, UsageError
 
@@ -42,6 +43,22 @@ class Weights(WeightEdit):
 class Output(OutputEdit):
     def output(self, site, output):
         return output * torch.arange(1, H + 1)[None, None, :, None]
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Shift(OutputEdit):
+    rows: ClassVar[Rows] = "all"
+
+    def output(self, site, output):
+        return output + torch.arange(1, H + 1)[None, None, :, None] * (site.queries[:, :, None, None] + 1)
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Look(PromptReading):
+    seen: list = field(default_factory=list)
+
+    def read(self, site, weights):
+        self.seen.append((site, weights))
 
 
 class Module(nn.Module):
@@ -155,6 +172,74 @@ def test_decode(kind, static, masked):
     got, _ = attention(module, query, key, value, mask, scaling=SCALE)
     want = slow(kind, query, key, value, allowed, LIVE[:, None], [length - 1])
     torch.testing.assert_close(got.double(), want, atol=1e-5, rtol=1e-5)
+
+
+def edited(edits, query, key, value, mask):
+    module = Module()
+    setattr(module, PLAN, plan(edits, live=LIVE, image=IMAGE))
+    return attention(module, query, key, value, mask, scaling=SCALE)[0]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("capacity", [T, 12], ids=["dynamic", "static"])
+@pytest.mark.parametrize("queries", [T, T + 2], ids=["prompt", "without a cache"])
+def test_an_edit_of_all_rows_comes_in_its_turn(kind, capacity, queries):
+    """What a shift makes of the kind's own result, and what the kind makes of a shifted one."""
+    query, key, value = tensors(queries, max(capacity, queries))
+    allowed = torch.ones(queries, key.shape[2], dtype=torch.bool).tril().expand(B, -1, -1)
+    acts = edited_rows(queries)
+    want = slow(kind, query, key, value, allowed, acts, range(queries))
+    shift = torch.arange(1, H + 1)[None, None, :, None] * torch.arange(1, queries + 1)[None, :, None, None]
+    shift = shift * LIVE[:, None, None, None]  # (B, Q, H, 1)
+    got = edited([*KINDS[kind], Shift()], query, key, value, None)
+    torch.testing.assert_close(got.double(), want + shift, atol=1e-4, rtol=1e-5)
+    got = edited([Shift(), *KINDS[kind]], query, key, value, None)
+    gained = any(isinstance(edit, Output) for edit in KINDS[kind])
+    gain = torch.where(acts[:, :, None, None], torch.arange(1, H + 1)[None, None, :, None], 1) if gained else 1
+    torch.testing.assert_close(got.double(), want + shift * gain, atol=1e-4, rtol=1e-5)
+
+
+def test_an_edit_of_all_rows_in_decoding():
+    query, key, value = tensors(1, 9)
+    allowed = torch.ones(B, 1, 9, dtype=torch.bool)
+    want = slow("bias", query, key, value, allowed, LIVE[:, None], [8])
+    want += 9 * torch.arange(1, H + 1)[None, None, :, None] * LIVE[:, None, None, None]
+    got = edited([*KINDS["bias"], Shift()], query, key, value, None)
+    torch.testing.assert_close(got.double(), want, atol=1e-5, rtol=1e-5)
+
+
+def test_a_reading_sees_the_prompts_weights_and_changes_no_bit():
+    query, key, value = tensors(T, T)
+    allowed = torch.ones(T, T, dtype=torch.bool).tril().expand(B, -1, -1).clone()
+    allowed[2, :, 0] = False
+    look = Look()
+    got = edited([look], query, key, value, allowed[:, None])
+    assert torch.equal(got, attention(Module(), query, key, value, allowed[:, None], scaling=SCALE)[0])
+    ((site, weights),) = look.seen
+    assert site.queries.tolist() == [[3, 5, 6]]
+    assert site.queries[0, site.predicting] == T - 1
+    scores = query.double() @ key.double().repeat_interleave(H // G, dim=1).transpose(2, 3) * SCALE
+    want = scores.masked_fill(~allowed[:, None], float("-inf")).softmax(-1)[:, :, [3, 5, 6]]
+    torch.testing.assert_close(weights.double(), want, atol=1e-6, rtol=1e-5)
+    edited([look], query[:, :, :1], key, value, None)
+    assert len(look.seen) == 1
+
+
+def test_a_reading_reads_in_its_turn():
+    query, key, value = tensors(T, T)
+    first, last = Look(), Look()
+    edited([first, Weights(), last], query, key, value, None)
+    before, after = first.seen[0][1], last.seen[0][1]
+    site = last.seen[0][0]
+    want = torch.where(site.acts[:, None, :, None], (before * 0.5 + 0.1) * site.allowed, before)
+    torch.testing.assert_close(after, want)
+
+
+def test_what_is_known_of_samples_reaches_their_beams_and_no_contrast_row():
+    look = Look()
+    edited([look], *tensors(T, T), None)  # two live rows, two beams of one sample, and a contrast row
+    assert look.seen[0][0].spread(torch.tensor([[5.0, 6.0]])).tolist() == [[5, 6], [5, 6], [0, 0]]
+    assert look.seen[0][0].spread(torch.tensor([3, 4])).tolist() == [3, 4, 0]
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -11,8 +11,8 @@ from transformers import AttentionInterface
 
 from tests.contracts.support import HeadGain, batch_of, close, logits, plain, vlm_of
 from tests.tiny import TINY
-from vlmfix.attention.edit import BiasEdit, LayerSet, Rows, ScoreEdit, WeightEdit
-from vlmfix.attention.session import bare, edited
+from vlmfix.attention.edit import BiasEdit, LayerSet, OutputEdit, Rows, ScoreEdit, WeightEdit
+from vlmfix.attention.session import bare, edited, first_edited
 from vlmfix.decoders import DecodingPlan, Greedy
 from vlmfix.errors import UnsupportedAttentionError
 
@@ -46,6 +46,14 @@ class ImageWeights(WeightEdit):
 
     def weights(self, site, weights):
         return torch.where(site.image_keys[:, None, None, :], weights * self.gain, weights)
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Doubled(OutputEdit):
+    rows: ClassVar[Rows] = "all"
+
+    def output(self, site, output):
+        return output * 2
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -222,6 +230,32 @@ def test_bare_lifts_every_edit():
         with bare(vlm):
             close(plain(vlm, batch), before)
         assert (plain(vlm, batch) - before).abs().max() > 1e-3
+
+
+def test_only_output_edits_act_on_all_rows():
+    class Everywhere(ImageBias):
+        rows: ClassVar[Rows] = "all"
+
+    vlm = vlm_of("llava")
+    with pytest.raises(TypeError, match="Everywhere acts on all rows, which only output edits can"):
+        run(vlm, batch_of(vlm), Everywhere())
+
+
+@pytest.mark.parametrize("family", TINY)
+def test_an_edit_of_all_rows_changes_every_row_of_the_prompt(family):
+    """Doubling all outputs of a layer is doubling the weights of its output projection."""
+    vlm = vlm_of(family)
+    batch = batch_of(vlm)
+    got = run(vlm, batch, Doubled(layers=LayerSet("1")))
+    projection = vlm.family.attention_modules(vlm.model)[1].o_proj.weight
+    with torch.no_grad():
+        projection.mul_(2)
+        want = plain(vlm, batch)
+        projection.div_(2)
+    close(got, want)
+    close(run(vlm, batch, Doubled(layers=LayerSet("1")), use_cache=False), want)
+    with edited(vlm, vlm.layout(batch), [ImageBias(), Doubled(layers=LayerSet("1"))]):
+        assert first_edited(vlm) == 0
 
 
 def test_an_edit_that_fits_no_layer_is_an_error():

@@ -28,6 +28,7 @@ def site(queries, *, keys, prompt, image=(), text=(), rows=1):
         image_keys=image_keys,
         text_keys=text_keys,
         acts=torch.ones(rows, len(queries), dtype=torch.bool),
+        live=torch.arange(rows),
     )
 
 

@@ -1,4 +1,4 @@
-"""The four kinds of attention edit, and where they are applied.
+"""The four kinds of attention edit, a reading of the prompt, and where they are applied.
 
 Shape letters (``docs/notation.md``): B rows, H query heads, Q queries, K keys, D head dimension, L layers, T prompt
 tokens, R edited query rows.
@@ -15,8 +15,9 @@ from torch import Tensor
 
 from vlmfix.errors import UsageError
 
-Rows = Literal["text", "last"]
-"""Query rows of the prompt that an edit touches: the text after a picture, or only the row that predicts."""
+Rows = Literal["text", "last", "all"]
+"""Query rows of the prompt that an edit touches: the text after a picture, only the row that predicts, or every row,
+which is for output edits: the other kinds would have to materialise all of attention."""
 
 
 @dataclass(frozen=True)
@@ -69,10 +70,12 @@ class Site:
         prompt: T, number of prompt tokens, padding included.
         prefill: True when the prompt itself passes through, False for one new token.
         queries: (1 or B, R) int64, position of each edited query row among the keys.
-        allowed: (1 or B, 1, R, K) bool, keys that each query row may see.
+        allowed: (1 or B, 1, R, K) bool, keys that each query row may see; for an edit of ``all`` rows in prefill only
+            what the pass's last row may see, (1 or B, 1, 1, K).
         image_keys: (B, K) bool, image patches.
         text_keys: (B, K) bool, prompt text: no image, no padding, no generated token.
         acts: (B, R) bool, rows that the edit changes; elsewhere its result is thrown away.
+        live: (N,) int64, rows of the batch that are no contrast rows; beams of one sample stand side by side.
         hidden: (B, Q, hidden size) residual stream that enters the layer, when the edit asked for it.
     """
 
@@ -85,7 +88,25 @@ class Site:
     image_keys: Tensor
     text_keys: Tensor
     acts: Tensor
+    live: Tensor
     hidden: Tensor | None = None
+
+    @property
+    def predicting(self) -> int:
+        """In prefill, where the prompt's last row stands among the R; rows of generated tokens come after it."""
+        return self.queries.shape[1] - 1 - (self.allowed.shape[-1] - self.prompt)
+
+    def spread(self, values: Tensor) -> Tensor:
+        """Hands what is known of the samples out to the rows of the pass: every beam gets its sample's.
+
+        Args:
+            values: (samples, ...).
+
+        Returns:
+            (B, ...); zeros for contrast rows.
+        """
+        each = values.repeat_interleave(self.live.shape[0] // values.shape[0], dim=0)  # (N, ...)
+        return each.new_zeros(self.image_keys.shape[0], *values.shape[1:]).index_copy(0, self.live, each)
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -132,4 +153,15 @@ class OutputEdit(AttentionEdit, ABC):
 
     @abstractmethod
     def output(self, site: Site, output: Tensor) -> Tensor:
-        """Returns new outputs for ``output`` (B, R, H, D)."""
+        """Returns new outputs for ``output`` (B, R, H, D); R is Q for an edit of ``all`` rows."""
+
+
+class PromptReading(AttentionEdit, ABC):
+    """Reads the attention weights of the prompt's rows and changes nothing; decoding does not see it.
+
+    It reads at its place among the edits: what weight edits before it have made.
+    """
+
+    @abstractmethod
+    def read(self, site: Site, weights: Tensor) -> None:
+        """Looks at ``weights`` (B, H, R, K) float32; must not write into them."""

@@ -4,20 +4,21 @@ A plan lives as an attribute on each edited attention module, and only there: an
 ``torch.compile`` and leaves nothing behind. A module without one gets plain SDPA.
 
 Cost: bias and output edits stay on SDPA. Score and weight edits, and any edit in prefill, recompute only the query
-rows that they edit and overwrite their output, so memory grows with K and not with K squared.
+rows that they edit and overwrite their output, so memory grows with K and not with K squared. Output edits of all rows
+recompute nothing.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from vlmfix.attention.edit import AttentionEdit, BiasEdit, OutputEdit, ScoreEdit, Site, WeightEdit
+from vlmfix.attention.edit import AttentionEdit, BiasEdit, OutputEdit, PromptReading, ScoreEdit, Site, WeightEdit
 from vlmfix.errors import UnsupportedAttentionError
 
 NAME = "vlmfix"
@@ -34,11 +35,12 @@ class Step:
 
     Attributes:
         edit: The edit.
-        prompt_rows: (B, R) bool, edited rows among the plan's prompt rows.
+        prompt_rows: (B, R) bool, edited rows among the plan's prompt rows; none for an edit of all rows.
         live: (B,) bool, rows of the batch that it edits; False for contrast rows.
         image_keys: (B, T + ``HEADROOM``) bool; generated keys are False.
         text_keys: (B, T + ``HEADROOM``) bool.
         mixed: Whether some rows are not live, so that edited and plain rows must be told apart.
+        live_rows: (N,) int64, which rows are live.
     """
 
     edit: AttentionEdit
@@ -47,15 +49,19 @@ class Step:
     image_keys: Tensor
     text_keys: Tensor
     mixed: bool = True
+    live_rows: Tensor = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.live_rows = self.live.nonzero().squeeze(1)
 
 
 @dataclass(eq=False)
 class LayerPlan:
-    """What to do in one layer: the edits in order, and the prompt rows that any of them edits.
+    """What to do in one layer: the edits in order, and the prompt rows that any of them edits or reads.
 
     Attributes:
         layer: Layer number.
-        rows: (R,) int64, positions of the edited prompt rows.
+        rows: (R,) int64, positions of these prompt rows; those of an edit of all rows are not among them.
         prompt: T, number of prompt tokens, padding included.
         steps: The edits.
         hidden: Residual stream that enters the layer, between the layer's entry and its attention.
@@ -76,6 +82,11 @@ class LayerPlan:
     def materialises(self) -> bool:
         """Whether some edit needs the scores or the weights themselves."""
         return any(isinstance(step.edit, ScoreEdit | WeightEdit) for step in self.steps)
+
+    @property
+    def reads(self) -> bool:
+        """Whether the prompt's weights are read."""
+        return any(isinstance(step.edit, PromptReading) for step in self.steps)
 
 
 def attention(
@@ -159,24 +170,42 @@ def _prefill(plan: LayerPlan, call: Call) -> Tensor:
     rows = plan.rows
     if length > plan.prompt:  # a pass without a cache: rows past the prompt are decode rows, all edited
         rows = torch.cat([rows, torch.arange(plan.prompt, length, device=rows.device)])
-    if rows.shape[0] == 0:
-        return output
     own = rows - plan.start  # (R,) among the queries of this pass
-    key, value = call.key[:, :, :length], call.value[:, :, :length]  # a static cache holds more, to the right
+    some, every = (rows[None], _allowed(call, own, length)), _every(call, length)
+    sites = [_site(plan, step, call, length, *(every if step.edit.rows == "all" else some)) for step in plan.steps]
+    if rows.shape[0] > 0:
+        output = _weighted(plan, sites, call, output, own, some[1])
+    return _outputs(plan, sites, output, own)
+
+
+def _allowed(call: Call, own: Tensor, length: int) -> Tensor:
+    """(1 or B, 1, R, K) bool, keys that some query rows of the pass may see; ``own`` (R,)."""
     if call.mask is None:
-        allowed = torch.arange(length, device=rows.device) <= rows[:, None]
-        allowed = allowed[None, None]  # (1, 1, R, K)
-    else:
-        allowed = call.mask[:, :, own, :length].bool()  # (B, 1, R, K)
-    sites = [_site(plan, step, call, length, rows[None], allowed) for step in plan.steps]
-    edited = before = output[:, own]  # (B, R, H, D)
-    inner = [site.acts for site, step in zip(sites, plan.steps, strict=True) if not isinstance(step.edit, OutputEdit)]
-    if inner:
-        head = _materialised if plan.materialises else _biased
-        touched = torch.stack(inner).any(dim=0)[:, :, None, None]  # (B, R, 1, 1)
-        new = head(plan, sites, call.query[:, :, own], key, value, allowed, call.scale)
-        edited = torch.where(touched, new, before)
-    return output.index_copy(1, own, _outputs(plan, sites, edited))
+        start = length - call.query.shape[2]
+        return (torch.arange(length, device=own.device) <= (own + start)[:, None])[None, None]  # (1, 1, R, K)
+    return call.mask[:, :, own, :length].bool()
+
+
+def _every(call: Call, length: int) -> tuple[Tensor, Tensor]:
+    """Where all rows of the prompt's pass stand, (1, Q), and what the last may see, (1 or B, 1, 1, K)."""
+    last = torch.tensor([call.query.shape[2] - 1], device=call.query.device)
+    return torch.arange(length, device=call.query.device)[None], _allowed(call, last, length)
+
+
+def _weighted(plan: LayerPlan, sites: list[Site], call: Call, output: Tensor, own: Tensor, allowed: Tensor) -> Tensor:
+    """Recomputes the rows that bias, score and weight edits change, or that are read; (B, Q, H, D)."""
+    changes = (BiasEdit, ScoreEdit, WeightEdit)
+    acts = [site.acts for site, step in zip(sites, plan.steps, strict=True) if isinstance(step.edit, changes)]
+    if not acts and not plan.reads:
+        return output
+    length = allowed.shape[-1]
+    key, value = call.key[:, :, :length], call.value[:, :, :length]  # a static cache holds more, to the right
+    head = _materialised if plan.materialises or plan.reads else _biased
+    new = head(plan, sites, call.query[:, :, own], key, value, allowed, call.scale)
+    if not acts:
+        return output
+    touched = torch.stack(acts).any(dim=0)[:, :, None, None]  # (B, R, 1, 1)
+    return output.index_copy(1, own, torch.where(touched, new, output[:, own]))
 
 
 def _decode(plan: LayerPlan, call: Call) -> Tensor:
@@ -205,7 +234,9 @@ def _site(plan: LayerPlan, step: Step, call: Call, length: int, queries: Tensor,
             "with beam search, give num_beams to decoder.applied(...)",
         )
     acts = step.live[:, None]  # (B, 1)
-    if count > 1:
+    if count > 1 and step.edit.rows == "all":
+        acts = acts.expand(-1, length)  # (B, Q)
+    elif count > 1:
         later = acts.expand(-1, queries.shape[1] - step.prompt_rows.shape[1])
         acts = torch.cat([step.prompt_rows & acts, later], dim=1)  # (B, R)
     return Site(
@@ -218,6 +249,7 @@ def _site(plan: LayerPlan, step: Step, call: Call, length: int, queries: Tensor,
         image_keys=step.image_keys[:, :length],
         text_keys=step.text_keys[:, :length],
         acts=acts,
+        live=step.live_rows,
         hidden=call.hidden,
     )
 
@@ -264,17 +296,27 @@ def _materialised(
             scores = scores + _chosen(step, site, acts, step.edit.bias(site).float(), 0.0)
     weights = scores.masked_fill(~allowed, torch.finfo(scores.dtype).min).softmax(dim=-1)
     for step, site in zip(plan.steps, sites, strict=True):
-        if isinstance(step.edit, WeightEdit):
+        if isinstance(step.edit, PromptReading) and site.prefill:
+            step.edit.read(site, weights)
+        elif isinstance(step.edit, WeightEdit):
             new = step.edit.weights(site, weights).masked_fill(~allowed, 0.0)
             weights = _chosen(step, site, site.acts[:, None, :, None], new, weights)
     grouped = weights.to(value.dtype).view(rows, groups, -1, weights.shape[-1])  # (B, G, H/G*R, K)
     return (grouped @ value).view(rows, heads, length, -1).transpose(1, 2)  # (B, R, H, D)
 
 
-def _outputs(plan: LayerPlan, sites: list[Site], output: Tensor) -> Tensor:
+def _outputs(plan: LayerPlan, sites: list[Site], output: Tensor, own: Tensor | None = None) -> Tensor:
+    """Applies output edits; in prefill ``own`` (R,) are the rows of those that do not act on all."""
     for step, site in zip(plan.steps, sites, strict=True):
-        if isinstance(step.edit, OutputEdit):
-            output = _chosen(step, site, site.acts[:, :, None, None], step.edit.output(site, output), output)
+        if not isinstance(step.edit, OutputEdit):
+            continue
+        acts = site.acts[:, :, None, None]
+        if own is None or step.edit.rows == "all":
+            output = _chosen(step, site, acts, step.edit.output(site, output), output)
+        elif own.shape[0] > 0:
+            before = output[:, own]  # (B, R, H, D)
+            new = _chosen(step, site, acts, step.edit.output(site, before), before)
+            output = output.index_copy(1, own, new)
     return output
 
 

@@ -12,7 +12,7 @@ from torch.utils.hooks import RemovableHandle
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig
 from transformers.masking_utils import sdpa_mask
 
-from vlmfix.attention.edit import AttentionEdit
+from vlmfix.attention.edit import AttentionEdit, OutputEdit
 from vlmfix.attention.kernel import HEADROOM, NAME, PLAN, LayerPlan, Step, attention
 from vlmfix.errors import UnsupportedAttentionError
 from vlmfix.models.checkpoint import Checkpoint
@@ -80,8 +80,11 @@ def bare(vlm: Checkpoint) -> Iterator[None]:
 
 
 def first_edited(vlm: Checkpoint) -> int | None:
-    """The first prompt column at which some edit at work changes some row, or None when no edit changes the prompt."""
-    rows = [plan.rows for plan in _at_work(vlm).values()]
+    """The first prompt column at which some edit at work changes or reads some row, or None when none does."""
+    plans = _at_work(vlm).values()
+    if any(step.edit.rows == "all" for plan in plans for step in plan.steps):
+        return 0
+    rows = [plan.rows for plan in plans]
     columns = torch.cat(rows) if rows else torch.empty(0)
     return int(columns.min()) if len(columns) else None
 
@@ -169,11 +172,15 @@ def _plans(
 
 
 def _prompt_rows(edit: AttentionEdit, layout: ImageLayout) -> Tensor:
+    """(B, T) bool, the rows that an edit means; none for all rows, which need not be picked out."""
     if edit.rows == "text":
         return layout.text_after_image()
-    last = torch.zeros_like(layout.tokens)
-    last[:, -1] = True  # prompts are padded on the left
-    return last
+    rows = torch.zeros_like(layout.tokens)
+    if edit.rows == "last":
+        rows[:, -1] = True  # prompts are padded on the left
+    elif not isinstance(edit, OutputEdit):
+        raise TypeError(f"{type(edit).__name__} acts on all rows, which only output edits can")
+    return rows
 
 
 def _nested(outer: LayerPlan, inner: LayerPlan) -> LayerPlan:
