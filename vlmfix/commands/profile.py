@@ -86,7 +86,7 @@ def profile(
 
 @profile.command()
 @click.argument("file", type=PATH)
-@click.option("--profiler", "name", help="Only this one.  [default: all in the file]")
+@click.option("--profiler", "name", help="Only this one.")
 @click.option("--count", default=20, show_default=True, type=click.IntRange(min=1), help="How many heads.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @options.debug

@@ -134,13 +134,13 @@ class LastStep:
     def exact(self, copies: int) -> Tensor:
         """(L, H) loss of probability when each head is switched off alone."""
         layers, heads = self._shape
-        whole = self.probability(self._open(1))
         lost = []
         for start in range(0, layers * heads, copies):
-            off = torch.arange(start, min(start + copies, layers * heads), device=whole.device)  # (N,)
-            gates = self._open(len(off))
-            gates[off // heads, torch.arange(len(off), device=off.device), off % heads] = 0.0
-            lost.append(whole - self.probability(gates))
+            off = torch.arange(start, min(start + copies, layers * heads))  # (N,)
+            gates = self._open(1 + len(off))  # the whole model is a row too: rounding depends on the number of rows
+            gates[off // heads, 1 + torch.arange(len(off)), off % heads] = 0.0
+            found = self.probability(gates)
+            lost.append(found[0] - found[1:])
         return torch.cat(lost).view(layers, heads)
 
     @torch.enable_grad()

@@ -113,7 +113,7 @@ class _State(State):
         held = torch.stack(self._held)  # (N, 2, L, H)
         self._held = []
         if self._threshold is None:
-            self._threshold = elbow(held[:, 0].mean(dim=0).flatten())
+            self._threshold = elbow(held[:, 0, self._profiler.first_layer :].mean(dim=0).flatten())
         return torch.stack(
             [selected(part[0], part[1], self._threshold, self._profiler.selected) for part in held]
         )  # (N, L, H)
@@ -182,14 +182,19 @@ def _entropy(bright: np.ndarray) -> float:
 
 
 def elbow(values: Tensor) -> float:
-    """Where the sorted curve of some values bends most: the value farthest from the chord between its ends.
+    """Where the sorted curve of some values bends most: where it is farthest from the chord between its ends.
 
     Args:
         values: (n,), at least one.
+
+    Returns:
+        The middle between the two values that the bend parts.
     """
     curve = values.sort().values.double()
     chord = torch.linspace(float(curve[0]), float(curve[-1]), len(curve), dtype=torch.float64)
-    return float(curve[(chord - curve).abs().argmax()])
+    bend = int((chord - curve).abs().argmax())
+    other = bend + 1 if curve[bend] < chord[bend] else bend - 1
+    return float(curve[[bend, min(max(other, 0), len(curve) - 1)]].mean())
 
 
 def selected(mass: Tensor, entropy: Tensor, threshold: float, count: int) -> Tensor:

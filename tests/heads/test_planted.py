@@ -1,0 +1,190 @@
+"""Every profiler ranks the head first that was built to do what it measures."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from tests.contracts.support import picture
+from tests.heads.planted import CODE, FIRST, GROUP, HEADS, IMAGE, LAYERS, SHARP, WIDTH, look, look_away, planted_vlm
+from vlmfix.heads import retrieval
+from vlmfix.heads.localization import Localization
+from vlmfix.heads.measure import profile
+from vlmfix.heads.non_sink import NonSink
+from vlmfix.heads.retrieval import Retrieval
+
+PICTURES = [picture(1, (40, 60)), picture(2, (60, 40))]
+
+
+def measured(vlm, profiler, **options):
+    name = profiler if isinstance(profiler, str) else profiler.name
+    return profile(vlm, PICTURES, [profiler], **options)[name]
+
+
+@pytest.mark.parametrize("planted", [(0, 3), (1, 5), (2, 6)])
+def test_image_mass(planted):
+    vlm = planted_vlm()
+    look_away(vlm, but=[planted])
+    look(vlm, *planted, IMAGE)
+    found = measured(vlm, "image-mass")
+    assert found.top(1) == (planted,)
+    assert found.scores[planted] == pytest.approx(1.0, abs=1e-3)
+    assert found.scores.sum() == pytest.approx(1.0, abs=1e-2)
+
+
+def test_vhd_finds_the_one_head_that_carries_the_picture():
+    vlm = planted_vlm()
+    look_away(vlm, but=[(2, 5)])
+    look(vlm, 2, 5, IMAGE)
+    found = measured(vlm, "vhd")
+    assert found.top(1) == ((2, 5),)
+    others = found.scores.clone()
+    others[2, 5] = 0
+    assert others.max() < 1e-3 * found.scores[2, 5]
+
+
+def test_looking_without_reading_is_image_mass_but_no_divergence():
+    vlm = planted_vlm()
+    look_away(vlm, but=[(2, 5)])
+    look(vlm, 2, 5, IMAGE)
+    with torch.no_grad():
+        vlm.family.attention_modules(vlm.model)[2].v_proj.weight[WIDTH:] = 0.0
+    both = profile(vlm, PICTURES, ["vhd", "image-mass"])
+    assert both["image-mass"].top(1) == ((2, 5),)
+    assert both["vhd"].scores[2, 5] == 0
+
+
+def test_a_model_that_ignores_the_picture_has_no_divergence():
+    vlm = planted_vlm()
+    look_away(vlm)
+    assert measured(vlm, "vhd").scores.max() < 1e-3
+
+
+def test_gaze_shift_counts_gains_at_content_words_alone():
+    seven = CODE
+    vlm = planted_vlm(tokens=[("7", seven, 1.0), ("h", seven + 1, 1.0)])
+    look(vlm, 1, 6, IMAGE, when=seven)  # at the content word
+    look(vlm, 0, 2, IMAGE, when=seven + 1)  # at a function word
+    look(vlm, 2, 1, IMAGE)  # always
+    found = measured(vlm, "gaze-shift", question="the 77 has")
+    assert found.top(1) == ((1, 6),)
+    others = found.scores.clone()
+    others[1, 6] = 0
+    assert others.max() < 1e-3
+    assert found.scores[1, 6] == pytest.approx(1 - 1 / 36, abs=1e-3)  # from 36 tokens alike to one patch alone
+
+
+def one_hot(vlm, layer, head, shift):
+    """Makes a head look at the digit that is ``shift`` behind the one that it reads."""
+    module = vlm.family.attention_modules(vlm.model)[layer]
+    with torch.no_grad():
+        for digit in range(WIDTH):
+            module.k_proj.weight[head // GROUP * WIDTH + digit, CODE + digit] = SHARP
+            module.q_proj.weight[head * WIDTH + (digit + shift) % WIDTH, CODE + digit] = SHARP
+        if shift:  # the colon before the answer stands for the last digit
+            module.q_proj.weight[head * WIDTH, CODE + WIDTH] = SHARP
+
+
+def test_retrieval_wants_the_token_itself_and_not_its_neighbour(monkeypatch):
+    monkeypatch.setattr(retrieval, "WORDS", ("01234567",))
+    codes = [(str(digit), CODE + digit, 1.0) for digit in range(WIDTH)]
+    vlm = planted_vlm(tokens=[*codes, (":", CODE + WIDTH, 1.0)])
+    one_hot(vlm, 1, 6, 1)
+    one_hot(vlm, 0, 2, 0)
+    found = measured(vlm, Retrieval(words=1))
+    assert found.scores[1, 6] == 1
+    assert found.scores.sum() == 1  # every other head scores exactly 0
+
+
+def test_ablation_finds_the_one_head_that_speaks():
+    vlm = planted_vlm()
+    look(vlm, 1, 3, IMAGE)
+    with torch.no_grad():
+        for layer, module in enumerate(vlm.family.attention_modules(vlm.model)):
+            kept = module.o_proj.weight[:, 3 * WIDTH : 4 * WIDTH].clone()
+            module.o_proj.weight.zero_()
+            if layer == 1:
+                module.o_proj.weight[:, 3 * WIDTH : 4 * WIDTH] = kept
+        found = measured(vlm, "ablation", batch_size=1)
+        lost = []
+        for shown in PICTURES:
+            batch = vlm.encode(["Please describe this image in detail."], [[shown]])
+            whole = vlm.model(**batch).logits[0, -1].softmax(-1)
+            module = vlm.family.attention_modules(vlm.model)[1].o_proj
+            former = module.weight.clone()
+            module.weight.zero_()
+            silent = vlm.model(**batch).logits[0, -1].softmax(-1)
+            module.weight.copy_(former)
+            lost.append(float(whole.max() - silent[whole.argmax()]))
+    others = found.scores.clone()
+    others[1, 3] = 0
+    assert bool((others == 0).all())
+    assert found.scores[1, 3] == pytest.approx(sum(lost) / 2, abs=1e-6)
+    first = found.details["first_order"]
+    assert bool(((first != 0) == (found.scores != 0)).all())
+
+
+def test_localization_prefers_one_place_to_many():
+    blob, scattered = CODE, CODE + 1
+    codes = [(patch, blob, 1.0) for patch in (6, 7, 11, 12)] + [(patch, scattered, 1.0) for patch in (0, 4, 20, 24)]
+    vlm = planted_vlm(codes=codes)
+    look_away(vlm, but=[(2, 1), (2, 6)])
+    look(vlm, 2, 1, scattered, place=1, sharp=12.0)
+    look(vlm, 2, 6, blob, place=1, sharp=12.0)
+    found = measured(vlm, Localization(selected=1))
+    assert found.scores[2, 6] == 1
+    assert found.scores.sum() == 1
+    both = measured(vlm, Localization(selected=10))
+    assert both.scores[2, 1] == both.scores[2, 6] == 1
+    assert both.scores.sum() == 2  # the others do not look at the picture
+
+
+def test_non_sink_leaves_out_heads_that_look_at_sinks():
+    sinks = [3, 17]
+    massive, content = FIRST, CODE
+    codes = [(patch, massive, 200.0) for patch in sinks]
+    codes += [(patch, content, 1.0) for patch in range(25) if patch not in sinks]
+    vlm = planted_vlm(codes=codes, first=200.0)
+    look_away(vlm, but=[(2, 1), (2, 6)])
+    look(vlm, 2, 6, content, place=1)
+    look(vlm, 2, 1, massive, place=1)
+    both = profile(vlm, PICTURES, ["image-mass", NonSink(sink_dims=(massive,), sink_threshold=4.0)])
+    assert both["non-sink"].top(1) == ((2, 6),)
+    assert both["non-sink"].scores[2, 6] > 0.9
+    assert both["non-sink"].scores[2, 1] == 0
+    assert bool((both["non-sink"].scores[:2] == 0).all())
+
+
+def test_sinks_finds_the_head_that_rests_on_the_first_token():
+    vlm = planted_vlm(first=30.0)
+    look_away(vlm, FIRST, but=[(1, 4)])
+    look(vlm, 1, 4, FIRST)
+    found = measured(vlm, "sinks")
+    assert found.top(1) == ((1, 4),)
+    assert found.scores[1, 4] > 0.95
+    assert bool((found.details["primary_norm"] > 2).all())
+    assert len(found.details["visual"]) == LAYERS
+
+
+def test_permuting_the_heads_of_a_group_permutes_the_scores():
+    vlm = planted_vlm(tokens=[("d", CODE, 1.0)])
+    names = ["vhd", "image-mass", "gaze-shift", "ablation", "sinks"]
+    look(vlm, 1, 4, IMAGE)
+    look(vlm, 1, 6, IMAGE, sign=-1)
+    look(vlm, 1, 5, FIRST, place=1)
+    look(vlm, 1, 7, IMAGE, when=CODE, place=2)
+    before = profile(vlm, PICTURES, names)
+    module = vlm.family.attention_modules(vlm.model)[1]
+    order = [0, 1, 2, 3, 6, 7, 4, 5]
+    columns = torch.arange(HEADS * WIDTH).view(HEADS, WIDTH)[order].flatten()
+    with torch.no_grad():
+        module.q_proj.weight.copy_(module.q_proj.weight[columns].clone())
+        module.o_proj.weight.copy_(module.o_proj.weight[:, columns].clone())
+    after = profile(vlm, PICTURES, names)
+    for name in names:
+        expected = before[name].scores.clone()
+        expected[1] = expected[1, order]
+        torch.testing.assert_close(after[name].scores, expected, atol=1e-5, rtol=1e-5)
+        assert not math.isclose(float(expected[1].std()), 0.0, abs_tol=1e-7)

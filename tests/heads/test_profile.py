@@ -1,0 +1,196 @@
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from tests.contracts.support import picture, vlm_of
+from tests.tiny import tiny_vlm
+from tests.tiny.llava import build
+from vlmfix.errors import DataError, ProfileMismatchError, UsageError
+from vlmfix.generation import VLM
+from vlmfix.heads import measure
+from vlmfix.heads.agreement import agreement
+from vlmfix.heads.measure import profile
+from vlmfix.heads.plot import draw
+from vlmfix.heads.profile import HeadProfile, load_profiles, save_profiles
+from vlmfix.heads.profiler import Profiler, State
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Made(Profiler):
+    """Scores that a test makes up: fixed ones plus noise of a size."""
+
+    name = "made"
+    title = "made up"
+    noise: float = 0.0
+
+    def begin(self, vlm):
+        return MadeState(self.noise)
+
+
+class MadeState(State):
+    shares = False
+
+    def __init__(self, noise):
+        self.noise = noise
+
+    def scores(self, work, ran):
+        fixed = torch.arange(work.layers * work.heads).view(work.layers, work.heads).flip(0) * 1.0
+        rows = [torch.Generator().manual_seed(work.first + row) for row in range(work.batch.rows)]
+        return torch.stack([fixed + self.noise * torch.randn(fixed.shape, generator=row) for row in rows])
+
+
+PICTURE = picture(1, (24, 24))
+
+
+def made(**options):
+    count = options.pop("count", 3)
+    return profile(vlm_of("llava"), [PICTURE] * count, [Made(**options)])["made"]
+
+
+def test_a_file_gives_back_what_was_saved(tmp_path):
+    vlm = vlm_of("llava")
+    before = profile(vlm, [PICTURE, picture(2, (40, 30))], ["vhd", "ablation"], seed=7)
+    save_profiles(before, tmp_path / "heads.safetensors")
+    after = load_profiles(tmp_path / "heads.safetensors")
+    assert list(after) == ["vhd", "ablation"]
+    for name, part in after.items():
+        assert part.card == before[name].card
+        assert torch.equal(part.scores, before[name].scores)
+        assert torch.equal(part.stderr, before[name].stderr)
+        assert part.details.keys() == before[name].details.keys()
+        part.check(vlm)
+    card = after["ablation"].card
+    assert (card.pictures, card.seed, card.layers, card.heads, card.model_type) == (2, 7, 3, 8, "llava")
+    assert card.parameters == {"copies": 32}
+    assert card.versions["torch"] == torch.__version__.split("+")[0]
+    with pytest.raises(DataError, match="vhd, ablation"):
+        HeadProfile.load(tmp_path / "heads.safetensors")
+    assert HeadProfile.load(tmp_path / "heads.safetensors", "vhd").card == card.__class__(
+        **{**dataclasses.asdict(before["vhd"].card)}
+    )
+
+
+def test_the_digest_is_of_the_pictures_in_their_order():
+    vlm, other = vlm_of("llava"), picture(2, (24, 24))
+    digests = [profile(vlm, shown, [Made()])["made"].card.data for shown in ([PICTURE], [other], [PICTURE, other])]
+    again = profile(vlm, [PICTURE.copy(), other], [Made()], batch_size=1)["made"].card.data
+    assert len(set(digests)) == 3
+    assert again == digests[2]
+
+
+@pytest.mark.parametrize("content", [b"", b"no profile", None])
+def test_other_files_are_refused(tmp_path, content):
+    path = tmp_path / "file"
+    if content is None:
+        save_file({"x": torch.zeros(1)}, path)
+    else:
+        path.write_bytes(content)
+    with pytest.raises(DataError, match="no profile"):
+        load_profiles(path)
+    with pytest.raises(DataError, match="cannot read"):
+        load_profiles(tmp_path / "missing")
+
+
+def test_top_is_deterministic():
+    found = made()
+    assert found.top(3) == ((0, 7), (0, 6), (0, 5))
+    level = HeadProfile(torch.zeros(2, 3), torch.zeros(2, 3), found.card, found.fingerprint)
+    assert level.top(4) == ((0, 0), (0, 1), (0, 2), (1, 0))
+    assert level.top(0) == ()
+    with pytest.raises(UsageError, match="count=7"):
+        level.top(7)
+
+
+def test_another_model_is_refused():
+    found = made()
+    found.check(vlm_of("llava"))
+    for other, reason in ((tiny_vlm("qwen2_vl"), "model type"), (tiny_vlm("llava", seed=1), "other weights")):
+        with pytest.raises(ProfileMismatchError, match=reason):
+            found.check(other)
+    for field in ("layers", "heads"):
+        changed = dataclasses.replace(found, card=dataclasses.replace(found.card, **{field: 99}))
+        with pytest.raises(ProfileMismatchError, match=f"{field} 99"):
+            changed.check(vlm_of("llava"))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_same_model_in_another_dtype_is_accepted(dtype):
+    found = made()
+    tiny = build("llava", 0)
+    found.check(VLM(tiny.model.to(dtype), tiny.processor, tiny.family, "elsewhere"))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_ranks_like_float32(dtype):
+    names = ["vhd", "image-mass", "gaze-shift", "sinks"]
+    exact = profile(vlm_of("llava"), [PICTURE], names)
+    tiny = build("llava", 0)
+    half = VLM(tiny.model.to(dtype), tiny.processor, tiny.family, "half")
+    for name, part in profile(half, [PICTURE], [*names, "ablation", "localization", "retrieval"]).items():
+        assert bool(part.scores.isfinite().all())
+        if name in exact:
+            assert agreement(part, exact[name]).correlation > 0.97
+
+
+def test_a_stable_ranking_ends_the_profile(monkeypatch):
+    monkeypatch.setattr(measure, "LOOK_EVERY", 4)
+    assert (made(count=40).card.pictures, made(count=40).card.stable) == (8, True)
+    noisy = made(count=40, noise=100.0)
+    assert (noisy.card.pictures, noisy.card.stable) == (40, False)
+    whole = profile(vlm_of("llava"), [PICTURE] * 12, [Made()], until_stable=False)["made"]
+    assert whole.card.pictures == 12
+    assert whole.card.reliability == pytest.approx(1)
+
+
+def test_pictures_are_taken_as_they_are_needed(monkeypatch):
+    monkeypatch.setattr(measure, "LOOK_EVERY", 4)
+    taken = []
+
+    def pictures():
+        for number in range(1000):
+            taken.append(number)
+            yield PICTURE
+
+    done = []
+    profile(vlm_of("llava"), pictures(), [Made()], batch_size=2, report=done.append)
+    assert len(taken) == 8
+    assert done == [2, 4, 6, 8]
+
+
+def test_wrong_use_is_refused():
+    vlm = vlm_of("llava")
+    with pytest.raises(DataError, match="no picture"):
+        profile(vlm, [], [Made()])
+    with pytest.raises(UsageError, match="'nothing' is no profiler"):
+        profile(vlm, [PICTURE], ["nothing"])
+    with pytest.raises(UsageError, match="named twice"):
+        profile(vlm, [PICTURE], ["vhd", "vhd"])
+    with pytest.raises(UsageError, match="batch_size=0"):
+        profile(vlm, [PICTURE], ["vhd"], batch_size=0)
+    with pytest.raises(UsageError, match="cannot share a file"):
+        save_profiles({}, None)
+
+
+def test_agreement():
+    found = made()
+    same = agreement(found, made(noise=0.001), count=5)
+    assert (same.count, same.overlap) == (5, 1.0)
+    assert same.correlation == pytest.approx(1, abs=1e-3)
+    reversed_ = dataclasses.replace(found, scores=-found.scores)
+    opposite = agreement(found, reversed_, count=50)
+    assert (opposite.count, opposite.overlap, opposite.chance) == (12, 0.0, 0.5)
+    assert opposite.correlation == pytest.approx(-1)
+    with pytest.raises(ProfileMismatchError, match="2 layers of 8 heads"):
+        agreement(found, dataclasses.replace(found, scores=found.scores[:2]))
+
+
+def test_the_plot_is_written(tmp_path):
+    found = made(noise=1.0)
+    draw([found, dataclasses.replace(found, scores=-found.scores)], tmp_path / "heads.png")
+    assert (tmp_path / "heads.png").stat().st_size > 5_000
+    with pytest.raises(DataError, match="cannot write"):
+        draw([found], tmp_path / "heads.txt")

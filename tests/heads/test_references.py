@@ -1,0 +1,299 @@
+"""Every profiler against a slow computation of its own: whole attention matrices, hooks, float64, one row at a time."""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from functools import partial
+from random import Random
+
+import pytest
+import torch
+from transformers import DynamicCache
+
+from tests.contracts.support import picture, vlm_of
+from tests.tiny import TINY
+from vlmfix.heads.ablation import Ablation
+from vlmfix.heads.localization import Localization
+from vlmfix.heads.measure import profile
+from vlmfix.heads.non_sink import NonSink
+from vlmfix.heads.profiler import State, Work, run_pass
+from vlmfix.heads.profilers import PROFILERS
+from vlmfix.heads.retrieval import ASKED, WORDS, Retrieval
+from vlmfix.heads.sink_tokens import SinkTokens, label
+from vlmfix.heads.sinks import sink_strength
+from vlmfix.models.layout import Batch
+
+QUESTION = "is the 7 red?"
+CONTENT = ("7", "red")
+DIMS, THRESHOLD, SHARE = (1, 2), 1.2, 0.6
+PICTURES = [picture(1, (40, 60)), picture(2, (66, 40))]
+
+
+@contextmanager
+def eager(vlm):
+    """The model's own slow attention, which gives its weights."""
+    modules = [vlm.family.decoder(vlm.model), *vlm.family.attention_modules(vlm.model)]
+    configs = {id(module.config): module.config for module in modules}.values()
+    former = [config._attn_implementation for config in configs]
+    try:
+        for config in configs:
+            config._attn_implementation = "eager"
+        yield
+    finally:
+        for config, name in zip(configs, former, strict=True):
+            config._attn_implementation = name
+
+
+@torch.no_grad()
+def watched(vlm, batch):
+    """Attention (L, H, T, T) and the states that enter the layers (L, T, d) of one row, in float64."""
+    states = []
+    hooks = [
+        layer.register_forward_pre_hook(lambda layer, args, kwargs: states.append(args[0][0]), with_kwargs=True)
+        for layer in vlm.family.layers(vlm.model)
+    ]
+    try:
+        with eager(vlm):
+            output = vlm.model(**batch, output_attentions=True)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return torch.stack([weights[0] for weights in output.attentions]).double(), torch.stack(states)
+
+
+@torch.no_grad()
+def head_outputs(vlm, batch):
+    """(L, H, D) inputs of the output projections at the last position of one row."""
+    found = []
+    heads = vlm.model.config.get_text_config().num_attention_heads
+    hooks = [
+        module.o_proj.register_forward_pre_hook(lambda m, args: found.append(args[0][0, -1].view(heads, -1)))
+        for module in vlm.family.attention_modules(vlm.model)
+    ]
+    try:
+        vlm.model(**batch)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return torch.stack(found).double()
+
+
+def alone(vlm, shown):
+    batch = vlm.encode([QUESTION], [[shown]])
+    return batch, vlm.layout(batch)
+
+
+def question_tokens(vlm, batch, words):
+    """Columns of the bytes of some words of the question; every byte is a token."""
+    ids = batch["input_ids"][0].tolist()
+    letters = vlm.processor.tokenizer(QUESTION, add_special_tokens=False)["input_ids"]
+    start = max(i for i in range(len(ids)) if ids[i : i + len(letters)] == letters)
+    return [start + QUESTION.index(word) + i for word in words for i in range(len(word))]
+
+
+def image_mass(vlm, batch, layout):
+    weights, _ = watched(vlm, batch)
+    return weights[:, :, -1, layout.tokens[0]].sum(-1)
+
+
+def gaze_shift(vlm, batch, layout):
+    weights, _ = watched(vlm, batch)
+    image, score = layout.tokens[0], 0
+    for column in question_tokens(vlm, batch, CONTENT):
+        score = score + (weights[:, :, column, image] - weights[:, :, column - 1, image]).clamp(min=0).sum(-1)
+    return score
+
+
+def non_sink(vlm, batch, layout):
+    weights, states = watched(vlm, batch)
+    image, rows = layout.tokens[0], layout.text_after_image()[0]
+    score = torch.zeros(weights.shape[:2], dtype=torch.float64)
+    for layer in range(2, len(weights)):
+        sink = image & (sink_strength(states[layer], DIMS) > THRESHOLD)
+        if not sink.any():
+            continue
+        total, spent = weights[layer][..., image].sum(-1), weights[layer][..., sink].sum(-1)  # (H, T)
+        score[layer] = torch.where(spent / total <= SHARE, total, 0.0)[:, rows].mean(-1)
+    return score
+
+
+def divergence(vlm, batch, layout):
+    kept = batch["input_ids"][0] != vlm.family.image_token(vlm.model.config)
+    inputs = {"input_ids": batch["input_ids"][:, kept], "attention_mask": batch.attention_mask[:, kept]}
+    inputs |= {name: batch[name][:, kept] for name in ("mm_token_type_ids", "token_type_ids") if name in batch}
+    return (head_outputs(vlm, batch) - head_outputs(vlm, Batch(inputs))).norm(dim=-1)
+
+
+@torch.no_grad()
+def ablation(vlm, batch, layout):
+    """One whole pass per head, with its slice of the last position's head outputs set to 0 by a hook."""
+    modules = vlm.family.attention_modules(vlm.model)
+    heads = vlm.model.config.get_text_config().num_attention_heads
+    whole = vlm.model(**batch).logits[0, -1].double().softmax(-1)
+    token = int(whole.argmax())
+    score = torch.zeros(len(modules), heads, dtype=torch.float64)
+    for layer, module in enumerate(modules):
+        for head in range(heads):
+
+            def silence(m, args, head=head):
+                given = args[0].clone()
+                given[:, -1].view(len(given), heads, -1)[:, head] = 0
+                return (given,)
+
+            hook = module.o_proj.register_forward_pre_hook(silence)
+            score[layer, head] = whole[token] - vlm.model(**batch).logits[0, -1].double().softmax(-1)[token]
+            hook.remove()
+    return score
+
+
+REFERENCES = {
+    "image-mass": ("image-mass", image_mass),
+    "gaze-shift": ("gaze-shift", gaze_shift),
+    "non-sink": (NonSink(sink_dims=DIMS, sink_threshold=THRESHOLD, largest_sink_share=SHARE), non_sink),
+    "vhd": ("vhd", divergence),
+    "ablation": (Ablation(copies=5), ablation),
+}
+
+
+@pytest.mark.parametrize("family", TINY)
+def test_a_padded_batch_scores_as_each_row_alone_does_by_a_slow_computation(family):
+    vlm = vlm_of(family)
+    found = profile(vlm, PICTURES, [profiler for profiler, _ in REFERENCES.values()], question=QUESTION)
+    for name, (_, reference) in REFERENCES.items():
+        expected = torch.stack([reference(vlm, *alone(vlm, shown)) for shown in PICTURES])
+        torch.testing.assert_close(found[name].scores.double(), expected.mean(0), atol=2e-5, rtol=2e-4)
+        assert expected.std() > 1e-6
+        error = expected.std(0) / 2**0.5
+        torch.testing.assert_close(found[name].stderr.double(), error, atol=2e-5, rtol=5e-3)
+
+
+@pytest.mark.parametrize("family", ["llava", "qwen2_vl", "gemma3"])
+def test_a_profile_leaves_the_model_as_it_was(family):
+    vlm = vlm_of(family)
+    batch, _ = alone(vlm, PICTURES[0])
+    with torch.no_grad():
+        before = vlm.model(**batch).logits
+        profile(vlm, PICTURES, [name for name in PROFILERS if name != "non-sink"])
+        assert torch.equal(vlm.model(**batch).logits, before)
+    assert not any(weight.grad is not None for weight in vlm.model.parameters())
+
+
+def test_scores_do_not_depend_on_neighbours():
+    vlm = vlm_of("llava_next")
+    chosen = [name for name in PROFILERS if name not in ("non-sink", "localization")] + [Localization(min_mass=0.1)]
+    together = profile(vlm, PICTURES, chosen, batch_size=2)
+    apart = profile(vlm, PICTURES, chosen, batch_size=1)
+    for name, part in together.items():
+        torch.testing.assert_close(part.scores, apart[name].scores, atol=1e-5, rtol=1e-4)
+
+
+class Counting(State):
+    """Counts passes."""
+
+    def scores(self, work, ran):
+        return torch.zeros(work.batch.rows, work.layers, work.heads)
+
+
+def test_profilers_share_one_pass(monkeypatch):
+    vlm = vlm_of("llava")
+    calls = []
+    decoder = vlm.family.decoder(vlm.model)
+    hook = decoder.register_forward_pre_hook(lambda *args: calls.append(1))
+    try:
+        profile(vlm, PICTURES, ["image-mass", "gaze-shift", "localization"])
+        assert len(calls) == 1
+        profile(vlm, PICTURES, ["image-mass", "vhd", "gaze-shift"])
+        assert len(calls) == 3
+    finally:
+        hook.remove()
+    batch, layout = alone(vlm, PICTURES[0])
+    ran = run_pass(Work(vlm, batch, layout, 0, 0), [Counting()])
+    assert ran is not None
+    assert ran.cache is None
+
+
+def test_first_order_is_exact_where_the_rest_is_linear():
+    """With tiny head outputs everything behind them is linear in them."""
+    vlm = vlm_of("llava")
+    modules = vlm.family.attention_modules(vlm.model)
+    former = [module.o_proj.weight.clone() for module in modules]
+    try:
+        with torch.no_grad():
+            for module in modules:
+                module.o_proj.weight.mul_(3e-3)
+        found = profile(vlm, PICTURES, ["ablation"])["ablation"]
+    finally:
+        with torch.no_grad():
+            for module, weight in zip(modules, former, strict=True):
+                module.o_proj.weight.copy_(weight)
+    assert found.details["rank_correlation"] > 0.995
+    scale = found.scores.abs().max()
+    torch.testing.assert_close(found.details["first_order"], found.scores, atol=0.03 * float(scale), rtol=0.0)
+
+
+def test_the_kept_cache_is_a_plain_one():
+    vlm = vlm_of("qwen3_vl")
+    batch, layout = alone(vlm, PICTURES[0])
+
+    class Keeping(Counting):
+        keeps_cache = True
+
+    ran = run_pass(Work(vlm, batch, layout, 0, 0), [Keeping()])
+    assert type(ran.cache) is DynamicCache
+    assert ran.cache.get_seq_length() == batch.length
+
+
+@pytest.mark.parametrize("family", ["llava", "qwen2_vl", "smolvlm"])
+def test_retrieval_by_the_whole_attention_matrix(family):
+    vlm = vlm_of(family)
+    scores = []
+    for number, shown in enumerate(PICTURES):
+        needle = " ".join(Random(f"5, {number}").sample(WORDS, 3))
+        batch = vlm.encode([ASKED.format(needle=needle, question=QUESTION)], [[shown]])
+        ids = batch["input_ids"][0].tolist()
+        letters = vlm.processor.tokenizer(needle, add_special_tokens=False)["input_ids"]
+        start = max(i for i in range(len(ids)) if ids[i : i + len(letters)] == letters)
+        every = torch.tensor([ids + letters])
+        inputs = {"input_ids": every, "attention_mask": torch.ones_like(every)}
+        if "mm_token_type_ids" in batch:
+            kinds = batch["mm_token_type_ids"]
+            inputs["mm_token_type_ids"] = torch.cat([kinds, kinds.new_zeros(1, len(letters))], dim=1)
+        weights, _ = watched(vlm, batch.with_inputs(**inputs))
+        hits = torch.zeros(weights.shape[:2])
+        for step, token in enumerate(letters):
+            peaks = weights[:, :, len(ids) - 1 + step].argmax(-1)  # (L, H)
+            for place in range(start, start + len(letters)):
+                hits += (peaks == place) & (ids[place] == token)
+        scores.append(hits / len(letters))
+    found = profile(vlm, PICTURES, [Retrieval(words=3)], question=QUESTION, seed=5)["retrieval"]
+    torch.testing.assert_close(found.scores, torch.stack(scores).mean(0))
+    assert found.scores.max() > 0
+
+
+def keep(kept, layer, args, output):
+    kept.append(output)
+
+
+@pytest.mark.parametrize("family", ["llava_next", "gemma3"])
+def test_sinks_by_the_whole_attention_matrix(family):
+    vlm = vlm_of(family)
+    scores, cosine = [], 0.3
+    for shown in PICTURES:
+        batch, layout = alone(vlm, shown)
+        weights, states = watched(vlm, batch)
+        left = []
+        hook = vlm.family.layers(vlm.model)[-1].register_forward_hook(partial(keep, left))
+        with torch.no_grad():
+            vlm.model(**batch)
+        hook.remove()
+        last = left[0] if isinstance(left[0], torch.Tensor) else left[0][0]
+        states = torch.cat([states[1:], last]).double()  # (L, T, d), leaving each layer
+        norms = states.norm(dim=-1)
+        cosines = torch.stack(
+            [torch.cosine_similarity(states, states[:, place : place + 1], dim=-1) for place in range(3)], dim=1
+        )
+        sinks = label(norms, cosines, cosine).tokens()
+        assert sinks.sum() > 1
+        scores.append(weights[:, :, layout.text_after_image()[0]][..., sinks].sum(-1).mean(-1))
+    found = profile(vlm, PICTURES, [SinkTokens(cosine=cosine)], question=QUESTION)["sinks"]
+    torch.testing.assert_close(found.scores.double(), torch.stack(scores).mean(0), atol=1e-5, rtol=1e-4)

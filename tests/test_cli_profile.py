@@ -1,0 +1,120 @@
+"""Head profiles from the command line, on a small drawn world with both embedded models."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from vlmfix import cli
+from vlmfix.commands import options
+from vlmfix.heads.profile import load_profiles
+from vlmfix.models.checkpoint import EMBEDDED
+from vlmfix.world import coco
+
+NAMES = "image-mass,vhd"
+
+
+@pytest.fixture(autouse=True)
+def _keep_the_process_as_it_is(monkeypatch):
+    monkeypatch.setattr(options, "quieten", lambda: None)
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("world")
+    coco.make(folder, count=5, seed=41)
+    (folder / "images" / "broken.png").write_bytes(b"no picture")
+    return folder / "images"
+
+
+@pytest.fixture
+def vlmfix(capsys):
+    def call(*arguments):
+        code = cli._run([str(argument) for argument in arguments])
+        out, err = capsys.readouterr()
+        return code, out, err
+
+    return call
+
+
+@pytest.mark.parametrize("model", EMBEDDED)
+def test_profile_show_and_diff(images, tmp_path, vlmfix, model):
+    out, plot = tmp_path / "heads.safetensors", tmp_path / "heads.png"
+    asked = ("profile", "--model", model, "--profiler", NAMES, "--images", images, "--out", out)
+    code, printed, said = vlmfix(*asked, "--plot", plot)
+    assert code == 0
+    assert "image-mass: " in printed
+    assert "broken.png is left out" in said
+    assert plot.stat().st_size > 10_000
+    found = load_profiles(out)
+    assert list(found) == NAMES.split(",")
+    assert all(part.card.pictures == 5 for part in found.values())
+
+    code, printed, _ = vlmfix("profile", "show", out, "--profiler", "vhd", "--count", 3, "--json")
+    assert code == 0
+    shown = json.loads(printed)["vhd"]
+    assert [(head["layer"], head["head"]) for head in shown["heads"]] == list(found["vhd"].top(3))
+    assert shown["card"]["model"] == model
+    code, printed, _ = vlmfix("profile", "show", out, "--count", 2)
+    assert code == 0
+    assert printed.count("rank") >= 2
+
+    fewer = tmp_path / "fewer.safetensors"
+    assert vlmfix(*asked[:-1], fewer, "--count", 3)[0] == 0
+    assert load_profiles(fewer)["vhd"].card.pictures == 3
+    code, printed, _ = vlmfix("profile", "diff", out, fewer, "--json", "--count", 10)
+    assert code == 0
+    compared = json.loads(printed)
+    assert set(compared) == set(found)
+    assert compared["vhd"]["count"] == 10
+    assert compared["vhd"]["correlation"] > 0.7
+    assert compared["vhd"]["overlap"] > compared["vhd"]["chance"]
+    code, printed, _ = vlmfix("profile", "diff", out, out)
+    assert code == 0
+    assert "1.000" in printed
+
+
+def test_a_seed_draws_the_same_pictures_and_fewer_are_the_first_of_more(images, tmp_path, vlmfix):
+    digests = {}
+    for name, seed, count in (("a", 0, 2), ("b", 0, 2), ("c", 1, 2)):
+        out = tmp_path / name
+        asked = ("profile", "--profiler", "image-mass", "--images", images, "--out", out)
+        assert vlmfix(*asked, "--seed", seed, "--count", count)[0] == 0
+        digests[name] = load_profiles(out)["image-mass"].card.data
+    assert digests["a"] == digests["b"] != digests["c"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        ((), 2, "--profiler, --images and --out are needed"),
+        (("--profiler", "vhd,nose", "--images", ".", "--out", "heads"), 2, "'nose' is no profiler"),
+        (("--profiler", "vhd", "--images", ".", "--out", "no/such/heads"), 2, "there is no folder no/such"),
+        (("--profiler", "vhd", "--images", "no/such", "--out", "heads"), 1, "cannot read no/such"),
+        (("show", "no/such"), 1, "cannot read no/such"),
+    ],
+)
+def test_wrong_use_says_what_to_do(vlmfix, tmp_path, monkeypatch, arguments, code, message):
+    monkeypatch.chdir(tmp_path)
+    given, _, said = vlmfix("profile", *arguments)
+    assert given == code
+    assert message in said
+    assert "hint:" in said
+
+
+def test_a_folder_without_pictures_and_an_unknown_profile(vlmfix, tmp_path, images):
+    (tmp_path / "empty").mkdir()
+    out = tmp_path / "heads"
+    code, _, said = vlmfix("profile", "--profiler", "vhd", "--images", tmp_path / "empty", "--out", out)
+    assert code == 1
+    assert "no picture to profile" in said
+    assert not out.exists()
+    asked = ("profile", "--profiler", "image-mass", "--images", images, "--count", 1, "--out", out)
+    assert vlmfix(*asked)[0] == 0
+    code, _, said = vlmfix("profile", "show", out, "--profiler", "vhd")
+    assert code == 1
+    assert "holds the profiles image-mass" in said
+    code, _, said = vlmfix("profile", "diff", out, out, "--profiler", "vhd")
+    assert code == 2
+    assert "no vhd profile in both files" in said
