@@ -261,6 +261,17 @@ def test_full_ratio_is_the_plain_model():
     close(logits(vlm, batch, VAR(**{**LOOSE, "min_nonsink_ratio": 1.01})), plain(vlm, batch))
 
 
+@pytest.mark.parametrize("family", ["llava", "qwen2_5_vl"])
+def test_rows_without_a_picture_are_decoded_plainly(family):
+    vlm = vlm_of(family)
+    nothing = vlm.encode(["what is here?", "hello"], [[], []])
+    close(logits(vlm, nothing, VAR(**LOOSE)), plain(vlm, nothing), 0)
+    mixed = vlm.encode(["what is here?", "hello"], [PICTURES[0], []])
+    got, want = logits(vlm, mixed, VAR(**LOOSE)), plain(vlm, mixed)
+    close(got[:, 1], want[:, 1])
+    assert (got[:, 0] - want[:, 0]).abs().max() > 1e-3
+
+
 def test_a_cache_from_before_the_session_is_refused():
     vlm = vlm_of("llava")
     batch = batch_of(vlm)

@@ -45,7 +45,8 @@ class VAR(Decoder):
 
     *Differs*: the released code keeps the first picture's sinks for all later ones, drops the BOS token, serves one
     row and edits the picture's own rows from the second sample on; none of that is reproduced, in either preset.
-    Selection and redistribution are in float32. Several pictures are one set of image keys; newline tokens are not.
+    Selection and redistribution are in float32. Several pictures are one set of image keys; newline tokens are not. A
+    row without a picture is decoded plainly.
 
     *Cost*: one pass per token. Prefill materialises the text rows after the picture, decoding one row per head;
     sinks are found once, in prefill. Beams and compiled decoding work. The probe of an untabulated model is 16 short
@@ -88,10 +89,12 @@ class VAR(Decoder):
     layers: LayerSet = parameter(None, LayerSet, help="layers to act in, never the first two")
 
     def plan(self, vlm: Checkpoint, batch: Batch, layout: ImageLayout) -> DecodingPlan:
-        """One edit of the text rows."""
+        """One edit of the text rows, or none when no row has a picture."""
         reason = self.check(vlm)
         if reason is not None:
             raise IncompatibleDecodersError(f"var cannot act: {reason}", "give sink_dims and sink_threshold to insist")
+        if not bool(layout.tokens.any()):
+            return DecodingPlan()
         edit = Redistribution(
             layers=_without_first_two(self.layers, len(vlm.family.layers(vlm.model))),
             dims=self._dims(vlm),
