@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import torch
 from PIL import Image
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from vlmfix.card import free_memory
 from vlmfix.decoders import Decoder
@@ -20,6 +21,10 @@ logger = logging.getLogger(__name__)
 ROW_TOKENS = 4096
 """Prompt and answer tokens that an automatic batch size makes room for in every row."""
 LARGEST_BATCH = {"cuda": 32, "cpu": 8}
+
+REPEATABLE = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+"""Attention kernels that give the same bits every time. cuDNN's is left out: on a busy H200 it rounded otherwise from run
+to run, which changed words in one caption of eighty."""
 
 OUT_OF_MEMORY = ("out of memory", "not enough memory", "can't allocate memory", "ALLOC_FAILED")
 
@@ -86,15 +91,16 @@ class Answerer:
         """The answers, or what went wrong with this batch; what would go wrong with every batch is raised."""
         settings = self._settings
         try:
-            return self._vlm.generate(
-                [[] if question.picture is None else question.picture for question in part],
-                [question.prompt for question in part],
-                decoder=self._decoder,
-                max_new_tokens=settings.max_new_tokens,
-                num_beams=settings.num_beams,
-                temperature=settings.temperature,
-                seed=settings.seed,
-            )
+            with sdpa_kernel(REPEATABLE):
+                return self._vlm.generate(
+                    [[] if question.picture is None else question.picture for question in part],
+                    [question.prompt for question in part],
+                    decoder=self._decoder,
+                    max_new_tokens=settings.max_new_tokens,
+                    num_beams=settings.num_beams,
+                    temperature=settings.temperature,
+                    seed=settings.seed,
+                )
         except Exception as error:
             if not is_memory(error) and _concerns_every_batch(error):
                 raise

@@ -7,6 +7,7 @@ import time
 from dataclasses import replace
 
 import pytest
+import torch
 
 from tests.evals.fake import Says, workload
 from tests.folder.fake import FakeVLM, colour
@@ -83,6 +84,18 @@ def test_rows_about_one_picture_hold_one_object(tmp_path):
     vlm = Looks()
     go(tmp_path / "out", workload(tmp_path / "in", 1), vlm)
     assert vlm.distinct == 1
+
+
+def test_answers_come_from_kernels_that_repeat_themselves(tmp_path):
+    class Watch(FakeVLM):
+        def generate(self, pictures, prompts, **options):
+            self.cudnn = torch.backends.cuda.cudnn_sdp_enabled()
+            return super().generate(pictures, prompts, **options)
+
+    vlm, before = Watch(), torch.backends.cuda.cudnn_sdp_enabled()
+    go(tmp_path / "out", workload(tmp_path / "in", 1), vlm)
+    assert vlm.cudnn is False
+    assert torch.backends.cuda.cudnn_sdp_enabled() is before
 
 
 @pytest.mark.parametrize("kept", [0, 1, 5, 11, 17, 24])
@@ -169,7 +182,7 @@ def test_an_arm_with_other_parameters_under_the_same_name_is_refused(tmp_path):
     work = workload(tmp_path / "in")
     vlm = FakeVLM()
     evaluate(tmp_path / "out", Says(), work, Settings(), {"mine": VCD(contrast=0.5)}, batch_size=4, loader=vlm.load)
-    with pytest.raises(UsageError, match="mine was"):
+    with pytest.raises(UsageError, match=r"mine.parameters.contrast was 0.5, now 0.6"):
         evaluate(tmp_path / "out", Says(), work, Settings(), {"mine": VCD(contrast=0.6)}, batch_size=4, loader=vlm.load)
 
 
