@@ -23,8 +23,8 @@ ROW_TOKENS = 4096
 LARGEST_BATCH = {"cuda": 32, "cpu": 8}
 
 REPEATABLE = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
-"""Attention kernels that give the same bits every time. cuDNN's is left out: on a busy H200 it rounded otherwise from run
-to run, which changed words in one caption of eighty."""
+"""Attention kernels that give the same bits every time. cuDNN's is left out: on a busy H200 it rounded otherwise from
+run to run, which changed words in one caption of eighty."""
 
 OUT_OF_MEMORY = ("out of memory", "not enough memory", "can't allocate memory", "ALLOC_FAILED")
 
