@@ -8,7 +8,7 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -27,8 +27,9 @@ from transformers import (
 )
 
 from vlmfix.decoders import Decoder, parse
-from vlmfix.decoders.encoding import encoded_once, repeats_pictures
-from vlmfix.errors import DataError, UsageError
+from vlmfix.decoders.probing import generation_inputs
+from vlmfix.decoders.refined import PictureMemo, Refined
+from vlmfix.errors import DataError, IncompatibleDecodersError, UsageError
 from vlmfix.models.checkpoint import Checkpoint
 from vlmfix.models.families import family_of
 from vlmfix.models.layout import Batch
@@ -48,6 +49,7 @@ class Answer:
             behind it was not a number: text and tokens then mean nothing.
         seconds: Wall-clock time of its batch, divided by the batch's rows.
         ids: The generated tokens, ``tokens`` many: the end token included, what is filled up behind it not.
+        refined: What a refining decoder made of the question's pictures; None for other decoders.
     """
 
     text: str
@@ -55,10 +57,18 @@ class Answer:
     finish: Literal["eos", "length", "nan"]
     seconds: float
     ids: tuple[int, ...]
+    refined: Refined | None = None
 
 
+@dataclass(frozen=True, eq=False)
 class VLM(Checkpoint):
-    """A model that answers, with any decoder."""
+    """A model that answers, with any decoder.
+
+    Attributes:
+        memo: What refining decoders found out about single pictures, for further questions about them.
+    """
+
+    memo: PictureMemo = field(default_factory=PictureMemo, repr=False)
 
     def generate(
         self,
@@ -93,8 +103,7 @@ class VLM(Checkpoint):
             UsageError: A parameter is out of range.
             IncompatibleDecodersError: The decoder cannot act on this model or kind of run.
         """
-        rows = [[shown] if isinstance(shown, Image.Image) else list(shown) for shown in pictures]
-        asked = [prompts] * len(rows) if isinstance(prompts, str) else list(prompts)
+        rows, asked = _questions(pictures, prompts)
         request = _Request(
             rows=rows,
             prompts=asked,
@@ -107,13 +116,36 @@ class VLM(Checkpoint):
             static_cache=static_cache,
         )
         started = time.perf_counter()
+        request, refined = self._refined(request)
         with self._prepared(request) as (batch, arguments):
             watch = NumberWatch(batch.length)
             arguments["logits_processor"] = LogitsProcessorList([watch, *arguments.get("logits_processor", ())])
             sequences = self._generated(batch, arguments)
         fresh = sequences[:, batch.length :].tolist()
         seconds = (time.perf_counter() - started) / len(rows)
-        return [self._answer(ids, broken, seconds) for ids, broken in zip(fresh, watch.steps(len(rows)), strict=True)]
+        answers = zip(fresh, watch.steps(len(rows)), refined, strict=True)
+        return [replace(self._answer(ids, broken, seconds), refined=look) for ids, broken, look in answers]
+
+    def refine(
+        self, pictures: Sequence[Shown], prompts: str | Sequence[str], *, decoder: Decoder | str
+    ) -> list[Refined]:
+        """Shows where a refining decoder looks: what ``generate`` would let the model see, without answering.
+
+        Args:
+            pictures: B pictures, or B lists of pictures.
+            prompts: One question for all, or B questions.
+            decoder: A decoder that refines pictures, such as ``vicrop``, or a chain that begins with one.
+
+        Raises:
+            DataError: The numbers of pictures and prompts differ, or are zero.
+            IncompatibleDecodersError: The decoder leaves pictures as they are, or cannot act on this model.
+        """
+        method = parse(decoder) if isinstance(decoder, str) else decoder
+        if not method.refines:
+            raise IncompatibleDecodersError(f"{method.name} leaves pictures as they are", "use carve or vicrop")
+        rows, asked = _questions(pictures, prompts)
+        request = _Request(rows=rows, prompts=asked, decoder=method, max_new_tokens=1)
+        return method.refine(self, request.rows, request.prompts, self.memo)
 
     def stream(
         self,
@@ -127,9 +159,10 @@ class VLM(Checkpoint):
         seed: int = 0,
     ) -> Iterator[str]:
         """Answers one question and yields the text as it comes; parameters as in ``generate``."""
+        rows, asked = _questions([picture], prompt)
         request = _Request(
-            rows=[[picture] if isinstance(picture, Image.Image) else list(picture)],
-            prompts=[prompt],
+            rows=rows,
+            prompts=asked,
             decoder=parse(decoder) if isinstance(decoder, str) else decoder,
             max_new_tokens=max_new_tokens,
             temperature=temperature,
@@ -141,7 +174,8 @@ class VLM(Checkpoint):
 
         def work() -> None:
             try:
-                with self._prepared(request) as (batch, arguments):
+                refined, _ = self._refined(request)
+                with self._prepared(refined) as (batch, arguments):
                     self._generated(batch, {**arguments, "streamer": streamer})
             except BaseException as error:  # handed to the caller's thread
                 failure.append(error)
@@ -158,6 +192,14 @@ class VLM(Checkpoint):
         thread.join()
         if failure:
             raise failure[0]
+
+    def _refined(self, request: _Request) -> tuple[_Request, Sequence[Refined | None]]:
+        """The request with the pictures that the model is to see, and how they came about."""
+        if not request.decoder.refines:
+            return request, [None] * len(request.rows)
+        found = request.decoder.refine(self, request.rows, request.prompts, self.memo)
+        rows = [refined.pictures for refined in found]
+        return replace(request, rows=rows, decoder=request.decoder.decoding), found
 
     @contextmanager
     def _prepared(self, request: _Request) -> Iterator[tuple[Batch, dict[str, Any]]]:
@@ -183,11 +225,7 @@ class VLM(Checkpoint):
     @torch.no_grad()
     def _generated(self, batch: Batch, arguments: dict[str, Any]) -> Tensor:
         model: Any = self.model
-        inputs = dict[str, Any](batch)
-        if repeats_pictures(batch):
-            inputs["mm_encoder_outputs"] = {"image": encoded_once(self, batch)}
-            del inputs["pixel_values"]
-        sequences: Tensor = model.generate(**inputs, **arguments)
+        sequences: Tensor = model.generate(**generation_inputs(self, batch), **arguments)
         return sequences
 
     def _answer(self, ids: Sequence[int], broken: Sequence[int], seconds: float) -> Answer:
@@ -241,6 +279,11 @@ class _Request:
         if self.top_p < 1 and self.temperature == 0:
             given = f"top_p={self.top_p} with temperature=0"
             raise UsageError(given, "greedy search has no nucleus; give a temperature")
+
+
+def _questions(pictures: Sequence[Shown], prompts: str | Sequence[str]) -> tuple[list[list[Image.Image]], list[str]]:
+    rows = [[shown] if isinstance(shown, Image.Image) else list(shown) for shown in pictures]
+    return rows, [prompts] * len(rows) if isinstance(prompts, str) else list(prompts)
 
 
 def load(model: str | Path, *, revision: str | None = None, device: str = "auto", dtype: str = "auto") -> VLM:

@@ -1,14 +1,19 @@
-"""What a decoding method is: a frozen configuration that makes a fresh plan for every call."""
+"""What a decoding method is: a frozen configuration that makes a fresh plan for every call.
+
+Most methods act while the model decodes: they have a ``plan``. A ``Refiner`` acts before, on the pictures: it looks
+where the question leads and changes what the model is shown. In a chain it comes first, and at most once.
+"""
 
 from __future__ import annotations
 
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol
 
+from PIL import Image
 from torch import Tensor
 from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel
 from transformers.generation.utils import GenerateOutput
@@ -18,6 +23,7 @@ from vlmfix.attention.session import edited
 from vlmfix.decoders.branches import Contrast
 from vlmfix.decoders.parameters import Value, ranges, written
 from vlmfix.decoders.prefix import prompts_of, shared_prefixes
+from vlmfix.decoders.refined import PictureMemo, Refined
 from vlmfix.decoders.stack import stack_layout, stacked
 from vlmfix.errors import IncompatibleDecodersError, UsageError
 from vlmfix.models.checkpoint import Checkpoint
@@ -92,6 +98,7 @@ class Decoder(ABC):
         passes: Forward passes per generated token, in rows of the clean batch.
         beams: Whether beam search works.
         compiles: Whether compiled decoding works.
+        refines: Whether it changes the pictures before they are encoded.
         presets: Named sets of parameters; a parameter left at None takes the preset's value.
     """
 
@@ -101,6 +108,7 @@ class Decoder(ABC):
     passes: ClassVar[int] = 1
     beams: ClassVar[bool] = True
     compiles: ClassVar[bool] = True
+    refines: ClassVar[bool] = False
     presets: ClassVar[Mapping[str, Mapping[str, Value]]] = {}
 
     def __post_init__(self) -> None:
@@ -134,6 +142,31 @@ class Decoder(ABC):
     def check(self, vlm: Checkpoint) -> str | None:
         """Why the method cannot act on this model, in one sentence, or None when it can."""
         return None
+
+    def refine(
+        self,
+        vlm: Checkpoint,
+        pictures: Sequence[Sequence[Image.Image]],
+        prompts: Sequence[str],
+        memo: PictureMemo,
+    ) -> list[Refined]:
+        """What to show the model instead of each row's pictures; most methods leave them as they are.
+
+        Args:
+            vlm: The model.
+            pictures: B lists of RGB pictures.
+            prompts: B questions.
+            memo: What earlier calls found out about pictures alone; shared by all calls with this model.
+
+        Returns:
+            For each row, its new pictures and how they came about.
+        """
+        return [Refined(tuple(row)) for row in pictures]
+
+    @property
+    def decoding(self) -> Decoder:
+        """What is left to do once the pictures are refined."""
+        return self
 
     def parameters(self) -> dict[str, Value]:
         """All parameters with their values."""
@@ -195,6 +228,9 @@ class Chain(Decoder):
 
     Args:
         decoders: The methods, first to last.
+
+    Raises:
+        IncompatibleDecodersError: Two of them refine pictures, or one that does is not the first.
     """
 
     name: ClassVar[str] = "chain"
@@ -206,6 +242,14 @@ class Chain(Decoder):
     def __post_init__(self) -> None:
         if not self.decoders:
             raise UsageError("a chain of no decoders", "name at least one, such as var+vcd")
+        refiners = [place for place, decoder in enumerate(self.decoders) if decoder.refines]
+        if len(refiners) > 1:
+            names = " and ".join(self.decoders[place].name for place in refiners)
+            raise IncompatibleDecodersError(f"{names} both refine the pictures", "use one of them")
+        if refiners and refiners[0] > 0:
+            name = self.decoders[refiners[0]].name
+            raise IncompatibleDecodersError(f"{name} refines the pictures before decoding begins", "name it first")
+        object.__setattr__(self, "refines", bool(refiners))
         object.__setattr__(self, "passes", 1 + sum(decoder.passes - 1 for decoder in self.decoders))
         object.__setattr__(self, "beams", all(decoder.beams for decoder in self.decoders))
         object.__setattr__(self, "compiles", all(decoder.compiles for decoder in self.decoders))
@@ -216,6 +260,21 @@ class Chain(Decoder):
         for decoder in self.decoders:
             merged = merged.merged(decoder.plan(vlm, batch, layout))
         return merged
+
+    def refine(
+        self,
+        vlm: Checkpoint,
+        pictures: Sequence[Sequence[Image.Image]],
+        prompts: Sequence[str],
+        memo: PictureMemo,
+    ) -> list[Refined]:
+        """What its first part makes of the pictures; no other part may refine."""
+        return self.decoders[0].refine(vlm, pictures, prompts, memo)
+
+    @property
+    def decoding(self) -> Decoder:
+        """The chain without refinement."""
+        return Chain(decoders=(self.decoders[0].decoding, *self.decoders[1:]))
 
     def check(self, vlm: Checkpoint) -> str | None:
         """The first reason why a part cannot act."""
@@ -250,3 +309,39 @@ class Greedy(Decoder):
     def plan(self, vlm: Checkpoint, batch: Batch, layout: ImageLayout) -> DecodingPlan:
         """An empty plan."""
         return DecodingPlan()
+
+
+class Refiner(Decoder):
+    """A method that changes the pictures before they are encoded, and then decodes plainly.
+
+    Subclasses implement ``refine``. ``VLM.generate``, ``VLM.stream`` and ``VLM.refine`` call it; ``applied`` gets a
+    batch whose pictures are encoded already, so it refuses.
+    """
+
+    refines: ClassVar[bool] = True
+
+    def plan(self, vlm: Checkpoint, batch: Batch, layout: ImageLayout) -> DecodingPlan:
+        """Refuses.
+
+        Raises:
+            IncompatibleDecodersError: Always.
+        """
+        raise IncompatibleDecodersError(
+            f"{self.name} changes pictures before they are encoded, and this batch holds encoded ones",
+            f"call vlm.generate(pictures, prompts, decoder={self.name!r}), or encode what vlm.refine(...) returns",
+        )
+
+    @abstractmethod
+    def refine(
+        self,
+        vlm: Checkpoint,
+        pictures: Sequence[Sequence[Image.Image]],
+        prompts: Sequence[str],
+        memo: PictureMemo,
+    ) -> list[Refined]:
+        """What to show the model; see ``Decoder.refine``."""
+
+    @property
+    def decoding(self) -> Decoder:
+        """Plain decoding."""
+        return Greedy()

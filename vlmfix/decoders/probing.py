@@ -1,0 +1,215 @@
+"""What a refining decoder reads off the model: where the rows that choose tokens look, and what they depend on.
+
+Attention is computed for one row a step in the layers that are read, and nowhere else in full. Shape letters
+(``docs/notation.md``): B rows, H query heads, T prompt tokens, K keys; here also S generated tokens and N layers that
+are read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from vlmfix.attention.edit import LayerSet, Site
+from vlmfix.attention.probe import LastRows
+from vlmfix.attention.saliency import saliency_steps
+from vlmfix.attention.session import edited
+from vlmfix.decoders.base import Greedy
+from vlmfix.decoders.encoding import encoded_once, repeats_pictures
+from vlmfix.errors import UnsupportedAttentionError
+from vlmfix.models.checkpoint import Checkpoint
+from vlmfix.models.layout import Batch
+
+SCALE = 1024.0
+"""What is derived is multiplied by it and the derivative divided by it, so that float16 does not lose small ones."""
+GREEDILY = {"do_sample": False, "num_beams": 1, "temperature": None, "top_p": None, "top_k": None}
+
+
+def generation_inputs(vlm: Checkpoint, batch: Batch) -> dict[str, Any]:
+    """Inputs for ``model.generate``, with every distinct picture encoded once."""
+    inputs = dict[str, Any](batch)
+    if repeats_pictures(batch):
+        inputs["mm_encoder_outputs"] = {"image": encoded_once(vlm, batch)}
+        del inputs["pixel_values"]
+    return inputs
+
+
+def missing_layers(layers: LayerSet, count: int) -> str | None:
+    """Which of the layers a model with ``count`` does not have, in one sentence; None when it has them all."""
+    chosen = layers.resolve(count)
+    counted = layers.spec != "all" and not any(sign in f"{layers.spec}/" for sign in ("-", ":/"))  # no open end
+    missing = layers.resolve(max(count, 1 << 16)) - chosen if counted else set()
+    if missing or not chosen:
+        return f"layers {layers} are asked for, but the model has {count}, 0 to {count - 1}"
+    return None
+
+
+def existing_layers(layers: LayerSet, count: int) -> tuple[int, ...]:
+    """The numbers of the layers, in order; unlike for edits, none may be missing.
+
+    Raises:
+        UnsupportedAttentionError: The model does not have them all.
+    """
+    reason = missing_layers(layers, count)
+    if reason is not None:
+        raise UnsupportedAttentionError(reason, "give layers that exist")
+    return tuple(sorted(layers.resolve(count)))
+
+
+class _Enough(Exception):  # noqa: N818 (a signal, not an error)
+    """The pass has shown what was asked for."""
+
+
+@dataclass(eq=False)
+class _Reader:
+    """Collects the head mean of the newest row.
+
+    Attributes:
+        layers: The layers that are read, in order.
+        prompt: T.
+        stop: Whether the first step is all that is wanted: the layers behind the last one are then not run.
+        steps: For each step, layer -> (B, T).
+    """
+
+    layers: tuple[int, ...]
+    prompt: int
+    stop: bool
+    steps: list[dict[int, Tensor]] = field(default_factory=list)
+
+    def __call__(self, site: Site, weights: Tensor) -> None:
+        """Reads (B, H, R, K) weights, whose last row is the newest."""
+        if site.layer == self.layers[0]:
+            self.steps.append({})
+        self.steps[-1][site.layer] = weights[:, :, -1, : self.prompt].float().mean(dim=1)  # (B, T)
+        if self.stop and site.layer == self.layers[-1]:
+            raise _Enough
+
+    def maps(self) -> Tensor:
+        """(B, S, N, T) float32 on the CPU."""
+        steps = [torch.stack([step[layer] for layer in self.layers]) for step in self.steps]  # (N, B, T) each
+        return torch.stack(steps).permute(2, 0, 1, 3).cpu()  # (B, S, N, T)
+
+
+@torch.no_grad()
+def attention_maps(vlm: Checkpoint, batch: Batch, layers: LayerSet, *, steps: int = 1) -> list[Tensor]:
+    """Lets the model answer greedily and keeps where the row that chose each token looked.
+
+    Rows that share pictures share their encoding and the pass over the common beginning of their prompts. With one
+    step, the layers behind the last one asked for are not run.
+
+    Args:
+        vlm: The model; edits at work when this is called are at work in the passes too.
+        batch: B rows.
+        layers: Layers to read.
+        steps: Longest answer in tokens.
+
+    Returns:
+        For each row (S, N, T) float32 on the CPU, the mean over heads of the attention to each prompt token. S is the
+        number of its generated tokens, its end token included, and at most ``steps``.
+
+    Raises:
+        UnsupportedAttentionError: A layer does not exist, or its attention cannot be read.
+    """
+    read = existing_layers(layers, len(vlm.family.layers(vlm.model)))
+    reader = _Reader(read, batch.length, stop=steps == 1)
+    model: Any = vlm.model
+    edit = LastRows(layers=LayerSet("/".join(map(str, read))), reader=reader)
+    with edited(vlm, vlm.layout(batch), (edit,)), Greedy().applied(vlm, batch) as arguments:
+        options = {**GREEDILY, **arguments, "max_new_tokens": steps, "disable_compile": True}
+        try:
+            sequences = model.generate(**generation_inputs(vlm, batch), **options)
+        except _Enough:
+            return list(reader.maps())
+    lengths = _answer_lengths(model, sequences[:, batch.length :])
+    return [found[:length] for found, length in zip(reader.maps(), lengths, strict=True)]
+
+
+def _answer_lengths(model: PreTrainedModel, answers: Tensor) -> list[int]:
+    """Number of tokens of each answer, its end token included and what fills it up left out."""
+    config: Any = model.generation_config
+    ends = torch.tensor(config.eos_token_id if config.eos_token_id is not None else [], device=answers.device)
+    ended = torch.isin(answers, ends)  # (B, S)
+    return (answers.shape[1] - (ended.int().cumsum(dim=1) - ended.int() > 0).sum(dim=1)).tolist()
+
+
+def attention_gradients(vlm: Checkpoint, batch: Batch, layers: LayerSet) -> list[Tensor]:
+    """What the most probable first token owes to each prompt token: attention times the helpful part of its gradient.
+
+    ``mean over heads of A[h, j] * max(0, d v / d A[h, j])`` with ``v`` the log-probability of that token and A the
+    weights of the row that chooses it, as a free variable.
+
+    The prompt is read without gradients; its last token then passes once more, with them. That gives exactly the
+    gradient of the full computation, in memory for one token's activations and one row of attention in each layer.
+
+    Args:
+        vlm: The model.
+        batch: B rows.
+        layers: Layers to read.
+
+    Returns:
+        For each row (N, T) float32 on the CPU, not negative.
+
+    Raises:
+        UnsupportedAttentionError: A layer does not exist, or its attention cannot be read.
+        IncompatibleDecodersError: The model's cache cannot give back its last token.
+    """
+    read = existing_layers(layers, len(vlm.family.layers(vlm.model)))
+    chosen = LayerSet("/".join(map(str, read)))
+    layout, model = vlm.layout(batch), vlm.model
+    found: list[Tensor] = []
+
+    def once(model: PreTrainedModel, input_ids: Tensor, **kwargs: Any) -> Tensor:
+        with saliency_steps(vlm, layout, chosen, input_ids, kwargs) as passes, torch.enable_grad():
+            passes.advance(input_ids)
+            weights = [passes.recorder.seen[layer] for layer in read]  # (B, H, 1, T) each
+            certainty = passes.newest[0].amax(dim=1).sum() * SCALE
+            for weight, gradient in zip(weights, torch.autograd.grad(certainty, weights), strict=True):
+                owed = weight.detach() * (gradient / SCALE).clamp(min=0)
+                found.append(owed[:, :, 0].float().mean(dim=1).cpu())  # (B, T)
+        return input_ids
+
+    generate: Any = model.generate
+    options = {**GREEDILY, "max_new_tokens": 1, "disable_compile": True}
+    generate(**generation_inputs(vlm, batch), **options, custom_generate=once)
+    return list(torch.stack(found, dim=1))  # (N, T) each
+
+
+@contextmanager
+def _frozen(model: PreTrainedModel) -> Iterator[None]:
+    """Parameters want no gradient inside the block."""
+    wanting = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    try:
+        for parameter in wanting:
+            parameter.requires_grad_(False)
+        yield
+    finally:
+        for parameter in wanting:
+            parameter.requires_grad_(True)
+
+
+def pixel_gradients(vlm: Checkpoint, batch: Batch) -> Tensor:
+    """How the log-probability of the most probable first token changes with each number in ``pixel_values``.
+
+    The whole pass keeps its activations, of the vision tower and of every token in every layer.
+
+    Args:
+        vlm: The model.
+        batch: Rows with pictures; give one at a time to bound the memory.
+
+    Returns:
+        A tensor like ``pixel_values``, float32, on the CPU.
+    """
+    model: Any = vlm.model
+    with _frozen(vlm.model), torch.enable_grad():
+        pixels = batch["pixel_values"].detach().clone().requires_grad_()
+        inputs = {**batch, "pixel_values": pixels}
+        logits = model(**inputs, use_cache=False, logits_to_keep=1, return_dict=True).logits[:, -1].float()
+        certainty = logits.log_softmax(dim=-1).amax(dim=-1).sum() * SCALE
+        (gradient,) = torch.autograd.grad(certainty, pixels)
+    return (gradient.float() / SCALE).cpu()
