@@ -228,6 +228,30 @@ def test_tuning_on_one_half(world, tmp_path, vlmfix):
     assert "held-out" in told or code == 1
 
 
+def test_tuning_with_an_unknown_model_leaves_the_folder_free(world, tmp_path, vlmfix):
+    command = ("tune", "vcd:plausibility=0.1,noise_step=500", *chair(world)[2:], "--task", "chair", "--budget", 1)
+    out = tmp_path / "out"
+    code, _, told = vlmfix(*command, "--out", out, "--model", tmp_path / "nowhere")
+    assert code == 1, told
+    assert vlmfix(*command, "--out", out, "--max-recall-loss", 1, "--max-length-loss", 1)[0] in (0, 1)
+    assert read_json(out / "tuning" / "card.json")["model"] == "tiny"
+    code, _, told = vlmfix(*command, "--out", out, "--model", tmp_path / "nowhere")
+    assert (code, "model was 'tiny'" in told) == (2, True)
+
+
+def test_a_group_without_a_command_shows_its_help(vlmfix):
+    code, _, told = vlmfix("eval")
+    assert code == 2
+    assert told.startswith("Usage: vlmfix eval ")
+    assert "hint:" not in told
+
+
+def test_tuning_for_pope_takes_no_count(world, tmp_path, vlmfix):
+    command = ("tune", "vcd", "--task", "pope", *pope(world)[2:], "--count", 2, "--out", tmp_path / "out")
+    code, _, told = vlmfix(*command)
+    assert (code, "--task pope does not take --count" in told) == (2, True)
+
+
 @pytest.mark.parametrize(
     ("change", "code", "message"),
     [

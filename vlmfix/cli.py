@@ -47,6 +47,9 @@ def _run(arguments: list[str]) -> int:
     try:
         code = cli.main(arguments, prog_name="vlmfix", standalone_mode=False)
         sys.stdout.flush()
+    except click.exceptions.NoArgsIsHelpError as error:  # a group without its command
+        click.echo(error.format_message(), err=True)
+        return error.exit_code
     except click.UsageError as error:
         command = error.ctx.command_path if error.ctx else "vlmfix"
         _explain(error, error.format_message(), f"see {command} --help", debug=debug)

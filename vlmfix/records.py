@@ -164,11 +164,25 @@ def refuse_other(folder: Path, card: Path, before: Mapping[str, Any], now: Mappi
     """
     differing = [name for name in now if before.get(name) != now[name]]
     if differing:
-        listed = "; ".join(f"{name} was {shown(before.get(name))}, now {shown(now[name])}" for name in differing)
+        first, second = (dict(flat({name: values.get(name) for name in differing})) for values in (before, now))
+        listed = "; ".join(
+            f"{name} was {shown(first.get(name))}, now {shown(second.get(name))}"
+            for name in dict.fromkeys([*second, *first])
+            if first.get(name) != second.get(name)
+        )
         raise UsageError(
             f"{folder} holds answers made with other settings: {listed}",
             f"choose another --out, or the settings in {card}",
         )
+
+
+def flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """The values in nested mappings, by dotted names."""
+    for key, value in values.items():
+        if isinstance(value, Mapping) and value:
+            yield from flat(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
 
 
 def shown(value: object) -> str:

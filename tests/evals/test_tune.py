@@ -349,7 +349,7 @@ def test_a_task_without_an_objective(tmp_path, monkeypatch):
 def test_another_search_is_refused(tmp_path):
     go(tmp_path / "out", Fake(), budget=2)
     for options in ({"spec": "vcd"}, {"seed": 1}, {"guards": Guards(max_recall_loss=0.5)}):
-        with pytest.raises(UsageError, match=f"{next(iter(options))} was"):
+        with pytest.raises(UsageError, match=rf"{next(iter(options))}[.\w]* was"):
             go(tmp_path / "out", Fake(), **options)
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "file").touch()

@@ -107,7 +107,7 @@ def test_a_long_name_stays_within_the_plot(tmp_path):
     points = [Point(0.7, 0.1, role="chosen", name=name), Point(0.9, 0.2, role="plain", name="greedy")]
     pareto(points, tmp_path / "pareto.png", objective="chair_i", guard="recall", objective_better="lower")
     with Image.open(tmp_path / "pareto.png") as image:
-        right = np.asarray(image.convert("L"))[:, -4:]
+        right = np.asarray(image.convert("L"))[: image.height * 9 // 10, -4:]  # above the axis
     assert (right > 200).all()  # the grid alone
 
 

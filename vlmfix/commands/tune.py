@@ -62,6 +62,8 @@ def tune(
         if bool(value) != (name in NEEDED[benchmark]):
             need = " and ".join(f"--{needed}" for needed in NEEDED[benchmark])
             raise UsageError(f"--task {benchmark} {'needs' if not value else 'does not take'} --{name}", f"give {need}")
+    if count is not None and benchmark != "chair":
+        raise UsageError(f"--task {benchmark} does not take --count", "all questions of its files are asked")
     options.quieten()
     from vlmfix.evals import tune as tuning
 

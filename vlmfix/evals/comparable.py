@@ -8,7 +8,7 @@ from typing import Any
 
 from vlmfix.errors import UsageError
 from vlmfix.evals.record import PLAIN, EvalRun
-from vlmfix.records import shown
+from vlmfix.records import flat, shown
 
 PACKAGES = ("vlmfix", "torch", "transformers")
 """Packages whose versions are noted when they differ."""
@@ -55,6 +55,9 @@ def version_notes(runs: Sequence[EvalRun], labels: Sequence[str]) -> Iterator[st
 
 
 def _differing(one: EvalRun, other: EvalRun) -> Iterator[str]:
+    if one.task.name != other.task.name:  # nothing else can be equal then
+        yield f"task is {one.task.name!r} and {other.task.name!r}"
+        return
     first, second = _what(one.card), _what(other.card)
     for name in dict.fromkeys([*first, *second]):
         if first.get(name) != second.get(name):
@@ -68,16 +71,7 @@ def _what(card: Mapping[str, Any]) -> dict[str, Any]:
     named = {name: card.get(name) for name in ("task", "weights", "commit", "dtype", "decoding", "options")}
     if card.get("commit") is None:
         named["revision"] = card.get("revision")
-    return dict(flat(named)) | dict(flat(_without_paths(card.get("data")), "data."))
-
-
-def flat(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:  # noqa: ANN401 (any JSON value)
-    """The values in nested mappings by dotted names."""
-    if isinstance(value, Mapping):
-        for key, inner in value.items():
-            yield from flat(inner, f"{name}{key}." if isinstance(inner, Mapping) else f"{name}{key}")
-    else:
-        yield name.removesuffix("."), value
+    return dict(flat(named)) | dict(flat({"data": _without_paths(card.get("data"))}))
 
 
 def _without_paths(value: Any) -> Any:  # noqa: ANN401 (any JSON value)

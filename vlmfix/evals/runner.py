@@ -22,7 +22,6 @@ from vlmfix.card import device_name, peak_memory, plain, versions, weights_diges
 from vlmfix.decoders import Decoder, Greedy
 from vlmfix.errors import DataError, UsageError
 from vlmfix.evals.coco import some
-from vlmfix.evals.comparable import flat
 from vlmfix.evals.record import (
     ANSWERS,
     CARD,
@@ -222,8 +221,7 @@ class _Folder:
         path = self._out / CARD
         if path.exists():
             self._card = read_json(path)
-            before, now = dict(flat({name: self._card.get(name) for name in known})), dict(flat(known))
-            refuse_other(self._out, path, before, {name: now.get(name) for name in (*now, *before)})
+            refuse_other(self._out, path, self._card, known)
             both = {name: about for name, about in named.items() if name in self._card["arms"]}
             refuse_other(self._out, path, self._card["arms"], both)
             self._card["arms"] |= named

@@ -16,6 +16,7 @@ from vlmfix.decoders.parameters import Value
 from vlmfix.decoders.recipe import write_recipe
 from vlmfix.errors import DataError, UsageError
 from vlmfix.evals.compare import Comparison, compare
+from vlmfix.evals.record import CARD as RUN
 from vlmfix.evals.record import PLAIN, EvalRun, digest
 from vlmfix.evals.runner import decoding
 from vlmfix.evals.search import Measured, Space, Tried, search
@@ -248,7 +249,7 @@ def _part(workload: Workload, units: set[str], name: str, seed: int) -> Workload
 
 def arm_name(decoder: Decoder) -> str:
     """Name of a trial's arm: the same decoder has the same, so it is run once."""
-    return f"trial-{hashlib.sha256(decoder.spec().encode()).hexdigest()[:8]}"
+    return f"trial-{hashlib.sha256(decoder.spec().encode()).hexdigest()[:6]}"
 
 
 def _claim(out: Path, spec: str, workload: Workload, task: Task, settings: Settings, seed: int, guards: Guards) -> None:
@@ -270,9 +271,10 @@ def _claim(out: Path, spec: str, workload: Workload, task: Task, settings: Setti
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise DataError(f"cannot make the folder {out}: {error.strerror}", "choose another --out") from error
-    if (out / CARD).exists():
+    begun = (out / TUNING / RUN).exists() or (out / JOURNAL).exists()  # else no model has answered anything
+    if (out / CARD).exists() and begun:
         refuse_other(out, out / CARD, read_json(out / CARD), card)
-    elif any(out.iterdir()):
+    elif not (out / CARD).exists() and any(out.iterdir()):
         raise UsageError(f"{out} is not empty and holds no {CARD}", "choose another --out")
     else:
         replace_json(out / CARD, card)
