@@ -10,7 +10,7 @@ from tests.contracts.support import batch_of, plain, vlm_of
 from tests.contracts.test_reference import Slow, installed, same
 from tests.tiny import TINY
 from vlmfix.attention.edit import LayerSet
-from vlmfix.attention.saliency import after_picture, mean_over, row_saliency, saliency_steps, scoring_layers
+from vlmfix.attention.saliency import after_picture, mean_over, row_saliency, saliency_steps, scoring_layers, token_loss
 from vlmfix.errors import IncompatibleDecodersError, UnsupportedAttentionError
 from vlmfix.models.layout import ImageLayout
 
@@ -46,7 +46,19 @@ def test_a_row_without_gradient_stays_zero_and_scores_stay_below_their_bound():
         assert (scores <= count**-0.5 + 1e-6).all()
 
 
-@pytest.mark.parametrize(("count", "layers"), [(3, {1, 2}), (8, {4, 5, 6}), (9, {6, 7, 8}), (32, {6, 7, 8})])
+def test_the_loss_of_a_certain_token_keeps_its_gradient():
+    """Probability 1 - 1e-10 is 1 in float32; the gradient of the plain loss would lose its largest entry."""
+    logits = torch.tensor([[23.0, 0.0, -1.0, -2.0]], requires_grad=True)
+    exact = logits.detach().double().requires_grad_()
+    for token in range(4):
+        loss = token_loss(logits, torch.tensor([token]))
+        want = -exact.log_softmax(dim=-1)[:, token]
+        torch.testing.assert_close(loss.double(), want)
+        (got,), (gradient,) = torch.autograd.grad(loss, logits), torch.autograd.grad(want, exact)
+        torch.testing.assert_close(got.double(), gradient, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize(("count", "layers"), [(1, {0}), (3, {0}), (8, {1, 2}), (9, {6, 7, 8}), (32, {6, 7, 8})])
 def test_layers_of_the_score(count, layers):
     assert scoring_layers(count).resolve(count) == layers
 

@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from transformers import LogitsProcessorList
+from transformers import LogitsProcessorList, TextIteratorStreamer
 
 from tests.contracts.support import STRONG, Forced, batch_of, close, logits, plain, vlm_of
 from tests.tiny import TINY
@@ -19,7 +19,7 @@ from vlmfix.generation import RowSampler
 ALL = torch.tensor([True])
 NEUTRAL = SGRS(draw="greedy", strictness=1e-6)
 """Scores everything and rejects nothing."""
-STRONG_ONE = SGRS(draw="greedy", strictness=1.3, top_k=8, window=3)
+STRONG_ONE = SGRS(draw="greedy", strictness=1.3, top_k=8, window=3, layers="1:")
 
 
 def judge(saliency, threshold, *, tries=3, logp=None, judged=ALL):
@@ -192,7 +192,9 @@ def test_a_gate_that_rejects_nothing_is_greedy_search(family):
 
 
 @pytest.mark.parametrize("family", TINY)
-@pytest.mark.parametrize("method", [STRONG_ONE, SGRS(top_k=8, strictness=1.3, draw_seed=3)], ids=["greedy", "sample"])
+@pytest.mark.parametrize(
+    "method", [STRONG_ONE, SGRS(top_k=8, strictness=1.3, draw_seed=3, layers="1:")], ids=["greedy", "sample"]
+)
 def test_a_padded_batch_equals_each_row_alone(family, method):
     vlm = vlm_of(family)
     together = tokens(vlm, batch_of(vlm), method)
@@ -261,10 +263,18 @@ def slow_sgrs(vlm, batch, method, steps):
 @pytest.mark.parametrize("scope", ["post_image", "generated"])
 def test_the_loop_says_what_the_slow_algorithm_says(family, scope):
     vlm = vlm_of(family)
-    method = SGRS(draw="greedy", strictness=1.3, top_k=8, window=3, scope=scope)
+    method = SGRS(draw="greedy", strictness=1.3, top_k=8, window=3, layers="1:", scope=scope)
     for row in (0, 1):
         batch = batch_of(vlm, [row])
         assert tokens(vlm, batch, method, steps=6)[0].tolist() == slow_sgrs(vlm, batch, method, 6)
+
+
+def test_a_text_streamer_yields_the_answer():
+    vlm = vlm_of("llava")
+    batch = batch_of(vlm, [0])
+    streamer = TextIteratorStreamer(vlm.processor.tokenizer, skip_prompt=True)
+    said = tokens(vlm, batch, STRONG_ONE, token_streamer=streamer)
+    assert "".join(streamer) == vlm.processor.tokenizer.decode(said[0])
 
 
 def test_strictness_rejects():
@@ -414,6 +424,7 @@ def test_committed_tokens_are_streamed():
             pieces.append("end")
 
     said = tokens(vlm, batch, STRONG_ONE, token_streamer=Streamer())
+    assert pieces.pop(0) == batch["input_ids"].tolist()
     assert pieces == [[token] for token in said[0].tolist()] + ["end"]
 
 
@@ -427,5 +438,5 @@ def test_a_row_without_a_picture_has_the_whole_prompt_as_history():
 def test_self_may_be_left_out_of_history():
     vlm = vlm_of("llava")
     batch = batch_of(vlm)
-    without = SGRS(draw="greedy", strictness=1.3, top_k=8, window=3, include_self=False)
+    without = SGRS(draw="greedy", strictness=1.3, top_k=8, window=3, layers="1:", include_self=False)
     assert not torch.equal(tokens(vlm, batch, without, steps=10), tokens(vlm, batch, STRONG_ONE, steps=10))

@@ -36,15 +36,14 @@ from vlmfix.models.layout import ImageLayout
 
 SCALE = 1024.0
 """The loss is multiplied by it and the gradients are divided by it, so that float16 does not lose small ones."""
-SMALLEST = 1e-9
-"""Norm below which a row counts as zero and stays zero."""
-RELEASED = LayerSet("6:9")
-"""Layers of the authors' released script, counted from 0; the paper says "middle-to-deep"."""
 
 
 def scoring_layers(count: int) -> LayerSet:
-    """The released script's layers 6 to 8; of a model with fewer than nine layers, up to three from its middle on."""
-    return RELEASED if count >= 9 else LayerSet(f"{count // 2}:{count // 2 + 3}")
+    """Layers 6 to 8, those of the authors' script for 32 layers; of fewer than nine, the same share of the depth.
+
+    The paper itself says "middle-to-deep"; for shallow models it says nothing.
+    """
+    return LayerSet("6:9") if count >= 9 else LayerSet(f"{6 * count // 32}:{-(-9 * count // 32)}")
 
 
 def row_saliency(weights: Tensor, gradient: Tensor) -> Tensor:
@@ -60,7 +59,25 @@ def row_saliency(weights: Tensor, gradient: Tensor) -> Tensor:
     exact = torch.promote_types(weights.dtype, torch.float32)
     merged = (weights.to(exact) * gradient.to(exact)).abs().mean(dim=1)  # (B, K)
     norm: Tensor = torch.linalg.vector_norm(merged, dim=-1, keepdim=True)
-    return merged / norm.clamp(min=SMALLEST)
+    return merged / norm.clamp(min=torch.finfo(exact).tiny)
+
+
+def token_loss(logits: Tensor, tokens: Tensor) -> Tensor:
+    """``-log softmax(logits)[token]``, written so that a token of probability almost 1 keeps its gradient.
+
+    That gradient is ``p - 1`` for the token's own logit, which rounds to nothing in float32, while the normalised
+    saliency depends on its direction alone.
+
+    Args:
+        logits: (B, V) float32.
+        tokens: (B,) int64.
+
+    Returns:
+        (B,) losses.
+    """
+    own = logits.gather(1, tokens[:, None])[:, 0]  # (B,)
+    others = logits.scatter(1, tokens[:, None], float("-inf")).logsumexp(dim=1)
+    return torch.nn.functional.softplus(others - own)
 
 
 def mean_over(saliency: Tensor, keys: Tensor) -> Tensor:
@@ -110,7 +127,7 @@ class SaliencySteps:
         model: The transformers model.
         kwargs: What ``generate`` keeps between passes; replaced after each of them.
         recorder: Where the weights are kept.
-        newest: The newest pass's log-probabilities, one entry of (B, V) float32 with their graph.
+        newest: The newest pass's logits, one entry of (B, V) float32 with their graph.
     """
 
     model: Any
@@ -132,7 +149,7 @@ class SaliencySteps:
             inputs = self.model.prepare_inputs_for_generation(input_ids, next_sequence_length=1, **self.kwargs)
             output = self.model(**inputs, return_dict=True)
             logits = output.logits[:, -1].float()  # (B, V)
-            self.newest.append(logits.log_softmax(dim=-1))
+            self.newest.append(logits)
         self.kwargs.update(self.model._update_model_kwargs_for_generation(output, self.kwargs))
         return torch.as_tensor(logits).detach().clone()
 
@@ -153,8 +170,8 @@ class SaliencySteps:
         """
         seen = [self.recorder.seen[layer] for layer in sorted(self.recorder.seen)]
         with torch.enable_grad():
-            chosen = self.newest[0].gather(1, tokens[:, None])[:, 0]  # (B,)
-            loss = -SCALE * (chosen if wanted is None else chosen[wanted]).sum()
+            losses = token_loss(self.newest[0], tokens)
+            loss = SCALE * (losses if wanted is None else losses[wanted]).sum()
         gradients = torch.autograd.grad(loss, seen, retain_graph=True)
         rows = len(tokens)  # branches stand behind the clean rows
         place = tokens.device

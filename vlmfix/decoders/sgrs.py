@@ -59,7 +59,7 @@ class SGRS(Decoder):
         include_self: The predicting row's own key, the token just before, counts as history.
         query_row: ``predictor``, or the released script's ``candidate``.
         layers: Layers of the score; None is the released script's 6:9 (the paper: "middle-to-deep"), and for a model
-            with fewer than nine layers up to three from its middle on (not in the paper).
+            with fewer than nine layers the same share of its depth (not in the paper).
         draw: How this decoder draws while ``generate`` does not sample.
         draw_seed: Seed of its draws, together with the row's tokens and pixels.
 
@@ -68,8 +68,10 @@ class SGRS(Decoder):
 
     *Differs*: the paper names no value for K, R and W and no layers; these are the released script's. Its "row P" is
     the row that predicts P, because a causal model gives row P no gradient. The norm is the script's, over the row; the
-    matrix norm that the paper prints would need every row. Logits are those that a chain's branches fused. Without
-    history a score would be 1 in the script and raise the threshold for W tokens; here it is left out.
+    matrix norm that the paper prints would need every row. A row counts as zero only when it is: the script's smallest
+    norm of 1e-9 would make the scores of nearly certain tokens vanish and reject them. Logits are those that a chain's
+    branches fused. Without history a score would be 1 in the script and raise the threshold for W tokens; here it is
+    left out.
 
     *Cost*: one pass per token with the graph of one row kept, and one backward pass per tried candidate (for the whole
     batch, ``top_k`` at most); the prompt's last token passes twice. Memory is linear in the prompt. No beams, no
@@ -100,9 +102,9 @@ class SGRS(Decoder):
         "paper", str, choices=("paper", "semantic", "official-code"), help="named set of parameters"
     )
     strictness: float = parameter(
-        0.6, float, low=0, high=100, search=(0.2, 1.5), help="alpha, least score as a share of recent ones"
+        0.6, float, low=0, high=100, search=(0.05, 1.2), log=True, help="alpha, least score as a share of recent ones"
     )
-    top_k: int = parameter(5, int, low=1, high=1000, search=(2, 10), help="K, candidates per step")
+    top_k: int = parameter(5, int, low=1, high=1000, search=(1, 10), help="K, candidates per step")
     tries: int = parameter(3, int, low=1, high=1000, search=(1, 5), help="R, draws before the best score is taken")
     window: int = parameter(5, int, low=0, high=10**6, search=(1, 20), log=True, help="W, recent scores; 0: all")
     scope: str = parameter(
@@ -117,7 +119,7 @@ class SGRS(Decoder):
         None, str, choices=("predictor", "candidate"), help="row of attention that is read; candidate reads zeros"
     )
     layers: LayerSet | None = parameter(
-        None, LayerSet, optional=True, help="layers of the score; none: 6:9, or from the middle of a shallow model on"
+        None, LayerSet, optional=True, help="layers of the score; none: 6:9, or the same share of a shallow model"
     )
     draw: str = parameter(
         "sample",
@@ -187,8 +189,8 @@ class RejectionLoop:
         Args:
             model: The model.
             input_ids: (B, T) prompts.
-            token_streamer: Gets every committed token. Transformers hands ``streamer`` to no loop of another's, so
-                ``generate`` takes it under this name.
+            token_streamer: Gets the prompt and then every committed token. Transformers hands ``streamer`` to no loop
+                of another's, so ``generate`` takes it under this name.
             **kwargs: Processors, stopping criteria, configuration, and what the model takes.
 
         Raises:
@@ -207,6 +209,8 @@ class RejectionLoop:
         memory = Memory(self.settings, rows)
         ended = torch.zeros(rows, dtype=torch.bool, device=device)
         kept: dict[str, list[Tensor]] = {"scores": [], "logits": []}
+        if token_streamer is not None:
+            token_streamer.put(input_ids.cpu())
         with self._steps(model, input_ids, kwargs) as (steps, start):
             while not bool(ended.all()):
                 logits = steps.advance(input_ids)
