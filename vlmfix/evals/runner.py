@@ -175,7 +175,7 @@ class _Folder:
         command: str,
     ) -> None:
         self._out = out
-        self._batches = _questions(workload.samples)
+        self._questions = _questions(workload.samples)
         self._saved = 0.0
         try:
             out.mkdir(parents=True, exist_ok=True)
@@ -238,7 +238,7 @@ class _Folder:
 
     def left(self, arm: str) -> int:
         """Samples of an arm without a record."""
-        return sum(len(asked.samples) for asked in self._batches) - len(self._done[arm])
+        return sum(len(asked.samples) for asked in self._questions) - len(self._done[arm])
 
     def begin(self, vlm: VLM, settings: Settings, batch_size: int | None, fitting: int) -> None:
         """Notes that a model starts to work on the folder."""
@@ -259,7 +259,7 @@ class _Folder:
     def work(self, arm: str, answerer: Answerer, workload: Workload, vlm: VLM) -> Iterator[None]:
         """Answers what is left of an arm; yields once for each sample that is written."""
         done, size = self._done[arm], self.batch_size
-        batches = [self._batches[start : start + size] for start in range(0, len(self._batches), size)]
+        batches = [self._questions[start : start + size] for start in range(0, len(self._questions), size)]
         open_batches = [b for b in batches if any(s.id not in done for asked in b for s in asked.samples)]
         names = dict.fromkeys(a.image for batch in open_batches for a in batch if a.image is not None)
         found = (Found(name, _path(workload, name)) for name in names)
