@@ -51,15 +51,28 @@ def test_looking_without_reading_is_image_mass_but_no_divergence():
     look(vlm, 2, 5, IMAGE)
     with torch.no_grad():
         vlm.family.attention_modules(vlm.model)[2].v_proj.weight[WIDTH:] = 0.0
-    both = profile(vlm, PICTURES, ["vhd", "image-mass"])
-    assert both["image-mass"].top(1) == ((2, 5),)
-    assert both["vhd"].scores[2, 5] == 0
+    found = profile(vlm, PICTURES, ["vhd", "image-mass", "saliency"])
+    assert found["image-mass"].top(1) == ((2, 5),)
+    assert found["vhd"].scores[2, 5] == found["saliency"].scores[2, 5] == 0
 
 
 def test_a_model_that_ignores_the_picture_has_no_divergence():
     vlm = planted_vlm()
     look_away(vlm)
     assert measured(vlm, "vhd").scores.max() < 1e-3
+
+
+def test_saliency_finds_the_one_head_whose_look_decides():
+    vlm = planted_vlm()
+    look_away(vlm, but=[(1, 2), (1, 3)])
+    look(vlm, 1, 2, IMAGE)
+    look(vlm, 1, 3, IMAGE)
+    with torch.no_grad():
+        vlm.family.attention_modules(vlm.model)[1].o_proj.weight[:, 2 * WIDTH : 3 * WIDTH] = 0.0
+    found = measured(vlm, "saliency")
+    assert found.top(1) == ((1, 3),)
+    assert found.scores[1, 2] == 0
+    assert found.scores[1, 3] > 0.5 * found.scores.sum() > 0
 
 
 def test_gaze_shift_counts_gains_at_content_words_alone():

@@ -146,12 +146,22 @@ def ablation(vlm, batch, layout):
     return score
 
 
+def saliency(vlm, batch, layout):
+    with eager(vlm), torch.enable_grad():
+        output = vlm.model(**batch, output_attentions=True)
+        loss = -output.logits[0, -1].log_softmax(-1).max()
+        slopes = torch.autograd.grad(loss, output.attentions)
+    products = [(weights * slope).abs() for weights, slope in zip(output.attentions, slopes, strict=True)]
+    return torch.stack([product[0, :, -1][:, layout.tokens[0]].sum(-1).double() for product in products])
+
+
 REFERENCES = {
     "image-mass": ("image-mass", image_mass),
     "gaze-shift": ("gaze-shift", gaze_shift),
     "non-sink": (NonSink(sink_dims=DIMS, sink_threshold=THRESHOLD, largest_sink_share=SHARE), non_sink),
     "vhd": ("vhd", divergence),
     "ablation": (Ablation(copies=5), ablation),
+    "saliency": ("saliency", saliency),
 }
 
 

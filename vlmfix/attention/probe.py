@@ -1,8 +1,8 @@
 """Read-only probes of attention: rows of weights, head outputs, states, and gates that switch heads off.
 
-The readings are edits that return what they were given, so that the kernel computes the rows they ask for and no
-others: memory grows with K and not with K squared. Shape letters (``docs/notation.md``): B rows, H query heads,
-G key/value heads, R query rows, K keys, D head dimension, L layers.
+The kernel computes the rows that readings ask for and no others: memory grows with K and not with K squared. Shape
+letters (``docs/notation.md``): B rows, H query heads, G key/value heads, R query rows, K keys, D head dimension,
+L layers.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
-from vlmfix.attention.edit import OutputEdit, Rows, Site, WeightEdit
+from vlmfix.attention.edit import OutputEdit, PromptReading, Rows, Site
 from vlmfix.models.checkpoint import Checkpoint
 
 Reader = Callable[[Site, Tensor], None]
@@ -25,7 +25,7 @@ Reader = Callable[[Site, Tensor], None]
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
-class TextRows(WeightEdit):
+class TextRows(PromptReading):
     """Shows the attention of the prompt text behind a picture.
 
     Other readings may have asked for further rows: ``site.acts`` marks this one's.
@@ -36,10 +36,9 @@ class TextRows(WeightEdit):
 
     reader: Reader
 
-    def weights(self, site: Site, weights: Tensor) -> Tensor:
-        """The weights, as they were."""
+    def read(self, site: Site, weights: Tensor) -> None:
+        """Hands the weights on."""
         self.reader(site, weights)
-        return weights
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)

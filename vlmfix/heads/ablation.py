@@ -6,20 +6,16 @@ Shape letters (``docs/notation.md``): L layers, H query heads, T prompt tokens; 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from vlmfix.attention.probe import Gates, shared_prompt
-from vlmfix.attention.session import edited
+from vlmfix.attention.probe import Gates
+from vlmfix.heads.last_step import SCALE, LastStep
 from vlmfix.heads.moments import Moments, rank_correlation
 from vlmfix.heads.profiler import Profiler, Ran, State, Work
 from vlmfix.models.checkpoint import Checkpoint
-from vlmfix.models.layout import ImageLayout
-
-SCALE = 1024.0
-"""Factor on what is differentiated, so that small gradients survive float16."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,9 +63,10 @@ class _State(State):
     def scores(self, work: Work, ran: Ran | None) -> Tensor:
         if ran is None:
             raise RuntimeError("the shared pass did not run")
+        shape = (work.layers, work.heads)
         steps = [LastStep(work, ran, row) for row in range(work.batch.rows)]
-        exact = torch.stack([step.exact(self._copies) for step in steps])  # (B, L, H)
-        first = torch.stack([step.first_order() for step in steps])
+        exact = torch.stack([lost(step, *shape, self._copies) for step in steps])  # (B, L, H)
+        first = torch.stack([first_order(step, *shape) for step in steps])
         none = Moments.empty(work.layers, work.heads)
         self._exact = (self._exact or none).added(exact.double().cpu())
         self._first = (self._first or none).added(first.double().cpu())
@@ -85,71 +82,30 @@ class _State(State):
         }
 
 
-class LastStep:
-    """The step over a row's last prompt token, with gates on the heads, behind the cache of the tokens before it.
+@torch.no_grad()
+def lost(step: LastStep, layers: int, heads: int, copies: int) -> Tensor:
+    """(L, H) loss of probability when each head is switched off alone, ``copies`` of them per pass."""
+    found = []
+    for start in range(0, layers * heads, copies):
+        off = torch.arange(start, min(start + copies, layers * heads))  # (N,)
+        gates = torch.ones(
+            layers, 1 + len(off), heads
+        )  # the whole model is a row too: rounding depends on their number
+        gates[off // heads, 1 + torch.arange(len(off)), off % heads] = 0.0
+        left = _probability(step, gates)
+        found.append(left[0] - left[1:])
+    return torch.cat(found).view(layers, heads)
 
-    Args:
-        work: The batch.
-        ran: Its pass, with a cache.
-        row: The row.
 
-    Attributes:
-        token: The most probable next token.
-    """
+@torch.enable_grad()
+def first_order(step: LastStep, layers: int, heads: int) -> Tensor:
+    """(L, H) the same by the gradient of the gates."""
+    gates = torch.ones(layers, 1, heads).requires_grad_()
+    (slope,) = torch.autograd.grad(SCALE * _probability(step, gates).sum(), gates)
+    return slope[:, 0] / SCALE  # (L, H)
 
-    def __init__(self, work: Work, ran: Ran, row: int) -> None:
-        self._vlm, self._ran, self._row = work.vlm, ran, row
-        self._shape = (work.layers, work.heads)
-        self._mask = work.batch.attention_mask[row : row + 1]  # (1, T)
-        layout = work.layout
-        parts = (layout.tokens, layout.text, layout.image, layout.boxes)
-        self._layout = ImageLayout(*(part[row : row + 1] for part in parts))
-        self.token = int(ran.logits[row].argmax())
 
-    def probability(self, gates: Tensor) -> Tensor:
-        """(N,) probability of the token in each of N copies, for (L, N, H) gates on the last token's head outputs."""
-        if self._ran.cache is None:
-            raise RuntimeError("the shared pass kept no cache")
-        given, copies = self._ran.inputs, gates.shape[1]
-        row, length = slice(self._row, self._row + 1), self._mask.shape[1]
-        embeds = given["inputs_embeds"]
-        positions = given.get("position_ids")
-        if positions is not None:
-            positions = positions.expand(*positions.shape[:-2], len(embeds), -1)[..., row, -1:]
-            positions = positions.expand(*positions.shape[:-2], copies, -1)  # (..., N, 1)
-        model: Any = self._vlm.model
-        decoder: Any = self._vlm.family.decoder(model)
-        with edited(self._vlm, self._layout.expand(copies), [Gates(gates=gates)]):
-            output = decoder(
-                inputs_embeds=embeds[row, -1:].expand(copies, -1, -1),
-                attention_mask=self._mask.expand(copies, -1),
-                position_ids=positions,
-                past_key_values=shared_prompt(self._ran.cache, self._row, length - 1),
-                use_cache=True,
-            )
-        logits: Tensor = model.get_output_embeddings()(output.last_hidden_state[:, -1])  # (N, V)
-        return logits.float().softmax(dim=-1)[:, self.token]
-
-    @torch.no_grad()
-    def exact(self, copies: int) -> Tensor:
-        """(L, H) loss of probability when each head is switched off alone."""
-        layers, heads = self._shape
-        lost = []
-        for start in range(0, layers * heads, copies):
-            off = torch.arange(start, min(start + copies, layers * heads))  # (N,)
-            gates = self._open(1 + len(off))  # the whole model is a row too: rounding depends on the number of rows
-            gates[off // heads, 1 + torch.arange(len(off)), off % heads] = 0.0
-            found = self.probability(gates)
-            lost.append(found[0] - found[1:])
-        return torch.cat(lost).view(layers, heads)
-
-    @torch.enable_grad()
-    def first_order(self) -> Tensor:
-        """(L, H) the same by the gradient of the gates."""
-        gates = self._open(1).requires_grad_()
-        (slope,) = torch.autograd.grad(SCALE * self.probability(gates).sum(), gates)
-        return slope[:, 0] / SCALE  # (L, H)
-
-    def _open(self, copies: int) -> Tensor:
-        layers, heads = self._shape
-        return torch.ones(layers, copies, heads, device=self._vlm.device)
+def _probability(step: LastStep, gates: Tensor) -> Tensor:
+    """(N,) probability of the next token in each of N copies, for (L, N, H) gates on the last token's head outputs."""
+    logits = step.logits([Gates(gates=gates.to(step.device))], copies=gates.shape[1])
+    return logits.softmax(dim=-1)[:, step.token]

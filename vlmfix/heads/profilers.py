@@ -12,6 +12,7 @@ from vlmfix.heads.localization import Localization
 from vlmfix.heads.non_sink import NonSink
 from vlmfix.heads.profiler import Profiler
 from vlmfix.heads.retrieval import Retrieval
+from vlmfix.heads.saliency import Saliency
 from vlmfix.heads.sink_tokens import SinkTokens
 from vlmfix.heads.vhd import HeadDivergence
 
@@ -22,6 +23,7 @@ PROFILERS: dict[str, type[Profiler]] = {
         ImageMass,
         NonSink,
         GazeShift,
+        Saliency,
         Retrieval,
         Ablation,
         Localization,
