@@ -17,6 +17,12 @@ from vlmfix.settings import Settings
 @click.option("--prompt", help="Asked about every picture.  [default: Please describe this image in detail.]")
 @click.option("--prompts", type=click.Path(path_type=Path), help="CSV file with the columns prompt or image,prompt.")
 @click.option("--batch-size", type=options.BatchSize(), default="auto", show_default=True, help="Questions at a time.")
+@click.option(
+    "--save-maps",
+    type=click.Path(path_type=Path),
+    metavar="DIR",
+    help="Folder for refined pictures and maps, of carve and vicrop.",
+)
 @options.generation_options()
 def run(
     pictures: Path,
@@ -24,6 +30,7 @@ def run(
     prompt: str | None,
     prompts: Path | None,
     batch_size: int | None,
+    save_maps: Path | None,
     settings: Settings,
 ) -> None:
     """Ask about every picture in PICTURES, a folder or a file.
@@ -49,6 +56,7 @@ def run(
                 questions=questions,
                 settings=settings,
                 batch_size=batch_size,
+                save_maps=save_maps,
                 report=report,
                 loader=loading,
             )

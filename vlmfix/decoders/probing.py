@@ -10,14 +10,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from vlmfix.attention.edit import LayerSet, Site
-from vlmfix.attention.probe import LastRows
+from vlmfix.attention.edit import LayerSet, Rows, Site, WeightEdit
 from vlmfix.attention.saliency import saliency_steps
 from vlmfix.attention.session import edited
 from vlmfix.decoders.base import Greedy
@@ -66,33 +65,35 @@ class _Enough(Exception):  # noqa: N818 (a signal, not an error)
     """The pass has shown what was asked for."""
 
 
-@dataclass(eq=False)
-class _Reader:
-    """Collects the head mean of the newest row.
+@dataclass(frozen=True, eq=False, kw_only=True)
+class NewestRows(WeightEdit):
+    """Keeps the head mean of the newest row, and changes nothing.
 
     Attributes:
-        layers: The layers that are read, in order.
+        read: The layers that are read, in order; those of ``layers``.
         prompt: T.
         stop: Whether the first step is all that is wanted: the layers behind the last one are then not run.
         steps: For each step, layer -> (B, T).
     """
 
-    layers: tuple[int, ...]
+    read: tuple[int, ...]
     prompt: int
     stop: bool
     steps: list[dict[int, Tensor]] = field(default_factory=list)
+    rows: ClassVar[Rows] = "last"
 
-    def __call__(self, site: Site, weights: Tensor) -> None:
-        """Reads (B, H, R, K) weights, whose last row is the newest."""
-        if site.layer == self.layers[0]:
+    def weights(self, site: Site, weights: Tensor) -> Tensor:
+        """The weights, as they were."""
+        if site.layer == self.read[0]:
             self.steps.append({})
-        self.steps[-1][site.layer] = weights[:, :, -1, : self.prompt].float().mean(dim=1)  # (B, T)
-        if self.stop and site.layer == self.layers[-1]:
+        self.steps[-1][site.layer] = weights[:, :, -1, : self.prompt].mean(dim=1)  # (B, T)
+        if self.stop and site.layer == self.read[-1]:
             raise _Enough
+        return weights
 
     def maps(self) -> Tensor:
         """(B, S, N, T) float32 on the CPU."""
-        steps = [torch.stack([step[layer] for layer in self.layers]) for step in self.steps]  # (N, B, T) each
+        steps = [torch.stack([step[layer] for layer in self.read]) for step in self.steps]  # (N, B, T) each
         return torch.stack(steps).permute(2, 0, 1, 3).cpu()  # (B, S, N, T)
 
 
@@ -117,10 +118,10 @@ def attention_maps(vlm: Checkpoint, batch: Batch, layers: LayerSet, *, steps: in
         UnsupportedAttentionError: A layer does not exist, or its attention cannot be read.
     """
     read = existing_layers(layers, len(vlm.family.layers(vlm.model)))
-    reader = _Reader(read, batch.length, stop=steps == 1)
+    chosen = LayerSet("/".join(map(str, read)))
+    reader = NewestRows(layers=chosen, read=read, prompt=batch.length, stop=steps == 1)
     model: Any = vlm.model
-    edit = LastRows(layers=LayerSet("/".join(map(str, read))), reader=reader)
-    with edited(vlm, vlm.layout(batch), (edit,)), Greedy().applied(vlm, batch) as arguments:
+    with edited(vlm, vlm.layout(batch), (reader,)), Greedy().applied(vlm, batch) as arguments:
         options = {**GREEDILY, **arguments, "max_new_tokens": steps, "disable_compile": True}
         try:
             sequences = model.generate(**generation_inputs(vlm, batch), **options)
@@ -136,6 +137,20 @@ def _answer_lengths(model: PreTrainedModel, answers: Tensor) -> list[int]:
     ends = torch.tensor(config.eos_token_id if config.eos_token_id is not None else [], device=answers.device)
     ended = torch.isin(answers, ends)  # (B, S)
     return (answers.shape[1] - (ended.int().cumsum(dim=1) - ended.int() > 0).sum(dim=1)).tolist()
+
+
+def best_log_probability(logits: Tensor) -> Tensor:
+    """``v = max log softmax(logits)``, written so that a probability of almost 1 keeps its gradient.
+
+    Args:
+        logits: (B, V) float32; may be log-probabilities.
+
+    Returns:
+        (B,), at most 0.
+    """
+    best = logits.argmax(dim=1, keepdim=True)  # (B, 1)
+    others = logits.scatter(1, best, float("-inf")).logsumexp(dim=1)  # (B,)
+    return -torch.nn.functional.softplus(others - logits.gather(1, best)[:, 0])
 
 
 def attention_gradients(vlm: Checkpoint, batch: Batch, layers: LayerSet) -> list[Tensor]:
@@ -168,7 +183,7 @@ def attention_gradients(vlm: Checkpoint, batch: Batch, layers: LayerSet) -> list
         with saliency_steps(vlm, layout, chosen, input_ids, kwargs) as passes, torch.enable_grad():
             passes.advance(input_ids)
             weights = [passes.recorder.seen[layer] for layer in read]  # (B, H, 1, T) each
-            certainty = passes.newest[0].amax(dim=1).sum() * SCALE
+            certainty = SCALE * best_log_probability(passes.newest[0]).sum()
             for weight, gradient in zip(weights, torch.autograd.grad(certainty, weights), strict=True):
                 owed = weight.detach() * (gradient / SCALE).clamp(min=0)
                 found.append(owed[:, :, 0].float().mean(dim=1).cpu())  # (B, T)
@@ -210,6 +225,6 @@ def pixel_gradients(vlm: Checkpoint, batch: Batch) -> Tensor:
         pixels = batch["pixel_values"].detach().clone().requires_grad_()
         inputs = {**batch, "pixel_values": pixels}
         logits = model(**inputs, use_cache=False, logits_to_keep=1, return_dict=True).logits[:, -1].float()
-        certainty = logits.log_softmax(dim=-1).amax(dim=-1).sum() * SCALE
+        certainty = SCALE * best_log_probability(logits).sum()
         (gradient,) = torch.autograd.grad(certainty, pixels)
     return (gradient.float() / SCALE).cpu()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import closing
+from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from vlmfix.answering import Answerer, Question
 from vlmfix.card import device_name, peak_memory, plain, versions, weights_digest
 from vlmfix.decoders import Decoder, parse
 from vlmfix.errors import DataError, UsageError
+from vlmfix.folder.maps import MapFolder
 from vlmfix.folder.output import OutputFolder, Totals
 from vlmfix.folder.questions import Questions
 from vlmfix.generation import VLM, Answer, load
@@ -53,6 +54,7 @@ def run(
     questions: Questions,
     settings: Settings,
     batch_size: int | None = None,
+    save_maps: Path | None = None,
     report: Callable[[Progress], None] = lambda progress: None,
     loader: Callable[..., VLM] = load,
 ) -> Progress:
@@ -67,6 +69,7 @@ def run(
         questions: What to ask.
         settings: Model, decoder and generation settings.
         batch_size: Rows per batch; None takes as many as the free memory allows. Halved when memory runs out.
+        save_maps: A folder for what a refining decoder makes of the pictures; see ``MapFolder``.
         report: Called whenever something was written.
         loader: Loads the model; ``vlmfix.load`` unless a test gives another.
 
@@ -74,8 +77,8 @@ def run(
         The final state.
 
     Raises:
-        UsageError: A setting is not allowed, a question names a picture that is not there, or ``out``
-            belongs to another run.
+        UsageError: A setting is not allowed, a question names a picture that is not there, ``out``
+            belongs to another run, or ``save_maps`` is given to a decoder that makes none.
         DataError: The pictures' folder or ``out`` cannot be used.
         UnsupportedModelError: The model cannot be used.
     """
@@ -84,17 +87,28 @@ def run(
     if pictures.is_dir() and out.exists() and out.samefile(pictures):
         raise UsageError(f"{out} is the folder of the pictures", "choose another --out")
     decoder = parse(settings.decoder)
+    if save_maps is not None:
+        _check_maps(save_maps, pictures, decoder)
     files = list(find(pictures, skip=out))
     questions.check(file.name for file in files)
     files = [file for file in files if questions.about_picture(file.name)]
     if not files:
         raise DataError(f"no file in {pictures}", "give a picture, or a folder with pictures")
-    with OutputFolder(out, _known_settings(pictures, questions, settings, decoder)) as output:
-        job = _Job(files, questions, output, report)
+    with ExitStack() as opened:
+        output = opened.enter_context(OutputFolder(out, _known_settings(pictures, questions, settings, decoder)))
+        maps = None if save_maps is None else opened.enter_context(MapFolder(save_maps))
+        job = _Job(files, questions, output, maps, report)
         if job.left():
             vlm = loader(settings.model, revision=settings.revision, device=settings.device, dtype=settings.dtype)
             job.work(vlm, decoder, settings, batch_size)
         return job.progress()
+
+
+def _check_maps(folder: Path, pictures: Path, decoder: Decoder) -> None:
+    if not decoder.refines:
+        raise UsageError(f"{decoder.name} makes no maps to save", "use carve or vicrop, or leave --save-maps out")
+    if pictures.is_dir() and folder.resolve().is_relative_to(pictures.resolve()):
+        raise UsageError(f"{folder} is in the folder of the pictures", "they would be read as pictures; choose another")
 
 
 def _known_settings(pictures: Path, questions: Questions, settings: Settings, decoder: Decoder) -> dict[str, Any]:
@@ -118,10 +132,12 @@ class _Job:
         files: Sequence[Found],
         questions: Questions,
         output: OutputFolder,
+        maps: MapFolder | None,
         report: Callable[[Progress], None],
     ) -> None:
         self._questions = questions
         self._output = output
+        self._maps = maps
         self._report = report
         self._batch_size = 1
         self._total = sum(len(questions.about_picture(file.name)) for file in files)
@@ -191,6 +207,8 @@ class _Job:
             if isinstance(outcome, str):
                 self._output.fail(sample.image, outcome, prompt=sample.prompt)
             else:
+                if self._maps is not None and outcome.refined is not None:
+                    self._maps.save(sample.image, sample.picture.image, sample.prompt, outcome.refined)
                 self._output.answer(_record(sample, outcome))
         self._batch_size = answerer.rows
         self._step(len(batch))
