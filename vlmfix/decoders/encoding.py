@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from vlmfix.decoders.branches import picture_counts
+from vlmfix.models import repeats
 from vlmfix.models.checkpoint import Checkpoint
 from vlmfix.models.layout import Batch
 
@@ -48,10 +49,11 @@ def encoded_once(vlm: Checkpoint, batch: Batch) -> Features:
     if not repeats_pictures(batch):
         return encoded(vlm.model, batch)
     first = first_rows(batch)
-    owners = {name: _owners(vlm, batch, name) for name in _read(vlm.model, batch)}
+    counts = picture_counts(vlm, batch)
+    owners = {name: vlm.family.owners(vlm.model, batch, name, counts) for name in _read(vlm.model, batch)}
     if not all(_alike(batch[name], own, first) for name, own in owners.items()):
         return encoded(vlm.model, batch)
-    kept = sorted({row for row, count in zip(first, picture_counts(vlm, batch), strict=True) if count})
+    kept = sorted({row for row, count in zip(first, counts, strict=True) if count})
     chosen = {name: torch.isin(own, torch.tensor(kept)).to(batch[name].device) for name, own in owners.items()}
     features: Any = encoded(vlm.model, {name: batch[name][mask] for name, mask in chosen.items()})
     tokens = (batch["input_ids"] == vlm.family.image_token(vlm.model.config)).sum(dim=1).tolist()
@@ -62,20 +64,12 @@ def encoded_once(vlm: Checkpoint, batch: Batch) -> Features:
 
 def first_rows(batch: Batch) -> list[int]:
     """For each row, the first row that holds the same picture objects in the same order; itself when unknown."""
-    if batch.pictures is None:
-        return list(range(batch.rows))
-    seen: dict[tuple[int, ...], int] = {}
-    return [seen.setdefault(tuple(id(picture) for picture in row), number) for number, row in enumerate(batch.pictures)]
+    return list(range(batch.rows)) if batch.pictures is None else repeats.first_rows(batch.pictures)
 
 
 def repeats_pictures(batch: Batch) -> bool:
     """Whether some row holds the pictures of an earlier one."""
-    if batch.pictures is None:
-        return False
-    return any(
-        row and first != number
-        for number, (row, first) in enumerate(zip(batch.pictures, first_rows(batch), strict=True))
-    )
+    return batch.pictures is not None and repeats.repeats_pictures(batch.pictures)
 
 
 def joined(parts: Sequence[Any]) -> Features:
@@ -112,16 +106,6 @@ def _read(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> list[str]:
     """Names of the inputs that the vision tower reads."""
     encoder: Any = model.base_model.get_image_features
     return [name for name in inspect.signature(encoder).parameters if name in inputs]
-
-
-def _owners(vlm: Checkpoint, batch: Batch, name: str) -> Tensor:
-    """Row that each entry of an input belongs to, (n,) int64 on the CPU, ascending."""
-    counts = torch.tensor(picture_counts(vlm, batch))
-    if name in ("pixel_values", "pixel_attention_mask"):
-        return vlm.family.pixel_rows(vlm.model, batch, counts.tolist())
-    if name == "batch_num_images":  # rows without a picture are left out
-        return counts.nonzero().squeeze(1)
-    return torch.arange(batch.rows).repeat_interleave(counts)
 
 
 def _alike(value: Tensor, owners: Tensor, first: Sequence[int]) -> bool:

@@ -23,6 +23,7 @@ from vlmfix.errors import DataError, LayoutError, UnsupportedModelError, UsageEr
 from vlmfix.models.families import family_of
 from vlmfix.models.family import Family
 from vlmfix.models.layout import Batch, ImageLayout
+from vlmfix.models.repeats import process_once
 
 EMBEDDED = {name: Path(__file__).parent.parent / "world" / "assets" / name for name in ("tiny", "tiny-qwen")}
 """Models that come with the package, by name."""
@@ -101,6 +102,8 @@ class Checkpoint:
     ) -> Batch:
         """Renders the chat template and runs the processor, left-padded.
 
+        The image processor sees pictures that several rows share, the same objects in the same order, once.
+
         Args:
             prompts: B questions; may be empty, or None for a user turn without any text.
             pictures: B sequences of RGB pictures; a row may have none, one or several.
@@ -116,9 +119,11 @@ class Checkpoint:
                 "give one list of pictures per prompt",
             )
         texts = [self.render(prompt, len(row), system=system) for prompt, row in zip(prompts, pictures, strict=True)]
-        inputs = self.family.process(self.processor, texts, pictures)
+        whole, sources = process_once(self.family, self.model, self.processor, texts, pictures)
+        inputs = {name: self._placed(value) for name, value in whole.items() if isinstance(value, Tensor)}
+        repeated = {name: inputs[name][source.to(self.device)] for name, source in sources.items()}
         return Batch(
-            inputs={key: self._placed(value) for key, value in inputs.items() if isinstance(value, Tensor)},
+            inputs={**inputs, **repeated},
             prompts=tuple(prompts),
             pictures=tuple(tuple(row) for row in pictures),
             sizes=tuple(tuple((picture.height, picture.width) for picture in row) for row in pictures),

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import ClassVar
+from copy import copy
+from typing import Any, ClassVar
 
 import torch
 from PIL import Image
@@ -71,6 +72,10 @@ class Family(ABC):
         )
         return dict(inputs)
 
+    def sharing(self, processor: ProcessorMixin) -> Any:  # noqa: ANN401 (its parts are to be replaced)
+        """A copy of the processor that takes an image processor which returns less than all pictures of the rows."""
+        return copy(processor)
+
     @abstractmethod
     def patches(self, model: PreTrainedModel, processor: ProcessorMixin, batch: Batch) -> list[list[Tensor]]:
         """Where in its picture each image token looks.
@@ -98,6 +103,24 @@ class Family(ABC):
         Returns:
             (len(pixel_values),) int64 on the CPU. The default fits one entry per picture.
         """
+        return torch.arange(len(counts)).repeat_interleave(torch.tensor(list(counts)))
+
+    def owners(self, model: PreTrainedModel, batch: Batch, name: str, counts: Sequence[int]) -> Tensor:
+        """Which row each entry of an input that belongs to pictures belongs to.
+
+        Args:
+            model: The model; only its configuration is read.
+            batch: Encoded rows with pictures.
+            name: Name of the input, ``image_sizes`` for instance.
+            counts: Number of pictures of each row.
+
+        Returns:
+            (n,) int64 on the CPU, ascending; n is the length of the input.
+        """
+        if name in ("pixel_values", "pixel_attention_mask"):
+            return self.pixel_rows(model, batch, counts)
+        if name == "batch_num_images":  # rows without a picture are left out
+            return torch.tensor(list(counts)).nonzero().squeeze(1)
         return torch.arange(len(counts)).repeat_interleave(torch.tensor(list(counts)))
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from itertools import groupby
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,6 +28,13 @@ class InternVL(Family):
 
     title = "InternVL"
     model_types = frozenset({"internvl"})
+
+    def sharing(self, processor: ProcessorMixin) -> Any:  # noqa: ANN401 (see the base)
+        """A copy that leaves the tiles as the image processor returned them; see ``Family.sharing``."""
+        sharing = super().sharing(processor)
+        # Else it puts tiles in the order of pictures and videos in the text, and wants tiles for each of them.
+        sharing.multimodal_pattern = re.compile("(?!)")
+        return sharing
 
     def patches(self, model: PreTrainedModel, processor: ProcessorMixin, batch: Batch) -> list[list[Tensor]]:
         """Boxes of every tile's tokens, then of the thumbnail's; see ``Family.patches``."""
