@@ -28,7 +28,10 @@ PATH = click.Path(path_type=Path)
 @click.option("--prompt", help="Asked about every picture.  [default: Please describe this image in detail.]")
 @click.option("--batch-size", default=4, show_default=True, type=click.IntRange(min=1), help="Pictures at a time.")
 @click.option("--plot", type=PATH, help="Draw the profiles: PNG, PDF or SVG.")
-@options.generation_options("decoder", "max_new_tokens", "num_beams", "temperature")
+@click.option(
+    "--seed", default=0, show_default=True, type=click.IntRange(min=0), help="Of the pictures' order and of prompts."
+)
+@options.generation_options("decoder", "max_new_tokens", "num_beams", "temperature", "seed")
 @click.pass_context
 def profile(
     context: click.Context,
@@ -40,6 +43,7 @@ def profile(
     prompt: str | None,
     batch_size: int,
     plot: Path | None,
+    seed: int,
     settings: Settings,
 ) -> None:
     """Measure what each attention head does, on a folder of pictures.
@@ -62,7 +66,7 @@ def profile(
     from vlmfix.heads.profilers import profilers_of
 
     chosen = profilers_of([name.strip() for name in names.split(",")])
-    files = _shuffled(images, settings.seed)
+    files = _shuffled(images, seed)
     total = len(files) if count is None else min(count, len(files))
     vlm = loading(settings.model, revision=settings.revision, device=settings.device, dtype=settings.dtype)
     with counting("pictures") as report, closing(_opened(files)) as pictures:
@@ -72,7 +76,7 @@ def profile(
             chosen,
             question=QUESTION if prompt is None else prompt,
             batch_size=batch_size,
-            seed=settings.seed,
+            seed=seed,
             report=lambda done: report(done, total),
         )
     save_profiles(found, out)

@@ -17,6 +17,9 @@ from vlmfix.heads.moments import Moments, rank_correlation
 from vlmfix.heads.profiler import Profiler, Ran, State, Work
 from vlmfix.models.checkpoint import Checkpoint
 
+MEMORY = 1 << 30
+"""Bytes that the copies of one pass may take for a layer's keys and values."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Ablation(Profiler):
@@ -36,7 +39,8 @@ class Ablation(Profiler):
     backward pass through one step.
 
     Args:
-        copies: Ablated copies per pass, at least 1; memory for the keys and values of one layer grows with it.
+        copies: Ablated copies per pass, at least 1; fewer when their keys and values of one layer, which is what a copy
+            takes, would need more than ``MEMORY``.
     """
 
     name: ClassVar[str] = "ablation"
@@ -84,8 +88,9 @@ class _State(State):
 
 @torch.no_grad()
 def lost(step: LastStep, layers: int, heads: int, copies: int) -> Tensor:
-    """(L, H) loss of probability when each head is switched off alone, ``copies`` of them per pass."""
+    """(L, H) loss of probability when each head is switched off alone, at most ``copies`` of them per pass."""
     found = []
+    copies = max(1, min(copies, MEMORY // step.bytes - 1))
     for start in range(0, layers * heads, copies):
         off = torch.arange(start, min(start + copies, layers * heads))  # (N,)
         gates = torch.ones(

@@ -34,6 +34,7 @@ class LastStep:
     Attributes:
         token: The most probable next token.
         device: Where the step runs.
+        bytes: Memory that one more copy takes: keys and values of the layer under way.
     """
 
     def __init__(self, work: Work, ran: Ran, row: int) -> None:
@@ -52,6 +53,8 @@ class LastStep:
             self._positions = positions.expand(*positions.shape[:-2], len(embeds), -1)[..., own, -1:]  # (..., 1, 1)
         self.token = int(ran.logits[row].argmax())
         self.device = embeds.device
+        first: Any = ran.cache.layers[0]
+        self.bytes = int(first.keys[own].nbytes + first.values[own].nbytes)
 
     def logits(self, edits: Sequence[AttentionEdit], *, copies: int = 1) -> Tensor:
         """(N, V) float32 logits of the next token in each copy, with edits at work in this step.
