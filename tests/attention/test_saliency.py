@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from transformers.utils import ModelOutput
@@ -12,6 +14,7 @@ from tests.tiny import TINY
 from vlmfix.attention.edit import LayerSet
 from vlmfix.attention.saliency import after_picture, mean_over, row_saliency, saliency_steps, scoring_layers, token_loss
 from vlmfix.errors import IncompatibleDecodersError, UnsupportedAttentionError
+from vlmfix.generation import VLM
 from vlmfix.models.layout import ImageLayout
 
 # Two heads, four keys, the row that predicts; only its last two rows have a gradient.
@@ -249,3 +252,23 @@ def test_layers_that_the_model_lacks_are_refused():
     vlm = vlm_of("llava")
     with pytest.raises(UnsupportedAttentionError, match="the model has 3 layers"):
         fast(vlm, batch_of(vlm), layers="6:9")
+
+
+@pytest.mark.parametrize("family", ["llava", "qwen2_5_vl"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_stays_near_float32(family, dtype):
+    exact = vlm_of(family)
+    rounded = VLM(copy.deepcopy(exact.model).to(dtype), exact.processor, exact.family)
+    for (_, got), (_, want) in zip(fast(rounded, batch_of(rounded)), fast(exact, batch_of(exact)), strict=True):
+        assert torch.cosine_similarity(got, want, dim=-1).min() > 0.99
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("family", ["llava", "qwen2_5_vl", "internvl", "gemma3"])
+@pytest.mark.parametrize(("dtype", "likeness"), [(torch.float32, 0.9999), (torch.bfloat16, 0.99)])
+def test_a_gpu_gives_the_cpus_rows(family, dtype, likeness):
+    here = vlm_of(family)
+    there = VLM(copy.deepcopy(here.model).to("cuda", dtype), here.processor, here.family)
+    found = fast(there, batch_of(there), tokens=TOKENS.cuda())
+    for (_, got), (_, want) in zip(found, fast(here, batch_of(here)), strict=True):
+        assert torch.cosine_similarity(got.cpu(), want, dim=-1).min() > likeness

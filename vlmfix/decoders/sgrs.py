@@ -46,6 +46,9 @@ class SGRS(Decoder):
     nucleus then shape the candidates). Otherwise they are this decoder's: ``sample`` at temperature 1, as published,
     or ``greedy``, always the most probable token that is left.
 
+    In a chain the other methods act in every pass, wherever the gate is named: saliency is that of the attention that
+    they left, of the logits that they fused. ``sgrs+locore`` is the paper's full method.
+
     Args:
         preset: ``paper`` (the method), ``semantic`` (history is the answer alone, as the paper's prose has it and its
             equation has not), or ``official-code`` (the released script: it reads the attention row of the candidate
@@ -69,13 +72,12 @@ class SGRS(Decoder):
     *Differs*: the paper names no value for K, R and W and no layers; these are the released script's. Its "row P" is
     the row that predicts P, because a causal model gives row P no gradient. The norm is the script's, over the row; the
     matrix norm that the paper prints would need every row. A row counts as zero only when it is: the script's smallest
-    norm of 1e-9 would make the scores of nearly certain tokens vanish and reject them. Logits are those that a chain's
-    branches fused. Without history a score would be 1 in the script and raise the threshold for W tokens; here it is
-    left out.
+    norm of 1e-9 would make the scores of nearly certain tokens vanish and reject them. Without history a score would be
+    1 in the script and raise the threshold for W tokens; here it is left out.
 
     *Cost*: one pass per token with the graph of one row kept, and one backward pass per tried candidate (for the whole
     batch, ``top_k`` at most); the prompt's last token passes twice. Memory is linear in the prompt. No beams, no
-    compiled decoding, no static cache. ``official-code``, ``strictness=0`` and ``top_k=1`` need no gradients.
+    compiled decoding, no static cache. ``official-code``, ``strictness=0`` and ``top_k=1`` need no backward pass.
 
     Example:
         >>> SGRS(preset="semantic").scope
