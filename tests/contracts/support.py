@@ -38,6 +38,7 @@ class HeadGains(Greedy):
         return DecodingPlan(edits=(HeadGain(gain=self.gain),))
 
 
+_ACT = "act:heads=all,layers=all,sink_factor=1"
 _VAR = "var:sink_dims=1/2/3/4,sink_threshold=0.8,min_visual_mass=0,min_nonsink_ratio=0,layers=2:"
 
 NEUTRAL: dict[str, str | Decoder] = {
@@ -48,6 +49,10 @@ NEUTRAL: dict[str, str | Decoder] = {
     "locore-post": "locore:strength=0,mode=post",
     "vcd": "vcd:contrast=0,plausibility=0",
     "inter": "inter:variance=inf,plausibility=0",
+    "zerotuning": "zerotuning:gain=1",
+    "act": f"{_ACT},kept_fraction=1",
+    "spin": "spin:suppression=1",
+    "spin-scores": "spin:preset=official-code,kept_share=1",
     "head-gains": HeadGains(gain=1.0),
 }
 """Parameters under which a method does nothing."""
@@ -59,6 +64,11 @@ STRONG: dict[str, str | Decoder] = {
     "locore-post": "locore:strength=4,mode=post",
     "vcd": "vcd:contrast=1.5,plausibility=0",
     "inter": "inter:variance=0,plausibility=0",
+    "zerotuning": "zerotuning:gain=20,heads=0/3/4/7",
+    "act": f"{_ACT},kept_fraction=0",
+    "spin": "spin:kept_share=0.5",
+    "spin-scores": "spin:preset=official-code,kept_share=0.5,suppression=0.2",
+    "chain-attention": f"zerotuning:gain=0,heads=1/2+{_ACT},kept_fraction=0.2+spin:preset=official-code,kept_share=0.5",
     "head-gains": HeadGains(),
     "chain": f"{_VAR},moved_fraction=1+locore:strength=2+vcd:plausibility=0+inter:variance=0,plausibility=0",
 }

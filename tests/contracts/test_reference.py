@@ -15,7 +15,7 @@ from transformers.masking_utils import sdpa_mask
 
 from tests.contracts.support import Forced, batch_of, close, logits, vlm_of
 from tests.tiny import TINY
-from vlmfix.decoders import VAR, LocoRE
+from vlmfix.decoders import ACT, SPIN, VAR, LocoRE, ZeroTuning
 
 NAME = "slow_reference"
 
@@ -26,6 +26,7 @@ class Slow:
     Args:
         rule: f(layer, b, h, q, scores or weights) for both stages, see the methods below.
         hidden: Residual stream that enters each layer, filled by hooks.
+        map: Scores (B, H, Q, K), and then weights, of the layer that a rule is applied to; for rules about whole maps.
     """
 
     def __init__(self, scores, weights):
@@ -36,12 +37,12 @@ class Slow:
         key, value = (x.double().repeat_interleave(heads // x.shape[1], dim=1) for x in (key, value))
         scores = query.double() @ key.transpose(2, 3) * scaling
         allowed = torch.ones(length, length, dtype=torch.bool).tril() if attention_mask is None else attention_mask
-        allowed = allowed.expand(rows, 1, length, length)
-        edited = scores.clone()
+        self.allowed = allowed = allowed.expand(rows, 1, length, length)
+        edited, self.map = scores.clone(), scores
         for b, h, q in torch.cartesian_prod(*map(torch.arange, (rows, heads, length))).tolist():
             edited[b, h, q] = self.scores(module.layer_idx, b, h, q, scores[b, h, q])
         weights = edited.masked_fill(~allowed, -1e300).softmax(-1) * allowed
-        final = weights.clone()
+        final, self.map = weights.clone(), weights
         for b, h, q in torch.cartesian_prod(*map(torch.arange, (rows, heads, length))).tolist():
             final[b, h, q] = self.weights(module.layer_idx, b, h, q, weights[b, h, q])
         return (final @ value).transpose(1, 2).to(query.dtype).contiguous(), None
@@ -135,6 +136,85 @@ def locore(vlm, batch, method):
     return Slow(boosted("scores"), boosted("weights"))
 
 
+def texts(vlm, batch):
+    """Whether row q of sample b is text behind a picture: of the question, or generated."""
+    layout = vlm.layout(batch)
+
+    def is_text(b, q):
+        return q >= batch.length or (bool(layout.text[b, q]) and bool(layout.tokens[b, :q].any()))
+
+    return is_text
+
+
+def zerotuning(vlm, batch, method):
+    """Section C2 of the sinks' specification, in the form that scales weights."""
+    first, is_text = (batch.attention_mask == 1).int().argmax(-1).tolist(), texts(vlm, batch)
+
+    def weights(layer, b, h, q, row):
+        heads = range(8) if method.heads is None else method.heads
+        if h not in heads or layer not in method.layers.resolve(3) or not is_text(b, q):
+            return row
+        new = row.clone()
+        new[first[b]] *= method.gain
+        return new / new.sum()
+
+    return Slow(same, weights)
+
+
+def act(vlm, batch, method):
+    """Section B2 of the sinks' specification, on the text rows of the prompt."""
+    first, prompt = (batch.attention_mask == 1).int().argmax(-1).tolist(), batch.length
+    slow, is_text = Slow(same, None), texts(vlm, batch)
+
+    def sinks(b, h):
+        start, found = first[b], []
+        theta = method.sink_factor / (prompt - start) if method.sink_threshold is None else method.sink_threshold
+        rows = [i for i in range(prompt) if is_text(b, i)]
+        for j in range(start, prompt - method.spared_tail):
+            column = [float(slow.map[b, h, i, j]) for i in rows if slow.allowed[b, 0, i, j]]
+            if sum(column) / len(column) > theta:
+                found.append(j)
+        return found[1:] if method.spared == "first-sink" else [j for j in found if j != start]
+
+    def weights(layer, b, h, q, row):
+        if (layer, h) not in method._chosen(vlm) or not is_text(b, q):
+            return row
+        if slow.memory.get("of") is not slow.map:
+            slow.memory = {"of": slow.map}
+        if (b, h) not in slow.memory:
+            slow.memory[b, h] = sinks(b, h)
+        chosen = slow.memory[b, h]
+        clear, new = row.clone(), row.clone()
+        clear[chosen] = 0
+        new[chosen] *= method.kept_fraction
+        return new + (1 - method.kept_fraction) * row[chosen].sum() * clear / clear.sum()
+
+    slow.weights, slow.memory = weights, {}
+    return slow
+
+
+def spin(vlm, batch, method):
+    """Section 3.4 of the head profilers' specification."""
+    own, image, prompt = method.settings(vlm), vlm.layout(batch).tokens, batch.length
+    slow, looks = Slow(None, None), {}
+
+    def scores(layer, b, h, q, row):
+        looks["scores"] = slow.map
+        return row
+
+    def weights(layer, b, h, q, row):
+        if q < prompt - 1 or layer not in own.layers.resolve(3):
+            return row
+        shown = image[b].nonzero().flatten().tolist()
+        source = looks["scores"] if method.preset == "official-code" else slow.map
+        mass = [float(source[b, other, q, shown].sum()) for other in range(8)]
+        kept = sorted(range(8), key=lambda other: -mass[other])[: int(own.kept_share * 8)]
+        return row if h in kept else own.suppression * row
+
+    slow.scores, slow.weights = scores, weights
+    return slow
+
+
 METHODS = {
     "var": (
         var,
@@ -148,6 +228,12 @@ METHODS = {
     "locore-generated": (locore, LocoRE(strength=1.5, preset="semantic", window=2)),
     "locore-post": (locore, LocoRE(strength=1.5, mode="post")),
     "locore-score": (locore, LocoRE(strength=1.5, mode="score")),
+    "zerotuning": (zerotuning, ZeroTuning(gain=3.0)),
+    "zerotuning-heads": (zerotuning, ZeroTuning(gain=0.0, heads=(0, 5, 6), layers="1:")),
+    "act": (act, ACT(sink_factor=1.5, heads="L0H1/L0H2/L1H0/L1H7/L2H4/L2H5", layers="all")),
+    "act-official": (act, ACT(preset="official-code", sink_threshold=0.02, heads="all", layers="1:")),
+    "spin": (spin, SPIN(kept_share=0.7, suppression=0.1)),
+    "spin-official": (spin, SPIN(preset="official-code", kept_share=0.4, layers="1:")),
 }
 TOKENS = torch.tensor([[40, 50, 60], [70, 45, 33]])
 

@@ -13,14 +13,16 @@ from tests.contracts.support import batch_of, logits, plain, vlm_of
 from vlmfix.decoders import VAR
 from vlmfix.generation import VLM
 from vlmfix.heads import sinks
-from vlmfix.heads.sinks import find_sinks, scaled_threshold
+from vlmfix.heads.sinks import find_sinks, first_token_mass, scaled_threshold
 
 
 @pytest.fixture(autouse=True)
 def _forget():
     sinks._REPORTS.clear()
+    sinks._MASSES.clear()
     yield
     sinks._REPORTS.clear()
+    sinks._MASSES.clear()
 
 
 @contextmanager
@@ -134,3 +136,22 @@ def test_var_acts_on_planted_sinks_without_being_told_where():
 
 def test_the_scaled_threshold_is_the_papers_at_its_width():
     assert scaled_threshold(4096) == 20.0
+
+
+@pytest.mark.parametrize("family", ["llava", "qwen2_5_vl"])
+def test_attention_to_the_first_token(family):
+    """The probe's own mean, from maps of the model's eager attention."""
+    vlm = vlm_of(family)
+    found = first_token_mass(vlm)
+    assert first_token_mass(vlm) is found
+    batches = [batch for batch in sinks._prompts(vlm) if vlm.layout(batch).tokens.any()]
+    vlm.model.set_attn_implementation("eager")
+    try:
+        expected = []
+        for batch in batches:
+            rows = vlm.layout(batch).text_after_image()[0]
+            maps = vlm.model(**batch, output_attentions=True).attentions
+            expected.append(torch.stack([one[0, :, rows, 0].mean(1) for one in maps]))
+    finally:
+        vlm.model.set_attn_implementation("sdpa")
+    torch.testing.assert_close(found, torch.stack(expected).mean(0).detach(), atol=1e-5, rtol=1e-4)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from vlmfix.decoders import spec as _spec
+from vlmfix.decoders.act import ACT
 from vlmfix.decoders.base import Chain, Decoder, DecodingPlan, Greedy, Source
 from vlmfix.decoders.carve import CARVE
 from vlmfix.decoders.gift import GIFT
@@ -10,13 +11,16 @@ from vlmfix.decoders.inter import INTER
 from vlmfix.decoders.locore import LocoRE
 from vlmfix.decoders.sgrs import SGRS
 from vlmfix.decoders.spec import DecoderInfo, Parameter, describe
+from vlmfix.decoders.spin import SPIN
 from vlmfix.decoders.var import VAR
 from vlmfix.decoders.vcd import VCD
 from vlmfix.decoders.vhr import VHR
 from vlmfix.decoders.vicrop import ViCrop
+from vlmfix.decoders.zerotuning import ZeroTuning
 
 DECODERS: dict[str, type[Decoder]] = {
-    decoder.name: decoder for decoder in (Greedy, VAR, LocoRE, VCD, INTER, SGRS, CARVE, ViCrop, VHR, GIFT)
+    decoder.name: decoder
+    for decoder in (Greedy, VAR, LocoRE, VCD, INTER, SGRS, CARVE, ViCrop, VHR, GIFT, ZeroTuning, ACT, SPIN)
 }
 """Every method by its name on the command line."""
 
@@ -32,11 +36,13 @@ def parse(spec: str) -> Decoder:
 
 
 __all__ = [
+    "ACT",
     "CARVE",
     "DECODERS",
     "GIFT",
     "INTER",
     "SGRS",
+    "SPIN",
     "VAR",
     "VCD",
     "VHR",
@@ -49,6 +55,7 @@ __all__ = [
     "Parameter",
     "Source",
     "ViCrop",
+    "ZeroTuning",
     "describe",
     "parse",
 ]

@@ -1,4 +1,4 @@
-"""Sink dimensions: the hidden dimensions in which a model's first token is massive, and which image tokens share them.
+"""Sinks: dimensions in which a model's first token is massive, image tokens that share them, attention to that token.
 
 Source: Kang et al., "See What You Are Told: Visual Attention Sink in Large Multimodal Models", ICLR 2025, arXiv
 2503.03321; the contrastive probe is this package's own (it needs no table and no data).
@@ -9,13 +9,15 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from weakref import WeakKeyDictionary
 
 import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from vlmfix.attention.edit import Site, WeightEdit
+from vlmfix.attention.session import bare, edited
 from vlmfix.models.checkpoint import Checkpoint
 from vlmfix.models.layout import Batch
 
@@ -81,6 +83,51 @@ def scaled_threshold(hidden_size: int) -> float:
 def least_massive(hidden_size: int) -> float:
     """Smallest ``|x_d| / rms(x)`` of the first token that counts as massive: 0.15 of the bound, and at least 3."""
     return max(0.15 * math.sqrt(hidden_size), 3.0)
+
+
+def first_token(site: Site) -> Tensor:
+    """(B,) int64, the key of each row's first token, past its padding."""
+    return (site.text_keys | site.image_keys).int().argmax(dim=1)
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class _FirstMass(WeightEdit):
+    """Changes nothing, and remembers the attention of the edited rows to the first token.
+
+    Attributes:
+        found: Layer number -> (H,) mean over the rows of one row of batch, for each pass.
+    """
+
+    found: dict[int, list[Tensor]] = field(default_factory=dict)
+
+    def weights(self, site: Site, weights: Tensor) -> Tensor:
+        """The same weights."""
+        mass = weights[0, :, site.acts[0], int(first_token(site)[0])]  # (H, R)
+        self.found.setdefault(site.layer, []).append(mass.mean(dim=1))
+        return weights
+
+
+_MASSES: WeakKeyDictionary[nn.Module, Tensor] = WeakKeyDictionary()
+
+
+def first_token_mass(vlm: Checkpoint) -> Tensor:
+    """How much attention each head gives to the first token, by a probe of 8 short prompts, once per model.
+
+    Returns:
+        (L, H) float32 on the CPU, in [0, 1]: mean over the prompt's text rows behind the picture.
+
+    Raises:
+        UnsupportedAttentionError: The model's attention is not plain softmax attention.
+    """
+    if vlm.model not in _MASSES:
+        probe = _FirstMass()
+        for number, question in enumerate(QUESTIONS):
+            batch = vlm.encode([question], [[_picture(number)]])
+            with torch.no_grad(), bare(vlm), edited(vlm, vlm.layout(batch), (probe,)):
+                vlm.model(**batch)
+        layers = [torch.stack(probe.found[layer]).mean(dim=0) for layer in sorted(probe.found)]
+        _MASSES[vlm.model] = torch.stack(layers).float().cpu()
+    return _MASSES[vlm.model]
 
 
 def tabulated_sinks(vlm: Checkpoint) -> tuple[int, ...]:
