@@ -87,7 +87,7 @@ def test_one_prompt_serves_all_pictures():
     assert [answer.text for answer in one] == [answer.text for answer in two]
 
 
-@pytest.mark.parametrize("decoder", ["greedy", "vcd", VCD(contrast=2.0)])
+@pytest.mark.parametrize("decoder", ["greedy", "vcd", VCD(contrast=2.0), "sgrs"])
 def test_a_stream_says_what_generate_says(decoder):
     vlm = vlm_of("llava")
     pieces = list(vlm.stream(ROWS[0], PROMPTS[0], decoder=decoder, max_new_tokens=6))

@@ -176,7 +176,9 @@ class VLM(Checkpoint):
             try:
                 refined, _ = self._refined(request)
                 with self._prepared(refined) as (batch, arguments):
-                    self._generated(batch, {**arguments, "streamer": streamer})
+                    # transformers hands its own streamer to no loop, so a loop takes it under another name
+                    name = "token_streamer" if "custom_generate" in arguments else "streamer"
+                    self._generated(batch, {**arguments, name: streamer})
             except BaseException as error:  # handed to the caller's thread
                 failure.append(error)
                 streamer.end()
