@@ -82,11 +82,13 @@ def test_the_digest_is_of_the_pictures_in_their_order():
     assert again == digests[2]
 
 
-@pytest.mark.parametrize("content", [b"", b"no profile", None])
+@pytest.mark.parametrize("content", [b"", b"no profile", b"other", None])
 def test_other_files_are_refused(tmp_path, content):
     path = tmp_path / "file"
     if content is None:
         save_file({"x": torch.zeros(1)}, path)
+    elif content == b"other":
+        save_file({"x": torch.zeros(1)}, path, metadata={"vlmfix": "[]"})
     else:
         path.write_bytes(content)
     with pytest.raises(DataError, match="no profile"):

@@ -10,8 +10,9 @@ import pytest
 import torch
 from transformers import DynamicCache
 
-from tests.contracts.support import picture, vlm_of
+from tests.contracts.support import HeadGain, picture, vlm_of
 from tests.tiny import TINY
+from vlmfix.attention.session import edited
 from vlmfix.heads.ablation import Ablation
 from vlmfix.heads.localization import Localization
 from vlmfix.heads.measure import profile
@@ -307,3 +308,26 @@ def test_sinks_by_the_whole_attention_matrix(family):
         scores.append(weights[:, :, layout.text_after_image()[0]][..., sinks].sum(-1).mean(-1))
     found = profile(vlm, PICTURES, [SinkTokens(cosine=cosine)], question=QUESTION)["sinks"]
     torch.testing.assert_close(found.scores.double(), torch.stack(scores).mean(0), atol=1e-5, rtol=1e-4)
+
+
+def test_edits_at_work_are_lifted():
+    vlm = vlm_of("llava")
+    _, layout = alone(vlm, PICTURES[0])
+    plain = profile(vlm, PICTURES[:1], ["vhd", "image-mass"])
+    with edited(vlm, layout, [HeadGain(gain=3.0)]):
+        inside = profile(vlm, PICTURES[:1], ["vhd", "image-mass"])
+    assert all(torch.equal(inside[name].scores, part.scores) for name, part in plain.items())
+
+
+def test_little_memory_means_fewer_copies_and_the_same_scores(monkeypatch):
+    vlm = vlm_of("internvl")
+    whole = profile(vlm, PICTURES[:1], ["ablation"])["ablation"].scores
+    passes = []
+    hook = vlm.family.decoder(vlm.model).register_forward_pre_hook(lambda *args: passes.append(1))
+    try:
+        monkeypatch.setattr("vlmfix.heads.ablation.MEMORY", 1)
+        scarce = profile(vlm, PICTURES[:1], ["ablation"])["ablation"].scores
+    finally:
+        hook.remove()
+    assert len(passes) == 1 + 24 + 1
+    torch.testing.assert_close(scarce, whole, atol=1e-6, rtol=1e-4)

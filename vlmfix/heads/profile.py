@@ -195,9 +195,8 @@ def load_profiles(path: Path) -> dict[str, HeadProfile]:
         raise DataError(f"cannot read {path}: {error.strerror or error}", hint) from error
     except (SafetensorError, ValueError) as error:
         raise DataError(f"{path} is no profile: {error}", hint) from error
-    if about.get("format") != FORMAT or about.get("version") != VERSION:
-        said = f"format {about.get('format')!r}, version {about.get('version')!r}"
-        raise DataError(f"{path} is no profile of version {VERSION}: {said}", hint)
+    if not isinstance(about, dict) or (about.get("format"), about.get("version")) != (FORMAT, VERSION):
+        raise DataError(f"{path} is no profile of version {VERSION}", hint)
     try:
         return {name: _profile(name, card, tensors) for name, card in about["profiles"].items()}
     except (KeyError, TypeError, AttributeError) as error:
