@@ -88,7 +88,7 @@ class ViCrop(Refiner):
     rectangle of tokens are painted from their tokens' boxes. Blocks are at least one a side, cells larger than the base
     count as one, and what is no number in a map is replaced: the official code fails or ends in a corner there. The
     question is asked as it is given. All pictures of a question are looked at, and all windows follow the pictures.
-    Without a peak the first window is taken, as published, and the look says so.
+    In a flat map the first window is taken, as published, and the look says so.
 
     *Cost*: the answer with twice the pictures, and beforehand, for each question and block: rel-att one part of a
     forward up to the last layer that is read, and one more per picture (kept for later questions); grad-att one forward
@@ -264,7 +264,7 @@ class ViCrop(Refiner):
         window = best_window(values, x1 - x0, y1 - y0, self.base_of(vlm), by_area=self.by_area)
         left, top, right, bottom = window.box
         box = (x0 + left, y0 + top, x0 + right, y0 + bottom)
-        problem = "" if window.peaked else "the map has no peak; the first window was taken"
+        problem = "" if window.peaked else "the map is flat; the first window was taken"
         if replaced:
             logger.info("vicrop: a map held values that are no numbers; they were replaced")
         part = picture.crop(box)

@@ -13,7 +13,7 @@ from vlmfix.decoders.refined import Array
 RATIOS = (1.0, 1.2, 1.4, 1.6, 1.8, 2.0)
 """Sides of the windows, in base sides."""
 FLAT = 1e-9
-"""A peak below this share of the largest window's mean is none."""
+"""A map whose values differ by less than this share of the largest is flat."""
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,7 @@ class Window:
 
     Attributes:
         box: x0, y0, x1, y1 in pixels; x1 and y1 are excluded.
-        peaked: Whether the map stands out there; the first window is taken when it stands out nowhere.
+        peaked: False when the map is flat: the first window is taken then.
     """
 
     box: tuple[int, int, int, int]
@@ -55,12 +55,11 @@ def best_window(values: Array, width: int, height: int, base: int, *, by_area: b
             continue
         x, y, sharpness = _sharpest(values, wide, high)
         found.append((sharpness / (wide * high) if by_area else sharpness, ratio, (x, y, wide, high)))
-    sharpness, ratio, (x, y, wide, high) = max(found, key=lambda one: one[0])  # the first of equals
+    _, ratio, (x, y, wide, high) = max(found, key=lambda one: one[0])  # the first of equals
     middle = (int(x * across + across * wide / 2), int(y * down + down * high / 2))
     half = int(base * ratio // 2)
     (x0, x1), (y0, y1) = (_around(at, half, length) for at, length in zip(middle, (width, height), strict=True))
-    scale = float(np.abs(values).max()) * (1 if by_area else wide * high)
-    return Window((x0, y0, x1, y1), peaked=sharpness > FLAT * scale)
+    return Window((x0, y0, x1, y1), peaked=bool(np.ptp(values) > FLAT * np.abs(values).max()))
 
 
 def _sharpest(values: Array, wide: int, high: int) -> tuple[int, int, float]:
