@@ -161,7 +161,7 @@ def _stack(
     batches = [branch.batch for branch in branches]
     length = max(b.length for b in (batch, *batches))
     masks = [_wide(_left(b.attention_mask, length), beams) for b in (batch, *batches)]
-    positions = [_wide(_left(_positions(vlm.model, b), length), beams) for b in (batch, *batches)]
+    positions = [_wide(_left(prompt_positions(vlm.model, b), length), beams) for b in (batch, *batches)]
     clean = positions[0][..., -1:]
     return Stack(
         forward=forward,
@@ -316,7 +316,7 @@ def _all_features(model: PreTrainedModel, stack: Stack, kwargs: dict[str, Any]) 
     return {"image": joined(present)} if present else None
 
 
-def _positions(model: PreTrainedModel, batch: Batch) -> Tensor:
+def prompt_positions(model: PreTrainedModel, batch: Batch) -> Tensor:
     """Position ids of a prompt, as ``generate`` makes them; what that leaves on the model is put back."""
     base: Any = model.base_model
     prepare: Any = model._prepare_position_ids_for_generation

@@ -122,7 +122,7 @@ def first_token_mass(vlm: Checkpoint) -> Tensor:
     if vlm.model not in _MASSES:
         probe = _FirstMass()
         for number, question in enumerate(QUESTIONS):
-            batch = vlm.encode([question], [[_picture(number)]])
+            batch = vlm.encode([question], [[random_picture(number)]])
             with torch.no_grad(), bare(vlm), edited(vlm, vlm.layout(batch), (probe,)):
                 vlm.model(**batch)
         layers = [torch.stack(probe.found[layer]).mean(dim=0) for layer in sorted(probe.found)]
@@ -178,11 +178,11 @@ def _probe(vlm: Checkpoint, threshold: float) -> SinkReport:
 
 def _prompts(vlm: Checkpoint) -> Iterator[Batch]:
     for number, question in enumerate(QUESTIONS):
-        yield vlm.encode([question], [[_picture(number)]])
+        yield vlm.encode([question], [[random_picture(number)]])
         yield vlm.encode([question], [[]])
 
 
-def _picture(seed: int) -> Image.Image:
+def random_picture(seed: int) -> Image.Image:
     """A smooth random picture: coloured blobs, so that image tokens differ as they do in photographs."""
     generator = torch.Generator().manual_seed(seed)
     coarse = torch.rand(1, 3, 6, 6, generator=generator)
