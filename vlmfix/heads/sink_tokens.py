@@ -37,9 +37,10 @@ class SinkTokens(Profiler):
     state is parallel to the primary sink's, |cos| > ``cosine``; by the number of layers n in which it is hit it is
     noise (n <= 4), secondary, or primary again (n >= L - 15). Up to 20 layers, where these limits leave no room, noise
     is n < max(2, 0.12 L), primary n >= 0.7 of the active layers, and a token is secondary when it is first hit later
-    than on + 1. ``details``, per layer, mean over pictures: ``primary_norm`` (norm of the primary sink over the median
-    norm of the tokens), ``secondary_text`` and ``secondary_image`` (tokens that are hit as secondary sinks), ``visual``
-    (image tokens with ``sink_strength`` above the threshold); and ``dims``, the model's sink dimensions.
+    than on + 1. ``details``, of the states that leave each layer, mean over pictures: ``primary_norm`` (norm of the
+    primary sink over the median norm of the tokens), ``secondary_text`` and ``secondary_image`` (tokens that are hit as
+    secondary sinks), ``visual`` (image tokens with ``sink_strength`` above the threshold); and ``dims``, the model's
+    sink dimensions.
 
     Source: Wong et al., "On the Existence and Behavior of Secondary Attention Sinks", arXiv 2512.22213; official code
     JeffreyWong20/Secondary-Attention-Sinks at 11eefcc. *Differs*: the first sink is primary by definition, however
