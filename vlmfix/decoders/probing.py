@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from vlmfix.attention.edit import LayerSet, Rows, Site, WeightEdit
-from vlmfix.attention.saliency import saliency_steps
+from vlmfix.attention.saliency import SCALE, saliency_steps, token_loss
 from vlmfix.attention.session import edited
 from vlmfix.decoders.base import Greedy
 from vlmfix.decoders.encoding import encoded_once, repeats_pictures
@@ -25,8 +25,6 @@ from vlmfix.errors import UnsupportedAttentionError
 from vlmfix.models.checkpoint import Checkpoint
 from vlmfix.models.layout import Batch
 
-SCALE = 1024.0
-"""What is derived is multiplied by it and the derivative divided by it, so that float16 does not lose small ones."""
 GREEDILY = {"do_sample": False, "num_beams": 1, "temperature": None, "top_p": None, "top_k": None}
 
 
@@ -139,20 +137,6 @@ def _answer_lengths(model: PreTrainedModel, answers: Tensor) -> list[int]:
     return (answers.shape[1] - (ended.int().cumsum(dim=1) - ended.int() > 0).sum(dim=1)).tolist()
 
 
-def best_log_probability(logits: Tensor) -> Tensor:
-    """``v = max log softmax(logits)``, written so that a probability of almost 1 keeps its gradient.
-
-    Args:
-        logits: (B, V) float32; may be log-probabilities.
-
-    Returns:
-        (B,), at most 0.
-    """
-    best = logits.argmax(dim=1, keepdim=True)  # (B, 1)
-    others = logits.scatter(1, best, float("-inf")).logsumexp(dim=1)  # (B,)
-    return -torch.nn.functional.softplus(others - logits.gather(1, best)[:, 0])
-
-
 def attention_gradients(vlm: Checkpoint, batch: Batch, layers: LayerSet) -> list[Tensor]:
     """What the most probable first token owes to each prompt token: attention times the helpful part of its gradient.
 
@@ -183,7 +167,8 @@ def attention_gradients(vlm: Checkpoint, batch: Batch, layers: LayerSet) -> list
         with saliency_steps(vlm, layout, chosen, input_ids, kwargs) as passes, torch.enable_grad():
             passes.advance(input_ids)
             weights = [passes.recorder.seen[layer] for layer in read]  # (B, H, 1, T) each
-            certainty = SCALE * best_log_probability(passes.newest[0]).sum()
+            logits = passes.newest[0]  # (B, V)
+            certainty = -SCALE * token_loss(logits, logits.argmax(dim=1)).sum()
             for weight, gradient in zip(weights, torch.autograd.grad(certainty, weights), strict=True):
                 owed = weight.detach() * (gradient / SCALE).clamp(min=0)
                 found.append(owed[:, :, 0].float().mean(dim=1).cpu())  # (B, T)
@@ -225,6 +210,6 @@ def pixel_gradients(vlm: Checkpoint, batch: Batch) -> Tensor:
         pixels = batch["pixel_values"].detach().clone().requires_grad_()
         inputs = {**batch, "pixel_values": pixels}
         logits = model(**inputs, use_cache=False, logits_to_keep=1, return_dict=True).logits[:, -1].float()
-        certainty = SCALE * best_log_probability(logits).sum()
+        certainty = -SCALE * token_loss(logits, logits.argmax(dim=1)).sum()
         (gradient,) = torch.autograd.grad(certainty, pixels)
     return (gradient.float() / SCALE).cpu()
