@@ -30,7 +30,7 @@ class HeadGain(OutputEdit):
 
 @dataclass(frozen=True, kw_only=True)
 class HeadGains(Greedy):
-    """An output edit as a decoder: no method of the package has that kind yet, and all contracts hold for it."""
+    """An output edit of the text behind a picture as a decoder, so that all contracts hold for that kind."""
 
     gain: float = 1.7
 
@@ -40,6 +40,7 @@ class HeadGains(Greedy):
 
 _ACT = "act:heads=all,layers=all,sink_factor=1"
 _VAR = "var:sink_dims=1/2/3/4,sink_threshold=0.8,min_visual_mass=0,min_nonsink_ratio=0,layers=2:"
+_GIFT = "gift:saliency_layers=0,layers=1:"
 
 NEUTRAL: dict[str, str | Decoder] = {
     "greedy": "greedy",
@@ -49,6 +50,10 @@ NEUTRAL: dict[str, str | Decoder] = {
     "locore-post": "locore:strength=0,mode=post",
     "vcd": "vcd:contrast=0,plausibility=0",
     "inter": "inter:variance=inf,plausibility=0",
+    "vhr": "vhr:alpha=1",
+    "vhr-both": "vhr:alpha=1,reinforce_text_branch=true,keep_positions=true",
+    "gift": "gift:alpha=0",
+    "gift-no-heads": "gift:image_heads=0,saliency_layers=2,layers=0:2",
     "zerotuning": "zerotuning:gain=1",
     "act": f"{_ACT},kept_fraction=1",
     "spin": "spin:suppression=1",
@@ -64,15 +69,21 @@ STRONG: dict[str, str | Decoder] = {
     "locore-post": "locore:strength=4,mode=post",
     "vcd": "vcd:contrast=1.5,plausibility=0",
     "inter": "inter:variance=0,plausibility=0",
+    "vhr": "vhr:alpha=4,layers=all",
+    "gift": "gift:alpha=6",
     "zerotuning": "zerotuning:gain=20,heads=0/3/4/7",
     "act": f"{_ACT},kept_fraction=0",
     "spin": "spin:kept_share=0.5",
     "spin-scores": "spin:preset=official-code,kept_share=0.5,suppression=0.2",
     "chain-attention": f"zerotuning:gain=0,heads=1/2+{_ACT},kept_fraction=0.2+spin:preset=official-code,kept_share=0.5",
     "head-gains": HeadGains(),
-    "chain": f"{_VAR},moved_fraction=1+locore:strength=2+vcd:plausibility=0+inter:variance=0,plausibility=0",
+    "chain": f"{_VAR},moved_fraction=1+{_GIFT}+locore:strength=2+vcd:plausibility=0+inter:variance=0,plausibility=0",
+    "chain-heads": "vhr:alpha=4,layers=all+gift:saliency_layers=2,layers=1:+vcd:plausibility=0",
 }
-"""Parameters under which it does much, and one chain of all."""
+"""Parameters under which it does much, and three chains."""
+
+EVERY_ROW = ("vhr", "chain-heads")
+"""Methods that change every row of the prompt, the picture's too, so that prompts cannot share them."""
 
 
 def method_of(spec: str | Decoder) -> Decoder:

@@ -13,9 +13,11 @@ import torch
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import sdpa_mask
 
-from tests.contracts.support import Forced, batch_of, close, logits, vlm_of
+from tests.contracts.support import PROMPTS, Forced, batch_of, close, logits, vlm_of
 from tests.tiny import TINY
 from vlmfix.decoders import ACT, SPIN, VAR, LocoRE, ZeroTuning
+from vlmfix.decoders.gift import GIFT
+from vlmfix.decoders.vhr import VHR
 
 NAME = "slow_reference"
 
@@ -45,7 +47,17 @@ class Slow:
         final, self.map = weights.clone(), weights
         for b, h, q in torch.cartesian_prod(*map(torch.arange, (rows, heads, length))).tolist():
             final[b, h, q] = self.weights(module.layer_idx, b, h, q, weights[b, h, q])
-        return (final @ value).transpose(1, 2).to(query.dtype).contiguous(), None
+        final = self.together(module.layer_idx, final)
+        output = self.outputs(module.layer_idx, (final @ value).transpose(1, 2))
+        return output.to(query.dtype).contiguous(), None
+
+    def together(self, layer, weights):
+        """A rule for the weights (B, H, Q, K) of all heads, where a row of its own does not suffice."""
+        return weights
+
+    def outputs(self, layer, outputs):
+        """A rule for the head outputs (B, Q, H, D)."""
+        return outputs
 
 
 @contextmanager
@@ -136,6 +148,133 @@ def locore(vlm, batch, method):
     return Slow(boosted("scores"), boosted("weights"))
 
 
+def vhr(vlm, batch, method):
+    """Sections 2.2 to 2.6 of VHR's specification: all heads are chosen layer by layer before the answer is computed."""
+    image, prompt = vlm.layout(batch).tokens, batch.length
+    layers = [layer for layer in range(3) if layer in method.layers.resolve(3)]
+    slow, heads, last = Slow(same, same), {}, {}
+
+    def outputs(layer, out):
+        last[layer] = out[:, prompt - 1 if out.shape[1] >= prompt else -1]  # (B, H, D)
+        if layer not in heads or (out.shape[0] == 1 and not method.reinforce_text_branch):
+            return out
+        rows = heads[layer] if out.shape[0] > 1 else heads[layer][slow.row : slow.row + 1]
+        return torch.where(rows[:, None, :, None], out * method.alpha, out)
+
+    def without_picture(row):
+        ids = batch["input_ids"][row][batch.attention_mask[row].bool() & ~deleted[row]]
+        types = {name: torch.zeros_like(ids)[None] for name in ("mm_token_type_ids", "token_type_ids") if name in batch}
+        slow.row = row
+        vlm.model(input_ids=ids[None], **types, use_cache=False)
+        return dict(last)
+
+    def choose(shown, blind):
+        moved = [float(((a - b) ** 2).sum()) for a, b in zip(shown, blind, strict=True)]
+        if method.distance == "euclidean":
+            distance = [value**0.5 for value in moved]
+        else:
+            distance = list(moved)
+        flares = [float((b**2).sum()) for b in blind]
+
+        def bound(values):
+            values = torch.tensor(values, dtype=torch.float64)
+            return float(values.mean() + values.std())
+
+        if method.drop_outliers and float(torch.tensor(moved, dtype=torch.float64).std()) > method.outlier_guard:
+            high = bound(distance), bound(flares)
+            out = [d > high[0] and f > high[1] for d, f in zip(distance, flares, strict=True)]
+            distance = [0.0 if gone else d for d, gone in zip(distance, out, strict=True)]
+        middle = sorted(distance)[(len(distance) - 1) // 2]
+        return torch.tensor([d > middle for d in distance])
+
+    slow.outputs, slow.row = outputs, 0
+    deleted = batch["input_ids"] == vlm.family.image_token(vlm.model.config)
+    with torch.no_grad(), installed(vlm, slow):
+        for layer in layers:
+            vlm.model(**batch, use_cache=False)
+            shown = last[layer]
+            heads[layer] = torch.stack(
+                [choose(shown[row], without_picture(row)[layer][0]) & image[row].any() for row in range(batch.rows)]
+            )
+    return slow
+
+
+def gift(vlm, batch, method):
+    """Sections 2.1 to 2.3 of GIFT's specification; the tokens of question and content words are given."""
+    image, prompt = vlm.layout(batch).tokens, batch.length
+    source, target = method.saliency_layers.resolve(3), method.layers.resolve(3)
+    question, content = tokens_of_questions(vlm, batch)
+    slow, maps = Slow(same, same), {}
+
+    def largest(values, share):
+        order = sorted(range(len(values)), key=lambda head: (-values[head], head))
+        return order[: int(share * len(values))]
+
+    def learn(layer, weights):
+        heads = weights.shape[1]
+        for b in range(batch.rows):
+            shift = torch.zeros(heads, len(content[b]), int(image[b].sum()), dtype=torch.float64)
+            for place, column in enumerate(content[b]):
+                now, before = (weights[b, :, i, :prompt][:, image[b]] for i in (column, column - 1))
+                shift[:, place] = (now - before).clamp(min=0)
+            kept = largest(shift.sum(dim=(1, 2)).tolist(), method.saliency_heads)
+            maps.setdefault(layer, {})[b] = shift[kept].mean(dim=(0, 1))
+
+    def gain(b):
+        s = torch.stack([found[b] for found in maps.values()]).mean(dim=0)
+        s = s.clamp(s.mean() - method.clip * s.std(), s.mean() + method.clip * s.std())
+        return ((s - s.min()) / (s.max() - s.min()) * method.alpha).exp()
+
+    def raised(weights, b, q):
+        new = weights[b, :, q].clone()  # (H, K)
+        shown = image[b].nonzero().flatten().tolist()
+        looking = largest(new[:, shown].sum(-1).tolist(), method.image_heads)
+        asking = largest(new[:, question[b]].sum(-1).tolist(), method.question_heads)
+        before = sum(float(new[h, shown].sum()) for h in looking)
+        for h in looking:
+            new[h, shown] *= gain(b)
+        after = sum(float(new[h, shown].sum()) for h in looking)
+        for h in asking:
+            new[h, question[b]] *= method.beta * after / before
+        return new / new.sum(-1, keepdim=True)
+
+    def together(layer, weights):
+        if not slow.enhancing:
+            if layer in source:
+                learn(layer, weights)
+            return weights
+        if layer not in target:
+            return weights
+        new = weights.clone()
+        for b in range(batch.rows):
+            for q in range(prompt - 1, weights.shape[2]):
+                new[b, :, q] = raised(weights, b, q)
+        return new
+
+    slow.together, slow.enhancing = together, False
+    with torch.no_grad(), installed(vlm, slow):
+        vlm.model(**batch, use_cache=False)
+    slow.enhancing = True
+    return slow
+
+
+def tokens_of_questions(vlm, batch):
+    """Columns of each row's question, and of its words that say something, in a tokenizer of one token per letter."""
+    letters = [vlm.processor.tokenizer.decode([token]) for token in range(len(vlm.processor.tokenizer))]
+    found = []
+    for row, (asked, said) in enumerate(zip(PROMPTS, SAID, strict=True)):
+        text = [letters[token] for token in batch["input_ids"][row].tolist()]
+        start = max(i for i in range(len(text)) if "".join(text[i : i + len(asked)]) == asked)
+        places = [asked.index(f" {word}") + 1 + i for word in said for i in range(len(word))]
+        places = places or range(len(asked))
+        found.append((list(range(start, start + len(asked))), [start + place for place in sorted(places)]))
+    return [row[0] for row in found], [row[1] for row in found]
+
+
+SAID: tuple[tuple[str, ...], ...] = ((), ("dog", "one", "two", "pictures"))
+"""Content words of ``PROMPTS``."""
+
+
 def texts(vlm, batch):
     """Whether row q of sample b is text behind a picture: of the question, or generated."""
     layout = vlm.layout(batch)
@@ -223,6 +362,24 @@ METHODS = {
     "var-official": (
         var,
         VAR(preset="official-code", sink_dims=(5, 9, 11), sink_threshold=1.2, min_visual_mass=0.05),
+    ),
+    "vhr": (vhr, VHR(alpha=2.5, layers="all")),
+    "vhr-official": (vhr, VHR(alpha=1.7, layers="1:", preset="official-code", outlier_guard=0.01)),
+    "vhr-both": (vhr, VHR(alpha=0.3, layers="0/2", reinforce_text_branch=True)),
+    "gift": (gift, GIFT(alpha=3.0, saliency_layers="0", layers="1:", words="stop-words")),
+    "gift-apart": (
+        gift,
+        GIFT(
+            alpha=2.0,
+            beta=1.5,
+            saliency_layers="0/2",
+            layers="0:2",
+            clip=0.7,
+            saliency_heads=0.8,
+            image_heads=0.3,
+            question_heads=0.7,
+            words="stop-words",
+        ),
     ),
     "locore": (locore, LocoRE(strength=1.5, window=3)),
     "locore-generated": (locore, LocoRE(strength=1.5, preset="semantic", window=2)),

@@ -9,8 +9,9 @@ import torch
 
 from tests.contracts.support import PICTURES, batch_of, close, logits, plain, vlm_of
 from vlmfix.attention.session import edited
-from vlmfix.decoders import GIFT, DecodingPlan, Greedy
-from vlmfix.decoders.gift import enhance, gains, most, shift_map, shift_peak
+from vlmfix.decoders import GIFT, DecodingPlan, Greedy, gaze
+from vlmfix.decoders.gaze import most, shift_map, shift_peak
+from vlmfix.decoders.gift import enhance, gains
 from vlmfix.errors import IncompatibleDecodersError, UnsupportedAttentionError, UsageError
 
 B, H, K = 2, 6, 12
@@ -184,7 +185,7 @@ def test_default_layers_and_strength(kind, source, target, alpha, monkeypatch):
     monkeypatch.setattr(type(vlm.family), "layers", lambda self, model: [None] * kind[3])
     found = [layers.resolve(kind[3]) for layers in GIFT()._layers(vlm)]
     assert found == [set(source), set(target)]
-    assert GIFT()._tuned(vlm).alpha == alpha
+    assert GIFT()._alpha(vlm) == alpha
     assert GIFT(saliency_layers="3")._layers(vlm)[0].resolve(kind[3]) == {3}
 
 
@@ -193,8 +194,6 @@ def test_the_peak_is_where_attention_to_the_picture_is_gained(family):
     """Where queries and keys of all other layers are silenced, attention does not shift there."""
     vlm = vlm_of(family)
     assert shift_peak(vlm) in (0, 1)
-    from vlmfix.decoders import gift
-
     for loud in (0, 1):
         modules = [m for n, m in enumerate(vlm.family.attention_modules(vlm.model)) if n != loud]
         former = [(module.q_proj.weight, module.q_proj.weight.detach().clone()) for module in modules]
@@ -202,13 +201,13 @@ def test_the_peak_is_where_attention_to_the_picture_is_gained(family):
             with torch.no_grad():
                 for weight, _ in former:
                     weight.zero_()
-            gift._PEAKS.pop(vlm.model, None)
+            gaze._PEAKS.pop(vlm.model, None)
             assert shift_peak(vlm) == loud
         finally:
             with torch.no_grad():
                 for weight, before in former:
                     weight.copy_(before)
-            gift._PEAKS.pop(vlm.model, None)
+            gaze._PEAKS.pop(vlm.model, None)
 
 
 def test_no_strength_is_the_plain_model_bit_by_bit():

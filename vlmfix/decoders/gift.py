@@ -5,21 +5,18 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, NamedTuple
-from weakref import WeakKeyDictionary
+from typing import ClassVar, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import pad
 
-from vlmfix.attention.edit import LayerSet, PromptReading, Rows, Site, WeightEdit
-from vlmfix.attention.session import bare, edited
+from vlmfix.attention.edit import LayerSet, Rows, Site, WeightEdit
 from vlmfix.decoders.base import Decoder, DecodingPlan, Source
+from vlmfix.decoders.gaze import GazeReading, deepest, most, per_row, read_apart, shift_peak
 from vlmfix.decoders.parameters import Value, parameter
 from vlmfix.decoders.question import RULES, asked, has_tagger, rule_in_words
 from vlmfix.errors import IncompatibleDecodersError, UnsupportedAttentionError
-from vlmfix.heads.gaze_shift import gaze_shift
-from vlmfix.heads.sinks import QUESTIONS, random_picture
 from vlmfix.models.checkpoint import Checkpoint
 from vlmfix.models.layout import Batch, ImageLayout
 
@@ -38,8 +35,8 @@ TABLE: dict[tuple[str, str, int, int], Tuned] = {
     ("qwen2_vl", "qwen2_vl_text", 3584, 28): Tuned("14", "5:19", 4.0),
 }
 """By the types of model and text model, hidden size and layers: LLaVA-1.5-7B and 13B, Qwen2-VL-7B."""
-DEPTH = 0.7
-"""Share of the layers behind which models that are not in the table are left alone."""
+ALPHA = 4.0
+"""Strength for models that are not in the table."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,7 +135,7 @@ class GIFT(Decoder):
         reason = self.check(vlm)
         if reason is not None:
             raise IncompatibleDecodersError(f"gift cannot act: {reason}", "give saliency_layers and layers")
-        alpha = self._tuned(vlm).alpha if self.alpha is None else self.alpha
+        alpha = self._alpha(vlm)
         if alpha == 0 and self.beta == 1:
             return DecodingPlan()
         found = asked(vlm, batch, self.word_rule, last_only=self.repeated == "last")
@@ -149,7 +146,7 @@ class GIFT(Decoder):
         count = len(vlm.family.layers(vlm.model))
         together = min(target.resolve(count)) > max(source.resolve(count))
         if not together:
-            _read_apart(vlm, batch, layout, reading)
+            read_apart(vlm, batch, layout, reading)
         enhancement = Enhancement(
             layers=target,
             reading=reading,
@@ -193,45 +190,16 @@ class GIFT(Decoder):
         if self.layers is not None or not source.resolve(count):
             return source, self.layers or LayerSet()
         behind = max(source.resolve(count)) + 1
-        return source, LayerSet(tuned.enhancement if tuned else f"{behind}:{max(_deepest(count), behind) + 1}")
+        return source, LayerSet(tuned.enhancement if tuned else f"{behind}:{max(deepest(count), behind) + 1}")
 
-    def _tuned(self, vlm: Checkpoint) -> Tuned:
-        return TABLE.get(_kind(vlm), Tuned("", "", 4.0))
+    def _alpha(self, vlm: Checkpoint) -> float:
+        tuned = TABLE.get(_kind(vlm))
+        return self.alpha if self.alpha is not None else tuned.alpha if tuned else ALPHA
 
 
 def _kind(vlm: Checkpoint) -> tuple[str, str, int, int]:
     text = vlm.model.config.get_text_config()
     return vlm.model.config.model_type, text.model_type, text.hidden_size, text.num_hidden_layers
-
-
-def _deepest(count: int) -> int:
-    """The last layer that is enhanced by default, of ``count`` layers."""
-    return min(round(DEPTH * count), count - 1)
-
-
-@dataclass(frozen=True, eq=False, kw_only=True)
-class GazeReading(PromptReading):
-    """Takes the map of each layer while the prompt is read.
-
-    Attributes:
-        content: (samples, T) bool, tokens of content words.
-        share: Share of the heads that count.
-        found: Layer number -> (B, K) map.
-    """
-
-    content: Tensor
-    share: float
-    found: dict[int, Tensor] = field(default_factory=dict)
-
-    def read(self, site: Site, weights: Tensor) -> None:
-        """Keeps the map of (B, H, R, K) weights."""
-        content = pad(_per_row(site, self.content), (0, weights.shape[-1] - site.prompt))  # (B, K)
-        rows = site.queries[0]  # (R,)
-        self.found[site.layer] = shift_map(weights, rows, site.image_keys, content[:, rows], self.share)
-
-    def saliency(self) -> Tensor:
-        """(B, K), the mean of all layers."""
-        return torch.stack([found.float() for found in self.found.values()]).mean(dim=0)
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -280,52 +248,9 @@ class Enhancement(WeightEdit):
 
     def _learn(self, site: Site) -> None:
         image = site.image_keys[:, : site.prompt]  # (B, T)
-        saliency = self.reading.saliency() if self.known is None else _per_row(site, self.known)
+        saliency = self.reading.saliency() if self.known is None else per_row(site, self.known)
         self.learned["gain"] = gains(saliency[:, : site.prompt], image, alpha=self.alpha, clip=self.clip)
-        self.learned["question"] = _per_row(site, self.question)
-
-
-def _per_row(site: Site, values: Tensor) -> Tensor:
-    """(B, T) of (samples, tokens): rows of contrast branches may have made the prompt longer, to the left."""
-    return site.spread(pad(values, (site.prompt - values.shape[1], 0)))
-
-
-def shift_map(weights: Tensor, rows: Tensor, image: Tensor, content: Tensor, share: float) -> Tensor:
-    """What the patches gained at content words, in the heads that shifted most.
-
-    Args:
-        weights: (B, H, R, K) attention.
-        rows: (R,) column of each row, ascending.
-        image: (B, K) bool, image patches.
-        content: (B, R) bool, rows of content words.
-        share: Share of the heads that count.
-
-    Returns:
-        (B, K) float32, at least 0; zero elsewhere than on patches, and without content words.
-    """
-    counts = content[:, 1:] & (rows.diff() == 1)  # (B, R - 1), rows whose predecessor is at hand
-    gained = weights.diff(dim=2).clamp(min=0) * image[:, None, None, :]  # (B, H, R - 1, K)
-    total = torch.einsum("bhrk,br->bhk", gained, counts.to(gained.dtype))  # (B, H, K)
-    kept = most(total.sum(dim=-1), share)  # (B, H)
-    number = counts.sum(dim=1) * math.floor(share * weights.shape[1])  # (B,)
-    return torch.einsum("bhk,bh->bk", total, kept.to(total.dtype)) / number.clamp(min=1)[:, None]
-
-
-def most(values: Tensor, share: float) -> Tensor:
-    """The heads with the largest values, floor(share * H) of them; of equal ones the first.
-
-    Args:
-        values: (B, H, ...).
-        share: In [0, 1].
-
-    Returns:
-        (B, H, ...) bool.
-    """
-    heads = torch.arange(values.shape[1], device=values.device)
-    earlier = (heads[None, :] < heads[:, None]).view(1, len(heads), len(heads), *[1] * (values.dim() - 2))
-    own, other = values[:, :, None], values[:, None]  # (B, H, 1, ...), (B, 1, H, ...)
-    ahead = (other > own) | ((other == own) & earlier)  # (B, H, H, ...)
-    return ahead.sum(dim=2) < math.floor(share * values.shape[1])
+        self.learned["question"] = per_row(site, self.question)
 
 
 def gains(saliency: Tensor, image: Tensor, *, alpha: float, clip: float) -> Tensor:
@@ -389,43 +314,3 @@ def enhance(
     new = new / new.sum(dim=-1, keepdim=True)
     acts = (image.any(dim=1) & question.any(dim=1))[:, None, None, None]
     return torch.where(acts, new, weights)
-
-
-@torch.no_grad()
-def _read_apart(vlm: Checkpoint, batch: Batch, layout: ImageLayout, reading: PromptReading) -> None:
-    """Runs the prompt once for a reading alone."""
-    model: Any = vlm.model
-    with bare(vlm), edited(vlm, layout, [reading]):
-        model(**batch, use_cache=False, logits_to_keep=1)
-
-
-@dataclass(frozen=True, eq=False, kw_only=True)
-class ShiftTotals(PromptReading):
-    """Adds up all shifts of each layer.
-
-    Attributes:
-        content: (B, T) bool, tokens of content words.
-        totals: Layer number -> sum over rows, heads, tokens and patches.
-    """
-
-    content: Tensor
-    totals: dict[int, float] = field(default_factory=dict)
-
-    def read(self, site: Site, weights: Tensor) -> None:
-        """Sums over (B, H, R, K) weights."""
-        rows = site.queries[0]
-        self.totals[site.layer] = float(gaze_shift(weights, rows, site.image_keys, self.content[:, rows]).sum())
-
-
-_PEAKS: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()
-
-
-def shift_peak(vlm: Checkpoint) -> int:
-    """The layer with the largest gaze shifts, among those that leave one to enhance; found once per model."""
-    if vlm.model not in _PEAKS:
-        batch = vlm.encode(QUESTIONS, [[random_picture(number)] for number in range(len(QUESTIONS))])
-        reading = ShiftTotals(content=asked(vlm, batch, "stop-words", last_only=False).content)
-        _read_apart(vlm, batch, vlm.layout(batch), reading)
-        early = range(max(1, _deepest(len(vlm.family.layers(vlm.model)))))
-        _PEAKS[vlm.model] = max(early, key=lambda layer: reading.totals[layer])
-    return _PEAKS[vlm.model]
