@@ -16,7 +16,6 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, ClassVar, Literal, TypeVar
 
-import open_clip
 import torch
 from PIL import Image
 from torch import Tensor
@@ -216,6 +215,8 @@ class Clip:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         weights = None if model.startswith(("hf-hub:", "local-dir:")) else pretrained
         try:
+            import open_clip  # takes seconds, and every evaluation imports this module
+
             net, transform = open_clip.create_model_from_pretrained(model, pretrained=weights, device=device)
             tokenizer = open_clip.get_tokenizer(model)
         except Exception as error:  # open_clip and what it reads weights with raise nearly anything
