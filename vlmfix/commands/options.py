@@ -17,7 +17,9 @@ INTERRUPTED = 130
 debug = click.option("--debug", is_flag=True, expose_value=False, help="Show the traceback of an error.")
 
 _OPTIONS = {
-    "model": click.option("--model", default="tiny", show_default=True, help="tiny, tiny-qwen, a Hub id, or a directory."),
+    "model": click.option(
+        "--model", default="tiny", show_default=True, help="tiny, tiny-qwen, a Hub id, or a directory."
+    ),
     "revision": click.option("--revision", help="Branch, tag or commit of a Hub model."),
     "device": click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N."),
     "dtype": click.option(
