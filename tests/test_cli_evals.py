@@ -84,6 +84,7 @@ def test_chair_ends_with_intervals_and_comes_out_again(world, tmp_path, vlmfix, 
     code, printed, _ = vlmfix(*chair(world), "--model", model, *ARMS, "--out", out)
     assert code == 0
     assert "95 % intervals" in printed
+    assert len(read_json(out / "report.json")["pictures"]) == SCENES
     results = read_json(out / "results.json")
     assert len(results) == 3
     for figures in results.values():
@@ -95,6 +96,22 @@ def test_chair_ends_with_intervals_and_comes_out_again(world, tmp_path, vlmfix, 
     assert printed.count(f"{SCENES} of {SCENES} answers have the same tokens") == 3
     for arm in results:
         assert (out / "again" / arm / "answers.jsonl").read_bytes() == (out / arm / "answers.jsonl").read_bytes()
+
+
+def test_a_folder_of_answers_comes_out_again(world, tmp_path, vlmfix):
+    out = tmp_path / "out"
+    assert vlmfix("run", world / "images", "--out", out, "--decoder", "vcd", "--max-new-tokens", 20)[0] == 0
+    code, printed, _ = vlmfix("reproduce", out)
+    assert code == 0
+    assert f"{SCENES} of {SCENES} answers are the same" in printed
+    lines = list(read_lines(out / "answers.jsonl"))
+    lines[2]["answer"] = "A horse."
+    (out / "answers.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    code, printed, _ = vlmfix("reproduce", out)
+    assert code == 1
+    assert f"differs: {lines[2]['image']}: {lines[2]['prompt']}" in printed
+    code, printed, _ = vlmfix("reproduce", out, "--json")
+    assert (code, json.loads(printed)["exact"]) == (1, False)
 
 
 def test_a_run_that_is_not_reproduced_says_so(world, tmp_path, vlmfix):

@@ -83,11 +83,14 @@ def compare(*, folders: tuple[Path, ...], out: Path | None, draws: int, seed: in
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @options.debug
 def reproduce(*, folder: Path, out: Path | None, device: str, as_json: bool) -> None:
-    """Run the evaluation in FOLDER again from its card, and say what differs.
+    """Run what is in FOLDER again from its card, and say what differs: an evaluation, or what vlmfix run wrote.
 
-    The exit code is 0 when every answer has the same tokens, else 1.
+    The exit code is 0 when every answer is the same, of an evaluation in every token, else 1.
     """
     options.quieten()
+    if (folder / "run.json").exists():
+        _answer_again(folder, out or folder / "again", device, as_json)
+        return
     from vlmfix.display import counting, loading
     from vlmfix.evals.record import read_run
     from vlmfix.evals.reproduce import reproduce as again
@@ -111,6 +114,23 @@ def reproduce(*, folder: Path, out: Path | None, device: str, as_json: bool) -> 
     score_run(found.run)
     click.echo(to_json(reproduction_json(found), indent=2) if as_json else reproduction_text(found, folder), nl=as_json)
     if not found.exact:
+        click.get_current_context().exit(1)
+
+
+def _answer_again(folder: Path, out: Path, device: str, as_json: bool) -> None:
+    from vlmfix.display import loading, run_display
+    from vlmfix.folder.reproduce import reproduce as again
+
+    with run_display() as report:
+        found = again(folder, out, device=device, report=report, loader=loading)
+    same = found.answers - len(found.other)
+    if as_json:
+        click.echo(to_json({"exact": not found.other, "answers": found.answers, "other": found.other}, indent=2))
+    else:
+        click.echo(f"{folder}: {same} of {found.answers} answers are the same; the second run is in {out}")
+        for image, prompt in found.other[:5]:
+            click.echo(f"  differs: {image}: {prompt}")
+    if found.other:
         click.get_current_context().exit(1)
 
 

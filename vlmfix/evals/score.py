@@ -48,5 +48,6 @@ def score(run: EvalRun, *, samples: Sequence[Sample] | None = None, **options: s
         write_samples(run.folder, run.samples)
         replace_json(run.folder / CARD, run.card)
     replace_json(run.folder / RESULTS, results)
-    replace_json(run.folder / REPORT, head | {"arms": report})
+    pictures = list(dict.fromkeys(sample.image for sample in run.samples if sample.image is not None))
+    replace_json(run.folder / REPORT, head | {"arms": report, "pictures": pictures})
     return run

@@ -1,0 +1,99 @@
+"""Answer a folder of pictures again from its run card, and say which answers came out differently."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from vlmfix.card import weights_digest
+from vlmfix.errors import DataError
+from vlmfix.folder.job import Progress, run
+from vlmfix.folder.output import ANSWERS, CARD
+from vlmfix.folder.questions import Questions
+from vlmfix.generation import VLM, load
+from vlmfix.records import read_json, read_lines
+from vlmfix.settings import Settings
+
+
+@dataclass(frozen=True)
+class Repeated:
+    """The second run of a folder beside the first.
+
+    Attributes:
+        out: Folder of the second run.
+        answers: Answers of the first run.
+        other: (picture, prompt) of those that the second run answers otherwise or not at all.
+    """
+
+    out: Path
+    answers: int
+    other: tuple[tuple[str, str], ...]
+
+
+def reproduce(
+    folder: Path,
+    out: Path,
+    *,
+    device: str = "auto",
+    report: Callable[[Progress], None] = lambda progress: None,
+    loader: Callable[..., VLM] = load,
+) -> Repeated:
+    """Run a folder again with the settings of its card.
+
+    Args:
+        folder: A folder that ``run`` wrote and finished.
+        out: Folder of the second run; one that was begun is gone on with.
+        device: Where to run; another kind of device rounds differently, and single words may change.
+        report: Called whenever something was written.
+        loader: Loads the model.
+
+    Raises:
+        DataError: The run is unfinished, or the model's weights or the file of prompts are not those of the run.
+    """
+    card = read_json(folder / CARD)
+    if not card.get("finished"):
+        raise DataError(f"{folder} is unfinished", "finish it with the command that began it")
+    before, session = card["settings"], card["sessions"][-1]
+    if before["commit"] is None and (found := weights_digest(before["model"], None)) != before["weights"]:
+        raise DataError(
+            f"the weights of {before['model']} are not those of the run: {found}, then {before['weights']}",
+            "put the former weights back",
+        )
+    questions = _questions(before, session["prompts_file"])
+    settings = Settings(
+        model=before["model"],
+        revision=before["commit"] or before["revision"],
+        device=device,
+        dtype=before["dtype"],
+        decoder=before["decoder"],
+        max_new_tokens=before["max_new_tokens"],
+        num_beams=before["num_beams"],
+        temperature=before["temperature"],
+        seed=before["seed"],
+    )
+    run(
+        Path(before["pictures"]),
+        out,
+        questions=questions,
+        settings=settings,
+        batch_size=session["batch_size"],
+        report=report,
+        loader=loader,
+    )
+    first, second = (_answers(place) for place in (folder, out))
+    other = tuple(key for key, answer in first.items() if second.get(key) != answer)
+    return Repeated(out, len(first), other)
+
+
+def _questions(settings: dict[str, str | None], prompts: str | None) -> Questions:
+    if prompts is None:
+        return Questions.text(settings["prompt"] or "")
+    questions = Questions.file(Path(prompts))
+    if questions.about["prompts"] != settings["prompts"]:
+        raise DataError(f"{prompts} was changed since the run", "put the former file back")
+    return questions
+
+
+def _answers(folder: Path) -> dict[tuple[str, str], str]:
+    return {(line["image"], line["prompt"]): line["answer"] for line in read_lines(folder / ANSWERS)}
