@@ -8,6 +8,7 @@ import torch
 from PIL import Image
 
 from tests.contracts.support import PICTURES, PROMPTS, STRONG, batch_of, method_of, picture, vlm_of
+from tests.contracts.test_gpu import on_gpu
 from tests.contracts.test_reference import Slow, installed, same
 from tests.tiny import TINY
 from vlmfix.attention.edit import LayerSet
@@ -207,6 +208,20 @@ def test_what_cannot_act_says_so_beforehand(family):
     if not acts("pure-grad", family):
         with pytest.raises(IncompatibleDecodersError, match="method=rel-att or grad-att"):
             vlm.refine(ROWS, PROMPTS, decoder=REFINERS["pure-grad"])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("family", "name"), [case for case in CASES if case[0] in ("llava", "qwen2_5_vl", "internvl")])
+def test_the_gpu_sees_the_cpus_maps(family, name, dtype):
+    here, there = vlm_of(family), on_gpu(family, dtype)
+    one, two = (vlm.refine(ROWS, PROMPTS, decoder=REFINERS[name]) for vlm in (here, there))
+    for left, right in zip(one, two, strict=True):
+        for look, other in zip(left.looks, right.looks, strict=True):
+            assert np.isfinite(other.map.values).all()
+            if dtype == torch.float32 and name != "pure-grad":  # a quotient of gradients magnifies rounding
+                np.testing.assert_allclose(other.map.values, look.map.values, rtol=2e-2, atol=1e-4)
+    assert all(answer.ids for answer in there.generate(ROWS, PROMPTS, decoder=REFINERS[name], max_new_tokens=3))
 
 
 def test_refining_is_repeatable():

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vlmfix.decoders.windows import best_window, block_grid, blocks, mosaic
+from vlmfix.decoders.windows import attention_ratio, best_window, block_grid, blocks, mosaic
 
 
 def bump(cy, cx, spread, lines=24, columns=24):
@@ -148,3 +148,9 @@ def test_maps_of_blocks_are_put_together_in_rows():
     parts = [np.full((2, 2), float(value)) for value in (0, 1, 2, 10, 11, 12)]
     expected = np.array([[0, 1, 2], [10, 11, 12]]).repeat(2, 0).repeat(2, 1)
     np.testing.assert_array_equal(mosaic(parts, (2, 3)), expected)
+
+
+def test_the_attention_ratio_compares_a_box_with_all_of_its_size():
+    assert attention_ratio(np.full((6, 8), 0.2), (1, 2, 4, 4)) == pytest.approx(1)
+    assert attention_ratio(single(5, 7), (6, 4, 9, 7)) == pytest.approx(22 * 22 / 9)
+    assert attention_ratio(single(5, 7), (10, 10, 13, 13)) == 0

@@ -14,12 +14,11 @@ from torch import Tensor
 from vlmfix.attention.edit import LayerSet
 from vlmfix.decoders.base import Refiner, Source
 from vlmfix.decoders.parameters import Value, parameter
-from vlmfix.decoders.probing import attention_maps, missing_layers
+from vlmfix.decoders.probing import image_attention, missing_layers
 from vlmfix.decoders.refined import WHOLE, Look, PictureMap, PictureMemo, Refined, digest, places, token_map
 from vlmfix.decoders.regions import Ranking, Rule, best_regions, bounding_box, carved, grown, threshold
 from vlmfix.decoders.wording import GENERAL, check_wording, worded
 from vlmfix.models.checkpoint import Checkpoint
-from vlmfix.models.layout import Batch
 
 PUBLISHED = LayerSet("20:26")
 """The layers of all four models of the paper, which have 28 to 40."""
@@ -159,18 +158,21 @@ class CARVE(Refiner):
         if not about:
             return refined
         shown = [pictures[number] for number in about]
-        layers = self.layers_of(vlm)
-        asked = self._probe(vlm, shown, [worded(prompts[number], self.terse) for number in about], layers)
-        general = worded(self.general_prompt, self.terse)
+        layers, general = self.layers_of(vlm), worded(self.general_prompt, self.terse)
         budget = 1 if self.steps == "first" else self.probe_tokens
 
         def ask_generally(rows: list[int]) -> list[Tensor]:
-            return self._probe(vlm, [shown[row] for row in rows], [general] * len(rows), layers)[1]
+            plain = vlm.encode([general] * len(rows), [shown[row] for row in rows])
+            return image_attention(vlm, plain, layers, steps=budget)
 
         keys = [("attention", digest(row), general, str(layers), budget) for row in shown]
-        for row, (number, answer) in enumerate(zip(about, memo.recall(keys, ask_generally), strict=True)):
-            values = self.fused(asked[1][row], answer)
-            refined[number] = self._refined(vlm, asked[0], row, values)
+        noise = memo.recall(keys, ask_generally)
+        batch = vlm.encode([worded(prompts[number], self.terse) for number in about], shown)
+        asked, layout = image_attention(vlm, batch, layers, steps=budget), vlm.layout(batch)
+        for row, number in enumerate(about):
+            values = places(layout.tokens[row], self.fused(asked[row], noise[row]))
+            maps = [token_map(layout, values, row=row, image=image) for image in range(len(shown[row]))]
+            refined[number] = self._refined(shown[row], maps)
         return refined
 
     def layers_of(self, vlm: Checkpoint) -> LayerSet:
@@ -182,16 +184,6 @@ class CARVE(Refiner):
             return PUBLISHED
         first, last = (min(round(share * count), count - 1) for share in (0.71, 0.89))
         return LayerSet(f"{first}:{last + 1}")
-
-    def _probe(
-        self, vlm: Checkpoint, pictures: Sequence[Sequence[Image.Image]], prompts: Sequence[str], layers: LayerSet
-    ) -> tuple[Batch, list[Tensor]]:
-        """Asks, and gives for each row (S, layers, image tokens of the row) attention."""
-        batch = vlm.encode(prompts, pictures)
-        budget = 1 if self.steps == "first" else self.probe_tokens
-        tokens = vlm.layout(batch).tokens.cpu()
-        maps = attention_maps(vlm, batch, layers, steps=budget)
-        return batch, [found[..., own] for found, own in zip(maps, tokens, strict=True)]
 
     def fused(self, question: Tensor, general: Tensor) -> Tensor:
         """S on the image tokens.
@@ -215,14 +207,8 @@ class CARVE(Refiner):
         contrast = (image / (noise + ridge)).sum(dim=1)  # (S, N)
         return torch.arange(1, len(contrast) + 1, dtype=torch.float64) @ contrast
 
-    def _refined(self, vlm: Checkpoint, batch: Batch, row: int, values: Tensor) -> Refined:
-        layout = vlm.layout(batch)
-        spread = places(layout.tokens[row], values)
-        pictures = (batch.pictures or ())[row]
-        looks = tuple(
-            self.look(picture, token_map(layout, spread, row=row, image=number))
-            for number, picture in enumerate(pictures)
-        )
+    def _refined(self, pictures: Sequence[Image.Image], maps: Sequence[PictureMap]) -> Refined:
+        looks = tuple(self.look(picture, found) for picture, found in zip(pictures, maps, strict=True))
         new = tuple(look.picture for look in looks)
         return Refined((*pictures, *new) if self.shown == "both" else new, looks)
 

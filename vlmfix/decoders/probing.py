@@ -129,6 +129,12 @@ def attention_maps(vlm: Checkpoint, batch: Batch, layers: LayerSet, *, steps: in
     return [found[:length] for found, length in zip(reader.maps(), lengths, strict=True)]
 
 
+def image_attention(vlm: Checkpoint, batch: Batch, layers: LayerSet, *, steps: int = 1) -> list[Tensor]:
+    """The same, for each row at its image-patch tokens alone: (S, N, patch tokens of the row)."""
+    maps, tokens = attention_maps(vlm, batch, layers, steps=steps), vlm.layout(batch).tokens.cpu()
+    return [found[..., own] for found, own in zip(maps, tokens, strict=True)]
+
+
 def _answer_lengths(model: PreTrainedModel, answers: Tensor) -> list[int]:
     """Number of tokens of each answer, its end token included and what fills it up left out."""
     config: Any = model.generation_config

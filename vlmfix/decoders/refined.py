@@ -84,6 +84,7 @@ def token_map(layout: ImageLayout, values: Tensor, *, row: int, image: int) -> P
         LayoutError: The row has no such picture, or its tokens have no place in it.
     """
     grid = layout.grid(row, image)
+    values = values.to(layout.boxes.device)
     mine = layout.image[row] == image
     boxes = layout.boxes[row][mine].cpu()
     if grid is not None:

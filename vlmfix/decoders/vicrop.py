@@ -15,7 +15,7 @@ from vlmfix.attention.edit import LayerSet
 from vlmfix.decoders.base import Refiner, Source
 from vlmfix.decoders.parameters import Value, parameter
 from vlmfix.decoders.pixels import View, edge_gradients, no_pixel_places, views
-from vlmfix.decoders.probing import attention_gradients, attention_maps, missing_layers, pixel_gradients
+from vlmfix.decoders.probing import attention_gradients, image_attention, missing_layers, pixel_gradients
 from vlmfix.decoders.refined import (
     Array,
     Look,
@@ -197,13 +197,13 @@ class ViCrop(Refiner):
         pictures = batch.pictures or ()
 
         def ask_generally(rows: list[int]) -> list[Tensor]:
-            return _attention(vlm, vlm.encode([general] * len(rows), [pictures[row] for row in rows]), layers)
+            return image_attention(vlm, vlm.encode([general] * len(rows), [pictures[row] for row in rows]), layers)
 
         keys = [("attention", digest(row), general, str(layers), 1) for row in pictures]
         noise = memo.recall(keys, ask_generally)
         return [
             (own[0].double() / (other[0].double() + self.epsilon)).mean(dim=0)
-            for own, other in zip(_attention(vlm, batch, layers), noise, strict=True)
+            for own, other in zip(image_attention(vlm, batch, layers), noise, strict=True)
         ]
 
     def _gradients(self, vlm: Checkpoint, batch: Batch, memo: PictureMemo) -> list[Tensor]:
@@ -284,12 +284,6 @@ class ViCrop(Refiner):
 
 def _own_resolution(vlm: Checkpoint) -> bool:
     return "qwen" in str(vlm.model.config.model_type)
-
-
-def _attention(vlm: Checkpoint, batch: Batch, layers: LayerSet) -> list[Tensor]:
-    """For each row (1, layers, image tokens) attention of its last prompt row."""
-    tokens = vlm.layout(batch).tokens.cpu()
-    return [found[..., own] for found, own in zip(attention_maps(vlm, batch, layers), tokens, strict=True)]
 
 
 def _views(vlm: Checkpoint, prompt: str, pictures: Sequence[Image.Image]) -> tuple[Batch, list[View]]:

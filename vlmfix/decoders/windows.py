@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from math import ceil
 
 import numpy as np
+from numpy.lib.stride_tricks import sliding_window_view
 from PIL import Image
 
 from vlmfix.decoders.refined import Array
@@ -71,6 +72,18 @@ def _sharpest(values: Array, wide: int, high: int) -> tuple[int, int, float]:
     near = [(y - 1, x), (y + 1, x), (y, x - 1), (y, x + 1)]
     around = [sums[at] for at in near if 0 <= at[0] < sums.shape[0] and 0 <= at[1] < sums.shape[1]]
     return x, y, float(sums[y, x] - np.mean(around))
+
+
+def attention_ratio(values: Array, box: tuple[int, int, int, int]) -> float:
+    """How much more of a map lies in a box than in a box of its size on average: 1 for a flat map.
+
+    Args:
+        values: (lines, columns) map, not negative.
+        box: x0, y0, x1, y1 in cells; x1 and y1 are excluded.
+    """
+    x0, y0, x1, y1 = box
+    sums = sliding_window_view(values, (y1 - y0, x1 - x0)).sum(axis=(2, 3))
+    return float(sums[y0, x0] / sums.mean())
 
 
 def _around(middle: int, half: int, length: int) -> tuple[int, int]:
