@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import io
-import signal
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from datetime import timedelta
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 from rich.console import Console, RenderableType
@@ -54,14 +51,12 @@ def counting(what: str) -> Iterator[Callable[[int, int], None]]:
         what: What is counted, in the plural.
 
     Yields:
-        A function to call with the number done and the total; it raises what a Ctrl-C since left unsaid.
+        A function to call with the number done and the total.
     """
     first: list[tuple[int, float]] = []
-    with _heeded() as interrupted, _bar() if sys.stderr.isatty() else _lines() as show:
+    with _bar() if sys.stderr.isatty() else _lines() as show:
 
         def report(done: int, total: int) -> None:
-            if interrupted:
-                raise KeyboardInterrupt
             now = time.monotonic()
             first.append((done, now)) if not first else None
             before, started = first[0]
@@ -69,29 +64,6 @@ def counting(what: str) -> Iterator[Callable[[int, int], None]]:
             show(what, done, total, rate)
 
         yield report
-
-
-@contextmanager
-def _heeded() -> Iterator[list[int]]:
-    """Ctrl-C that is not lost: Python swallows an interrupt that falls into a destructor or a callback from C.
-
-    Yields:
-        The signals that came.
-    """
-    came: list[int] = []
-
-    def remember(number: int, frame: FrameType | None) -> None:
-        came.append(number)
-        signal.default_int_handler(number, frame)
-
-    if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
-        yield came
-        return
-    former = signal.signal(signal.SIGINT, remember)
-    try:
-        yield came
-    finally:
-        signal.signal(signal.SIGINT, former)
 
 
 @contextmanager
