@@ -251,7 +251,12 @@ def test_a_real_interrupt_and_a_quiet_terminal(tmp_path, model):
         "--batch-size",
         "2",
     ]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    # a shell starts its background jobs deaf to Ctrl-C, and a process inherits that from whoever runs the tests
+    heard = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    finally:
+        signal.signal(signal.SIGINT, heard)
     until = time.monotonic() + 120
     while time.monotonic() < until and not (out / "answers.jsonl").exists():
         time.sleep(0.05)
