@@ -312,10 +312,10 @@ def _outputs(plan: LayerPlan, sites: list[Site], output: Tensor, own: Tensor | N
             continue
         acts = site.acts[:, :, None, None]
         if own is None or step.edit.rows == "all":
-            output = _chosen(step, site, acts, step.edit.output(site, output), output)
+            output = _chosen(step, site, acts, step.edit.output(site, output).to(output.dtype), output)
         elif own.shape[0] > 0:
             before = output[:, own]  # (B, R, H, D)
-            new = _chosen(step, site, acts, step.edit.output(site, before), before)
+            new = _chosen(step, site, acts, step.edit.output(site, before).to(output.dtype), before)
             output = output.index_copy(1, own, new)
     return output
 
