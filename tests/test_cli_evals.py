@@ -278,6 +278,7 @@ def test_tuning_for_pope_takes_no_count(world, tmp_path, vlmfix):
         (("--parser", "guess"), 2, "no yes/no parser is called 'guess'"),
         (("--images", "nowhere"), 1, "of 5 pictures are not in nowhere: "),
         (("--instances", "x.json"), 2, "give either --questions or --instances"),
+        (("--sample-seed", "3"), 2, "--sample-seed does not go with --questions"),
         (("--decoder", "vcd", "--decoder", "vcd"), 2, "--decoder vcd is given twice"),
     ],
 )

@@ -109,7 +109,7 @@ def evaluate() -> None:
 @click.option("--questions", type=PATH, help="Official question file, or a folder of them.")
 @click.option("--instances", type=PATH, multiple=True, help="Build questions from COCO instances instead.")
 @click.option("--images", required=True, type=PATH, help="Folder of the pictures.")
-@click.option("--sample-seed", default=0, show_default=True, type=click.IntRange(0), help="Seed of building questions.")
+@click.option("--sample-seed", type=click.IntRange(0), help="Of the questions built from --instances.  [default: 0]")
 @click.option("--suffix", help="Put behind each question.  [default: newline, Answer the question using a single ...]")
 @click.option("--parser", default="official", show_default=True, metavar="NAME", help="Who reads the answers.")
 @_planned
@@ -118,7 +118,7 @@ def pope(
     questions: Path | None,
     instances: tuple[Path, ...],
     images: Path,
-    sample_seed: int,
+    sample_seed: int | None,
     suffix: str | None,
     parser: str,
     plan: Plan,
@@ -129,6 +129,8 @@ def pope(
     """
     if (questions is None) == (not instances):
         raise UsageError("give either --questions or --instances", "question files as published, or COCO instances")
+    if questions is not None and sample_seed is not None:
+        raise UsageError("--sample-seed does not go with --questions", "the questions of a file are asked as they are")
     from vlmfix.display import reading
     from vlmfix.evals import coco
     from vlmfix.evals import pope as benchmark
@@ -140,7 +142,7 @@ def pope(
     else:
         with reading("annotations") as report:
             pictures = coco.picture_objects(instances, progress=report)
-            workload = benchmark.build(pictures, images, seed=sample_seed, suffix=suffix)
+            workload = benchmark.build(pictures, images, seed=sample_seed or 0, suffix=suffix)
     _run(task, workload, plan)
 
 
