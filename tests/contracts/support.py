@@ -70,7 +70,7 @@ STRONG: dict[str, str | Decoder] = {
     "vcd": "vcd:contrast=1.5,plausibility=0",
     "inter": "inter:variance=0,plausibility=0",
     "vhr": "vhr:alpha=4,layers=all",
-    "gift": "gift:alpha=6",
+    "gift": f"{_GIFT},alpha=6",
     "zerotuning": "zerotuning:gain=20,heads=0/3/4/7",
     "act": f"{_ACT},kept_fraction=0",
     "spin": "spin:kept_share=0.5",
