@@ -57,6 +57,13 @@ def test_changed_weights_are_read_again(tmp_path):
     assert card.weights_digest(str(tmp_path), None) != first
 
 
+def test_profiles_of_heads_are_no_weights(tmp_path):
+    (tmp_path / "a.safetensors").write_bytes(b"1")
+    first = card.weights_digest(str(tmp_path), None)
+    (tmp_path / "heads.safetensors").write_bytes(b"2")
+    assert card.weights_digest(str(tmp_path), None) == first
+
+
 def test_a_folder_without_weights_is_an_error(tmp_path):
     with pytest.raises(DataError, match="no weight files"):
         card.weights_digest(str(tmp_path), None)

@@ -18,7 +18,7 @@ import torch
 import vlmfix
 from vlmfix.decoders.parameters import Value, written
 from vlmfix.errors import DataError
-from vlmfix.models.checkpoint import EMBEDDED
+from vlmfix.models.checkpoint import EMBEDDED, HEADS
 
 PACKAGES = (
     "torch",
@@ -98,7 +98,7 @@ def weights_digest(model: str, commit: str | None) -> str:
 
     Returns:
         ``commit:`` and the Hub's commit, or ``sha256:`` and the digest of the directory's weight files, names
-        included.
+        included; profiles of heads are no weights.
 
     Raises:
         DataError: A local directory without weight files.
@@ -106,7 +106,7 @@ def weights_digest(model: str, commit: str | None) -> str:
     if commit is not None:
         return f"commit:{commit}"
     folder = EMBEDDED.get(model, Path(model))
-    files = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("*.bin"))
+    files = sorted(set(folder.glob("*.safetensors")) - {folder / HEADS}) or sorted(folder.glob("*.bin"))
     if not files:
         raise DataError(f"no weight files in {folder}", "a model directory holds *.safetensors")
     return _digest(tuple((path, path.stat().st_mtime_ns) for path in files))

@@ -10,7 +10,8 @@ import pytest
 from tests.contracts.support import STRONG, batch_of, vlm_of
 from vlmfix.attention.edit import LayerSet
 from vlmfix.decoders import DECODERS, INTER, VAR, VCD, Chain, Greedy, LocoRE, describe, parse
-from vlmfix.decoders.parameters import ranges
+from vlmfix.decoders.parameters import parameter, ranges
+from vlmfix.decoders.spec import parse as read_spec
 from vlmfix.errors import UsageError, VlmfixError
 
 
@@ -135,3 +136,21 @@ def test_a_chain_of_nothing_is_refused():
 def test_errors_are_one_family():
     assert issubclass(UsageError, VlmfixError)
     assert str(UsageError("what", "do")) == "what (do)"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Named(Greedy):
+    name = "named"
+    file: str | None = parameter(None, str, optional=True, help="a file")
+
+
+@pytest.mark.parametrize("text", ["a,b", "a+b", "a+ @b", "a\nb", " a", "a ", "none", ""])
+def test_a_text_that_cannot_be_read_back_is_refused(text):
+    with pytest.raises(UsageError, match="named: file=.* cannot stand in a specification"):
+        Named(file=text)
+
+
+@pytest.mark.parametrize("text", [None, "/a folder/x=1:b.safetensors", "a+1", "~/a@b"])
+def test_other_texts_are_read_back(text):
+    spec = Named(file=text).spec()
+    assert read_spec(f"{spec}+greedy", {"named": Named, "greedy": Greedy}).decoders[0] == Named(file=text)

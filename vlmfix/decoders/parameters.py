@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +13,9 @@ from vlmfix.errors import UsageError
 
 Value = bool | int | float | str | LayerSet | tuple[int, ...] | None
 """What a decoder's parameter can hold."""
+UNWRITABLE = re.compile(r"[,\n\r]|\+(?=\s*[a-zA-Z@])|^\s|\s$|^(?i:none)?$")
+"""Texts that a specification could not be read back from, or that mean something else there."""
+WRITABLE = "no comma, line break, + before a letter or white space around it, and neither nothing nor none"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,6 +82,8 @@ class Range:
             fits = type(value) is self.kind and (not self.choices or value in self.choices)
         if not fits:
             raise UsageError(f"{owner}: {name}={value!r} is not allowed", f"allowed: {self.text()}")
+        if isinstance(value, str) and UNWRITABLE.search(value):
+            raise UsageError(f"{owner}: {name}={value!r} cannot stand in a specification", WRITABLE)
         return value
 
     def parse(self, owner: str, name: str, text: str) -> Value:

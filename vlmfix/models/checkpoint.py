@@ -18,6 +18,7 @@ from transformers import (
     PreTrainedModel,
     ProcessorMixin,
 )
+from transformers.utils.hub import cached_file
 
 from vlmfix.errors import DataError, LayoutError, UnsupportedModelError, UsageError
 from vlmfix.models.families import family_of
@@ -29,6 +30,9 @@ EMBEDDED = {name: Path(__file__).parent.parent / "world" / "assets" / name for n
 """Models that come with the package, by name."""
 
 _WHAT_LOADS = "give 'tiny', 'tiny-qwen', a Hub id such as llava-hf/llava-1.5-7b-hf, or a directory with config.json"
+
+HEADS = "heads.safetensors"
+"""File in a model's folder that profiles of its heads are looked for in; it holds no weights."""
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -92,6 +96,22 @@ class Checkpoint:
     def device(self) -> torch.device:
         """Where the inputs go."""
         return self.model.device
+
+    @property
+    def folder(self) -> Path | None:
+        """The local folder that the model was loaded from: a directory, or the Hub's snapshot in the local cache.
+
+        None for a model that was made in this process, or whose folder is gone.
+        """
+        config = self.model.config
+        name, commit = str(config.name_or_path), getattr(config, "_commit_hash", None)
+        if commit is None:
+            return Path(name) if name and Path(name).is_dir() else None
+        try:
+            found = cached_file(name, "config.json", revision=commit, local_files_only=True)
+        except OSError:
+            return None
+        return None if found is None else Path(found).parent
 
     def encode(
         self,
