@@ -5,13 +5,16 @@ from __future__ import annotations
 from vlmfix.decoders import spec as _spec
 from vlmfix.decoders.act import ACT
 from vlmfix.decoders.base import Chain, Decoder, DecodingPlan, Greedy, Source
+from vlmfix.decoders.beam import Beam
 from vlmfix.decoders.carve import CARVE
 from vlmfix.decoders.gift import GIFT
 from vlmfix.decoders.inter import INTER
 from vlmfix.decoders.locore import LocoRE
+from vlmfix.decoders.sample import Sample
 from vlmfix.decoders.sgrs import SGRS
 from vlmfix.decoders.spec import DecoderInfo, Parameter, describe
 from vlmfix.decoders.spin import SPIN
+from vlmfix.decoders.strategy import Strategy
 from vlmfix.decoders.var import VAR
 from vlmfix.decoders.vcd import VCD
 from vlmfix.decoders.vhr import VHR
@@ -20,7 +23,23 @@ from vlmfix.decoders.zerotuning import ZeroTuning
 
 DECODERS: dict[str, type[Decoder]] = {
     decoder.name: decoder
-    for decoder in (Greedy, VAR, LocoRE, VCD, INTER, SGRS, CARVE, ViCrop, VHR, GIFT, ZeroTuning, ACT, SPIN)
+    for decoder in (
+        Greedy,
+        Sample,
+        Beam,
+        VAR,
+        LocoRE,
+        VCD,
+        INTER,
+        SGRS,
+        CARVE,
+        ViCrop,
+        VHR,
+        GIFT,
+        ZeroTuning,
+        ACT,
+        SPIN,
+    )
 }
 """Every method by its name on the command line."""
 
@@ -46,6 +65,7 @@ __all__ = [
     "VAR",
     "VCD",
     "VHR",
+    "Beam",
     "Chain",
     "Decoder",
     "DecoderInfo",
@@ -53,7 +73,9 @@ __all__ = [
     "Greedy",
     "LocoRE",
     "Parameter",
+    "Sample",
     "Source",
+    "Strategy",
     "ViCrop",
     "ZeroTuning",
     "describe",

@@ -25,6 +25,7 @@ from vlmfix.decoders.parameters import Value, ranges, written
 from vlmfix.decoders.prefix import prompts_of, shared_prefixes
 from vlmfix.decoders.refined import PictureMemo, Refined
 from vlmfix.decoders.stack import stack_layout, stacked
+from vlmfix.decoders.strategy import Strategy
 from vlmfix.errors import IncompatibleDecodersError, UsageError
 from vlmfix.models.checkpoint import Checkpoint
 from vlmfix.models.layout import Batch, ImageLayout
@@ -168,6 +169,11 @@ class Decoder(ABC):
         """What is left to do once the pictures are refined."""
         return self
 
+    @property
+    def strategy(self) -> Strategy | None:
+        """How it has tokens chosen from the scores; None leaves that to the options of the call."""
+        return None
+
     def parameters(self) -> dict[str, Value]:
         """All parameters with their values."""
         return {name: getattr(self, name) for name in ranges(type(self))}
@@ -184,14 +190,17 @@ class Decoder(ABC):
         Args:
             vlm: The model, with its processor and family; ``vlmfix.wrap(model, processor)`` makes one of your own.
             batch: The inputs of the ``generate`` call, from ``vlm.encode`` or a processor.
-            num_beams: The ``num_beams`` that ``generate`` is called with.
+            num_beams: The ``num_beams`` that ``generate`` is called with; leave it out for a decoder with a strategy,
+                whose arguments are among those that are yielded.
 
         Yields:
             Keyword arguments for ``model.generate(**batch, **kwargs)``.
 
         Raises:
+            UsageError: ``num_beams`` is not what the decoder itself asks for.
             IncompatibleDecodersError: The method cannot act on this model, these inputs or beam search.
         """
+        num_beams = Strategy(num_beams=num_beams).combined(self.strategy).num_beams
         batch = Batch.of(batch)
         layout = vlm.layout(batch)
         plan = self.plan(vlm, batch, layout)
@@ -208,7 +217,7 @@ class Decoder(ABC):
             prompts = prompts_of(vlm, batch, branches, beams=num_beams)
             if prompts is not None:
                 block.enter_context(shared_prefixes(vlm, prompts))
-            yield _arguments(plan)
+            yield _arguments(plan) | (self.strategy.arguments() if self.strategy else {})
 
 
 def _arguments(plan: DecodingPlan) -> dict[str, Any]:
@@ -230,7 +239,8 @@ class Chain(Decoder):
         decoders: The methods, first to last.
 
     Raises:
-        IncompatibleDecodersError: Two of them refine pictures, or one that does is not the first.
+        IncompatibleDecodersError: Two of them refine pictures, or one that does is not the first; two of them choose
+            tokens, or one searches with beams and another does not work with them.
     """
 
     name: ClassVar[str] = "chain"
@@ -249,8 +259,10 @@ class Chain(Decoder):
         if refiners and refiners[0] > 0:
             name = self.decoders[refiners[0]].name
             raise IncompatibleDecodersError(f"{name} refines the pictures before decoding begins", "name it first")
+        strategy = _common_strategy(self.decoders)
+        rows = 1 + sum(decoder.passes - 1 for decoder in self.decoders if decoder.strategy is None)
         object.__setattr__(self, "refines", bool(refiners))
-        object.__setattr__(self, "passes", 1 + sum(decoder.passes - 1 for decoder in self.decoders))
+        object.__setattr__(self, "passes", rows * (strategy.num_beams if strategy else 1))
         object.__setattr__(self, "beams", all(decoder.beams for decoder in self.decoders))
         object.__setattr__(self, "compiles", all(decoder.compiles for decoder in self.decoders))
 
@@ -276,6 +288,11 @@ class Chain(Decoder):
         """The chain without refinement."""
         return Chain(decoders=(self.decoders[0].decoding, *self.decoders[1:]))
 
+    @property
+    def strategy(self) -> Strategy | None:
+        """That of the part which has one."""
+        return _common_strategy(self.decoders)
+
     def check(self, vlm: Checkpoint) -> str | None:
         """The first reason why a part cannot act."""
         return next((reason for decoder in self.decoders if (reason := decoder.check(vlm))), None)
@@ -291,9 +308,23 @@ class Chain(Decoder):
         return "+".join(decoder.spec() for decoder in self.decoders)
 
 
+def _common_strategy(decoders: Sequence[Decoder]) -> Strategy | None:
+    """The strategy of several methods at once; None when none has one."""
+    choosing = [decoder for decoder in decoders if decoder.strategy]
+    if len(choosing) > 1:
+        names = " and ".join(decoder.name for decoder in choosing)
+        raise IncompatibleDecodersError(f"{names} both choose the tokens", "use one of them")
+    strategy = choosing[0].strategy if choosing else None
+    if strategy and strategy.num_beams > 1:
+        for decoder in decoders:
+            if not decoder.beams:
+                raise IncompatibleDecodersError(f"{decoder.name} does not work with beam search", "use one of them")
+    return strategy
+
+
 @dataclass(frozen=True, kw_only=True)
 class Greedy(Decoder):
-    """The model as it is: the most probable token at every step, or sampling when a temperature is given.
+    """The model as it is: the most probable token at every step, or what the options of the call say.
 
     *Cost*: one forward per token.
 

@@ -1,0 +1,77 @@
+"""How a token is chosen from the scores: the most probable one, a draw, or the best of several beams."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from vlmfix.errors import UsageError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Strategy:
+    """A choice of tokens; without arguments it is greedy search.
+
+    Attributes:
+        num_beams: Beams of the search, at least 1; 1 is greedy search or sampling.
+        temperature: In [0, 100]; 0 takes the most probable token, above 0 tokens are drawn.
+        top_p: Nucleus of the draw, in (0, 1].
+
+    Raises:
+        UsageError: A value is out of range, or values that do not go together.
+    """
+
+    num_beams: int = 1
+    temperature: float = 0.0
+    top_p: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.num_beams < 1:
+            raise UsageError(f"num_beams={self.num_beams} is not allowed", "num_beams is at least 1")
+        if not 0 <= self.temperature <= 100 or not 0 < self.top_p <= 1:
+            given = f"temperature={self.temperature}, top_p={self.top_p}"
+            raise UsageError(f"{given} are not allowed", "temperature is in [0, 100], top_p in (0, 1]")
+        if self.temperature > 0 and self.num_beams > 1:
+            given = f"temperature={self.temperature} with num_beams={self.num_beams}"
+            raise UsageError(given, "sample with num_beams=1, or use temperature=0")
+        if self.top_p < 1 and self.temperature == 0:
+            given = f"top_p={self.top_p} with temperature=0"
+            raise UsageError(given, "greedy search has no nucleus; give a temperature")
+
+    def __str__(self) -> str:
+        if self.num_beams > 1:
+            return f"{self.num_beams} beams"
+        if self.temperature > 0:
+            nucleus = f", top_p {self.top_p:g}" if self.top_p < 1 else ""
+            return f"sampling at temperature {self.temperature:g}{nucleus}"
+        return "the most probable token"
+
+    def combined(self, decoders: Strategy | None) -> Strategy:
+        """What a call does whose options say this, with a decoder that says ``decoders``, or nothing.
+
+        An option that says nothing of its own (one beam, temperature 0, top_p 1) leaves the matter to the decoder.
+
+        Raises:
+            UsageError: Both say something, and not the same.
+        """
+        if decoders is None:
+            return self
+        plain, own = asdict(Strategy()), asdict(decoders)
+        for name, value in asdict(self).items():
+            if value not in (plain[name], own[name]):
+                raise UsageError(
+                    f"{name}={value} is asked for with a decoder that chooses by {decoders}",
+                    f"leave {name} out, or leave the choice of tokens to the options alone",
+                )
+        return decoders
+
+    def arguments(self) -> dict[str, Any]:
+        """The keyword arguments of transformers' ``generate`` that say the same, whatever the model's own defaults."""
+        drawn = self.temperature > 0
+        return {
+            "num_beams": self.num_beams,
+            "do_sample": drawn,
+            "temperature": self.temperature if drawn else None,
+            "top_p": self.top_p if drawn else None,
+            "top_k": 0 if drawn else None,
+        }
