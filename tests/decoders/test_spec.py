@@ -106,9 +106,9 @@ def test_descriptions(name):
 
 @pytest.mark.parametrize("name", DECODERS)
 def test_searches_stay_within_what_is_allowed(name):
-    for parameter, allowed in ranges(DECODERS[name]).items():
+    for field, allowed in ranges(DECODERS[name]).items():
         for value in allowed.search:
-            assert allowed.check(name, parameter, value) == value
+            assert allowed.check(name, field, value) == value
         if allowed.search and allowed.kind in (int, float):
             low, high = allowed.search
             assert low < high
@@ -146,7 +146,7 @@ class Named(Greedy):
 
 @pytest.mark.parametrize("text", ["a,b", "a+b", "a+ @b", "a\nb", " a", "a ", "none", ""])
 def test_a_text_that_cannot_be_read_back_is_refused(text):
-    with pytest.raises(UsageError, match="named: file=.* cannot stand in a specification"):
+    with pytest.raises(UsageError, match=r"named: file=.* cannot stand in a specification"):
         Named(file=text)
 
 
