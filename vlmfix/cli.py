@@ -9,7 +9,7 @@ import traceback
 import click
 
 from vlmfix import __version__
-from vlmfix.commands import about, answers, compare, evaluate, options, profile, tune, world
+from vlmfix.commands import about, answers, compare, evaluate, grounding, options, profile, tune, world
 from vlmfix.errors import UsageError, VlmfixError
 
 
@@ -23,6 +23,7 @@ def cli() -> None:
 for _command in (
     answers.run,
     answers.ask,
+    grounding.grounding,
     evaluate.evaluate,
     compare.compare,
     compare.reproduce,

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from vlmfix.errors import DataError
+from vlmfix.errors import DataError, UsageError
 
 FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "BMP", "GIF")
 """What is read, told by a file's content; its extension does not matter."""
@@ -142,6 +142,21 @@ def open_picture(path: Path) -> Picture:
         raise DataError(f"cannot be read: {error.strerror or error}") from error
     except Exception as error:  # Pillow's decoders raise nearly anything on a damaged file
         raise DataError(f"broken picture: {type(error).__name__}: {error}") from error
+
+
+def named_picture(path: Path) -> Image.Image:
+    """Decodes the one picture that somebody named; see ``open_picture``.
+
+    Raises:
+        UsageError: There is no such file.
+        DataError: It is no picture; the message begins with the path.
+    """
+    if not path.exists():
+        raise UsageError(f"there is no file {path}", "give a picture")
+    try:
+        return open_picture(path).image
+    except DataError as error:
+        raise DataError(f"{path}: {error.message}", "give a JPEG, PNG, WebP, TIFF, BMP or GIF file") from error
 
 
 def read_ahead(files: Iterable[Found]) -> Generator[tuple[Found, Picture | DataError]]:

@@ -1,0 +1,84 @@
+"""`vlmfix grounding` on a drawn scene: the same scores as the function's, as a table, as JSON and as a picture."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from PIL import Image
+
+import vlmfix as package
+from vlmfix import cli
+from vlmfix.commands import options
+from vlmfix.heads.grounding import grounding
+from vlmfix.models.checkpoint import EMBEDDED
+from vlmfix.world import coco
+
+QUESTION = "What is in the picture?"
+
+
+@pytest.fixture(autouse=True)
+def _keep_the_process_as_it_is(monkeypatch):
+    monkeypatch.setattr(options, "quieten", lambda: None)
+
+
+@pytest.fixture(scope="module")
+def picture(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("world")
+    coco.make(folder, count=1, seed=43)
+    return next((folder / "images").iterdir())
+
+
+@pytest.fixture
+def vlmfix(capsys):
+    def call(*arguments):
+        code = cli._run([str(argument) for argument in arguments])
+        out, err = capsys.readouterr()
+        return code, out, err
+
+    return call
+
+
+@pytest.mark.parametrize("model", EMBEDDED)
+def test_a_given_answer_is_judged_as_the_function_judges_it(picture, vlmfix, model, tmp_path):
+    plot = tmp_path / "scores.png"
+    asked = ("grounding", picture, QUESTION, "--model", model, "--answer", "There is a dog.", "--layers", "1:")
+    code, printed, said = vlmfix(*asked, "--json", "--plot", plot)
+    assert code == 0
+    found = json.loads(printed)
+    vlm = package.load(model, device="cpu")
+    (want,) = grounding(vlm, [Image.open(picture).convert("RGB")], QUESTION, ["There is a dog."], layers="1:")
+    assert [row["text"] for row in found["tokens"]] == list(want.texts)
+    for name in ("picture", "prompt", "earlier", "preceding"):
+        assert [row[name] for row in found["tokens"]][1:] == pytest.approx(getattr(want, name)[1:].tolist(), abs=1e-6)
+    assert found["tokens"][0]["preceding"] is None
+    assert f"drawn in {plot}" in said
+    with Image.open(plot) as drawn:
+        assert drawn.width > 600
+
+
+def test_without_an_answer_the_models_own_is_judged(picture, vlmfix):
+    code, printed, _ = vlmfix("grounding", picture, QUESTION, "--max-new-tokens", 4)
+    said = package.load("tiny", device="cpu").generate([Image.open(picture)], QUESTION, max_new_tokens=4)[0]
+    assert code == 0
+    lines = printed.splitlines()
+    assert lines[0] == said.text
+    assert len(lines) == 2 + said.tokens  # the answer, the head of the table, a line per token
+    assert lines[1].split() == ["token", "picture", "prompt", "earlier", "preceding"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        (("nothing.png", QUESTION), "there is no file nothing.png"),
+        (("PICTURE", " "), "is empty"),
+        (("PICTURE", QUESTION, "--answer", ""), "is empty"),
+        (("PICTURE", QUESTION, "--layers", "x"), "layers 'x' are not understood"),
+        (("PICTURE", QUESTION, "--plot", "no/such/place.png"), "there is no folder no/such"),
+    ],
+)
+def test_wrong_use_is_told_before_the_model_loads(picture, vlmfix, arguments, reason):
+    code, _, said = vlmfix("grounding", *(picture if part == "PICTURE" else part for part in arguments))
+    assert code == 2
+    assert reason in said
+    assert "loading" not in said

@@ -1,0 +1,100 @@
+"""`vlmfix grounding`: what every token of an answer owes to the picture."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import click
+
+from vlmfix.commands import options
+from vlmfix.errors import UsageError
+from vlmfix.settings import Settings
+
+SCORES = ("picture", "prompt", "earlier", "preceding")
+
+
+@click.command()
+@click.argument("picture", type=click.Path(path_type=Path))
+@click.argument("question")
+@click.option("--answer", help="Judge this answer.  [default: the model's own]")
+@click.option("--layers", default="all", show_default=True, help="Layers to average, such as all or 2:-1.")
+@click.option("--plot", type=click.Path(path_type=Path), help="Draw the scores: PNG, PDF or SVG.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@options.generation_options("num_beams")
+def grounding(
+    *,
+    picture: Path,
+    question: str,
+    answer: str | None,
+    layers: str,
+    plot: Path | None,
+    as_json: bool,
+    settings: Settings,
+) -> None:
+    """Show what each token of an answer about PICTURE to QUESTION owes to the picture and to the words before it.
+
+    Scores are saliencies, attention times its gradient, averaged over heads and layers: compare them between tokens. A
+    token that owes little to the token before it is more often a hallucinated one, says the method's paper. A decoder
+    changes who answers, not who judges: that is always the plain model.
+    """
+    if not question.strip() or (answer is not None and not answer.strip()):
+        raise UsageError("the question or the answer is empty", "write some words")
+    if plot is not None and not plot.parent.is_dir():
+        raise UsageError(f"there is no folder {plot.parent}", "make it, or write elsewhere")
+    options.quieten()
+    from vlmfix.attention.edit import LayerSet
+    from vlmfix.decoders import parse
+    from vlmfix.display import loading
+    from vlmfix.heads.grounding import grounding as measure
+    from vlmfix.images import named_picture
+    from vlmfix.records import to_json
+
+    decoder, chosen, shown = parse(settings.decoder), LayerSet(layers), named_picture(picture)
+    vlm = loading(settings.model, revision=settings.revision, device=settings.device, dtype=settings.dtype)
+    judged: str | tuple[int, ...] = answer or ""
+    if answer is None:
+        said = vlm.generate(
+            [shown],
+            question,
+            decoder=decoder,
+            max_new_tokens=settings.max_new_tokens,
+            temperature=settings.temperature,
+            seed=settings.seed,
+        )
+        answer, judged = said[0].text, said[0].ids
+    (found,) = measure(vlm, [shown], question, [judged], layers=chosen)
+    rows = [_row(found, place) for place in range(len(found.tokens))]
+    if as_json:
+        click.echo(to_json({"question": question, "answer": answer, "layers": layers, "tokens": rows}, indent=2))
+    else:
+        click.echo(answer)
+        click.echo(_table(rows), nl=False)
+    if plot is not None:
+        from vlmfix.reports.grounding import draw
+
+        draw(found, shown, vlm.layout(vlm.encode([question], [[shown]])), plot)
+        click.echo(f"vlmfix: drawn in {plot}", err=True)
+
+
+def _row(found: Any, place: int) -> dict[str, Any]:  # noqa: ANN401 (its class needs torch, which comes late)
+    scores = {name: float(getattr(found, name)[place]) for name in SCORES}
+    return {"token": found.tokens[place], "text": found.texts[place]} | {
+        name: None if math.isnan(score) else score for name, score in scores.items()
+    }
+
+
+def _table(rows: list[dict[str, Any]]) -> str:
+    from rich.table import Table
+
+    from vlmfix.display import rendered
+
+    table = Table(box=None, pad_edge=False)
+    table.add_column("token")
+    for name in SCORES:
+        table.add_column(name, justify="right")
+    for row in rows:
+        scores = ["-" if row[name] is None else f"{row[name]:.4f}" for name in SCORES]
+        table.add_row(row["text"].strip() or repr(row["text"])[1:-1], *scores)
+    return rendered(table)
