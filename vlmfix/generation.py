@@ -26,13 +26,14 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from vlmfix.decoders import Decoder, parse
+from vlmfix.decoders import Decoder, Strategy, parse
 from vlmfix.decoders.probing import generation_inputs
 from vlmfix.decoders.refined import PictureMemo, Refined
 from vlmfix.errors import DataError, IncompatibleDecodersError, UsageError
 from vlmfix.models.checkpoint import Checkpoint
 from vlmfix.models.families import family_of
 from vlmfix.models.layout import Batch
+from vlmfix.settings import Settings
 
 Shown = Image.Image | Sequence[Image.Image]
 """The picture of one question, or its pictures."""
@@ -92,26 +93,26 @@ class VLM(Checkpoint):
             prompts: One question for all, or B questions.
             decoder: A decoder, or its specification such as ``vcd:contrast=0.5``.
             max_new_tokens: Longest answer in tokens.
-            num_beams: Beams; 1 is greedy search or sampling.
-            temperature: 0 takes the most probable token; above, samples at this temperature.
+            num_beams: Beams; 1 is greedy search or sampling, or what the decoder says (``beam``).
+            temperature: 0 takes the most probable token, or what the decoder says (``sample``); above, samples at this
+                temperature.
             top_p: Nucleus of sampling, in (0, 1].
             seed: Seed of sampling, together with the row's question and pixels.
             static_cache: Preallocates the cache; on a GPU decoding is then compiled, which pays over many batches.
 
         Raises:
             DataError: The numbers of pictures and prompts differ, or are zero.
-            UsageError: A parameter is out of range.
+            UsageError: A parameter is out of range, or contradicts the decoder.
             IncompatibleDecodersError: The decoder cannot act on this model or kind of run.
         """
         rows, asked = _questions(pictures, prompts)
+        method = parse(decoder) if isinstance(decoder, str) else decoder
         request = _Request(
             rows=rows,
             prompts=asked,
-            decoder=parse(decoder) if isinstance(decoder, str) else decoder,
+            decoder=method,
             max_new_tokens=max_new_tokens,
-            num_beams=num_beams,
-            temperature=temperature,
-            top_p=top_p,
+            strategy=_strategy(method, Strategy(num_beams=num_beams, temperature=temperature, top_p=top_p)),
             seed=seed,
             static_cache=static_cache,
         )
@@ -158,17 +159,25 @@ class VLM(Checkpoint):
         top_p: float = 1.0,
         seed: int = 0,
     ) -> Iterator[str]:
-        """Answers one question and yields the text as it comes; parameters as in ``generate``."""
+        """Answers one question and yields the text as it comes; parameters as in ``generate``.
+
+        A decoder that searches with beams knows its answer at the end, and the text then comes in one piece.
+        """
         rows, asked = _questions([picture], prompt)
+        method = parse(decoder) if isinstance(decoder, str) else decoder
         request = _Request(
             rows=rows,
             prompts=asked,
-            decoder=parse(decoder) if isinstance(decoder, str) else decoder,
+            decoder=method,
             max_new_tokens=max_new_tokens,
-            temperature=temperature,
-            top_p=top_p,
+            strategy=_strategy(method, Strategy(temperature=temperature, top_p=top_p)),
             seed=seed,
         )
+        if request.strategy.num_beams > 1:
+            (answer,) = self.generate([picture], prompt, decoder=method, max_new_tokens=max_new_tokens)
+            if answer.text:
+                yield answer.text
+            return
         streamer = TextIteratorStreamer(_tokenizer(self.processor), skip_prompt=True, skip_special_tokens=True)
         failure: list[BaseException] = []
 
@@ -207,19 +216,13 @@ class VLM(Checkpoint):
     def _prepared(self, request: _Request) -> Iterator[tuple[Batch, dict[str, Any]]]:
         """The model inputs and ``generate`` arguments of a request, with its decoder at work inside the block."""
         batch = self.encode(request.prompts, request.rows)
-        arguments: dict[str, Any] = {
-            "max_new_tokens": request.max_new_tokens,
-            "num_beams": request.num_beams,
-            "do_sample": False,
-            "temperature": None,
-            "top_p": None,
-            "top_k": None,
-        }
+        beams = request.strategy.num_beams
+        own: dict[str, Any] = {"max_new_tokens": request.max_new_tokens, **Strategy(num_beams=beams).arguments()}
         if request.static_cache:
-            arguments["cache_implementation"] = "static"
-        with request.decoder.applied(self, batch, num_beams=request.num_beams) as given:
-            arguments.update(given)
-            if request.temperature > 0:
+            own["cache_implementation"] = "static"
+        with request.decoder.applied(self, batch, num_beams=beams) as given:
+            arguments = given | own  # a decoder that samples lets transformers draw, here every row draws for itself
+            if request.strategy.temperature > 0:
                 processors = [*arguments.pop("logits_processor", ()), *_sampling(request, self.device)]
                 arguments["logits_processor"] = LogitsProcessorList(processors)
             yield batch, arguments
@@ -257,9 +260,7 @@ class _Request:
     prompts: Sequence[str]
     decoder: Decoder
     max_new_tokens: int
-    num_beams: int = 1
-    temperature: float = 0.0
-    top_p: float = 1.0
+    strategy: Strategy = field(default_factory=Strategy)
     seed: int = 0
     static_cache: bool = False
 
@@ -267,25 +268,33 @@ class _Request:
         pictures, prompts = len(self.rows), len(self.prompts)
         if pictures != prompts or not pictures:
             raise DataError(f"{pictures} pictures and {prompts} prompts", "give one prompt for all, or one per picture")
-        if self.max_new_tokens < 1 or self.num_beams < 1:
-            given = f"max_new_tokens={self.max_new_tokens}, num_beams={self.num_beams}"
-            raise UsageError(f"{given} are not allowed", "both are at least 1")
+        if self.max_new_tokens < 1:
+            raise UsageError(f"max_new_tokens={self.max_new_tokens} is not allowed", "it is at least 1")
         if not 0 <= self.seed < 2**63:
             raise UsageError(f"seed={self.seed} is not allowed", "a seed is in [0, 2**63)")
-        if not 0 <= self.temperature <= 100 or not 0 < self.top_p <= 1:
-            given = f"temperature={self.temperature}, top_p={self.top_p}"
-            raise UsageError(f"{given} are not allowed", "temperature is in [0, 100], top_p in (0, 1]")
-        if self.temperature > 0 and self.num_beams > 1:
-            given = f"temperature={self.temperature} with num_beams={self.num_beams}"
-            raise UsageError(given, "sample with num_beams=1, or use temperature=0")
-        if self.top_p < 1 and self.temperature == 0:
-            given = f"top_p={self.top_p} with temperature=0"
-            raise UsageError(given, "greedy search has no nucleus; give a temperature")
 
 
 def _questions(pictures: Sequence[Shown], prompts: str | Sequence[str]) -> tuple[list[list[Image.Image]], list[str]]:
     rows = [[shown] if isinstance(shown, Image.Image) else list(shown) for shown in pictures]
     return rows, [prompts] * len(rows) if isinstance(prompts, str) else list(prompts)
+
+
+def _strategy(decoder: Decoder, options: Strategy) -> Strategy:
+    """How a call chooses tokens; that of the decoder where the options leave it open."""
+    strategy = options.combined(decoder.strategy)
+    if strategy.num_beams > 1 and not decoder.beams:
+        raise IncompatibleDecodersError(f"{decoder.spec()} does not work with beam search", "use num_beams=1")
+    return strategy
+
+
+def check_settings(decoder: Decoder, settings: Settings) -> None:
+    """Finds before a model is loaded what is wrong with the settings of a run.
+
+    Raises:
+        UsageError: A setting is out of range, or contradicts the decoder.
+        IncompatibleDecodersError: The settings ask for beams and the decoder does not work with them.
+    """
+    _strategy(decoder, Strategy(num_beams=settings.num_beams, temperature=settings.temperature))
 
 
 def load(model: str | Path, *, revision: str | None = None, device: str = "auto", dtype: str = "auto") -> VLM:
@@ -348,10 +357,10 @@ class NumberWatch(LogitsProcessor):
 
 def _sampling(request: _Request, device: torch.device) -> list[LogitsProcessor]:
     warpers: list[LogitsProcessor] = []
-    if request.temperature != 1:
-        warpers.append(TemperatureLogitsWarper(request.temperature))
-    if request.top_p < 1:
-        warpers.append(TopPLogitsWarper(request.top_p))
+    if request.strategy.temperature != 1:
+        warpers.append(TemperatureLogitsWarper(request.strategy.temperature))
+    if request.strategy.top_p < 1:
+        warpers.append(TopPLogitsWarper(request.strategy.top_p))
     seeds = [_row_seed(request.seed, prompt, row) for prompt, row in zip(request.prompts, request.rows, strict=True)]
     return [*warpers, RowSampler(seeds, device)]
 

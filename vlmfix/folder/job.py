@@ -16,7 +16,7 @@ from vlmfix.errors import DataError, UsageError
 from vlmfix.folder.maps import MapFolder
 from vlmfix.folder.output import OutputFolder, Totals
 from vlmfix.folder.questions import Questions
-from vlmfix.generation import VLM, Answer, load
+from vlmfix.generation import VLM, Answer, check_settings, load
 from vlmfix.images import Found, Picture, find, read_ahead
 from vlmfix.settings import Settings
 
@@ -87,6 +87,7 @@ def run(
     if pictures.is_dir() and out.exists() and out.samefile(pictures):
         raise UsageError(f"{out} is the folder of the pictures", "choose another --out")
     decoder = parse(settings.decoder)
+    check_settings(decoder, settings)
     if save_maps is not None:
         _check_maps(save_maps, pictures, decoder)
     files = list(find(pictures, skip=out))
@@ -167,6 +168,7 @@ class _Job:
                 "weights": weights,
                 "commit": vlm.revision,
                 "dtype": str(vlm.model.dtype).removeprefix("torch."),
+                "decoder_facts": decoder.facts(vlm),
             },
             {
                 "device": device_name(vlm.device),
