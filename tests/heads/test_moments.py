@@ -25,7 +25,7 @@ def test_batches_give_mean_and_standard_error_of_all(values, size):
 
 @pytest.mark.parametrize("size", [1, 3, 4, 37])
 def test_halves_are_every_other_picture_whatever_the_batches(values, size):
-    found = Halves.empty(3, 5)
+    found = Halves(Moments.empty(3, 5), Moments.empty(3, 5))
     for part in values.split(size):
         found = found.added(part)
     torch.testing.assert_close(found.even.mean, values[::2].mean(0))
@@ -37,17 +37,17 @@ def test_halves_are_every_other_picture_whatever_the_batches(values, size):
 
 def test_a_picture_that_says_nothing_is_left_out(values):
     values[4, 1, 1] = math.nan
-    found = Halves.empty(3, 5).added(values)
+    found = Halves(Moments.empty(3, 5), Moments.empty(3, 5)).added(values)
     rest = torch.cat([values[:4], values[5:]])
     assert found.whole.count == 36
     torch.testing.assert_close(found.whole.mean, rest.mean(0))
 
 
 def test_little_data_has_no_error_and_no_reliability(values):
-    one = Halves.empty(3, 5).added(values[:1])
+    one = Halves(Moments.empty(3, 5), Moments.empty(3, 5)).added(values[:1])
     assert one.reliability is None
     assert bool(one.whole.stderr.isnan().all())
-    assert Halves.empty(3, 5).added(torch.ones(8, 3, 5)).reliability is None
+    assert Halves(Moments.empty(3, 5), Moments.empty(3, 5)).added(torch.ones(8, 3, 5)).reliability is None
 
 
 def test_rank_correlation():

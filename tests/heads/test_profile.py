@@ -65,7 +65,7 @@ def test_a_file_gives_back_what_was_saved(tmp_path):
         part.check(vlm)
     card = after["ablation"].card
     assert (card.pictures, card.seed, card.layers, card.heads, card.model_type) == (2, 7, 3, 8, "llava")
-    assert card.parameters == {"copies": 32}
+    assert card.parameters == {"copies": 32, "target": "next-token"}
     assert card.versions["torch"] == torch.__version__.split("+")[0]
     with pytest.raises(DataError, match="vhd, ablation"):
         HeadProfile.load(tmp_path / "heads.safetensors")

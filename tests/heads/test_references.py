@@ -325,7 +325,7 @@ def test_little_memory_means_fewer_copies_and_the_same_scores(monkeypatch):
     passes = []
     hook = vlm.family.decoder(vlm.model).register_forward_pre_hook(lambda *args: passes.append(1))
     try:
-        monkeypatch.setattr("vlmfix.heads.ablation.MEMORY", 1)
+        monkeypatch.setattr("vlmfix.heads.last_step.MEMORY", 1)
         scarce = profile(vlm, PICTURES[:1], ["ablation"])["ablation"].scores
     finally:
         hook.remove()

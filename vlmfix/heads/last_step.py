@@ -1,60 +1,110 @@
-"""The step over a prompt's last token, again and again, behind the cache of the tokens before it.
+"""The step over a row's newest token, again and again, behind the cache of the tokens before it.
 
-Shape letters (``docs/notation.md``): T prompt tokens, V vocabulary; here also N copies of a row.
+Shape letters (``docs/notation.md``): V vocabulary; here also S tokens seen so far and N copies of a row.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Self
 
 import torch
 from torch import Tensor
+from transformers import DynamicCache
 
 from vlmfix.attention.edit import AttentionEdit
 from vlmfix.attention.probe import shared_prompt
 from vlmfix.attention.session import edited
 from vlmfix.heads.profiler import Ran, Work
+from vlmfix.models.checkpoint import Checkpoint
 from vlmfix.models.layout import ImageLayout
 
 SCALE = 1024.0
 """Factor on what is differentiated, so that small gradients survive float16."""
+MEMORY = 1 << 30
+"""Bytes that the copies of one pass may take for a layer's keys and values."""
 
 
+@dataclass(frozen=True, eq=False, kw_only=True)
 class LastStep:
-    """One row's last prompt token, in any number of copies that share the keys and values of the prompt.
+    """One row's newest token, in any number of copies that share the keys and values of what stands before it.
 
     Gradients reach what edits bring into the step and stop at the cache.
 
-    Args:
-        work: The batch.
-        ran: Its pass, with a cache.
-        row: The row.
-
     Attributes:
-        token: The most probable next token.
-        device: Where the step runs.
-        bytes: Memory that one more copy takes: keys and values of the layer under way.
+        vlm: The model.
+        layout: Layout of the row's prompt.
+        mask: (1, S) which tokens are real, the newest one last.
+        embeds: (1, 1, hidden size) embedding of the newest token.
+        positions: (..., 1, 1) its position, when the model was told one.
+        cache: Keys and values of the batch, of S tokens or more.
+        row: The row of the batch.
+        token: The token that follows.
     """
 
-    def __init__(self, work: Work, ran: Ran, row: int) -> None:
+    vlm: Checkpoint
+    layout: ImageLayout
+    mask: Tensor
+    embeds: Tensor
+    positions: Tensor | None
+    cache: DynamicCache
+    row: int
+    token: int
+
+    @classmethod
+    def of(cls, work: Work, ran: Ran, row: int) -> Self:
+        """The step over the last token of a prompt; the most probable token follows.
+
+        Args:
+            work: The batch.
+            ran: Its pass, with a cache.
+            row: The row.
+        """
         if ran.cache is None:
             raise RuntimeError("the shared pass kept no cache")
-        own = slice(row, row + 1)
-        layout = work.layout
-        self._vlm = work.vlm
-        self._layout = ImageLayout(*(part[own] for part in (layout.tokens, layout.text, layout.image, layout.boxes)))
-        self._mask = work.batch.attention_mask[own]  # (1, T)
-        self._cache, self._row = ran.cache, row
-        embeds, positions = ran.inputs["inputs_embeds"], ran.inputs.get("position_ids")
-        self._embeds = embeds[own, -1:]  # (1, 1, hidden size)
-        self._positions: Tensor | None = None
+        return cls.behind(work, row, inputs=ran.inputs, cache=ran.cache, token=int(ran.logits[row].argmax()))
+
+    @classmethod
+    def behind(
+        cls, work: Work, row: int, *, inputs: Mapping[str, Any], cache: DynamicCache, token: int, generated: int = 0
+    ) -> Self:
+        """The step over the newest token of a pass.
+
+        Args:
+            work: The batch.
+            row: The row.
+            inputs: What the text decoder was called with in that pass.
+            cache: Keys and values of the batch, of what was before that pass and in it at least.
+            token: The token that follows.
+            generated: How many tokens stand behind the prompt.
+        """
+        own, layout = slice(row, row + 1), work.layout
+        embeds, positions = inputs["inputs_embeds"], inputs.get("position_ids")
         if positions is not None:
-            self._positions = positions.expand(*positions.shape[:-2], len(embeds), -1)[..., own, -1:]  # (..., 1, 1)
-        self.token = int(ran.logits[row].argmax())
-        self.device = embeds.device
-        first: Any = ran.cache.layers[0]
-        self.bytes = int(first.keys[own].nbytes + first.values[own].nbytes)
+            positions = positions.expand(*positions.shape[:-2], len(embeds), -1)[..., own, -1:]  # (..., 1, 1)
+        mask = work.batch.attention_mask[own]  # (1, T)
+        return cls(
+            vlm=work.vlm,
+            layout=ImageLayout(*(part[own] for part in (layout.tokens, layout.text, layout.image, layout.boxes))),
+            mask=torch.cat([mask, mask.new_ones(1, generated)], dim=1),  # (1, S)
+            embeds=embeds[own, -1:],  # (1, 1, hidden size)
+            positions=positions,
+            cache=cache,
+            row=row,
+            token=token,
+        )
+
+    @property
+    def device(self) -> torch.device:
+        """Where the step runs."""
+        return self.embeds.device
+
+    def copies(self, wanted: int) -> int:
+        """How many copies beside the row itself one pass may have: as many as wanted, or what ``MEMORY`` allows."""
+        first: Any = self.cache.layers[0]
+        one = int(first.keys[self.row].nbytes + first.values[self.row].nbytes)
+        return max(1, min(wanted, MEMORY // one - 1))
 
     def logits(self, edits: Sequence[AttentionEdit], *, copies: int = 1) -> Tensor:
         """(N, V) float32 logits of the next token in each copy, with edits at work in this step.
@@ -63,17 +113,17 @@ class LastStep:
             edits: The edits.
             copies: N.
         """
-        model: Any = self._vlm.model
-        decoder: Any = self._vlm.family.decoder(model)
-        positions = self._positions
+        model: Any = self.vlm.model
+        decoder: Any = self.vlm.family.decoder(model)
+        positions = self.positions
         if positions is not None:
             positions = positions.expand(*positions.shape[:-2], copies, -1)  # (..., N, 1)
-        with edited(self._vlm, self._layout.expand(copies), edits):
+        with edited(self.vlm, self.layout.expand(copies), edits):
             output = decoder(
-                inputs_embeds=self._embeds.expand(copies, -1, -1),
-                attention_mask=self._mask.expand(copies, -1),
+                inputs_embeds=self.embeds.expand(copies, -1, -1),
+                attention_mask=self.mask.expand(copies, -1),
                 position_ids=positions,
-                past_key_values=shared_prompt(self._cache, self._row, self._mask.shape[1] - 1),
+                past_key_values=shared_prompt(self.cache, self.row, self.mask.shape[1] - 1),
                 use_cache=True,
             )
         return torch.as_tensor(model.get_output_embeddings()(output.last_hidden_state[:, -1])).float()

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict
 from importlib.metadata import version
 from itertools import islice
 
@@ -16,7 +15,7 @@ from PIL import Image
 import vlmfix
 from vlmfix.attention.session import bare
 from vlmfix.errors import DataError, UsageError
-from vlmfix.heads.moments import LOOK_EVERY, STABLE, Halves
+from vlmfix.heads.moments import LOOK_EVERY, STABLE, Halves, Tally
 from vlmfix.heads.profile import HeadProfile, ProfileCard, fingerprint
 from vlmfix.heads.profiler import Profiler, State, Work, run_pass
 from vlmfix.heads.profilers import profilers_of
@@ -85,7 +84,8 @@ class _Run:
         self._layers = len(vlm.family.layers(vlm.model))
         self._heads = int(vlm.model.config.get_text_config().num_attention_heads)
         self._states: list[State] = [profiler.begin(vlm) for profiler in profilers]
-        self._halves = [Halves.empty(self._layers, self._heads) for _ in profilers]
+        empty = [state.tally(self._layers, self._heads) for state in self._states]
+        self._halves: list[Halves[Tally]] = [Halves(tally, tally) for tally in empty]
         self._digest = hashlib.sha256()
         self._steady = 0
         self.shown = 0
@@ -118,20 +118,18 @@ class _Run:
         for profiler, state, halves in zip(self._profilers, self._states, self._halves, strict=True):
             halves = halves.added(state.rest(self._layers, self._heads))
             whole = halves.whole
-            if not whole.count:
-                raise DataError(
-                    f"{profiler.name} says nothing about any of {self.shown} pictures", "try another question"
-                )
+            if not whole.count or not bool(whole.mean.isfinite().all()):
+                raise DataError(f"{profiler.name} says nothing about {self.shown} pictures", state.advice)
             card = self._card(profiler, halves)
             scores, stderr = whole.mean.float(), whole.stderr.float()
             found[profiler.name] = HeadProfile(scores, stderr, card, marks, state.details())
         return found
 
-    def _card(self, profiler: Profiler, halves: Halves) -> ProfileCard:
+    def _card(self, profiler: Profiler, halves: Halves[Tally]) -> ProfileCard:
         vlm = self._vlm
         return ProfileCard(
             profiler=profiler.name,
-            parameters=asdict(profiler),
+            parameters=profiler.parameters(),
             model=vlm.name,
             revision=vlm.revision,
             model_type=str(vlm.model.config.model_type),
@@ -148,7 +146,7 @@ class _Run:
         )
 
 
-def _reliable(halves: Halves) -> bool:
+def _reliable(halves: Halves[Tally]) -> bool:
     reliability = halves.reliability
     return reliability is not None and reliability >= STABLE
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from random import Random
 from typing import Any, ClassVar
 
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 from vlmfix.errors import UsageError
+from vlmfix.heads.moments import Moments, Tally
 from vlmfix.models.checkpoint import Checkpoint
 from vlmfix.models.layout import Batch, ImageLayout
 
@@ -81,6 +82,12 @@ class State(ABC):
     """Whether it needs the shared pass; one that runs passes of its own does not."""
     keeps_cache: ClassVar[bool] = False
     """Whether it reads the cache that the shared pass filled."""
+    advice: ClassVar[str] = "try another question"
+    """What to do when no picture says anything."""
+
+    def tally(self, layers: int, heads: int) -> Tally:
+        """An empty tally, which gathers the pictures' scores."""
+        return Moments.empty(layers, heads)
 
     @contextmanager
     def watching(self, work: Work) -> Iterator[None]:
@@ -96,8 +103,8 @@ class State(ABC):
             ran: What its pass left; None when no state of the profile shares it.
 
         Returns:
-            (B, L, H); a picture that says nothing is NaN. A state that must see more pictures first may hold pictures
-            back and return fewer, or none, and those of earlier batches later.
+            (B, L, H), or what the state's tally gathers; a picture that says nothing is NaN. A state that must see more
+            pictures first may hold pictures back and return fewer, or none, and those of earlier batches later.
         """
 
     def rest(self, layers: int, heads: int) -> Tensor:
@@ -117,6 +124,10 @@ class Profiler(ABC):
     """Its name on the command line."""
     title: ClassVar[str]
     """What a high score means, for plots and tables."""
+
+    def parameters(self) -> dict[str, Any]:
+        """What the profile's card says of the parameters, in JSON values."""
+        return asdict(self)
 
     def _require(self, allowed: bool, name: str, rule: str) -> None:
         """Checks a parameter.

@@ -44,7 +44,9 @@ class _State(State):
         if ran is None:
             raise RuntimeError("the shared pass did not run")
         image = work.layout.tokens
-        return torch.stack([_row(LastStep(work, ran, row), image[row]) for row in range(work.batch.rows)])  # (B, L, H)
+        return torch.stack(
+            [_row(LastStep.of(work, ran, row), image[row]) for row in range(work.batch.rows)]
+        )  # (B, L, H)
 
 
 @torch.enable_grad()

@@ -6,10 +6,13 @@ Shape letters (``docs/notation.md``): B rows, T prompt tokens.
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
 from vlmfix.errors import LayoutError
 from vlmfix.heads.profiler import Work
@@ -23,6 +26,30 @@ FUNCTION_WORDS = frozenset(
     "would you your yours yes".split()
 )
 """English words that name nothing; the others count as nouns, verbs, adjectives, adverbs and numbers."""
+
+
+def decoded(
+    tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], *, special: bool = True
+) -> tuple[str, tuple[int, ...]]:
+    """The text of some tokens, and where each token's characters end in it.
+
+    A character that several tokens write belongs to the first of them.
+
+    Args:
+        tokenizer: The model's.
+        ids: The tokens.
+        special: Whether special tokens are written; else they have no characters.
+    """
+
+    def text(count: int) -> str:
+        return str(
+            tokenizer.decode(list(ids[:count]), skip_special_tokens=not special, clean_up_tokenization_spaces=False)
+        )
+
+    lengths = [len(text(count + 1)) for count in range(len(ids))]
+    # a half-written character decodes to marks that the whole one replaces, which may be fewer
+    ends = list(accumulate(reversed(lengths), min))[::-1]
+    return text(len(ids)), tuple(ends)
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,9 +73,7 @@ class Tail:
         start = int(shown[-1]) + 1 if len(shown) else 0
         columns = [column for column in work.layout.text[row].nonzero().squeeze(1).tolist() if column >= start]
         ids = work.batch["input_ids"][row, columns].tolist()
-        tokenizer = work.vlm.processor.tokenizer
-        pieces = [tokenizer.decode(ids[: count + 1], clean_up_tokenization_spaces=False) for count in range(len(ids))]
-        return cls(tuple(columns), pieces[-1] if pieces else "", tuple(len(piece) for piece in pieces))
+        return cls(tuple(columns), *decoded(work.vlm.processor.tokenizer, ids))
 
     def over(self, start: int, end: int) -> list[int]:
         """Columns of the tokens that write the characters from ``start`` to ``end``, or parts of them."""
