@@ -57,7 +57,7 @@ def test_planning_twice_gives_independent_state(spec):
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
-        ("vdc", "unknown decoder 'vdc'.*greedy, var, locore, vcd, inter"),
+        ("vdc", "unknown decoder 'vdc'.*greedy, sample, beam, var, locore, vcd, inter"),
         ("vcd:alpha=1", "'alpha=1' is no parameter.*contrast, plausibility"),
         ("vcd:contrast", "'contrast' is no parameter"),
         ("vcd:contrast=x", r"contrast=x is not allowed.*float in \[0, 10\]"),
@@ -98,7 +98,7 @@ def test_descriptions(name):
     assert info.name == name
     assert info.title
     assert info.acts_on
-    assert bool(info.arxiv) == (name != "greedy")
+    assert bool(info.arxiv) == (name not in ("greedy", "sample", "beam"))
     assert all(parameter.help and parameter.range for parameter in info.parameters)
     declared = {field.name for field in dataclasses.fields(DECODERS[name])}
     assert {parameter.name for parameter in info.parameters} == declared
