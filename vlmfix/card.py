@@ -7,6 +7,7 @@ import os
 import platform
 import resource
 import sys
+from collections.abc import Mapping
 from functools import lru_cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -87,6 +88,24 @@ def peak_memory(device: torch.device) -> int:
 def plain(value: Value) -> bool | int | float | str | None:
     """A decoder's parameter as JSON holds it; a layer set or a tuple is written as on the command line."""
     return value if value is None or isinstance(value, bool | int | float | str) else written(value)
+
+
+def changed_facts(
+    before: Mapping[str, str] | None, now: Mapping[str, str] | None
+) -> dict[str, tuple[str | None, str | None]]:
+    """What decoders depended on in one run and not in another; see ``Decoder.facts``.
+
+    Args:
+        before: Facts of the first run; None when it kept none.
+        now: Facts of the second, likewise.
+
+    Returns:
+        Name -> (before, now) of those that differ; None for one that is missing. Nothing when a run kept none.
+    """
+    if before is None or now is None:
+        return {}
+    both = ((name, before.get(name), now.get(name)) for name in dict.fromkeys([*before, *now]))
+    return {name: (first, second) for name, first, second in both if first != second}
 
 
 def weights_digest(model: str, commit: str | None) -> str:

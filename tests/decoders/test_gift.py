@@ -284,8 +284,8 @@ def test_content_words_matter():
 
 def test_what_told_the_words_can_be_read(monkeypatch):
     monkeypatch.setattr("vlmfix.decoders.gift.has_tagger", lambda: False)
-    assert GIFT().facts() == {"content_words": "list of English function words"}
-    assert GIFT(words="all").facts() == {"content_words": "every word"}
+    assert GIFT().facts(vlm_of("llava")) == {"content_words": "list of English function words"}
+    assert GIFT(words="all").facts(vlm_of("llava")) == {"content_words": "every word"}
     assert GIFT(words="spacy").check(vlm_of("llava")) == (
         "words=spacy needs spaCy and its model en_core_web_sm, which are not installed"
     )

@@ -98,5 +98,6 @@ def test_facts_name_the_file_by_its_content(tmp_path: Path) -> None:
     vlm, path = vlm_of("llava"), tmp_path / "made.safetensors"
     made_profile(vlm, "vhd").save(path)
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
-    assert profile_facts(vlm, "vhr", "vhd", str(path)) == {"profile": f"vhd in made.safetensors, sha256:{digest}"}
+    facts = profile_facts(vlm, "vhr", "vhd", str(path))
+    assert facts == {"profile": "vhd in made.safetensors", "profile_digest": f"sha256:{digest}"}
     assert profile_facts(vlm, "vhr", "vhd", None) == {}

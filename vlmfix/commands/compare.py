@@ -125,11 +125,14 @@ def _answer_again(folder: Path, out: Path, device: str, as_json: bool) -> None:
         found = again(folder, out, device=device, report=report, loader=loading)
     same = found.answers - len(found.other)
     if as_json:
-        click.echo(to_json({"exact": not found.other, "answers": found.answers, "other": found.other}, indent=2))
+        about = {"exact": not found.other, "answers": found.answers, "other": found.other, "facts": found.facts}
+        click.echo(to_json(about, indent=2))
     else:
         click.echo(f"{folder}: {same} of {found.answers} answers are the same; the second run is in {out}")
         for image, prompt in found.other[:5]:
             click.echo(f"  differs: {image}: {prompt}")
+        for name, (before, now) in found.facts.items():
+            click.echo(f"  {name} changed: {before or 'none'} -> {now or 'none'}")
     if found.other:
         click.get_current_context().exit(1)
 

@@ -144,6 +144,19 @@ class Decoder(ABC):
         """Why the method cannot act on this model, in one sentence, or None when it can."""
         return None
 
+    def facts(self, vlm: Checkpoint) -> dict[str, str]:
+        """What answers depend on beside the parameters, such as a profile's content or what is installed.
+
+        Run cards keep it, and a run with other facts is another run.
+
+        Args:
+            vlm: A model that the method can act on.
+
+        Returns:
+            Values by name; both are for people too.
+        """
+        return {}
+
     def refine(
         self,
         vlm: Checkpoint,
@@ -296,6 +309,12 @@ class Chain(Decoder):
     def check(self, vlm: Checkpoint) -> str | None:
         """The first reason why a part cannot act."""
         return next((reason for decoder in self.decoders if (reason := decoder.check(vlm))), None)
+
+    def facts(self, vlm: Checkpoint) -> dict[str, str]:
+        """The facts of all parts, each under ``part.fact``."""
+        return {
+            f"{decoder.name}.{name}": value for decoder in self.decoders for name, value in decoder.facts(vlm).items()
+        }
 
     def parameters(self) -> dict[str, Value]:
         """The parameters of all parts, each under ``part.parameter``."""

@@ -74,7 +74,7 @@ class GIFT(Decoder):
         clip: The map is clipped at so many deviations from its mean.
         words: How content words are told: ``spacy`` (nouns, verbs, adjectives, adverbs, numbers by the tagger of
             en_core_web_sm, as the release does), ``stop-words`` (all but English function words), ``all``, or ``auto``:
-            ``spacy`` when it is installed, otherwise ``stop-words``. ``facts()`` says which. Without any content word,
+            ``spacy`` when it is installed, otherwise ``stop-words``. Run cards say which. Without any content word,
             and in questions without Latin letters, all tokens count.
 
     *Source*: "Capturing Gaze Shifts for Guidance: Cross-Modal Fusion Enhancement for VLM Hallucination Mitigation",
@@ -179,8 +179,8 @@ class GIFT(Decoder):
             return "spacy" if has_tagger() else "stop-words"
         return self.words
 
-    def facts(self) -> dict[str, str]:
-        """What a run depends on beside the parameters, for its card."""
+    def facts(self, vlm: Checkpoint) -> dict[str, str]:
+        """How content words are told, with the versions that it depends on."""
         return {"content_words": rule_in_words(self.word_rule)}
 
     def _layers(self, vlm: Checkpoint) -> tuple[LayerSet, LayerSet]:

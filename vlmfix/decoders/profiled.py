@@ -95,7 +95,7 @@ def profile_facts(vlm: Checkpoint, decoder: str, profiler: str, file: str | None
         return {}
     with path.open("rb") as opened:
         digest = hashlib.file_digest(opened, "sha256").hexdigest()
-    return {"profile": f"{profiler} in {path.name}, sha256:{digest}"}
+    return {"profile": f"{profiler} in {path.name}", "profile_digest": f"sha256:{digest}"}
 
 
 def profile_file(vlm: Checkpoint, file: str | None) -> Path | None:

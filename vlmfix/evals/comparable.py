@@ -54,6 +54,19 @@ def version_notes(runs: Sequence[EvalRun], labels: Sequence[str]) -> Iterator[st
             yield f"Made with several versions of {package}: {listed}."
 
 
+def fact_notes(run: EvalRun, names: Mapping[str, str]) -> Iterator[str]:
+    """Says what the arms of a run depend on beside their parameters.
+
+    Args:
+        run: The run.
+        names: Each arm's name in the comparison.
+    """
+    for arm, about in run.card["arms"].items():
+        if facts := about.get("facts"):
+            listed = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in facts.items())
+            yield f"{names[arm]} depends on: {listed}."
+
+
 def _differing(one: EvalRun, other: EvalRun) -> Iterator[str]:
     if one.task.name != other.task.name:  # nothing else can be equal then
         yield f"task is {one.task.name!r} and {other.task.name!r}"

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from vlmfix.errors import DataError, UsageError
-from vlmfix.evals.comparable import refuse_incomparable, version_notes
+from vlmfix.evals.comparable import fact_notes, refuse_incomparable, version_notes
 from vlmfix.evals.record import PLAIN, EvalRun
 from vlmfix.evals.statistics import bootstrap, bootstrap_p, holm, interval, mcnemar
 from vlmfix.evals.task import Judged, Numbers, Task
@@ -174,7 +174,8 @@ def compare(runs: Sequence[EvalRun], *, draws: int = 10_000, seed: int = 0) -> C
             )
         raise DataError("no sample is answered by both an arm and its plain arm yet", "let vlmfix eval go on first")
     samples = runs[0].samples
-    notes = [*differing, *_unfinished(found), *version_notes(runs, labels), *_few_units(arms or found)]
+    facts = [note for run, known in zip(runs, names, strict=True) for note in fact_notes(run, known)]
+    notes = [*differing, *_unfinished(found), *version_notes(runs, labels), *facts, *_few_units(arms or found)]
     shared = ("options", "data", "count", "samples", "model", "revision", "commit", "weights", "dtype", "decoding")
     return Comparison(
         task=runs[0].task.name,

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from vlmfix.card import weights_digest
+from vlmfix.card import changed_facts, weights_digest
 from vlmfix.decoders import parse
 from vlmfix.errors import DataError
 from vlmfix.evals.record import PLAIN, EvalRun, Record
@@ -41,12 +41,15 @@ class Reproduction:
         run: The second run.
         arms: Differences by arm.
         versions: Packages whose version was another one in the second run: name to (before, then).
+        facts: What decoders depend on beside parameters and was another in the second run, such as a profile's digest:
+            ``arm.fact`` to (before, now); runs of versions that kept none are left out.
         pictures: Pictures whose files have another content now.
     """
 
     run: EvalRun
     arms: dict[str, Difference]
     versions: dict[str, tuple[str | None, str]]
+    facts: dict[str, tuple[str | None, str | None]]
     pictures: tuple[str, ...]
 
     @property
@@ -110,8 +113,17 @@ def reproduce(
         again,
         arms={arm: _difference(run, again, arm) for arm in run.answers},
         versions={name: (before.get(name), now) for name, now in then.items() if before.get(name) != now},
+        facts=_changed_facts(run, again),
         pictures=_changed_pictures(run, again),
     )
+
+
+def _changed_facts(first: EvalRun, second: EvalRun) -> dict[str, tuple[str | None, str | None]]:
+    return {
+        f"{arm}.{name}": values
+        for arm, about in first.card["arms"].items()
+        for name, values in changed_facts(about.get("facts"), second.card["arms"][arm].get("facts")).items()
+    }
 
 
 def _changed_pictures(first: EvalRun, second: EvalRun) -> tuple[str, ...]:

@@ -34,7 +34,7 @@ from vlmfix.evals.record import (
     write_samples,
 )
 from vlmfix.evals.task import Sample, Task, Workload
-from vlmfix.generation import VLM, Answer, load
+from vlmfix.generation import VLM, Answer, check_settings, load
 from vlmfix.images import Found, Picture, read_ahead
 from vlmfix.records import JsonLines, read_json, refuse_other, replace_json
 from vlmfix.settings import Settings
@@ -87,19 +87,23 @@ def evaluate(
         The finished run.
 
     Raises:
-        UsageError: The folder holds another run, another process writes there, or a decoder cannot act on the model.
+        UsageError: The folder holds another run, another process writes there, or a decoder cannot act on the model or
+            contradicts the settings.
+        IncompatibleDecodersError: The settings ask for beams and a decoder does not work with them.
         DataError: There is no sample, two share an id, or pictures are missing or not in the folder.
     """
     check(workload)
     if not isinstance(arms.get(PLAIN, Greedy()), Greedy):
         raise UsageError(f"an arm called {PLAIN} is {arms[PLAIN].spec()}", f"{PLAIN} is plain decoding; rename the arm")
     arms = {PLAIN: Greedy(), **arms}
+    for decoder in arms.values():
+        check_settings(decoder, settings)
     with _Folder(out, task, workload, settings, arms, command) as folder:
         left = {arm: folder.left(arm) for arm in arms}
         if any(left.values()):
             vlm = loader(settings.model, revision=settings.revision, device=settings.device, dtype=settings.dtype)
             _refuse_idle(vlm, settings.model, arms)
-            folder.begin(vlm, settings, batch_size, min(fitting_batch(vlm, decoder) for decoder in arms.values()))
+            folder.begin(vlm, settings, arms, batch_size)
             total = len(workload.samples) * len(arms)
             done = itertools.count(total - sum(left.values()) + 1)
             for arm, decoder in arms.items():
@@ -222,9 +226,11 @@ class _Folder:
         if path.exists():
             self._card = read_json(path)
             refuse_other(self._out, path, self._card, known)
-            both = {name: about for name, about in named.items() if name in self._card["arms"]}
-            refuse_other(self._out, path, self._card["arms"], both)
-            self._card["arms"] |= named
+            former = self._card["arms"]
+            both = {name: about for name, about in named.items() if name in former}
+            before = {name: {key: former[name].get(key) for key in about} for name, about in both.items()}
+            refuse_other(self._out, path, before, both)
+            former |= {name: about for name, about in named.items() if name not in former}
         elif any(file.path.stat().st_size for file in self._files.values()):
             raise UsageError(f"{self._out} holds answers but no {CARD}", "choose another --out")
         else:
@@ -240,8 +246,9 @@ class _Folder:
         """Samples of an arm without a record."""
         return sum(len(asked.samples) for asked in self._questions) - len(self._done[arm])
 
-    def begin(self, vlm: VLM, settings: Settings, batch_size: int | None, fitting: int) -> None:
+    def begin(self, vlm: VLM, settings: Settings, arms: Mapping[str, Decoder], batch_size: int | None) -> None:
         """Notes that a model starts to work on the folder."""
+        fitting = min(fitting_batch(vlm, decoder) for decoder in arms.values())
         found = {
             "weights": weights_digest(settings.model, vlm.revision),
             "commit": vlm.revision,
@@ -251,10 +258,20 @@ class _Folder:
         before = {name: self._card[name] for name in found if name in self._card}
         refuse_other(self._out, self._out / CARD, before, {name: found[name] for name in before})
         self._card |= found
+        self._note_facts({name: decoder.facts(vlm) for name, decoder in arms.items()})
         self._card["sessions"].append({"started": _now(), "device": device_name(vlm.device), "versions": versions()})
         self._device = vlm.device
         write_samples(self._out, self._samples)
         self.save()
+
+    def _note_facts(self, facts: Mapping[str, dict[str, str]]) -> None:
+        """Keeps the facts of arms that begin and compares those of arms that go on; a card of old may have none."""
+        arms = self._card["arms"]
+        known = {name: {"facts": arms[name]["facts"]} for name in facts if self._done[name] and "facts" in arms[name]}
+        refuse_other(self._out, self._out / CARD, known, {name: {"facts": facts[name]} for name in known})
+        for name, own in facts.items():
+            if not self._done[name]:
+                arms[name]["facts"] = own
 
     def work(self, arm: str, answerer: Answerer, workload: Workload, vlm: VLM) -> Iterator[None]:
         """Answers what is left of an arm; yields once for each sample that is written."""
@@ -336,10 +353,11 @@ def decoding(settings: Settings) -> dict[str, Any]:
 
 
 def _about(decoder: Decoder) -> dict[str, Any]:
-    return {
+    about = {
         "spec": decoder.spec(),
         "parameters": {name: plain(value) for name, value in decoder.parameters().items()},
     }
+    return about | ({"strategy": str(decoder.strategy)} if decoder.strategy else {})
 
 
 def _now() -> str:

@@ -105,11 +105,12 @@ class OutputFolder:
             session: Versions, device and the like, which may differ from start to start.
 
         Raises:
-            UsageError: The folder's answers were made with other weights or another precision.
+            UsageError: The folder's answers were made with other weights, another precision or another profile.
         """
         known = {name: value for name, value in self._card["settings"].items() if name in settings}
         refuse_other(self.folder, self.folder / CARD, known, {name: settings[name] for name in known})
-        self._card["settings"].update(settings)
+        if not self._card["sessions"]:  # what an earlier start did not note cannot be known of its answers
+            self._card["settings"].update(settings)
         self._card["sessions"].append({"started": _now(), **session, "peak_memory": 0})
         self.save(finished=False)
 

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from vlmfix.card import weights_digest
+from vlmfix.card import changed_facts, weights_digest
 from vlmfix.errors import DataError
 from vlmfix.folder.job import Progress, run
 from vlmfix.folder.output import ANSWERS, CARD
@@ -24,11 +24,14 @@ class Repeated:
         out: Folder of the second run.
         answers: Answers of the first run.
         other: (picture, prompt) of those that the second run answers otherwise or not at all.
+        facts: What the decoder depends on beside parameters and was another in the second run, such as a profile's
+            digest: name to (before, now).
     """
 
     out: Path
     answers: int
     other: tuple[tuple[str, str], ...]
+    facts: dict[str, tuple[str | None, str | None]]
 
 
 def reproduce(
@@ -83,7 +86,8 @@ def reproduce(
     )
     first, second = (_answers(place) for place in (folder, out))
     other = tuple(key for key, answer in first.items() if second.get(key) != answer)
-    return Repeated(out, len(first), other)
+    now = read_json(out / CARD)["settings"]
+    return Repeated(out, len(first), other, changed_facts(before.get("decoder_facts"), now.get("decoder_facts")))
 
 
 def _questions(settings: dict[str, str | None], prompts: str | None) -> Questions:

@@ -20,6 +20,7 @@ def reproduction_text(found: Reproduction, folder: Path) -> str:
     if found.versions:
         changed = ", ".join(f"{name} {before} -> {now}" for name, (before, now) in found.versions.items())
         lines.append(f"versions that changed: {changed}")
+    lines += [f"{name} changed: {before or 'none'} -> {now or 'none'}" for name, (before, now) in found.facts.items()]
     if found.pictures:
         lines.append(f"pictures that changed: {some(found.pictures)}")
     verdict = "reproduced, token for token" if found.exact else "not the same"
@@ -33,5 +34,6 @@ def reproduction_json(found: Reproduction) -> dict[str, Any]:
         "exact": found.exact,
         "arms": {arm: asdict(difference) for arm, difference in found.arms.items()},
         "versions": found.versions,
+        "facts": found.facts,
         "pictures": found.pictures,
     }
