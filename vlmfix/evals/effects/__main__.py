@@ -1,0 +1,103 @@
+"""The command; see :func:`command`."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+import time
+import warnings
+from pathlib import Path
+
+import click
+
+from vlmfix.errors import UsageError, VlmfixError
+from vlmfix.evals.effects.clock import Clock
+from vlmfix.evals.effects.page import write
+from vlmfix.evals.effects.results import results
+from vlmfix.evals.effects.study import STAGES, Study, conduct
+from vlmfix.records import replace_json
+
+PATH = click.Path(path_type=Path)
+
+
+@click.command()
+@click.option("--out", required=True, type=PATH, help="Folder of everything; goes on where it was.")
+@click.option("--page", type=PATH, help="Page that gets the figures, between its marks.  [default: OUT/effects.md]")
+@click.option("--model", "models", multiple=True, default=("tiny", "tiny-qwen"), show_default=True, help="May repeat.")
+@click.option("--decoder", "only", multiple=True, metavar="SPEC", help="These alone.  [default: all, and chains]")
+@click.option("--count", default=500, show_default=True, type=click.IntRange(2), help="Scenes that are reported.")
+@click.option("--seed", default=303, show_default=True, type=click.IntRange(0), help="Theirs.")
+@click.option("--tuning-count", default=200, show_default=True, type=click.IntRange(2), help="Scenes for tuning.")
+@click.option("--tuning-seed", default=404, show_default=True, type=click.IntRange(0), help="Theirs.")
+@click.option("--trials", default=24, show_default=True, type=click.IntRange(1), help="Of each search.")
+@click.option("--stage", "stages", multiple=True, type=click.Choice(STAGES), help="May repeat.  [default: all]")
+@click.option("--jobs", default=1, show_default=True, type=click.IntRange(1), help="Processes on the device.")
+@click.option("--minutes", type=click.FloatRange(0), help="Stop after so long; what is done is kept.")
+@click.option("--device", default="auto", show_default=True, help="auto, cpu or cuda.")
+@click.option("--batch-size", default=100, show_default=True, type=click.IntRange(1), help="Questions at a time.")
+def command(
+    *,
+    out: Path,
+    page: Path | None,
+    models: tuple[str, ...],
+    only: tuple[str, ...],
+    count: int,
+    seed: int,
+    tuning_count: int,
+    tuning_seed: int,
+    trials: int,
+    stages: tuple[str, ...],
+    jobs: int,
+    minutes: float | None,
+    device: str,
+    batch_size: int,
+) -> None:
+    """Measure what every decoder does to the embedded models, and write OUT/results.json and a page of tables.
+
+    CHAIR and POPE with defaults and with parameters chosen on other scenes, small things for methods that refine the
+    picture, and time per token. Started again, it goes on where it was; with --minutes it stops by itself. The exit
+    code is 1 when something is left or failed.
+    """
+    warnings.simplefilter("ignore")
+    if seed == tuning_seed:
+        raise UsageError(f"--seed and --tuning-seed are both {seed}", "tune on other scenes than those reported")
+    clock = Clock(None if minutes is None else time.time() + 60 * minutes)
+    study = Study(
+        out=out,
+        models=models,
+        count=count,
+        seed=seed,
+        tuning_count=tuning_count,
+        tuning_seed=tuning_seed,
+        trials=trials,
+        only=only,
+        device=device,
+        batch_size=batch_size,
+        jobs=jobs,
+        clock=clock,
+    )
+    out.mkdir(parents=True, exist_ok=True)
+    done = conduct(study, stages or STAGES)
+    found = results(study, shlex.join(["python", "-m", "vlmfix.evals.effects", *sys.argv[1:]]))
+    replace_json(out / "results.json", found)
+    write(page or out / "effects.md", found)
+    click.echo(f"effects: {page or out / 'effects.md'}, {out / 'results.json'}", err=True)
+    if not done:
+        click.echo("effects: something is left; the same command goes on", err=True)
+        sys.exit(1)
+
+
+def main() -> None:
+    """Run the command; one line for what is wrong, exit code 2 for usage and 1 for failure."""
+    try:
+        command(standalone_mode=False)
+    except click.ClickException as error:
+        click.echo(f"error: {error.format_message()}", err=True)
+        sys.exit(2)
+    except VlmfixError as error:
+        click.echo(f"error: {error}", err=True)
+        sys.exit(2 if isinstance(error, UsageError) else 1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,130 @@
+"""How long work may go on, and processes that share it."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from vlmfix.errors import VlmfixError
+
+
+class OutOfTimeError(Exception):
+    """The time that was given is over; what is done is on the disk."""
+
+
+@dataclass(frozen=True)
+class Clock:
+    """When to stop.
+
+    Attributes:
+        end: Seconds since the epoch, so that every process understands it; None for never.
+    """
+
+    end: float | None = None
+
+    def check(self) -> None:
+        """Goes on or not.
+
+        Raises:
+            OutOfTimeError: The end has come.
+        """
+        if self.end is not None and time.time() > self.end:
+            raise OutOfTimeError
+
+    def report(self, done: int, total: int) -> None:
+        """The same, as what a run reports its progress to: it then ends between two batches.
+
+        Raises:
+            OutOfTimeError: The end has come.
+        """
+        self.check()
+
+
+@dataclass(frozen=True)
+class Job:
+    """Work for one process.
+
+    Attributes:
+        function: Of a module's top level, so that it can be sent to another process.
+        arguments: Its arguments, which can be sent too.
+    """
+
+    function: Callable[..., Any]
+    arguments: tuple[Any, ...]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of a job.
+
+    Attributes:
+        value: What it returned; None when it did not come to an end.
+        problem: Why it failed, in a sentence; empty when it did not.
+        seconds: How long it took, or 0 when it was not begun.
+        stopped: The time was over.
+    """
+
+    value: Any = None
+    problem: str = ""
+    seconds: float = 0.0
+    stopped: bool = False
+
+
+def perform(jobs: Mapping[str, Job], clock: Clock, *, processes: int) -> Iterator[tuple[str, Outcome]]:
+    """Does jobs, several at a time, and yields each as it ends.
+
+    A job that fails does not keep the others from being done. Processes end when the one that began them does, however
+    it ends.
+
+    Args:
+        jobs: By name; begun in this order.
+        clock: When to begin nothing more; a job that looks at it may end early.
+        processes: How many run at a time; 1 runs all of them here.
+    """
+    if processes == 1:
+        for name, job in jobs.items():
+            yield name, _outcome(job, clock)
+        return
+    context = multiprocessing.get_context("spawn")  # a forked process cannot use the GPU
+    threads = max(1, (os.cpu_count() or 1) // processes)
+    with ProcessPoolExecutor(processes, mp_context=context, initializer=_begin, initargs=(threads,)) as pool:
+        begun: dict[Future[Outcome], str] = {pool.submit(_outcome, job, clock): name for name, job in jobs.items()}
+        for future in as_completed(begun):
+            yield begun[future], future.result()
+
+
+def _outcome(job: Job, clock: Clock) -> Outcome:
+    started = time.perf_counter()
+    try:
+        clock.check()
+        value = job.function(*job.arguments)
+    except OutOfTimeError:
+        return Outcome(stopped=True)
+    except VlmfixError as error:
+        return Outcome(problem=str(error), seconds=time.perf_counter() - started)
+    except Exception as error:  # one method at fault does not cost the others their figures; it is told and counted
+        traceback.print_exc()
+        return Outcome(problem=f"{type(error).__name__}: {error}", seconds=time.perf_counter() - started)
+    return Outcome(value, seconds=time.perf_counter() - started)
+
+
+def _begin(threads: int) -> None:
+    """Prepares a process: its share of the cores, and an end when the first one is gone, be it killed."""
+    torch.set_num_threads(threads)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)

@@ -1,0 +1,98 @@
+"""Which decoders are measured, and how the search for better parameters begins."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from vlmfix.decoders import DECODERS, Decoder, parse
+from vlmfix.errors import UsageError
+from vlmfix.evals.effects.small import Elsewhere
+from vlmfix.evals.record import PLAIN
+from vlmfix.evals.search import Space
+
+CHAINS = ("vcd+vhr", "vcd+spin", "vcd+gift", "vcd+zerotuning", "vcd+act:heads=all")
+"""A contrast with each kind of edit: of head outputs that add and that take away, of weights, of biases, of sinks."""
+OPENED: Mapping[str, str] = {"act": "heads=all"}
+"""What the search must say for a decoder to act on models that its authors have published nothing for."""
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One row of the tables.
+
+    Attributes:
+        name: Of the row, and of the run's arm.
+        spec: What is run.
+    """
+
+    name: str
+    spec: str
+
+    @property
+    def decoder(self) -> Decoder:
+        """What is run."""
+        return parse(self.spec)
+
+
+def arms(only: Sequence[str] = ()) -> list[Arm]:
+    """Every decoder with its defaults, then the chains.
+
+    Args:
+        only: Specifications to take instead; empty for all.
+    """
+    return [Arm(spec, spec) for spec in only or (*DECODERS, *CHAINS) if spec != PLAIN]
+
+
+def small_arms(found: Sequence[Arm]) -> list[Arm]:
+    """Those that refine pictures, under each of their presets."""
+    refining = [arm for arm in found if arm.decoder.refines]
+    presets = [
+        Arm(spec, spec)
+        for arm in refining
+        for spec in (f"{arm.name}:preset={preset}" for preset in others(arm.decoder))
+        if arm.spec in DECODERS
+    ]
+    return [*refining, *presets]
+
+
+def others(decoder: Decoder) -> list[str]:
+    """Presets of a decoder beside the one that it has."""
+    return [preset for preset in decoder.presets if preset != decoder.parameters()["preset"]]
+
+
+def control(arm: str) -> str:
+    """Name of an arm's control."""
+    return f"elsewhere {arm}"
+
+
+def with_controls(found: Sequence[Arm]) -> dict[str, Decoder]:
+    """Refining decoders and their controls, by name."""
+    own = {arm.name: arm.decoder for arm in found}
+    return own | {control(name): Elsewhere(decoder=decoder) for name, decoder in own.items()}
+
+
+def starts(arm: Arm) -> list[str]:
+    """Where the search for an arm's parameters begins: as it is, and at each further preset; nowhere if it has none."""
+    name = arm.spec
+    if name in DECODERS:
+        fixed = OPENED.get(name, "")
+        given = ["", *(f"preset={preset}" for preset in others(arm.decoder))]
+        specs = [":".join(part for part in (name, ",".join(filter(None, (one, fixed)))) if part) for one in given]
+    else:
+        specs = [name]
+    return [spec for spec in specs if _open(spec)]
+
+
+def _open(spec: str) -> bool:
+    try:
+        Space.of(spec)
+    except UsageError:
+        return False
+    return True
+
+
+def tuned(arm: str, spec: str) -> str:
+    """Name of an arm with parameters that a search chose: another choice has another name."""
+    return f"tuned-{arm}-{hashlib.sha256(spec.encode()).hexdigest()[:6]}"

@@ -1,0 +1,200 @@
+"""What the study found, in JSON values."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from vlmfix.card import machine, versions
+from vlmfix.evals.compare import DRAWS_PER_ARM, Arm, Change, Comparison, compare
+from vlmfix.evals.effects import plan
+from vlmfix.evals.effects.runs import Exam
+from vlmfix.evals.effects.study import PROBLEMS, SPEED, Study, found, survey
+from vlmfix.evals.effects.tuning import CHAIR, POPE, SMALL, Found, Limits
+from vlmfix.evals.record import CARD, PLAIN
+from vlmfix.records import read_json
+
+DRAWS = 10_000
+HALF, RECALL_LOSS = 0.5, 0.02
+"""The goal: this share of plain decoding's CHAIR_i, with recall down by no more than that."""
+NOT_YET = "not run yet"
+
+
+def results(study: Study, command: str) -> dict[str, Any]:
+    """Everything that the page shows, from what is on the disk.
+
+    Args:
+        study: What is measured.
+        command: How it was started, for the page.
+    """
+    reasons = survey(study)
+    path = study.out / PROBLEMS
+    problems = read_json(path) if path.exists() else {}
+    return {
+        "command": command,
+        "count": study.count,
+        "seed": study.seed,
+        "tuning_count": study.tuning_count,
+        "tuning_seed": study.tuning_seed,
+        "trials": study.trials,
+        "limits": dataclasses.asdict(Limits()),
+        "goal": {"chair_i": HALF, "recall_loss": RECALL_LOSS},
+        "draws": DRAWS,
+        "versions": versions(),
+        "machine": machine(),
+        "problems": problems,
+        "models": {model: _model(study, model, reasons[model], problems) for model in study.models},
+    }
+
+
+def _model(study: Study, model: str, reasons: Mapping[str, str], problems: Mapping[str, str]) -> dict[str, Any]:
+    exams = study.exams(model) if study.drawn() else {}
+    if not exams or any(not exam.begun() for exam in exams.values()):
+        return {"rows": []}
+    listed = study.arms()
+    searches = {arm.name: found(study, model, arm.name) for arm in listed}
+    chosen = {name: plan.tuned(name, one.spec) for name, one in searches.items() if one and one.spec}
+    names = [arm.name for arm in listed]
+    captions = _compared(exams[CHAIR], [*names, *chosen.values()])
+    questions = _compared(exams[POPE], [*names, *chosen.values()])
+    rows = []
+    for arm in listed:
+        known = {
+            "name": arm.name,
+            "spec": arm.decoder.spec(),
+            "source": arm.decoder.source.arxiv,
+            "reason": reasons[arm.spec],
+            "problem": _problem(problems, model, arm.name),
+        }
+        rows.append(known | {"captions": captions.get(arm.name), "pope": questions.get(arm.name)})
+    speed = study.folder(model) / SPEED
+    return {
+        "weights": read_json(exams[CHAIR].folder / CARD)["weights"],
+        "dtype": read_json(exams[CHAIR].folder / CARD)["dtype"],
+        "device": _device(exams[CHAIR]),
+        "plain": {"captions": captions.get(PLAIN), "pope": questions.get(PLAIN)},
+        "rows": rows,
+        "tuned": [
+            _tuned(study, model, arm, searches[arm.name], reasons, problems)
+            | {"captions": captions.get(chosen.get(arm.name, "")), "pope": questions.get(chosen.get(arm.name, ""))}
+            for arm in listed
+            if not arm.decoder.refines
+        ],
+        "small": _small(study, model, chosen),
+        "speed": read_json(speed) if speed.exists() else None,
+    }
+
+
+def _problem(problems: Mapping[str, str], model: str, arm: str) -> str:
+    """What went wrong with an arm, if anything."""
+    return next(
+        (text for name, text in problems.items() if name.startswith(f"{model}, ") and name.endswith(f", {arm}")), ""
+    )
+
+
+def _tuned(
+    study: Study,
+    model: str,
+    arm: plan.Arm,
+    search: Found | None,
+    reasons: Mapping[str, str],
+    problems: Mapping[str, str],
+) -> dict[str, Any]:
+    """A search, or why there is none."""
+    begun = plan.starts(arm)
+    reason = ""
+    if not begun:
+        reason = "nothing in it is declared for tuning"
+    elif all(reasons[spec] for spec in begun):
+        reason = reasons[begun[0]]
+    elif search is None:
+        reason = _problem(problems, model, arm.name) or NOT_YET
+    return {"name": arm.name, "reason": reason, "search": None if search is None else dataclasses.asdict(search)}
+
+
+def _small(study: Study, model: str, chosen: Mapping[str, str]) -> dict[str, Any]:
+    """Accuracy on small things: each refining decoder, its control, and the one against the other."""
+    exam = study.exams(model)[SMALL]
+    arms = [arm.name for arm in plan.small_arms(study.arms())]
+    arms += [chosen[arm.name] for arm in study.arms() if arm.decoder.refines and arm.name in chosen]
+    compared = _compared(exam, [name for arm in arms for name in (arm, plan.control(arm))])
+    card = read_json(exam.folder / CARD)
+    rows = []
+    for arm in arms:
+        against = None
+        if {arm, plan.control(arm)} <= compared.keys():
+            run = exam.run()
+            both = {PLAIN: run.answers[plan.control(arm)], arm: run.answers[arm]}
+            against = _changes(compare([dataclasses.replace(run, answers=both)]))[arm]
+        spec = card["arms"].get(arm, {}).get("spec", "")
+        rows.append(
+            {
+                "name": arm,
+                "spec": spec,
+                "found": compared.get(arm),
+                "elsewhere": compared.get(plan.control(arm)),
+                "difference": against,
+            }
+        )
+    return {"plain": compared.get(PLAIN), "samples": card["count"], "rows": rows}
+
+
+def _device(exam: Exam) -> str:
+    sessions = read_json(exam.folder / CARD).get("sessions", [])
+    return ", ".join(dict.fromkeys(session["device"] for session in sessions))
+
+
+def _compared(exam: Exam, arms: Sequence[str]) -> dict[str, Any]:
+    """Figures of the arms that are there, with differences to plain decoding."""
+    run = exam.run()
+    there = {arm: run.answers[arm] for arm in (PLAIN, *arms) if arm in run.answers}
+    draws = max(DRAWS, DRAWS_PER_ARM * len(there))
+    return _changes(compare([dataclasses.replace(run, answers=there)], draws=draws))
+
+
+def _changes(comparison: Comparison) -> dict[str, Any]:
+    every: Iterable[Arm] = (*comparison.plain, *comparison.arms)
+    return {arm.name: {change.figure: _change(change) for change in arm.changes} for arm in every}
+
+
+def _change(change: Change) -> dict[str, Any]:
+    return {
+        "value": change.arm.value,
+        "value_low": change.arm.low,
+        "value_high": change.arm.high,
+        "difference": change.difference.value,
+        "low": change.difference.low,
+        "high": change.difference.high,
+        "direction": change.direction,
+    }
+
+
+def reach(model: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """How far each row came: its share of plain decoding's CHAIR_i and what recall changed, the best first.
+
+    Args:
+        model: One of the results' models.
+    """
+    reached = []
+    for kind, rows in (("defaults", model["rows"]), ("tuned", model["tuned"])):
+        for row in rows:
+            if row["captions"] is None:
+                continue
+            wrong, recall = row["captions"]["chair_i"], row["captions"]["recall"]
+            before = wrong["value"] - wrong["difference"]
+            if not before:
+                continue
+            share = wrong["value"] / before
+            kept = recall["difference"] >= -RECALL_LOSS
+            reached.append(
+                {
+                    "name": row["name"],
+                    "kind": kind,
+                    "share": share,
+                    "recall": recall["difference"],
+                    "kept": kept,
+                    "reached": kept and share <= HALF,
+                }
+            )
+    return sorted(reached, key=lambda row: (not row["kept"], row["share"]))

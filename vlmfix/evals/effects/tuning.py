@@ -1,0 +1,242 @@
+"""Parameters chosen on scenes that no figure is reported for."""
+
+from __future__ import annotations
+
+import math
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from vlmfix.card import versions
+from vlmfix.decoders import Decoder
+from vlmfix.decoders.parameters import Value
+from vlmfix.decoders.recipe import write_recipe
+from vlmfix.errors import UsageError, VlmfixError
+from vlmfix.evals.effects.clock import Clock
+from vlmfix.evals.effects.runs import Exam, answered, copy_plain, figures
+from vlmfix.evals.effects.small import GROUP
+from vlmfix.evals.record import PLAIN, EvalRun
+from vlmfix.evals.search import Measured, Space, Tried, search
+from vlmfix.evals.tune import Guards, Outcome, arm_name
+from vlmfix.records import read_json, refuse_other, replace_json
+
+CARD, JOURNAL, RUNS, FOUND = "search.json", "trials.journal", "runs", "found.json"
+CHAIR, POPE, SMALL = "chair", "pope", "small"
+"""The exams by name."""
+SMALL_FIGURE = f"{GROUP}/accuracy"
+DIGITS = 12
+
+
+@dataclass(frozen=True, kw_only=True)
+class Limits(Guards):
+    """What a trial may lose against plain decoding on the tuning scenes.
+
+    Recall is held tighter here than in what is asked of the reported scenes: the best of many trials is partly lucky.
+
+    Attributes:
+        max_f1_loss: Of POPE's mean F1, absolute, in [0, 1].
+    """
+
+    max_recall_loss: float = 0.017
+    max_f1_loss: float = 0.01
+
+
+@dataclass(frozen=True, kw_only=True)
+class Hunt:
+    """What is searched.
+
+    Attributes:
+        folder: For the search.
+        specs: Where it begins; the trials are shared out among them.
+        exams: On the tuning scenes, with plain decoding answered: ``chair`` and ``pope``, or ``small``.
+        trials: In all.
+        seed: Of the draws.
+        limits: What a trial may lose.
+    """
+
+    folder: Path
+    specs: Sequence[str]
+    exams: Mapping[str, Exam]
+    trials: int
+    seed: int = 0
+    limits: Limits = Limits()
+
+    @property
+    def small(self) -> bool:
+        """It is tuned for questions about small things, and not for captions."""
+        return SMALL in self.exams
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a search gave, in what JSON holds.
+
+    Attributes:
+        spec: The best decoder within the limits; empty when none of them beats plain decoding.
+        figure: What was tuned.
+        plain: Plain decoding's figures on the tuning scenes.
+        chosen: The best decoder's there; empty when there is none.
+        furthest: The specification and figures of the trial with the best value, within the limits or not.
+        trials: Number of them.
+        feasible: How many kept within the limits.
+    """
+
+    spec: str
+    figure: str
+    plain: Mapping[str, Any]
+    chosen: Mapping[str, Any]
+    furthest: Mapping[str, Any]
+    trials: int
+    feasible: int
+
+
+def hunt(wanted: Hunt, clock: Clock) -> Found:
+    """Searches what the specifications leave open, and writes the best as a recipe.
+
+    For captions the smallest CHAIR_i is wanted, with recall, length and POPE's F1 within the limits; a trial that
+    loses too much in captions is not asked POPE's questions. For small things the highest accuracy is wanted. A search
+    that was stopped goes on; of a finished one the journal stays, and the trials' answers go.
+
+    Raises:
+        UsageError: There is nothing to tune, or the folder holds another search.
+        OutOfTimeError: The time is over.
+    """
+    _claim(wanted)
+    measure, plain = (_small if wanted.small else _captions)(wanted, clock)
+    better: Literal["higher", "lower"] = "higher" if wanted.small else "lower"
+    tried: list[tuple[str, Tried]] = []
+    for number, spec in enumerate(wanted.specs):
+        space = Space.of(spec)
+        budget = _share(wanted.trials, len(wanted.specs), number)
+
+        def build(chosen: Mapping[str, Value], space: Space = space) -> Measured:
+            return _tried(lambda: measure(space.build(chosen)), plain)
+
+        journal = wanted.folder / f"{number}-{JOURNAL}"
+        found = search(space, journal, build, better=better, budget=budget, seed=wanted.seed)
+        tried += [(space.build(one.chosen).spec() if "refused" not in one.about else spec, one) for one in found]
+    shutil.rmtree(wanted.folder / RUNS, ignore_errors=True)
+    result = _best(wanted, plain, tried)
+    recipe = wanted.folder / "recipe.toml"
+    recipe.unlink(missing_ok=True)
+    if result.spec:
+        write_recipe(recipe, result.spec, _about(wanted, result))
+    replace_json(wanted.folder / FOUND, asdict(result))
+    return result
+
+
+def _claim(wanted: Hunt) -> None:
+    """Makes the folder this search's own, or finds that it is; more trials go on with it."""
+    exam = next(iter(wanted.exams.values()))
+    plain = read_json(exam.folder / "card.json")
+    card = {
+        "specs": list(wanted.specs),
+        "exams": {name: one.workload.about for name, one in wanted.exams.items()},
+        "model": exam.settings.model,
+        "weights": plain["weights"],
+        "seed": wanted.seed,
+        "limits": asdict(wanted.limits),
+    }
+    wanted.folder.mkdir(parents=True, exist_ok=True)
+    path = wanted.folder / CARD
+    if path.exists():
+        refuse_other(wanted.folder, path, read_json(path), card)
+    replace_json(path, card)
+
+
+def _share(trials: int, parts: int, number: int) -> int:
+    """Trials of one of several searches, at least one."""
+    return max(1, trials // parts + (number < trials % parts))
+
+
+def _tried(measured: Callable[[], Measured], plain: Mapping[str, Any]) -> Measured:
+    """A trial; one that the method refuses is no better than plain decoding, and not within the limits."""
+    try:
+        return measured()
+    except VlmfixError as error:
+        return Measured(plain["value"], {"refused": 1.0}, {"refused": str(error)})
+
+
+Measure = Callable[[Decoder], Measured]
+
+
+def _captions(wanted: Hunt, clock: Clock) -> tuple[Measure, dict[str, Any]]:
+    """How a decoder is tried on captions, and plain decoding's figures."""
+    chair, pope = wanted.exams[CHAIR], wanted.exams[POPE]
+    run = chair.run()
+    before, f1 = _outcome(run, PLAIN), figures(pope.run(), PLAIN)["mean/f1"]
+    plain = {**asdict(before), "value": before.value or 0.0, "f1": f1}
+
+    def measure(decoder: Decoder) -> Measured:
+        found = _outcome(_answered(wanted, CHAIR, decoder, clock), arm_name(decoder))
+        constraints = wanted.limits.constraints(found, before)
+        about: dict[str, Any] = asdict(found)
+        if all(value <= 0 for value in constraints.values()):
+            about["f1"] = figures(_answered(wanted, POPE, decoder, clock), arm_name(decoder))["mean/f1"]
+            constraints["f1"] = round(f1 - about["f1"] - wanted.limits.max_f1_loss, DIGITS)
+        return Measured(plain["value"] if found.value is None else found.value, constraints, about)
+
+    return measure, plain
+
+
+def _small(wanted: Hunt, clock: Clock) -> tuple[Measure, dict[str, Any]]:
+    """How a decoder is tried on questions about small things, and plain decoding's figures."""
+    run = wanted.exams[SMALL].run()
+    plain = {"value": figures(run, PLAIN)[SMALL_FIGURE]}
+
+    def measure(decoder: Decoder) -> Measured:
+        after = _answered(wanted, SMALL, decoder, clock)
+        arm = arm_name(decoder)
+        value = figures(after, arm)[SMALL_FIGURE]
+        return Measured(value, {"failed": float(after.failed(arm))}, {"value": value})
+
+    return measure, plain
+
+
+def _answered(wanted: Hunt, name: str, decoder: Decoder, clock: Clock) -> EvalRun:
+    clock.check()
+    own = wanted.exams[name].at(wanted.folder / RUNS / name)
+    copy_plain(wanted.exams[name], own)
+    arm = arm_name(decoder)
+    run = answered(own, {arm: decoder}, clock)
+    return replace(run, answers={arm: run.answers[arm]})
+
+
+def _outcome(run: EvalRun, arm: str) -> Outcome:
+    found = {name: value if math.isfinite(value) else None for name, value in figures(run, arm).items()}
+    return Outcome(found["chair_i"], found["recall"], found["length"], run.failed(arm))
+
+
+def _best(wanted: Hunt, plain: Mapping[str, Any], tried: Sequence[tuple[str, Tried]]) -> Found:
+    sign = 1 if wanted.small else -1
+    known = [(spec, one) for spec, one in tried if "refused" not in one.about]
+    feasible = [(spec, one) for spec, one in known if one.feasible]
+    if not known:
+        raise UsageError(f"every trial was refused: {tried[0][1].about['refused']}", "leave that decoder out")
+    furthest = max(known, key=lambda found: sign * found[1].value)
+    best = max(feasible, key=lambda found: sign * found[1].value, default=None)
+    chosen = best if best is not None and sign * (best[1].value - plain["value"]) > 0 else None
+    return Found(
+        spec=chosen[0] if chosen else "",
+        figure=SMALL_FIGURE if wanted.small else "chair_i",
+        plain=plain,
+        chosen=chosen[1].about if chosen else {},
+        furthest={"spec": furthest[0], **furthest[1].about},
+        trials=len(tried),
+        feasible=len(feasible),
+    )
+
+
+def _about(wanted: Hunt, found: Found) -> dict[str, Any]:
+    """What the recipe says of itself."""
+    exam = next(iter(wanted.exams.values()))
+    card = read_json(exam.folder / "card.json")
+    return {
+        "model": {name: card.get(name) for name in ("model", "weights", "dtype")},
+        "search": {"figure": found.figure, "trials": found.trials, "feasible": found.feasible, **asdict(wanted.limits)},
+        "tuning": {"plain": dict(found.plain), "recipe": dict(found.chosen)},
+        "data": {name: dict(one.workload.about) for name, one in wanted.exams.items()},
+        "versions": versions(),
+    }
