@@ -46,20 +46,38 @@ def encoded_once(vlm: Checkpoint, batch: Batch) -> Features:
     Returns:
         Features in the order of the prompts, as for ``encoded``.
     """
-    if not repeats_pictures(batch):
+    first, inputs = distinct(vlm, batch)
+    if first == list(range(batch.rows)):
         return encoded(vlm.model, batch)
-    first = first_rows(batch)
-    counts = picture_counts(vlm, batch)
-    owners = {name: vlm.family.owners(vlm.model, batch, name, counts) for name in _read(vlm.model, batch)}
-    if not all(_alike(batch[name], own, first) for name, own in owners.items()):
-        return encoded(vlm.model, batch)
-    kept = sorted({row for row, count in zip(first, counts, strict=True) if count})
-    chosen = {name: torch.isin(own, torch.tensor(kept)).to(batch[name].device) for name, own in owners.items()}
-    features: Any = encoded(vlm.model, {name: batch[name][mask] for name, mask in chosen.items()})
+    features: Any = encoded(vlm.model, inputs)
     tokens = (batch["input_ids"] == vlm.family.image_token(vlm.model.config)).sum(dim=1).tolist()
+    kept = sorted({row for row in first if tokens[row]})
     parts = _by_row([len(part) for part in features.pooler_output], kept, tokens)
     order = [part for row in first for part in parts.get(row, ())]
     return _picked(features, order)
+
+
+def distinct(vlm: Checkpoint, batch: Batch) -> tuple[list[int], Mapping[str, Tensor]]:
+    """Which rows show other pictures than those before them, and what the vision tower reads of these.
+
+    Args:
+        vlm: The model.
+        batch: B rows with ``pixel_values``.
+
+    Returns:
+        For each row the first that shows the same pictures, itself where that is not certain; and the inputs that
+        belong to the pictures of the rows that stand for themselves, in their order.
+    """
+    names, every = _read(vlm.model, batch), list(range(batch.rows))
+    whole = {name: batch[name] for name in names}
+    if not repeats_pictures(batch):
+        return every, whole
+    first, counts = first_rows(batch), picture_counts(vlm, batch)
+    owners = {name: vlm.family.owners(vlm.model, batch, name, counts) for name in names}
+    if not all(_alike(batch[name], own, first) for name, own in owners.items()):
+        return every, whole
+    kept = torch.tensor(sorted({row for row, count in zip(first, counts, strict=True) if count}))
+    return first, {name: batch[name][torch.isin(own, kept).to(batch[name].device)] for name, own in owners.items()}
 
 
 def first_rows(batch: Batch) -> list[int]:

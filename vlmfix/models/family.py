@@ -38,6 +38,22 @@ class Family(ABC):
         """The L attention modules of the text decoder, in layer order; never one of the vision tower."""
         return [layer.get_submodule("self_attn") for layer in self.layers(model)]
 
+    def tower(self, model: PreTrainedModel) -> nn.Module:
+        """The vision tower."""
+        tower = model.model.vision_tower
+        if not isinstance(tower, nn.Module):
+            raise TypeError(f"{type(model).__name__} has no vision_tower module")
+        return tower
+
+    def tower_attention(self, model: PreTrainedModel) -> list[nn.Module]:
+        """The attention modules of the vision tower, in layer order."""
+        return [module for module in self.tower(model).modules() if getattr(module, "is_causal", None) is False]
+
+    def class_tokens(self, model: PreTrainedModel) -> int:
+        """Number of class tokens that stand before the patches in the vision tower: 1 or 0."""
+        names = [name.rpartition(".")[2] for name, _ in self.tower(model).named_parameters()]
+        return int("class_embedding" in names or "cls_token" in names)
+
     def image_token(self, config: PreTrainedConfig) -> int:
         """Id of the token that stands for one image patch in ``input_ids``."""
         return int(config.image_token_id)
@@ -90,6 +106,21 @@ class Family(ABC):
             original picture, one per token equal to ``image_token``, in token order. A token that stands for
             no patch (newline, class token) is NaN; a patch without a place (padding, or one that depends on
             an unknown ``batch.sizes``) is inf.
+        """
+
+    @abstractmethod
+    def per_token(self, model: PreTrainedModel, inputs: Mapping[str, Tensor], patches: Sequence[Tensor]) -> Tensor:
+        """Sums values of the vision tower's tokens over those that each image token is made of.
+
+        Args:
+            model: The model.
+            inputs: The inputs that belong to the pictures, as the tower reads them.
+            patches: One value for each of the tower's tokens, (views, tokens) float32 of every call of its attention,
+                in the order of the calls; a view is a picture, a tile of one or a window of one.
+
+        Returns:
+            (n,) float32, one value per token equal to ``image_token``, in the order of the prompts; NaN where the token
+            stands for no patch.
         """
 
     def pixel_rows(self, model: PreTrainedModel, batch: Batch, counts: Sequence[int]) -> Tensor:

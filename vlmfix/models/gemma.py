@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from math import ceil, isqrt
 
 import torch
@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, ProcessorMixin
 
 from vlmfix.models.family import Family
-from vlmfix.models.grid import cells
+from vlmfix.models.grid import cells, merged
 from vlmfix.models.layout import Batch
 
 CROPS = "and here are some crops"
@@ -45,6 +45,12 @@ class Gemma(Family):
             sizes = [None] * len(crops) if batch.sizes is None else batch.sizes[row]
             places.append([_boxes(isqrt(tokens), count, size) for count, size in zip(crops, sizes, strict=False)])
         return places
+
+    def per_token(self, model: PreTrainedModel, inputs: Mapping[str, Tensor], patches: Sequence[Tensor]) -> Tensor:
+        """Sums over the squares of patches that are pooled to one token; see ``Family.per_token``."""
+        values = torch.cat(list(patches))  # (views, patches)
+        side = isqrt(values.shape[1])
+        return merged(values, (side, side), side // isqrt(model.config.mm_tokens_per_image)).flatten()
 
     def pixel_rows(self, model: PreTrainedModel, batch: Batch, counts: Sequence[int]) -> Tensor:
         """``pixel_values`` has one entry per picture or crop; see ``Family.pixel_rows``."""

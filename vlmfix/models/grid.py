@@ -30,6 +30,22 @@ def cells(rows: int, columns: int, *, within: Sequence[float] = WHOLE) -> Tensor
     return torch.stack([x[column], y[row], x[column + 1], y[row + 1]], dim=1)  # (rows * columns, 4)
 
 
+def merged(values: Tensor, shape: tuple[int, int], size: int) -> Tensor:
+    """Sums over squares of cells.
+
+    Args:
+        values: (n, rows * columns), one value per cell, row by row.
+        shape: (rows, columns), multiples of ``size``.
+        size: Cells along the edge of a square.
+
+    Returns:
+        (n, rows / size * columns / size), row by row.
+    """
+    rows, columns = shape
+    squares = values.view(-1, rows // size, size, columns // size, size)
+    return squares.sum(dim=(2, 4)).flatten(1)
+
+
 def clipped(boxes: Tensor) -> Tensor:
     """Cuts off what lies outside the picture.
 

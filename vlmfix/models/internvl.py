@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import groupby
 from typing import Any
 
@@ -13,8 +14,9 @@ from transformers import PreTrainedConfig, PreTrainedModel, ProcessorMixin
 from transformers.models.got_ocr2.image_processing_got_ocr2 import get_optimal_tiled_canvas
 
 from vlmfix.models.family import Family
-from vlmfix.models.grid import cells
+from vlmfix.models.grid import cells, merged
 from vlmfix.models.layout import Batch
+from vlmfix.models.llava import without_first
 
 
 class InternVL(Family):
@@ -46,6 +48,12 @@ class InternVL(Family):
             grids = [None if size is None else _grid(processor, size) for size in sizes]
             places.append([_boxes(count, side, grid) for count, grid in zip(squares, grids, strict=False)])
         return places
+
+    def per_token(self, model: PreTrainedModel, inputs: Mapping[str, Tensor], patches: Sequence[Tensor]) -> Tensor:
+        """Sums over the squares of patches that become one token; see ``Family.per_token``."""
+        values = without_first(model, torch.cat(list(patches)))  # (views, patches)
+        side = math.isqrt(values.shape[1])
+        return merged(values, (side, side), round(1 / model.config.downsample_ratio)).flatten()
 
     def pixel_rows(self, model: PreTrainedModel, batch: Batch, counts: Sequence[int]) -> Tensor:
         """``pixel_values`` has one entry per tile or thumbnail; see ``Family.pixel_rows``."""

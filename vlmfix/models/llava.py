@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -47,6 +47,15 @@ class Llava(Family):
             window = _window(processor, size, shown, (lines * patch, columns * patch))
             pictures.append(_with_class(_grid(lines, columns, window), extra))
         return by_row(batch, self.image_token(model.config), pictures)
+
+    def per_token(self, model: PreTrainedModel, inputs: Mapping[str, Tensor], patches: Sequence[Tensor]) -> Tensor:
+        """Each token is one patch; see ``Family.per_token``."""
+        return without_first(model, torch.cat(list(patches))).flatten()
+
+
+def without_first(model: PreTrainedModel, patches: Tensor) -> Tensor:
+    """(views, tokens) without each view's first, where the model drops that as the class token."""
+    return patches[:, 1:] if model.config.vision_feature_select_strategy == "default" else patches
 
 
 def _sizes(batch: Batch) -> list[tuple[int, int] | None]:

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from typing import Any
+
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel, ProcessorMixin
+from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
 
 from vlmfix.models.anyres import anyres
 from vlmfix.models.family import Family, by_row
 from vlmfix.models.grid import cells
 from vlmfix.models.layout import Batch
+from vlmfix.models.llava import without_first
 
 
 class LlavaNext(Family):
@@ -34,3 +39,18 @@ class LlavaNext(Family):
             large = anyres((height, width), canvases=config.image_grid_pinpoints, tile=tile, patch=patch)
             pictures.append(torch.cat([base, large]))  # (n, 4)
         return by_row(batch, self.image_token(config), pictures)
+
+    def per_token(self, model: PreTrainedModel, inputs: Mapping[str, Tensor], patches: Sequence[Tensor]) -> Tensor:
+        """The model's own packing of tiles, for values in place of features; see ``Family.per_token``."""
+        config, sizes = model.config, inputs["image_sizes"]
+        tile = config.vision_config.image_size
+        counts = [image_size_to_num_patches(size, config.image_grid_pinpoints, tile) for size in sizes]
+        values = without_first(model, torch.cat(list(patches)))[..., None]  # (views, patches, 1)
+        core: Any = model.base_model
+        packed, _ = core.pack_image_features(
+            values.split(counts),
+            sizes,
+            vision_feature_select_strategy=config.vision_feature_select_strategy,
+            image_newline=values.new_full((1,), torch.nan),
+        )
+        return torch.cat(list(packed)).flatten()  # (n,)

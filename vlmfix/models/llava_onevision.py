@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from typing import Any
+
 import torch
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel, ProcessorMixin
+from transformers.models.llava_onevision.modeling_llava_onevision import image_size_to_num_patches
 
 from vlmfix.models.anyres import anyres
 from vlmfix.models.family import Family, by_row
 from vlmfix.models.grid import cells, clipped
 from vlmfix.models.layout import Batch
+from vlmfix.models.llava import without_first
 
 
 class LlavaOneVision(Family):
@@ -26,14 +31,39 @@ class LlavaOneVision(Family):
 
     def patches(self, model: PreTrainedModel, processor: ProcessorMixin, batch: Batch) -> list[list[Tensor]]:
         """Boxes of the base tile and the large tiles, or of the one tile; see ``Family.patches``."""
-        sizes = batch["image_sizes"].tolist()
-        counts = batch["batch_num_images"].tolist() if "batch_num_images" in batch else [1] * len(sizes)
-        alone = [count == 1 for count in counts for _ in range(count)]
         pictures = [
             _tiled(model.config, (height, width)) if single else _padded(model.config, (height, width))
-            for (height, width), single in zip(sizes, alone, strict=True)
+            for (height, width), single in zip(batch["image_sizes"].tolist(), _alone(batch), strict=True)
         ]
         return by_row(batch, self.image_token(model.config), pictures)
+
+    def per_token(self, model: PreTrainedModel, inputs: Mapping[str, Tensor], patches: Sequence[Tensor]) -> Tensor:
+        """The model's own packing of tiles, for values in place of features; see ``Family.per_token``.
+
+        Where the model resizes features to fewer, values are resized and not summed.
+        """
+        config, sizes = model.config, inputs["image_sizes"]
+        tile = config.vision_config.image_size
+        counts = [
+            image_size_to_num_patches(size, config.image_grid_pinpoints, tile) if single else 1
+            for size, single in zip(sizes, _alone(inputs), strict=True)
+        ]
+        values = without_first(model, torch.cat(list(patches)))[..., None]  # (views, patches, 1)
+        core: Any = model.base_model
+        packed, _ = core.pack_image_features(
+            values.split(counts),
+            sizes,
+            image_newline=values.new_full((1,), torch.nan),
+            vision_aspect_ratio=config.vision_aspect_ratio,
+        )
+        return torch.cat(list(packed)).flatten()  # (n,)
+
+
+def _alone(inputs: Mapping[str, Tensor]) -> list[bool]:
+    """For each picture, whether it is the only one of its prompt."""
+    if "batch_num_images" not in inputs:
+        return [True] * len(inputs["image_sizes"])
+    return [count == 1 for count in inputs["batch_num_images"].tolist() for _ in range(count)]
 
 
 def _tiled(config: PreTrainedConfig, size: tuple[int, int]) -> Tensor:

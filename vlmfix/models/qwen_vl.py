@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 from transformers import PreTrainedModel, ProcessorMixin
+from transformers.vision_utils import get_vision_window_index
 
 from vlmfix.models.family import Family, by_row
 from vlmfix.models.grid import cells
@@ -28,6 +30,32 @@ class QwenVL(Family):
         grids = (batch["image_grid_thw"][:, 1:] // merge).tolist()
         pictures = [cells(rows, columns) for rows, columns in grids]
         return by_row(batch, self.image_token(model.config), pictures)
+
+    def tower(self, model: PreTrainedModel) -> nn.Module:
+        """The vision tower; these models call it ``visual``."""
+        tower = model.model.visual
+        if not isinstance(tower, nn.Module):
+            raise TypeError(f"{type(model).__name__} has no visual module")
+        return tower
+
+    def per_token(self, model: PreTrainedModel, inputs: Mapping[str, Tensor], patches: Sequence[Tensor]) -> Tensor:
+        """Sums over the squares of patches that become one token; see ``Family.per_token``.
+
+        The tower's attention sees the patches of a square one after the other, and in Qwen2.5-VL the squares of a
+        window one after the other.
+        """
+        vision = model.config.vision_config
+        values = torch.cat([part.flatten() for part in patches])  # (patches,)
+        sums = values.view(-1, vision.spatial_merge_size**2).sum(dim=1)  # (n,)
+        if not hasattr(vision, "window_size"):
+            return sums
+        order, _ = get_vision_window_index(
+            inputs["image_grid_thw"],
+            spatial_merge_size=vision.spatial_merge_size,
+            window_size=vision.window_size,
+            patch_size=vision.patch_size,
+        )
+        return sums[order.argsort().to(sums.device)]
 
     def pixel_rows(self, model: PreTrainedModel, batch: Batch, counts: Sequence[int]) -> Tensor:
         """``pixel_values`` has one entry per patch before merging; see ``Family.pixel_rows``."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from math import isqrt
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, ProcessorMixin
 
 from vlmfix.models.family import Family
-from vlmfix.models.grid import WHOLE, cells
+from vlmfix.models.grid import WHOLE, cells, merged
 from vlmfix.models.layout import Batch
 
 
@@ -38,6 +38,19 @@ class SmolVLM(Family):
         tokenizer = processor.tokenizer
         token = tokenizer.convert_ids_to_tokens(self.image_token(model.config))
         return [_pictures(tokenizer.decode(ids), token) for ids in batch["input_ids"].tolist()]
+
+    def tower(self, model: PreTrainedModel) -> nn.Module:
+        """The vision tower; these models call it ``vision_model``."""
+        tower = model.model.vision_model
+        if not isinstance(tower, nn.Module):
+            raise TypeError(f"{type(model).__name__} has no vision_model module")
+        return tower
+
+    def per_token(self, model: PreTrainedModel, inputs: Mapping[str, Tensor], patches: Sequence[Tensor]) -> Tensor:
+        """Sums over the squares of patches that become one token; see ``Family.per_token``."""
+        values = torch.cat(list(patches))  # (views, patches)
+        side = isqrt(values.shape[1])
+        return merged(values, (side, side), model.config.scale_factor).flatten()
 
     def pixel_rows(self, model: PreTrainedModel, batch: Batch, counts: Sequence[int]) -> Tensor:
         """``pixel_values`` has one entry per row, filled up with tiles of zeros; see the base."""

@@ -1,0 +1,156 @@
+"""What the vision tower's attention says of each of its tokens, read while the tower runs.
+
+Only sums over rows are kept, and the rows are computed a few at a time: never the whole (N, N) of a layer.
+
+Shape letters (``docs/notation.md``): H heads and D head dimension, here of the tower; here also V views (pictures,
+tiles or windows that run side by side) and N tokens of each, the class token included.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+from vlmfix.models.checkpoint import Checkpoint
+
+NAME = "vlmfix_tower"
+"""Name of the attention function in transformers' registries."""
+READINGS = "_vlmfix_readings"
+"""Attribute of an attention module that holds what reads it."""
+ROOM = 2**25
+"""Most attention weights that are held at once."""
+
+TowerRows = Literal["class", "patches"]
+
+
+@dataclass(eq=False)
+class TowerReading:
+    """The attention that each token of the vision tower gets in one layer, summed over heads and over some rows.
+
+    Attributes:
+        layer: Layer of the tower; negative numbers count from the end.
+        rows: The row of the class token, or those of all patches.
+        classes: Tokens before the patches, the class token first; 0 where there is none.
+        sums: (V, N) float32 for every call of the layer's attention; NaN before the patches.
+    """
+
+    layer: int
+    rows: TowerRows
+    classes: int
+    sums: list[Tensor] = field(default_factory=list)
+
+    def read(self, query: Tensor, key: Tensor, mask: Tensor | None, scale: float) -> None:
+        """Adds the sums of one call.
+
+        Args:
+            query: (V, H, N, D), rotated where the tower does that.
+            key: (V, H, N, D).
+            mask: (V, 1, N, N) bool, True where a query may look, or None for everywhere.
+            scale: Factor on the scores.
+        """
+        self.sums.append(_without_classes(self._summed(query, key, mask, scale), self.classes))
+
+    def _summed(self, query: Tensor, key: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+        if self.rows == "class":
+            return summed_rows(query[:, :, :1], key, mask if mask is None else mask[:, :, :1], scale)
+        views, heads, length, _ = query.shape
+        step = max(1, ROOM // (views * heads * length))
+        total = torch.zeros(views, length, device=query.device)
+        for start in range(self.classes, length, step):
+            rows = slice(start, start + step)
+            total += summed_rows(query[:, :, rows], key, mask if mask is None else mask[:, :, rows], scale)
+        return total
+
+
+def summed_rows(query: Tensor, key: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+    """Attention weights summed over heads and rows.
+
+    Args:
+        query: (V, H, R, D), the rows.
+        key: (V, H, N, D).
+        mask: (V, 1, R, N) bool, True where a query may look, or None for everywhere.
+        scale: Factor on the scores.
+
+    Returns:
+        (V, N) float32.
+    """
+    scores = query.float() @ key.float().transpose(2, 3) * scale  # (V, H, R, N)
+    if mask is not None:
+        scores = scores.masked_fill(~mask.bool(), torch.finfo(scores.dtype).min)
+    return scores.softmax(dim=-1).sum(dim=(1, 2))
+
+
+def _without_classes(sums: Tensor, classes: int) -> Tensor:
+    return torch.cat([sums.new_full((len(sums), classes), torch.nan), sums[:, classes:]], dim=1)  # (V, N)
+
+
+def tower_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """SDPA, read by the module's readings.
+
+    Args:
+        module: Attention module of a vision tower.
+        query: (V, H, N, D).
+        key: (V, H, N, D).
+        value: (V, H, N, D).
+        attention_mask: (V, 1, N, N) bool, or None.
+        scaling: Factor on the scores; None is 1 / sqrt(D).
+        dropout: Handed to SDPA.
+        **kwargs: Handed to SDPA.
+
+    Returns:
+        (V, N, H, D) head outputs, and None for the weights.
+    """
+    readings: Sequence[TowerReading] = getattr(module, READINGS, ())
+    for reading in readings:
+        reading.read(query, key, attention_mask, query.shape[-1] ** -0.5 if scaling is None else scaling)
+    output, _ = sdpa_attention_forward(
+        module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
+    )
+    return output, None
+
+
+@contextmanager
+def tower_read(vlm: Checkpoint, readings: Sequence[TowerReading]) -> Iterator[None]:
+    """Lets readings see the attention of the vision tower's passes inside the block; its results stay as they are.
+
+    Args:
+        vlm: The model; its implementation of attention is restored on leaving, also after an exception.
+        readings: What to read; filled by the passes.
+    """
+    if NAME not in AttentionInterface().valid_keys():
+        AttentionInterface.register(NAME, tower_attention)
+        AttentionMaskInterface.register(NAME, sdpa_mask)  # without a mask rule padding would be ignored
+    modules = vlm.family.tower_attention(vlm.model)
+    owners: list[Any] = [vlm.family.tower(vlm.model), *modules]
+    configs: dict[int, Any] = {id(owner.config): owner.config for owner in owners}
+    former = [(config, config._attn_implementation_internal) for config in configs.values()]
+    try:
+        for reading in readings:
+            module = modules[reading.layer]
+            setattr(module, READINGS, (*getattr(module, READINGS, ()), reading))
+        for config in configs.values():
+            config._attn_implementation_internal = NAME
+        yield
+    finally:
+        for config, name in former:
+            config._attn_implementation_internal = name
+        for module in modules:
+            if hasattr(module, READINGS):
+                delattr(module, READINGS)
