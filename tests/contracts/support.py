@@ -58,6 +58,7 @@ NEUTRAL: dict[str, str | Decoder] = {
     "act": f"{_ACT},kept_fraction=1",
     "spin": "spin:suppression=1",
     "spin-scores": "spin:preset=official-code,kept_share=1",
+    "imbalance": "imbalance:significance=received,alpha=0,beta=0",
     "head-gains": HeadGains(gain=1.0),
 }
 """Parameters under which a method does nothing."""
@@ -75,6 +76,7 @@ STRONG: dict[str, str | Decoder] = {
     "act": f"{_ACT},kept_fraction=0",
     "spin": "spin:kept_share=0.5",
     "spin-scores": "spin:preset=official-code,kept_share=0.5,suppression=0.2",
+    "imbalance": "imbalance:significance=received,alpha=1,beta=0.8,local_share=0.5,layers=all",
     "chain-attention": f"zerotuning:gain=0,heads=1/2+{_ACT},kept_fraction=0.2+spin:preset=official-code,kept_share=0.5",
     "head-gains": HeadGains(),
     "chain": f"{_VAR},moved_fraction=1+{_GIFT}+locore:strength=2+vcd:plausibility=0+inter:variance=0,plausibility=0",

@@ -8,6 +8,7 @@ from vlmfix.decoders.base import Chain, Decoder, DecodingPlan, Greedy, Source
 from vlmfix.decoders.beam import Beam
 from vlmfix.decoders.carve import CARVE
 from vlmfix.decoders.gift import GIFT
+from vlmfix.decoders.imbalance import Imbalance
 from vlmfix.decoders.inter import INTER
 from vlmfix.decoders.locore import LocoRE
 from vlmfix.decoders.sample import Sample
@@ -39,6 +40,7 @@ DECODERS: dict[str, type[Decoder]] = {
         ZeroTuning,
         ACT,
         SPIN,
+        Imbalance,
     )
 }
 """Every method by its name on the command line."""
@@ -71,6 +73,7 @@ __all__ = [
     "DecoderInfo",
     "DecodingPlan",
     "Greedy",
+    "Imbalance",
     "LocoRE",
     "Parameter",
     "Sample",
