@@ -40,6 +40,7 @@ class HeadGains(Greedy):
 
 _ACT = "act:heads=all,layers=all,sink_factor=1"
 _VAR = "var:sink_dims=1/2/3/4,sink_threshold=0.8,min_visual_mass=0,min_nonsink_ratio=0,layers=2:"
+_ADHH = "adhh:heads=L0H0/L0H3/L0H5/L1H1/L1H6/L2H2/L2H7"
 _GIFT = "gift:saliency_layers=0,layers=1:"
 
 NEUTRAL: dict[str, str | Decoder] = {
@@ -58,6 +59,7 @@ NEUTRAL: dict[str, str | Decoder] = {
     "act": f"{_ACT},kept_fraction=1",
     "spin": "spin:suppression=1",
     "spin-scores": "spin:preset=official-code,kept_share=1",
+    "adhh": f"{_ADHH},threshold=1.1",
     "imbalance": "imbalance:significance=received,alpha=0,beta=0",
     "head-gains": HeadGains(gain=1.0),
 }
@@ -76,6 +78,7 @@ STRONG: dict[str, str | Decoder] = {
     "act": f"{_ACT},kept_fraction=0",
     "spin": "spin:kept_share=0.5",
     "spin-scores": "spin:preset=official-code,kept_share=0.5,suppression=0.2",
+    "adhh": f"{_ADHH},threshold=0.2",
     "imbalance": "imbalance:significance=received,alpha=1,beta=0.8,local_share=0.5,layers=all",
     "chain-attention": f"zerotuning:gain=0,heads=1/2+{_ACT},kept_fraction=0.2+spin:preset=official-code,kept_share=0.5",
     "head-gains": HeadGains(),

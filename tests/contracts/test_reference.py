@@ -15,7 +15,7 @@ from transformers.masking_utils import sdpa_mask
 
 from tests.contracts.support import PROMPTS, Forced, batch_of, close, logits, vlm_of
 from tests.tiny import TINY
-from vlmfix.decoders import ACT, SPIN, VAR, LocoRE, ZeroTuning
+from vlmfix.decoders import ACT, ADHH, SPIN, VAR, LocoRE, ZeroTuning
 from vlmfix.decoders.gift import GIFT
 from vlmfix.decoders.vhr import VHR
 
@@ -354,6 +354,23 @@ def spin(vlm, batch, method):
     return slow
 
 
+def adhh(vlm, batch, method):
+    """Section 3.10 of the head profilers' specification, with the text behind the last of several pictures."""
+    layout, prompt = vlm.layout(batch), batch.length
+    pictures = [max(layout.tokens[b].nonzero().flatten().tolist()) for b in range(batch.rows)]
+
+    def weights(layer, b, h, q, row):
+        if q < prompt - 1 or (layer, h) not in method.heads.pairs:
+            return row
+        behind = [j for j in range(pictures[b] + 1, q + 1) if j >= prompt or bool(layout.text[b, j])]
+        new = row.clone()
+        if sum(float(row[j]) for j in behind) >= method.threshold:
+            new[behind] = 0
+        return new
+
+    return Slow(same, weights)
+
+
 METHODS = {
     "var": (
         var,
@@ -390,6 +407,7 @@ METHODS = {
     "act": (act, ACT(sink_factor=1.5, heads="L0H1/L0H2/L1H0/L1H7/L2H4/L2H5", layers="all")),
     "act-official": (act, ACT(preset="official-code", sink_threshold=0.02, heads="all", layers="1:")),
     "spin": (spin, SPIN(kept_share=0.7, suppression=0.1)),
+    "adhh": (adhh, ADHH(heads="L0H2/L0H3/L1H0/L1H1/L1H6/L2H4/L2H5/L2H7", threshold=0.15)),
     "spin-official": (spin, SPIN(preset="official-code", kept_share=0.4, layers="1:")),
 }
 TOKENS = torch.tensor([[40, 50, 60], [70, 45, 33]])

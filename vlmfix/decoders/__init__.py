@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from vlmfix.decoders import spec as _spec
 from vlmfix.decoders.act import ACT
+from vlmfix.decoders.adhh import ADHH
 from vlmfix.decoders.base import Chain, Decoder, DecodingPlan, Greedy, Source
 from vlmfix.decoders.beam import Beam
 from vlmfix.decoders.carve import CARVE
@@ -40,6 +41,7 @@ DECODERS: dict[str, type[Decoder]] = {
         ZeroTuning,
         ACT,
         SPIN,
+        ADHH,
         Imbalance,
     )
 }
@@ -58,6 +60,7 @@ def parse(spec: str) -> Decoder:
 
 __all__ = [
     "ACT",
+    "ADHH",
     "CARVE",
     "DECODERS",
     "GIFT",

@@ -5,13 +5,48 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from vlmfix.attention.edit import LayerSet
 from vlmfix.errors import UsageError
 
-Value = bool | int | float | str | LayerSet | tuple[int, ...] | None
+
+@dataclass(frozen=True)
+class HeadList:
+    """Query heads in an order, written ``L16H29/L26H9``: layer 16, head 29, then layer 26, head 9; both count from 0.
+
+    Args:
+        spec: The heads; none twice.
+
+    Raises:
+        UsageError: ``spec`` is not of that form.
+    """
+
+    spec: str
+
+    def __post_init__(self) -> None:
+        if not re.fullmatch(r"L\d+H\d+(/L\d+H\d+)*", self.spec):
+            raise UsageError(f"heads {self.spec!r} are not understood", "write layers and heads such as L16H29/L26H9")
+        if len(set(self.pairs)) < len(self.pairs):
+            raise UsageError(f"heads {self.spec!r} name a head twice", "name each once")
+
+    @classmethod
+    def of(cls, pairs: Sequence[tuple[int, int]]) -> HeadList:
+        """The list of some (layer, head)."""
+        return cls("/".join(f"L{layer}H{head}" for layer, head in pairs))
+
+    @property
+    def pairs(self) -> tuple[tuple[int, int], ...]:
+        """(layer, head) of each, in order."""
+        return tuple((int(layer), int(head)) for layer, head in re.findall(r"L(\d+)H(\d+)", self.spec))
+
+    def __str__(self) -> str:
+        return self.spec
+
+
+Value = bool | int | float | str | LayerSet | HeadList | tuple[int, ...] | None
 """What a decoder's parameter can hold."""
 UNWRITABLE = re.compile(r"[,\n\r]|\+(?=\s*[a-zA-Z@])|^\s|\s$|^(?i:none)?$")
 """Texts that a specification could not be read back from, or that mean something else there."""
@@ -23,7 +58,7 @@ class Range:
     """What a parameter may be.
 
     Attributes:
-        kind: bool, int, float, str, LayerSet or tuple (of ints).
+        kind: bool, int, float, str, LayerSet, HeadList or tuple (of ints).
         low: Smallest allowed number.
         high: Largest allowed number.
         choices: Allowed words; empty for any.
@@ -53,6 +88,7 @@ class Range:
             words = {
                 bool: "true | false",
                 LayerSet: "layers such as all, 2:-1 or 5/8",
+                HeadList: "heads such as L16H29/L26H9",
                 tuple: "integers joined by /",
             }.get(self.kind, "text")
         return words
@@ -72,8 +108,9 @@ class Range:
         """
         if value is None and self.optional:
             return None
-        if self.kind is LayerSet and isinstance(value, str):
-            return LayerSet(value)
+        if self.kind in (LayerSet, HeadList) and isinstance(value, str):
+            made: Value = self.kind(value)
+            return made
         if self.kind is float and type(value) is int:
             value = float(value)
         if isinstance(value, int | float) and not isinstance(value, bool):
