@@ -5,7 +5,7 @@ import pytest
 import torch
 from scipy import stats
 
-from vlmfix.heads.moments import Halves, Moments, rank_correlation
+from vlmfix.heads.moments import Contrast, Halves, Moments, rank_correlation
 
 
 @pytest.fixture
@@ -54,3 +54,61 @@ def test_rank_correlation():
     assert rank_correlation(torch.tensor([1.0, 2, 3]), torch.tensor([10.0, 20, 90])) == pytest.approx(1)
     assert rank_correlation(torch.tensor([1.0, 2, 3]), torch.tensor([3.0, 2, 1])) == pytest.approx(-1)
     assert rank_correlation(torch.tensor([1.0, 2, 3]), torch.ones(3)) is None
+
+
+def words_of_pictures(pictures, seed=5):
+    """For each picture the scores (words, 3, 5) of its words of two kinds; some pictures have none of the second."""
+    generator = torch.Generator().manual_seed(seed)
+    counts = torch.randint(0, 4, (pictures, 2), generator=generator).tolist()
+    return [
+        [
+            torch.randn(count + (not kind), 3, 5, generator=generator, dtype=torch.float64) + 7
+            for kind, count in enumerate(both)
+        ]
+        for both in counts
+    ]
+
+
+def gathered(kinds):
+    """(L, H, 4) of one picture."""
+    parts = [
+        part for words in kinds for part in (words.sum(0), torch.full((3, 5), float(len(words)), dtype=words.dtype))
+    ]
+    return torch.stack(parts, dim=-1)
+
+
+@pytest.mark.parametrize("size", [1, 4, 29])
+def test_a_contrast_is_of_words_and_its_error_of_pictures(size):
+    pictures = words_of_pictures(29)
+    found = Contrast.empty(3, 5)
+    for part in torch.stack([gathered(kinds) for kinds in pictures]).split(size):
+        found = found.added(part)
+    every = [torch.cat([kinds[kind] for kinds in pictures]) for kind in (0, 1)]
+    mean = every[0].mean(0) - every[1].mean(0)
+    assert found.count == 29
+    torch.testing.assert_close(found.mean, mean)
+    # what every picture moves the difference by, to first order
+    moves = [
+        (kinds[0] - every[0].mean(0)).sum(0) / len(every[0]) - (kinds[1] - every[1].mean(0)).sum(0) / len(every[1])
+        for kinds in pictures
+    ]
+    expected = (torch.stack(moves).square().sum(0) * 29 / 28).sqrt()
+    torch.testing.assert_close(found.stderr, expected)
+
+
+def test_a_contrast_of_one_word_of_each_kind_is_a_mean_of_differences(values):
+    ones = torch.ones_like(values)
+    both = torch.stack([values, ones, values.flip(0), ones], dim=-1)
+    left, right = Contrast.empty(3, 5).added(both[:20]), Contrast.empty(3, 5).added(both[20:])
+    plain = Moments.empty(3, 5).added(values - values.flip(0))
+    torch.testing.assert_close(left.merged(right).mean, plain.mean, atol=1e-9, rtol=0)
+    torch.testing.assert_close(left.merged(right).stderr, plain.stderr)
+
+
+def test_a_contrast_of_one_kind_alone_is_not_known():
+    kinds = torch.tensor([2.0, 1.0, 0.0, 0.0], dtype=torch.float64).expand(8, 3, 5, 4)
+    halves = Halves(Contrast.empty(3, 5), Contrast.empty(3, 5)).added(kinds)
+    assert halves.whole.count == 8
+    assert bool(halves.whole.mean.isnan().all())
+    assert halves.reliability is None
+    assert Contrast.empty(3, 5).added(kinds[:0]).count == 0

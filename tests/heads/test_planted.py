@@ -2,18 +2,41 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import pytest
 import torch
 
 from tests.contracts.support import picture
-from tests.heads.planted import CODE, FIRST, GROUP, HEADS, IMAGE, LAYERS, SHARP, WIDTH, look, look_away, planted_vlm
+from tests.heads.planted import (
+    CODE,
+    CONSTANT,
+    FIRST,
+    GROUP,
+    HEADS,
+    IMAGE,
+    LAYERS,
+    SHARP,
+    WIDTH,
+    look,
+    look_away,
+    planted_vlm,
+)
+from vlmfix.attention.probe import LastOutputs
+from vlmfix.attention.session import edited
+from vlmfix.errors import DataError
 from vlmfix.heads import retrieval
+from vlmfix.heads.ablation import Ablation
+from vlmfix.heads.captions import Labels, Word
+from vlmfix.heads.last_step import LastStep
 from vlmfix.heads.localization import Localization
-from vlmfix.heads.measure import profile
+from vlmfix.heads.measure import QUESTION, profile
 from vlmfix.heads.non_sink import NonSink
+from vlmfix.heads.patching import Patching, effects
+from vlmfix.heads.profiler import Work, run_pass
 from vlmfix.heads.retrieval import Retrieval
+from vlmfix.heads.vhd import without_image_tokens
 
 PICTURES = [picture(1, (40, 60)), picture(2, (60, 40))]
 
@@ -137,6 +160,117 @@ def test_ablation_finds_the_one_head_that_speaks():
     assert found.scores[1, 3] == pytest.approx(sum(lost) / 2, abs=1e-6)
     first = found.details["first_order"]
     assert bool(((first != 0) == (found.scores != 0)).all())
+
+
+def speaking(vlm, heads):
+    """Lets only some (layer, head) write, each to the dimension given for it, a positive number at every token."""
+    with torch.no_grad():
+        for layer, module in enumerate(vlm.family.attention_modules(vlm.model)):
+            module.o_proj.weight.zero_()
+            for (number, head), dim in heads.items():
+                if number == layer:
+                    module.v_proj.weight[head // GROUP * WIDTH, :] = 0.0
+                    module.v_proj.weight[head // GROUP * WIDTH, CONSTANT] = 1.0
+                    module.o_proj.weight[dim, head * WIDTH] = 1.0
+
+
+def babbler():
+    """A model that says ``r h.`` to everything; one head speaks for the h, another for the r."""
+    follows = {":": "r", "r": " ", " ": "h", "h": "."}
+    codes = {letter: CODE + number for number, letter in enumerate(follows)}
+    vlm = planted_vlm(tokens=[(letter, dim, 1.0) for letter, dim in codes.items()])
+    speaking(vlm, {(1, 3): CODE + 5, (2, 5): CODE + 6})
+    said = {letter: vlm.processor.tokenizer(letter, add_special_tokens=False)["input_ids"][0] for letter in "r h."}
+    with torch.no_grad():
+        weight = vlm.model.get_output_embeddings().weight
+        weight.zero_()
+        for letter, following in follows.items():
+            weight[said[following], codes[letter]] = 3.0
+        weight[said["h"], CODE + 5] = weight[said["r"], CODE + 6] = 0.4
+    return vlm
+
+
+def test_ablation_on_captions_finds_the_head_that_pushes_the_hallucinated_word():
+    seen = []
+
+    def words(number, caption):
+        seen.append((number, caption))
+        return [Word(0, 1, True), Word(2, 3, False)]
+
+    labels = Labels(words=words, about={})
+    found = measured(babbler(), Ablation(labels=labels, max_new_tokens=4), batch_size=1)
+    assert seen == [(0, "r h."), (1, "r h.")]
+    assert found.top(1) == ((1, 3),)
+    flipped = dataclasses.replace(found, scores=-found.scores)
+    assert flipped.top(1) == ((2, 5),)
+    assert (found.scores != 0).sum() == 2
+    assert found.details["hallucinated"][1, 3] > 0 > found.details["real"][1, 3]
+    assert found.details["real"][2, 5] > 0 > found.details["hallucinated"][2, 5]
+    first = found.details["first_order"]
+    assert first[1, 3] > 0 > first[2, 5]
+    assert (first != 0).sum() == 2
+
+
+def test_captions_without_a_hallucinated_word_are_left_out():
+    def words(number, caption):
+        return [Word(0, 1, True), *([Word(2, 3, False)] if number else [])]
+
+    found = measured(babbler(), Ablation(labels=Labels(words=words, about={}), max_new_tokens=4))
+    assert found.card.pictures == 1
+    assert found.details["real_words"].tolist() == [1]
+    for kinds in ((True,), (False,), ()):
+        labels = Labels(words=lambda number, caption, kinds=kinds: [Word(0, 1, kind) for kind in kinds], about={})
+        with pytest.raises(DataError, match="says nothing about 2 pictures"):
+            measured(babbler(), Ablation(labels=labels, max_new_tokens=4))
+
+
+def test_a_token_of_two_words_counts_as_hallucinated_and_a_repeated_word_twice():
+    def words(number, caption):
+        return [Word(0, 1, True), Word(0, 3, False), Word(2, 3, True), Word(3, 4, True)]
+
+    found = measured(babbler(), Ablation(labels=Labels(words=words, about={}), max_new_tokens=4))
+    assert found.details["hallucinated_words"].tolist() == [2]
+    assert found.details["real_words"].tolist() == [4]
+
+
+@pytest.mark.parametrize("planted", [(0, 3), (2, 5)])
+def test_patching_finds_the_one_head_that_reads_the_picture(planted):
+    vlm = planted_vlm()
+    look_away(vlm, but=[planted])
+    look(vlm, *planted, IMAGE)
+    with torch.no_grad():
+        for layer, module in enumerate(vlm.family.attention_modules(vlm.model)):
+            heads = module.o_proj.weight.view(-1, HEADS, WIDTH)
+            for head in range(HEADS):
+                # nothing behind it may read what it wrote
+                heads[:, head] *= 40.0 if (layer, head) == planted else 0.1 * (layer <= planted[0])
+    found = measured(vlm, "patching")
+    for part in (found.scores, *(found.details[name] for name in ("memory", "context", "direct"))):
+        others = part.clone()
+        others[planted] = 0
+        assert others.abs().max() < 1e-3 * part[planted].abs()
+    assert found.scores[planted] < 0 < found.details["context"][planted]  # it speaks for the picture
+
+
+def test_patching_a_model_that_ignores_the_picture_has_no_conflict_and_no_effect():
+    vlm = planted_vlm()
+    look_away(vlm)
+    with pytest.raises(DataError, match="otherwise when it does not see the picture"):
+        measured(vlm, "patching")
+    batch = vlm.encode([QUESTION], [PICTURES[:1]])
+    work = Work(vlm, batch, vlm.layout(batch), 0, 0)
+    state = Patching().begin(vlm)
+    ran = run_pass(work, [state])
+    state.scores(work, ran)
+    shown = torch.stack([state._shown[layer][0] for layer in range(LAYERS)])
+    blind = without_image_tokens(vlm, batch)
+    others = {}
+    with edited(
+        vlm, vlm.layout(blind), [LastOutputs(reader=lambda site, output: others.update({site.layer: output[0]}))]
+    ):
+        vlm.model(**blind)
+    found = effects(LastStep.of(work, ran, 0), shown, torch.stack(list(others.values())), (5, 6), 8)
+    assert found.abs().max() < 1e-4
 
 
 def test_localization_prefers_one_place_to_many():

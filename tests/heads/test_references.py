@@ -14,9 +14,12 @@ from tests.contracts.support import HeadGain, picture, vlm_of
 from tests.tiny import TINY
 from vlmfix.attention.session import edited
 from vlmfix.heads.ablation import Ablation
+from vlmfix.heads.captions import Labels, Word
 from vlmfix.heads.localization import Localization
 from vlmfix.heads.measure import profile
+from vlmfix.heads.moments import rank_correlation
 from vlmfix.heads.non_sink import NonSink
+from vlmfix.heads.patching import Patching
 from vlmfix.heads.profiler import State, Work, run_pass
 from vlmfix.heads.profilers import PROFILERS
 from vlmfix.heads.retrieval import ASKED, WORDS, Retrieval
@@ -28,6 +31,7 @@ QUESTION = "is the 7 red?"
 CONTENT = ("7", "red")
 DIMS, THRESHOLD, SHARE = (1, 2), 1.2, 0.6
 PICTURES = [picture(1, (40, 60)), picture(2, (66, 40))]
+SHOWN = [*PICTURES, picture(3, (50, 50))]
 
 
 @contextmanager
@@ -178,13 +182,179 @@ def test_a_padded_batch_scores_as_each_row_alone_does_by_a_slow_computation(fami
         torch.testing.assert_close(found[name].stderr.double(), error, atol=2e-5, rtol=5e-3)
 
 
+def first_characters(vlm, tokens):
+    """For each token that writes a character of its own, where it begins; random bytes do not always."""
+    tokenizer = vlm.processor.tokenizer
+    texts = [tokenizer.decode(tokens[:count], skip_special_tokens=True) for count in range(len(tokens) + 1)]
+    whole = [count for count, text in enumerate(texts) if texts[-1].startswith(text)]
+    places = [count for count in whole if count + 1 in whole and len(texts[count + 1]) == len(texts[count]) + 1]
+    return {place: len(texts[place]) for place in places}
+
+
+@torch.no_grad()
+def told(vlm, batch, count):
+    """Greedy tokens of one row and the probabilities of every step, by whole passes."""
+    tokens, steps = [], []
+    for _ in range(count):
+        steps.append(vlm.model(**answered(batch, tokens)).logits[0, -1].double().softmax(-1))
+        tokens.append(int(steps[-1].argmax()))
+        if tokens[-1] == vlm.model.generation_config.eos_token_id:
+            break
+    return tokens, steps
+
+
+def answered(batch, tokens):
+    """One row with the beginning of an answer behind it."""
+    fresh = torch.tensor([tokens], dtype=torch.long)
+    inputs = {"input_ids": torch.cat([batch["input_ids"], fresh], dim=1)}
+    inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
+    for name in ("mm_token_type_ids", "token_type_ids"):
+        if name in batch:
+            inputs[name] = torch.cat([batch[name], torch.zeros_like(fresh)], dim=1)
+    return batch.with_inputs(**inputs)
+
+
+@torch.no_grad()
+def losses(vlm, batch, tokens, place, whole):
+    """(L, H) what a token loses without each head, in the row that chose it; in all rows for the first token."""
+    heads = vlm.model.config.get_text_config().num_attention_heads
+    inputs = answered(batch, tokens[:place])
+    found = torch.zeros(len(vlm.family.layers(vlm.model)), heads, dtype=torch.float64)
+    for layer, module in enumerate(vlm.family.attention_modules(vlm.model)):
+        for head in range(heads):
+
+            def silence(m, args, head=head):
+                given = args[0].clone()
+                rows = given if place == 0 else given[:, -1:]
+                rows.view(*rows.shape[:2], heads, -1)[:, :, head] = 0
+                return (given,)
+
+            hook = module.o_proj.register_forward_pre_hook(silence)
+            left = vlm.model(**inputs).logits[0, -1].double().softmax(-1)
+            hook.remove()
+            found[layer, head] = whole[tokens[place]] - left[tokens[place]]
+    return found
+
+
+@pytest.mark.parametrize("family", TINY)
+def test_ablation_on_captions_by_whole_passes(family):
+    vlm = vlm_of(family)
+    kinds: dict[bool, list] = {True: [], False: []}
+    labelled = []
+    for shown in PICTURES:
+        batch, _ = alone(vlm, shown)
+        tokens, steps = told(vlm, batch, 8)
+        starts = first_characters(vlm, tokens)
+        words = {place: place % 3 == 1 for place in list(starts)[:4]}
+        assert 0 in words
+        labelled.append([Word(starts[place], starts[place] + 1, real) for place, real in words.items()])
+        for place, real in words.items():
+            kinds[real].append(losses(vlm, batch, tokens, place, steps[place]))
+    real, hallucinated = torch.stack(kinds[True]).mean(0), torch.stack(kinds[False]).mean(0)
+    labels = Labels(words=lambda number, caption: labelled[number], about={"by": "a test"})
+    part = profile(vlm, PICTURES, [Ablation(copies=7, labels=labels, max_new_tokens=8)], question=QUESTION)["ablation"]
+    torch.testing.assert_close(part.scores.double(), hallucinated - real, atol=2e-5, rtol=2e-4)
+    torch.testing.assert_close(part.details["real"].double(), real, atol=2e-5, rtol=2e-4)
+    counts = [part.details[name].tolist() for name in ("hallucinated_words", "real_words")]
+    assert counts == [[len(kinds[False])], [len(kinds[True])]]
+    assert part.details["rank_correlation"] > 0.3
+    assert part.card.parameters == {
+        "copies": 7,
+        "max_new_tokens": 8,
+        "target": "captions",
+        "labels": {"by": "a test"},
+    }
+
+
+@contextmanager
+def replaced(modules, values):
+    """Inputs (``inputs``) or outputs of some modules at the last position, set to fixed ones."""
+
+    def give(name, found):
+        found = (found[0] if isinstance(found, tuple) else found).clone()
+        found[:, -1] = values[name]
+        return found
+
+    hooks = [
+        module.register_forward_pre_hook(lambda m, args, name=name: (give(name, args),))
+        if name[0] == "input"
+        else module.register_forward_hook(lambda m, args, out, name=name: give(name, out))
+        for name, module in modules.items()
+    ]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+@torch.no_grad()
+def patched(vlm, batch, *, mlps):
+    """Each head's two relative effects and the tokens, by a whole pass per head with everything else held by hooks."""
+    layers = vlm.family.layers(vlm.model)
+    kept = batch["input_ids"][0] != vlm.family.image_token(vlm.model.config)
+    inputs = {"input_ids": batch["input_ids"][:, kept], "attention_mask": batch.attention_mask[:, kept]}
+    inputs |= {name: batch[name][:, kept] for name in ("mm_token_type_ids", "token_type_ids") if name in batch}
+    own, other = head_outputs(vlm, batch), head_outputs(vlm, Batch(inputs))
+    memory = int(vlm.model(**inputs).logits[0, -1].argmax())
+    values, hooks = {}, []
+    for number, layer in enumerate(layers):
+        values["input", number] = own[number].flatten().float()
+        if mlps:
+            keep = lambda m, args, out, number=number: values.update({("output", number): out[0, -1].clone()})  # noqa: E731
+            hooks.append(layer.mlp.register_forward_hook(keep))
+    whole = vlm.model(**batch).logits[0, -1].double().softmax(-1)
+    for hook in hooks:
+        hook.remove()
+    modules = {
+        (kind, number): layers[number].mlp if kind == "output" else layers[number].self_attn.o_proj
+        for kind, number in values
+    }
+    tokens = [memory, int(whole.argmax())]
+    found = torch.zeros(2, *own.shape[:2], dtype=torch.float64)
+    for layer in range(own.shape[0]):
+        for head in range(own.shape[1]):
+            mixed = own[layer].clone()
+            mixed[head] = other[layer, head]
+            with replaced(modules, {**values, ("input", layer): mixed.flatten().float()}):
+                left = vlm.model(**batch).logits[0, -1].double().softmax(-1)
+            found[:, layer, head] = (whole[tokens] - left[tokens]) / whole[tokens]
+    return found, tokens
+
+
+@pytest.mark.parametrize("family", TINY)
+def test_patching_by_whole_passes(family):
+    vlm = vlm_of(family)
+    exact, direct, agreed = [], [], 0
+    for shown in SHOWN:
+        batch, _ = alone(vlm, shown)
+        found, (memory, context) = patched(vlm, batch, mlps=False)
+        if memory == context:
+            agreed += 1
+            continue
+        exact.append(found)
+        direct.append(patched(vlm, batch, mlps=True)[0])
+    assert exact, "no picture has a conflict"
+    part = profile(vlm, SHOWN, [Patching(copies=5)], question=QUESTION)["patching"]
+    assert part.card.pictures == len(exact)
+    assert part.details["no_conflict"].tolist() == [agreed]
+    mean, straight = torch.stack(exact).mean(0), torch.stack(direct).mean(0)
+    for name, expected in (("memory", mean[0]), ("context", mean[1]), ("direct", straight[0] - straight[1])):
+        torch.testing.assert_close(part.details[name].double(), expected, atol=1e-4, rtol=1e-3)
+    torch.testing.assert_close(part.scores.double(), mean[0] - mean[1], atol=1e-4, rtol=1e-3)
+    assert part.details["rank_correlation"] == pytest.approx(
+        rank_correlation(mean[0] - mean[1], straight[0] - straight[1]), abs=0.02
+    )
+    assert (mean[0] - mean[1]).std() > 1e-3
+
+
 @pytest.mark.parametrize("family", ["llava", "qwen2_vl", "gemma3"])
 def test_a_profile_leaves_the_model_as_it_was(family):
     vlm = vlm_of(family)
     batch, _ = alone(vlm, PICTURES[0])
     with torch.no_grad():
         before = vlm.model(**batch).logits
-        profile(vlm, PICTURES, [name for name in PROFILERS if name != "non-sink"])
+        profile(vlm, SHOWN, [name for name in PROFILERS if name != "non-sink"], question=QUESTION)
         assert torch.equal(vlm.model(**batch).logits, before)
     assert not any(weight.grad is not None for weight in vlm.model.parameters())
 

@@ -9,16 +9,18 @@ import torch
 
 from tests.contracts.support import picture, vlm_of
 from vlmfix.errors import LayoutError, UnsupportedModelError, UsageError
+from vlmfix.heads import patching
 from vlmfix.heads.ablation import Ablation
 from vlmfix.heads.gaze_shift import gaze_shift
 from vlmfix.heads.localization import Localization, elbow, selected, spatial_entropy
 from vlmfix.heads.measure import profile
 from vlmfix.heads.non_sink import NonSink
+from vlmfix.heads.patching import Patching
 from vlmfix.heads.profiler import Work
 from vlmfix.heads.retrieval import Retrieval
 from vlmfix.heads.sink_tokens import SinkTokens, active_range, label
 from vlmfix.heads.vhd import without_image_tokens
-from vlmfix.heads.wording import Tail, question_columns
+from vlmfix.heads.wording import Tail, decoded, question_columns
 
 
 def a_map(*lines):
@@ -81,6 +83,24 @@ def test_words_are_found_in_the_prompt():
     assert tokenizer.decode(silent["input_ids"][question_columns(work, content=True)]) == "is it?"
     with pytest.raises(LayoutError, match="does not hold"):
         Tail.of(work, 0).find("an elephant")
+
+
+def test_a_token_owns_the_characters_that_it_finishes_and_those_that_it_begins():
+    tokenizer = vlm_of("llava").processor.tokenizer
+    ids = tokenizer("aé🐈b", add_special_tokens=False)["input_ids"]
+    assert len(ids) == 1 + 2 + 4 + 1
+    assert decoded(tokenizer, ids) == ("aé🐈b", (1, 2, 2, 3, 3, 3, 3, 4))
+    closed = [*ids, tokenizer.eos_token_id]
+    assert decoded(tokenizer, closed, special=False) == ("aé🐈b", (1, 2, 2, 3, 3, 3, 3, 4, 4))
+    assert decoded(tokenizer, closed)[0] == "aé🐈b<eos>"
+    assert decoded(tokenizer, []) == ("", ())
+
+
+def test_effects_are_relative_losses_however_improbable_the_token():
+    logits = torch.tensor([[0.0, -60.0, 3.0], [0.0, -60.0 + math.log(0.25), 3.0], [0.0, -59.0, 3.0]])
+    found = patching._effects(logits, (1, 0))
+    assert found[0].tolist() == pytest.approx([0.75, 1 - math.e], abs=1e-5)
+    assert found[1].abs().max() < 1e-6
 
 
 @pytest.mark.parametrize("family", ["llava_next", "qwen2_5_vl", "internvl"])
@@ -170,6 +190,8 @@ def test_labels_do_not_depend_on_what_follows():
     ("kind", "given", "message"),
     [
         (Ablation, {"copies": 0}, "copies=0"),
+        (Ablation, {"max_new_tokens": 0}, "max_new_tokens=0"),
+        (Patching, {"copies": 0}, "copies=0"),
         (Retrieval, {"words": 41}, "words=41"),
         (Localization, {"selected": 0}, "selected=0"),
         (Localization, {"min_mass": 1.5}, "min_mass=1.5"),

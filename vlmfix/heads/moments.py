@@ -112,6 +112,8 @@ class Contrast:
 
     def added(self, values: Tensor) -> Contrast:
         """With (N, L, H, 4) further pictures."""
+        if not len(values):
+            return self
         products = torch.einsum("nlhi,nlhj->lhij", values, values)
         return Contrast(self.count + len(values), self.sums + values.sum(dim=0), self.products + products)
 

@@ -10,6 +10,7 @@ from vlmfix.heads.gaze_shift import GazeShift
 from vlmfix.heads.image_mass import ImageMass
 from vlmfix.heads.localization import Localization
 from vlmfix.heads.non_sink import NonSink
+from vlmfix.heads.patching import Patching
 from vlmfix.heads.profiler import Profiler
 from vlmfix.heads.retrieval import Retrieval
 from vlmfix.heads.saliency import Saliency
@@ -26,6 +27,7 @@ PROFILERS: dict[str, type[Profiler]] = {
         Saliency,
         Retrieval,
         Ablation,
+        Patching,
         Localization,
         SinkTokens,
     )
