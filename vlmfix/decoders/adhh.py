@@ -59,8 +59,8 @@ class ADHH(Decoder):
             pushes hallucinated words more than real ones (``vlmfix profile --profiler ablation --instances ...``). One
             of next tokens says another thing and is refused.
 
-    *Source*: "Mitigating Hallucinations in Large Vision-Language Models via Modular Attribution and Intervention", ICLR
-    2025; code TianyunYoung/Hallucination-Attribution.
+    *Source*: Yang, Li, Cao, Xu, "Understanding and Mitigating Hallucination in Large Vision-Language Models via Modular
+    Attribution and Intervention", ICLR 2025, OpenReview Bjq4W7P2Us; code TianyunYoung/Hallucination-Attribution.
 
     *Differs*: the release knows the picture's place by fixed numbers for three models; here it is found, per row. Of
     several pictures in a row the last one counts: text between pictures is left alone. Heads are query heads also where
