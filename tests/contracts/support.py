@@ -60,6 +60,7 @@ NEUTRAL: dict[str, str | Decoder] = {
     "spin": "spin:suppression=1",
     "spin-scores": "spin:preset=official-code,kept_share=1",
     "adhh": f"{_ADHH},threshold=1.1",
+    "ph3": "ph3:share=0",
     "imbalance": "imbalance:significance=received,alpha=0,beta=0",
     "head-gains": HeadGains(gain=1.0),
 }
@@ -79,6 +80,7 @@ STRONG: dict[str, str | Decoder] = {
     "spin": "spin:kept_share=0.5",
     "spin-scores": "spin:preset=official-code,kept_share=0.5,suppression=0.2",
     "adhh": f"{_ADHH},threshold=0.2",
+    "ph3": "ph3:heads=L0H2/L1H0/L1H6/L2H5",
     "imbalance": "imbalance:significance=received,alpha=1,beta=0.8,local_share=0.5,layers=all",
     "chain-attention": f"zerotuning:gain=0,heads=1/2+{_ACT},kept_fraction=0.2+spin:preset=official-code,kept_share=0.5",
     "head-gains": HeadGains(),
@@ -87,7 +89,7 @@ STRONG: dict[str, str | Decoder] = {
 }
 """Parameters under which it does much, and three chains."""
 
-EVERY_ROW = ("vhr", "chain-heads")
+EVERY_ROW = ("vhr", "ph3", "chain-heads")
 """Methods that change every row of the prompt, the picture's too, so that prompts cannot share them."""
 
 

@@ -12,6 +12,7 @@ from vlmfix.decoders.gift import GIFT
 from vlmfix.decoders.imbalance import Imbalance
 from vlmfix.decoders.inter import INTER
 from vlmfix.decoders.locore import LocoRE
+from vlmfix.decoders.ph3 import PH3
 from vlmfix.decoders.sample import Sample
 from vlmfix.decoders.sgrs import SGRS
 from vlmfix.decoders.spec import DecoderInfo, Parameter, describe
@@ -42,6 +43,7 @@ DECODERS: dict[str, type[Decoder]] = {
         ACT,
         SPIN,
         ADHH,
+        PH3,
         Imbalance,
     )
 }
@@ -65,6 +67,7 @@ __all__ = [
     "DECODERS",
     "GIFT",
     "INTER",
+    "PH3",
     "SGRS",
     "SPIN",
     "VAR",
