@@ -275,23 +275,27 @@ SAID: tuple[tuple[str, ...], ...] = ((), ("dog", "one", "two", "pictures"))
 """Content words of ``PROMPTS``."""
 
 
-def texts(vlm, batch):
-    """Whether row q of sample b is text behind a picture: of the question, or generated."""
+def acting(vlm, batch, method):
+    """Whether row q of sample b is one that a method acts on: every one, or text behind a picture and what follows."""
     layout = vlm.layout(batch)
 
-    def is_text(b, q):
-        return q >= batch.length or (bool(layout.text[b, q]) and bool(layout.tokens[b, :q].any()))
+    def acts(b, q):
+        if q >= batch.length:
+            return True
+        if method.rows == "prompt":
+            return bool(batch.attention_mask[b, q])
+        return bool(layout.text[b, q]) and bool(layout.tokens[b, :q].any())
 
-    return is_text
+    return acts
 
 
 def zerotuning(vlm, batch, method):
     """Section C2 of the sinks' specification, in the form that scales weights."""
-    first, is_text = (batch.attention_mask == 1).int().argmax(-1).tolist(), texts(vlm, batch)
+    first, acts = (batch.attention_mask == 1).int().argmax(-1).tolist(), acting(vlm, batch, method)
 
     def weights(layer, b, h, q, row):
         heads = range(8) if method.heads is None else method.heads
-        if h not in heads or layer not in method.layers.resolve(3) or not is_text(b, q):
+        if h not in heads or layer not in method.layers.resolve(3) or q == first[b] or not acts(b, q):
             return row
         new = row.clone()
         new[first[b]] *= method.gain
@@ -301,14 +305,14 @@ def zerotuning(vlm, batch, method):
 
 
 def act(vlm, batch, method):
-    """Section B2 of the sinks' specification, on the text rows of the prompt."""
+    """Section B2 of the sinks' specification."""
     first, prompt = (batch.attention_mask == 1).int().argmax(-1).tolist(), batch.length
-    slow, is_text = Slow(same, None), texts(vlm, batch)
+    slow, acts = Slow(same, None), acting(vlm, batch, method)
 
     def sinks(b, h):
         start, found = first[b], []
         theta = method.sink_factor / (prompt - start) if method.sink_threshold is None else method.sink_threshold
-        rows = [i for i in range(prompt) if is_text(b, i)]
+        rows = [i for i in range(prompt) if acts(b, i)]
         for j in range(start, prompt - method.spared_tail):
             column = [float(slow.map[b, h, i, j]) for i in rows if slow.allowed[b, 0, i, j]]
             if sum(column) / len(column) > theta:
@@ -316,7 +320,7 @@ def act(vlm, batch, method):
         return found[1:] if method.spared == "first-sink" else [j for j in found if j != start]
 
     def weights(layer, b, h, q, row):
-        if (layer, h) not in method._chosen(vlm) or not is_text(b, q):
+        if (layer, h) not in method._chosen(vlm) or not acts(b, q):
             return row
         if slow.memory.get("of") is not slow.map:
             slow.memory = {"of": slow.map}
@@ -404,10 +408,12 @@ METHODS = {
     "locore-score": (locore, LocoRE(strength=1.5, mode="score")),
     "zerotuning": (zerotuning, ZeroTuning(gain=3.0)),
     "zerotuning-heads": (zerotuning, ZeroTuning(gain=0.0, heads=(0, 5, 6), layers="1:")),
+    "zerotuning-text": (zerotuning, ZeroTuning(gain=3.0, rows="text")),
     "act": (act, ACT(sink_factor=1.5, heads="L0H1/L0H2/L1H0/L1H7/L2H4/L2H5", layers="all")),
     "act-official": (act, ACT(preset="official-code", sink_threshold=0.02, heads="all", layers="1:")),
+    "act-text": (act, ACT(sink_factor=1.5, heads="all", layers="all", rows="text")),
     "spin": (spin, SPIN(kept_share=0.7, suppression=0.1)),
-    "adhh": (adhh, ADHH(heads="L0H2/L0H3/L1H0/L1H1/L1H6/L2H4/L2H5/L2H7", threshold=0.15)),
+    "adhh": (adhh, ADHH(heads="L0H2/L0H3/L1H0/L1H1/L1H6/L2H4/L2H5/L2H7", threshold=0.45)),
     "spin-official": (spin, SPIN(preset="official-code", kept_share=0.4, layers="1:")),
 }
 TOKENS = torch.tensor([[40, 50, 60], [70, 45, 33]])

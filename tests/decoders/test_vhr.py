@@ -9,10 +9,13 @@ import torch
 from transformers import LogitsProcessor
 
 from tests.contracts.support import PICTURES, STRONG, Forced, batch_of, close, logits, method_of, plain, vlm_of
+from tests.heads.made import made_profile
+from tests.tiny import TINY
 from vlmfix.attention.edit import ScoreEdit
 from vlmfix.decoders import VHR, Chain, DecodingPlan, Greedy
-from vlmfix.decoders.vhr import Choice, DivergentHeads
+from vlmfix.decoders.vhr import Choice, DivergentHeads, upper_half
 from vlmfix.errors import IncompatibleDecodersError, UnsupportedAttentionError, UsageError
+from vlmfix.heads.profile import HeadProfile
 
 B, H, D = 2, 8, 6
 PAPER = Choice(squared=False, drop=True, guard=0.0)
@@ -228,6 +231,77 @@ def test_the_model_is_asked_without_the_picture_once():
         handle.remove()
     longest = (batch.attention_mask.bool() & ~vlm.layout(batch).tokens).sum(dim=1).max()
     assert passes == [longest, batch.length, 1, 1]
+
+
+@pytest.fixture
+def profiled(tmp_path):
+    def written(vlm, scores=None, profiler="vhd"):
+        path = tmp_path / f"{vlm.name}.safetensors"
+        made_profile(vlm, profiler, scores).save(path)
+        return str(path)
+
+    return written
+
+
+def test_the_upper_half_of_a_profile():
+    scores = torch.tensor([[3.0, 1.0, 2.0, 4.0], [1.0, 1.0, 1.0, 1.0], [0.0, 5.0, 0.0, 0.0]])
+    expected = [[True, False, False, True], [False] * 4, [False, True, False, False]]
+    assert upper_half(scores).tolist() == expected
+    assert upper_half(torch.arange(5.0)[None]).tolist() == [[False, False, False, True, True]]
+
+
+@pytest.mark.parametrize("family", TINY)
+def test_heads_of_a_profile_are_multiplied_in_every_row(family, profiled):
+    """As if their columns of the output projection were larger, while the model is not asked without its pictures."""
+    vlm = vlm_of(family)
+    batch, file = batch_of(vlm), profiled(vlm)
+    heads = upper_half(HeadProfile.load(file).scores)
+    projections = [module.o_proj.weight for module in vlm.family.attention_modules(vlm.model)]
+    former = [weight.detach().clone() for weight in projections]
+    passes = []
+    decoder = vlm.family.decoder(vlm.model)
+    handle = decoder.register_forward_hook(lambda module, args, output: passes.append(1))
+    try:
+        got = logits(vlm, batch, VHR(alpha=2.5, layers="1:", profile=file))
+    finally:
+        handle.remove()
+    assert len(passes) == 3
+    try:
+        with torch.no_grad():
+            for layer in (1, 2):
+                projections[layer][:, heads[layer].repeat_interleave(8)] *= 2.5
+        close(got, plain(vlm, batch))
+    finally:
+        with torch.no_grad():
+            for weight, before in zip(projections, former, strict=True):
+                weight.copy_(before)
+    assert (got - plain(vlm, batch)).abs().max() > 1e-3
+
+
+def test_a_profile_leaves_rows_without_a_picture_alone_and_goes_with_beams(profiled):
+    vlm = vlm_of("llava")
+    method = VHR(alpha=3, layers="all", profile=profiled(vlm))
+    mixed = vlm.encode(["what is here?", "hello"], [PICTURES[0], []])
+    got, want = logits(vlm, mixed, method), plain(vlm, mixed)
+    close(got[:, 1], want[:, 1])
+    assert (got[:, 0] - want[:, 0]).abs().max() > 1e-3
+    options = {"num_beams": 3, "max_new_tokens": 4}
+    both = vlm.generate([PICTURES[0], PICTURES[1]], "what is here?", decoder=method, **options)
+    for row in range(2):
+        (alone,) = vlm.generate([PICTURES[row]], "what is here?", decoder=method, **options)
+        assert both[row].ids == alone.ids
+
+
+def test_profiles_that_do_not_fit(profiled):
+    vlm = vlm_of("llava")
+    assert VHR(profile="no.safetensors").check(vlm).startswith("vhr: cannot read the profile no.safetensors")
+    assert "holds ablation" in VHR(profile=profiled(vlm, profiler="ablation")).check(vlm)
+    assert "measured on" in VHR(profile=profiled(vlm_of("internvl"))).check(vlm)
+    for option in ("keep_positions", "reinforce_text_branch"):
+        with pytest.raises(UsageError, match="no pass without the picture"):
+            VHR(profile="heads.safetensors", **{option: True})
+    assert VHR().facts(vlm) == {}
+    assert VHR(profile=profiled(vlm)).facts(vlm)["profile"] == "vhd in llava.safetensors"
 
 
 def test_layers_that_the_model_lacks_are_refused():

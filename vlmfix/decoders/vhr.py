@@ -17,14 +17,16 @@ from vlmfix.attention.session import bare, edited
 from vlmfix.decoders.base import Decoder, DecodingPlan, Source
 from vlmfix.decoders.branches import TOKENS
 from vlmfix.decoders.parameters import Value, parameter
+from vlmfix.decoders.profiled import profile_facts, profile_for, why_no_profile
 from vlmfix.decoders.stack import prompt_positions
-from vlmfix.errors import IncompatibleDecodersError, UnsupportedAttentionError
+from vlmfix.errors import IncompatibleDecodersError, UnsupportedAttentionError, UsageError
 from vlmfix.heads.vhd import without_image_tokens
 from vlmfix.models.checkpoint import Checkpoint
 from vlmfix.models.layout import Batch, ImageLayout
 
 ALPHAS = {"internvl": 1.5}
 """Gain by ``model_type``; 2, the paper's for its three models, for all others."""
+PROFILER = "vhd"
 SHARE = 14 / 32
 """Share of the layers, counted from the last, that the paper reinforces in LLaVA-1.5-7B."""
 ROUNDING = 1e-5
@@ -61,6 +63,9 @@ class VHR(Decoder):
             ignores the picture then has VHD 0, which the shift of positions otherwise hides.
         reinforce_text_branch: The pass without the picture is reinforced as well. The paper does not say; the release
             does not.
+        profile: File with a ``vhd`` profile (``vlmfix profile --profiler vhd``): in every row the heads whose mean VHD
+            over its pictures is above the median of their layer, instead of a measurement for each row (not in the
+            paper). There is no test for outliers then, and ``preset`` sets nothing but the layers.
 
     *Source*: He et al., "Cracking the Code of Hallucination in LVLMs with Vision-aware Head Divergence", ACL 2025,
     arXiv 2412.13949, eq. 4-7, algorithm 1; code jinghan1he/VHR.
@@ -69,9 +74,9 @@ class VHR(Decoder):
     paper does not say which deviation it means. Heads are query heads also where key/value heads are shared. A row
     without a picture is decoded plainly. InstructBLIP, for which the paper leaves out layer 1, is no known family.
 
-    *Cost*: one pass over the prompt without its picture; then a multiplication. With ``reinforce_text_branch`` one
-    more pass with the picture, because both must run side by side; edits of other methods in a chain are not in it.
-    Attention stays on SDPA. As the question chooses heads that act on the picture's rows too, questions about one
+    *Cost*: one pass over the prompt without its picture, and none with a profile; then a multiplication. With
+    ``reinforce_text_branch`` one more pass with the picture, because both must run side by side; edits of other methods
+    in a chain are not in it. Attention stays on SDPA. As the heads act on the picture's rows too, questions about one
     picture do not share the pass over it. Beams and compiled decoding work.
 
     Example:
@@ -110,15 +115,31 @@ class VHR(Decoder):
     )
     keep_positions: bool = parameter(False, bool, help="keep positions when the picture is taken away")
     reinforce_text_branch: bool = parameter(False, bool, help="reinforce the pass without the picture too")
+    profile: str | None = parameter(
+        None, str, optional=True, help="file with a vhd profile to take heads from; none: measured for each row"
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.profile is not None and (self.keep_positions or self.reinforce_text_branch):
+            raise UsageError(
+                "vhr: with a profile there is no pass without the picture",
+                "leave keep_positions and reinforce_text_branch at false, or leave profile out",
+            )
 
     def plan(self, vlm: Checkpoint, batch: Batch, layout: ImageLayout) -> DecodingPlan:
         """One edit of all rows, or none when no row has a picture."""
         reason = self.check(vlm)
         if reason is not None:
-            raise IncompatibleDecodersError(f"vhr cannot act: {reason}", "give layers that exist, counted from 0")
-        if not bool(layout.tokens.any()):
+            raise IncompatibleDecodersError(f"vhr cannot act: {reason}", "give layers that exist, or a vhd profile")
+        pictured = layout.tokens.any(dim=1, keepdim=True)  # (B, 1)
+        if not bool(pictured.any()):
             return DecodingPlan()
         layers, gain = self._layers(vlm), self._alpha(vlm)
+        profile = None if self.profile is None else profile_for(vlm, self.name, PROFILER, self.profile)
+        if profile is not None:
+            known = {layer: heads & pictured for layer, heads in enumerate(upper_half(profile.scores).to(vlm.device))}
+            return DecodingPlan(edits=(GivenHeads(layers=layers, gain=gain, given=known),))
         rule = Choice(squared=self.distance == "squared", drop=self.drop_outliers, guard=self.outlier_guard)
         blind = _without_picture(vlm, batch, keep_positions=self.keep_positions)
         edit: Reinforcement
@@ -129,9 +150,15 @@ class VHR(Decoder):
         return DecodingPlan(edits=(edit,))
 
     def check(self, vlm: Checkpoint) -> str | None:
-        """Whether the model has any of the layers."""
+        """Whether the model has any of the layers, and the profile is of the model."""
         count, layers = len(vlm.family.layers(vlm.model)), self._layers(vlm)
-        return None if layers.resolve(count) else f"layers {layers} are none of the model's {count}"
+        if not layers.resolve(count):
+            return f"layers {layers} are none of the model's {count}"
+        return None if self.profile is None else why_no_profile(vlm, self.name, PROFILER, self.profile)
+
+    def facts(self, vlm: Checkpoint) -> dict[str, str]:
+        """The profile, when heads come from one."""
+        return {} if self.profile is None else profile_facts(vlm, self.name, PROFILER, self.profile)
 
     def _layers(self, vlm: Checkpoint) -> LayerSet:
         if self.layers is not None:
@@ -170,6 +197,11 @@ class Choice:
             tested = squares.std(dim=1, keepdim=True) > self.guard
             moved = moved.masked_fill(_high(moved) & _high(flares) & tested, 0.0)
         return moved > moved.median(dim=1, keepdim=True).values
+
+
+def upper_half(scores: Tensor) -> Tensor:
+    """(L, H) bool, the heads whose score (L, H) is above the median of their layer, the lower of two."""
+    return scores > scores.median(dim=1, keepdim=True).values
 
 
 def _high(values: Tensor) -> Tensor:
