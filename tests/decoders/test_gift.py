@@ -287,7 +287,8 @@ def test_what_told_the_words_can_be_read(monkeypatch):
     assert GIFT().facts(vlm_of("llava")) == {"content_words": "list of English function words"}
     assert GIFT(words="all").facts(vlm_of("llava")) == {"content_words": "every word"}
     assert GIFT(words="spacy").check(vlm_of("llava")) == (
-        "words=spacy needs spaCy and its model en_core_web_sm, which are not installed"
+        "words=spacy needs spaCy and its model en_core_web_sm, which are not installed: "
+        "pip install 'vlmfix[spacy]' && python -m spacy download en_core_web_sm"
     )
     monkeypatch.setattr("vlmfix.decoders.gift.has_tagger", lambda: True)
     assert (GIFT().word_rule, GIFT(words="stop-words").word_rule) == ("spacy", "stop-words")

@@ -15,7 +15,7 @@ from vlmfix.attention.edit import LayerSet, Rows, Site, WeightEdit
 from vlmfix.decoders.base import Decoder, DecodingPlan, Source
 from vlmfix.decoders.gaze import GazeReading, deepest, most, per_row, read_apart, shift_peak
 from vlmfix.decoders.parameters import Value, parameter
-from vlmfix.decoders.question import RULES, asked, has_tagger, rule_in_words
+from vlmfix.decoders.question import INSTALL, MODEL, RULES, asked, has_tagger, rule_in_words
 from vlmfix.errors import IncompatibleDecodersError, UnsupportedAttentionError
 from vlmfix.models.checkpoint import Checkpoint
 from vlmfix.models.layout import Batch, ImageLayout
@@ -74,8 +74,8 @@ class GIFT(Decoder):
         clip: The map is clipped at so many deviations from its mean.
         words: How content words are told: ``spacy`` (nouns, verbs, adjectives, adverbs, numbers by the tagger of
             en_core_web_sm, as the release does), ``stop-words`` (all but English function words), ``all``, or ``auto``:
-            ``spacy`` when it is installed, otherwise ``stop-words``. Run cards say which. Without any content word,
-            and in questions without Latin letters, all tokens count.
+            ``spacy`` when it is installed (``vlmfix[spacy]`` and the model), otherwise ``stop-words``. Run cards say
+            which. Without any content word, and in questions without Latin letters, all tokens count.
 
     *Source*: "Capturing Gaze Shifts for Guidance: Cross-Modal Fusion Enhancement for VLM Hallucination Mitigation",
     ICML 2026, arXiv 2510.22067; code amazon-science/GIFT.
@@ -163,7 +163,7 @@ class GIFT(Decoder):
     def check(self, vlm: Checkpoint) -> str | None:
         """Whether the tagger is there that was asked for, and the model has the layers."""
         if self.words == "spacy" and not has_tagger():
-            return "words=spacy needs spaCy and its model en_core_web_sm, which are not installed"
+            return f"words=spacy needs spaCy and its model {MODEL}, which are not installed: {INSTALL}"
         count = len(vlm.family.layers(vlm.model))
         if count < 2 and (self.saliency_layers is None or self.layers is None):
             return "the model has one layer, and a map must be taken before it is used"

@@ -25,6 +25,8 @@ from vlmfix.models.layout import Batch
 
 MODEL = "en_core_web_sm"
 """spaCy's English model that tags words."""
+INSTALL = f"pip install 'vlmfix[spacy]' && python -m spacy download {MODEL}"
+"""What installs both."""
 TAGS = frozenset(("NOUN", "PROPN", "VERB", "ADJ", "ADV", "NUM"))
 """Parts of speech of content words."""
 RULES = ("spacy", "stop-words", "all")
