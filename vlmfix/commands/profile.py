@@ -29,6 +29,11 @@ PATH = click.Path(path_type=Path)
 @click.option("--batch-size", default=4, show_default=True, type=click.IntRange(min=1), help="Pictures at a time.")
 @click.option("--plot", type=PATH, help="Draw the profiles: PNG, PDF or SVG.")
 @click.option(
+    "--instances", type=PATH, multiple=True, help="COCO instances: ablation then measures captions. May be repeated."
+)
+@click.option("--captions", type=PATH, multiple=True, help="COCO captions, with --instances. May be repeated.")
+@click.option("--add", is_flag=True, help="Keep what else --out holds, profiles of the same model.")
+@click.option(
     "--seed", default=0, show_default=True, type=click.IntRange(min=0), help="Of the pictures' order and of prompts."
 )
 @options.generation_options("decoder", "max_new_tokens", "num_beams", "temperature", "seed")
@@ -43,6 +48,9 @@ def profile(
     prompt: str | None,
     batch_size: int,
     plot: Path | None,
+    instances: tuple[Path, ...],
+    captions: tuple[Path, ...],
+    add: bool,
     seed: int,
     settings: Settings,
 ) -> None:
@@ -50,6 +58,9 @@ def profile(
 
     All profilers share their passes. It ends before all pictures are shown when the rankings of the heads are stable:
     looked at after every 32 pictures, each would agree with that of as many others to 0.99 (Spearman), twice in a row.
+
+    With --instances and --captions, the profiler ablation lets the model describe the pictures and measures which heads
+    push hallucinated words more than real ones, as CHAIR tells them apart; pictures without annotations are left out.
     """
     if context.invoked_subcommand is not None:
         return
@@ -62,14 +73,20 @@ def profile(
     from vlmfix.display import counting, loading
     from vlmfix.heads.measure import QUESTION
     from vlmfix.heads.measure import profile as measure
-    from vlmfix.heads.profile import save_profiles
+    from vlmfix.heads.profile import load_profiles, save_profiles
     from vlmfix.heads.profilers import profilers_of
 
     chosen = profilers_of([name.strip() for name in names.split(",")])
     files = _shuffled(images, seed)
+    shown: list[str] = []
+    if instances or captions:
+        files = _annotated(files, chosen, shown, instances, captions)
     total = len(files) if count is None else min(count, len(files))
+    kept = load_profiles(out) if add and out.exists() else {}
     vlm = loading(settings.model, revision=settings.revision, device=settings.device, dtype=settings.dtype)
-    with counting("pictures") as report, closing(_opened(files)) as pictures:
+    for held in kept.values():
+        held.check(vlm)
+    with counting("pictures") as report, closing(_opened(files, shown)) as pictures:
         found = measure(
             vlm,
             islice(pictures, count),
@@ -79,7 +96,7 @@ def profile(
             seed=seed,
             report=lambda done: report(done, total),
         )
-    save_profiles(found, out)
+    save_profiles({**kept, **found}, out)
     if plot is not None:
         from vlmfix.heads.plot import draw
 
@@ -150,8 +167,59 @@ def _shuffled(images: Path, seed: int) -> list[Any]:
     return files
 
 
-def _opened(files: list[Any]) -> Generator[Any]:
-    """The pictures among some files; the others are named on stderr."""
+def _annotated(
+    files: list[Any], profilers: list[Any], shown: list[str], instances: tuple[Path, ...], captions: tuple[Path, ...]
+) -> list[Any]:
+    """The files that have annotations; the profiler ablation among ``profilers`` gets to know these.
+
+    Args:
+        files: Files below a folder.
+        profilers: Changed in place.
+        shown: Names of the pictures in the order in which they are shown, filled while that happens.
+        instances: COCO instances.
+        captions: COCO captions.
+    """
+    from vlmfix.display import reading
+    from vlmfix.errors import DataError
+    from vlmfix.evals.chair import Chair
+    from vlmfix.evals.coco import read_annotations
+    from vlmfix.evals.task import Sample
+    from vlmfix.heads.ablation import Ablation
+    from vlmfix.heads.captions import Labels, Word
+
+    places = [place for place, profiler in enumerate(profilers) if isinstance(profiler, Ablation)]
+    if not (places and instances and captions):
+        raise UsageError(
+            "--instances and --captions say what the profiler ablation measures", "give both, and --profiler ablation"
+        )
+    with reading("annotations") as report:
+        annotations = read_annotations(instances, captions, progress=report)
+    truths = {
+        picture.file: Sample(
+            id=str(picture.id),
+            image=picture.file,
+            prompt="",
+            target={"objects": picture.objects, "captions": picture.captions},
+        )
+        for picture in annotations.pictures.values()
+        if picture.captions  # without any, what it shows would be known in part alone
+    }
+    known = [file for file in files if file.name in truths]
+    if not known:
+        raise DataError(f"none of {len(files)} files has annotations", "give the annotations of these pictures")
+    if len(known) < len(files):
+        click.echo(f"vlmfix: {len(files) - len(known)} files have no annotations and are left out", err=True)
+
+    def words(number: int, caption: str) -> list[Word]:
+        found = Chair().mentions(truths[shown[number]], caption)
+        return [Word(mention.start, mention.end, not absent) for mention, absent in found]
+
+    profilers[places[0]] = Ablation(labels=Labels(words=words, about=annotations.sources))
+    return known
+
+
+def _opened(files: list[Any], shown: list[str]) -> Generator[Any]:
+    """The pictures among some files, whose names are added to ``shown``; the others are named on stderr."""
     from vlmfix.errors import DataError
     from vlmfix.images import read_ahead
 
@@ -160,6 +228,7 @@ def _opened(files: list[Any]) -> Generator[Any]:
             if isinstance(picture, DataError):
                 click.echo(f"vlmfix: {file.name} is left out: {picture.message}", err=True)
             else:
+                shown.append(file.name)
                 yield picture.image
 
 
