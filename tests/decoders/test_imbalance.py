@@ -314,7 +314,7 @@ def test_beams_sampling_and_contrasts_go_along(tmp_path):
 
 
 def test_branches_are_not_edited():
-    """The branch with the noised picture stays the plain model's: fused is twice clean minus branch, and clean moves."""
+    """The branch with the noised picture stays the plain model's: fused is twice clean less branch, and clean moves."""
     vlm = vlm_of("llava")
     batch = batch_of(vlm)
     chain = Chain(decoders=(Imbalance(layers="all", alpha=1), parse("vcd:contrast=1,plausibility=0")))
