@@ -11,7 +11,8 @@ from torch import nn
 
 from tests.attention.reference import attention as reference
 from vlmfix.attention.edit import BiasEdit, LayerSet, OutputEdit, PromptReading, Rows, ScoreEdit, WeightEdit
-from vlmfix.attention.kernel import HEADROOM, PLAN, LayerPlan, Step, attention
+from vlmfix.attention.kernel import HEADROOM, PLAN, LayerPlan, attention
+from vlmfix.attention.rows import Step
 from vlmfix.errors import UnsupportedAttentionError, UsageError
 
 B, H, G, T, D = 3, 6, 2, 7, 8

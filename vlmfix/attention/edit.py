@@ -15,9 +15,10 @@ from torch import Tensor
 
 from vlmfix.errors import UsageError
 
-Rows = Literal["text", "last", "all"]
-"""Query rows of the prompt that an edit touches: the text after a picture, only the row that predicts, or every row,
-which is for output edits: the other kinds would have to materialise all of attention."""
+Rows = Literal["text", "last", "prompt", "all"]
+"""Query rows of the prompt that an edit touches: the text after a picture; only the row that predicts; every token's
+row, which the kernel recomputes (give such an edit ``blockwise``, or all of attention stands in memory at once); or
+every row without picking it out, which is for output edits, for which nothing is recomputed."""
 
 
 @dataclass(frozen=True)
@@ -76,6 +77,7 @@ class Site:
         text_keys: (B, K) bool, prompt text: no image, no padding, no generated token.
         acts: (B, R) bool, rows that the edit changes; elsewhere its result is thrown away.
         live: (N,) int64, rows of the batch that are no contrast rows; beams of one sample stand side by side.
+        block: In prefill, number of the block of query rows that these R are, from 0; see ``AttentionEdit.blockwise``.
         hidden: (B, Q, hidden size) residual stream that enters the layer, when the edit asked for it.
     """
 
@@ -89,11 +91,15 @@ class Site:
     text_keys: Tensor
     acts: Tensor
     live: Tensor
+    block: int = 0
     hidden: Tensor | None = None
 
     @property
     def predicting(self) -> int:
-        """In prefill, where the prompt's last row stands among the R; rows of generated tokens come after it."""
+        """In prefill, where the prompt's last row stands among the R; rows of generated tokens come after it.
+
+        It means nothing to a ``blockwise`` edit.
+        """
         return self.queries.shape[1] - 1 - (self.allowed.shape[-1] - self.prompt)
 
     def spread(self, values: Tensor) -> Tensor:
@@ -117,10 +123,18 @@ class AttentionEdit:
 
     Args:
         layers: Layers it acts in.
+
+    Class attributes:
+        rows: Rows of the prompt that it acts on; it acts on all rows of generated tokens.
+        blockwise: Whether the prompt's rows may come in several blocks, one after the other, so that memory grows with
+            the keys and not with their square. What such an edit does to a row may depend on that row, and on what a
+            reading before it has learned: readings see all blocks before the next edit sees the first.
+        needs_hidden: Whether it reads the residual stream.
     """
 
     layers: LayerSet = field(default_factory=LayerSet)
     rows: ClassVar[Rows] = "text"
+    blockwise: ClassVar[bool] = False
     needs_hidden: ClassVar[bool] = False
 
 
@@ -164,4 +178,7 @@ class PromptReading(AttentionEdit, ABC):
 
     @abstractmethod
     def read(self, site: Site, weights: Tensor) -> None:
-        """Looks at ``weights`` (B, H, R, K) float32; must not write into them."""
+        """Looks at ``weights`` (B, H, R, K) float32; must not write into them.
+
+        A ``blockwise`` reading is called once for each block, and begins anew with block 0.
+        """

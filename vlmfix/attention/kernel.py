@@ -4,21 +4,22 @@ A plan lives as an attribute on each edited attention module, and only there: an
 ``torch.compile`` and leaves nothing behind. A module without one gets plain SDPA.
 
 Cost: bias and output edits stay on SDPA. Score and weight edits, and any edit in prefill, recompute only the query
-rows that they edit and overwrite their output, so memory grows with K and not with K squared. Output edits of all rows
-recompute nothing.
+rows that they edit and overwrite their output, so memory grows with K and not with K squared. Edits of every row of the
+prompt come in blocks of rows for the same reason. Output edits of all rows recompute nothing.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from vlmfix.attention.edit import AttentionEdit, BiasEdit, OutputEdit, PromptReading, ScoreEdit, Site, WeightEdit
+from vlmfix.attention.edit import BiasEdit, OutputEdit, PromptReading, ScoreEdit, Site, WeightEdit
+from vlmfix.attention.rows import Block, Step, chosen, read, total_bias
 from vlmfix.errors import UnsupportedAttentionError
 
 NAME = "vlmfix"
@@ -27,32 +28,6 @@ HEADROOM = 65536
 """Keys past the prompt for which masks are kept ready, so that a decoding step takes a view and pads nothing."""
 PLAN = "_vlmfix_plan"
 """Attribute of an attention module, and of its layer, that holds the plan."""
-
-
-@dataclass(eq=False)
-class Step:
-    """One edit in one layer, with the rows and keys it concerns.
-
-    Attributes:
-        edit: The edit.
-        prompt_rows: (B, R) bool, edited rows among the plan's prompt rows; none for an edit of all rows.
-        live: (B,) bool, rows of the batch that it edits; False for contrast rows.
-        image_keys: (B, T + ``HEADROOM``) bool; generated keys are False.
-        text_keys: (B, T + ``HEADROOM``) bool.
-        mixed: Whether some rows are not live, so that edited and plain rows must be told apart.
-        live_rows: (N,) int64, which rows are live.
-    """
-
-    edit: AttentionEdit
-    prompt_rows: Tensor
-    live: Tensor
-    image_keys: Tensor
-    text_keys: Tensor
-    mixed: bool = True
-    live_rows: Tensor = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.live_rows = self.live.nonzero().squeeze(1)
 
 
 @dataclass(eq=False)
@@ -200,10 +175,12 @@ def _weighted(plan: LayerPlan, sites: list[Site], call: Call, output: Tensor, ow
         return output
     length = allowed.shape[-1]
     key, value = call.key[:, :, :length], call.value[:, :, :length]  # a static cache holds more, to the right
-    head = _materialised if plan.materialises or plan.reads else _biased
-    new = head(plan, sites, call.query[:, :, own], key, value, allowed, call.scale)
+    blocks = Block(call.query[:, :, own], key, value, allowed, call.scale, plan.steps, sites).split()
+    if plan.reads and (len(blocks) > 1 or not acts):
+        read(plan.steps, blocks)
     if not acts:
         return output
+    new = torch.cat([block.output(reads=len(blocks) == 1) for block in blocks], dim=1)  # (B, R, H, D)
     touched = torch.stack(acts).any(dim=0)[:, :, None, None]  # (B, R, 1, 1)
     return output.index_copy(1, own, torch.where(touched, new, output[:, own]))
 
@@ -219,9 +196,9 @@ def _decode(plan: LayerPlan, call: Call) -> Tensor:
         queries = length - 1 - allowed[:, 0, :, :].int().flip(-1).argmax(-1)  # (B, 1)
     sites = [_site(plan, step, call, length, queries, allowed) for step in plan.steps]
     if plan.materialises:
-        output = _materialised(plan, sites, call.query, call.key, call.value, allowed, call.scale)
+        output = Block(call.query, call.key, call.value, allowed, call.scale, plan.steps, sites).output(reads=False)
     else:
-        bias = _bias(plan, sites)
+        bias = total_bias(plan.steps, sites)
         output = call.sdpa() if bias is None else call.sdpa(position_bias=bias.to(call.query.dtype))
     return _outputs(plan, sites, output).contiguous()
 
@@ -254,57 +231,6 @@ def _site(plan: LayerPlan, step: Step, call: Call, length: int, queries: Tensor,
     )
 
 
-def _bias(plan: LayerPlan, sites: list[Site]) -> Tensor | None:
-    total: Tensor | None = None
-    for step, site in zip(plan.steps, sites, strict=True):
-        if isinstance(step.edit, BiasEdit):
-            bias = _chosen(step, site, site.acts[:, None, :, None], step.edit.bias(site).float(), 0.0)
-            total = bias if total is None else total + bias
-    return total
-
-
-def _biased(
-    plan: LayerPlan, sites: list[Site], query: Tensor, key: Tensor, value: Tensor, allowed: Tensor, scale: float
-) -> Tensor:
-    bias = _bias(plan, sites)
-    floor = torch.finfo(query.dtype).min  # not -inf: a padding row sees nothing, and its softmax must stay finite
-    mask = torch.where(allowed, 0.0 if bias is None else bias, floor).to(query.dtype)
-    repeat = query.shape[1] // key.shape[1]
-    output = nn.functional.scaled_dot_product_attention(
-        query,
-        key.repeat_interleave(repeat, dim=1),
-        value.repeat_interleave(repeat, dim=1),
-        attn_mask=mask,
-        scale=scale,
-    )
-    return output.transpose(1, 2)  # (B, R, H, D)
-
-
-def _materialised(
-    plan: LayerPlan, sites: list[Site], query: Tensor, key: Tensor, value: Tensor, allowed: Tensor, scale: float
-) -> Tensor:
-    rows, heads, length, width = query.shape
-    groups = key.shape[1]
-    grouped = query.reshape(rows, groups, -1, width)  # (B, G, H/G*R, D)
-    scores = (grouped @ key.transpose(2, 3)).float() * scale
-    scores = scores.view(rows, heads, length, -1)  # (B, H, R, K)
-    for step, site in zip(plan.steps, sites, strict=True):
-        acts = site.acts[:, None, :, None]
-        if isinstance(step.edit, ScoreEdit):
-            scores = _chosen(step, site, acts, step.edit.scores(site, scores), scores)
-        elif isinstance(step.edit, BiasEdit):
-            scores = scores + _chosen(step, site, acts, step.edit.bias(site).float(), 0.0)
-    weights = scores.masked_fill(~allowed, torch.finfo(scores.dtype).min).softmax(dim=-1)
-    for step, site in zip(plan.steps, sites, strict=True):
-        if isinstance(step.edit, PromptReading) and site.prefill:
-            step.edit.read(site, weights)
-        elif isinstance(step.edit, WeightEdit):
-            new = step.edit.weights(site, weights).masked_fill(~allowed, 0.0)
-            weights = _chosen(step, site, site.acts[:, None, :, None], new, weights)
-    grouped = weights.to(value.dtype).view(rows, groups, -1, weights.shape[-1])  # (B, G, H/G*R, K)
-    return (grouped @ value).view(rows, heads, length, -1).transpose(1, 2)  # (B, R, H, D)
-
-
 def _outputs(plan: LayerPlan, sites: list[Site], output: Tensor, own: Tensor | None = None) -> Tensor:
     """Applies output edits; in prefill ``own`` (R,) are the rows of those that do not act on all."""
     for step, site in zip(plan.steps, sites, strict=True):
@@ -312,17 +238,12 @@ def _outputs(plan: LayerPlan, sites: list[Site], output: Tensor, own: Tensor | N
             continue
         acts = site.acts[:, :, None, None]
         if own is None or step.edit.rows == "all":
-            output = _chosen(step, site, acts, step.edit.output(site, output).to(output.dtype), output)
+            output = chosen(step, site, acts, step.edit.output(site, output).to(output.dtype), output)
         elif own.shape[0] > 0:
             before = output[:, own]  # (B, R, H, D)
-            new = _chosen(step, site, acts, step.edit.output(site, before).to(output.dtype), before)
+            new = chosen(step, site, acts, step.edit.output(site, before).to(output.dtype), before)
             output = output.index_copy(1, own, new)
     return output
-
-
-def _chosen(step: Step, site: Site, acts: Tensor, new: Tensor, old: Tensor | float) -> Tensor:
-    """``new`` where the edit acts; without contrast rows that is everywhere in decoding, and nothing is to choose."""
-    return torch.where(acts, new, old) if step.mixed or site.prefill else new
 
 
 def _check_window(module: nn.Module, query: Tensor, key: Tensor) -> None:

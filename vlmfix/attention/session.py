@@ -13,7 +13,8 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedC
 from transformers.masking_utils import sdpa_mask
 
 from vlmfix.attention.edit import AttentionEdit, OutputEdit
-from vlmfix.attention.kernel import HEADROOM, NAME, PLAN, LayerPlan, Step, attention
+from vlmfix.attention.kernel import HEADROOM, NAME, PLAN, LayerPlan, attention
+from vlmfix.attention.rows import Step
 from vlmfix.errors import UnsupportedAttentionError
 from vlmfix.models.checkpoint import Checkpoint
 from vlmfix.models.layout import ImageLayout
@@ -175,6 +176,8 @@ def _prompt_rows(edit: AttentionEdit, layout: ImageLayout) -> Tensor:
     """(B, T) bool, the rows that an edit means; none for all rows, which need not be picked out."""
     if edit.rows == "text":
         return layout.text_after_image()
+    if edit.rows == "prompt":
+        return (layout.tokens | layout.text).cumsum(dim=1) > 0  # separators of tiles are neither
     rows = torch.zeros_like(layout.tokens)
     if edit.rows == "last":
         rows[:, -1] = True  # prompts are padded on the left
