@@ -76,7 +76,9 @@ STRONG: dict[str, str | Decoder] = {
     "vhr": "vhr:alpha=4,layers=all",
     "gift": f"{_GIFT},alpha=6",
     "zerotuning": "zerotuning:gain=20,heads=0/3/4/7",
+    "zerotuning-text": "zerotuning:gain=20,heads=0/3/4/7,rows=text",
     "act": f"{_ACT},kept_fraction=0",
+    "act-text": f"{_ACT},kept_fraction=0,rows=text",
     "spin": "spin:kept_share=0.5",
     "spin-scores": "spin:preset=official-code,kept_share=0.5,suppression=0.2",
     "adhh": f"{_ADHH},threshold=0.2",
@@ -89,7 +91,7 @@ STRONG: dict[str, str | Decoder] = {
 }
 """Parameters under which it does much, and three chains."""
 
-EVERY_ROW = ("vhr", "ph3", "chain-heads")
+EVERY_ROW = ("vhr", "ph3", "chain-heads", "zerotuning", "act", "chain-attention")
 """Methods that change every row of the prompt, the picture's too, so that prompts cannot share them."""
 
 

@@ -12,7 +12,7 @@ from tests.contracts.support import batch_of, close, logits, plain, vlm_of
 from tests.decoders.test_locore import site
 from vlmfix.attention.edit import LayerSet
 from vlmfix.decoders import ACT
-from vlmfix.decoders.act import Calibration, calibrate, published, read_heads, write_heads
+from vlmfix.decoders.act import Calibration, SinkSearch, calibrate, published, read_heads, write_heads
 from vlmfix.errors import IncompatibleDecodersError, UnsupportedAttentionError, UsageError
 
 N, H = 10, 3
@@ -33,8 +33,15 @@ def maps(seed=0, planted=()):
 
 def edit(**changed):
     """All heads of one layer; the paper's threshold of 5 / N is out of reach in a prompt of ten."""
-    settings = {"kept": 0.4, "factor": 1.5, "threshold": None, "first_sink": False, "tail": 0, **changed}
-    return Calibration(chosen=torch.ones(1, H, dtype=torch.bool), **settings)
+    settings = {"factor": 1.5, "threshold": None, "first_sink": False, "tail": 0, **changed}
+    kept = settings.pop("kept", 0.4)
+    return Calibration(search=SinkSearch(**settings), chosen=torch.ones(1, H, dtype=torch.bool), kept=kept)
+
+
+def applied(method, here, full):
+    """What the method makes of a prompt's map: the search reads it, the edit changes it."""
+    method.search.read(here, full)
+    return method.weights(here, full)
 
 
 def slow(full, theta, beta, *, first_sink=False, tail=0):
@@ -70,7 +77,7 @@ def slow(full, theta, beta, *, first_sink=False, tail=0):
 def test_against_the_slow_version(beta, changed, theta):
     for seed in range(3):
         full = maps(seed, planted=[seed + 1])
-        got = edit(kept=beta, **changed).weights(PROMPT, full)
+        got = applied(edit(kept=beta, **changed), PROMPT, full)
         want = slow(full, theta, beta, first_sink=changed.get("first_sink", False), tail=changed.get("tail", 0))
         torch.testing.assert_close(got, want, atol=1e-12, rtol=0)
 
@@ -78,7 +85,7 @@ def test_against_the_slow_version(beta, changed, theta):
 def test_invariants():
     full = maps(planted=[5])
     method = edit(threshold=0.3)
-    got = method.weights(PROMPT, full)
+    got = applied(method, PROMPT, full)
     torch.testing.assert_close(got.sum(-1), torch.ones(1, H, N, dtype=torch.float64), atol=1e-15, rtol=0)
     assert (got[~PROMPT.allowed.expand_as(got)] == 0).all()
     assert torch.equal(got[:, :, 0], full[:, :, 0])
@@ -94,12 +101,12 @@ def test_invariants():
 @pytest.mark.parametrize("changed", [{"kept": 1.0}, {"threshold": 1.0}, {"factor": 10.0}, {"tail": N}])
 def test_identities(changed):
     full = maps(planted=[5])
-    torch.testing.assert_close(edit(**changed).weights(PROMPT, full), full, atol=1e-15, rtol=0)
+    torch.testing.assert_close(applied(edit(**changed), PROMPT, full), full, atol=1e-15, rtol=0)
 
 
 def test_planted_sinks_are_found():
     method = edit(threshold=0.3)
-    method.weights(PROMPT, maps(planted=[3, 6]))
+    applied(method, PROMPT, maps(planted=[3, 6]))
     assert method.sinks[0].all(1)[0].nonzero().flatten().tolist() == [3, 6]
     assert method.sinks[0].any(1)[0, [0, 1, 2, 4]].sum() == 0
 
@@ -108,14 +115,14 @@ def test_sparing_the_first_sink_spares_a_real_one_where_the_first_token_is_none(
     full = maps(planted=[3, 6])
     assert (full[..., 0].sum(2) / N < 0.3).all()
     method = edit(threshold=0.3, first_sink=True)
-    method.weights(PROMPT, full)
+    applied(method, PROMPT, full)
     assert not method.sinks[0][..., 3].any()
     assert method.sinks[0][..., 6].all()
 
 
 def test_no_kept_share_empties_sinks_and_a_lone_first_token_takes_all():
     full = maps(planted=[5])
-    got = edit(threshold=0.3, kept=0.0).weights(PROMPT, full)
+    got = applied(edit(threshold=0.3, kept=0.0), PROMPT, full)
     assert (got[..., 5] == 0).all()
     everything = calibrate(full, torch.arange(N) > 0, kept=0.0)
     torch.testing.assert_close(everything[..., 0], torch.ones(1, H, N, dtype=torch.float64))
@@ -130,14 +137,14 @@ def test_a_row_of_sinks_alone_is_unchanged():
 def test_a_head_that_is_not_chosen_is_untouched():
     full = maps(planted=[5])
     method = dataclasses.replace(edit(threshold=0.3), chosen=torch.tensor([[True, False, True]]), sinks={})
-    got = method.weights(PROMPT, full)
+    got = applied(method, PROMPT, full)
     assert torch.equal(got[:, 1], full[:, 1])
     assert (got != full)[:, [0, 2], -1].any(-1).all()
 
 
 def test_decoding_keeps_the_prompts_sinks_and_the_row_sums():
     method = edit(threshold=0.3, kept=0.5)
-    method.weights(PROMPT, maps(planted=[5]))
+    applied(method, PROMPT, maps(planted=[5]))
     row = torch.full((1, H, 1, N + 2), 1 / (N + 2), dtype=torch.float64)
     step = site([N + 1], keys=N + 2, prompt=N, image=[2, 3, 4], text=[0, 1, *range(5, N)])
     got = method.weights(step, row)
@@ -158,8 +165,8 @@ def test_padding_is_no_part_of_the_prompt():
     here = site(rows, keys=N + pad, prompt=N + pad, image=[4, 5, 6], text=[2, 3, *range(7, N + pad)])
     here = dataclasses.replace(here, prefill=True, allowed=allowed)
     for changed in ({}, {"threshold": 0.2, "first_sink": True}):
-        got = edit(**changed).weights(here, wide)[:, :, pad:, pad:]
-        torch.testing.assert_close(got, edit(**changed).weights(PROMPT, full))
+        got = applied(edit(**changed), here, wide)[:, :, pad:, pad:]
+        torch.testing.assert_close(got, applied(edit(**changed), PROMPT, full))
 
 
 def test_the_released_lists():
@@ -201,17 +208,17 @@ def test_a_model_of_llama_2s_shape_has_the_published_heads(monkeypatch):
     monkeypatch.setattr(type(vlm.model.config), "get_text_config", lambda self: text)
     monkeypatch.setattr(type(vlm.family), "layers", lambda self, model: [None] * 32)
     assert ACT().check(vlm) is None
-    (calibration,) = ACT().plan(vlm, None, None).edits
+    (_, calibration) = ACT().plan(vlm, None, None).edits
     assert int(calibration.chosen.sum()) == 184
     assert calibration.layers.resolve(32) == frozenset(range(2, 31)) - {28}
-    (fewer,) = ACT(heads="multiple-choice").plan(vlm, None, None).edits
+    (_, fewer) = ACT(heads="multiple-choice").plan(vlm, None, None).edits
     assert int(fewer.chosen.sum()) == 72  # the two of the last layer are outside layers 2:-1
 
 
 def test_unlisted_layers_are_not_touched():
     vlm = vlm_of("llava")
     batch = batch_of(vlm)
-    (only,) = ACT(heads="L1H7/L2H3", layers="0:2").plan(vlm, batch, vlm.layout(batch)).edits
+    (_, only) = ACT(heads="L1H7/L2H3", layers="0:2").plan(vlm, batch, vlm.layout(batch)).edits
     assert only.layers == LayerSet("1")
     assert only.chosen.nonzero().tolist() == [[1, 7]]
     close(logits(vlm, batch, ACT(heads="all", layers="all", sink_threshold=1.0)), plain(vlm, batch))

@@ -10,7 +10,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from vlmfix.attention.edit import LayerSet, Site, WeightEdit
+from vlmfix.attention.edit import LayerSet, PromptReading, Rows, Site, WeightEdit
 from vlmfix.decoders.base import Decoder, DecodingPlan, Source
 from vlmfix.decoders.parameters import Value, parameter
 from vlmfix.errors import IncompatibleDecodersError, UnsupportedAttentionError, UsageError
@@ -46,11 +46,11 @@ NAMED = re.compile(r"L(\d+)H(\d+)")
 class ACT(Decoder):
     """Attention Calibration Technique: sinks other than the first token hurt in many heads; shrink them there.
 
-    In a chosen head, with attention A over the N tokens of the prompt, ``avg[j]`` is the mean of column j over the
-    text rows behind the picture that can see it. The sinks S are the keys with ``avg[j]`` above a threshold, but for
-    the first token. Then in these rows and while decoding ``A[i, j] * kept_fraction`` for j in S, and the freed mass
-    goes to all keys outside S in proportion to what they have, the first token included. Rows keep their sums. S is
-    chosen per head and per question, from the prompt, and stays while decoding.
+    In a chosen head, with attention A over the N tokens of the prompt, ``avg[j]`` is the mean of column j over the rows
+    that can see it. The sinks S are the keys with ``avg[j]`` above a threshold, but for the first token. Then in every
+    row of the prompt and while decoding ``A[i, j] * kept_fraction`` for j in S, and the freed mass goes to all keys
+    outside S in proportion to what they have, the first token included. Rows keep their sums. S is chosen per head and
+    per question, from the prompt, and stays while decoding.
 
     Args:
         preset: ``paper`` (threshold 5 / N; the first token is spared) or ``official-code`` (threshold 0.1; the first
@@ -67,19 +67,21 @@ class ACT(Decoder):
             published list, and the method says so: which heads are better off is found with labels, once, by
             ``calibration.search_heads``.
         layers: Layers to act in; listed heads outside are left alone. Of 32 the authors use 2 to 30.
+        rows: Rows of the prompt that are edited and averaged over: ``prompt``, every one as the authors do, or
+            ``text``, those behind a picture (this package's choice, for speed: prefill recomputes little then, and
+            questions about one picture share it; a row without a picture is left alone).
 
     *Source*: Yu, Wang, Fu, Shi, Shaikh, Lin, "Unveiling and Harnessing Hidden Attention Sinks", ICML 2024, arXiv
     2406.15765; code GATECH-EIC/ACT at a267af7.
 
-    *Differs*: the authors' models are text models, and their rows and means are all rows of the prompt. Here the
-    picture's own rows, and those before it, are neither edited nor counted. A row without a picture is left as it is.
-    Image tokens can be sinks like any other. In decoding the released code takes the one query for the first row and
-    sets its attention to the first token to 1, so that the row sums to more than 1; here, in both presets, the sinks of
-    the prompt shrink as in any other row. It edits the first sample of a batch alone. ``spared_tail`` is 3 in preset
-    ``paper``, which is this package's choice.
+    *Differs*: the authors' models are text models; here image tokens are rows like any other, and can be sinks. In
+    decoding the released code takes the one query for the first row and sets its attention to the first token to 1, so
+    that the row sums to more than 1; here, in both presets, the sinks of the prompt shrink as in any other row. That
+    code edits the first sample of a batch alone. ``spared_tail`` is 3 in preset ``paper``, this package's choice.
 
-    *Cost*: one pass per token. Prefill materialises the text rows after the picture, decoding one row per head; sinks
-    are found once, in prefill. Beams and compiled decoding work.
+    *Cost*: one pass per token. Prefill materialises all of attention, in blocks of rows that hold at most 2**26
+    weights; long prompts, of several blocks, twice: to find the sinks and to shrink them. Questions about one picture
+    read it anew. Decoding materialises one row per head. Beams and compiled decoding work.
 
     Example:
         >>> ACT(heads="L2H8/L3H1").kept_fraction
@@ -115,6 +117,9 @@ class ACT(Decoder):
         None, str, optional=True, help="L2H8/L2H13, all, or a published list; none: the one for the model"
     )
     layers: LayerSet = parameter("2:-1", LayerSet, help="layers to act in")
+    rows: str = parameter(
+        "prompt", str, choices=("prompt", "text"), help="rows of the prompt to act on; text: those behind a picture"
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -122,23 +127,23 @@ class ACT(Decoder):
             read_heads(self.heads)
 
     def plan(self, vlm: Checkpoint, batch: Batch, layout: ImageLayout) -> DecodingPlan:
-        """One edit of the text rows, in the layers that have chosen heads."""
+        """A search for sinks and an edit, in the layers that have chosen heads."""
         if reason := self.check(vlm):
             raise IncompatibleDecodersError(f"act cannot act: {reason}", "give heads=L2H8/L2H13, or heads=all")
         count, heads = _shape(vlm)
         chosen = torch.zeros(count, heads, dtype=torch.bool, device=vlm.device)  # (L, H)
         for layer, head in self._chosen(vlm):
             chosen[layer, head] = True
-        edit = Calibration(
-            layers=LayerSet("/".join(map(str, sorted({layer for layer, _ in self._chosen(vlm)})))),
-            chosen=chosen,
-            kept=self.kept_fraction,
+        layers = LayerSet("/".join(map(str, sorted({layer for layer, _ in self._chosen(vlm)}))))
+        reading, edit = (SinkSearch, Calibration) if self.rows == "prompt" else (TextSinkSearch, TextCalibration)
+        search = reading(
+            layers=layers,
             factor=self.sink_factor,
             threshold=self.sink_threshold,
             first_sink=self.spared == "first-sink",
             tail=self.spared_tail,
         )
-        return DecodingPlan(edits=(edit,))
+        return DecodingPlan(edits=(search, edit(layers=layers, search=search, chosen=chosen, kept=self.kept_fraction)))
 
     def check(self, vlm: Checkpoint) -> str | None:
         """Whether heads are known for the model, and exist in the layers to act in."""
@@ -203,49 +208,91 @@ def _is_listed(vlm: Checkpoint) -> bool:
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
-class Calibration(WeightEdit):
-    """The edit of one call; it remembers the sinks of that call's prompt.
+class SinkSearch(PromptReading):
+    """Averages the columns of one call's prompt, layer by layer.
 
     Attributes:
-        chosen: (L, H) bool, heads to calibrate.
-        kept: beta.
         factor: alpha_s.
         threshold: theta, or None for alpha_s / N.
         first_sink: Spare the first sink, not the first token.
         tail: Columns at the prompt's end that are never sinks.
-        sinks: Layer number -> (B, H, T) bool, filled in prefill; generated tokens are never sinks.
+        sums: Layer number -> (B, H, T), attention to each key summed over the rows that can see it.
+        counts: Layer number -> (B, T), how many rows these are.
     """
 
-    chosen: Tensor
-    kept: float
+    rows: ClassVar[Rows] = "prompt"
+    blockwise: ClassVar[bool] = True
+
     factor: float
     threshold: float | None
     first_sink: bool
     tail: int
+    sums: dict[int, Tensor] = field(default_factory=dict)
+    counts: dict[int, Tensor] = field(default_factory=dict)
+
+    def read(self, site: Site, weights: Tensor) -> None:
+        """Adds the rows of a block."""
+        counted = site.acts & (site.queries < site.prompt)  # (B, R)
+        seeing = (site.allowed[:, 0] & counted[:, :, None])[..., : site.prompt].to(weights.dtype)  # (B, R, T)
+        sums = torch.einsum("bhrk,brk->bhk", weights[..., : site.prompt], seeing)  # (B, H, T)
+        counts = seeing.sum(dim=1)  # (B, T)
+        if site.block > 0:
+            sums, counts = self.sums[site.layer] + sums, self.counts[site.layer] + counts
+        self.sums[site.layer], self.counts[site.layer] = sums, counts
+
+    def sinks(self, site: Site) -> Tensor:
+        """(B, H, T) bool, the sinks of the prompt in a layer that was read."""
+        first = first_token(site)[:, None]  # (B, 1)
+        mean = self.sums[site.layer] / self.counts[site.layer].clamp(min=1)[:, None]  # (B, H, T)
+        threshold = self.factor / (site.prompt - first) if self.threshold is None else self.threshold
+        sink = mean > torch.as_tensor(threshold, device=mean.device).view(-1, 1, 1)
+        key = torch.arange(site.prompt, device=mean.device)
+        sink = sink & (key < site.prompt - self.tail)
+        return sink & (sink.cumsum(dim=-1) > 1) if self.first_sink else sink & (key != first)[:, None]
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class TextSinkSearch(SinkSearch):
+    """The same over the text rows behind a picture."""
+
+    rows: ClassVar[Rows] = "text"
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Calibration(WeightEdit):
+    """The edit of one call; it remembers the sinks of that call's prompt.
+
+    Attributes:
+        search: What stands before it among the edits and finds the sinks.
+        chosen: (L, H) bool, heads to calibrate.
+        kept: beta.
+        sinks: Layer number -> (B, H, T) bool, filled in prefill; generated tokens are never sinks.
+    """
+
+    rows: ClassVar[Rows] = "prompt"
+    blockwise: ClassVar[bool] = True
+
+    search: SinkSearch
+    chosen: Tensor
+    kept: float
     sinks: dict[int, Tensor] = field(default_factory=dict)
 
     def weights(self, site: Site, weights: Tensor) -> Tensor:
         """(B, H, R, K), calibrated in the chosen heads."""
-        if site.prefill:
-            self.sinks[site.layer] = self._found(site, weights) & self.chosen[site.layer, :, None]
+        if site.prefill and site.block == 0:
+            self.sinks[site.layer] = self.search.sinks(site) & self.chosen[site.layer, :, None]
         if site.layer not in self.sinks:
             raise UnsupportedAttentionError("a token came before its prompt", "let generate read the prompt itself")
         sink = self.sinks[site.layer]  # (B, H, T)
         sink = torch.nn.functional.pad(sink, (0, weights.shape[-1] - site.prompt))  # (B, H, K)
         return calibrate(weights, sink[:, :, None], kept=self.kept)
 
-    def _found(self, site: Site, weights: Tensor) -> Tensor:
-        """(B, H, T) bool, the sinks of the prompt."""
-        first = first_token(site)[:, None]  # (B, 1)
-        counted = site.acts & (site.queries >= first) & (site.queries < site.prompt)  # (B, R)
-        seeing = (site.allowed[:, 0] & counted[:, :, None])[..., : site.prompt].to(weights.dtype)  # (B, R, T)
-        mean = torch.einsum("bhrk,brk->bhk", weights[..., : site.prompt], seeing)  # (B, H, T)
-        mean = mean / seeing.sum(dim=1).clamp(min=1)[:, None]
-        threshold = self.factor / (site.prompt - first) if self.threshold is None else self.threshold
-        sink = mean > torch.as_tensor(threshold, device=mean.device).view(-1, 1, 1)
-        key = torch.arange(site.prompt, device=mean.device)
-        sink = sink & (key < site.prompt - self.tail)
-        return sink & (sink.cumsum(dim=-1) > 1) if self.first_sink else sink & (key != first)[:, None]
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class TextCalibration(Calibration):
+    """The same in the text rows behind a picture."""
+
+    rows: ClassVar[Rows] = "text"
 
 
 def calibrate(weights: Tensor, sink: Tensor, *, kept: float) -> Tensor:

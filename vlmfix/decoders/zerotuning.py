@@ -10,7 +10,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from vlmfix.attention.edit import BiasEdit, LayerSet, Site
+from vlmfix.attention.edit import BiasEdit, LayerSet, Rows, Site
 from vlmfix.decoders.base import Decoder, DecodingPlan, Source
 from vlmfix.decoders.parameters import Value, parameter
 from vlmfix.errors import IncompatibleDecodersError, UnsupportedAttentionError
@@ -28,8 +28,8 @@ class ZeroTuning(Decoder):
 
     With attention ``a`` of a row and ``D = (gain - 1) * a_0 + 1``, the first token gets ``gain * a_0 / D`` and every
     other ``a_i / D``. A gain above 1 flattens what the other tokens add, a gain below 1 sharpens it; their mutual
-    ratios stay, so no token is chosen. The same as ``log(gain)`` added to the score of key 0, and done so, in the text
-    rows behind the picture and while decoding.
+    ratios stay, so no token is chosen. The same as ``log(gain)`` added to the score of key 0, and done so, in every row
+    of the prompt and while decoding.
 
     Args:
         preset: Default of ``gain``. The authors name none, they choose it for each task; their demonstration has two:
@@ -41,6 +41,9 @@ class ZeroTuning(Decoder):
             larger of the two kinds, heads that help at gain 2 (use a gain above 1) or that hurt (below 1):
             ``calibration.classify_heads`` tells them apart.
         layers: Layers to act in. The first two thirds are said to matter more than the last.
+        rows: Rows of the prompt to act on: ``prompt``, every one as the authors do, or ``text``, those behind a picture
+            (this package's choice, for speed: prefill recomputes little then, and questions about one picture share
+            it; a row without a picture is left alone).
 
     *Source*: Han, Yu, Tang, Rao, Du, Ungar, "ZeroTuning: Unlocking the Initial Token's Power to Enhance Large Language
     Models Without Training", arXiv 2505.11739; code FeijiangHan/ZeroTuning at 51df35b.
@@ -48,17 +51,17 @@ class ZeroTuning(Decoder):
     *Differs*: the released code scales column 0, which is padding in a padded batch; here each row's first real token
     is meant. A gain of 0 divides by zero in its first row; here that row is left alone. Its renormalisation in half
     precision, its other token ranges and its overwritten BOS token are not reproduced. The authors studied text
-    models only, and scale every row of the prompt; here the picture's own rows, and those before it, stay as they are,
-    and so does a row without a picture. The lever is as strong as the sink: differences between other weights change by
-    the factor ``1 / D``. Where no head gives the first token 0.01 of its attention the method refuses, unless heads are
-    named (a probe of 8 short prompts, once per model).
+    models only; here image tokens are keys and rows like any other. The lever is as strong as the sink: differences
+    between other weights change by the factor ``1 / D``. Where no head gives the first token 0.01 of its attention the
+    method refuses, unless heads are named (a probe of 8 short prompts, once per model).
 
-    *Cost*: one pass per token and no state. An additive bias, so it stays on SDPA; prefill recomputes the text rows
-    after the picture. Beams and compiled decoding work.
+    *Cost*: one pass per token and no state. An additive bias, so it stays on SDPA; prefill computes attention twice,
+    the second time with a mask, in blocks of rows that hold at most 2**26 weights. Questions about one picture read it
+    anew. Beams and compiled decoding work.
 
     Example:
         >>> ZeroTuning(gain=0.5, heads=(0, 3)).spec()
-        'zerotuning:preset=question-answering,gain=0.5,heads=0/3,layers=all'
+        'zerotuning:preset=question-answering,gain=0.5,heads=0/3,layers=all,rows=prompt'
     """
 
     name: ClassVar[str] = "zerotuning"
@@ -84,16 +87,20 @@ class ZeroTuning(Decoder):
         None, tuple, optional=True, help="query heads to scale in every layer; none: all"
     )
     layers: LayerSet = parameter("all", LayerSet, help="layers to act in")
+    rows: str = parameter(
+        "prompt", str, choices=("prompt", "text"), help="rows of the prompt to act on; text: those behind a picture"
+    )
 
     def plan(self, vlm: Checkpoint, batch: Batch, layout: ImageLayout) -> DecodingPlan:
-        """One edit of the text rows."""
+        """One edit."""
         if reason := self.check(vlm):
             raise IncompatibleDecodersError(f"zerotuning cannot act: {reason}", "give other heads or layers")
         chosen = None
         if self.heads is not None:
             chosen = torch.zeros(query_heads(vlm), dtype=torch.bool, device=vlm.device)
             chosen[list(self.heads)] = True
-        return DecodingPlan(edits=(FirstTokenBias(layers=self.layers, gain=self.gain, chosen=chosen),))
+        edit = FirstTokenBias if self.rows == "prompt" else TextBias
+        return DecodingPlan(edits=(edit(layers=self.layers, gain=self.gain, chosen=chosen),))
 
     def check(self, vlm: Checkpoint) -> str | None:
         """Whether the model's heads look at the first token; named heads need only exist."""
@@ -121,12 +128,15 @@ def query_heads(vlm: Checkpoint) -> int:
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class FirstTokenBias(BiasEdit):
-    """log(gain) on the score of each row's first token.
+    """log(gain) on the score of each prompt's first token, in every row but its own.
 
     Attributes:
         gain: gamma.
         chosen: (H,) bool, heads to scale; None for all.
     """
+
+    rows: ClassVar[Rows] = "prompt"
+    blockwise: ClassVar[bool] = True
 
     gain: float
     chosen: Tensor | None
@@ -135,8 +145,19 @@ class FirstTokenBias(BiasEdit):
         """(B, 1 or H, R, K)."""
         key = torch.arange(site.allowed.shape[-1], device=site.queries.device)
         first = first_token(site)[:, None, None, None]  # (B, 1, 1, 1)
-        pictured = site.image_keys.any(dim=1)[:, None, None, None]  # (B, 1, 1, 1)
-        here = pictured & (key == first) & (site.queries[:, None, :, None] > first)  # (B, 1, R, K)
+        here = (key == first) & (site.queries[:, None, :, None] > first)  # (B, 1, R, K)
         if self.chosen is not None:
             here = here & self.chosen[None, :, None, None]  # (B, H, R, K)
         return torch.where(here, math.log(self.gain) if self.gain > 0 else -math.inf, 0.0)
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class TextBias(FirstTokenBias):
+    """The same in the text rows behind a picture, and in the decoding rows of prompts that have one."""
+
+    rows: ClassVar[Rows] = "text"
+
+    def bias(self, site: Site) -> Tensor:
+        """(B, 1 or H, R, K)."""
+        pictured = site.image_keys.any(dim=1)[:, None, None, None]  # (B, 1, 1, 1)
+        return torch.where(pictured, super().bias(site), 0.0)
