@@ -58,9 +58,9 @@ class Imbalance(Decoder):
         spatial_share: s in [0, 1]; None takes the preset's.
         layers: Layers to act in; the authors' are all but the first two.
         significance: Where c1, c2 and the spatial numbers come from: ``cls``, the class token of the model's vision
-            tower; ``received``, what its patches receive from all patches in place of c1 and c2; ``vit``, the class
-            token of another ViT. None takes ``vit`` when one is given and ``cls`` otherwise. Towers without a class
-            token (SigLIP, Qwen-VL) are refused under ``cls``.
+            tower; ``received``, what its patches receive from all patches in place of c1 and c2 (``spatial_share``
+            then ranks as c1 does); ``vit``, the class token of another ViT. None takes ``vit`` when one is given and
+            ``cls`` otherwise. Towers without a class token (SigLIP, Qwen-VL) are refused under ``cls``.
         vit: A timm model with a class token, such as ``vit_base_patch16_224.dino``, or a folder that timm wrote. It is
             shown the whole picture, and a token takes the mean of its maps over the token's box.
         sensitivity: lambda in [0, 10], how much gains follow the heads; 0 gives all heads the same.
@@ -73,12 +73,13 @@ class Imbalance(Decoder):
     PAI (LALBJ/PAI).
 
     *Differs*: the abstract of the first version promises gains by head and neither version's code has any: the formula
-    here is a proposal, and off. The code's spatial score is the sum of a softmax row, 1 for every token, and its share
-    0; here it is what a token receives, as described. The code serves one picture of 576 patches in one row, and no
-    grouped queries; here a picture with several tiles is one ranking over all of its tokens, each tile with a class
-    token of its own; where patches merge into one token their numbers are summed; tokens of padding count where the
-    model has them. ``received`` and ``vit`` stand in for a class token and are not the authors'. A row without a
-    picture is left as it is.
+    here is a proposal, and off (its profile looks at the token that predicts the answer's first word alone). The
+    code's spatial score is the sum of a softmax row, 1 for every token, and its share 0; here it is what a token
+    receives, as described. The code serves one picture of 576 patches in one row, and no grouped queries; here a
+    picture with several tiles is one ranking over all of its tokens, each tile with a class token of its own; where
+    patches merge into one token their numbers are summed; tokens of padding count where the model has them.
+    ``received`` and ``vit`` stand in for a class token and are not the authors'. A row without a picture is left as it
+    is.
 
     *Cost*: one pass per token, and one more pass of the vision tower (or of the ViT) for each distinct picture of a
     call. One row of scores per head is materialised, in prefill and in decoding. Beams and compiled decoding work.
@@ -142,7 +143,9 @@ class Imbalance(Decoder):
     def plan(self, vlm: Checkpoint, batch: Batch, layout: ImageLayout) -> DecodingPlan:
         """One edit of the rows that predict."""
         if reason := self.check(vlm):
-            raise IncompatibleDecodersError(f"imbalance cannot act: {reason}", "see vlmfix doctor for what can")
+            raise IncompatibleDecodersError(
+                f"imbalance cannot act: {reason}", "give other layers, another significance or a profile"
+            )
         heads = self.head_gains(vlm)
         gains = self.gains(vlm, batch, layout)
         return DecodingPlan(edits=(TokenGain(layers=self.layers, gains=gains, heads=heads),))
@@ -164,12 +167,13 @@ class Imbalance(Decoder):
     def facts(self, vlm: Checkpoint) -> dict[str, str]:
         """What tokens are chosen by, with the digest of a ViT's weights, and the profile that is read."""
         if self.vit is None:
-            by = SAID[self.chosen_by]
+            facts = {"significance": SAID[self.chosen_by]}
         else:
-            digest = load_vit(self.vit, vlm.device).digest()
-            by = f"attention of the class token of the ViT {self.vit}, sha256:{digest}"
-        read = profile_facts(vlm, self.name, PROFILER, self.profile) if self.sensitivity else {}
-        return {"significance": by, **read}
+            facts = {
+                "significance": f"attention of the class token of the ViT {self.vit}",
+                "vit_digest": f"sha256:{load_vit(self.vit, vlm.device).digest()}",
+            }
+        return facts | (profile_facts(vlm, self.name, PROFILER, self.profile) if self.sensitivity else {})
 
     def gains(self, vlm: Checkpoint, batch: Batch, layout: ImageLayout) -> Tensor:
         """(B, T) float32: alpha at local tokens, beta at summary tokens, 0 elsewhere."""
