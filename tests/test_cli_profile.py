@@ -16,8 +16,9 @@ NAMES = "image-mass,vhd"
 
 
 @pytest.fixture(autouse=True)
-def _keep_the_process_as_it_is(monkeypatch):
+def _keep_the_process_as_it_is(monkeypatch, tmp_path):
     monkeypatch.setattr(options, "quieten", lambda: None)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
 
 
 @pytest.fixture(scope="module")
@@ -83,6 +84,53 @@ def test_a_seed_draws_the_same_pictures_and_fewer_are_the_first_of_more(images, 
         assert vlmfix(*asked, "--seed", seed, "--count", count)[0] == 0
         digests[name] = load_profiles(out)["image-mass"].card.data
     assert digests["a"] == digests["b"] != digests["c"]
+
+
+@pytest.mark.parametrize("model", EMBEDDED)
+def test_ablation_on_captions_and_patching_share_a_file(images, tmp_path, vlmfix, model):
+    out, annotations = tmp_path / "heads.safetensors", images.parent / "annotations"
+    truth = ("--instances", annotations / "instances.json", "--captions", annotations / "captions.json")
+    asked = ("profile", "--model", model, "--images", images, "--out", out)
+    code, printed, said = vlmfix(*asked, "--profiler", "image-mass,ablation", *truth)
+    assert code == 0
+    assert "hallucinated_words: " in printed
+    assert "1 files have no annotations" in said
+    found = load_profiles(out)
+    card = found["ablation"].card
+    assert card.parameters["target"] == "captions"
+    assert card.parameters["labels"]["instances"]["file"] == ["instances.json"]
+    assert 1 <= card.pictures <= found["image-mass"].card.pictures == 5
+    words = {name: int(found["ablation"].details[f"{name}_words"]) for name in ("hallucinated", "real")}
+    assert words["hallucinated"] >= card.pictures
+    assert words["real"] > 0
+
+    code, printed, _ = vlmfix(*asked, "--profiler", "patching", "--prompt", "Is there a chair in the image?", "--add")
+    assert code == 0
+    assert "no_conflict: " in printed
+    both = load_profiles(out)
+    assert list(both) == ["image-mass", "ablation", "patching"]
+    assert both["ablation"].card == card
+    assert both["patching"].card.question == "Is there a chair in the image?"
+    other = next(name for name in EMBEDDED if name != model)
+    code, _, said = vlmfix(*asked, "--profiler", "vhd", "--add", "--model", other)
+    assert code == 1
+    assert "was measured on" in said
+
+
+def test_ablation_wants_both_kinds_of_annotations_of_these_pictures(images, tmp_path, vlmfix):
+    annotations = images.parent / "annotations"
+    instances, captions = annotations / "instances.json", annotations / "captions.json"
+    asked = ("profile", "--images", images, "--out", tmp_path / "heads")
+    for given in (("ablation", "--instances", instances), ("vhd", "--instances", instances, "--captions", captions)):
+        code, _, said = vlmfix(*asked, "--profiler", *given)
+        assert code == 2
+        assert "say what the profiler ablation measures" in said
+    code, _, said = vlmfix(
+        *("profile", "--images", images / "broken.png", "--out", tmp_path / "heads", "--profiler", "ablation"),
+        *("--instances", instances, "--captions", captions),
+    )
+    assert code == 1
+    assert "none of 1 files has annotations" in said
 
 
 @pytest.mark.parametrize(
