@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import struct
 from dataclasses import replace
 from pathlib import Path
 
@@ -94,10 +95,15 @@ def test_a_named_file_must_hold_the_profile(tmp_path: Path) -> None:
         profile_for(vlm, "adhh", "ablation", str(path))
 
 
-def test_facts_name_the_file_by_its_content(tmp_path: Path) -> None:
+def test_facts_name_the_profile_by_its_scores(tmp_path: Path) -> None:
     vlm, path = vlm_of("llava"), tmp_path / "made.safetensors"
-    made_profile(vlm, "vhd").save(path)
-    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    profile = made_profile(vlm, "vhd")
+    profile.save(path)
+    digest = hashlib.sha256(struct.pack("<24f", *profile.scores.flatten().tolist())).hexdigest()
     facts = profile_facts(vlm, "vhr", "vhd", str(path))
     assert facts == {"profile": "vhd in made.safetensors", "profile_digest": f"sha256:{digest}"}
+    save_profiles({"saliency": made_profile(vlm, "saliency"), "vhd": profile}, path)
+    assert profile_facts(vlm, "vhr", "vhd", str(path)) == facts
+    replace(profile, scores=profile.scores + 1).save(path)
+    assert profile_facts(vlm, "vhr", "vhd", str(path)) != facts
     assert profile_facts(vlm, "vhr", "vhd", None) == {}

@@ -86,15 +86,17 @@ def why_no_profile(vlm: Checkpoint, decoder: str, profiler: str, file: str | Non
 def profile_facts(vlm: Checkpoint, decoder: str, profiler: str, file: str | None) -> dict[str, str]:
     """What a run card says of the profile that a decoder reads; empty when it reads none.
 
+    The digest is SHA-256 of the scores, (L, H) float32 in order of layers: what else a file holds, such as another
+    profile that was added, changes no answer.
+
     Raises:
         DataError: As ``profile_for``.
         ProfileMismatchError: As ``profile_for``.
     """
-    path = profile_file(vlm, file)
-    if path is None or profile_for(vlm, decoder, profiler, file) is None:
+    path, profile = profile_file(vlm, file), profile_for(vlm, decoder, profiler, file)
+    if path is None or profile is None:
         return {}
-    with path.open("rb") as opened:
-        digest = hashlib.file_digest(opened, "sha256").hexdigest()
+    digest = hashlib.sha256(profile.scores.float().contiguous().numpy().tobytes()).hexdigest()
     return {"profile": f"{profiler} in {path.name}", "profile_digest": f"sha256:{digest}"}
 
 
