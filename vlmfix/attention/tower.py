@@ -62,7 +62,7 @@ class TowerReading:
         if self.rows == "class":
             return summed_rows(query[:, :, :1], key, mask if mask is None else mask[:, :, :1], scale)
         views, heads, length, _ = query.shape
-        step = max(1, ROOM // (views * heads * length))
+        step, key = max(1, ROOM // (views * heads * length)), key.float()  # once for all rows
         total = torch.zeros(views, length, device=query.device)
         for start in range(self.classes, length, step):
             rows = slice(start, start + step)

@@ -78,8 +78,8 @@ class Imbalance(Decoder):
     receives, as described. The code serves one picture of 576 patches in one row, and no grouped queries; here a
     picture with several tiles is one ranking over all of its tokens, each tile with a class token of its own; where
     patches merge into one token their numbers are summed; tokens of padding count where the model has them.
-    ``received`` and ``vit`` stand in for a class token and are not the authors'. A row without a picture is left as it
-    is.
+    ``received`` and ``vit`` stand in for a class token and are not the authors'; in Qwen2.5-VL's windowed layers a
+    patch receives from its own window alone. A row without a picture is left as it is.
 
     *Cost*: one pass per token, and one more pass of the vision tower (or of the ViT) for each distinct picture of a
     call. One row of scores per head is materialised, in prefill and in decoding. Beams and compiled decoding work.

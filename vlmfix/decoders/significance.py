@@ -10,7 +10,7 @@ Shape letters (``docs/notation.md``): B rows, T prompt tokens; here also N image
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -150,7 +150,3 @@ def _shares(start: Tensor, end: Tensor, cells: int) -> Tensor:
     cell = torch.arange(cells)
     covered = (torch.minimum(high, cell + 1.0) - torch.maximum(low, cell.double())).clamp(min=0)
     return covered / (high - low)
-
-
-Source = Literal["cls", "received", "vit"]
-"""Where significance comes from: the tower's class token, its patches, or another ViT's class token."""
