@@ -224,6 +224,13 @@ def test_captions_without_a_hallucinated_word_are_left_out():
             measured(babbler(), Ablation(labels=labels, max_new_tokens=4))
 
 
+@pytest.mark.parametrize("start", [-1, 4])
+def test_a_word_outside_the_caption_is_refused(start):
+    labels = Labels(words=lambda number, caption: [Word(start, 9, False)], about={})
+    with pytest.raises(DataError, match=f"begins at {start} in a caption of 4"):
+        measured(babbler(), Ablation(labels=labels, max_new_tokens=4))
+
+
 def test_a_token_of_two_words_counts_as_hallucinated_and_a_repeated_word_twice():
     def words(number, caption):
         return [Word(0, 1, True), Word(0, 3, False), Word(2, 3, True), Word(3, 4, True)]

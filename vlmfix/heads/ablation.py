@@ -195,7 +195,8 @@ def lost_in_prompt(work: Work, step: LastStep, copies: int) -> Tensor:
 
     def probability(gates: Tensor) -> Tensor:
         count = gates.shape[1]
-        copied = work.vlm.encode((batch.prompts or ())[prompt] * count, (batch.pictures or ())[prompt] * count)
+        questions, pictures = (batch.prompts or ())[prompt] * count, (batch.pictures or ())[prompt] * count
+        copied = work.vlm.encode(questions, pictures, system=batch.system)
         model: Any = work.vlm.model
         with edited(work.vlm, work.vlm.layout(copied), [PromptGates(gates=gates.to(step.device))]):
             logits = model(**copied, use_cache=False, logits_to_keep=1).logits[:, -1].float()  # (N, V)

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 from transformers import DynamicCache
 
+from vlmfix.errors import DataError
 from vlmfix.heads.last_step import LastStep
 from vlmfix.heads.profiler import Work
 from vlmfix.heads.wording import decoded
@@ -85,9 +86,9 @@ def tell(work: Work, longest: int) -> Told:
     steps: list[dict[str, Any]] = []
 
     def remember(decoder: nn.Module, args: object, kwargs: dict[str, Any]) -> None:
-        newest = {"inputs_embeds": kwargs["inputs_embeds"][:, -1:]}  # (B, 1, hidden size)
+        newest = {"inputs_embeds": kwargs["inputs_embeds"][:, -1:].clone()}  # (B, 1, hidden size), not the whole prompt
         if kwargs.get("position_ids") is not None:
-            newest["position_ids"] = kwargs["position_ids"][..., -1:]
+            newest["position_ids"] = kwargs["position_ids"][..., -1:].clone()
         steps.append(newest)
 
     with work.vlm.family.decoder(work.vlm.model).register_forward_pre_hook(remember, with_kwargs=True):
@@ -123,10 +124,18 @@ def beginnings(work: Work, row: int, tokens: Sequence[int], labels: Labels) -> d
 
     Returns:
         Number of the token in the caption, ascending -> whether its word is real.
+
+    Raises:
+        DataError: A word begins outside the caption.
     """
     text, ends = decoded(work.vlm.processor.tokenizer, tokens, special=False)
     found: dict[int, bool] = {}
     for word in labels.words(work.first + row, text):
+        if not 0 <= word.start < len(text):
+            raise DataError(
+                f"an object word begins at {word.start} in a caption of {len(text)} characters",
+                "labels give places in the caption that they are handed",
+            )
         place = next(number for number, end in enumerate(ends) if end > word.start)
         found[place] = word.real and found.get(place, True)
     return dict(sorted(found.items()))

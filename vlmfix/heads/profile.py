@@ -43,7 +43,7 @@ class ProfileCard:
         layers: L.
         heads: H.
         question: What was asked about every picture.
-        pictures: Number of pictures that the scores are the mean of.
+        pictures: Number of pictures that the scores come from.
         data: SHA-256 of the pixels of the pictures, in order; of all that were shown, also those without a score.
         seed: Seed of what the profiler draws.
         reliability: Rank correlation that a profile of as many other pictures would have with this one, estimated as
