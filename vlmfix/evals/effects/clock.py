@@ -7,6 +7,7 @@ import os
 import threading
 import time
 import traceback
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
@@ -119,6 +120,7 @@ def _outcome(job: Job, clock: Clock) -> Outcome:
 
 def _begin(threads: int) -> None:
     """Prepares a process: its share of the cores, and an end when the first one is gone, be it killed."""
+    warnings.simplefilter("ignore")
     torch.set_num_threads(threads)
     threading.Thread(target=_end_with_parent, daemon=True).start()
 

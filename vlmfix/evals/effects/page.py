@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +20,6 @@ POPE = {
     **{f"{split}/yes_ratio": f"yes-ratio, {split}" for split in SPLITS},
 }
 SMALL = {"small/accuracy": "accuracy ↑", "small/recall": "recall ↑", "small/yes_ratio": "yes-ratio"}
-WITHOUT_INTERVAL = ("length", "yes_ratio")
-"""Figures that are no merits: their difference is enough."""
 LARGE = 10.0
 
 
@@ -89,13 +87,17 @@ def _model(results: Mapping[str, Any], model: Mapping[str, Any]) -> Iterator[str
     yield f"{model['dtype']} on {model['device']}; weights {model['weights'].removeprefix('sha256:')[:12]}."
     yield from _goal(model)
     yield "### Captions and POPE, with defaults"
-    yield _table(["decoder", *CAPTIONS.values()], _rows(model, "captions", CAPTIONS))
-    yield _table(["decoder", *POPE.values()], _rows(model, "pope", POPE))
+    yield _table(["decoder", *CAPTIONS.values()], _rows(model, model["rows"], "captions", CAPTIONS))
+    yield _table(["decoder", *POPE.values()], _rows(model, model["rows"], "pope", POPE))
+    yield from _without(model["rows"], _why_idle)
     yield "### With parameters chosen on the tuning scenes"
-    yield _table(["decoder", *CAPTIONS.values(), "F1, mean ↑"], _tuned(model))
+    yield _table(["decoder", *CAPTIONS.values()], _rows(model, model["tuned"], "captions", CAPTIONS))
+    yield _table(["decoder", *POPE.values()], _rows(model, model["tuned"], "pope", POPE))
+    yield from _without(model["tuned"], _why_untuned)
     yield from _chosen(model)
-    yield "### Small things"
-    yield from _small(model)
+    if model["small"] is not None:
+        yield "### Small things"
+        yield from _small(model["small"])
     yield "### Time"
     yield _times(model)
 
@@ -127,17 +129,33 @@ def _listed(rows: Sequence[Mapping[str, Any]]) -> str:
     return "; ".join(words) or "nothing"
 
 
-def _rows(model: Mapping[str, Any], exam: str, titles: Mapping[str, str]) -> Iterator[list[str]]:
-    plain = model["plain"][exam]
-    if plain is None:
-        return
-    yield ["`greedy`", *(_own(figure, plain[figure]) for figure in titles)]
-    for row in model["rows"]:
-        name, found = _named(row), row[exam]
-        if found is None:
-            yield _said(name, row["reason"] or row["problem"] or NOT_YET, len(titles))
-        else:
-            yield [name, *(_cell(figure, found[figure]) for figure in titles)]
+Row = Mapping[str, Any]
+
+
+def _rows(model: Mapping[str, Any], rows: Sequence[Row], exam: str, titles: Mapping[str, str]) -> Iterator[list[str]]:
+    """Plain decoding, and the rows that have figures."""
+    yield ["`greedy`", *(_own(model["plain"][exam][figure]) for figure in titles)]
+    for row in rows:
+        if row[exam] is not None:
+            yield [_named(row), *(_cell(row[exam][figure]) for figure in titles)]
+
+
+def _without(rows: Sequence[Row], why: Callable[[Row], str]) -> Iterator[str]:
+    """The rows that lack figures, with the reason."""
+    lines = [[_named(row), why(row)] for row in rows if row["captions"] is None or row["pope"] is None]
+    if lines:
+        yield _table(["decoder", "why figures are missing"], lines)
+
+
+def _why_idle(row: Row) -> str:
+    return str(row["reason"] or row["problem"] or NOT_YET)
+
+
+def _why_untuned(row: Row) -> str:
+    search = row["search"]
+    if row["reason"]:
+        return str(row["reason"])
+    return NOT_YET if search["spec"] else _plain_is_best(search)
 
 
 def _named(row: Mapping[str, Any]) -> str:
@@ -146,21 +164,6 @@ def _named(row: Mapping[str, Any]) -> str:
 
 def _said(name: str, reason: str, cells: int) -> list[str]:
     return [name, reason, *[""] * (cells - 1)]
-
-
-def _tuned(model: Mapping[str, Any]) -> Iterator[list[str]]:
-    cells = len(CAPTIONS) + 1
-    for row in model["tuned"]:
-        name, search = f"`{row['name']}`", row["search"]
-        if row["reason"]:
-            yield _said(name, row["reason"], cells)
-        elif not search["spec"]:
-            yield _said(name, _plain_is_best(search), cells)
-        elif row["captions"] is None or row["pope"] is None:
-            yield _said(name, NOT_YET, cells)
-        else:
-            figures = [_cell(figure, row["captions"][figure]) for figure in CAPTIONS]
-            yield [name, *figures, _cell("mean/f1", row["pope"]["mean/f1"])]
 
 
 def _plain_is_best(search: Mapping[str, Any]) -> str:
@@ -177,12 +180,12 @@ def _chosen(model: Mapping[str, Any]) -> Iterator[str]:
         if search is None:
             continue
         best, plain = search["chosen"] or search["furthest"], search["plain"]
-        spec = search["spec"] or search["furthest"]["spec"]
+        brief = search["chosen_brief"] or search["furthest_brief"]
         lines.append(
             [
                 f"`{row['name']}`",
                 "chosen" if search["spec"] else "lowest CHAIR_i, not chosen",
-                f"`{spec}`",
+                f"`{brief}`",
                 f"{_number(plain['value'])} to {_number(best['value'])}",
                 f"{_number(plain['recall'])} to {_number(best['recall'])}",
                 f"{search['feasible']} of {search['trials']}",
@@ -192,30 +195,27 @@ def _chosen(model: Mapping[str, Any]) -> Iterator[str]:
         yield _table(["search", "", "trial", "CHAIR_i, tuning", "recall, tuning", "within the limits"], lines)
 
 
-def _small(model: Mapping[str, Any]) -> Iterator[str]:
-    small = model["small"]
-    if small["plain"] is None or not small["rows"]:
-        yield f"{NOT_YET.capitalize()}."
-        return
+def _small(small: Mapping[str, Any]) -> Iterator[str]:
     yield (
         f"{small['samples']} yes/no questions about things below 48 of 512 pixels, half of them absent. `elsewhere` "
         "shows a window of the same size and shape at a random place: what a method gains beyond it is what looking at "
         "the right place is worth."
     )
-    lines = [["`greedy`", *(_own(figure, small["plain"][figure]) for figure in SMALL), ""]]
+    lines = [["`greedy`", *(_own(small["plain"][figure]) for figure in SMALL), ""]]
     for row in small["rows"]:
         if row["found"] is None:
             lines.append(_said(f"`{row['name']}`", NOT_YET, len(SMALL) + 1))
             continue
         against = "" if row["difference"] is None else _difference(row["difference"]["small/accuracy"])
-        lines.append([f"`{row['name']}`", *(_cell(figure, row["found"][figure]) for figure in SMALL), against])
+        lines.append([f"`{row['name']}`", *(_cell(row["found"][figure]) for figure in SMALL), against])
         if row["elsewhere"] is not None:
-            figures = [_cell(figure, row["elsewhere"][figure]) for figure in SMALL]
+            figures = [_cell(row["elsewhere"][figure]) for figure in SMALL]
             lines.append([f"`{row['name']}`, elsewhere", *figures, ""])
     yield _table(["decoder", *SMALL.values(), "accuracy beyond `elsewhere`"], lines)
-    chosen = [f"`{row['name']}` is `{row['spec']}`." for row in small["rows"] if row["name"].startswith("tuned-")]
-    if chosen:
-        yield " ".join(chosen)
+    chosen = [f"`{row['name']}` is `{row['brief']}`." for row in small["rows"] if row["name"] != row["brief"]]
+    idle = [f"For `{name}`, {_plain_is_best(one)}." for name, one in small["searches"].items() if not one["spec"]]
+    if chosen or idle:
+        yield " ".join([*chosen, *idle])
 
 
 def _times(model: Mapping[str, Any]) -> str:
@@ -238,29 +238,28 @@ def _table(header: Sequence[str], rows: Iterator[list[str]] | Sequence[list[str]
     return "\n".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |" for cells in lines)
 
 
-def _own(figure: str, found: Mapping[str, Any]) -> str:
+def _own(found: Mapping[str, Any]) -> str:
     """A plain figure with its interval."""
     value = _number(found["value"])
-    if figure.rpartition("/")[2] in WITHOUT_INTERVAL or found["value_low"] is None:
+    if found["value_low"] is None:
         return value
     return f"{value} [{_number(found['value_low'])}, {_number(found['value_high'])}]"
 
 
-def _cell(figure: str, found: Mapping[str, Any]) -> str:
+def _cell(found: Mapping[str, Any]) -> str:
     value = _number(found["value"])
     if found["difference"] is None:
         return value
-    if figure.rpartition("/")[2] in WITHOUT_INTERVAL:
-        return f"{value} ({_signed(found['difference'], _decimals(found['value']))})"
     return f"{value}: {_difference(found)}"
 
 
 def _difference(found: Mapping[str, Any]) -> str:
     if found["difference"] is None:
         return NONE
-    said = _signed(found["difference"], 3)
+    decimals = _decimals(found["value"])
+    said = _signed(found["difference"], decimals)
     if found["low"] is not None:
-        said += f" [{_signed(found['low'], 3)}, {_signed(found['high'], 3)}]"
+        said += f" [{_signed(found['low'], decimals)}, {_signed(found['high'], decimals)}]"
     return said + MARKS.get(found["direction"], "")
 
 

@@ -6,7 +6,8 @@ import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from vlmfix.decoders import DECODERS, Decoder, parse
+from vlmfix.decoders import DECODERS, Chain, Decoder, parse
+from vlmfix.decoders.parameters import ranges, written
 from vlmfix.errors import UsageError
 from vlmfix.evals.effects.small import Elsewhere
 from vlmfix.evals.record import PLAIN
@@ -78,11 +79,18 @@ def starts(arm: Arm) -> list[str]:
     name = arm.spec
     if name in DECODERS:
         fixed = OPENED.get(name, "")
-        given = ["", *(f"preset={preset}" for preset in others(arm.decoder))]
+        given = ["", *(f"preset={preset}" for preset in others(arm.decoder) if _differs(arm.decoder, preset))]
         specs = [":".join(part for part in (name, ",".join(filter(None, (one, fixed)))) if part) for one in given]
     else:
         specs = [name]
     return [spec for spec in specs if _open(spec)]
+
+
+def _differs(decoder: Decoder, preset: str) -> bool:
+    """Whether a preset says something that the search would not find by itself."""
+    searched = {name for name, allowed in ranges(type(decoder)).items() if allowed.search}
+    said = decoder.presets[preset].keys()
+    return not said or not said <= searched
 
 
 def _open(spec: str) -> bool:
@@ -91,6 +99,17 @@ def _open(spec: str) -> bool:
     except UsageError:
         return False
     return True
+
+
+def brief(decoder: Decoder) -> str:
+    """A decoder as a person would write it: without what its preset or its defaults say."""
+    if isinstance(decoder, Chain):
+        return "+".join(brief(part) for part in decoder.decoders)
+    own, base = decoder.parameters(), type(decoder)().parameters()
+    if own.get("preset") != base.get("preset"):
+        base = {**parse(f"{decoder.name}:preset={own['preset']}").parameters(), "preset": base["preset"]}
+    given = ",".join(f"{name}={written(value)}" for name, value in own.items() if value != base[name])
+    return f"{decoder.name}:{given}" if given else decoder.name
 
 
 def tuned(arm: str, spec: str) -> str:

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from vlmfix.card import machine, versions
+from vlmfix.decoders import parse
 from vlmfix.evals.compare import DRAWS_PER_ARM, Arm, Change, Comparison, compare
 from vlmfix.evals.effects import plan
 from vlmfix.evals.effects.runs import Exam
@@ -62,7 +63,6 @@ def _model(study: Study, model: str, reasons: Mapping[str, str], problems: Mappi
     for arm in listed:
         known = {
             "name": arm.name,
-            "spec": arm.decoder.spec(),
             "source": arm.decoder.source.arxiv,
             "reason": reasons[arm.spec],
             "problem": _problem(problems, model, arm.name),
@@ -81,7 +81,7 @@ def _model(study: Study, model: str, reasons: Mapping[str, str], problems: Mappi
             for arm in listed
             if not arm.decoder.refines
         ],
-        "small": _small(study, model, chosen),
+        "small": _small(study, model, searches, chosen) if SMALL in exams else None,
         "speed": read_json(speed) if speed.exists() else None,
     }
 
@@ -110,10 +110,20 @@ def _tuned(
         reason = reasons[begun[0]]
     elif search is None:
         reason = _problem(problems, model, arm.name) or NOT_YET
-    return {"name": arm.name, "reason": reason, "search": None if search is None else dataclasses.asdict(search)}
+    known = {"name": arm.name, "source": arm.decoder.source.arxiv, "reason": reason}
+    return known | {"search": None if search is None else _search(search)}
 
 
-def _small(study: Study, model: str, chosen: Mapping[str, str]) -> dict[str, Any]:
+def _search(search: Found) -> dict[str, Any]:
+    """A search, with what a person would write for its decoders."""
+    told = {
+        "chosen_brief": plan.brief(parse(search.spec)) if search.spec else "",
+        "furthest_brief": plan.brief(parse(search.furthest["spec"])),
+    }
+    return dataclasses.asdict(search) | told
+
+
+def _small(study: Study, model: str, searches: Mapping[str, Found | None], chosen: Mapping[str, str]) -> dict[str, Any]:
     """Accuracy on small things: each refining decoder, its control, and the one against the other."""
     exam = study.exams(model)[SMALL]
     arms = [arm.name for arm in plan.small_arms(study.arms())]
@@ -128,16 +138,20 @@ def _small(study: Study, model: str, chosen: Mapping[str, str]) -> dict[str, Any
             both = {PLAIN: run.answers[plan.control(arm)], arm: run.answers[arm]}
             against = _changes(compare([dataclasses.replace(run, answers=both)]))[arm]
         spec = card["arms"].get(arm, {}).get("spec", "")
+        brief = plan.brief(parse(spec)) if spec else ""
         rows.append(
             {
                 "name": arm,
                 "spec": spec,
+                "brief": brief,
                 "found": compared.get(arm),
                 "elsewhere": compared.get(plan.control(arm)),
                 "difference": against,
             }
         )
-    return {"plain": compared.get(PLAIN), "samples": card["count"], "rows": rows}
+    refining = {arm.name: searches[arm.name] for arm in study.arms() if arm.decoder.refines}
+    ended = {name: _search(search) for name, search in refining.items() if search is not None}
+    return {"plain": compared.get(PLAIN), "samples": card["count"], "rows": rows, "searches": ended}
 
 
 def _device(exam: Exam) -> str:

@@ -9,6 +9,8 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from transformers.utils import logging as transformers_logging
+
 from vlmfix.card import weights_digest
 from vlmfix.decoders import Decoder
 from vlmfix.evals.effects.clock import Clock
@@ -75,6 +77,8 @@ class Exam:
 @lru_cache(maxsize=2)
 def loaded(model: str, *, revision: str | None, device: str, dtype: str) -> VLM:
     """A model, kept for the next job of the process."""
+    chatter: Any = transformers_logging
+    chatter.disable_progress_bar()
     return load(model, revision=revision, device=device, dtype=dtype)
 
 

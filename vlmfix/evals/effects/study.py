@@ -82,10 +82,15 @@ class Study:
         return plan.arms(self.only)
 
     def exams(self, model: str, *, tuning: bool = False) -> dict[str, Exam]:
-        """The three exams of a model on the reported scenes, or on those for tuning; their worlds must be there."""
+        """A model's exams on the reported scenes, or on those for tuning; their worlds must be there.
+
+        Small things are asked about where a decoder refines pictures.
+        """
         count, seed = (self.tuning_count, self.tuning_seed) if tuning else (self.count, self.seed)
         folder = self.folder(model) / ("tuning" if tuning else "reported")
         found = _workloads(self.world(seed), count, seed)
+        if not any(arm.decoder.refines for arm in self.arms()):
+            found = {name: exam for name, exam in found.items() if name != SMALL}
         return {
             name: Exam(
                 folder=folder / name,
@@ -162,10 +167,10 @@ def _draw(world: Path, count: int, seed: int) -> None:
 
 
 def _small(study: Study, model: str, reasons: Mapping[str, str]) -> dict[str, Job]:
-    exam = study.exams(model)[SMALL]
+    exams = study.exams(model)
     listed = [arm for arm in plan.small_arms(study.arms()) if not reasons.get(arm.spec)]
     return {
-        f"{model}, small, {name}": Job(_answer, ([exam], name, decoder, study.clock))
+        f"{model}, small, {name}": Job(_answer, ([exams[SMALL]], name, decoder, study.clock))
         for name, decoder in plan.with_controls(listed).items()
     }
 

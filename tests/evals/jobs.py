@@ -1,0 +1,14 @@
+"""Work that ends in every possible way; by itself, because every process that does it imports its module."""
+
+from vlmfix.errors import DataError
+from vlmfix.evals.effects.clock import OutOfTimeError
+
+
+def double(number):
+    if number == 3:
+        raise DataError("three", "take another number")
+    if number == 4:
+        raise ZeroDivisionError("four")
+    if number == 5:
+        raise OutOfTimeError
+    return 2 * number

@@ -1,0 +1,399 @@
+"""The study of effects: shared work, parts of runs, controls, searches, pages; and all of it once, small."""
+
+import json
+import time
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from tests.evals.fake import Says, workload
+from tests.evals.jobs import double
+from tests.folder.fake import FakeVLM
+from vlmfix.decoders import CARVE, DECODERS, Greedy, ViCrop, parse
+from vlmfix.decoders.recipe import read_recipe
+from vlmfix.decoders.refined import PictureMap
+from vlmfix.errors import DataError, IncompatibleDecodersError, UsageError
+from vlmfix.evals import tasks
+from vlmfix.evals.compare import compare
+from vlmfix.evals.effects import plan, runs, study, tuning
+from vlmfix.evals.effects.__main__ import command
+from vlmfix.evals.effects.clock import Clock, Job, OutOfTimeError, perform
+from vlmfix.evals.effects.page import BEGIN, END, text, write
+from vlmfix.evals.effects.results import reach
+from vlmfix.evals.effects.runs import Exam, answer_arm, answer_plain, copy_plain, take_in
+from vlmfix.evals.effects.small import Elsewhere, questions
+from vlmfix.evals.effects.tuning import Found, Hunt, hunt
+from vlmfix.evals.record import CARD, PLAIN
+from vlmfix.evals.search import Measured
+from vlmfix.records import read_json, replace_json
+from vlmfix.settings import Settings
+from vlmfix.world.scenes import scene
+
+ENDLESS, OVER = Clock(), Clock(end=0.0)
+
+
+JOBS = {f"job {number}": Job(double, (number,)) for number in range(2, 6)}
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_jobs_fail_stop_and_end_each_for_itself(processes, capfd):
+    found = dict(perform(JOBS, ENDLESS, processes=processes))
+    assert set(found) == set(JOBS)
+    assert (found["job 2"].value, found["job 2"].problem) == (4, "")
+    assert "three" in found["job 3"].problem
+    assert found["job 4"].problem == "ZeroDivisionError: four"
+    assert found["job 5"].stopped
+    assert "ZeroDivisionError" in capfd.readouterr().err, "what nobody expected is shown"
+
+
+def test_nothing_begins_when_the_time_is_over():
+    assert all(outcome.stopped for _, outcome in perform(JOBS, OVER, processes=1))
+    with pytest.raises(OutOfTimeError):
+        OVER.report(1, 2)
+    Clock(end=time.time() + 60).check()
+
+
+@pytest.fixture
+def exam(tmp_path, monkeypatch):
+    monkeypatch.setitem(tasks.TASKS, "says", Says)
+    vlm = FakeVLM()
+    monkeypatch.setattr(runs, "loaded", vlm.load)
+    monkeypatch.setattr(runs, "weights_digest", lambda model, commit: "sha256:1")
+    monkeypatch.setattr("vlmfix.evals.runner.weights_digest", lambda model, commit: "sha256:1")
+    made = Exam(
+        folder=tmp_path / "run",
+        task=Says(),
+        workload=workload(tmp_path / "in"),
+        settings=Settings(),
+        batch_size=4,
+    )
+    return made, vlm
+
+
+def test_arms_answered_apart_come_into_one_run(exam):
+    made, vlm = exam
+    answer_plain(made, ENDLESS)
+    assert made.begun()
+    asked = len(vlm.batches)
+    for name in ("vcd", "inter"):
+        answer_arm(made, name, parse(name), ENDLESS)
+        assert not made.has(name, parse(name))
+        take_in(made, name)
+        assert made.has(name, parse(name))
+        assert not made.part(name).folder.exists()
+    assert len(vlm.batches) == 3 * asked, "plain decoding is answered once"
+    run = made.run()
+    assert list(run.answers) == ["greedy", "vcd", "inter"]
+    assert all(run.missing(arm) == 0 for arm in run.answers)
+    assert [list(session["arms"]) for session in run.card["sessions"]] == [["greedy"], ["vcd"], ["inter"]]
+    assert [arm.name for arm in compare([run]).arms] == ["vcd", "inter"]
+    answer_arm(made, "vcd", parse("vcd"), ENDLESS)
+    take_in(made, "vcd")
+    assert len(vlm.batches) == 3 * asked, "what is there is not asked again"
+    with pytest.raises(UsageError, match="vcd was 'vcd:"):
+        answer_arm(made, "vcd", parse("vcd:contrast=0.5"), ENDLESS)
+
+
+def test_an_arm_that_was_stopped_goes_on(exam):
+    made, vlm = exam
+    answer_plain(made, ENDLESS)
+    done = len(vlm.batches)
+    vlm.seconds = 0.01
+    with pytest.raises(OutOfTimeError):
+        answer_arm(made, "vcd", parse("vcd"), Clock(end=time.time() + 0.1))
+    before = len(vlm.batches) - done
+    assert 0 < before < done
+    answer_arm(made, "vcd", parse("vcd"), ENDLESS)
+    assert len(vlm.batches) <= 2 * done + 1
+    take_in(made, "vcd")
+    assert made.run().missing("vcd") == 0
+
+
+def test_a_part_whose_copy_was_cut_off_is_copied_again(exam):
+    made, _ = exam
+    answer_plain(made, ENDLESS)
+    other = made.at(made.folder.with_name("other"))
+    (other.folder / PLAIN).mkdir(parents=True)
+    (other.folder / PLAIN / "answers.jsonl").write_text("{")
+    copy_plain(made, other)
+    assert other.run().answers == made.run().answers
+
+
+def test_other_weights_of_the_same_name_are_refused(exam, monkeypatch):
+    made, _ = exam
+    answer_plain(made, ENDLESS)
+    monkeypatch.setattr(runs, "weights_digest", lambda model, commit: "sha256:2")
+    with pytest.raises(UsageError, match=r"weights was 'sha256:1', now 'sha256:2'"):
+        answer_plain(made, ENDLESS)
+
+
+def test_questions_about_small_things(tmp_path):
+    asked = questions(12, 5, tmp_path)
+    assert asked.samples == questions(12, 5, tmp_path).samples
+    assert {sample.target["label"] for sample in asked.samples} == {"yes", "no"}
+    for sample in asked.samples:
+        view = scene(5, int(sample.image.removesuffix(".png")))
+        name = sample.id.partition("/")[2]
+        boxes = [thing.box for thing in view.objects if thing.category == name]
+        assert f" {name} in the image?" in sample.prompt
+        assert (sample.target["label"] == "yes") == bool(boxes)
+        assert all(max(box[2] - box[0], box[3] - box[1]) < 48 for box in boxes)
+        assert len(boxes) <= 1
+
+
+class Pointing(CARVE):
+    """CARVE with a map that is given."""
+
+    def refine(self, vlm, pictures, prompts, memo):
+        values = np.zeros((8, 8))
+        values[1:3, 5:7] = 1.0
+        maps = PictureMap(values)
+        return [self._refined(row, [maps] * len(row)) for row in pictures]
+
+
+def test_the_control_shows_as_much_of_another_place():
+    noise = Image.effect_noise((64, 48), 80).convert("RGB")
+    decoder = Pointing(preset="official-code", kept_share=0.1, regions=1)
+    pictures, prompts = [[noise], [noise], []], ["a", "b", "c"]
+    found = decoder.refine(None, pictures, prompts, None)
+    control = Elsewhere(decoder=decoder)
+    moved = control.refine(None, pictures, prompts, None)
+    assert moved[2].looks == ()
+    assert moved[0].looks[0].box != moved[1].looks[0].box, "each question has its own draw"
+    for one, other in zip(found[:2], moved[:2], strict=True):
+        (look,), (away,) = one.looks, other.looks
+        assert other.pictures == (noise, away.picture)
+        assert away.picture.size == look.picture.size
+        x0, y0, x1, y1 = away.box
+        assert 0 <= x0 < x1 <= 1
+        assert 0 <= y0 < y1 <= 1
+        assert (x1 - x0, y1 - y0) == pytest.approx((look.box[2] - look.box[0], look.box[3] - look.box[1]))
+        black = [(np.asarray(shown.picture) == 0).all(axis=2).mean() for shown in (look, away)]
+        assert black[0] == pytest.approx(black[1], abs=0.05), "the same shape of what is hidden"
+        assert not np.array_equal(np.asarray(look.picture), np.asarray(away.picture))
+    again = control.refine(None, pictures, prompts, None)
+    assert [look.box for row in again for look in row.looks] == [look.box for row in moved for look in row.looks]
+    assert "elsewhere(carve:" in control.spec()
+
+
+def test_the_control_moves_windows_of_vicrop(tiny_vlm):
+    picture = Image.effect_noise((512, 384), 80).convert("RGB")
+    decoder = ViCrop()
+    (found,) = decoder.refine(tiny_vlm, [[picture]], ["Is there a cup?"], tiny_vlm.memo)
+    (moved,) = Elsewhere(decoder=decoder).refine(tiny_vlm, [[picture]], ["Is there a cup?"], tiny_vlm.memo)
+    assert moved.pictures[1].size == found.pictures[1].size
+    x0, y0, x1, y1 = moved.looks[0].box
+    own = picture.crop((round(x0 * 512), round(y0 * 384), round(x1 * 512), round(y1 * 384)))
+    assert np.array_equal(np.asarray(own), np.asarray(moved.pictures[1])), "it shows what its box says"
+    with pytest.raises(IncompatibleDecodersError, match="shows no window"):
+        Elsewhere(decoder=Greedy())._elsewhere(tiny_vlm, picture, found.looks[0], __import__("random").Random(0))
+
+
+@pytest.fixture(scope="module")
+def tiny_vlm():
+    return runs.loaded("tiny", revision=None, device="cpu", dtype="auto")
+
+
+def test_every_decoder_and_every_chain_has_a_row():
+    rows = plan.arms()
+    assert [arm.spec for arm in rows[: len(DECODERS) - 1]] == [name for name in DECODERS if name != PLAIN]
+    assert [arm.spec for arm in rows[len(DECODERS) - 1 :]] == list(plan.CHAINS)
+    for arm in rows:
+        assert parse(plan.brief(arm.decoder)) == arm.decoder
+        for spec in plan.starts(arm):
+            parse(spec)
+    assert plan.starts(plan.Arm("act", "act")) == ["act:heads=all", "act:preset=official-code,heads=all"]
+    assert plan.starts(plan.Arm("vcd:contrast=1", "vcd:contrast=1")) == ["vcd:contrast=1"]
+    assert [arm.name for arm in plan.arms(("vcd", "greedy"))] == ["vcd"]
+    refining = plan.small_arms(plan.arms())
+    assert {arm.spec for arm in refining} >= {"carve", "carve:preset=official-code", "vicrop", "vicrop:preset=paper"}
+    assert len(plan.with_controls(refining)) == 2 * len(refining)
+
+
+@pytest.mark.parametrize(
+    "spec", ["vcd", "vcd:contrast=0.3", "vcd:preset=official-code,noise_step=9+spin:suppression=0.5", "carve"]
+)
+def test_brief(spec):
+    assert plan.brief(parse(spec)) == spec
+
+
+@pytest.fixture
+def hunted(tmp_path, monkeypatch):
+    """A search whose answers are a formula, and what was tried."""
+    seen = []
+
+    def captions(wanted, clock):
+        def measure(decoder):
+            clock.check()
+            seen.append(decoder.contrast)
+            if decoder.contrast > 1.5:
+                raise IncompatibleDecodersError("too much", "take less")
+            lost = max(0.0, decoder.contrast - 0.4)
+            value = 0.2 - 0.3 * min(decoder.contrast, 0.5)
+            return Measured(value, {"recall": lost - 0.01}, {"value": value, "recall": 0.9 - lost})
+
+        return measure, {"value": 0.2, "recall": 0.9}
+
+    monkeypatch.setattr(tuning, "_captions", captions)
+    folder = tmp_path / "plain"
+    folder.mkdir()
+    replace_json(folder / CARD, {"weights": "sha256:1", "model": "tiny", "dtype": "float32"})
+    exam = Exam(folder=folder, task=Says(), workload=workload(tmp_path / "in"), settings=Settings(), batch_size=2)
+    specs = ["vcd:plausibility=0.1,noise_step=500", "vcd:plausibility=0.1,noise_step=900"]
+    return Hunt(folder=tmp_path / "search", specs=specs, exams={"chair": exam, "pope": exam}, trials=25), seen
+
+
+def test_a_search_takes_the_best_within_the_limits(hunted):
+    wanted, seen = hunted
+    found = hunt(wanted, ENDLESS)
+    assert len(seen) == found.trials == 25
+    best = parse(found.spec).contrast
+    assert best == max(contrast for contrast in seen if contrast <= 0.41)
+    assert 0 < found.feasible < 25
+    assert found.furthest["value"] <= found.chosen["value"] < found.plain["value"]
+    assert read_recipe(wanted.folder / "recipe.toml")["decoder"] == found.spec
+    assert Found(**read_json(wanted.folder / tuning.FOUND)) == found
+    assert hunt(wanted, ENDLESS) == found
+    assert len(seen) == 25, "a finished search is not done again"
+    more = hunt(replace(wanted, trials=27), ENDLESS)
+    assert (more.trials, len(seen)) == (27, 27)
+    with pytest.raises(UsageError, match="seed was 0, now 1"):
+        hunt(replace(wanted, seed=1), ENDLESS)
+
+
+def test_a_search_that_was_stopped_goes_on(hunted):
+    wanted, seen = hunted
+    with pytest.raises(OutOfTimeError):
+        hunt(wanted, OVER)
+    assert seen == []
+    assert not (wanted.folder / tuning.FOUND).exists()
+    assert hunt(wanted, ENDLESS).trials == 25
+
+
+def test_plain_decoding_stays_where_nothing_keeps_within_the_limits(hunted):
+    wanted, _ = hunted
+    found = hunt(replace(wanted, specs=["vcd:plausibility=0.1,noise_step=500"], trials=1), ENDLESS)
+    assert (found.spec, found.feasible, found.trials) == ("", 0, 1)
+    assert "contrast=1.0" in found.furthest["spec"]
+    assert not (wanted.folder / "recipe.toml").exists()
+
+
+def change(value, difference, direction=""):
+    return {
+        "value": value,
+        "value_low": value - 0.01,
+        "value_high": value + 0.01,
+        "difference": difference,
+        "low": difference - 0.01,
+        "high": difference + 0.01,
+        "direction": direction,
+    }
+
+
+def captions(wrong, recall):
+    figures = {"chair_s": change(0.4, 0.0), "chair_i": change(wrong, wrong - 0.2, "better")}
+    return figures | {"recall": change(0.9 + recall, recall), "length": change(30.0, -1.25)}
+
+
+def model(**rows):
+    """A model's results with defaults alone."""
+    pope = {
+        f"{split}/{name}": change(0.9, 0.0)
+        for split in ("random", "popular", "adversarial")
+        for name in ("f1", "yes_ratio")
+    }
+    listed = [
+        {"name": name, "source": "", "reason": "", "problem": "", "captions": found, "pope": found and pope}
+        for name, found in rows.items()
+    ]
+    return {
+        "weights": "sha256:1",
+        "dtype": "float32",
+        "device": "cpu",
+        "plain": {"captions": captions(0.2, 0.0), "pope": pope},
+        "rows": listed,
+        "tuned": [],
+        "small": None,
+        "speed": None,
+    }
+
+
+def test_how_far_each_came():
+    found = reach(model(good=captions(0.1, -0.02), dear=captions(0.05, -0.1), idle=captions(0.2, 0.0), none=None))
+    assert [row["name"] for row in found] == ["good", "idle", "dear"]
+    assert [row["reached"] for row in found] == [True, False, False]
+    assert found[0]["share"] == pytest.approx(0.5)
+
+
+RESULTS = {
+    "command": "python -m vlmfix.evals.effects",
+    "count": 5,
+    "seed": 1,
+    "tuning_count": 4,
+    "tuning_seed": 2,
+    "trials": 3,
+    "limits": {"max_recall_loss": 0.017, "max_length_loss": 0.1, "max_f1_loss": 0.01},
+    "goal": {"chair_i": 0.5, "recall_loss": 0.02},
+    "draws": 10000,
+    "versions": {"vlmfix": "1", "torch": "2", "transformers": "5"},
+    "machine": {"gpus": [], "cores": 2},
+}
+
+
+def test_the_page_says_what_was_reached_and_what_is_missing():
+    whole = text(RESULTS | {"models": {"tiny": model(good=captions(0.1, -0.02), late=None)}})
+    assert "The goal is reached by `good` (defaults, 0.50, recall -0.020)." in whole
+    assert "| `good` | 0.400: +0.000 [-0.010, +0.010] | 0.100: -0.100 [-0.110, -0.090] ✓ |" in whole
+    assert "30.0: -1.2 [-1.3, -1.2]" in whole
+    assert "| `late` | not run yet |" in whole
+    poor = text(RESULTS | {"models": {"tiny": model(idle=captions(0.2, 0.0))}})
+    assert "Nothing reaches the goal; nearest, with recall kept: `idle`" in poor
+    assert "Plain decoding: not run yet." in text(RESULTS | {"models": {"tiny": {"rows": []}}})
+
+
+def test_the_page_keeps_what_people_wrote(tmp_path):
+    page = tmp_path / "docs" / "effects.md"
+    results = RESULTS | {"models": {}}
+    write(page, results)
+    page.write_text(f"# Mine\n\nbefore\n\n{BEGIN}\nearlier figures\n{END}\n\nafter\n")
+    write(page, results)
+    said = page.read_text()
+    assert said.startswith("# Mine\n\nbefore\n\n")
+    assert said.endswith(f"{END}\n\nafter\n")
+    assert "earlier figures" not in said
+    assert "5 scenes of seed 1" in said
+    page.write_text("# Mine\n")
+    with pytest.raises(DataError, match="figures: begin"):
+        write(page, results)
+    assert page.read_text() == "# Mine\n"
+
+
+def test_the_scenes_for_tuning_are_others(tmp_path):
+    with pytest.raises(UsageError, match="both 3"):
+        command(["--out", str(tmp_path), "--seed", "3", "--tuning-seed", "3"], standalone_mode=False)
+
+
+def test_the_whole_study(tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    given = ["--out", str(out), "--model", "tiny", "--count", "3", "--tuning-count", "2", "--trials", "2", "--device"]
+    given += ["cpu", "--batch-size", "40", "--decoder", "vcd:noise_step=900,plausibility=0.1", "--decoder", "var"]
+    given += ["--stage", "defaults", "--stage", "tuned"]
+    with pytest.raises(SystemExit):
+        command([*given, "--minutes", "0"], standalone_mode=False)
+    assert "not run yet" in (out / "effects.md").read_text()
+    command(given, standalone_mode=False)
+    found = json.loads((out / "results.json").read_text())["models"]["tiny"]
+    rows = {row["name"].partition(":")[0]: row for row in found["rows"]}
+    assert rows["vcd"]["captions"]["chair_i"]["value"] is not None
+    assert set(rows["vcd"]["pope"]) >= {f"{split}/{name}" for split in study.SPLITS for name in ("f1", "yes_ratio")}
+    assert "sink" in rows["var"]["reason"]
+    assert rows["var"]["captions"] is None
+    (searched, idle) = found["tuned"]
+    assert searched["search"]["trials"] == 2
+    assert (searched["captions"] is not None) == bool(searched["search"]["spec"])
+    assert "sink" in idle["reason"]
+    monkeypatch.setattr(runs, "loaded", lambda *args, **named: pytest.fail("nothing is left to ask"))
+    command(given, standalone_mode=False)
+    assert json.loads((out / "results.json").read_text())["models"]["tiny"] == found
