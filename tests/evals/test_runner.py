@@ -12,7 +12,7 @@ import torch
 from tests.evals.fake import Says, workload
 from tests.folder.fake import FakeVLM, colour
 from vlmfix.decoders import VCD, parse
-from vlmfix.errors import DataError, UsageError
+from vlmfix.errors import DataError, UsageError, VlmfixError
 from vlmfix.evals import tasks
 from vlmfix.evals.compare import compare
 from vlmfix.evals.record import read_run
@@ -303,6 +303,33 @@ def test_the_plain_arm_is_plain(tmp_path):
     with pytest.raises(UsageError, match="an arm called greedy is vcd:"):
         evaluate(tmp_path / "out", Says(), workload(tmp_path / "in"), Settings(), {"greedy": VCD()}, loader=vlm.load)
     assert vlm.batches == []
+
+
+def test_arms_that_choose_tokens_otherwise_are_compared_and_said_to(tmp_path):
+    run = go(
+        tmp_path / "out", workload(tmp_path / "in"), FakeVLM(), arms=("vcd", "beam:num_beams=3", "vcd+sample"), seed=4
+    )
+    notes = [note for note in compare([run]).notes if "chooses" in note]
+    assert notes == [
+        "beam:num_beams=3 chooses tokens otherwise than greedy, by intention: 3 beams.",
+        "vcd+sample chooses tokens otherwise than greedy, by intention: sampling at temperature 1 (seed 4).",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("arm", "settings", "message"),
+    [
+        ("beam:num_beams=3", {"num_beams": 2}, "num_beams=2 is asked for with a decoder that chooses by 3 beams"),
+        ("sample", {"temperature": 0.5}, r"temperature=0\.5 .* sampling at temperature 1"),
+        ("sgrs", {"num_beams": 2}, "does not work with beam search"),
+    ],
+)
+def test_arms_that_contradict_the_settings_are_refused_before_the_model_loads(tmp_path, arm, settings, message):
+    vlm = FakeVLM()
+    vlm.load = lambda *args, **kwargs: pytest.fail("a model was loaded")
+    with pytest.raises(VlmfixError, match=message):
+        go(tmp_path / "out", workload(tmp_path / "in"), vlm, arms=("vcd", arm), **settings)
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("name", ["../in/0001.png", "/etc/hostname", "below/../../in/0001.png"])

@@ -54,6 +54,19 @@ def version_notes(runs: Sequence[EvalRun], labels: Sequence[str]) -> Iterator[st
             yield f"Made with several versions of {package}: {listed}."
 
 
+def strategy_notes(run: EvalRun, names: Mapping[str, str]) -> Iterator[str]:
+    """Says which arms of a run choose tokens otherwise than its plain arm, which is what their decoder is for.
+
+    Args:
+        run: The run.
+        names: Each arm's name in the comparison.
+    """
+    for arm, about in run.card["arms"].items():
+        if strategy := about.get("strategy"):
+            seed = f" (seed {run.card['decoding']['seed']})" if strategy.startswith("sampling") else ""
+            yield f"{names[arm]} chooses tokens otherwise than {names[PLAIN]}, by intention: {strategy}{seed}."
+
+
 def fact_notes(run: EvalRun, names: Mapping[str, str]) -> Iterator[str]:
     """Says what the arms of a run depend on beside their parameters.
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from vlmfix.errors import DataError, UsageError
-from vlmfix.evals.comparable import fact_notes, refuse_incomparable, version_notes
+from vlmfix.evals.comparable import fact_notes, refuse_incomparable, strategy_notes, version_notes
 from vlmfix.evals.record import PLAIN, EvalRun
 from vlmfix.evals.statistics import bootstrap, bootstrap_p, holm, interval, mcnemar
 from vlmfix.evals.task import Judged, Numbers, Task
@@ -174,8 +174,11 @@ def compare(runs: Sequence[EvalRun], *, draws: int = 10_000, seed: int = 0) -> C
             )
         raise DataError("no sample is answered by both an arm and its plain arm yet", "let vlmfix eval go on first")
     samples = runs[0].samples
-    facts = [note for run, known in zip(runs, names, strict=True) for note in fact_notes(run, known)]
-    notes = [*differing, *_unfinished(found), *version_notes(runs, labels), *facts, *_few_units(arms or found)]
+    by_run = list(zip(runs, names, strict=True))
+    strategies = [note for run, known in by_run for note in strategy_notes(run, known)]
+    facts = [note for run, known in by_run for note in fact_notes(run, known)]
+    about = [*version_notes(runs, labels), *facts, *_few_units(arms or found)]
+    notes = [*differing, *strategies, *_unfinished(found), *about]
     shared = ("options", "data", "count", "samples", "model", "revision", "commit", "weights", "dtype", "decoding")
     return Comparison(
         task=runs[0].task.name,
