@@ -1,10 +1,10 @@
-# make demo | make test | make lint; each installs what it needs into .venv first.
+# make demo | make test | make lint | make effects; each installs what it needs into .venv first.
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 JOBS   ?= 2
 
-.PHONY: demo test lint format test-floor clean
+.PHONY: demo test lint format effects test-floor clean
 
 demo: $(VENV)/installed
 	$(BIN)/vlmfix demo
@@ -21,6 +21,11 @@ lint: $(VENV)/installed
 format: $(VENV)/installed
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+
+# docs/effects.md; see there.
+effects: $(VENV)/installed
+	HF_HUB_OFFLINE=1 TRANSFORMERS_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m vlmfix.evals.effects \
+		--out build/effects --page docs/effects.md $(ARGS)
 
 # pip comes from $(PYTHON), so that a system Python without ensurepip will do.
 $(VENV)/installed: pyproject.toml

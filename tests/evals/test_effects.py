@@ -305,13 +305,22 @@ def model(**rows):
         for name in ("f1", "yes_ratio")
     }
     listed = [
-        {"name": name, "source": "", "reason": "", "problem": "", "captions": found, "pope": found and pope}
+        {
+            "name": name,
+            "source": "",
+            "reason": "",
+            "problem": "",
+            "captions": found,
+            "pope": found and pope,
+            "changed": 0.5,
+        }
         for name, found in rows.items()
     ]
     return {
         "weights": "sha256:1",
         "dtype": "float32",
-        "device": "cpu",
+        "devices": ["cpu"],
+        "versions": ["vlmfix 1"],
         "plain": {"captions": captions(0.2, 0.0), "pope": pope},
         "rows": listed,
         "tuned": [],
@@ -337,8 +346,6 @@ RESULTS = {
     "limits": {"max_recall_loss": 0.017, "max_length_loss": 0.1, "max_f1_loss": 0.01},
     "goal": {"chair_i": 0.5, "recall_loss": 0.02},
     "draws": 10000,
-    "versions": {"vlmfix": "1", "torch": "2", "transformers": "5"},
-    "machine": {"gpus": [], "cores": 2},
 }
 
 
@@ -384,9 +391,13 @@ def test_the_whole_study(tmp_path, monkeypatch):
         command([*given, "--minutes", "0"], standalone_mode=False)
     assert "not run yet" in (out / "effects.md").read_text()
     command(given, standalone_mode=False)
-    found = json.loads((out / "results.json").read_text())["models"]["tiny"]
+    results = json.loads((out / "results.json").read_text())
+    assert "effects --out DIR --model tiny --decoder" in results["command"]
+    assert "--stage" not in results["command"]
+    found = results["models"]["tiny"]
     rows = {row["name"].partition(":")[0]: row for row in found["rows"]}
     assert rows["vcd"]["captions"]["chair_i"]["value"] is not None
+    assert 0 < rows["vcd"]["changed"] <= 1
     assert set(rows["vcd"]["pope"]) >= {f"{split}/{name}" for split in study.SPLITS for name in ("f1", "yes_ratio")}
     assert "sink" in rows["var"]["reason"]
     assert rows["var"]["captions"] is None

@@ -18,6 +18,8 @@ from vlmfix.evals.effects.study import STAGES, Study, conduct
 from vlmfix.records import replace_json
 
 PATH = click.Path(path_type=Path)
+DECISIVE = ("models", "only", "count", "seed", "tuning_count", "tuning_seed", "trials", "batch_size")
+"""Options that a figure depends on."""
 
 
 @click.command()
@@ -78,13 +80,24 @@ def command(
     )
     out.mkdir(parents=True, exist_ok=True)
     done = conduct(study, stages or STAGES)
-    found = results(study, shlex.join(["python", "-m", "vlmfix.evals.effects", *sys.argv[1:]]))
+    found = results(study, _command(click.get_current_context()))
     replace_json(out / "results.json", found)
     write(page or out / "effects.md", found)
     click.echo(f"effects: {page or out / 'effects.md'}, {out / 'results.json'}", err=True)
     if not done:
         click.echo("effects: something is left; the same command goes on", err=True)
         sys.exit(1)
+
+
+def _command(context: click.Context) -> str:
+    """What gives the same figures: without what decides the pace alone."""
+    words = ["python", "-m", "vlmfix.evals.effects", "--out", "DIR"]
+    for option in context.command.params:
+        value = context.params[str(option.name)]
+        if option.name in DECISIVE and value != option.get_default(context):
+            for one in value if isinstance(value, tuple) else (value,):
+                words += [option.opts[0], str(one)]
+    return shlex.join(words)
 
 
 def main() -> None:

@@ -14,6 +14,7 @@ TITLE = "# Effects"
 MARKS = {"better": " ✓", "worse": " ✗"}
 NONE = "-"
 CAPTIONS = {"chair_s": "CHAIR_s ↓", "chair_i": "CHAIR_i ↓", "recall": "recall ↑", "length": "length"}
+CHANGED = "other captions than plain"
 SPLITS = ("random", "popular", "adversarial")
 POPE = {
     **{f"{split}/f1": f"F1, {split} ↑" for split in SPLITS},
@@ -56,15 +57,12 @@ def text(results: Mapping[str, Any]) -> str:
 
 
 def _head(results: Mapping[str, Any]) -> Iterator[str]:
-    versions, machine = results["versions"], results["machine"]
-    gpus = ", ".join(gpu["name"] for gpu in machine["gpus"]) or "no GPU"
-    used = ", ".join(f"{name} {versions[name]}" for name in ("vlmfix", "torch", "transformers"))
     limits, goal = results["limits"], results["goal"]
     yield f"```sh\n{results['command']}\n```"
     yield (
         f"{results['count']} scenes of seed {results['seed']}, which nobody trained or tuned on; parameters are chosen "
         f"on {results['tuning_count']} scenes of seed {results['tuning_seed']}, {results['trials']} trials for each "
-        f"decoder or chain. {used}; {machine['cores']} cores, {gpus}."
+        "decoder or chain."
     )
     yield (
         "A cell holds the value and, after the colon, the difference to plain greedy decoding with its 95 % interval: "
@@ -84,14 +82,15 @@ def _model(results: Mapping[str, Any], model: Mapping[str, Any]) -> Iterator[str
     if not model["rows"]:
         yield f"Plain decoding: {NOT_YET}."
         return
-    yield f"{model['dtype']} on {model['device']}; weights {model['weights'].removeprefix('sha256:')[:12]}."
+    used = "; ".join([*model["devices"], *model["versions"]])
+    yield f"{model['dtype']} on {used}. Weights {model['weights'].removeprefix('sha256:')[:12]}."
     yield from _goal(model)
     yield "### Captions and POPE, with defaults"
-    yield _table(["decoder", *CAPTIONS.values()], _rows(model, model["rows"], "captions", CAPTIONS))
+    yield _table(["decoder", *CAPTIONS.values(), CHANGED], _rows(model, model["rows"], "captions", CAPTIONS))
     yield _table(["decoder", *POPE.values()], _rows(model, model["rows"], "pope", POPE))
     yield from _without(model["rows"], _why_idle)
     yield "### With parameters chosen on the tuning scenes"
-    yield _table(["decoder", *CAPTIONS.values()], _rows(model, model["tuned"], "captions", CAPTIONS))
+    yield _table(["decoder", *CAPTIONS.values(), CHANGED], _rows(model, model["tuned"], "captions", CAPTIONS))
     yield _table(["decoder", *POPE.values()], _rows(model, model["tuned"], "pope", POPE))
     yield from _without(model["tuned"], _why_untuned)
     yield from _chosen(model)
@@ -134,10 +133,12 @@ Row = Mapping[str, Any]
 
 def _rows(model: Mapping[str, Any], rows: Sequence[Row], exam: str, titles: Mapping[str, str]) -> Iterator[list[str]]:
     """Plain decoding, and the rows that have figures."""
-    yield ["`greedy`", *(_own(model["plain"][exam][figure]) for figure in titles)]
+    extra = exam == "captions"
+    yield ["`greedy`", *(_own(model["plain"][exam][figure]) for figure in titles), *[""] * extra]
     for row in rows:
         if row[exam] is not None:
-            yield [_named(row), *(_cell(row[exam][figure]) for figure in titles)]
+            changed = [f"{row['changed']:.2f}"] * extra
+            yield [_named(row), *(_cell(row[exam][figure]) for figure in titles), *changed]
 
 
 def _without(rows: Sequence[Row], why: Callable[[Row], str]) -> Iterator[str]:

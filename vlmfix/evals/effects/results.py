@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-from vlmfix.card import machine, versions
 from vlmfix.decoders import parse
 from vlmfix.evals.compare import DRAWS_PER_ARM, Arm, Change, Comparison, compare
 from vlmfix.evals.effects import plan
@@ -27,7 +26,7 @@ def results(study: Study, command: str) -> dict[str, Any]:
 
     Args:
         study: What is measured.
-        command: How it was started, for the page.
+        command: What gives the same, for the page.
     """
     reasons = survey(study)
     path = study.out / PROBLEMS
@@ -42,8 +41,6 @@ def results(study: Study, command: str) -> dict[str, Any]:
         "limits": dataclasses.asdict(Limits()),
         "goal": {"chair_i": HALF, "recall_loss": RECALL_LOSS},
         "draws": DRAWS,
-        "versions": versions(),
-        "machine": machine(),
         "problems": problems,
         "models": {model: _model(study, model, reasons[model], problems) for model in study.models},
     }
@@ -58,6 +55,7 @@ def _model(study: Study, model: str, reasons: Mapping[str, str], problems: Mappi
     chosen = {name: plan.tuned(name, one.spec) for name, one in searches.items() if one and one.spec}
     names = [arm.name for arm in listed]
     captions = _compared(exams[CHAIR], [*names, *chosen.values()])
+    changed = _changed(exams[CHAIR], captions)
     questions = _compared(exams[POPE], [*names, *chosen.values()])
     rows = []
     for arm in listed:
@@ -67,23 +65,31 @@ def _model(study: Study, model: str, reasons: Mapping[str, str], problems: Mappi
             "reason": reasons[arm.spec],
             "problem": _problem(problems, model, arm.name),
         }
-        rows.append(known | {"captions": captions.get(arm.name), "pope": questions.get(arm.name)})
+        rows.append(known | _figures(arm.name, captions, questions, changed))
     speed = study.folder(model) / SPEED
     return {
         "weights": read_json(exams[CHAIR].folder / CARD)["weights"],
         "dtype": read_json(exams[CHAIR].folder / CARD)["dtype"],
-        "device": _device(exams[CHAIR]),
+        "devices": _sessions(exams[CHAIR], lambda session: session["device"]),
+        "versions": _sessions(exams[CHAIR], _versions),
         "plain": {"captions": captions.get(PLAIN), "pope": questions.get(PLAIN)},
         "rows": rows,
         "tuned": [
             _tuned(study, model, arm, searches[arm.name], reasons, problems)
-            | {"captions": captions.get(chosen.get(arm.name, "")), "pope": questions.get(chosen.get(arm.name, ""))}
+            | _figures(chosen.get(arm.name, ""), captions, questions, changed)
             for arm in listed
             if not arm.decoder.refines
         ],
         "small": _small(study, model, searches, chosen) if SMALL in exams else None,
         "speed": read_json(speed) if speed.exists() else None,
     }
+
+
+def _figures(
+    arm: str, captions: Mapping[str, Any], questions: Mapping[str, Any], changed: Mapping[str, float]
+) -> dict[str, Any]:
+    """What is known of an arm; None for what is not there."""
+    return {"captions": captions.get(arm), "pope": questions.get(arm), "changed": changed.get(arm)}
 
 
 def _problem(problems: Mapping[str, str], model: str, arm: str) -> str:
@@ -154,9 +160,23 @@ def _small(study: Study, model: str, searches: Mapping[str, Found | None], chose
     return {"plain": compared.get(PLAIN), "samples": card["count"], "rows": rows, "searches": ended}
 
 
-def _device(exam: Exam) -> str:
-    sessions = read_json(exam.folder / CARD).get("sessions", [])
-    return ", ".join(dict.fromkeys(session["device"] for session in sessions))
+def _changed(exam: Exam, arms: Iterable[str]) -> dict[str, float]:
+    """For each arm the share of its answers that are not plain decoding's, in [0, 1]."""
+    answers = exam.run().answers
+    plain = answers[PLAIN]
+    return {
+        arm: sum(record.answer != plain[name].answer for name, record in answers[arm].items()) / len(plain)
+        for arm in arms
+    }
+
+
+def _sessions(exam: Exam, told: Callable[[Mapping[str, Any]], str]) -> list[str]:
+    """What the sessions that answered say, each thing once."""
+    return list(dict.fromkeys(told(session) for session in read_json(exam.folder / CARD)["sessions"]))
+
+
+def _versions(session: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name} {session['versions'][name]}" for name in ("vlmfix", "torch", "transformers"))
 
 
 def _compared(exam: Exam, arms: Sequence[str]) -> dict[str, Any]:
