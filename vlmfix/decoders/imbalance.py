@@ -24,7 +24,7 @@ PROFILER = "image-mass"
 """What tells how much a head looks at the picture."""
 SAID = {
     "cls": "attention of the class token of the model's vision tower",
-    "received": "attention that patches of the model's vision tower receive, which has no published precedent",
+    "received": "attention that patches of the model's vision tower receive, in place of a class token's",
 }
 """What a run card says of the tower's maps."""
 
