@@ -127,6 +127,15 @@ def test_the_same_model_in_another_dtype_is_accepted(dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_patching_in_half_precision_ranks_like_float32(dtype):
+    shown = [picture(1, (40, 60)), picture(2, (66, 40)), picture(3, (50, 50))]
+    tiny = build("llava", 0)
+    half = VLM(tiny.model.to(dtype), tiny.processor, tiny.family, "half")
+    exact, rough = (profile(vlm, shown, ["patching"], question="is the 7 red?") for vlm in (vlm_of("llava"), half))
+    assert agreement(rough["patching"], exact["patching"]).correlation > 0.95
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_ranks_like_float32(dtype):
     names = ["vhd", "image-mass", "gaze-shift", "sinks"]
     exact = profile(vlm_of("llava"), [PICTURE], names)
