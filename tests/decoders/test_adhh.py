@@ -15,6 +15,8 @@ from vlmfix.decoders import ADHH, parse
 from vlmfix.decoders.adhh import PUBLISHED, Deactivation, text_behind
 from vlmfix.decoders.parameters import HeadList
 from vlmfix.errors import IncompatibleDecodersError, ProfileMismatchError, UsageError
+from vlmfix.generation import load
+from vlmfix.heads.profile import HeadProfile
 
 CAPTIONS = {"target": "captions"}
 # text, patch, patch, a newline token between patches, patch, text, text, and two generated tokens
@@ -189,3 +191,12 @@ def test_as_it_is_written():
     for wrong in (-0.1, 2.5, math.nan):
         with pytest.raises(UsageError, match="threshold"):
             ADHH(threshold=wrong)
+
+
+@pytest.mark.parametrize("name", ["tiny", "tiny-qwen"])
+def test_the_embedded_models_come_with_a_profile(name):
+    vlm = load(name, device="cpu")
+    assert ADHH().check(vlm) is None
+    profile = HeadProfile.load(vlm.folder / "heads.safetensors", "ablation")
+    assert ADHH(count=2).chosen(vlm) == profile.top(2)
+    assert ADHH().facts(vlm)["profile"] == "ablation in heads.safetensors"
