@@ -1,6 +1,7 @@
 """The command line, as a person at a terminal meets it; with a tiny random model where one is needed."""
 
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -172,22 +173,48 @@ def test_decoders_are_listed(vlmfix):
     assert code == 0
     for name in DECODERS:
         assert f"\n{name} " in printed
+    assert "plausibility" not in printed
+    assert printed.splitlines()[-1].startswith("Parameters and presets: vlmfix decoders NAME")
     code, printed, _ = vlmfix("decoders", "--json")
     listed = {info["name"]: info for info in json.loads(printed)}
     assert list(listed) == list(DECODERS)
     assert set(listed["vcd"]) == {
         "name",
         "title",
+        "summary",
         "arxiv",
+        "code",
         "acts_on",
         "passes",
         "beams",
         "compiles",
         "parameters",
+        "presets",
     }
     contrast = next(p for p in listed["vcd"]["parameters"] if p["name"] == "contrast")
     assert (contrast["default"], contrast["range"]) == (1.0, "float in [0, 10]")
     assert (listed["greedy"]["passes"], listed["vcd"]["passes"], listed["inter"]["passes"]) == (1, 2, 4)
+
+
+def test_a_named_decoder_is_described(vlmfix):
+    code, printed, _ = vlmfix("decoders", "act", "beam")
+    assert code == 0
+    first, second = printed.split("\n\nbeam: ")
+    assert first.startswith(
+        "act: Attention Calibration Technique (arXiv 2406.15765; https://github.com/GATECH-EIC/ACT)"
+    )
+    assert "preset=official-code: sink_threshold=0.1, spared=first-sink, spared_tail=0" in first
+    assert re.search(r"kept_fraction +0\.4 +float in \[0, 1\] +beta", first)
+    assert second.startswith("Plain decoding, beam search\nThe model as it is, searched with beams")
+    assert "Rows per sample: 5. Beam search works" in second
+    code, everything, _ = vlmfix("decoders", "--all")
+    assert first in everything
+    assert all(f"\n{name}: " in f"\n{everything}" for name in DECODERS)
+    code, printed, _ = vlmfix("decoders", "vcd", "--json")
+    assert [info["name"] for info in json.loads(printed)] == ["vcd"]
+    code, printed, told = vlmfix("decoders", "vdc")
+    assert (code, printed) == (2, "")
+    assert told.startswith("vlmfix: unknown decoder 'vdc'\nhint: known decoders: greedy, sample, beam")
 
 
 def test_doctor_says_what_works(model, vlmfix, monkeypatch):

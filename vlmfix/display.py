@@ -145,26 +145,45 @@ def summary(end: Progress, out: Path) -> str:
     return "\n".join(lines)
 
 
-def decoder_tables(infos: Sequence[DecoderInfo]) -> str:
-    """All decoders in one table, then the parameters of each."""
+def decoder_table(infos: Sequence[DecoderInfo]) -> str:
+    """Decoders, one in a line as far as the width allows, and where to read on."""
     table = Table(box=None, pad_edge=False)
-    for title in ("decoder", "title", "acts on", "passes", "beams", "compiles", "arXiv"):
+    for title in ("decoder", "title", "acts on", "passes", "beams", "arXiv"):
         table.add_column(title, justify="right" if title == "passes" else "left")
     for info in infos:
-        flags = ("yes" if flag else "no" for flag in (info.beams, info.compiles))
-        table.add_row(info.name, info.title, info.acts_on, str(info.passes), *flags, info.arxiv)
-    parts: list[RenderableType] = [table]
+        beams = "yes" if info.beams else "no"
+        table.add_row(info.name, info.title, info.acts_on, str(info.passes), beams, info.arxiv)
+    return rendered(table, "", Text("Parameters and presets: vlmfix decoders NAME; of all: vlmfix decoders --all"))
+
+
+def decoder_pages(infos: Sequence[DecoderInfo]) -> str:
+    """What each of some decoders does, with its parameters and presets."""
+    parts: list[RenderableType] = []
     for info in infos:
-        if info.parameters:
-            parts += ["", Text(f"{info.name}, parameters"), _parameter_table(info)]
+        parts += [*([""] if parts else []), *_decoder_page(info)]
     return rendered(*parts)
 
 
-def _parameter_table(info: DecoderInfo) -> Table:
-    table = Table(box=None, pad_edge=False, show_header=False)
-    for parameter in info.parameters:
-        table.add_row(f"  {parameter.name}", written(parameter.default), parameter.range, parameter.help)
-    return table
+def _decoder_page(info: DecoderInfo) -> Iterator[RenderableType]:
+    links = [f"arXiv {info.arxiv}" if info.arxiv else "", info.code]
+    source = "; ".join(filter(None, links))
+    yield Text(f"{info.name}: {info.title}{f' ({source})' if source else ''}", style="bold")
+    yield Text(info.summary)
+    works = ", ".join(f"{what} {'works' if flag else 'does not work'}" for what, flag in _abilities(info))
+    yield Text(f"Acts on: {info.acts_on}. Rows per sample: {info.passes}. {works[0].upper()}{works[1:]}.")
+    if info.parameters:
+        table = Table(box=None, pad_edge=False)
+        for title in ("parameter", "default", "allowed", "meaning"):
+            table.add_column(title)
+        for parameter in info.parameters:
+            table.add_row(parameter.name, written(parameter.default), parameter.range, parameter.help)
+        yield from ("", table)
+    for name, values in info.presets.items():
+        yield Text(f"preset={name}: {', '.join(f'{key}={written(value)}' for key, value in values.items())}")
+
+
+def _abilities(info: DecoderInfo) -> tuple[tuple[str, bool], ...]:
+    return ("beam search", info.beams), ("compiled decoding", info.compiles)
 
 
 def info_json(info: DecoderInfo) -> dict[str, Any]:
@@ -172,7 +191,9 @@ def info_json(info: DecoderInfo) -> dict[str, Any]:
     return {
         "name": info.name,
         "title": info.title,
+        "summary": info.summary,
         "arxiv": info.arxiv,
+        "code": info.code,
         "acts_on": info.acts_on,
         "passes": info.passes,
         "beams": info.beams,
@@ -187,6 +208,7 @@ def info_json(info: DecoderInfo) -> dict[str, Any]:
             }
             for parameter in info.parameters
         ],
+        "presets": {name: {key: plain(v) for key, v in values.items()} for name, values in info.presets.items()},
     }
 
 

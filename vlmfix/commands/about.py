@@ -5,23 +5,29 @@ from __future__ import annotations
 import click
 
 from vlmfix.commands import options
+from vlmfix.errors import UsageError
 from vlmfix.records import to_json
 
 
 @click.command()
-@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@click.argument("names", nargs=-1, metavar="[NAME]...")
+@click.option("--all", "everything", is_flag=True, help="Say of every decoder what is said of a named one.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON, parameters included.")
 @options.debug
-def decoders(as_json: bool) -> None:
-    """List the decoders with their parameters."""
+def decoders(names: tuple[str, ...], everything: bool, as_json: bool) -> None:
+    """List the decoders; of those that are named, say what they do, with parameters and presets."""
     options.quieten()
     from vlmfix.decoders import DECODERS, describe
-    from vlmfix.display import decoder_tables, info_json
+    from vlmfix.display import decoder_pages, decoder_table, info_json
 
-    infos = [describe(decoder) for decoder in DECODERS.values()]
+    for name in names:
+        if name not in DECODERS:
+            raise UsageError(f"unknown decoder {name!r}", f"known decoders: {', '.join(DECODERS)}")
+    infos = [describe(DECODERS[name]) for name in names or DECODERS]
     if as_json:
         click.echo(to_json([info_json(info) for info in infos], indent=2))
     else:
-        click.echo(decoder_tables(infos), nl=False)
+        click.echo(decoder_pages(infos) if names or everything else decoder_table(infos), nl=False)
 
 
 @click.command()

@@ -29,16 +29,19 @@ class Parameter:
 
 @dataclass(frozen=True)
 class DecoderInfo:
-    """One decoder, for tables."""
+    """One decoder, for tables; ``summary`` is one sentence, ``presets`` what each named set fills in."""
 
     name: str
     title: str
+    summary: str
     arxiv: str
+    code: str
     acts_on: str
     passes: int
     beams: bool
     compiles: bool
     parameters: tuple[Parameter, ...]
+    presets: Mapping[str, Mapping[str, Value]]
 
 
 @dataclass(frozen=True)
@@ -120,7 +123,9 @@ def describe(decoder: type[Decoder]) -> DecoderInfo:
     return DecoderInfo(
         name=decoder.name,
         title=decoder.source.title,
+        summary=" ".join((decoder.__doc__ or "").split("\n\n")[0].replace("``", "").split()),
         arxiv=decoder.source.arxiv,
+        code=decoder.source.code,
         acts_on=decoder.acts_on,
         passes=decoder.passes,
         beams=decoder.beams,
@@ -129,4 +134,5 @@ def describe(decoder: type[Decoder]) -> DecoderInfo:
             Parameter(name, getattr(defaults, name), allowed.text(), allowed.help, allowed.search_text())
             for name, allowed in ranges(decoder).items()
         ),
+        presets=decoder.presets,
     )
