@@ -15,12 +15,26 @@ _HOME = {
     "DECODERS": "vlmfix.decoders",
     "Decoder": "vlmfix.decoders",
     "parse": "vlmfix.decoders",
+    "HeadProfile": "vlmfix.heads.profile",
+    "profile": "vlmfix.heads.measure",
     "VlmfixError": "vlmfix.errors",
 }
 """Where each public name lives. They are fetched on first use, because most of them need torch, and
 ``import vlmfix`` must stay quick; ``__init__.pyi`` tells type checkers and editors the same."""
 
-__all__ = ["DECODERS", "VLM", "Answer", "Decoder", "VlmfixError", "__version__", "load", "parse", "wrap"]
+__all__ = [
+    "DECODERS",
+    "VLM",
+    "Answer",
+    "Decoder",
+    "HeadProfile",
+    "VlmfixError",
+    "__version__",
+    "load",
+    "parse",
+    "profile",
+    "wrap",
+]
 
 
 def __getattr__(name: str) -> Any:  # noqa: ANN401

@@ -6,6 +6,20 @@ from vlmfix.generation import VLM as VLM
 from vlmfix.generation import Answer as Answer
 from vlmfix.generation import load as load
 from vlmfix.generation import wrap as wrap
+from vlmfix.heads.measure import profile as profile
+from vlmfix.heads.profile import HeadProfile as HeadProfile
 
 __version__: str
-__all__ = ["DECODERS", "VLM", "Answer", "Decoder", "VlmfixError", "__version__", "load", "parse", "wrap"]
+__all__ = [
+    "DECODERS",
+    "VLM",
+    "Answer",
+    "Decoder",
+    "HeadProfile",
+    "VlmfixError",
+    "__version__",
+    "load",
+    "parse",
+    "profile",
+    "wrap",
+]
