@@ -51,8 +51,8 @@ class Imbalance(Decoder):
 
     Args:
         preset: ``paper`` (beta 0.4, spatial_share 0.05) or ``official-code`` (beta 0.3, spatial_share 0).
-        alpha: Gain of local tokens in [0, 10]; the authors tried 0.1 to 0.9: up to 0.5 it does little, 0.9 destroys the
-            answer.
+        alpha: Gain of local tokens in [0, 10]; above 1 negative scores become positive. The authors tried 0.1 to 0.9 on
+            LLaVA-1.5-7B: up to 0.5 it does little, 0.9 destroys the answer.
         beta: Gain of summary tokens in [0, 10]; None takes the preset's.
         local_share: a in [0, 1]; the authors tried 0.1 to 0.3.
         spatial_share: s in [0, 1]; None takes the preset's.
@@ -103,8 +103,8 @@ class Imbalance(Decoder):
     }
 
     preset: str = parameter("paper", str, choices=("paper", "official-code"), help="default of beta and spatial_share")
-    alpha: float = parameter(0.7, float, low=0, high=10, search=(0.1, 0.9), help="gain of local tokens")
-    beta: float = parameter(None, float, low=0, high=10, search=(0.1, 0.9), help="gain of summary tokens")
+    alpha: float = parameter(0.7, float, low=0, high=10, search=(0.1, 2.0), help="gain of local tokens")
+    beta: float = parameter(None, float, low=0, high=10, search=(0.1, 2.0), help="gain of summary tokens")
     local_share: float = parameter(0.25, float, low=0, high=1, search=(0.1, 0.5), help="a, share of local tokens")
     spatial_share: float = parameter(None, float, low=0, high=1, search=(0.0, 0.2), help="s, share of spatial tokens")
     layers: LayerSet = parameter("2:", LayerSet, help="layers to act in")
