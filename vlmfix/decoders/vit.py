@@ -65,7 +65,8 @@ class ViT:
         with _read(blocks[0].attn, [first, spatial]), _read(blocks[-2].attn, [penultimate]):
             self.model.forward_features(pixels)
         sums = torch.stack([reading.sums[0][:, prefix:] for reading in (first, penultimate, spatial)], dim=1)
-        return sums.unflatten(2, self.model.patch_embed.grid_size)
+        maps: Tensor = sums.unflatten(2, self.model.patch_embed.grid_size)
+        return maps
 
     def digest(self) -> str:
         """SHA-256 of its weights."""
@@ -77,7 +78,7 @@ class ViT:
 
 
 @contextmanager
-def _read(attention: nn.Module, readings: Sequence[TowerReading]) -> Iterator[None]:
+def _read(attention: Any, readings: Sequence[TowerReading]) -> Iterator[None]:  # noqa: ANN401
     """Lets readings see the queries and keys of an attention module of timm inside the block."""
     seen: list[Tensor] = []
 
@@ -89,8 +90,8 @@ def _read(attention: nn.Module, readings: Sequence[TowerReading]) -> Iterator[No
             reading.read(seen[0], output, None, float(attention.scale))
 
     hooks = [
-        attention.get_submodule("q_norm").register_forward_hook(query),  # called before the other, also without a norm
-        attention.get_submodule("k_norm").register_forward_hook(key),
+        attention.q_norm.register_forward_hook(query),  # called before the other, also without a norm
+        attention.k_norm.register_forward_hook(key),
     ]
     try:
         yield
@@ -112,13 +113,14 @@ def load_vit(name: str, device: torch.device) -> ViT:
         DataError: There is no such model, it cannot be read, or its class token's attention cannot.
     """
     import timm  # here alone: every other decoder does without it
-    from timm.data import create_transform, resolve_model_data_config
-    from timm.layers import Attention
+    from timm.data.config import resolve_model_data_config
+    from timm.data.transforms_factory import create_transform
+    from timm.layers.attention import Attention
     from timm.models.vision_transformer import VisionTransformer
 
     folder = Path(name).expanduser()
     try:
-        model = timm.create_model(f"local-dir:{folder}" if folder.is_dir() else name, pretrained=True)
+        model: Any = timm.create_model(f"local-dir:{folder}" if folder.is_dir() else name, pretrained=True)
     except (OSError, RuntimeError, ValueError, KeyError) as error:
         lines = str(error).strip().splitlines() or [type(error).__name__]
         raise DataError(f"cannot load the ViT {name!r}: {lines[0]}", HINT) from error
