@@ -1,23 +1,26 @@
 """The study of effects: shared work, parts of runs, controls, searches, pages; and all of it once, small."""
 
 import json
+import random
 import time
 from dataclasses import replace
+from typing import ClassVar
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from tests.evals.fake import Says, workload
 from tests.evals.jobs import double
-from tests.folder.fake import FakeVLM
+from tests.folder.fake import FakeVLM, draw
 from vlmfix.decoders import CARVE, DECODERS, Greedy, ViCrop, parse
 from vlmfix.decoders.recipe import read_recipe
-from vlmfix.decoders.refined import PictureMap
+from vlmfix.decoders.refined import PictureMap, PictureMemo
 from vlmfix.errors import DataError, IncompatibleDecodersError, UsageError
 from vlmfix.evals import tasks
 from vlmfix.evals.compare import compare
-from vlmfix.evals.effects import plan, runs, study, tuning
+from vlmfix.evals.effects import plan, runs, speed, study, tuning
 from vlmfix.evals.effects.__main__ import command
 from vlmfix.evals.effects.clock import Clock, Job, OutOfTimeError, perform
 from vlmfix.evals.effects.page import BEGIN, END, text, write
@@ -27,6 +30,7 @@ from vlmfix.evals.effects.small import Elsewhere, questions
 from vlmfix.evals.effects.tuning import Found, Hunt, hunt
 from vlmfix.evals.record import CARD, PLAIN
 from vlmfix.evals.search import Measured
+from vlmfix.generation import Answer
 from vlmfix.records import read_json, replace_json
 from vlmfix.settings import Settings
 from vlmfix.world.scenes import scene
@@ -188,7 +192,7 @@ def test_the_control_moves_windows_of_vicrop(tiny_vlm):
     own = picture.crop((round(x0 * 512), round(y0 * 384), round(x1 * 512), round(y1 * 384)))
     assert np.array_equal(np.asarray(own), np.asarray(moved.pictures[1])), "it shows what its box says"
     with pytest.raises(IncompatibleDecodersError, match="shows no window"):
-        Elsewhere(decoder=Greedy())._elsewhere(tiny_vlm, picture, found.looks[0], __import__("random").Random(0))
+        Elsewhere(decoder=Greedy())._elsewhere(tiny_vlm, picture, found.looks[0], random.Random(0))
 
 
 @pytest.fixture(scope="module")
@@ -278,6 +282,39 @@ def test_plain_decoding_stays_where_nothing_keeps_within_the_limits(hunted):
     assert (found.spec, found.feasible, found.trials) == ("", 0, 1)
     assert "contrast=1.0" in found.furthest["spec"]
     assert not (wanted.folder / "recipe.toml").exists()
+
+
+class Timed:
+    """Answers after a while that its decoder decides."""
+
+    device = torch.device("cpu")
+    seconds: ClassVar = {"greedy": 0.01, "vcd": 0.03}
+
+    def __init__(self):
+        self.memo = PictureMemo()
+        self.calls = []
+
+    def generate(self, pictures, prompt, *, decoder, max_new_tokens):
+        self.calls.append(decoder.name)
+        time.sleep(self.seconds[decoder.name])
+        return [Answer("", 5, "eos", 0.0, ())] * len(pictures)
+
+
+def test_times_are_per_token_and_against_plain(tmp_path, monkeypatch):
+    vlm = Timed()
+    monkeypatch.setattr(speed, "loaded", lambda *model, **how: vlm)
+    pictures = sorted(draw(tmp_path / "in", 2).iterdir())
+    file = tmp_path / "speed.json"
+    for _ in range(2):
+        speed.time_arm(file, Settings(), pictures, "mine", parse("vcd"))
+    found = read_json(file)
+    assert vlm.calls == ["greedy"] * 4 + ["vcd"] * 4, "what was timed before is not timed again"
+    assert (found["device"], found["rows"]) == ("cpu", 2)
+    assert 3 <= found["arms"]["mine"]["ms"] < 30
+    assert found["arms"]["mine"]["times"] > 1.5
+    replace_json(file, found | {"device": "another"})
+    speed.time_arm(file, Settings(), pictures, "other", parse("vcd"))
+    assert list(read_json(file)["arms"]) == ["other"]
 
 
 def change(value, difference, direction=""):
@@ -384,7 +421,7 @@ def test_the_scenes_for_tuning_are_others(tmp_path):
 
 def test_the_whole_study(tmp_path, monkeypatch):
     out = tmp_path / "out"
-    given = ["--out", str(out), "--model", "tiny", "--count", "3", "--tuning-count", "2", "--trials", "2", "--device"]
+    given = ["--out", str(out), "--model", "tiny", "--count", "3", "--tuning-count", "2", "--trials", "1", "--device"]
     given += ["cpu", "--batch-size", "40", "--decoder", "vcd:noise_step=900,plausibility=0.1", "--decoder", "var"]
     given += ["--stage", "defaults", "--stage", "tuned"]
     with pytest.raises(SystemExit):
@@ -402,7 +439,7 @@ def test_the_whole_study(tmp_path, monkeypatch):
     assert "sink" in rows["var"]["reason"]
     assert rows["var"]["captions"] is None
     (searched, idle) = found["tuned"]
-    assert searched["search"]["trials"] == 2
+    assert searched["search"]["trials"] == 1
     assert (searched["captions"] is not None) == bool(searched["search"]["spec"])
     assert "sink" in idle["reason"]
     monkeypatch.setattr(runs, "loaded", lambda *args, **named: pytest.fail("nothing is left to ask"))

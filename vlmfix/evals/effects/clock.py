@@ -100,7 +100,8 @@ def perform(jobs: Mapping[str, Job], clock: Clock, *, processes: int) -> Iterato
     with ProcessPoolExecutor(processes, mp_context=context, initializer=_begin, initargs=(threads,)) as pool:
         begun: dict[Future[Outcome], str] = {pool.submit(_outcome, job, clock): name for name, job in jobs.items()}
         for future in as_completed(begun):
-            yield begun[future], future.result()
+            problem = future.exception()  # of the process, as when it was killed; a job's own is in its outcome
+            yield begun[future], future.result() if problem is None else Outcome(problem=f"the process died: {problem}")
 
 
 def _outcome(job: Job, clock: Clock) -> Outcome:

@@ -15,8 +15,18 @@ from vlmfix.evals.search import Space
 
 CHAINS = ("vcd+vhr", "vcd+spin", "vcd+gift", "vcd+zerotuning", "vcd+act:heads=all")
 """A contrast with each kind of edit: of head outputs that add and that take away, of weights, of biases, of sinks."""
-OPENED: Mapping[str, str] = {"act": "heads=all"}
-"""What the search must say for a decoder to act on models that its authors have published nothing for."""
+NOISE = "vcd:noise_step=900,plausibility=0.1"
+"""VCD with the noise that cost the least recall on tuning scenes; its contrast is left open."""
+BEGUN: Mapping[str, Sequence[str]] = {
+    "act": ("act:heads=all", "act:preset=official-code,heads=all"),
+    "vcd+vhr": (f"{NOISE}+vhr",),
+    "vcd+spin": (f"{NOISE}+spin:kept_share=0.95",),
+    "vcd+gift": (f"{NOISE}+gift",),
+    "vcd+zerotuning": (f"{NOISE}+zerotuning",),
+    "vcd+act:heads=all": (f"{NOISE}+act:heads=all,preset=official-code",),
+}
+"""Where a search begins that must say something: heads where none are published; in chains, what would make the space
+too large to search."""
 
 
 @dataclass(frozen=True)
@@ -76,13 +86,9 @@ def with_controls(found: Sequence[Arm]) -> dict[str, Decoder]:
 
 def starts(arm: Arm) -> list[str]:
     """Where the search for an arm's parameters begins: as it is, and at each further preset; nowhere if it has none."""
-    name = arm.spec
-    if name in DECODERS:
-        fixed = OPENED.get(name, "")
-        given = ["", *(f"preset={preset}" for preset in others(arm.decoder) if _differs(arm.decoder, preset))]
-        specs = [":".join(part for part in (name, ",".join(filter(None, (one, fixed)))) if part) for one in given]
-    else:
-        specs = [name]
+    presets = others(arm.decoder) if arm.spec in DECODERS else []
+    further = [f"{arm.spec}:preset={preset}" for preset in presets if _differs(arm.decoder, preset)]
+    specs = BEGUN.get(arm.spec, (arm.spec, *further))
     return [spec for spec in specs if _open(spec)]
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +13,7 @@ from PIL import Image
 
 from vlmfix.card import device_name
 from vlmfix.decoders import Decoder, Greedy
-from vlmfix.errors import VlmfixError
 from vlmfix.evals.chair import PROTOCOLS
-from vlmfix.evals.effects.clock import Clock
 from vlmfix.evals.effects.runs import loaded
 from vlmfix.generation import VLM
 from vlmfix.records import read_json, replace_json
@@ -24,41 +22,30 @@ from vlmfix.settings import Settings
 REPEATS = 3
 
 
-def time_tokens(
-    file: Path, settings: Settings, pictures: Sequence[Path], arms: Mapping[str, Decoder], clock: Clock
-) -> None:
-    """Times captions of the same pictures, one batch, under every decoder; nothing else should run meanwhile.
+def time_arm(file: Path, settings: Settings, pictures: Sequence[Path], name: str, decoder: Decoder) -> None:
+    """Times captions of pictures, as one batch, under a decoder; nothing else should run meanwhile.
 
     A time is that of the whole call, reading the prompt included, divided by the tokens of all answers; the median of
-    several calls after one to warm up. Plain decoding is timed anew before every decoder, so that a machine that
+    several calls after one to warm up. Plain decoding is timed anew beside every decoder, so that a machine that
     changes its pace does not favour one.
 
     Args:
-        file: JSON that gets each decoder's milliseconds as it is timed; what another device left there is dropped.
+        file: JSON with the milliseconds of every decoder; what another device left there is dropped.
         settings: Model and generation settings.
         pictures: The batch.
-        arms: Decoders by name.
-        clock: When to stop.
-
-    Raises:
-        OutOfTimeError: The time is over.
+        name: What the decoder is called there; one that is there is not timed again.
+        decoder: What is timed.
     """
     vlm = loaded(settings.model, revision=settings.revision, device=settings.device, dtype=settings.dtype)
     head = {"device": device_name(vlm.device), "rows": len(pictures), "repeats": REPEATS}
     before = read_json(file) if file.exists() else {}
-    same = all(before.get(name) == value for name, value in head.items())
-    found: dict[str, Any] = dict(before["arms"]) if same and before else {}
+    found: dict[str, Any] = before["arms"] if {**before, "arms": None} == {**head, "arms": None} else {}
+    if found.get(name, {}).get("spec") == decoder.spec():
+        return
     shown = [Image.open(path).convert("RGB") for path in pictures]
-    for name, decoder in arms.items():
-        if found.get(name, {}).get("spec") == decoder.spec():
-            continue
-        clock.check()
-        try:
-            plain, own = (_per_token(vlm, shown, one, settings) for one in (Greedy(), decoder))
-        except VlmfixError:  # its row in the table of captions has the reason
-            continue
-        found[name] = {"spec": decoder.spec(), "ms": own, "plain_ms": plain, "times": own / plain}
-        replace_json(file, head | {"arms": found})
+    plain, own = (_per_token(vlm, shown, one, settings) for one in (Greedy(), decoder))
+    found[name] = {"spec": decoder.spec(), "ms": own, "plain_ms": plain, "times": own / plain}
+    replace_json(file, head | {"arms": found})
 
 
 def _per_token(vlm: VLM, pictures: Sequence[Image.Image], decoder: Decoder, settings: Settings) -> float:

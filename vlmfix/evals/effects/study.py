@@ -10,13 +10,15 @@ from pathlib import Path
 from typing import Any
 
 from vlmfix.decoders import Decoder, parse
+from vlmfix.errors import VlmfixError
 from vlmfix.evals import chair, pope
 from vlmfix.evals.effects import plan, small
 from vlmfix.evals.effects.clock import Clock, Job, Outcome, perform
 from vlmfix.evals.effects.runs import Exam, answer_arm, answer_plain, loaded, take_in
-from vlmfix.evals.effects.speed import time_tokens
+from vlmfix.evals.effects.speed import time_arm
 from vlmfix.evals.effects.tuning import CHAIR, FOUND, POPE, SMALL, Found, Hunt, hunt
 from vlmfix.evals.task import Task, Workload
+from vlmfix.generation import VLM
 from vlmfix.records import read_json, replace_json
 from vlmfix.settings import Settings
 from vlmfix.world import coco
@@ -134,7 +136,6 @@ def conduct(study: Study, stages: Sequence[str]) -> bool:
     }
     if not _all(study, plain):
         return False
-    done = True
     reasons = survey(study)
     jobs: dict[str, Job] = {}
     for stage, listed in (("small", _small), ("defaults", _defaults), ("tuned", _tuned)):
@@ -143,7 +144,9 @@ def conduct(study: Study, stages: Sequence[str]) -> bool:
                 jobs |= listed(study, model, reasons[model])
     done = _all(study, jobs)
     if "speed" in stages:
-        times = {f"{model}, speed": Job(_timed, (study, model, reasons[model])) for model in study.models}
+        times: dict[str, Job] = {}
+        for model in study.models:
+            times |= _timed(study, model, reasons[model])
         done = _all(study, times, processes=1) and done
     return done
 
@@ -152,14 +155,19 @@ def survey(study: Study) -> dict[str, dict[str, str]]:
     """For each model, why decoders cannot act on it: by specification, empty for those that can."""
     specs = [arm.spec for arm in study.arms()]
     specs += [spec for arm in study.arms() for spec in plan.starts(arm)]
-    jobs = {model: Job(check, (model, study.device, list(dict.fromkeys(specs)))) for model in study.models}
-    return {model: outcome.value for model, outcome in perform(jobs, Clock(), processes=1)}
+    found = {}
+    for model in study.models:
+        vlm = loaded(model, revision=None, device=study.device, dtype="auto")
+        found[model] = {spec: _reason(parse(spec), vlm) for spec in dict.fromkeys(specs)}
+    return found
 
 
-def check(model: str, device: str, specs: Sequence[str]) -> dict[str, str]:
-    """Why decoders cannot act on a model; empty for those that can."""
-    vlm = loaded(model, revision=None, device=device, dtype="auto")
-    return {spec: parse(spec).check(vlm) or "" for spec in specs}
+def _reason(decoder: Decoder, vlm: VLM) -> str:
+    """Why a decoder cannot act on a model; empty when it can."""
+    try:
+        return decoder.check(vlm) or ""
+    except VlmfixError as error:
+        return str(error)
 
 
 def _draw(world: Path, count: int, seed: int) -> None:
@@ -222,11 +230,16 @@ def _hunted(wanted: Hunt, arm: str, exams: Sequence[Exam], clock: Clock) -> list
     return done
 
 
-def _timed(study: Study, model: str, reasons: Mapping[str, str]) -> None:
-    exam = study.exams(model)[CHAIR]
+def _timed(study: Study, model: str, reasons: Mapping[str, str]) -> dict[str, Job]:
+    settings = study.exams(model)[CHAIR].settings
     pictures = [study.world(study.seed) / "images" / image_name(number) for number in range(min(TIMED, study.count))]
-    arms = {arm.name: arm.decoder for arm in study.arms() if not reasons[arm.spec]}
-    time_tokens(study.folder(model) / SPEED, exam.settings, pictures, arms, study.clock)
+    return {
+        f"{model}, speed, {arm.name}": Job(
+            time_arm, (study.folder(model) / SPEED, settings, pictures, arm.name, arm.decoder)
+        )
+        for arm in study.arms()
+        if not reasons[arm.spec]
+    }
 
 
 def _all(study: Study, jobs: Mapping[str, Job], *, processes: int | None = None) -> bool:

@@ -96,8 +96,9 @@ def hunt(wanted: Hunt, clock: Clock) -> Found:
     """Searches what the specifications leave open, and writes the best as a recipe.
 
     For captions the smallest CHAIR_i is wanted, with recall, length and POPE's F1 within the limits; a trial that
-    loses too much in captions is not asked POPE's questions. For small things the highest accuracy is wanted. A search
-    that was stopped goes on; of a finished one the journal stays, and the trials' answers go.
+    loses too much in captions, or gains nothing there, is not asked POPE's questions. For small things the highest
+    accuracy is wanted. A search that was stopped goes on; of a finished one the journal stays, and the trials' answers
+    go.
 
     Raises:
         UsageError: There is nothing to tune, or the folder holds another search.
@@ -173,7 +174,7 @@ def _captions(wanted: Hunt, clock: Clock) -> tuple[Measure, dict[str, Any]]:
         found = _outcome(_answered(wanted, CHAIR, decoder, clock), arm_name(decoder))
         constraints = wanted.limits.constraints(found, before)
         about: dict[str, Any] = asdict(found)
-        if all(value <= 0 for value in constraints.values()):
+        if found.value is not None and found.value < plain["value"] and max(constraints.values()) <= 0:
             about["f1"] = figures(_answered(wanted, POPE, decoder, clock), arm_name(decoder))["mean/f1"]
             constraints["f1"] = round(f1 - about["f1"] - wanted.limits.max_f1_loss, DIGITS)
         return Measured(plain["value"] if found.value is None else found.value, constraints, about)
