@@ -380,7 +380,7 @@ RESULTS = {
     "tuning_count": 4,
     "tuning_seed": 2,
     "trials": 3,
-    "limits": {"max_recall_loss": 0.017, "max_length_loss": 0.1, "max_f1_loss": 0.01},
+    "limits": {"max_recall_loss": 0.01, "max_length_loss": 0.1, "max_f1_loss": 0.01},
     "goal": {"chair_i": 0.5, "recall_loss": 0.02},
     "draws": 10000,
 }

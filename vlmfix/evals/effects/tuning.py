@@ -33,13 +33,14 @@ DIGITS = 12
 class Limits(Guards):
     """What a trial may lose against plain decoding on the tuning scenes.
 
-    Recall is held tighter here than in what is asked of the reported scenes: the best of many trials is partly lucky.
+    Recall may lose half of what the goal allows on the reported scenes: the best of many trials is partly lucky, and on
+    300 scenes the error of a recall's difference is about 0.01.
 
     Attributes:
         max_f1_loss: Of POPE's mean F1, absolute, in [0, 1].
     """
 
-    max_recall_loss: float = 0.017
+    max_recall_loss: float = 0.01
     max_f1_loss: float = 0.01
 
 
