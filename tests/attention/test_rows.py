@@ -47,7 +47,7 @@ def test_blocks_change_nothing(family, name, seen, monkeypatch):
     batch = batch_of(vlm)
     in_blocks = logits(vlm, batch, CHAINS[name])
     assert any(block.sites[0].block > 1 for _, block in seen)
-    monkeypatch.setattr(rows, "BLOCK", 1 << 26)
+    monkeypatch.setattr(rows, "BLOCK", 1 << 30)
     close(in_blocks, logits(vlm, batch, CHAINS[name]))
 
 
@@ -65,7 +65,7 @@ def test_a_block_holds_at_least_one_row(seen, monkeypatch):
     vlm = vlm_of("llava")
     batch = batch_of(vlm, [0])
     tiny = logits(vlm, batch, CHAINS["search and edit"], steps=1)
-    monkeypatch.setattr(rows, "BLOCK", 1 << 26)
+    monkeypatch.setattr(rows, "BLOCK", 1 << 30)
     close(tiny, logits(vlm, batch, CHAINS["search and edit"], steps=1))
 
 
@@ -102,7 +102,7 @@ class LastRow(PromptReading):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("block", [4000, 1 << 26])
+@pytest.mark.parametrize("block", [4000, 1 << 30])
 def test_readings_alone_and_behind_an_edit(block, monkeypatch):
     """Each reads every row once at its place; one that wants its rows at once gets them in the last block."""
     monkeypatch.setattr(rows, "BLOCK", block)

@@ -124,14 +124,14 @@ def test_no_kept_share_empties_sinks_and_a_lone_first_token_takes_all():
     full = maps(planted=[5])
     got = applied(edit(threshold=0.3, kept=0.0), PROMPT, full)
     assert (got[..., 5] == 0).all()
-    everything = calibrate(full, torch.arange(N) > 0, kept=0.0)
+    everything = calibrate(full, (torch.arange(N) > 0).expand(1, H, N), kept=0.0)
     torch.testing.assert_close(everything[..., 0], torch.ones(1, H, N, dtype=torch.float64))
     assert everything.isfinite().all()
 
 
 def test_a_row_of_sinks_alone_is_unchanged():
-    row = torch.tensor([0.0, 0.25, 0.75])
-    assert torch.equal(calibrate(row, torch.tensor([False, True, True]), kept=0.4), row)
+    row = torch.tensor([[[[0.0, 0.25, 0.75]]]])
+    assert torch.equal(calibrate(row, torch.tensor([[[False, True, True]]]), kept=0.4), row)
 
 
 def test_a_head_that_is_not_chosen_is_untouched():

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from vlmfix.attention.edit import AttentionEdit, BiasEdit, OutputEdit, PromptReading, ScoreEdit, Site, WeightEdit
 
-BLOCK = 1 << 26
-"""Attention weights that a block of rows holds at most: 256 MiB in float32, a few times over."""
+BLOCK = 1 << 25
+"""Attention weights that a block of rows holds at most: 128 MiB in float32, a few times over."""
 
 
 @dataclass(eq=False)

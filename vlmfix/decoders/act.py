@@ -79,7 +79,7 @@ class ACT(Decoder):
     that the row sums to more than 1; here, in both presets, the sinks of the prompt shrink as in any other row. That
     code edits the first sample of a batch alone. ``spared_tail`` is 3 in preset ``paper``, this package's choice.
 
-    *Cost*: one pass per token. Prefill materialises all of attention, in blocks of rows that hold at most 2**26
+    *Cost*: one pass per token. Prefill materialises all of attention, in blocks of rows that hold at most 2**25
     weights; long prompts, of several blocks, twice: to find the sinks and to shrink them. Questions about one picture
     read it anew. Decoding materialises one row per head. Beams and compiled decoding work.
 
@@ -232,10 +232,10 @@ class SinkSearch(PromptReading):
 
     def read(self, site: Site, weights: Tensor) -> None:
         """Adds the rows of a block."""
-        counted = site.acts & (site.queries < site.prompt)  # (B, R)
-        seeing = (site.allowed[:, 0] & counted[:, :, None])[..., : site.prompt].to(weights.dtype)  # (B, R, T)
-        sums = torch.einsum("bhrk,brk->bhk", weights[..., : site.prompt], seeing)  # (B, H, T)
-        counts = seeing.sum(dim=1)  # (B, T)
+        counted = site.acts & (site.queries >= first_token(site)[:, None]) & (site.queries < site.prompt)  # (B, R)
+        seen = weights[..., : site.prompt]  # (B, H, R, T)
+        sums = (counted[:, None, None].to(seen.dtype) @ seen).squeeze(2)  # (B, H, T); what is not seen has no weight
+        counts = (site.allowed[:, 0, :, : site.prompt] & counted[:, :, None]).sum(dim=1)  # (B, T)
         if site.block > 0:
             sums, counts = self.sums[site.layer] + sums, self.counts[site.layer] + counts
         self.sums[site.layer], self.counts[site.layer] = sums, counts
@@ -285,7 +285,7 @@ class Calibration(WeightEdit):
             raise UnsupportedAttentionError("a token came before its prompt", "let generate read the prompt itself")
         sink = self.sinks[site.layer]  # (B, H, T)
         sink = torch.nn.functional.pad(sink, (0, weights.shape[-1] - site.prompt))  # (B, H, K)
-        return calibrate(weights, sink[:, :, None], kept=self.kept)
+        return calibrate(weights, sink, kept=self.kept)
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -299,16 +299,15 @@ def calibrate(weights: Tensor, sink: Tensor, *, kept: float) -> Tensor:
     """Shrinks sinks and hands what they lose to the other keys, in proportion to what these have.
 
     Args:
-        weights: (..., K) attention, rows sum to 1.
-        sink: Bool, broadcastable to ``weights``.
+        weights: (B, H, R, K) attention, rows sum to 1.
+        sink: (B, H, K) bool.
         kept: beta, share of its weight that a sink keeps.
 
     Returns:
-        (..., K) with the same row sums; a row whose keys are all sinks is unchanged.
+        (B, H, R, K) with the same row sums; a row whose keys are all sinks is unchanged.
     """
-    others = torch.where(sink, 0.0, weights)
-    total = others.sum(dim=-1, keepdim=True)
-    freed = (1 - kept) * torch.where(sink, weights, 0.0).sum(dim=-1, keepdim=True)
-    share = others / total.clamp(min=torch.finfo(weights.dtype).tiny)
-    new = torch.where(sink, kept * weights, weights + freed * share)
-    return torch.where(total > 0, new, weights)
+    surplus = weights @ sink[..., None].to(weights.dtype)  # (B, H, R, 1)
+    total = weights @ (~sink)[..., None].to(weights.dtype)  # (B, H, R, 1)
+    gain = 1 + (1 - kept) * surplus / torch.where(total > 0, total, 1.0)
+    loss = 1 - (1 - kept) * (total > 0).to(weights.dtype)
+    return weights * torch.where(sink[:, :, None], loss, gain)

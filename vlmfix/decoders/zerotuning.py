@@ -56,7 +56,7 @@ class ZeroTuning(Decoder):
     method refuses, unless heads are named (a probe of 8 short prompts, once per model).
 
     *Cost*: one pass per token and no state. An additive bias, so it stays on SDPA; prefill computes attention twice,
-    the second time with a mask, in blocks of rows that hold at most 2**26 weights. Questions about one picture read it
+    the second time with a mask, in blocks of rows that hold at most 2**25 weights. Questions about one picture read it
     anew. Beams and compiled decoding work.
 
     Example:
