@@ -84,9 +84,10 @@ def test_run_reads_prompts_from_a_file(tmp_path, model, vlmfix):
     assert (code, told.splitlines()[0]) == (2, "vlmfix: --prompt and --prompts are both given")
 
 
-def test_ask_streams_what_run_writes(tmp_path, model, vlmfix):
+@pytest.mark.parametrize("decoder", ["greedy", "beam:num_beams=3", "sample:temperature=2", "locore+beam:num_beams=2"])
+def test_ask_streams_what_run_writes(tmp_path, model, vlmfix, decoder):
     pictures = draw(tmp_path / "in", 1)
-    options = ("--model", model, "--max-new-tokens", 6)
+    options = ("--model", model, "--max-new-tokens", 6, "--decoder", decoder)
     code, printed, _ = vlmfix("ask", pictures / "0000.png", "What?", *options)
     assert code == 0
     assert vlmfix("run", pictures, "--out", tmp_path / "out", "--prompt", "What?", *options)[0] == 0
@@ -113,6 +114,19 @@ def test_ask_streams_what_run_writes(tmp_path, model, vlmfix):
             2,
             "vcd: contrast=99.0 is not allowed",
             "float in",
+        ),
+        (
+            ["run", "{}", "--out", "x", "--decoder", "beam:num_beams=4", "--num-beams", "2"],
+            2,
+            "num_beams=2 is asked for with a decoder that chooses by 4 beams",
+            "leave num_beams out",
+        ),
+        (["run", "{}", "--out", "x", "--decoder", "sample+beam"], 1, "both choose the tokens", "use one of them"),
+        (
+            ["ask", "{}/0000.png", "Q?", "--decoder", "sample", "--temperature", "0.5"],
+            2,
+            "temperature=0.5 is asked for with a decoder that chooses by sampling at temperature 1",
+            "leave temperature out",
         ),
         (["run", "{}/none", "--out", "x"], 2, "there is no {}/none", "give a picture"),
         (["run", "{}", "--out", "x", "--prompt", ""], 2, "the prompt is empty", "write a question"),

@@ -77,11 +77,13 @@ def ask(picture: Path, question: str, settings: Settings) -> None:
     options.quieten()
     from vlmfix.decoders import parse
     from vlmfix.display import loading
+    from vlmfix.generation import check_settings
     from vlmfix.images import open_picture
 
     if not picture.exists():
         raise UsageError(f"there is no file {picture}", "give a picture")
     decoder = parse(settings.decoder)
+    check_settings(decoder, settings)
     try:
         shown = open_picture(picture).image
     except DataError as error:
