@@ -16,8 +16,8 @@ class Settings:
         dtype: ``auto``, ``float32``, ``bfloat16`` or ``float16``.
         decoder: A decoder specification, such as ``vcd:contrast=0.5``.
         max_new_tokens: Longest answer, in tokens.
-        num_beams: Beams; 1 for none.
-        temperature: Sampling temperature; 0 takes the most probable token.
+        num_beams: Beams; 1 for none, or for as many as the decoder itself says.
+        temperature: Sampling temperature; 0 takes the most probable token, or leaves the choice to the decoder.
         seed: Seed of sampling.
     """
 

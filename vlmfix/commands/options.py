@@ -44,14 +44,18 @@ _OPTIONS = {
         help="Longest answer, in tokens.",
     ),
     "num_beams": click.option(
-        "--num-beams", default=1, show_default=True, type=click.IntRange(min=1), help="Beam search from 2 on."
+        "--num-beams",
+        default=1,
+        show_default=True,
+        type=click.IntRange(min=1),
+        help="Beam search from 2 on; of one decoder alone: beam.",
     ),
     "temperature": click.option(
         "--temperature",
         default=0.0,
         show_default=True,
         type=click.FloatRange(0, 100),
-        help="0 takes the most probable token; above, samples.",
+        help="0 takes the most probable token; above, samples; of one decoder alone: sample.",
     ),
     "seed": click.option(
         "--seed", default=0, show_default=True, type=click.IntRange(0, 2**63 - 1), help="Seed of sampling."
