@@ -34,7 +34,7 @@ def diagnose(model: str, *, revision: str | None = None, loader: Callable[..., V
             "id": model,
             "revision": vlm.revision,
             "family": vlm.family.title,
-            "layers": len(vlm.family.layers(vlm.model)),
+            "layers": vlm.layers,
             "dtype": str(vlm.model.dtype).removeprefix("torch."),
             "device": device_name(vlm.device),
         },

@@ -130,7 +130,7 @@ class ACT(Decoder):
         """A search for sinks and an edit, in the layers that have chosen heads."""
         if reason := self.check(vlm):
             raise IncompatibleDecodersError(f"act cannot act: {reason}", "give heads=L2H8/L2H13, or heads=all")
-        count, heads = _shape(vlm)
+        count, heads = vlm.layers, vlm.heads
         chosen = torch.zeros(count, heads, dtype=torch.bool, device=vlm.device)  # (L, H)
         for layer, head in self._chosen(vlm):
             chosen[layer, head] = True
@@ -152,7 +152,7 @@ class ACT(Decoder):
                 "no calibrated heads are published for this model; find them with labelled questions "
                 "(vlmfix.decoders.calibration.search_heads)"
             )
-        count, heads = _shape(vlm)
+        count, heads = vlm.layers, vlm.heads
         outside = sorted((layer, head) for layer, head in self._named(vlm) if layer >= count or head >= heads)
         if outside:
             return f"heads {write_heads(outside)} are outside the model's {count} layers of {heads} heads"
@@ -162,13 +162,13 @@ class ACT(Decoder):
 
     def _named(self, vlm: Checkpoint) -> Heads:
         if self.heads == "all":
-            count, heads = _shape(vlm)
+            count, heads = vlm.layers, vlm.heads
             return frozenset((layer, head) for layer in range(count) for head in range(heads))
         name = self.heads or "classification"
         return published(name) if name in LISTS else read_heads(name)
 
     def _chosen(self, vlm: Checkpoint) -> Heads:
-        layers = self.layers.resolve(_shape(vlm)[0])
+        layers = self.layers.resolve(vlm.layers)
         return frozenset((layer, head) for layer, head in self._named(vlm) if layer in layers)
 
 
@@ -195,11 +195,6 @@ def published(name: str) -> Heads:
     """One of the authors' lists."""
     rows = [row.split(":") for row in LISTS[name].split()]
     return frozenset((int(layer), int(head)) for layer, heads in rows for head in heads.split(","))
-
-
-def _shape(vlm: Checkpoint) -> tuple[int, int]:
-    """L and H of the text decoder."""
-    return len(vlm.family.layers(vlm.model)), int(vlm.model.config.get_text_config().num_attention_heads)
 
 
 def _is_listed(vlm: Checkpoint) -> bool:

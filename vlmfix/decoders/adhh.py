@@ -113,7 +113,7 @@ class ADHH(Decoder):
             raise IncompatibleDecodersError(f"adhh cannot act: {reason}", "give heads=L16H29/L26H9, or profile=FILE")
         if not bool(layout.tokens.any()):
             return DecodingPlan()
-        chosen = torch.zeros(_shape(vlm), dtype=torch.bool, device=vlm.device)  # (L, H)
+        chosen = torch.zeros(vlm.layers, vlm.heads, dtype=torch.bool, device=vlm.device)  # (L, H)
         for layer, head in self.chosen(vlm):
             chosen[layer, head] = True
         layers = LayerSet("/".join(str(layer) for layer, some in enumerate(chosen.any(dim=1).tolist()) if some))
@@ -130,7 +130,7 @@ class ADHH(Decoder):
                     "the ablation profile was measured without annotations, so it says which heads support the next "
                     "token and not which push hallucinated words; measure it with --instances FILE --captions FILE"
                 )
-        layers, heads = _shape(vlm)
+        layers, heads = vlm.layers, vlm.heads
         outside = [pair for pair in self.chosen(vlm) if pair[0] >= layers or pair[1] >= heads]
         if outside:
             return f"heads {HeadList.of(outside)} are outside the model's {layers} layers of {heads} heads"
@@ -164,11 +164,6 @@ class ADHH(Decoder):
         config = vlm.model.config
         text = config.get_text_config()
         return PUBLISHED.get((config.model_type, text.model_type, text.hidden_size, text.num_hidden_layers))
-
-
-def _shape(vlm: Checkpoint) -> tuple[int, int]:
-    """L and H of the text decoder."""
-    return len(vlm.family.layers(vlm.model)), int(vlm.model.config.get_text_config().num_attention_heads)
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)

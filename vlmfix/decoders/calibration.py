@@ -16,7 +16,7 @@ import torch
 
 from vlmfix.decoders.act import ACT, Heads, write_heads
 from vlmfix.decoders.base import Decoder, Greedy
-from vlmfix.decoders.zerotuning import ZeroTuning, query_heads
+from vlmfix.decoders.zerotuning import ZeroTuning
 from vlmfix.errors import UsageError
 from vlmfix.models.checkpoint import Checkpoint
 from vlmfix.models.layout import Batch
@@ -142,7 +142,7 @@ def classify_heads(
     if gain <= 1:
         raise UsageError(f"gain={gain} is not allowed", "heads are compared at a gain above 1, such as 2")
     method, plain = method or ZeroTuning(), measure(Greedy())
-    gains = {head: _gain(measure(replace(method, gain=gain, heads=(head,))), plain) for head in range(query_heads(vlm))}
+    gains = {head: _gain(measure(replace(method, gain=gain, heads=(head,))), plain) for head in range(vlm.heads)}
     order = sorted(gains, key=lambda head: -gains[head].mean)
     up = tuple(head for head in order if gains[head].mean > 0)
     down = tuple(head for head in reversed(order) if gains[head].mean < 0)
@@ -183,7 +183,7 @@ def search_heads(
         UsageError: The measure has fewer than two samples.
     """
     method = method or ACT(heads="all")
-    count, width = len(vlm.family.layers(vlm.model)), query_heads(vlm)
+    count, width = vlm.layers, vlm.heads
     pairs = list(product(sorted(method.layers.resolve(count)), range(width)))
     plain = measure(Greedy())
 

@@ -177,7 +177,7 @@ class CARVE(Refiner):
 
     def layers_of(self, vlm: Checkpoint) -> LayerSet:
         """The layers that are read in a model."""
-        count = len(vlm.family.layers(vlm.model))
+        count = vlm.layers
         if self.layers is not None:
             return self.layers
         if 28 <= count <= 40:
@@ -238,4 +238,4 @@ class CARVE(Refiner):
 
     def check(self, vlm: Checkpoint) -> str | None:
         """Whether the model has the layers that are named."""
-        return missing_layers(self.layers_of(vlm), len(vlm.family.layers(vlm.model)))
+        return missing_layers(self.layers_of(vlm), vlm.layers)

@@ -134,6 +134,6 @@ def shift_peak(vlm: Checkpoint) -> int:
         batch = vlm.encode(QUESTIONS, [[random_picture(number)] for number in range(len(QUESTIONS))])
         reading = ShiftTotals(content=asked(vlm, batch, "stop-words", last_only=False).content)
         read_apart(vlm, batch, vlm.layout(batch), reading)
-        early = range(max(1, deepest(len(vlm.family.layers(vlm.model)))))
+        early = range(max(1, deepest(vlm.layers)))
         _PEAKS[vlm.model] = max(early, key=lambda layer: reading.totals[layer])
     return _PEAKS[vlm.model]

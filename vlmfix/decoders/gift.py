@@ -143,7 +143,7 @@ class GIFT(Decoder):
             return DecodingPlan()
         source, target = self._layers(vlm)
         reading = GazeReading(layers=source, content=found.content, share=self.saliency_heads)
-        count = len(vlm.family.layers(vlm.model))
+        count = vlm.layers
         together = min(target.resolve(count)) > max(source.resolve(count))
         if not together:
             read_apart(vlm, batch, layout, reading)
@@ -164,7 +164,7 @@ class GIFT(Decoder):
         """Whether the tagger is there that was asked for, and the model has the layers."""
         if self.words == "spacy" and not has_tagger():
             return f"words=spacy needs spaCy and its model {MODEL}, which are not installed: {INSTALL}"
-        count = len(vlm.family.layers(vlm.model))
+        count = vlm.layers
         if count < 2 and (self.saliency_layers is None or self.layers is None):
             return "the model has one layer, and a map must be taken before it is used"
         for name, layers in zip(("saliency_layers", "layers"), self._layers(vlm), strict=True):
@@ -185,7 +185,7 @@ class GIFT(Decoder):
 
     def _layers(self, vlm: Checkpoint) -> tuple[LayerSet, LayerSet]:
         """Saliency and enhancement layers."""
-        count, tuned = len(vlm.family.layers(vlm.model)), TABLE.get(_kind(vlm))
+        count, tuned = vlm.layers, TABLE.get(_kind(vlm))
         source = self.saliency_layers or LayerSet(tuned.saliency if tuned else str(shift_peak(vlm)))
         if self.layers is not None or not source.resolve(count):
             return source, self.layers or LayerSet()

@@ -152,7 +152,7 @@ class Imbalance(Decoder):
 
     def check(self, vlm: Checkpoint) -> str | None:
         """Whether there is something to choose tokens by, and a profile where one is read."""
-        count = len(vlm.family.layers(vlm.model))
+        count = vlm.layers
         if not self.layers.resolve(count):
             return f"the model's {count} layers hold none of layers {self.layers}"
         if self.vit is not None:

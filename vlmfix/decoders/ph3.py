@@ -81,7 +81,7 @@ class PH3(Decoder):
         """One edit of all rows, or none when no head is pruned or no row has a picture."""
         if reason := self.check(vlm):
             raise IncompatibleDecodersError(f"ph3 cannot act: {reason}", "give heads=L16H29/L26H9, or profile=FILE")
-        pruned = torch.zeros(_shape(vlm), dtype=torch.bool, device=vlm.device)  # (L, H)
+        pruned = torch.zeros(vlm.layers, vlm.heads, dtype=torch.bool, device=vlm.device)  # (L, H)
         for layer, head in self.chosen(vlm):
             pruned[layer, head] = True
         if not bool(pruned.any()) or not bool(layout.tokens.any()):
@@ -96,7 +96,7 @@ class PH3(Decoder):
                 return None
             if reason := why_no_profile(vlm, self.name, PROFILER, self.profile):
                 return f"{reason}; add a --prompt that the model answers otherwise when it does not see the picture"
-        layers, heads = _shape(vlm)
+        layers, heads = vlm.layers, vlm.heads
         outside = [pair for pair in self.chosen(vlm) if pair[0] >= layers or pair[1] >= heads]
         if outside:
             return f"heads {HeadList.of(outside)} are outside the model's {layers} layers of {heads} heads"
@@ -125,11 +125,6 @@ class PH3(Decoder):
         order = scores.flatten().sort(descending=True, stable=True).indices[:count].tolist()
         pairs = [divmod(place, scores.shape[1]) for place in order]
         return tuple(pair for pair in pairs if float(scores[pair]) > 0)
-
-
-def _shape(vlm: Checkpoint) -> tuple[int, int]:
-    """L and H of the text decoder."""
-    return len(vlm.family.layers(vlm.model)), int(vlm.model.config.get_text_config().num_attention_heads)
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)

@@ -115,7 +115,7 @@ def attention_maps(vlm: Checkpoint, batch: Batch, layers: LayerSet, *, steps: in
     Raises:
         UnsupportedAttentionError: A layer does not exist, or its attention cannot be read.
     """
-    read = existing_layers(layers, len(vlm.family.layers(vlm.model)))
+    read = existing_layers(layers, vlm.layers)
     chosen = LayerSet("/".join(map(str, read)))
     reader = NewestRows(layers=chosen, read=read, prompt=batch.length, stop=steps == 1)
     model: Any = vlm.model
@@ -164,7 +164,7 @@ def attention_gradients(vlm: Checkpoint, batch: Batch, layers: LayerSet) -> list
         UnsupportedAttentionError: A layer does not exist, or its attention cannot be read.
         IncompatibleDecodersError: The model's cache cannot give back its last token.
     """
-    read = existing_layers(layers, len(vlm.family.layers(vlm.model)))
+    read = existing_layers(layers, vlm.layers)
     chosen = LayerSet("/".join(map(str, read)))
     layout, model = vlm.layout(batch), vlm.model
     found: list[Tensor] = []

@@ -244,7 +244,7 @@ class RejectionLoop:
         start = after_picture(layout)[: len(self.seeds)]
         if self.settings.scope == "generated":
             start = torch.full_like(start, layout.tokens.shape[1])
-        layers = self.settings.layers or scoring_layers(len(self.vlm.family.layers(self.vlm.model)))
+        layers = self.settings.layers or scoring_layers(self.vlm.layers)
         with saliency_steps(self.vlm, layout, layers, input_ids, kwargs, live=live) as steps:
             yield steps, start
 

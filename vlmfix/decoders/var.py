@@ -96,7 +96,7 @@ class VAR(Decoder):
         if not bool(layout.tokens.any()):
             return DecodingPlan()
         edit = Redistribution(
-            layers=_without_first_two(self.layers, len(vlm.family.layers(vlm.model))),
+            layers=_without_first_two(self.layers, vlm.layers),
             dims=self._dims(vlm),
             threshold=self._threshold(vlm),
             moved=self.moved_fraction,

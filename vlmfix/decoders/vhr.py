@@ -151,7 +151,7 @@ class VHR(Decoder):
 
     def check(self, vlm: Checkpoint) -> str | None:
         """Whether the model has any of the layers, and the profile is of the model."""
-        count, layers = len(vlm.family.layers(vlm.model)), self._layers(vlm)
+        count, layers = vlm.layers, self._layers(vlm)
         if not layers.resolve(count):
             return f"layers {layers} are none of the model's {count}"
         return None if self.profile is None else why_no_profile(vlm, self.name, PROFILER, self.profile)
@@ -163,7 +163,7 @@ class VHR(Decoder):
     def _layers(self, vlm: Checkpoint) -> LayerSet:
         if self.layers is not None:
             return self.layers
-        share = max(1, round(SHARE * len(vlm.family.layers(vlm.model))))
+        share = max(1, round(SHARE * vlm.layers))
         return LayerSet(f"1/-{14 if self.preset == 'official-code' else share}:")
 
     def _alpha(self, vlm: Checkpoint) -> float:

@@ -164,7 +164,7 @@ class ViCrop(Refiner):
         """The layers that attention is read in."""
         if self.layers is not None:
             return self.layers
-        count = len(vlm.family.layers(vlm.model))
+        count = vlm.layers
         share = 0.61 if _own_resolution(vlm) else 0.45
         return LayerSet(str(min(round(share * count), count - 1)))
 
@@ -279,7 +279,7 @@ class ViCrop(Refiner):
         """Whether the model has the layers, and for pure-grad whether its pixels have a place."""
         if self.method == "pure-grad":
             return no_pixel_places(vlm)
-        return missing_layers(self.layers_of(vlm), len(vlm.family.layers(vlm.model)))
+        return missing_layers(self.layers_of(vlm), vlm.layers)
 
 
 def _own_resolution(vlm: Checkpoint) -> bool:

@@ -97,7 +97,7 @@ class ZeroTuning(Decoder):
             raise IncompatibleDecodersError(f"zerotuning cannot act: {reason}", "give other heads or layers")
         chosen = None
         if self.heads is not None:
-            chosen = torch.zeros(query_heads(vlm), dtype=torch.bool, device=vlm.device)
+            chosen = torch.zeros(vlm.heads, dtype=torch.bool, device=vlm.device)
             chosen[list(self.heads)] = True
         edit = FirstTokenBias if self.rows == "prompt" else TextBias
         return DecodingPlan(edits=(edit(layers=self.layers, gain=self.gain, chosen=chosen),))
@@ -105,7 +105,7 @@ class ZeroTuning(Decoder):
     def check(self, vlm: Checkpoint) -> str | None:
         """Whether the model's heads look at the first token; named heads need only exist."""
         if self.heads is not None:
-            count = query_heads(vlm)
+            count = vlm.heads
             wrong = [head for head in self.heads if not 0 <= head < count]
             return f"heads {wrong} are outside the model's {count}" if wrong else None
         try:
@@ -119,11 +119,6 @@ class ZeroTuning(Decoder):
         if largest < LEAST_MASS:
             return f"the first token is no sink: no head gives it more than {largest:.2%} of its attention"
         return None
-
-
-def query_heads(vlm: Checkpoint) -> int:
-    """H of the text decoder."""
-    return int(vlm.model.config.get_text_config().num_attention_heads)
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)

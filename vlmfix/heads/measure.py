@@ -81,8 +81,8 @@ class _Run:
 
     def __init__(self, vlm: Checkpoint, profilers: Sequence[Profiler], question: str, seed: int) -> None:
         self._vlm, self._profilers, self._question, self._seed = vlm, profilers, question, seed
-        self._layers = len(vlm.family.layers(vlm.model))
-        self._heads = int(vlm.model.config.get_text_config().num_attention_heads)
+        self._layers = vlm.layers
+        self._heads = vlm.heads
         self._states: list[State] = [profiler.begin(vlm) for profiler in profilers]
         empty = [state.tally(self._layers, self._heads) for state in self._states]
         self._halves: list[Halves[Tally]] = [Halves(tally, tally) for tally in empty]

@@ -117,8 +117,8 @@ class HeadProfile:
         config = vlm.model.config
         for what, mine, yours in (
             ("model type", card.model_type, config.model_type),
-            ("layers", card.layers, len(vlm.family.layers(vlm.model))),
-            ("heads", card.heads, int(config.get_text_config().num_attention_heads)),
+            ("layers", card.layers, vlm.layers),
+            ("heads", card.heads, vlm.heads),
         ):
             if mine != yours:
                 raise _mismatch(card, f"{what} {mine}", f"{yours}")

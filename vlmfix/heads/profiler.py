@@ -43,12 +43,12 @@ class Work:
     @property
     def layers(self) -> int:
         """L."""
-        return len(self.vlm.family.layers(self.vlm.model))
+        return self.vlm.layers
 
     @property
     def heads(self) -> int:
         """H."""
-        return int(self.vlm.model.config.get_text_config().num_attention_heads)
+        return self.vlm.heads
 
     def random(self, row: int) -> Random:
         """A source for what is drawn for one row; it depends on the seed and the picture's number alone."""

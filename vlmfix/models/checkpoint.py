@@ -98,6 +98,16 @@ class Checkpoint:
         return self.model.device
 
     @property
+    def layers(self) -> int:
+        """L, layers of the text decoder."""
+        return len(self.family.layers(self.model))
+
+    @property
+    def heads(self) -> int:
+        """H, query heads of the text decoder."""
+        return int(self.model.config.get_text_config().num_attention_heads)
+
+    @property
     def folder(self) -> Path | None:
         """The local folder that the model was loaded from: a directory, or the Hub's snapshot in the local cache.
 
