@@ -127,8 +127,8 @@ def installed_language() -> Language:
     if missing:
         raise DataError(
             f"AMBER's descriptions cannot be scored without {', '.join(missing)}",
-            f"pip install 'vlmfix[spacy]'; python -m spacy download {VECTORS}; python -m nltk.downloader {' '.join(RESOURCES)}; "
-            "AMBER's yes/no questions need none of them",
+            f"pip install 'vlmfix[spacy]'; python -m spacy download {VECTORS}; "
+            f"python -m nltk.downloader {' '.join(RESOURCES)}; AMBER's yes/no questions need none of them",
         )
     import nltk
     import spacy
