@@ -22,7 +22,7 @@ from vlmfix.evals import tasks
 from vlmfix.evals.compare import compare
 from vlmfix.evals.effects import plan, runs, speed, study, tuning
 from vlmfix.evals.effects.__main__ import command
-from vlmfix.evals.effects.clock import Clock, Job, OutOfTimeError, perform
+from vlmfix.evals.effects.clock import Clock, Job, OutOfTimeError, crew, perform
 from vlmfix.evals.effects.page import BEGIN, END, text, write
 from vlmfix.evals.effects.results import reach
 from vlmfix.evals.effects.runs import Exam, answer_arm, answer_plain, copy_plain, take_in
@@ -43,7 +43,8 @@ JOBS = {f"job {number}": Job(double, (number,)) for number in range(2, 6)}
 
 @pytest.mark.parametrize("processes", [1, 2])
 def test_jobs_fail_stop_and_end_each_for_itself(processes, capfd):
-    found = dict(perform(JOBS, ENDLESS, processes=processes))
+    with crew(processes) as pool:
+        found = dict(perform(JOBS, ENDLESS, pool))
     assert set(found) == set(JOBS)
     assert (found["job 2"].value, found["job 2"].problem) == (4, "")
     assert "three" in found["job 3"].problem
@@ -53,7 +54,7 @@ def test_jobs_fail_stop_and_end_each_for_itself(processes, capfd):
 
 
 def test_nothing_begins_when_the_time_is_over():
-    assert all(outcome.stopped for _, outcome in perform(JOBS, OVER, processes=1))
+    assert all(outcome.stopped for _, outcome in perform(JOBS, OVER, None))
     with pytest.raises(OutOfTimeError):
         OVER.report(1, 2)
     Clock(end=time.time() + 60).check()

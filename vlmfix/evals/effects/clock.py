@@ -10,6 +10,7 @@ import traceback
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -80,28 +81,38 @@ class Outcome:
     stopped: bool = False
 
 
-def perform(jobs: Mapping[str, Job], clock: Clock, *, processes: int) -> Iterator[tuple[str, Outcome]]:
-    """Does jobs, several at a time, and yields each as it ends.
-
-    A job that fails does not keep the others from being done. Processes end when the one that began them does, however
-    it ends.
+@contextmanager
+def crew(processes: int) -> Iterator[ProcessPoolExecutor | None]:
+    """Processes that take jobs, until the block ends; they end with the one that began them, however it ends.
 
     Args:
-        jobs: By name; begun in this order.
-        clock: When to begin nothing more; a job that looks at it may end early.
-        processes: How many run at a time; 1 runs all of them here.
+        processes: How many; 1 for none, jobs then run where they are asked for.
     """
     if processes == 1:
-        for name, job in jobs.items():
-            yield name, _outcome(job, clock)
+        yield None
         return
     context = multiprocessing.get_context("spawn")  # a forked process cannot use the GPU
     threads = max(1, (os.cpu_count() or 1) // processes)
     with ProcessPoolExecutor(processes, mp_context=context, initializer=_begin, initargs=(threads,)) as pool:
-        begun: dict[Future[Outcome], str] = {pool.submit(_outcome, job, clock): name for name, job in jobs.items()}
-        for future in as_completed(begun):
-            problem = future.exception()  # of the process, as when it was killed; a job's own is in its outcome
-            yield begun[future], future.result() if problem is None else Outcome(problem=f"the process died: {problem}")
+        yield pool
+
+
+def perform(jobs: Mapping[str, Job], clock: Clock, pool: ProcessPoolExecutor | None) -> Iterator[tuple[str, Outcome]]:
+    """Does jobs and yields each as it ends; one that fails does not keep the others from being done.
+
+    Args:
+        jobs: By name; begun in this order.
+        clock: When to begin nothing more; a job that looks at it may end early.
+        pool: Who does them, see :func:`crew`; None does them here.
+    """
+    if pool is None:
+        for name, job in jobs.items():
+            yield name, _outcome(job, clock)
+        return
+    begun: dict[Future[Outcome], str] = {pool.submit(_outcome, job, clock): name for name, job in jobs.items()}
+    for future in as_completed(begun):
+        problem = future.exception()  # of the process, as when it was killed; a job's own is in its outcome
+        yield begun[future], future.result() if problem is None else Outcome(problem=f"the process died: {problem}")
 
 
 def _outcome(job: Job, clock: Clock) -> Outcome:

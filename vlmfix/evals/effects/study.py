@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -13,7 +14,7 @@ from vlmfix.decoders import Decoder, parse
 from vlmfix.errors import VlmfixError
 from vlmfix.evals import chair, pope
 from vlmfix.evals.effects import plan, small
-from vlmfix.evals.effects.clock import Clock, Job, Outcome, perform
+from vlmfix.evals.effects.clock import Clock, Job, Outcome, crew, perform
 from vlmfix.evals.effects.runs import Exam, answer_arm, answer_plain, loaded, take_in
 from vlmfix.evals.effects.speed import time_arm
 from vlmfix.evals.effects.tuning import CHAIR, FOUND, POPE, SMALL, Found, Hunt, hunt
@@ -122,33 +123,37 @@ def conduct(study: Study, stages: Sequence[str]) -> bool:
     Returns:
         Whether all of it is done; not when the time was over or something failed.
     """
-    worlds = {
-        f"world {seed}": Job(_draw, (study.world(seed), count, seed))
-        for seed, count in ((study.seed, study.count), (study.tuning_seed, study.tuning_count))
-    }
-    if not _all(study, worlds):
-        return False
-    plain = {
+    with crew(study.jobs) as pool:
+        if not _all(study, _worlds(study), pool) or not _all(study, _plain(study), pool):
+            return False
+        reasons = survey(study)
+        jobs: dict[str, Job] = {}
+        for stage, listed in (("small", _small), ("defaults", _defaults), ("tuned", _tuned)):
+            for model in study.models if stage in stages else ():
+                jobs |= listed(study, model, reasons[model])
+        done = _all(study, jobs, pool)
+    times: dict[str, Job] = {}
+    for model in study.models if "speed" in stages else ():
+        times |= _timed(study, model, reasons[model])
+    return _all(study, times, None) and done
+
+
+def _worlds(study: Study) -> dict[str, Job]:
+    both = ((study.seed, study.count), (study.tuning_seed, study.tuning_count))
+    return {f"world {seed}": Job(_draw, (study.world(seed), count, seed)) for seed, count in both}
+
+
+def _draw(world: Path, count: int, seed: int) -> None:
+    coco.make(world, count=count, seed=seed)
+
+
+def _plain(study: Study) -> dict[str, Job]:
+    return {
         f"{model}, plain, {folder} {name}": Job(answer_plain, (exam, study.clock))
         for model in study.models
         for folder, exams in (("reported", study.exams(model)), ("tuning", study.exams(model, tuning=True)))
         for name, exam in exams.items()
     }
-    if not _all(study, plain):
-        return False
-    reasons = survey(study)
-    jobs: dict[str, Job] = {}
-    for stage, listed in (("small", _small), ("defaults", _defaults), ("tuned", _tuned)):
-        if stage in stages:
-            for model in study.models:
-                jobs |= listed(study, model, reasons[model])
-    done = _all(study, jobs)
-    if "speed" in stages:
-        times: dict[str, Job] = {}
-        for model in study.models:
-            times |= _timed(study, model, reasons[model])
-        done = _all(study, times, processes=1) and done
-    return done
 
 
 def survey(study: Study) -> dict[str, dict[str, str]]:
@@ -168,10 +173,6 @@ def _reason(decoder: Decoder, vlm: VLM) -> str:
         return decoder.check(vlm) or ""
     except VlmfixError as error:
         return str(error)
-
-
-def _draw(world: Path, count: int, seed: int) -> None:
-    coco.make(world, count=count, seed=seed)
 
 
 def _small(study: Study, model: str, reasons: Mapping[str, str]) -> dict[str, Job]:
@@ -242,13 +243,13 @@ def _timed(study: Study, model: str, reasons: Mapping[str, str]) -> dict[str, Jo
     }
 
 
-def _all(study: Study, jobs: Mapping[str, Job], *, processes: int | None = None) -> bool:
+def _all(study: Study, jobs: Mapping[str, Job], pool: ProcessPoolExecutor | None) -> bool:
     """Does jobs, takes in what they answered, tells how it goes, and keeps what went wrong."""
     path = study.out / PROBLEMS
     problems: dict[str, Any] = read_json(path) if path.exists() else {}
     left = len(jobs)
     whole = True
-    for name, outcome in perform(jobs, study.clock, processes=processes or study.jobs):
+    for name, outcome in perform(jobs, study.clock, pool):
         left -= 1
         for exam, arm in outcome.value or ():
             take_in(exam, arm)
