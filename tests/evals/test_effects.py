@@ -24,7 +24,7 @@ from vlmfix.evals.effects import plan, runs, speed, study, tuning
 from vlmfix.evals.effects.__main__ import command
 from vlmfix.evals.effects.clock import Clock, Job, OutOfTimeError, crew, perform
 from vlmfix.evals.effects.page import BEGIN, END, text, write
-from vlmfix.evals.effects.results import reach
+from vlmfix.evals.effects.results import compared, reach
 from vlmfix.evals.effects.runs import Exam, answer_arm, answer_plain, copy_plain, take_in
 from vlmfix.evals.effects.small import Elsewhere, questions
 from vlmfix.evals.effects.tuning import Found, Hunt, hunt
@@ -99,6 +99,18 @@ def test_arms_answered_apart_come_into_one_run(exam):
     assert len(vlm.batches) == 3 * asked, "what is there is not asked again"
     with pytest.raises(UsageError, match="vcd was 'vcd:"):
         answer_arm(made, "vcd", parse("vcd:contrast=0.5"), ENDLESS)
+
+
+def test_arms_of_the_run_that_are_not_asked_for_are_left_out(exam):
+    made, _ = exam
+    answer_plain(made, ENDLESS)
+    for name in ("sample", "vcd"):
+        answer_arm(made, name, parse(name), ENDLESS)
+        take_in(made, name)
+    found = compared(made, ["vcd", "missing"])
+    assert list(found) == [PLAIN, "vcd"]
+    assert found["vcd"]["a/accuracy"]["difference"] == 0
+    assert list(compared(made, ["sample"])) == [PLAIN, "sample"]
 
 
 def test_an_arm_that_was_stopped_goes_on(exam):

@@ -12,7 +12,7 @@ from vlmfix.evals.effects import plan
 from vlmfix.evals.effects.runs import Exam
 from vlmfix.evals.effects.study import PROBLEMS, SPEED, Study, found, survey
 from vlmfix.evals.effects.tuning import CHAIR, POPE, SMALL, Found, Limits
-from vlmfix.evals.record import CARD, PLAIN
+from vlmfix.evals.record import CARD, PLAIN, EvalRun, Record
 from vlmfix.records import read_json
 
 DRAWS = 10_000
@@ -54,9 +54,9 @@ def _model(study: Study, model: str, reasons: Mapping[str, str], problems: Mappi
     searches = {arm.name: found(study, model, arm.name) for arm in listed}
     chosen = {name: plan.tuned(name, one.spec) for name, one in searches.items() if one and one.spec}
     names = [arm.name for arm in listed]
-    captions = _compared(exams[CHAIR], [*names, *chosen.values()])
+    captions = compared(exams[CHAIR], [*names, *chosen.values()])
     changed = _changed(exams[CHAIR], captions)
-    questions = _compared(exams[POPE], [*names, *chosen.values()])
+    questions = compared(exams[POPE], [*names, *chosen.values()])
     rows = []
     for arm in listed:
         known = {
@@ -134,15 +134,15 @@ def _small(study: Study, model: str, searches: Mapping[str, Found | None], chose
     exam = study.exams(model)[SMALL]
     arms = [arm.name for arm in plan.small_arms(study.arms())]
     arms += [chosen[arm.name] for arm in study.arms() if arm.decoder.refines and arm.name in chosen]
-    compared = _compared(exam, [name for arm in arms for name in (arm, plan.control(arm))])
+    said = compared(exam, [name for arm in arms for name in (arm, plan.control(arm))])
     card = read_json(exam.folder / CARD)
     rows = []
     for arm in arms:
         against = None
-        if {arm, plan.control(arm)} <= compared.keys():
+        if {arm, plan.control(arm)} <= said.keys():
             run = exam.run()
             both = {PLAIN: run.answers[plan.control(arm)], arm: run.answers[arm]}
-            against = _changes(compare([dataclasses.replace(run, answers=both)]))[arm]
+            against = _changes(compare([_only(run, both)]))[arm]
         spec = card["arms"].get(arm, {}).get("spec", "")
         brief = plan.brief(parse(spec)) if spec else ""
         rows.append(
@@ -150,14 +150,14 @@ def _small(study: Study, model: str, searches: Mapping[str, Found | None], chose
                 "name": arm,
                 "spec": spec,
                 "brief": brief,
-                "found": compared.get(arm),
-                "elsewhere": compared.get(plan.control(arm)),
+                "found": said.get(arm),
+                "elsewhere": said.get(plan.control(arm)),
                 "difference": against,
             }
         )
     refining = {arm.name: searches[arm.name] for arm in study.arms() if arm.decoder.refines}
     ended = {name: _search(search) for name, search in refining.items() if search is not None}
-    return {"plain": compared.get(PLAIN), "samples": card["count"], "rows": rows, "searches": ended}
+    return {"plain": said.get(PLAIN), "samples": card["count"], "rows": rows, "searches": ended}
 
 
 def _changed(exam: Exam, arms: Iterable[str]) -> dict[str, float]:
@@ -179,12 +179,23 @@ def _versions(session: Mapping[str, Any]) -> str:
     return ", ".join(f"{name} {session['versions'][name]}" for name in ("vlmfix", "torch", "transformers"))
 
 
-def _compared(exam: Exam, arms: Sequence[str]) -> dict[str, Any]:
-    """Figures of the arms that are there, with differences to plain decoding."""
+def compared(exam: Exam, arms: Sequence[str]) -> dict[str, Any]:
+    """Figures of plain decoding and of those arms that the run has, with differences to plain decoding.
+
+    Args:
+        exam: Whose run is read; plain decoding is answered there.
+        arms: By name; what else the run has counts for nothing, neither as a row nor in Holm's correction.
+    """
     run = exam.run()
     there = {arm: run.answers[arm] for arm in (PLAIN, *arms) if arm in run.answers}
     draws = max(DRAWS, DRAWS_PER_ARM * len(there))
-    return _changes(compare([dataclasses.replace(run, answers=there)], draws=draws))
+    return _changes(compare([_only(run, there)], draws=draws))
+
+
+def _only(run: EvalRun, answers: Mapping[str, dict[str, Record]]) -> EvalRun:
+    """A run as if it had these arms alone."""
+    card = run.card | {"arms": {arm: run.card["arms"][arm] for arm in answers}}
+    return dataclasses.replace(run, card=card, answers=dict(answers))
 
 
 def _changes(comparison: Comparison) -> dict[str, Any]:
