@@ -97,7 +97,7 @@ class SPIN(Decoder):
         low=0,
         high=1,
         optional=True,
-        search=(0.0, 0.5),
+        search=(0.0, 0.9),
         help="alpha_s, factor on the other heads; none: the authors' for the model",
     )
     layers: LayerSet | None = parameter(
