@@ -37,7 +37,7 @@ SHARE = 20 / 1024
 
 @dataclass(frozen=True, kw_only=True)
 class ADHH(Decoder):
-    """Adaptive deactivation of hallucination heads: where such a head reads text rather than the picture, not the text.
+    """Adaptive deactivation of hallucination heads: the text is taken from such a head wherever it mostly reads text.
 
     For the row that predicts, at every step and in each hallucination head h, after the softmax:
 
