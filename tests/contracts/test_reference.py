@@ -6,6 +6,7 @@ applies the specification to one row at a time, and runs the full sequence anew 
 
 from __future__ import annotations
 
+import functools
 from contextlib import contextmanager
 
 import pytest
@@ -279,6 +280,7 @@ def acting(vlm, batch, method):
     """Whether row q of sample b is one that a method acts on: every one, or text behind a picture and what follows."""
     layout = vlm.layout(batch)
 
+    @functools.cache
     def acts(b, q):
         if q >= batch.length:
             return True
@@ -307,20 +309,20 @@ def zerotuning(vlm, batch, method):
 def act(vlm, batch, method):
     """Section B2 of the sinks' specification."""
     first, prompt = (batch.attention_mask == 1).int().argmax(-1).tolist(), batch.length
-    slow, acts = Slow(same, None), acting(vlm, batch, method)
+    slow, acts, heads = Slow(same, None), acting(vlm, batch, method), method._chosen(vlm)
 
     def sinks(b, h):
         start, found = first[b], []
         theta = method.sink_factor / (prompt - start) if method.sink_threshold is None else method.sink_threshold
         rows = [i for i in range(prompt) if acts(b, i)]
         for j in range(start, prompt - method.spared_tail):
-            column = [float(slow.map[b, h, i, j]) for i in rows if slow.allowed[b, 0, i, j]]
-            if sum(column) / len(column) > theta:
+            column = slow.map[b, h, rows, j][slow.allowed[b, 0, rows, j]]
+            if column.mean() > theta:
                 found.append(j)
         return found[1:] if method.spared == "first-sink" else [j for j in found if j != start]
 
     def weights(layer, b, h, q, row):
-        if (layer, h) not in method._chosen(vlm) or not acts(b, q):
+        if (layer, h) not in heads or not acts(b, q):
             return row
         if slow.memory.get("of") is not slow.map:
             slow.memory = {"of": slow.map}
