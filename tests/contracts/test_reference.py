@@ -7,6 +7,7 @@ applies the specification to one row at a time, and runs the full sequence anew 
 from __future__ import annotations
 
 import functools
+import itertools
 from contextlib import contextmanager
 
 import pytest
@@ -41,16 +42,20 @@ class Slow:
         scores = query.double() @ key.transpose(2, 3) * scaling
         allowed = torch.ones(length, length, dtype=torch.bool).tril() if attention_mask is None else attention_mask
         self.allowed = allowed = allowed.expand(rows, 1, length, length)
-        edited, self.map = scores.clone(), scores
-        for b, h, q in torch.cartesian_prod(*map(torch.arange, (rows, heads, length))).tolist():
-            edited[b, h, q] = self.scores(module.layer_idx, b, h, q, scores[b, h, q])
+        edited = self._each_row(self.scores, module.layer_idx, scores)
         weights = edited.masked_fill(~allowed, -1e300).softmax(-1) * allowed
-        final, self.map = weights.clone(), weights
-        for b, h, q in torch.cartesian_prod(*map(torch.arange, (rows, heads, length))).tolist():
-            final[b, h, q] = self.weights(module.layer_idx, b, h, q, weights[b, h, q])
-        final = self.together(module.layer_idx, final)
+        final = self.together(module.layer_idx, self._each_row(self.weights, module.layer_idx, weights))
         output = self.outputs(module.layer_idx, (final @ value).transpose(1, 2))
         return output.to(query.dtype).contiguous(), None
+
+    def _each_row(self, rule, layer, values):
+        self.map = values
+        if rule is same:
+            return values
+        new = values.clone()
+        for b, h, q in itertools.product(*map(range, values.shape[:3])):
+            new[b, h, q] = rule(layer, b, h, q, values[b, h, q])
+        return new
 
     def together(self, layer, weights):
         """A rule for the weights (B, H, Q, K) of all heads, where a row of its own does not suffice."""
