@@ -11,7 +11,6 @@ import pytest
 
 from tests.folder.fake import draw
 from tests.tiny import tiny_vlm
-from vlmfix import cli
 from vlmfix.commands import options
 from vlmfix.decoders import DECODERS
 from vlmfix.errors import DataError
@@ -30,16 +29,6 @@ def model(tmp_path_factory):
     vlm.model.save_pretrained(folder)
     vlm.processor.save_pretrained(folder)
     return str(folder)
-
-
-@pytest.fixture
-def vlmfix(capsys):
-    def call(*arguments):
-        code = cli._run([str(argument) for argument in arguments])
-        out, err = capsys.readouterr()
-        return code, out, err
-
-    return call
 
 
 def test_run_asks_and_goes_on(tmp_path, model, vlmfix):

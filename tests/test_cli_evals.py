@@ -7,7 +7,6 @@ import shutil
 import pytest
 from PIL import Image
 
-from vlmfix import cli
 from vlmfix.commands import options
 from vlmfix.models.checkpoint import EMBEDDED
 from vlmfix.records import read_json, read_lines
@@ -29,16 +28,6 @@ def world(tmp_path_factory):
     folder = tmp_path_factory.mktemp("world")
     coco.make(folder, count=SCENES, seed=41)
     return folder
-
-
-@pytest.fixture
-def vlmfix(capsys):
-    def call(*arguments):
-        code = cli._run([str(argument) for argument in arguments])
-        out, err = capsys.readouterr()
-        return code, out, err
-
-    return call
 
 
 def pope(world):

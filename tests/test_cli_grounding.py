@@ -8,7 +8,6 @@ import pytest
 from PIL import Image
 
 import vlmfix as package
-from vlmfix import cli
 from vlmfix.commands import options
 from vlmfix.heads.grounding import grounding
 from vlmfix.models.checkpoint import EMBEDDED
@@ -27,16 +26,6 @@ def picture(tmp_path_factory):
     folder = tmp_path_factory.mktemp("world")
     coco.make(folder, count=1, seed=43)
     return next((folder / "images").iterdir())
-
-
-@pytest.fixture
-def vlmfix(capsys):
-    def call(*arguments):
-        code = cli._run([str(argument) for argument in arguments])
-        out, err = capsys.readouterr()
-        return code, out, err
-
-    return call
 
 
 @pytest.mark.parametrize("model", EMBEDDED)
@@ -73,6 +62,7 @@ def test_without_an_answer_the_models_own_is_judged(picture, vlmfix):
         (("nothing.png", QUESTION), "there is no file nothing.png"),
         (("PICTURE", " "), "is empty"),
         (("PICTURE", QUESTION, "--answer", ""), "is empty"),
+        (("PICTURE", QUESTION, "--decoder", "beam", "--temperature", "1"), "temperature=1.0 is asked for"),
         (("PICTURE", QUESTION, "--layers", "x"), "layers 'x' are not understood"),
         (("PICTURE", QUESTION, "--plot", "no/such/place.png"), "there is no folder no/such"),
     ],

@@ -6,7 +6,6 @@ import json
 
 import pytest
 
-from vlmfix import cli
 from vlmfix.commands import options
 from vlmfix.heads.profile import load_profiles
 from vlmfix.models.checkpoint import EMBEDDED
@@ -27,16 +26,6 @@ def images(tmp_path_factory):
     coco.make(folder, count=5, seed=41)
     (folder / "images" / "broken.png").write_bytes(b"no picture")
     return folder / "images"
-
-
-@pytest.fixture
-def vlmfix(capsys):
-    def call(*arguments):
-        code = cli._run([str(argument) for argument in arguments])
-        out, err = capsys.readouterr()
-        return code, out, err
-
-    return call
 
 
 @pytest.mark.parametrize("model", EMBEDDED)

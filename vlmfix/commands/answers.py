@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from vlmfix.commands import options
-from vlmfix.errors import DataError, UsageError
+from vlmfix.errors import UsageError
 from vlmfix.settings import Settings
 
 
@@ -78,16 +78,11 @@ def ask(picture: Path, question: str, settings: Settings) -> None:
     from vlmfix.decoders import parse
     from vlmfix.display import loading
     from vlmfix.generation import check_settings
-    from vlmfix.images import open_picture
+    from vlmfix.images import named_picture
 
-    if not picture.exists():
-        raise UsageError(f"there is no file {picture}", "give a picture")
     decoder = parse(settings.decoder)
     check_settings(decoder, settings)
-    try:
-        shown = open_picture(picture).image
-    except DataError as error:
-        raise DataError(f"{picture}: {error.message}", "give a JPEG, PNG, WebP, TIFF, BMP or GIF file") from error
+    shown = named_picture(picture)
     vlm = loading(settings.model, revision=settings.revision, device=settings.device, dtype=settings.dtype)
     pieces = vlm.stream(
         shown,

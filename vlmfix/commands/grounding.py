@@ -47,11 +47,14 @@ def grounding(
     from vlmfix.attention.edit import LayerSet
     from vlmfix.decoders import parse
     from vlmfix.display import loading
+    from vlmfix.generation import check_settings
     from vlmfix.heads.grounding import grounding as measure
     from vlmfix.images import named_picture
     from vlmfix.records import to_json
 
-    decoder, chosen, shown = parse(settings.decoder), LayerSet(layers), named_picture(picture)
+    decoder, chosen = parse(settings.decoder), LayerSet(layers)
+    check_settings(decoder, settings)
+    shown = named_picture(picture)
     vlm = loading(settings.model, revision=settings.revision, device=settings.device, dtype=settings.dtype)
     judged: str | tuple[int, ...] = answer or ""
     if answer is None:
