@@ -1,9 +1,11 @@
 """What each decoder costs on a GPU: milliseconds per token and memory, at LLaVA-1.5-7B's shapes with random weights.
 
     python benchmarks/decoding.py --layers 8 --json decoding.json
+    python benchmarks/decoding.py --layers 8 --rows 1 greedy spin:kept_share=0.95,suppression=0.08,layers=all
 
-Weights do not change the arithmetic, so none are needed. With fewer than 32 layers the numbers are those of a smaller
-model; the ratios between decoders are what to read. Decoding is compiled (static cache), one warm-up run first.
+Weights do not change the arithmetic, so none are needed; where a method takes heads, sinks or layers from a table, some
+are given. With fewer than 32 layers the numbers are those of a smaller model; the ratios between decoders are what to
+read. Each is timed compiled (static cache) and not, after a run to warm up.
 """
 
 from __future__ import annotations
@@ -31,14 +33,26 @@ from vlmfix.decoders import parse
 from vlmfix.generation import VLM, wrap
 from vlmfix.models.checkpoint import EMBEDDED
 
+VAR = "var:sink_dims=1415/2533,sink_threshold=2,min_visual_mass=0"
+SPIN = "spin:kept_share=0.95,suppression=0.08,layers=all"
 DECODERS = (
     "greedy",
     "locore",
-    "var:sink_dims=1415/2533,sink_threshold=2,min_visual_mass=0",
+    VAR,
     "vcd",
     "inter",
-    "var:sink_dims=1415/2533,sink_threshold=2,min_visual_mass=0+vcd",
+    f"{VAR}+vcd",
+    "vhr:alpha=2,layers=1/4:",
+    "gift:alpha=5,saliency_layers=3,layers=4:6,words=all",
+    "zerotuning:heads=" + "/".join(map(str, range(32))),
+    "act:heads=all",
+    SPIN,
+    f"vcd+{SPIN}",
+    "adhh:heads=L2H3/L4H9/L6H30",
+    "ph3:heads=L2H3/L4H9/L6H30",
+    "imbalance",
 )
+"""Every method whose forward pass is the model's own with an edit or a contrast."""
 QUESTION = "Please describe this image in detail."
 
 
@@ -129,6 +143,7 @@ def prefill_memory(vlm: VLM, spec: str, length: int, implementation: str = "sdpa
 def main() -> None:
     """Prints the tables and writes them as JSON."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("decoders", nargs="*", default=DECODERS, metavar="DECODER", help="as --decoder takes it")
     parser.add_argument("--layers", type=int, default=32)
     parser.add_argument("--rows", type=int, nargs="+", default=[1, 8])
     parser.add_argument("--minutes", type=float, default=30.0, help="starts no new measurement after this")
@@ -141,8 +156,8 @@ def main() -> None:
     memory = {}
     for length in (4096, 8192):
         for spec, implementation in (
-            (DECODERS[0], "sdpa"),
-            (DECODERS[2], "sdpa"),
+            ("greedy", "sdpa"),
+            (VAR, "sdpa"),
             ("locore", "sdpa"),
             ("greedy", "eager"),
         ):
@@ -151,7 +166,7 @@ def main() -> None:
             print(f"prefill of {length} tokens, {label}: {memory[f'{label}, {length}']:.0f} MiB", flush=True)
     speed: dict[str, float] = {}
     for rows in given.rows:
-        for spec in DECODERS:
+        for spec in given.decoders:
             for mode, options in (("compiled", {"cache_implementation": "static"}), ("eager", {})):
                 if time.monotonic() > deadline:
                     break

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from tests.evals.fake import Says, workload
-from tests.evals.jobs import double
+from tests.evals.jobs import double, gpu_of_process
 from tests.folder.fake import FakeVLM, draw
 from vlmfix.decoders import CARVE, DECODERS, Greedy, ViCrop, parse
 from vlmfix.decoders.recipe import read_recipe
@@ -51,6 +51,14 @@ def test_jobs_fail_stop_and_end_each_for_itself(processes, capfd):
     assert found["job 4"].problem == "ZeroDivisionError: four"
     assert found["job 5"].stopped
     assert "ZeroDivisionError" in capfd.readouterr().err, "what nobody expected is shown"
+
+
+def test_processes_share_out_the_gpus(monkeypatch):
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,7")
+    with crew(2) as pool:
+        found = dict(perform({name: Job(gpu_of_process, ()) for name in "ab"}, ENDLESS, pool))
+    assert {outcome.value for outcome in found.values()} == {"5", "7"}
 
 
 def test_nothing_begins_when_the_time_is_over():

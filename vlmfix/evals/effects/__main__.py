@@ -31,8 +31,10 @@ DECISIVE = ("models", "only", "count", "seed", "tuning_count", "tuning_seed", "t
 @click.option("--seed", default=303, show_default=True, type=click.IntRange(0), help="Theirs.")
 @click.option("--tuning-count", default=300, show_default=True, type=click.IntRange(2), help="Scenes for tuning.")
 @click.option("--tuning-seed", default=404, show_default=True, type=click.IntRange(0), help="Theirs.")
-@click.option("--trials", default=24, show_default=True, type=click.IntRange(1), help="Of each search.")
-@click.option("--stage", "stages", multiple=True, type=click.Choice(STAGES), help="May repeat.  [default: all]")
+@click.option("--trials", default=32, show_default=True, type=click.IntRange(1), help="Of each search.")
+@click.option(
+    "--stage", "stages", multiple=True, type=click.Choice(STAGES), help="May repeat; in this order.  [default: all]"
+)
 @click.option("--jobs", default=1, show_default=True, type=click.IntRange(1), help="Processes on the device.")
 @click.option("--minutes", type=click.FloatRange(0), help="Stop after so long; what is done is kept.")
 @click.option("--device", default="auto", show_default=True, help="auto, cpu or cuda.")

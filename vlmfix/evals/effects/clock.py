@@ -8,10 +8,11 @@ import threading
 import time
 import traceback
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import dataclass
+from multiprocessing.sharedctypes import Synchronized
 from typing import Any
 
 import torch
@@ -85,6 +86,8 @@ class Outcome:
 def crew(processes: int) -> Iterator[ProcessPoolExecutor | None]:
     """Processes that take jobs, until the block ends; they end with the one that began them, however it ends.
 
+    On a machine with several GPUs they are shared out evenly, so that each process sees one.
+
     Args:
         processes: How many; 1 for none, jobs then run where they are asked for.
     """
@@ -93,7 +96,8 @@ def crew(processes: int) -> Iterator[ProcessPoolExecutor | None]:
         return
     context = multiprocessing.get_context("spawn")  # a forked process cannot use the GPU
     threads = max(1, (os.cpu_count() or 1) // processes)
-    with ProcessPoolExecutor(processes, mp_context=context, initializer=_begin, initargs=(threads,)) as pool:
+    begin = (threads, _gpus(), context.Value("i", 0))
+    with ProcessPoolExecutor(processes, mp_context=context, initializer=_begin, initargs=begin) as pool:
         yield pool
 
 
@@ -130,9 +134,21 @@ def _outcome(job: Job, clock: Clock) -> Outcome:
     return Outcome(value, seconds=time.perf_counter() - started)
 
 
-def _begin(threads: int) -> None:
-    """Prepares a process: its share of the cores, and an end when the first one is gone, be it killed."""
+def _gpus() -> list[str]:
+    """The GPUs that there are, as CUDA_VISIBLE_DEVICES calls them."""
+    count = torch.cuda.device_count()
+    named = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+    return named.split(",")[:count] if named else [str(number) for number in range(count)]
+
+
+def _begin(threads: int, gpus: Sequence[str], begun: Synchronized[int]) -> None:
+    """Prepares a process: its share of the cores, one GPU, and an end when the first one is gone, be it killed."""
     warnings.simplefilter("ignore")
+    with begun.get_lock():
+        number = begun.value
+        begun.value += 1
+    if gpus:
+        os.environ["CUDA_VISIBLE_DEVICES"] = gpus[number % len(gpus)]
     torch.set_num_threads(threads)
     threading.Thread(target=_end_with_parent, daemon=True).start()
 

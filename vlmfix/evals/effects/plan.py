@@ -13,14 +13,25 @@ from vlmfix.evals.effects.small import Elsewhere
 from vlmfix.evals.record import PLAIN
 from vlmfix.evals.search import Space
 
-CHAINS = ("vcd+vhr", "vcd+spin", "vcd+gift", "vcd+zerotuning", "vcd+act:heads=all")
+CHAINS = (
+    "vcd+vhr",
+    "vcd+spin",
+    "vcd+adhh",
+    "vcd+spin+adhh",
+    "vcd+gift",
+    "vcd+zerotuning",
+    "vcd+act:heads=all",
+)
 """A contrast with each kind of edit: of head outputs that add and that take away, of weights, of biases, of sinks."""
-NOISE = "vcd:noise_step=900,plausibility=0.1"
-"""VCD with the noise that cost the least recall on tuning scenes; its contrast is left open."""
+NOISE, PURE = "vcd:noise_step=900,plausibility=0.1", "vcd:noise_step=999,plausibility=0.1"
+"""VCD with little and with nothing left of the picture, which cost the least recall on tuning scenes; its contrast is
+left open."""
 BEGUN: Mapping[str, Sequence[str]] = {
     "act": ("act:heads=all", "act:preset=official-code,heads=all"),
     "vcd+vhr": (f"{NOISE}+vhr",),
-    "vcd+spin": (f"{NOISE}+spin:kept_share=0.95",),
+    "vcd+spin": (f"{NOISE}+spin:kept_share=0.95", f"{PURE}+spin:kept_share=0.95"),
+    "vcd+adhh": (f"{NOISE}+adhh", f"{PURE}+adhh"),
+    "vcd+spin+adhh": (f"{NOISE}+spin:kept_share=0.95+adhh",),
     "vcd+gift": (f"{NOISE}+gift",),
     "vcd+zerotuning": (f"{NOISE}+zerotuning",),
     "vcd+act:heads=all": (f"{NOISE}+act:heads=all,preset=official-code",),

@@ -10,7 +10,7 @@ from vlmfix.decoders import parse
 from vlmfix.evals.compare import DRAWS_PER_ARM, Arm, Change, Comparison, compare
 from vlmfix.evals.effects import plan
 from vlmfix.evals.effects.runs import Exam
-from vlmfix.evals.effects.study import PROBLEMS, SPEED, Study, found, survey
+from vlmfix.evals.effects.study import PROBLEMS, TIMES, Study, found, survey
 from vlmfix.evals.effects.tuning import CHAIR, POPE, SMALL, Found, Limits
 from vlmfix.evals.record import CARD, PLAIN, EvalRun, Record
 from vlmfix.records import read_json
@@ -66,7 +66,7 @@ def _model(study: Study, model: str, reasons: Mapping[str, str], problems: Mappi
             "problem": _problem(problems, model, arm.name),
         }
         rows.append(known | _figures(arm.name, captions, questions, changed))
-    speed = study.folder(model) / SPEED
+    speed = study.folder(model) / TIMES
     return {
         "weights": read_json(exams[CHAIR].folder / CARD)["weights"],
         "dtype": read_json(exams[CHAIR].folder / CARD)["dtype"],

@@ -26,8 +26,9 @@ from vlmfix.world import coco
 from vlmfix.world.coco import image_name
 from vlmfix.world.pope import SPLITS
 
-STAGES = ("defaults", "small", "tuned", "speed")
-PROBLEMS, SPEED = "problems.json", "speed.json"
+SPEED = "speed"
+STAGES = ("small", "defaults", "tuned", SPEED)
+PROBLEMS, TIMES = "problems.json", "speed.json"
 TIMED = 16
 """Pictures in the batch that is timed."""
 
@@ -118,7 +119,7 @@ def _workloads(world: Path, count: int, seed: int) -> dict[str, tuple[Task, Work
 
 
 def conduct(study: Study, stages: Sequence[str]) -> bool:
-    """Does what is left of the stages.
+    """Does what is left of the stages, in the order given; times come last, when nothing else runs.
 
     Returns:
         Whether all of it is done; not when the time was over or something failed.
@@ -128,12 +129,12 @@ def conduct(study: Study, stages: Sequence[str]) -> bool:
             return False
         reasons = survey(study)
         jobs: dict[str, Job] = {}
-        for stage, listed in (("small", _small), ("defaults", _defaults), ("tuned", _tuned)):
-            for model in study.models if stage in stages else ():
+        for listed in (LISTED[stage] for stage in stages if stage != SPEED):
+            for model in study.models:
                 jobs |= listed(study, model, reasons[model])
         done = _all(study, jobs, pool)
     times: dict[str, Job] = {}
-    for model in study.models if "speed" in stages else ():
+    for model in study.models if SPEED in stages else ():
         times |= _timed(study, model, reasons[model])
     return _all(study, times, None) and done
 
@@ -212,6 +213,9 @@ def _tuned(study: Study, model: str, reasons: Mapping[str, str]) -> dict[str, Jo
     return jobs
 
 
+LISTED = {"small": _small, "defaults": _defaults, "tuned": _tuned}
+
+
 def _answer(exams: Sequence[Exam], arm: str, decoder: Decoder, clock: Clock) -> list[tuple[Exam, str]]:
     """Answers an arm; returns what is to be taken into the runs."""
     for exam in exams:
@@ -236,7 +240,7 @@ def _timed(study: Study, model: str, reasons: Mapping[str, str]) -> dict[str, Jo
     pictures = [study.world(study.seed) / "images" / image_name(number) for number in range(min(TIMED, study.count))]
     return {
         f"{model}, speed, {arm.name}": Job(
-            time_arm, (study.folder(model) / SPEED, settings, pictures, arm.name, arm.decoder)
+            time_arm, (study.folder(model) / TIMES, settings, pictures, arm.name, arm.decoder)
         )
         for arm in study.arms()
         if not reasons[arm.spec]
