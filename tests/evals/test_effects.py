@@ -377,7 +377,7 @@ def model(**rows):
     return {
         "weights": "sha256:1",
         "dtype": "float32",
-        "devices": ["cpu"],
+        "devices": {"chair": ["cuda:0", "cpu"], "pope": ["cpu"], "small": []},
         "versions": ["vlmfix 1"],
         "plain": {"captions": captions(0.2, 0.0), "pope": pope},
         "rows": listed,
@@ -396,6 +396,7 @@ def test_how_far_each_came():
 
 RESULTS = {
     "command": "python -m vlmfix.evals.effects",
+    "stages": ["defaults", "small", "tuned", "speed"],
     "count": 5,
     "seed": 1,
     "tuning_count": 4,
@@ -413,9 +414,22 @@ def test_the_page_says_what_was_reached_and_what_is_missing():
     assert "| `good` | 0.400: +0.000 [-0.010, +0.010] | 0.100: -0.100 [-0.110, -0.090] ✓ |" in whole
     assert "30.0: -1.2 [-1.3, -1.2]" in whole
     assert "| `late` | not run yet |" in whole
+    assert "captions on cuda:0, cpu; POPE on cpu; vlmfix 1." in whole
     poor = text(RESULTS | {"models": {"tiny": model(idle=captions(0.2, 0.0))}})
     assert "Nothing reaches the goal; nearest, with recall kept: `idle`" in poor
     assert "Plain decoding: not run yet." in text(RESULTS | {"models": {"tiny": {"rows": []}}})
+
+
+def test_the_page_shows_the_stages_that_are_asked_for():
+    chosen = {"search": None, "by_hand": "beam+vcd", "name": "beam+vcd", "source": "", "reason": "", "changed": 0.5}
+    figures = {key: model(one=captions(0.1, 0.0))["rows"][0][key] for key in ("captions", "pope")}
+    found = model(good=captions(0.1, -0.02)) | {"tuned": [chosen | figures]}
+    told = {stage: text(RESULTS | {"stages": [stage], "models": {"tiny": found}}) for stage in study.STAGES}
+    assert [stage for stage in told if "`good`" in told[stage]] == ["defaults"]
+    assert [stage for stage in told if "| `beam+vcd` | by hand | `beam+vcd` |" in told[stage]] == ["tuned"]
+    assert "The goal is reached by `beam+vcd` (tuned" in told["tuned"]
+    assert [stage for stage in told if "### Time" in told[stage]] == ["speed"]
+    assert [stage for stage in told if "Holm" in told[stage]] == ["small", "defaults", "tuned"]
 
 
 def test_the_page_keeps_what_people_wrote(tmp_path):
@@ -451,7 +465,8 @@ def test_the_whole_study(tmp_path, monkeypatch):
     command(given, standalone_mode=False)
     results = json.loads((out / "results.json").read_text())
     assert "effects --out DIR --model tiny --decoder" in results["command"]
-    assert "--stage" not in results["command"]
+    assert "--stage defaults --stage tuned" in results["command"]
+    assert "--jobs" not in results["command"]
     found = results["models"]["tiny"]
     rows = {row["name"].partition(":")[0]: row for row in found["rows"]}
     assert rows["vcd"]["captions"]["chair_i"]["value"] is not None

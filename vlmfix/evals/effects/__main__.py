@@ -18,7 +18,7 @@ from vlmfix.evals.effects.study import STAGES, Study, conduct
 from vlmfix.records import replace_json
 
 PATH = click.Path(path_type=Path)
-DECISIVE = ("models", "only", "count", "seed", "tuning_count", "tuning_seed", "trials", "batch_size")
+DECISIVE = ("models", "only", "count", "seed", "tuning_count", "tuning_seed", "trials", "stages", "dtype", "batch_size")
 """Options that a figure depends on."""
 
 
@@ -38,6 +38,13 @@ DECISIVE = ("models", "only", "count", "seed", "tuning_count", "tuning_seed", "t
 @click.option("--jobs", default=1, show_default=True, type=click.IntRange(1), help="Processes on the device.")
 @click.option("--minutes", type=click.FloatRange(0), help="Stop after so long; what is done is kept.")
 @click.option("--device", default="auto", show_default=True, help="auto, cpu or cuda.")
+@click.option(
+    "--dtype",
+    default="auto",
+    show_default=True,
+    type=click.Choice(["auto", "float32", "bfloat16"]),
+    help="auto: bfloat16 on a GPU, float32 on the CPU.",
+)
 @click.option("--batch-size", default=100, show_default=True, type=click.IntRange(1), help="Questions at a time.")
 def command(
     *,
@@ -54,13 +61,14 @@ def command(
     jobs: int,
     minutes: float | None,
     device: str,
+    dtype: str,
     batch_size: int,
 ) -> None:
     """Measure what every decoder does to the embedded models, and write OUT/results.json and a page of tables.
 
     CHAIR and POPE with defaults and with parameters chosen on other scenes, small things for methods that refine the
-    picture, and time per token. Started again, it goes on where it was; with --minutes it stops by itself. The exit
-    code is 1 when something is left or failed.
+    picture, and time per token. The page shows the stages that are asked for. Started again, it goes on where it was;
+    with --minutes it stops by itself. The exit code is 1 when something is left or failed.
     """
     warnings.simplefilter("ignore")
     if seed == tuning_seed:
@@ -76,13 +84,14 @@ def command(
         trials=trials,
         only=only,
         device=device,
+        dtype=dtype,
         batch_size=batch_size,
         jobs=jobs,
         clock=clock,
     )
     out.mkdir(parents=True, exist_ok=True)
     done = conduct(study, stages or STAGES)
-    found = results(study, _command(click.get_current_context()))
+    found = results(study, stages or STAGES, _command(click.get_current_context()))
     replace_json(out / "results.json", found)
     write(page or out / "effects.md", found)
     click.echo(f"effects: {page or out / 'effects.md'}, {out / 'results.json'}", err=True)

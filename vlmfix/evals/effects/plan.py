@@ -39,6 +39,12 @@ BEGUN: Mapping[str, Sequence[str]] = {
 """Where a search begins that must say something: heads where none are published; in chains, what would make the space
 too large to search."""
 
+BY_HAND = (
+    "beam+vcd:contrast=0.1,noise_step=999,plausibility=0.1",
+    "beam+vcd:contrast=0.1,noise_step=900,plausibility=0.1+spin:kept_share=0.95,suppression=0.6",
+)
+"""Chains with beams; a search takes too long, so parameters were chosen by hand on a hundred of the tuning scenes."""
+
 
 @dataclass(frozen=True)
 class Arm:
@@ -65,6 +71,16 @@ def arms(only: Sequence[str] = ()) -> list[Arm]:
         only: Specifications to take instead; empty for all.
     """
     return [Arm(spec, spec) for spec in only or (*DECODERS, *CHAINS) if spec != PLAIN]
+
+
+def by_hand(only: Sequence[str] = ()) -> list[Arm]:
+    """Chains whose parameters were chosen without a search, named by their parts.
+
+    Args:
+        only: Specifications that were asked for instead; then there are none.
+    """
+    named = {"+".join(part.split(":")[0] for part in spec.split("+")): spec for spec in BY_HAND}
+    return [] if only else [Arm(name, spec) for name, spec in named.items()]
 
 
 def small_arms(found: Sequence[Arm]) -> list[Arm]:

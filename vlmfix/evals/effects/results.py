@@ -21,11 +21,12 @@ HALF, RECALL_LOSS = 0.5, 0.02
 NOT_YET = "not run yet"
 
 
-def results(study: Study, command: str) -> dict[str, Any]:
+def results(study: Study, stages: Sequence[str], command: str) -> dict[str, Any]:
     """Everything that the page shows, from what is on the disk.
 
     Args:
         study: What is measured.
+        stages: What the page shows of it.
         command: What gives the same, for the page.
     """
     reasons = survey(study)
@@ -33,6 +34,7 @@ def results(study: Study, command: str) -> dict[str, Any]:
     problems = read_json(path) if path.exists() else {}
     return {
         "command": command,
+        "stages": list(stages),
         "count": study.count,
         "seed": study.seed,
         "tuning_count": study.tuning_count,
@@ -53,10 +55,11 @@ def _model(study: Study, model: str, reasons: Mapping[str, str], problems: Mappi
     listed = study.arms()
     searches = {arm.name: found(study, model, arm.name) for arm in listed}
     chosen = {name: plan.tuned(name, one.spec) for name, one in searches.items() if one and one.spec}
+    others = {arm.name: plan.tuned(arm.name, arm.decoder.spec()) for arm in plan.by_hand(study.only)}
     names = [arm.name for arm in listed]
-    captions = compared(exams[CHAIR], [*names, *chosen.values()])
+    captions = compared(exams[CHAIR], [*names, *chosen.values(), *others.values()])
     changed = _changed(exams[CHAIR], captions)
-    questions = compared(exams[POPE], [*names, *chosen.values()])
+    questions = compared(exams[POPE], [*names, *chosen.values(), *others.values()])
     rows = []
     for arm in listed:
         known = {
@@ -70,8 +73,8 @@ def _model(study: Study, model: str, reasons: Mapping[str, str], problems: Mappi
     return {
         "weights": read_json(exams[CHAIR].folder / CARD)["weights"],
         "dtype": read_json(exams[CHAIR].folder / CARD)["dtype"],
-        "devices": _sessions(exams[CHAIR], lambda session: session["device"]),
-        "versions": _sessions(exams[CHAIR], _versions),
+        "devices": {name: _sessions(exam, lambda session: session["device"]) for name, exam in exams.items()},
+        "versions": list(dict.fromkeys(said for exam in exams.values() for said in _sessions(exam, _versions))),
         "plain": {"captions": captions.get(PLAIN), "pope": questions.get(PLAIN)},
         "rows": rows,
         "tuned": [
@@ -79,6 +82,10 @@ def _model(study: Study, model: str, reasons: Mapping[str, str], problems: Mappi
             | _figures(chosen.get(arm.name, ""), captions, questions, changed)
             for arm in listed
             if not arm.decoder.refines
+        ]
+        + [
+            _by_hand(arm, known=others[arm.name] in captions) | _figures(others[arm.name], captions, questions, changed)
+            for arm in plan.by_hand(study.only)
         ],
         "small": _small(study, model, searches, chosen) if SMALL in exams else None,
         "speed": read_json(speed) if speed.exists() else None,
@@ -117,7 +124,13 @@ def _tuned(
     elif search is None:
         reason = _problem(problems, model, arm.name) or NOT_YET
     known = {"name": arm.name, "source": arm.decoder.source.arxiv, "reason": reason}
-    return known | {"search": None if search is None else _search(search)}
+    return known | {"search": None if search is None else _search(search), "by_hand": ""}
+
+
+def _by_hand(arm: plan.Arm, *, known: bool) -> dict[str, Any]:
+    """A chain without a search, in the same words."""
+    reason = "" if known else NOT_YET
+    return {"name": arm.name, "source": "", "reason": reason, "search": None, "by_hand": plan.brief(arm.decoder)}
 
 
 def _search(search: Found) -> dict[str, Any]:

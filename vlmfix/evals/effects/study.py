@@ -47,6 +47,7 @@ class Study:
         trials: Of each search.
         only: Specifications of the decoders; empty for all, and the chains.
         device: Where models run.
+        dtype: ``auto``, ``float32`` or ``bfloat16``.
         batch_size: Rows at a time.
         jobs: Processes at a time.
         clock: When to stop.
@@ -61,6 +62,7 @@ class Study:
     trials: int
     only: Sequence[str]
     device: str
+    dtype: str
     batch_size: int
     jobs: int
     clock: Clock
@@ -100,7 +102,9 @@ class Study:
                 folder=folder / name,
                 task=task,
                 workload=workload,
-                settings=Settings(model=model, device=self.device, max_new_tokens=task.max_new_tokens),
+                settings=Settings(
+                    model=model, device=self.device, dtype=self.dtype, max_new_tokens=task.max_new_tokens
+                ),
                 batch_size=self.batch_size,
             )
             for name, (task, workload) in found.items()
@@ -163,7 +167,7 @@ def survey(study: Study) -> dict[str, dict[str, str]]:
     specs += [spec for arm in study.arms() for spec in plan.starts(arm)]
     found = {}
     for model in study.models:
-        vlm = loaded(model, revision=None, device=study.device, dtype="auto")
+        vlm = loaded(model, revision=None, device=study.device, dtype=study.dtype)
         found[model] = {spec: _reason(parse(spec), vlm) for spec in dict.fromkeys(specs)}
     return found
 
@@ -210,6 +214,10 @@ def _tuned(study: Study, model: str, reasons: Mapping[str, str]) -> dict[str, Jo
             )
             own = [exams[name] for name in names]
             jobs[f"{model}, search, {arm.name}"] = Job(_hunted, (wanted, arm.name, own, study.clock))
+    both = [exams[CHAIR], exams[POPE]]
+    for arm in plan.by_hand(study.only):
+        name = plan.tuned(arm.name, arm.decoder.spec())
+        jobs[f"{model}, by hand, {arm.name}"] = Job(_answer, (both, name, arm.decoder, study.clock))
     return jobs
 
 
