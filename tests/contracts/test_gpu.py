@@ -35,13 +35,15 @@ def test_bfloat16_stays_near_float32(family, name):
     want = logits(exact, batch_of(exact), STRONG[name], steps=1)
     got = logits(rounded, batch_of(rounded), STRONG[name], steps=1)
     assert got.isfinite().all()
-    # These methods choose tokens, heads and sinks by thresholds: rounding moves them further than the plain logits, and
-    # where five of them follow each other, a row whose choice turns over is another row altogether.
+    # These methods choose tokens, heads and sinks by thresholds: where rounding turns a choice over, a row moves far.
     near = torch.cosine_similarity(got.float(), want, dim=-1)
-    assert (near.max() if name == "chain" else near.min()) > 0.8
+    assert near.max() > 0.9
+    assert near.min() > 0.4
 
 
-@pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores:UserWarning")  # advice of inductor's, about speed
+# advice of inductor's, and its placeholder of a graph, whose warning it swallows unless warnings are errors
+@pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores:UserWarning")
+@pytest.mark.filterwarnings("ignore:The CUDA Graph is empty:UserWarning")
 @pytest.mark.parametrize("name", [name for name in STRONG if not name.startswith("locore-")])
 def test_inductor_gives_the_eager_logits(name):
     vlm = on_gpu("llava", torch.float32)

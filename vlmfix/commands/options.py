@@ -11,9 +11,6 @@ import click
 
 from vlmfix.settings import Settings
 
-INTERRUPTED = 130
-"""Exit code after Ctrl-C, as a shell reports it."""
-
 debug = click.option("--debug", is_flag=True, expose_value=False, help="Show the traceback of an error.")
 
 _OPTIONS = {

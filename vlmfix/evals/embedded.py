@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import random
 import re
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +15,7 @@ from PIL import Image
 from rich.console import Console
 from rich.progress import track
 
-from vlmfix.errors import UsageError, VlmfixError
+from vlmfix.entry import run
 from vlmfix.evals.chair import Chair
 from vlmfix.evals.looking import looking
 from vlmfix.evals.pope import Pope
@@ -300,17 +299,5 @@ def command(
         file.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
 
 
-def main() -> None:
-    """Run the command; one line for what is wrong, exit code 2 for usage and 1 for failure."""
-    try:
-        command(standalone_mode=False)
-    except click.ClickException as error:
-        click.echo(f"error: {error.format_message()}", err=True)
-        sys.exit(2)
-    except VlmfixError as error:
-        click.echo(f"error: {error}", err=True)
-        sys.exit(2 if isinstance(error, UsageError) else 1)
-
-
 if __name__ == "__main__":
-    main()
+    run(command)

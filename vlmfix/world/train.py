@@ -9,7 +9,8 @@ from pathlib import Path
 
 import click
 
-from vlmfix.errors import UsageError, VlmfixError
+from vlmfix.entry import run
+from vlmfix.errors import VlmfixError
 
 _SHARE = click.FloatRange(0, 1)
 
@@ -109,19 +110,5 @@ def command(
         train(out, recipe, log)
 
 
-def main() -> None:
-    """Run the command; one line for what is wrong, exit code 2 for usage and 1 for failure."""
-    try:
-        command(standalone_mode=False)
-    except click.ClickException as error:
-        click.echo(f"error: {error.format_message()}", err=True)
-        sys.exit(2)
-    except VlmfixError as error:
-        click.echo(f"error: {error}", err=True)
-        sys.exit(2 if isinstance(error, UsageError) else 1)
-    except click.Abort:
-        sys.exit(130)
-
-
 if __name__ == "__main__":
-    main()
+    run(command)

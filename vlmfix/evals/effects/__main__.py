@@ -10,7 +10,8 @@ from pathlib import Path
 
 import click
 
-from vlmfix.errors import UsageError, VlmfixError
+from vlmfix.entry import run
+from vlmfix.errors import UsageError
 from vlmfix.evals.effects.clock import Clock
 from vlmfix.evals.effects.page import write
 from vlmfix.evals.effects.results import results
@@ -111,17 +112,5 @@ def _command(context: click.Context) -> str:
     return shlex.join(words)
 
 
-def main() -> None:
-    """Run the command; one line for what is wrong, exit code 2 for usage and 1 for failure."""
-    try:
-        command(standalone_mode=False)
-    except click.ClickException as error:
-        click.echo(f"error: {error.format_message()}", err=True)
-        sys.exit(2)
-    except VlmfixError as error:
-        click.echo(f"error: {error}", err=True)
-        sys.exit(2 if isinstance(error, UsageError) else 1)
-
-
 if __name__ == "__main__":
-    main()
+    run(command)
