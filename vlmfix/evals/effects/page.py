@@ -173,7 +173,7 @@ def _why_untuned(row: Row) -> str:
     search = row["search"]
     if row["reason"]:
         return str(row["reason"])
-    return NOT_YET if search["spec"] else _plain_is_best(search)
+    return f"chosen, but {NOT_YET} on the reported scenes" if search["spec"] else _plain_is_best(search)
 
 
 def _named(row: Mapping[str, Any]) -> str:

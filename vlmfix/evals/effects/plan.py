@@ -40,10 +40,10 @@ BEGUN: Mapping[str, Sequence[str]] = {
 too large to search."""
 
 BY_HAND = (
-    "beam+vcd:contrast=0.1,noise_step=999,plausibility=0.1",
-    "beam+vcd:contrast=0.1,noise_step=900,plausibility=0.1+spin:kept_share=0.95,suppression=0.6",
+    "beam+vcd:contrast=0.3,noise_step=900,plausibility=0.1",
+    "beam+vcd:contrast=0.2,noise_step=900,plausibility=0.1+spin:kept_share=0.95,suppression=0.7",
 )
-"""Chains with beams; a search takes too long, so parameters were chosen by hand on a hundred of the tuning scenes."""
+"""Chains with beams; a search takes too long, so parameters were chosen by hand on some of the tuning scenes."""
 
 
 @dataclass(frozen=True)
