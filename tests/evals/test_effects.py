@@ -420,6 +420,13 @@ def test_the_page_says_what_was_reached_and_what_is_missing():
     assert "Plain decoding: not run yet." in text(RESULTS | {"models": {"tiny": {"rows": []}}})
 
 
+def test_chains_chosen_by_hand_have_names_of_their_own():
+    found = plan.by_hand()
+    assert [arm.name for arm in found] == ["beam+vcd", "beam+vcd+spin"]
+    assert all(arm.decoder.strategy.num_beams > 1 for arm in found)
+    assert plan.by_hand(["vcd"]) == []
+
+
 def test_the_page_shows_the_stages_that_are_asked_for():
     chosen = {"search": None, "by_hand": "beam+vcd", "name": "beam+vcd", "source": "", "reason": "", "changed": 0.5}
     figures = {key: model(one=captions(0.1, 0.0))["rows"][0][key] for key in ("captions", "pope")}

@@ -50,7 +50,8 @@ def results(study: Study, stages: Sequence[str], command: str) -> dict[str, Any]
 
 def _model(study: Study, model: str, reasons: Mapping[str, str], problems: Mapping[str, str]) -> dict[str, Any]:
     exams = study.exams(model) if study.drawn() else {}
-    if not exams or any(not exam.begun() for exam in exams.values()):
+    exams = {name: exam for name, exam in exams.items() if exam.begun()}
+    if not {CHAIR, POPE} <= exams.keys():
         return {"rows": []}
     listed = study.arms()
     searches = {arm.name: found(study, model, arm.name) for arm in listed}
@@ -83,10 +84,7 @@ def _model(study: Study, model: str, reasons: Mapping[str, str], problems: Mappi
             for arm in listed
             if not arm.decoder.refines
         ]
-        + [
-            _by_hand(arm, known=others[arm.name] in captions) | _figures(others[arm.name], captions, questions, changed)
-            for arm in plan.by_hand(study.only)
-        ],
+        + [_by_hand(arm, _figures(others[arm.name], captions, questions, changed)) for arm in plan.by_hand(study.only)],
         "small": _small(study, model, searches, chosen) if SMALL in exams else None,
         "speed": read_json(speed) if speed.exists() else None,
     }
@@ -127,10 +125,11 @@ def _tuned(
     return known | {"search": None if search is None else _search(search), "by_hand": ""}
 
 
-def _by_hand(arm: plan.Arm, *, known: bool) -> dict[str, Any]:
+def _by_hand(arm: plan.Arm, figures: dict[str, Any]) -> dict[str, Any]:
     """A chain without a search, in the same words."""
-    reason = "" if known else NOT_YET
-    return {"name": arm.name, "source": "", "reason": reason, "search": None, "by_hand": plan.brief(arm.decoder)}
+    reason = "" if figures["captions"] and figures["pope"] else NOT_YET
+    known = {"name": arm.name, "source": "", "reason": reason, "search": None, "by_hand": plan.brief(arm.decoder)}
+    return {**known, **figures}
 
 
 def _search(search: Found) -> dict[str, Any]:
