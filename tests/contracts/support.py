@@ -113,9 +113,9 @@ PICTURES = ((picture(1, (40, 60)),), (picture(2, (60, 40)), picture(3, (50, 50))
 """A short row with one picture and a longer row with two, so that the first is padded."""
 
 
-def vlm_of(family: str) -> VLM:
-    """The tiny model of a family, as a model that answers."""
-    tiny = tiny_vlm(family)
+def vlm_of(family: str, seed: int = 0) -> VLM:
+    """The tiny model of a family, with random weights of a seed, as a model that answers."""
+    tiny = tiny_vlm(family, seed=seed)
     return VLM(model=tiny.model, processor=tiny.processor, family=tiny.family, name=family)
 
 

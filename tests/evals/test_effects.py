@@ -465,7 +465,7 @@ def test_the_whole_study(tmp_path, monkeypatch):
     out = tmp_path / "out"
     given = ["--out", str(out), "--model", "tiny", "--count", "3", "--tuning-count", "2", "--trials", "1", "--device"]
     given += ["cpu", "--batch-size", "40", "--decoder", "vcd:noise_step=900,plausibility=0.1", "--decoder", "var"]
-    given += ["--stage", "defaults", "--stage", "tuned"]
+    given += ["--stage", "defaults", "--stage", "tuned", "--dtype", "bfloat16"]
     with pytest.raises(SystemExit):
         command([*given, "--minutes", "0"], standalone_mode=False)
     assert "not run yet" in (out / "effects.md").read_text()
@@ -474,7 +474,9 @@ def test_the_whole_study(tmp_path, monkeypatch):
     assert "effects --out DIR --model tiny --decoder" in results["command"]
     assert "--stage defaults --stage tuned" in results["command"]
     assert "--jobs" not in results["command"]
+    assert "--dtype bfloat16" in results["command"]
     found = results["models"]["tiny"]
+    assert found["dtype"] == "bfloat16"
     rows = {row["name"].partition(":")[0]: row for row in found["rows"]}
     assert rows["vcd"]["captions"]["chair_i"]["value"] is not None
     assert 0 < rows["vcd"]["changed"] <= 1

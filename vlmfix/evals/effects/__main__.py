@@ -38,7 +38,13 @@ DECISIVE = ("models", "only", "count", "seed", "tuning_count", "tuning_seed", "t
 )
 @click.option("--jobs", default=1, show_default=True, type=click.IntRange(1), help="Processes on the device.")
 @click.option("--minutes", type=click.FloatRange(0), help="Stop after so long; what is done is kept.")
-@click.option("--device", default="auto", show_default=True, help="auto, cpu or cuda.")
+@click.option(
+    "--device",
+    default="auto",
+    show_default=True,
+    type=click.Choice(["auto", "cpu", "cuda"]),
+    help="cuda: all GPUs that CUDA_VISIBLE_DEVICES shows, with as many --jobs.",
+)
 @click.option(
     "--dtype",
     default="auto",
