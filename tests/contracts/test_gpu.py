@@ -30,8 +30,8 @@ def test_the_gpu_gives_the_cpus_logits_in_float32(family, name):
 @pytest.mark.parametrize("family", ["llava", "qwen2_5_vl", "internvl", "gemma3", "idefics3"])
 @pytest.mark.parametrize("name", STRONG)
 def test_bfloat16_stays_near_float32(family, name):
-    # These methods choose tokens, heads and sinks by thresholds. Where rounding turns a choice over, a row becomes another;
-    # that it does so with two sets of random weights is improbable.
+    # These methods choose tokens, heads and sinks by thresholds. Where rounding turns a choice over, a row becomes
+    # another; that it does so with two sets of random weights is improbable.
     assert any(nearness(family, name, seed) > 0.8 for seed in (0, 1))
 
 
