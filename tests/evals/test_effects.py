@@ -258,9 +258,10 @@ def hunted(tmp_path, monkeypatch):
             value = 0.2 - 0.3 * min(decoder.contrast, 0.5)
             return Measured(value, {"recall": lost - 0.01}, {"value": value, "recall": 0.9 - lost})
 
-        return measure, {"value": 0.2, "recall": 0.9}
+        return measure, {"value": 0.2, "recall": 0.9, "f1": 0.9}
 
     monkeypatch.setattr(tuning, "_captions", captions)
+    monkeypatch.setattr(tuning, "_f1", lambda wanted, decoder, clock: 0.9)
     folder = tmp_path / "plain"
     folder.mkdir()
     replace_json(folder / CARD, {"weights": "sha256:1", "model": "tiny", "dtype": "float32"})
@@ -285,6 +286,28 @@ def test_a_search_takes_the_best_within_the_limits(hunted):
     assert (more.trials, len(seen)) == (27, 27)
     with pytest.raises(UsageError, match="seed was 0, now 1"):
         hunt(replace(wanted, seed=1), ENDLESS)
+
+
+@pytest.mark.parametrize("kept", [True, False])
+def test_pope_is_asked_of_the_best_until_one_keeps_its_f1(hunted, monkeypatch, kept):
+    wanted, seen = hunted
+    asked = []
+
+    def f1(wanted, decoder, clock):
+        asked.append(decoder.contrast)
+        return 0.891 if kept and len(asked) == 3 else 0.889
+
+    monkeypatch.setattr(tuning, "_f1", f1)
+    found = hunt(wanted, ENDLESS)
+    feasible = sorted((contrast for contrast in seen if contrast <= 0.41), reverse=True)
+    assert asked == (feasible[:3] if kept else feasible)
+    assert found.turned_down == (2 if kept else len(feasible))
+    assert found.feasible == len(feasible)
+    if kept:
+        assert parse(found.spec).contrast == feasible[2]
+        assert found.chosen["f1"] == 0.891
+    else:
+        assert (found.spec, found.chosen) == ("", {})
 
 
 def test_a_search_that_was_stopped_goes_on(hunted):
@@ -335,13 +358,6 @@ def test_times_are_per_token_and_against_plain(tmp_path, monkeypatch):
     replace_json(file, found | {"device": "another"})
     speed.time_arm(file, Settings(), pictures, "other", parse("vcd"))
     assert list(read_json(file)["arms"]) == ["other"]
-
-
-def test_chains_chosen_by_hand_have_names_of_their_own():
-    found = plan.by_hand()
-    assert [arm.name for arm in found] == ["beam+vcd", "beam+vcd+spin"]
-    assert all(arm.decoder.strategy.num_beams > 1 for arm in found)
-    assert plan.by_hand(["vcd"]) == []
 
 
 def test_the_scenes_for_tuning_are_others(tmp_path):

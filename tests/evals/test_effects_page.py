@@ -78,6 +78,35 @@ RESULTS = {
 }
 
 
+SEARCH = {
+    "spec": "beam+vcd:contrast=0.3",
+    "plain": {"value": 0.2, "recall": 0.9},
+    "chosen": {"value": 0.1, "recall": 0.895},
+    "chosen_brief": "beam+vcd:contrast=0.3",
+    "furthest": {"value": 0.05, "recall": 0.5},
+    "furthest_brief": "beam+vcd:contrast=2.0",
+    "trials": 3,
+    "feasible": 2,
+    "turned_down": 0,
+}
+
+
+@pytest.mark.parametrize(
+    ("found", "said"),
+    [
+        ({"feasible": 0}, "none of 3 trials keeps within the limits"),
+        ({}, "none of 2 trials within the limits (3 in all) beats plain decoding"),
+        ({"turned_down": 2}, "the 2 of 3 trials that help captions harm POPE beyond its limit"),
+    ],
+)
+def test_the_page_says_why_nothing_was_chosen(found, said):
+    row = {"search": SEARCH | {"spec": "", "chosen": {}, "chosen_brief": ""} | found, "name": "one", "source": ""}
+    row |= {"reason": "", "captions": None, "pope": None}
+    whole = text(RESULTS | {"stages": ["tuned"], "models": {"tiny": model(idle=None) | {"tuned": [row]}}})
+    assert f"| `one` | {said} |" in whole
+    assert "| `one` | lowest CHAIR_i, not chosen | `beam+vcd:contrast=2.0` |" in whole
+
+
 def test_the_page_says_what_was_reached_and_what_is_missing():
     whole = text(RESULTS | {"models": {"tiny": model(good=captions(0.1, -0.02), late=None)}})
     assert "The goal is reached by `good` (defaults, 0.50, recall -0.020)." in whole
@@ -91,12 +120,13 @@ def test_the_page_says_what_was_reached_and_what_is_missing():
 
 
 def test_the_page_shows_the_stages_that_are_asked_for():
-    chosen = {"search": None, "by_hand": "beam+vcd", "name": "beam+vcd", "source": "", "reason": "", "changed": 0.5}
+    chosen = {"search": SEARCH, "name": "beam+vcd", "source": "", "reason": "", "changed": 0.5}
     figures = {key: model(one=captions(0.1, 0.0))["rows"][0][key] for key in ("captions", "pope")}
     found = model(good=captions(0.1, -0.02)) | {"tuned": [chosen | figures]}
     told = {stage: text(RESULTS | {"stages": [stage], "models": {"tiny": found}}) for stage in STAGES}
     assert [stage for stage in told if "`good`" in told[stage]] == ["defaults"]
-    assert [stage for stage in told if "| `beam+vcd` | by hand | `beam+vcd` |" in told[stage]] == ["tuned"]
+    row = "| `beam+vcd` | chosen | `beam+vcd:contrast=0.3` | 0.200 to 0.100 | 0.900 to 0.895 | 2 of 3 |"
+    assert [stage for stage in told if row in told[stage]] == ["tuned"]
     assert "The goal is reached by `beam+vcd` (tuned" in told["tuned"]
     assert [stage for stage in told if "### Time" in told[stage]] == ["speed"]
     assert [stage for stage in told if "Holm" in told[stage]] == ["small", "defaults", "tuned"]

@@ -59,10 +59,12 @@ class Job:
     Attributes:
         function: Of a module's top level, so that it can be sent to another process.
         arguments: Its arguments, which can be sent too.
+        cost: How long it takes, in any unit; who lists jobs begins with the longest.
     """
 
     function: Callable[..., Any]
     arguments: tuple[Any, ...]
+    cost: float = 0.0
 
 
 @dataclass(frozen=True)

@@ -67,12 +67,11 @@ def _head(results: Mapping[str, Any]) -> Iterator[str]:
         yield from _reading(results)
     if "tuned" in stages:
         yield (
-            f"Parameters are chosen on {results['tuning_count']} scenes of seed {results['tuning_seed']}, with as many "
-            "trials for each decoder or chain as its row says. A search wants the smallest CHAIR_i with recall down "
-            f"by no more than {limits['max_recall_loss']:g}, captions no more than "
+            f"Parameters are chosen on {results['tuning_count']} scenes of seed {results['tuning_seed']}, with "
+            f"{results['trials']} trials for each decoder or chain. A search wants the smallest CHAIR_i with recall "
+            f"down by no more than {limits['max_recall_loss']:g}, captions no more than "
             f"{limits['max_length_loss']:.0%} shorter and POPE's mean F1 down by no more than "
-            f"{limits['max_f1_loss']:g}; for methods that refine the picture, the highest accuracy about small things. "
-            "Chains with beams have no search; their parameters were chosen by hand on some of those scenes."
+            f"{limits['max_f1_loss']:g}; for methods that refine the picture, the highest accuracy about small things."
         )
     if not CAPTIONED.isdisjoint(stages):
         yield (
@@ -187,6 +186,8 @@ def _said(name: str, reason: str, cells: int) -> list[str]:
 def _plain_is_best(search: Mapping[str, Any]) -> str:
     if not search["feasible"]:
         return f"none of {search['trials']} trials keeps within the limits"
+    if search["turned_down"]:
+        return f"the {search['turned_down']} of {search['trials']} trials that help captions harm POPE beyond its limit"
     return f"none of {search['feasible']} trials within the limits ({search['trials']} in all) beats plain decoding"
 
 
@@ -195,8 +196,6 @@ def _chosen(model: Mapping[str, Any]) -> Iterator[str]:
     lines = []
     for row in model["tuned"]:
         search = row["search"]
-        if row["by_hand"]:
-            lines.append([f"`{row['name']}`", "by hand", f"`{row['by_hand']}`", "", "", ""])
         if search is None:
             continue
         best, plain = search["chosen"] or search["furthest"], search["plain"]

@@ -21,11 +21,18 @@ CHAINS = (
     "vcd+gift",
     "vcd+zerotuning",
     "vcd+act:heads=all",
+    "beam+vcd",
+    "beam+spin",
+    "beam+ph3",
+    "beam+vcd+spin",
+    "beam+vcd+ph3",
 )
-"""A contrast with each kind of edit: of head outputs that add and that take away, of weights, of biases, of sinks."""
+"""A contrast with each kind of edit: of head outputs that add and that take away, of weights, of biases, of sinks; and
+with beams, what cuts most for the recall that it costs."""
 NOISE, PURE = "vcd:noise_step=900,plausibility=0.1", "vcd:noise_step=999,plausibility=0.1"
 """VCD with little and with nothing left of the picture, which cost the least recall on tuning scenes; its contrast is
 left open."""
+BEAMS = "beam:num_beams=5"
 BEGUN: Mapping[str, Sequence[str]] = {
     "act": ("act:heads=all", "act:preset=official-code,heads=all"),
     "vcd+vhr": (f"{NOISE}+vhr",),
@@ -35,15 +42,14 @@ BEGUN: Mapping[str, Sequence[str]] = {
     "vcd+gift": (f"{NOISE}+gift",),
     "vcd+zerotuning": (f"{NOISE}+zerotuning",),
     "vcd+act:heads=all": (f"{NOISE}+act:heads=all,preset=official-code",),
+    "beam+vcd": (f"{BEAMS}+{NOISE}",),
+    "beam+spin": (f"{BEAMS}+spin:kept_share=0.95",),
+    "beam+ph3": (f"{BEAMS}+ph3",),
+    "beam+vcd+spin": (f"{BEAMS}+{NOISE}+spin:kept_share=0.95",),
+    "beam+vcd+ph3": (f"{BEAMS}+{NOISE}+ph3",),
 }
 """Where a search begins that must say something: heads where none are published; in chains, what would make the space
 too large to search."""
-
-BY_HAND = (
-    "beam+vcd:contrast=0.3,noise_step=900,plausibility=0.1",
-    "beam+vcd:contrast=0.2,noise_step=900,plausibility=0.1+spin:kept_share=0.95,suppression=0.7",
-)
-"""Chains with beams; a search takes too long, so parameters were chosen by hand on some of the tuning scenes."""
 
 
 @dataclass(frozen=True)
@@ -71,16 +77,6 @@ def arms(only: Sequence[str] = ()) -> list[Arm]:
         only: Specifications to take instead; empty for all.
     """
     return [Arm(spec, spec) for spec in only or (*DECODERS, *CHAINS) if spec != PLAIN]
-
-
-def by_hand(only: Sequence[str] = ()) -> list[Arm]:
-    """Chains whose parameters were chosen without a search, named by their parts.
-
-    Args:
-        only: Specifications that were asked for instead; then there are none.
-    """
-    named = {"+".join(part.split(":")[0] for part in spec.split("+")): spec for spec in BY_HAND}
-    return [] if only else [Arm(name, spec) for name, spec in named.items()]
 
 
 def small_arms(found: Sequence[Arm]) -> list[Arm]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -134,8 +135,8 @@ def conduct(study: Study, stages: Sequence[str]) -> bool:
         reasons = survey(study)
         jobs: dict[str, Job] = {}
         for listed in (LISTED[stage] for stage in stages if stage != SPEED):
-            for model in study.models:
-                jobs |= listed(study, model, reasons[model])
+            found = {name: job for model in study.models for name, job in listed(study, model, reasons[model]).items()}
+            jobs |= sorted(found.items(), key=lambda item: -item[1].cost)  # the longest first, so that all end together
         done = _all(study, jobs, pool)
     times: dict[str, Job] = {}
     for model in study.models if SPEED in stages else ():
@@ -191,10 +192,12 @@ def _small(study: Study, model: str, reasons: Mapping[str, str]) -> dict[str, Jo
 
 def _defaults(study: Study, model: str, reasons: Mapping[str, str]) -> dict[str, Job]:
     exams = study.exams(model)
-    listed = sorted((arm for arm in study.arms() if not reasons[arm.spec]), key=lambda arm: not arm.decoder.refines)
+    listed = [arm for arm in study.arms() if not reasons[arm.spec]]
     return {
-        f"{model}, {name}, {arm.name}": Job(_answer, ([exams[name]], arm.name, arm.decoder, study.clock))
-        for arm in listed  # those that refine take longest, so they begin first
+        f"{model}, {name}, {arm.name}": Job(
+            _answer, ([exams[name]], arm.name, arm.decoder, study.clock), cost=_cost(arm)
+        )
+        for arm in listed
         for name in (POPE, CHAIR)
     }
 
@@ -213,12 +216,13 @@ def _tuned(study: Study, model: str, reasons: Mapping[str, str]) -> dict[str, Jo
                 trials=study.trials,
             )
             own = [exams[name] for name in names]
-            jobs[f"{model}, search, {arm.name}"] = Job(_hunted, (wanted, arm.name, own, study.clock))
-    both = [exams[CHAIR], exams[POPE]]
-    for arm in plan.by_hand(study.only):
-        name = plan.tuned(arm.name, arm.decoder.spec())
-        jobs[f"{model}, by hand, {arm.name}"] = Job(_answer, (both, name, arm.decoder, study.clock))
+            jobs[f"{model}, search, {arm.name}"] = Job(_hunted, (wanted, arm.name, own, study.clock), cost=_cost(arm))
     return jobs
+
+
+def _cost(arm: plan.Arm) -> float:
+    """How long an arm takes beside others, roughly: its rows; a method that refines reads the picture several times."""
+    return math.inf if arm.decoder.refines else arm.decoder.passes
 
 
 LISTED = {"small": _small, "defaults": _defaults, "tuned": _tuned}
