@@ -286,6 +286,12 @@ def test_a_search_takes_the_best_within_the_limits(hunted):
     assert (more.trials, len(seen)) == (27, 27)
     with pytest.raises(UsageError, match="seed was 0, now 1"):
         hunt(replace(wanted, seed=1), ENDLESS)
+    exams = {name: replace(exam, batch_size=3) for name, exam in wanted.exams.items()}
+    with pytest.raises(UsageError, match="batch_size was 2, now 3"):
+        hunt(replace(wanted, exams=exams), ENDLESS)
+    fewer = hunt(replace(wanted, trials=2), ENDLESS)
+    assert (fewer.trials, len(seen)) == (2, 27)
+    assert fewer.furthest["value"] >= found.furthest["value"]
 
 
 @pytest.mark.parametrize("kept", [True, False])

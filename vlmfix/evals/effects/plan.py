@@ -23,9 +23,7 @@ CHAINS = (
     "vcd+act:heads=all",
     "beam+vcd",
     "beam+spin",
-    "beam+ph3",
     "beam+vcd+spin",
-    "beam+vcd+ph3",
 )
 """A contrast with each kind of edit: of head outputs that add and that take away, of weights, of biases, of sinks; and
 with beams, what cuts most for the recall that it costs."""
@@ -44,9 +42,7 @@ BEGUN: Mapping[str, Sequence[str]] = {
     "vcd+act:heads=all": (f"{NOISE}+act:heads=all,preset=official-code",),
     "beam+vcd": (f"{BEAMS}+{NOISE}",),
     "beam+spin": (f"{BEAMS}+spin:kept_share=0.95",),
-    "beam+ph3": (f"{BEAMS}+ph3",),
     "beam+vcd+spin": (f"{BEAMS}+{NOISE}+spin:kept_share=0.95",),
-    "beam+vcd+ph3": (f"{BEAMS}+{NOISE}+ph3",),
 }
 """Where a search begins that must say something: heads where none are published; in chains, what would make the space
 too large to search."""

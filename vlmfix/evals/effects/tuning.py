@@ -103,7 +103,7 @@ def hunt(wanted: Hunt, clock: Clock) -> Found:
     For captions the smallest CHAIR_i is wanted, with recall, length and POPE's F1 within the limits. POPE has many
     questions, so they are asked in the end alone: of the best trial, and of the next as long as too much F1 is lost.
     For small things the highest accuracy is wanted. A search that was stopped goes on; of a finished one the journal
-    stays, and the trials' answers go.
+    stays, and the trials' answers go. Of a journal that has more trials than are wanted, the first count.
 
     Raises:
         UsageError: There is nothing to tune, or the folder holds another search.
@@ -121,7 +121,7 @@ def hunt(wanted: Hunt, clock: Clock) -> Found:
             return _tried(lambda: measure(space.build(chosen)), plain)
 
         journal = wanted.folder / f"{number}-{JOURNAL}"
-        found = search(space, journal, build, better=better, budget=budget, seed=wanted.seed)
+        found = search(space, journal, build, better=better, budget=budget, seed=wanted.seed)[:budget]
         tried += [(space.build(one.chosen).spec() if "refused" not in one.about else spec, one) for one in found]
     result = _best(wanted, clock, plain, tried)
     shutil.rmtree(wanted.folder / RUNS, ignore_errors=True)
@@ -142,6 +142,7 @@ def _claim(wanted: Hunt) -> None:
         "exams": {name: one.workload.about for name, one in wanted.exams.items()},
         "model": exam.settings.model,
         "weights": plain["weights"],
+        "batch_size": exam.batch_size,
         "seed": wanted.seed,
         "limits": asdict(wanted.limits),
     }
@@ -223,7 +224,7 @@ def _best(wanted: Hunt, clock: Clock, plain: Mapping[str, Any], tried: Sequence[
         if sign * (one.value - plain["value"]) <= 0:
             break
         answers = {} if wanted.small else {"f1": _f1(wanted, parse(candidate), clock)}
-        if not wanted.small and plain["f1"] - answers["f1"] > wanted.limits.max_f1_loss:
+        if answers and round(plain["f1"] - answers["f1"], DIGITS) > wanted.limits.max_f1_loss:
             turned_down += 1
             continue
         spec, chosen = candidate, {**one.about, **answers}
