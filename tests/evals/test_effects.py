@@ -366,6 +366,15 @@ def test_times_are_per_token_and_against_plain(tmp_path, monkeypatch):
     assert list(read_json(file)["arms"]) == ["other"]
 
 
+def test_chains_chosen_by_hand_have_names_of_their_own():
+    for model in plan.BY_HAND:
+        found = plan.by_hand(model)
+        assert len({arm.name for arm in found}) == len(plan.BY_HAND[model])
+        assert all(arm.decoder.strategy.num_beams > 1 for arm in found)
+        assert plan.by_hand(model, ["vcd"]) == []
+    assert plan.by_hand("another") == []
+
+
 def test_the_scenes_for_tuning_are_others(tmp_path):
     with pytest.raises(UsageError, match="both 3"):
         command(["--out", str(tmp_path), "--seed", "3", "--tuning-seed", "3"], standalone_mode=False)

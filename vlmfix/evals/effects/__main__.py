@@ -30,9 +30,9 @@ DECISIVE = ("models", "only", "count", "seed", "tuning_count", "tuning_seed", "t
 @click.option("--decoder", "only", multiple=True, metavar="SPEC", help="These alone.  [default: all, and chains]")
 @click.option("--count", default=500, show_default=True, type=click.IntRange(2), help="Scenes that are reported.")
 @click.option("--seed", default=303, show_default=True, type=click.IntRange(0), help="Theirs.")
-@click.option("--tuning-count", default=500, show_default=True, type=click.IntRange(2), help="Scenes for tuning.")
+@click.option("--tuning-count", default=300, show_default=True, type=click.IntRange(2), help="Scenes for tuning.")
 @click.option("--tuning-seed", default=404, show_default=True, type=click.IntRange(0), help="Theirs.")
-@click.option("--trials", default=16, show_default=True, type=click.IntRange(1), help="Of each search.")
+@click.option("--trials", default=32, show_default=True, type=click.IntRange(1), help="Of each search.")
 @click.option(
     "--stage", "stages", multiple=True, type=click.Choice(STAGES), help="May repeat; in this order.  [default: all]"
 )

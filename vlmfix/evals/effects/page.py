@@ -67,11 +67,12 @@ def _head(results: Mapping[str, Any]) -> Iterator[str]:
         yield from _reading(results)
     if "tuned" in stages:
         yield (
-            f"Parameters are chosen on {results['tuning_count']} scenes of seed {results['tuning_seed']}, with "
-            f"{results['trials']} trials for each decoder or chain. A search wants the smallest CHAIR_i with recall "
-            f"down by no more than {limits['max_recall_loss']:g}, captions no more than "
+            f"Parameters are chosen on {results['tuning_count']} scenes of seed {results['tuning_seed']}, with as many "
+            "trials for each decoder or chain as its row says. A search wants the smallest CHAIR_i with recall down "
+            f"by no more than {limits['max_recall_loss']:g}, captions no more than "
             f"{limits['max_length_loss']:.0%} shorter and POPE's mean F1 down by no more than "
-            f"{limits['max_f1_loss']:g}; for methods that refine the picture, the highest accuracy about small things."
+            f"{limits['max_f1_loss']:g}; for methods that refine the picture, the highest accuracy about small things. "
+            "Chains with beams have no search; their parameters were chosen by hand on some of those scenes."
         )
     if not CAPTIONED.isdisjoint(stages):
         yield (
@@ -196,6 +197,8 @@ def _chosen(model: Mapping[str, Any]) -> Iterator[str]:
     lines = []
     for row in model["tuned"]:
         search = row["search"]
+        if row["by_hand"]:
+            lines.append([f"`{row['name']}`", "by hand", f"`{row['by_hand']}`", "", "", ""])
         if search is None:
             continue
         best, plain = search["chosen"] or search["furthest"], search["plain"]

@@ -21,16 +21,11 @@ CHAINS = (
     "vcd+gift",
     "vcd+zerotuning",
     "vcd+act:heads=all",
-    "beam+vcd",
-    "beam+spin",
-    "beam+vcd+spin",
 )
-"""A contrast with each kind of edit: of head outputs that add and that take away, of weights, of biases, of sinks; and
-with beams, what cuts most for the recall that it costs."""
+"""A contrast with each kind of edit: of head outputs that add and that take away, of weights, of biases, of sinks."""
 NOISE, PURE = "vcd:noise_step=900,plausibility=0.1", "vcd:noise_step=999,plausibility=0.1"
 """VCD with little and with nothing left of the picture, which cost the least recall on tuning scenes; its contrast is
 left open."""
-BEAMS = "beam:num_beams=5"
 BEGUN: Mapping[str, Sequence[str]] = {
     "act": ("act:heads=all", "act:preset=official-code,heads=all"),
     "vcd+vhr": (f"{NOISE}+vhr",),
@@ -40,12 +35,17 @@ BEGUN: Mapping[str, Sequence[str]] = {
     "vcd+gift": (f"{NOISE}+gift",),
     "vcd+zerotuning": (f"{NOISE}+zerotuning",),
     "vcd+act:heads=all": (f"{NOISE}+act:heads=all,preset=official-code",),
-    "beam+vcd": (f"{BEAMS}+{NOISE}",),
-    "beam+spin": (f"{BEAMS}+spin:kept_share=0.95",),
-    "beam+vcd+spin": (f"{BEAMS}+{NOISE}+spin:kept_share=0.95",),
 }
 """Where a search begins that must say something: heads where none are published; in chains, what would make the space
 too large to search."""
+
+BY_HAND: Mapping[str, Sequence[str]] = {
+    "tiny-qwen": (
+        "beam+vcd:contrast=0.3,noise_step=900,plausibility=0.1",
+        "beam+vcd:contrast=0.2,noise_step=900,plausibility=0.1+spin:kept_share=0.95,suppression=0.7",
+    ),
+}
+"""By model, chains with beams; a search takes too long, so parameters were chosen by hand on the tuning scenes."""
 
 
 @dataclass(frozen=True)
@@ -73,6 +73,17 @@ def arms(only: Sequence[str] = ()) -> list[Arm]:
         only: Specifications to take instead; empty for all.
     """
     return [Arm(spec, spec) for spec in only or (*DECODERS, *CHAINS) if spec != PLAIN]
+
+
+def by_hand(model: str, only: Sequence[str] = ()) -> list[Arm]:
+    """Chains whose parameters were chosen for a model without a search, named by their parts.
+
+    Args:
+        model: As ``--model`` names it.
+        only: Specifications that were asked for instead; then there are none.
+    """
+    named = {"+".join(part.split(":")[0] for part in spec.split("+")): spec for spec in BY_HAND.get(model, ())}
+    return [] if only else [Arm(name, spec) for name, spec in named.items()]
 
 
 def small_arms(found: Sequence[Arm]) -> list[Arm]:

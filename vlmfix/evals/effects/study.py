@@ -217,6 +217,10 @@ def _tuned(study: Study, model: str, reasons: Mapping[str, str]) -> dict[str, Jo
             )
             own = [exams[name] for name in names]
             jobs[f"{model}, search, {arm.name}"] = Job(_hunted, (wanted, arm.name, own, study.clock), cost=_cost(arm))
+    both = [exams[CHAIR], exams[POPE]]
+    for arm in plan.by_hand(model, study.only):
+        name = plan.tuned(arm.name, arm.decoder.spec())
+        jobs[f"{model}, by hand, {arm.name}"] = Job(_answer, (both, name, arm.decoder, study.clock), cost=_cost(arm))
     return jobs
 
 

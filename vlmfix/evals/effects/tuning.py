@@ -34,8 +34,8 @@ DIGITS = 12
 class Limits(Guards):
     """What a trial may lose against plain decoding on the tuning scenes.
 
-    Recall may lose half of what the goal allows on the reported scenes, because the best of many trials is partly
-    lucky: on 500 scenes a difference of recall has an interval of about 0.01 on either side.
+    Recall may lose half of what the goal allows on the reported scenes: the best of many trials is partly lucky, and on
+    300 scenes the error of a recall's difference is about 0.01.
 
     Attributes:
         max_f1_loss: Of POPE's mean F1, absolute, in [0, 1].
