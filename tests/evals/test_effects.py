@@ -366,13 +366,17 @@ def test_times_are_per_token_and_against_plain(tmp_path, monkeypatch):
     assert list(read_json(file)["arms"]) == ["other"]
 
 
-def test_chains_chosen_by_hand_have_names_of_their_own():
-    for model in plan.BY_HAND:
-        found = plan.by_hand(model)
-        assert len({arm.name for arm in found}) == len(plan.BY_HAND[model])
-        assert all(arm.decoder.strategy.num_beams > 1 for arm in found)
-        assert plan.by_hand(model, ["vcd"]) == []
-    assert plan.by_hand("another") == []
+def test_some_chains_are_chosen_from_a_list(hunted):
+    (arm,) = plan.listed()
+    assert arm.name == "beam+vcd+spin"
+    assert plan.starts(arm) == list(plan.LISTED[arm.name])
+    assert {plan.Arm("", spec).decoder.strategy.num_beams for spec in plan.starts(arm)} == {5}
+    assert plan.listed(["vcd"]) == []
+    wanted, seen = hunted
+    specs = [f"vcd:contrast={contrast}" for contrast in (0.2, 0.35, 0.6, 1.7)]
+    found = hunt(replace(wanted, specs=specs, trials=0), ENDLESS)
+    assert seen == [0.2, 0.35, 0.6, 1.7]
+    assert (found.trials, found.feasible, parse(found.spec).contrast) == (4, 2, 0.35)
 
 
 def test_the_scenes_for_tuning_are_others(tmp_path):

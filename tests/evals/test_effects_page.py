@@ -92,7 +92,7 @@ SEARCH = {
 
 
 def test_the_page_says_what_was_chosen():
-    row = {"search": SEARCH, "by_hand": "", "name": "one", "source": "", "reason": "", "captions": None, "pope": None}
+    row = {"search": SEARCH, "name": "one", "source": "", "reason": "", "captions": None, "pope": None}
     whole = text(RESULTS | {"stages": ["tuned"], "models": {"tiny": model(idle=None) | {"tuned": [row]}}})
     assert "| `one` | chosen | `beam+vcd:contrast=0.3` | 0.200 to 0.100 | 0.900 to 0.895 | 2 of 3 |" in whole
     assert "| `one` | chosen, but not run yet on the reported scenes |" in whole
@@ -108,7 +108,7 @@ def test_the_page_says_what_was_chosen():
 )
 def test_the_page_says_why_nothing_was_chosen(found, said):
     row = {"search": SEARCH | {"spec": "", "chosen": {}, "chosen_brief": ""} | found, "name": "one", "source": ""}
-    row |= {"reason": "", "by_hand": "", "captions": None, "pope": None}
+    row |= {"reason": "", "captions": None, "pope": None}
     whole = text(RESULTS | {"stages": ["tuned"], "models": {"tiny": model(idle=None) | {"tuned": [row]}}})
     assert f"| `one` | {said} |" in whole
     assert "| `one` | lowest CHAIR_i, not chosen | `beam+vcd:contrast=2.0` |" in whole
@@ -127,12 +127,12 @@ def test_the_page_says_what_was_reached_and_what_is_missing():
 
 
 def test_the_page_shows_the_stages_that_are_asked_for():
-    chosen = {"search": None, "by_hand": "beam+vcd", "name": "beam+vcd", "source": "", "reason": "", "changed": 0.5}
+    chosen = {"search": SEARCH, "name": "beam+vcd", "source": "", "reason": "", "changed": 0.5}
     figures = {key: model(one=captions(0.1, 0.0))["rows"][0][key] for key in ("captions", "pope")}
     found = model(good=captions(0.1, -0.02)) | {"tuned": [chosen | figures]}
     told = {stage: text(RESULTS | {"stages": [stage], "models": {"tiny": found}}) for stage in STAGES}
     assert [stage for stage in told if "`good`" in told[stage]] == ["defaults"]
-    assert [stage for stage in told if "| `beam+vcd` | by hand | `beam+vcd` |" in told[stage]] == ["tuned"]
+    assert [stage for stage in told if "| `beam+vcd` | chosen | `beam+vcd:contrast=0.3` |" in told[stage]] == ["tuned"]
     assert "The goal is reached by `beam+vcd` (tuned" in told["tuned"]
     assert [stage for stage in told if "### Time" in told[stage]] == ["speed"]
     assert [stage for stage in told if "Holm" in told[stage]] == ["small", "defaults", "tuned"]

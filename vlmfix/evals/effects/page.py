@@ -72,7 +72,7 @@ def _head(results: Mapping[str, Any]) -> Iterator[str]:
             f"by no more than {limits['max_recall_loss']:g}, captions no more than "
             f"{limits['max_length_loss']:.0%} shorter and POPE's mean F1 down by no more than "
             f"{limits['max_f1_loss']:g}; for methods that refine the picture, the highest accuracy about small things. "
-            "Chains with beams have no search; their parameters were chosen by hand on some of those scenes."
+            "Of a chain with beams a few specifications are tried and nothing is searched."
         )
     if not CAPTIONED.isdisjoint(stages):
         yield (
@@ -197,8 +197,6 @@ def _chosen(model: Mapping[str, Any]) -> Iterator[str]:
     lines = []
     for row in model["tuned"]:
         search = row["search"]
-        if row["by_hand"]:
-            lines.append([f"`{row['name']}`", "by hand", f"`{row['by_hand']}`", "", "", ""])
         if search is None:
             continue
         best, plain = search["chosen"] or search["furthest"], search["plain"]

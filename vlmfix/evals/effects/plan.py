@@ -39,13 +39,13 @@ BEGUN: Mapping[str, Sequence[str]] = {
 """Where a search begins that must say something: heads where none are published; in chains, what would make the space
 too large to search."""
 
-BY_HAND: Mapping[str, Sequence[str]] = {
-    "tiny-qwen": (
-        "beam+vcd:contrast=0.3,noise_step=900,plausibility=0.1",
-        "beam+vcd:contrast=0.2,noise_step=900,plausibility=0.1+spin:kept_share=0.95,suppression=0.7",
-    ),
+LISTED: Mapping[str, Sequence[str]] = {
+    "beam+vcd+spin": tuple(
+        f"beam+vcd:contrast={contrast},noise_step=900,plausibility=0.1+spin:kept_share=0.95,suppression={suppression}"
+        for contrast, suppression in ((0.1, 0.6), (0.12, 0.5), (0.15, 0.5), (0.2, 0.6), (0.2, 0.5))
+    )
 }
-"""By model, chains with beams; a search takes too long, so parameters were chosen by hand on the tuning scenes."""
+"""Chains with beams by name: a trial takes minutes, so a few specifications are tried and nothing is searched."""
 
 
 @dataclass(frozen=True)
@@ -75,15 +75,13 @@ def arms(only: Sequence[str] = ()) -> list[Arm]:
     return [Arm(spec, spec) for spec in only or (*DECODERS, *CHAINS) if spec != PLAIN]
 
 
-def by_hand(model: str, only: Sequence[str] = ()) -> list[Arm]:
-    """Chains whose parameters were chosen for a model without a search, named by their parts.
+def listed(only: Sequence[str] = ()) -> list[Arm]:
+    """Chains whose parameters are chosen from a list; they are not measured with their defaults.
 
     Args:
-        model: As ``--model`` names it.
         only: Specifications that were asked for instead; then there are none.
     """
-    named = {"+".join(part.split(":")[0] for part in spec.split("+")): spec for spec in BY_HAND.get(model, ())}
-    return [] if only else [Arm(name, spec) for name, spec in named.items()]
+    return [] if only else [Arm(name, name) for name in LISTED]
 
 
 def small_arms(found: Sequence[Arm]) -> list[Arm]:
@@ -115,7 +113,12 @@ def with_controls(found: Sequence[Arm]) -> dict[str, Decoder]:
 
 
 def starts(arm: Arm) -> list[str]:
-    """Where the search for an arm's parameters begins: as it is, and at each further preset; nowhere if it has none."""
+    """Where the search for an arm's parameters begins: as it is, and at each further preset; nowhere if it has none.
+
+    For a chain with a list, the list.
+    """
+    if arm.name in LISTED:
+        return list(LISTED[arm.name])
     presets = others(arm.decoder) if arm.spec in DECODERS else []
     further = [f"{arm.spec}:preset={preset}" for preset in presets if _differs(arm.decoder, preset)]
     specs = BEGUN.get(arm.spec, (arm.spec, *further))

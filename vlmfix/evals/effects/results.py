@@ -54,13 +54,13 @@ def _model(study: Study, model: str, reasons: Mapping[str, str], problems: Mappi
     if not {CHAIR, POPE} <= exams.keys():
         return {"rows": []}
     listed = study.arms()
-    searches = {arm.name: found(study, model, arm.name) for arm in listed}
+    others = plan.listed(study.only)
+    searches = {arm.name: found(study, model, arm.name) for arm in (*listed, *others)}
     chosen = {name: plan.tuned(name, one.spec) for name, one in searches.items() if one and one.spec}
-    others = {arm.name: plan.tuned(arm.name, arm.decoder.spec()) for arm in plan.by_hand(model, study.only)}
     names = [arm.name for arm in listed]
-    captions = compared(exams[CHAIR], [*names, *chosen.values(), *others.values()])
+    captions = compared(exams[CHAIR], [*names, *chosen.values()])
     changed = _changed(exams[CHAIR], captions)
-    questions = compared(exams[POPE], [*names, *chosen.values(), *others.values()])
+    questions = compared(exams[POPE], [*names, *chosen.values()])
     rows = []
     for arm in listed:
         known = {
@@ -81,12 +81,8 @@ def _model(study: Study, model: str, reasons: Mapping[str, str], problems: Mappi
         "tuned": [
             _tuned(study, model, arm, searches[arm.name], reasons, problems)
             | _figures(chosen.get(arm.name, ""), captions, questions, changed)
-            for arm in listed
+            for arm in (*listed, *others)
             if not arm.decoder.refines
-        ]
-        + [
-            _by_hand(arm, _figures(others[arm.name], captions, questions, changed))
-            for arm in plan.by_hand(model, study.only)
         ],
         "small": _small(study, model, searches, chosen) if SMALL in exams else None,
         "speed": read_json(speed) if speed.exists() else None,
@@ -125,14 +121,7 @@ def _tuned(
     elif search is None:
         reason = _problem(problems, model, arm.name) or NOT_YET
     known = {"name": arm.name, "source": arm.decoder.source.arxiv, "reason": reason}
-    return known | {"search": None if search is None else _search(search), "by_hand": ""}
-
-
-def _by_hand(arm: plan.Arm, figures: dict[str, Any]) -> dict[str, Any]:
-    """A chain without a search, in the same words."""
-    reason = "" if figures["captions"] and figures["pope"] else NOT_YET
-    known = {"name": arm.name, "source": "", "reason": reason, "search": None, "by_hand": plan.brief(arm.decoder)}
-    return {**known, **figures}
+    return known | {"search": None if search is None else _search(search)}
 
 
 def _search(search: Found) -> dict[str, Any]:

@@ -165,7 +165,7 @@ def _plain(study: Study) -> dict[str, Job]:
 def survey(study: Study) -> dict[str, dict[str, str]]:
     """For each model, why decoders cannot act on it: by specification, empty for those that can."""
     specs = [arm.spec for arm in study.arms()]
-    specs += [spec for arm in study.arms() for spec in plan.starts(arm)]
+    specs += [spec for arm in (*study.arms(), *plan.listed(study.only)) for spec in plan.starts(arm)]
     found = {}
     for model in study.models:
         vlm = loaded(model, revision=None, device=study.device, dtype=study.dtype)
@@ -205,7 +205,7 @@ def _defaults(study: Study, model: str, reasons: Mapping[str, str]) -> dict[str,
 def _tuned(study: Study, model: str, reasons: Mapping[str, str]) -> dict[str, Job]:
     exams, tuning = study.exams(model), study.exams(model, tuning=True)
     jobs = {}
-    for arm in study.arms():
+    for arm in (*study.arms(), *plan.listed(study.only)):
         names = (SMALL,) if arm.decoder.refines else (CHAIR, POPE)
         specs = [spec for spec in plan.starts(arm) if not reasons[spec]]
         if specs:
@@ -213,14 +213,10 @@ def _tuned(study: Study, model: str, reasons: Mapping[str, str]) -> dict[str, Jo
                 folder=study.search(model, arm.name),
                 specs=specs,
                 exams={name: tuning[name] for name in names},
-                trials=study.trials,
+                trials=0 if arm.name in plan.LISTED else study.trials,
             )
             own = [exams[name] for name in names]
             jobs[f"{model}, search, {arm.name}"] = Job(_hunted, (wanted, arm.name, own, study.clock), cost=_cost(arm))
-    both = [exams[CHAIR], exams[POPE]]
-    for arm in plan.by_hand(model, study.only):
-        name = plan.tuned(arm.name, arm.decoder.spec())
-        jobs[f"{model}, by hand, {arm.name}"] = Job(_answer, (both, name, arm.decoder, study.clock), cost=_cost(arm))
     return jobs
 
 

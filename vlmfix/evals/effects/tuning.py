@@ -6,6 +6,7 @@ import math
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -53,7 +54,7 @@ class Hunt:
         folder: For the search.
         specs: Where it begins; the trials are shared out among them.
         exams: On the tuning scenes, with plain decoding answered: ``chair`` and ``pope``, or ``small``.
-        trials: In all.
+        trials: In all; 0 to try each specification as it is, and nothing else.
         seed: Of the draws.
         limits: What a trial may lose.
     """
@@ -114,6 +115,9 @@ def hunt(wanted: Hunt, clock: Clock) -> Found:
     better: Literal["higher", "lower"] = "higher" if wanted.small else "lower"
     tried: list[tuple[str, Tried]] = []
     for number, spec in enumerate(wanted.specs):
+        if not wanted.trials:
+            tried.append((spec, _as_it_is(_tried(partial(measure, parse(spec)), plain))))
+            continue
         space = Space.of(spec)
         budget = _share(wanted.trials, len(wanted.specs), number)
 
@@ -131,6 +135,11 @@ def hunt(wanted: Hunt, clock: Clock) -> Found:
         write_recipe(recipe, result.spec, _about(wanted, result))
     replace_json(wanted.folder / FOUND, asdict(result))
     return result
+
+
+def _as_it_is(measured: Measured) -> Tried:
+    feasible = all(lost <= 0 for lost in measured.constraints.values())
+    return Tried({}, measured.value, feasible, measured.about)
 
 
 def _claim(wanted: Hunt) -> None:
