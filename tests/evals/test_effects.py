@@ -305,6 +305,9 @@ def test_pope_is_asked_of_the_best_until_one_keeps_its_f1(hunted, monkeypatch, k
 
     monkeypatch.setattr(tuning, "_f1", f1)
     found = hunt(wanted, ENDLESS)
+    again = len(asked)
+    assert hunt(wanted, ENDLESS) == found
+    assert len(asked) == again, "a finished search asks nothing"
     feasible = sorted((contrast for contrast in seen if contrast <= 0.41), reverse=True)
     assert asked == (feasible[:3] if kept else feasible)
     assert found.turned_down == (2 if kept else len(feasible))
@@ -374,8 +377,10 @@ def test_some_chains_are_chosen_from_a_list(hunted):
     assert plan.listed(["vcd"]) == []
     wanted, seen = hunted
     specs = [f"vcd:contrast={contrast}" for contrast in (0.2, 0.35, 0.6, 1.7)]
-    found = hunt(replace(wanted, specs=specs, trials=0), ENDLESS)
-    assert seen == [0.2, 0.35, 0.6, 1.7]
+    own = replace(wanted, specs=specs, listed=True)
+    found = hunt(own, ENDLESS)
+    assert hunt(own, ENDLESS) == found
+    assert seen == [0.2, 0.35, 0.6, 1.7], "each once, and not again"
     assert (found.trials, found.feasible, parse(found.spec).contrast) == (4, 2, 0.35)
 
 

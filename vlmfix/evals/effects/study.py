@@ -213,7 +213,8 @@ def _tuned(study: Study, model: str, reasons: Mapping[str, str]) -> dict[str, Jo
                 folder=study.search(model, arm.name),
                 specs=specs,
                 exams={name: tuning[name] for name in names},
-                trials=0 if arm.name in plan.LISTED else study.trials,
+                trials=study.trials,
+                listed=arm.name in plan.LISTED,
             )
             own = [exams[name] for name in names]
             jobs[f"{model}, search, {arm.name}"] = Job(_hunted, (wanted, arm.name, own, study.clock), cost=_cost(arm))

@@ -54,7 +54,8 @@ class Hunt:
         folder: For the search.
         specs: Where it begins; the trials are shared out among them.
         exams: On the tuning scenes, with plain decoding answered: ``chair`` and ``pope``, or ``small``.
-        trials: In all; 0 to try each specification as it is, and nothing else.
+        trials: In all.
+        listed: Whether each specification is tried as it is, and nothing is searched; ``trials`` counts for nothing.
         seed: Of the draws.
         limits: What a trial may lose.
     """
@@ -63,6 +64,7 @@ class Hunt:
     specs: Sequence[str]
     exams: Mapping[str, Exam]
     trials: int
+    listed: bool = False
     seed: int = 0
     limits: Limits = Limits()
 
@@ -70,6 +72,14 @@ class Hunt:
     def small(self) -> bool:
         """It is tuned for questions about small things, and not for captions."""
         return SMALL in self.exams
+
+    @property
+    def shares(self) -> list[int]:
+        """Trials that begin at each specification, at least one."""
+        parts = len(self.specs)
+        if self.listed:
+            return [1] * parts
+        return [max(1, self.trials // parts + (number < self.trials % parts)) for number in range(parts)]
 
 
 @dataclass(frozen=True)
@@ -111,35 +121,48 @@ def hunt(wanted: Hunt, clock: Clock) -> Found:
         OutOfTimeError: The time is over.
     """
     _claim(wanted)
+    ended = wanted.folder / FOUND
+    if ended.exists() and (before := Found(**read_json(ended))).trials == sum(wanted.shares):
+        return before
     measure, plain = (_small if wanted.small else _captions)(wanted, clock)
-    better: Literal["higher", "lower"] = "higher" if wanted.small else "lower"
-    tried: list[tuple[str, Tried]] = []
-    for number, spec in enumerate(wanted.specs):
-        if not wanted.trials:
-            tried.append((spec, _as_it_is(_tried(partial(measure, parse(spec)), plain))))
-            continue
-        space = Space.of(spec)
-        budget = _share(wanted.trials, len(wanted.specs), number)
 
-        def build(chosen: Mapping[str, Value], space: Space = space) -> Measured:
-            return _tried(lambda: measure(space.build(chosen)), plain)
+    def fairly(decoder: Decoder) -> Measured:
+        return _tried(partial(measure, decoder), plain)
 
-        journal = wanted.folder / f"{number}-{JOURNAL}"
-        found = search(space, journal, build, better=better, budget=budget, seed=wanted.seed)[:budget]
-        tried += [(space.build(one.chosen).spec() if "refused" not in one.about else spec, one) for one in found]
+    tried = _each(wanted, fairly) if wanted.listed else _searched(wanted, fairly)
     result = _best(wanted, clock, plain, tried)
     shutil.rmtree(wanted.folder / RUNS, ignore_errors=True)
     recipe = wanted.folder / "recipe.toml"
     recipe.unlink(missing_ok=True)
     if result.spec:
         write_recipe(recipe, result.spec, _about(wanted, result))
-    replace_json(wanted.folder / FOUND, asdict(result))
+    replace_json(ended, asdict(result))
     return result
 
 
-def _as_it_is(measured: Measured) -> Tried:
-    feasible = all(lost <= 0 for lost in measured.constraints.values())
-    return Tried({}, measured.value, feasible, measured.about)
+def _each(wanted: Hunt, measure: Measure) -> list[tuple[str, Tried]]:
+    """Tries every specification as it is."""
+    found = [(spec, measure(parse(spec))) for spec in wanted.specs]
+    return [
+        (spec, Tried({}, one.value, all(lost <= 0 for lost in one.constraints.values()), one.about))
+        for spec, one in found
+    ]
+
+
+def _searched(wanted: Hunt, measure: Measure) -> list[tuple[str, Tried]]:
+    """Searches what the specifications leave open, one after the other."""
+    better: Literal["higher", "lower"] = "higher" if wanted.small else "lower"
+    tried: list[tuple[str, Tried]] = []
+    for number, (spec, budget) in enumerate(zip(wanted.specs, wanted.shares, strict=True)):
+        space = Space.of(spec)
+
+        def build(chosen: Mapping[str, Value], space: Space = space) -> Measured:
+            return measure(space.build(chosen))
+
+        journal = wanted.folder / f"{number}-{JOURNAL}"
+        found = search(space, journal, build, better=better, budget=budget, seed=wanted.seed)[:budget]
+        tried += [(space.build(one.chosen).spec() if "refused" not in one.about else spec, one) for one in found]
+    return tried
 
 
 def _claim(wanted: Hunt) -> None:
@@ -160,11 +183,6 @@ def _claim(wanted: Hunt) -> None:
     if path.exists():
         refuse_other(wanted.folder, path, read_json(path), card)
     replace_json(path, card)
-
-
-def _share(trials: int, parts: int, number: int) -> int:
-    """Trials of one of several searches, at least one."""
-    return max(1, trials // parts + (number < trials % parts))
 
 
 def _tried(measured: Callable[[], Measured], plain: Mapping[str, Any]) -> Measured:
