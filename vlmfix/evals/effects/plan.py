@@ -42,7 +42,7 @@ too large to search."""
 LISTED: Mapping[str, Sequence[str]] = {
     "beam+vcd+spin": tuple(
         f"beam+vcd:contrast={contrast},noise_step=900,plausibility=0.1+spin:kept_share=0.95,suppression={suppression}"
-        for contrast, suppression in ((0.1, 0.6), (0.12, 0.5), (0.15, 0.5), (0.2, 0.6), (0.2, 0.5))
+        for contrast, suppression in ((0.1, 0.6), (0.12, 0.5), (0.15, 0.5))
     )
 }
 """Chains with beams by name: a trial takes minutes, so a few specifications are tried and nothing is searched."""
