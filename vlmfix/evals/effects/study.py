@@ -134,9 +134,9 @@ def conduct(study: Study, stages: Sequence[str]) -> bool:
             return False
         reasons = survey(study)
         jobs: dict[str, Job] = {}
-        for listed in (LISTED[stage] for stage in stages if stage != SPEED):
-            found = {name: job for model in study.models for name, job in listed(study, model, reasons[model]).items()}
-            jobs |= sorted(found.items(), key=lambda item: -item[1].cost)  # the longest first, so that all end together
+        for listed in (LISTED[name] for name in stages if name != SPEED):
+            stage = {name: job for model in study.models for name, job in listed(study, model, reasons[model]).items()}
+            jobs |= sorted(stage.items(), key=lambda item: -item[1].cost)  # the longest first, so that all end together
         done = _all(study, jobs, pool)
     times: dict[str, Job] = {}
     for model in study.models if SPEED in stages else ():
