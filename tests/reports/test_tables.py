@@ -89,9 +89,18 @@ def test_groups_with_other_figures_and_figures_without_a_value(comparison):
     ]
 
 
+def test_a_long_name_is_called_by_its_decoders(comparison):
+    lines = shown(comparison)
+    assert any(line.split()[:1] == ["vcd+locore"] for line in lines)
+    assert f"vcd+locore stands for {LONG}." in " ".join(lines)
+    assert f"| `{LONG}` |" in markdown(comparison), "files have it whole"
+
+
 @pytest.mark.parametrize("width", [82, 100, 110])
-def test_long_names_are_folded_and_not_cut(comparison, width):
-    lines = shown(comparison, width=width)
+def test_long_names_alike_are_folded_and_not_cut(width):
+    run = exam()
+    other = LONG.replace("vcd:", "vcd:plausibility=0.5,")
+    lines = shown(compare([exam(arms=run.answers | {LONG: run.answers["wordy"], other: run.answers["wordy"]})]), width)
     start = next(number for number, line in enumerate(lines) if line.startswith("vcd:"))
     room = lines[start].index(next(part for part in lines[start].split() if part[0].isdigit()))
     assert "".join(line[:room].strip() for line in lines[start : start + 6]).startswith(LONG)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import csv
 import io
 import re
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 
 from rich.console import Console, ConsoleOptions, RenderResult
@@ -29,6 +30,8 @@ CELL = 16
 """Columns of one figure in the terminal, gap included."""
 NAME = 14
 """Least columns of an arm's name in the terminal."""
+LONG = 40
+"""Characters from which on an arm's name is shortened in the terminal."""
 STYLES = {"better": "green", "worse": "red", "no clear difference": "", "": ""}
 
 
@@ -111,12 +114,14 @@ class Shown:
     comparison: Comparison
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        labels = _labels([arm.name for arm in (*self.comparison.plain, *self.comparison.arms)])
         yield Text(heading(self.comparison), style="bold")
         for sheet in sheets(self.comparison):
             yield ""
-            yield from _tables(sheet, options.max_width)
+            yield from _tables(sheet, labels, options.max_width)
         yield ""
-        for line in legend(self.comparison):
+        short = [f"{label} stands for {name}." for name, label in labels.items() if label != name]
+        for line in (*short, *legend(self.comparison)):
             yield Text(line)
 
 
@@ -130,7 +135,14 @@ def terminal(comparison: Comparison) -> Shown:
     return Shown(comparison)
 
 
-def _tables(sheet: Sheet, width: int) -> Iterator[Table]:
+def _labels(names: Sequence[str]) -> dict[str, str]:
+    """What the terminal calls arms: a long specification is called by its decoders, where no other arm is."""
+    short = {name: re.sub(r":[^+]*", "", name) if len(name) >= LONG else name for name in names}
+    taken = Counter([*short.values(), *names])
+    return {name: label if label == name or taken[label] == 1 else name for name, label in short.items()}
+
+
+def _tables(sheet: Sheet, labels: Mapping[str, str], width: int) -> Iterator[Table]:
     fitting = max(1, (width - NAME) // CELL - len(sheet.shifts))
     parts = max(1, -(-len(sheet.merits) // fitting))
     each = -(-len(sheet.merits) // parts)
@@ -146,7 +158,7 @@ def _tables(sheet: Sheet, width: int) -> Iterator[Table]:
             if row.group != group:
                 group = row.group
                 table.add_row(Text(group, style="bold"))
-            table.add_row(_folded(row.arm.name, room), *(_cell(row, row.cells.get(title)) for title in titles))
+            table.add_row(_folded(labels[row.arm.name], room), *(_cell(row, row.cells.get(title)) for title in titles))
         yield table
 
 
