@@ -384,6 +384,33 @@ def test_some_chains_are_chosen_from_a_list(hunted):
     assert (found.trials, found.feasible, parse(found.spec).contrast) == (4, 2, 0.35)
 
 
+def test_the_longest_work_begins_first(tmp_path, monkeypatch):
+    begun = []
+    monkeypatch.setattr(study, "_all", lambda wanted, jobs, pool: begun.append(list(jobs)) or True)
+    monkeypatch.setattr(study, "survey", lambda wanted: {model: dict.fromkeys(only, "") for model in wanted.models})
+    monkeypatch.setattr(study.Study, "exams", lambda self, model, **which: dict.fromkeys(["chair", "pope"]))
+    only = ("spin", "beam", "vcd", "carve")
+    wanted = study.Study(
+        out=tmp_path,
+        models=("tiny", "tiny-qwen"),
+        count=2,
+        seed=1,
+        tuning_count=2,
+        tuning_seed=2,
+        trials=1,
+        only=only,
+        device="cpu",
+        dtype="auto",
+        batch_size=1,
+        jobs=1,
+        clock=ENDLESS,
+    )
+    assert study.conduct(wanted, ["defaults"])
+    order = [name.rpartition(", ")[2] for name in begun[2]]
+    assert list(dict.fromkeys(order)) == ["carve", "beam", "vcd", "spin"]
+    assert order.count("carve") == 4, "captions and POPE of two models"
+
+
 def test_the_scenes_for_tuning_are_others(tmp_path):
     with pytest.raises(UsageError, match="both 3"):
         command(["--out", str(tmp_path), "--seed", "3", "--tuning-seed", "3"], standalone_mode=False)
