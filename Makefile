@@ -1,16 +1,22 @@
-# make demo | make test | make lint | make effects; each installs what it needs into .venv first.
+# make demo | make test | make lint | make effects; each installs the locked versions into .venv first.
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 JOBS   ?= 2
+LOCKS  := requirements/build.lock requirements/all.lock
+OFFLINE := HF_HUB_OFFLINE=1 TRANSFORMERS_OFFLINE=1 OMP_NUM_THREADS=1
+# -qq: pip tells errors alone. pip itself is that of $(PYTHON), so that a system Python without ensurepip will do.
+PIP     = $(PYTHON) -m pip --python $(1)/bin/python install -qq --disable-pip-version-check --no-warn-script-location
+COMPILE := .venv-lock/bin/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --upgrade \
+	--no-header --no-annotate --no-emit-index-url --no-emit-find-links --constraint requirements/held.txt
 
-.PHONY: demo test lint format effects test-floor clean
+.PHONY: demo test lint format effects lock test-floor test-newest clean
 
 demo: $(VENV)/installed
-	$(BIN)/vlmfix demo
+	@$(BIN)/vlmfix demo
 
 test: $(VENV)/installed
-	HF_HUB_OFFLINE=1 TRANSFORMERS_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) $(ARGS)
+	$(OFFLINE) $(BIN)/python -m pytest -n $(JOBS) $(ARGS)
 
 lint: $(VENV)/installed
 	$(BIN)/ruff format --check .
@@ -24,24 +30,49 @@ format: $(VENV)/installed
 
 # docs/effects.md; see there.
 effects: $(VENV)/installed
-	HF_HUB_OFFLINE=1 TRANSFORMERS_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m vlmfix.evals.effects \
-		--out build/effects --page docs/effects.md $(ARGS)
+	$(OFFLINE) $(BIN)/python -m vlmfix.evals.effects --out build/effects --page docs/effects.md $(ARGS)
 
-# pip comes from $(PYTHON), so that a system Python without ensurepip will do.
-$(VENV)/installed: pyproject.toml
-	test -x $(BIN)/python || $(PYTHON) -m venv --without-pip $(VENV)
-	$(PYTHON) -m pip --python $(BIN)/python install pip --editable '.[dev]'
-	touch $@
+# What builds comes first: the second list has a package that is published as source only.
+$(VENV)/installed: pyproject.toml $(LOCKS)
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+		|| { echo "vlmfix needs Python 3.11 or newer: make $(MAKECMDGOALS) PYTHON=python3.12"; exit 1; }
+	@echo "Installing the locked versions into $(VENV): about 6 GB, some minutes the first time ..."
+	@test -x $(BIN)/python || $(PYTHON) -m venv --without-pip $(VENV)
+	@$(call PIP,$(VENV)) --no-deps --require-hashes -r requirements/build.lock
+	@$(call PIP,$(VENV)) --no-deps --require-hashes --no-build-isolation -r requirements/all.lock
+	@$(call PIP,$(VENV)) --no-deps --no-build-isolation --editable .
+	@touch $@
+	@echo "Installed."
+
+# Renews the lock with the newest versions that pyproject.toml and requirements/held.txt allow.
+lock:
+	@test -x .venv-lock/bin/python || $(PYTHON) -m venv --without-pip .venv-lock
+	@$(call PIP,.venv-lock) --upgrade uv
+	$(PYTHON) requirements/bounds.py build > .venv-lock/build.in
+	$(COMPILE) --output-file requirements/build.lock .venv-lock/build.in > .venv-lock/log
+	$(COMPILE) --constraint requirements/build.lock --extra dev --output-file requirements/all.lock pyproject.toml > .venv-lock/log
+	@git diff --stat -- requirements
 
 # The oldest versions that pyproject.toml allows, in an environment of their own.
 test-floor: .venv-floor/installed
-	HF_HUB_OFFLINE=1 TRANSFORMERS_OFFLINE=1 OMP_NUM_THREADS=1 .venv-floor/bin/python -m pytest -n $(JOBS) $(ARGS)
+	$(OFFLINE) .venv-floor/bin/python -m pytest -n $(JOBS) $(ARGS)
 
 .venv-floor/installed: pyproject.toml
-	test -x .venv-floor/bin/python || $(PYTHON) -m venv --without-pip .venv-floor
-	$(PYTHON) .ci/floor.py > .venv-floor/constraints.txt
-	$(PYTHON) -m pip --python .venv-floor/bin/python install --constraint .venv-floor/constraints.txt --editable '.[dev]'
-	touch $@
+	@echo "Installing the oldest versions that are allowed into .venv-floor ..."
+	@test -x .venv-floor/bin/python || $(PYTHON) -m venv --without-pip .venv-floor
+	@$(PYTHON) requirements/bounds.py floor > .venv-floor/constraints.txt
+	@$(call PIP,.venv-floor) --constraint .venv-floor/constraints.txt --editable '.[dev]'
+	@touch $@
+
+# The newest versions of everything, beyond the upper bounds too; looked up anew each time.
+test-newest:
+	@echo "Installing the newest versions of everything into .venv-newest ..."
+	@test -x .venv-newest/bin/python || $(PYTHON) -m venv --without-pip .venv-newest
+	@$(PYTHON) requirements/bounds.py newest > .venv-newest/requirements.txt
+	@$(call PIP,.venv-newest) --upgrade --upgrade-strategy eager -r .venv-newest/requirements.txt
+	@$(call PIP,.venv-newest) --no-deps --no-build-isolation --editable .
+	@.venv-newest/bin/python -c 'import torch, transformers; print("torch", torch.__version__, "transformers", transformers.__version__)'
+	$(OFFLINE) .venv-newest/bin/python -m pytest -n $(JOBS) $(ARGS)
 
 clean:
-	rm -rf $(VENV) .venv-floor build dist demo
+	rm -rf $(VENV) .venv-floor .venv-newest .venv-lock build dist demo
