@@ -46,3 +46,7 @@ class DataError(VlmfixError):
 
 class ProfileMismatchError(VlmfixError):
     """A head profile was measured on another model, or two profiles are of different models."""
+
+
+class UpstreamError(VlmfixError):
+    """The installed transformers or torch lacks something that vlmfix builds on; the hint says which version has it."""

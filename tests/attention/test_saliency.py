@@ -16,6 +16,7 @@ from vlmfix.attention.saliency import after_picture, mean_over, row_saliency, sa
 from vlmfix.errors import IncompatibleDecodersError, UnsupportedAttentionError
 from vlmfix.generation import VLM
 from vlmfix.models.layout import ImageLayout
+from vlmfix.upstream import steps as upstream
 
 # Two heads, four keys, the row that predicts; only its last two rows have a gradient.
 WEIGHTS = torch.tensor([[0.1, 0.2, 0.3, 0.4], [0.25, 0.25, 0.25, 0.25]])[None]
@@ -128,13 +129,11 @@ def slow(vlm, batch, *, append=False):
         kwargs["logits_to_keep"] = 0
         with installed(vlm, graph):
             for place, column in enumerate(TOKENS.T):
-                longer = vlm.model._update_model_kwargs_for_generation(ModelOutput(), dict(kwargs))
+                longer = upstream.kept_between(vlm.model, ModelOutput(), dict(kwargs))
                 ids = torch.cat([input_ids, column[:, None]], dim=1)
                 given = (ids, longer) if append else (input_ids, kwargs)
                 with torch.enable_grad():
-                    inputs = vlm.model.prepare_inputs_for_generation(
-                        given[0], is_first_iteration=place == 0, **given[1]
-                    )
+                    inputs = upstream.whole(vlm.model, *given, first=place == 0)
                     logits = vlm.model(**inputs, return_dict=True).logits[:, -2 if append else -1]
                     loss = torch.nn.functional.cross_entropy(logits.double(), column, reduction="sum")
                     layers = [graph.attention[layer] for layer in sorted(graph.attention)]
@@ -199,7 +198,7 @@ def test_nothing_is_left_behind_and_memory_is_one_row_per_layer():
             parameter.requires_grad_(True)
 
     def run(input_ids, kwargs):
-        cache = kwargs["past_key_values"]
+        cache = upstream.cache_of(vlm.model, kwargs)
         with saliency_steps(vlm, vlm.layout(batch), LayerSet("1:"), input_ids, kwargs) as steps:
             steps.advance(input_ids)
             saliency = steps.saliency(TOKENS[:, 0])
@@ -236,7 +235,7 @@ def test_a_full_sliding_window_is_refused():
     batch = batch_of(vlm)
 
     def run(input_ids, kwargs):
-        for layer in kwargs["past_key_values"].layers:
+        for layer in upstream.cache_of(vlm.model, kwargs).layers:
             if layer.is_sliding:
                 layer.sliding_window = batch.length
         with (

@@ -15,6 +15,7 @@ from vlmfix.attention.edit import BiasEdit, LayerSet, OutputEdit, Rows, ScoreEdi
 from vlmfix.attention.session import bare, edited, first_edited
 from vlmfix.decoders import DecodingPlan, Greedy
 from vlmfix.errors import UnsupportedAttentionError
+from vlmfix.upstream.cache import handed_over, returned
 
 GAIN = 1.7
 
@@ -278,12 +279,12 @@ def test_chunked_prefill_is_refused(family):
 def test_a_cache_from_an_earlier_call_is_refused():
     vlm = vlm_of("llava")
     batch = batch_of(vlm)
-    cache = vlm.model(**batch, use_cache=True).past_key_values
+    behind = handed_over(vlm.model, returned(vlm.model, vlm.model(**batch, use_cache=True)))
     with (
         pytest.raises(UnsupportedAttentionError, match="behind a cache of"),
         edited(vlm, vlm.layout(batch), [ImageBias()]),
     ):
-        vlm.model(input_ids=torch.full((2, 3), 40), past_key_values=cache)
+        vlm.model(input_ids=torch.full((2, 3), 40), **behind)
 
 
 def test_capped_scores_are_refused(monkeypatch):

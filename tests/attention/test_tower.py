@@ -7,13 +7,14 @@ from contextlib import contextmanager
 import pytest
 import torch
 from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.masking_utils import sdpa_mask
 
 from tests.contracts.support import batch_of, vlm_of
 from tests.tiny import TINY
 from vlmfix.attention import tower
 from vlmfix.attention.tower import TowerReading, tower_read
 from vlmfix.decoders.encoding import encoded
+from vlmfix.errors import UnsupportedAttentionError
+from vlmfix.upstream.attention import register, switched
 
 NAME = "whole_matrices"
 
@@ -30,15 +31,11 @@ def whole(vlm):
         found.setdefault(module, []).append(weights)
         return (weights @ value.double()).transpose(1, 2).to(query.dtype).contiguous(), None
 
-    AttentionInterface.register(NAME, attention)
-    AttentionMaskInterface.register(NAME, sdpa_mask)
-    config = vlm.family.tower(vlm.model).config
-    former = config._attn_implementation_internal
-    config._attn_implementation_internal = NAME
+    register(NAME, attention)
     try:
-        yield found
+        with switched([vlm.family.tower(vlm.model)], NAME):
+            yield found
     finally:
-        config._attn_implementation_internal = former
         AttentionInterface._global_mapping.pop(NAME)
         AttentionMaskInterface._global_mapping.pop(NAME)
 
@@ -95,13 +92,16 @@ def test_hidden_keys_get_nothing():
 def test_the_tower_is_left_as_it_was():
     vlm = vlm_of("llava")
     config = vlm.family.tower(vlm.model).config
-    before = config._attn_implementation_internal
+    before = config._attn_implementation
     reading = TowerReading(1, "class", 1)
     with tower_read(vlm, [reading]):
-        assert config._attn_implementation_internal == tower.NAME
-    with pytest.raises(IndexError), tower_read(vlm, [reading, TowerReading(2, "class", 1)]):
+        assert config._attn_implementation == tower.NAME
+    with (
+        pytest.raises(UnsupportedAttentionError, match="no layer 2"),
+        tower_read(vlm, [reading, TowerReading(2, "class", 1)]),
+    ):
         pass
-    assert config._attn_implementation_internal == before
+    assert config._attn_implementation == before
     run(vlm)
     assert reading.sums == []
     assert not any(tower.READINGS in module.__dict__ for module in vlm.model.modules())

@@ -10,6 +10,7 @@ from tests.tiny import TINY
 from vlmfix.decoders import Chain, DecodingPlan, Greedy
 from vlmfix.errors import IncompatibleDecodersError
 from vlmfix.generation import RowSampler
+from vlmfix.upstream import steps
 
 
 @pytest.mark.parametrize("family", TINY)
@@ -183,14 +184,9 @@ class EveryOther(Greedy):
     def plan(self, vlm, batch, layout):
         def loop(model, input_ids, logits_processor, stopping_criteria, generation_config, **kwargs):
             for _ in range(generation_config.max_new_tokens):
-                inputs = model.prepare_inputs_for_generation(
-                    input_ids,
-                    next_sequence_length=None if input_ids.shape[1] == batch.length else 1,
-                    is_first_iteration=input_ids.shape[1] == batch.length,
-                    **kwargs,
-                )
-                output = model(**inputs, return_dict=True)
-                kwargs = model._update_model_kwargs_for_generation(output, kwargs)
+                prepare = steps.first if input_ids.shape[1] == batch.length else steps.next_token
+                output = model(**prepare(model, input_ids, kwargs), return_dict=True)
+                kwargs = steps.kept_between(model, output, kwargs)
                 second = logits_processor(input_ids, output.logits[:, -1].float()).topk(2).indices[:, 1:]
                 input_ids = torch.cat([input_ids, second], dim=1)
             return input_ids

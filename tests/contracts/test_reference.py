@@ -13,13 +13,14 @@ from contextlib import contextmanager
 import pytest
 import torch
 from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.masking_utils import sdpa_mask
 
 from tests.contracts.support import PROMPTS, Forced, batch_of, close, logits, vlm_of
 from tests.tiny import TINY
 from vlmfix.decoders import ACT, ADHH, SPIN, VAR, LocoRE, ZeroTuning
 from vlmfix.decoders.gift import GIFT
 from vlmfix.decoders.vhr import VHR
+from vlmfix.upstream.attention import register, switched
+from vlmfix.upstream.names import hidden
 
 NAME = "slow_reference"
 
@@ -68,24 +69,19 @@ class Slow:
 
 @contextmanager
 def installed(vlm, slow):
-    AttentionInterface.register(NAME, slow)
-    AttentionMaskInterface.register(NAME, sdpa_mask)
+    register(NAME, slow)
     hooks = []
     for number, layer in enumerate(vlm.family.layers(vlm.model)):
 
         def keep(module, args, kwargs, number=number):
-            slow.hidden[number] = args[0] if args else kwargs["hidden_states"]
+            slow.hidden[number] = hidden(args, kwargs)
 
         hooks.append(layer.register_forward_pre_hook(keep, with_kwargs=True))
     owners = [vlm.family.decoder(vlm.model), *vlm.family.attention_modules(vlm.model)]
-    former = [(owner.config, owner.config._attn_implementation_internal) for owner in owners]
     try:
-        for config, _ in former:
-            config._attn_implementation_internal = NAME
-        yield
+        with switched(owners, NAME):
+            yield
     finally:
-        for config, name in former:
-            config._attn_implementation_internal = name
         for hook in hooks:
             hook.remove()
         AttentionInterface._global_mapping.pop(NAME)

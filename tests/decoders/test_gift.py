@@ -13,6 +13,7 @@ from vlmfix.decoders import GIFT, DecodingPlan, Greedy, gaze
 from vlmfix.decoders.gaze import most, shift_map, shift_peak
 from vlmfix.decoders.gift import enhance, gains
 from vlmfix.errors import IncompatibleDecodersError, UnsupportedAttentionError, UsageError
+from vlmfix.upstream.cache import handed_over, returned
 
 B, H, K = 2, 6, 12
 IMAGE, QUESTION = (torch.zeros(B, K, dtype=torch.bool) for _ in range(2))
@@ -309,9 +310,9 @@ def test_what_cannot_act_says_so():
 def test_a_cache_from_before_the_session_is_refused():
     vlm = vlm_of("llava")
     batch = batch_of(vlm)
-    cache = vlm.model(**batch, use_cache=True).past_key_values
+    behind = handed_over(vlm.model, returned(vlm.model, vlm.model(**batch, use_cache=True)))
     with GIFT().applied(vlm, batch), pytest.raises(UnsupportedAttentionError, match="before its prompt"):
-        vlm.model(input_ids=torch.full((2, 1), 40), past_key_values=cache)
+        vlm.model(input_ids=torch.full((2, 1), 40), **behind)
 
 
 def test_decoding_without_enhancement_layers_stays_on_sdpa():

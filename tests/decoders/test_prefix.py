@@ -13,6 +13,8 @@ from tests.tiny import TINY
 from vlmfix.attention.session import continued, edited, first_edited
 from vlmfix.decoders import Greedy, base, prefix
 from vlmfix.errors import UnsupportedAttentionError
+from vlmfix.upstream import features, names
+from vlmfix.upstream.cache import handed_over
 
 ONE, (TWO, THREE) = PICTURES[0][0], PICTURES[1]
 ROWS = [[ONE]] * 3 + [[TWO, THREE]] * 3 + [[picture(9, (33, 44))], []]
@@ -36,7 +38,7 @@ def counted(vlm):
     passes = []
 
     def count(layer, args, kwargs):
-        hidden = args[0] if args else kwargs["hidden_states"]
+        hidden = names.hidden(args, kwargs)
         if hidden.shape[1] > 1:
             passes.append(hidden.shape[0] * hidden.shape[1])
 
@@ -239,7 +241,7 @@ def test_a_forward_of_the_users_own_is_kept(monkeypatch):
     own, lengths = decoder.forward, []
 
     def forward(**kwargs):
-        lengths.append(kwargs["inputs_embeds"].shape[1])
+        lengths.append(kwargs[names.TextNames.of(decoder).embeds].shape[1])
         return own(**kwargs)
 
     monkeypatch.setattr(decoder, "forward", forward)
@@ -271,13 +273,11 @@ def test_a_continuation_that_nobody_announced_is_refused():
     batch = mixed(vlm, [0])
     layout = vlm.layout(batch)
     edits = method_of(STRONG["head-gains"]).plan(vlm, batch, layout).edits
-    cache, start = DynamicCache(), 5
-    head = {"input_ids": batch["input_ids"][:, :start], "past_key_values": cache}
-    vlm.model(**head)
-    rest = batch["input_ids"][:, start:]
-    features = {"image": vlm.model.model.get_image_features(batch["pixel_values"], return_dict=True)}
+    behind, start = handed_over(vlm.model, DynamicCache()), 5
+    vlm.model(input_ids=batch["input_ids"][:, :start], **behind)
+    rest, pictures = batch["input_ids"][:, start:], features.encoded(vlm.model, batch)
     with edited(vlm, layout, edits), pytest.raises(UnsupportedAttentionError, match="behind a cache of 5"):
-        vlm.model(input_ids=rest, past_key_values=cache, mm_encoder_outputs=features)
+        vlm.model(input_ids=rest, **behind, **features.handed_over(vlm.model, pictures))
 
 
 def test_prompts_padded_on_the_right_are_not_cut():

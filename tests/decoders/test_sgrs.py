@@ -15,6 +15,7 @@ from vlmfix.decoders import Chain, parse
 from vlmfix.decoders.sgrs import SGRS, Draws, Memory, RejectionLoop, gate
 from vlmfix.errors import IncompatibleDecodersError
 from vlmfix.generation import RowSampler
+from vlmfix.upstream import steps as upstream
 
 ALL = torch.tensor([True])
 NEUTRAL = SGRS(draw="greedy", strictness=1e-6)
@@ -220,7 +221,7 @@ def slow_sgrs(vlm, batch, method, steps):
         with installed(vlm, graph):
             for place in range(steps):
                 with torch.enable_grad():
-                    inputs = vlm.model.prepare_inputs_for_generation(input_ids, is_first_iteration=place == 0, **kwargs)
+                    inputs = upstream.whole(vlm.model, input_ids, kwargs, first=place == 0)
                     scores = vlm.model(**inputs, return_dict=True).logits[0, -1].double()
                 allowed = scores.detach().clone()
                 allowed[withheld] = -math.inf

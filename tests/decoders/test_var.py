@@ -12,6 +12,7 @@ from vlmfix.decoders import VAR
 from vlmfix.decoders.var import Redistribution, redistribute
 from vlmfix.errors import IncompatibleDecodersError, UnsupportedAttentionError, UsageError
 from vlmfix.heads.sinks import sink_strength
+from vlmfix.upstream.cache import handed_over, returned
 
 B, H, Q, K = 2, 4, 3, 12
 
@@ -275,6 +276,6 @@ def test_rows_without_a_picture_are_decoded_plainly(family):
 def test_a_cache_from_before_the_session_is_refused():
     vlm = vlm_of("llava")
     batch = batch_of(vlm)
-    cache = vlm.model(**batch, use_cache=True).past_key_values
+    behind = handed_over(vlm.model, returned(vlm.model, vlm.model(**batch, use_cache=True)))
     with VAR(**LOOSE).applied(vlm, batch), pytest.raises(UnsupportedAttentionError, match="before its prompt"):
-        vlm.model(input_ids=torch.full((2, 1), 40), past_key_values=cache)
+        vlm.model(input_ids=torch.full((2, 1), 40), **behind)

@@ -16,6 +16,8 @@ from vlmfix.decoders import VHR, Chain, DecodingPlan, Greedy
 from vlmfix.decoders.vhr import Choice, DivergentHeads, upper_half
 from vlmfix.errors import IncompatibleDecodersError, UnsupportedAttentionError, UsageError
 from vlmfix.heads.profile import HeadProfile
+from vlmfix.upstream.cache import handed_over, returned
+from vlmfix.upstream.names import TextNames
 
 B, H, D = 2, 8, 6
 PAPER = Choice(squared=False, drop=True, guard=0.0)
@@ -223,7 +225,7 @@ def test_the_model_is_asked_without_the_picture_once():
     batch = batch_of(vlm)
     passes = []
     handle = vlm.family.decoder(vlm.model).register_forward_pre_hook(
-        lambda module, args, kwargs: passes.append(kwargs["inputs_embeds"].shape[1]), with_kwargs=True
+        lambda module, args, kwargs: passes.append(kwargs[TextNames.of(module).embeds].shape[1]), with_kwargs=True
     )
     try:
         logits(vlm, batch, VHR())
@@ -316,9 +318,9 @@ def test_layers_that_the_model_lacks_are_refused():
 def test_a_cache_from_before_the_session_is_refused():
     vlm = vlm_of("llava")
     batch = batch_of(vlm)
-    cache = vlm.model(**batch, use_cache=True).past_key_values
+    behind = handed_over(vlm.model, returned(vlm.model, vlm.model(**batch, use_cache=True)))
     with VHR().applied(vlm, batch), pytest.raises(UnsupportedAttentionError, match="before its prompt"):
-        vlm.model(input_ids=torch.full((2, 1), 40), past_key_values=cache)
+        vlm.model(input_ids=torch.full((2, 1), 40), **behind)
 
 
 def test_the_default_measures_while_the_prompt_is_read():

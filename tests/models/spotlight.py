@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from vlmfix.models.checkpoint import Checkpoint
 from vlmfix.models.layout import Batch
+from vlmfix.upstream.names import TextNames
 
 GROUND, PAINT = (110, 110, 110), (255, 40, 0)
 BLOCKS = ("layers", "layer", "blocks")
@@ -36,8 +37,8 @@ def embeddings(vlm: Checkpoint, batch: Batch) -> Tensor:
     """(B, T, hidden) what the decoder gets, with a vision tower that mixes no patches."""
     seen: list[Tensor] = []
 
-    def keep(_: nn.Module, __: Any, kwargs: dict[str, Any]) -> None:
-        seen.append(kwargs["inputs_embeds"])
+    def keep(module: nn.Module, __: Any, kwargs: dict[str, Any]) -> None:
+        seen.append(kwargs[TextNames.of(module).embeds])
 
     hook = vlm.family.decoder(vlm.model).register_forward_pre_hook(keep, with_kwargs=True)
     try:

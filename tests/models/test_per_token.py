@@ -13,6 +13,7 @@ from tests.models.spotlight import embeddings, painted, plain
 from tests.tiny import TINY, tiny_vlm
 from vlmfix.decoders.encoding import encoded
 from vlmfix.models.grid import merged
+from vlmfix.upstream.names import hidden
 
 CASES = [((90, 60), (0.1, 0.1, 0.35, 0.4)), ((40, 200), (0, 0.43, 0.5, 0.5)), ((200, 40), (0.5, 0, 0.55, 1))]
 """(width, height) and the painted part, within what a crop of the middle shows."""
@@ -23,7 +24,7 @@ def entering(vlm, batch):
     seen = []
 
     def keep(module, args, kwargs):
-        seen.append(args[0] if args else kwargs["hidden_states"])
+        seen.append(hidden(args, kwargs))
 
     hook = vlm.family.tower_attention(vlm.model)[0].register_forward_pre_hook(keep, with_kwargs=True)
     try:

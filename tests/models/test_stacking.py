@@ -19,6 +19,8 @@ from transformers.utils import ModelOutput
 from tests.tiny import TINY, tiny_vlm
 from vlmfix.models.checkpoint import Checkpoint
 from vlmfix.models.layout import Batch
+from vlmfix.upstream import features
+from vlmfix.upstream.cache import handed_over, returned
 
 RED = Image.new("RGB", (64, 48), (200, 40, 30))
 GREEN = Image.new("RGB", (26, 90), (20, 160, 60))
@@ -75,7 +77,7 @@ def stacked(vlm: Checkpoint, batches: Sequence[Batch]) -> dict[str, Any]:
         key: padded([batch[key] for batch in batches], pad if key == "input_ids" else 0) for key in per_token
     }
     with_pictures = [batch for batch in batches if "pixel_values" in batch]
-    arguments["mm_encoder_outputs"] = {"image": joined([encoded_pictures(vlm, b) for b in with_pictures])}
+    arguments |= features.handed_over(vlm.model, joined([encoded_pictures(vlm, b) for b in with_pictures]))
     arguments["position_ids"] = padded([positions(vlm, batch) for batch in batches], 0)
     return arguments
 
@@ -119,7 +121,7 @@ def test_the_next_step_only_counts_on(vlm: Checkpoint) -> None:
             input_ids=tokens,
             attention_mask=mask,
             position_ids=place,
-            past_key_values=output.past_key_values,
+            **handed_over(vlm.model, returned(vlm.model, output)),
             use_cache=True,
         )
         expected = torch.cat([run.logits[step] for run in alone])  # (B, V)

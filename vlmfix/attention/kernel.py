@@ -16,11 +16,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from vlmfix.attention.edit import BiasEdit, OutputEdit, PromptReading, ScoreEdit, Site, WeightEdit
 from vlmfix.attention.rows import Block, Step, chosen, read, total_bias
 from vlmfix.errors import UnsupportedAttentionError
+from vlmfix.upstream import attention as upstream
 
 NAME = "vlmfix"
 """Name of the attention function in transformers' registries."""
@@ -94,10 +94,8 @@ def attention(
     """
     plan: LayerPlan | None = getattr(module, PLAN, None)
     if plan is None:
-        output, _ = sdpa_attention_forward(
-            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
-        )
-        return output, None
+        plain = upstream.sdpa(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs)
+        return plain, None
     _check_window(module, query, key)
     hidden, plan.hidden = plan.hidden, None
     call = Call(
@@ -128,10 +126,9 @@ class Call:
 
     def sdpa(self, **more: Any) -> Tensor:
         """Plain SDPA of all rows, (B, Q, H, D)."""
-        output, _ = sdpa_attention_forward(
+        return upstream.sdpa(
             self.module, self.query, self.key, self.value, self.mask, scaling=self.scale, **more, **self.kwargs
         )
-        return output
 
 
 def _prefill(plan: LayerPlan, call: Call) -> Tensor:
@@ -247,7 +244,7 @@ def _outputs(plan: LayerPlan, sites: list[Site], output: Tensor, own: Tensor | N
 
 
 def _check_window(module: nn.Module, query: Tensor, key: Tensor) -> None:
-    window = getattr(module, "sliding_window", None)
+    window = upstream.window(module)
     if window is not None and key.shape[2] >= window:
         raise UnsupportedAttentionError(
             f"{key.shape[2]} keys reach the sliding window of {window} in layer {getattr(module, 'layer_idx', '?')}",

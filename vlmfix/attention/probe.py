@@ -14,8 +14,6 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache
-from transformers.cache_utils import DynamicLayer
 
 from vlmfix.attention.edit import OutputEdit, PromptReading, Rows, Site
 from vlmfix.models.checkpoint import Checkpoint
@@ -133,44 +131,3 @@ def leaving(vlm: Checkpoint, reader: Callable[[int, Tensor], None]) -> Iterator[
         for layer in layers:
             hooks.enter_context(layer.register_forward_hook(show))
         yield
-
-
-class SharedLayer(DynamicLayer):
-    """One layer of a cache whose prompt all rows have in common: it is stored once and copied layer by layer.
-
-    What a pass adds is used in that pass and not kept.
-
-    Args:
-        keys: (1, G, K, D).
-        values: (1, G, K, D).
-    """
-
-    def __init__(self, keys: Tensor, values: Tensor) -> None:
-        super().__init__()
-        self.lazy_initialization(keys, values)
-        self.keys, self.values = keys, values
-
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Keys and values of the prompt and of the new tokens, (B, G, K + Q, D) each."""
-        return self._behind(self.keys, key_states), self._behind(self.values, value_states)
-
-    def _behind(self, prompt: Tensor | None, new: Tensor) -> Tensor:
-        if prompt is None:
-            raise RuntimeError("the shared prompt was reset")
-        return torch.cat([prompt.expand(len(new), -1, -1, -1), new], dim=2)  # (B, G, K + Q, D)
-
-
-def shared_prompt(cache: DynamicCache, row: int, length: int) -> DynamicCache:
-    """A cache for any number of rows that all continue one row's first columns.
-
-    Args:
-        cache: Keys and values of a batch.
-        row: The row.
-        length: Columns to take over, padding included.
-    """
-    shared = DynamicCache()
-    shared.layers = [
-        SharedLayer(layer.keys[row : row + 1, :, :length], layer.values[row : row + 1, :, :length])
-        for layer in list[Any](cache.layers)
-    ]
-    return shared

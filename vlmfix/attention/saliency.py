@@ -25,14 +25,14 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache
-from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+from transformers import Cache
 
 from vlmfix.attention.edit import LayerSet, Rows, Site, WeightEdit
 from vlmfix.attention.session import edited
 from vlmfix.errors import IncompatibleDecodersError
 from vlmfix.models.checkpoint import Checkpoint
 from vlmfix.models.layout import ImageLayout
+from vlmfix.upstream import cache, steps
 
 SCALE = 1024.0
 """The loss is multiplied by it and the gradients are divided by it, so that float16 does not lose small ones."""
@@ -125,12 +125,14 @@ class SaliencySteps:
 
     Attributes:
         model: The transformers model.
+        cache: Keys and values of the tokens before.
         kwargs: What ``generate`` keeps between passes; replaced after each of them.
         recorder: Where the weights are kept.
         newest: The newest pass's logits, one entry of (B, V) float32 with their graph.
     """
 
     model: Any
+    cache: Cache
     kwargs: dict[str, Any]
     recorder: Recorder
     newest: list[Tensor] = field(default_factory=list)
@@ -146,11 +148,10 @@ class SaliencySteps:
         """
         self.release()
         with torch.enable_grad():
-            inputs = self.model.prepare_inputs_for_generation(input_ids, next_sequence_length=1, **self.kwargs)
-            output = self.model(**inputs, return_dict=True)
+            output = self.model(**steps.next_token(self.model, input_ids, self.kwargs), return_dict=True)
             logits = output.logits[:, -1].float()  # (B, V)
             self.newest.append(logits)
-        self.kwargs.update(self.model._update_model_kwargs_for_generation(output, self.kwargs))
+        self.kwargs.update(steps.kept_between(self.model, output, self.kwargs))
         return torch.as_tensor(logits).detach().clone()
 
     @property
@@ -186,7 +187,7 @@ class SaliencySteps:
         """Forgets the newest graph, in the cache too."""
         self.newest.clear()
         self.recorder.seen.clear()
-        _detach(self.kwargs["past_key_values"])
+        cache.detach(self.cache)
 
 
 @contextmanager
@@ -216,38 +217,30 @@ def saliency_steps(
         UnsupportedAttentionError: The model's attention cannot be recorded; see ``edited``.
     """
     model: Any = vlm.model
-    cache: Any = kwargs.get("past_key_values")
-    _check_cache(cache, input_ids.shape[1])
+    filled = _checked(steps.cache_of(model, kwargs), input_ids.shape[1])
     with torch.no_grad():
-        inputs = model.prepare_inputs_for_generation(input_ids, is_first_iteration=True, **kwargs)
-        model(**inputs, return_dict=True)
-    cache.crop(-1)
+        model(**steps.first(model, input_ids, kwargs), return_dict=True)
+    cache.drop_last(filled)
     recorder = Recorder(layers=layers)
     with edited(vlm, layout, (recorder,), live=live):
-        steps = SaliencySteps(model, dict(kwargs), recorder)
+        passes = SaliencySteps(model, filled, dict(kwargs), recorder)
         try:
-            yield steps
+            yield passes
         finally:
-            steps.release()
+            passes.release()
 
 
-def _check_cache(cache: Any, prompt: int) -> None:  # noqa: ANN401 (whatever generate made, or None)
-    plain = type(cache) is DynamicCache and all(
-        type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in cache.layers
-    )
-    if not plain or int(cache.get_seq_length()) > 0:
+def _checked(found: Cache | None, prompt: int) -> Cache:
+    """The cache that ``generate`` made, which must be able to give back a prompt's last token."""
+    if found is None or not cache.can_step_back(found) or cache.length(found) > 0:
         raise IncompatibleDecodersError(
-            f"saliency steps back by one token and needs an empty dynamic cache, not {type(cache).__name__}",
-            "leave use_cache on, and cache_implementation, static_cache and past_key_values at their defaults",
+            f"saliency steps back by one token and needs an empty dynamic cache, not {type(found).__name__}",
+            "leave use_cache on, static_cache and cache_implementation at their defaults, and hand no cache over",
         )
-    windows = [layer.sliding_window for layer in cache.layers if isinstance(layer, DynamicSlidingWindowLayer)]
-    if windows and min(windows) <= prompt:
+    window = cache.smallest_window(found)
+    if window is not None and window <= prompt:
         raise IncompatibleDecodersError(
-            f"a prompt of {prompt} tokens fills the sliding window of {min(windows)}, which then forgets its first one",
+            f"a prompt of {prompt} tokens fills the sliding window of {window}, which then forgets its first one",
             "shorten the prompt",
         )
-
-
-def _detach(cache: Any) -> None:  # noqa: ANN401 (checked above)
-    for layer in cache.layers:
-        layer.keys, layer.values = layer.keys.detach(), layer.values.detach()
+    return found

@@ -9,8 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig
-from transformers.masking_utils import sdpa_mask
 
 from vlmfix.attention.edit import AttentionEdit, OutputEdit
 from vlmfix.attention.kernel import HEADROOM, NAME, PLAN, LayerPlan, attention
@@ -18,6 +16,8 @@ from vlmfix.attention.rows import Step
 from vlmfix.errors import UnsupportedAttentionError
 from vlmfix.models.checkpoint import Checkpoint
 from vlmfix.models.layout import ImageLayout
+from vlmfix.upstream import names
+from vlmfix.upstream.attention import check_mathematics, register, switched
 
 
 @contextmanager
@@ -43,13 +43,14 @@ def edited(
     modules, layers = vlm.family.attention_modules(vlm.model), vlm.family.layers(vlm.model)
     plans = _plans(edits, layout, len(modules), live)
     for layer in plans:
-        _check_mathematics(modules[layer])
+        check_mathematics(modules[layer])
     owners: list[nn.Module] = [owner for layer in plans for owner in (modules[layer], layers[layer])]
     former = [getattr(owner, PLAN, None) for owner in owners]
     hooks: list[RemovableHandle] = []
-    with _implementation(vlm):
+    register(NAME, attention)
+    decoder = vlm.family.decoder(vlm.model)
+    with switched([decoder, *modules], NAME):
         try:
-            decoder = vlm.family.decoder(vlm.model)
             hooks.append(decoder.register_forward_pre_hook(_refuse_continuation, with_kwargs=True))
             for layer, plan in plans.items():
                 outer: LayerPlan | None = getattr(modules[layer], PLAN, None)
@@ -103,7 +104,7 @@ def recorded(vlm: Checkpoint) -> Iterator[dict[int, Tensor]]:
     seen: dict[int, Tensor] = {}
 
     def keep(layer: nn.Module, args: tuple[object, ...], kwargs: dict[str, Any]) -> None:
-        seen[numbers[layer]] = _entering(args, kwargs)
+        seen[numbers[layer]] = names.hidden(args, kwargs)
 
     with ExitStack() as block:
         block.enter_context(bare(vlm))
@@ -201,49 +202,20 @@ def _nested(outer: LayerPlan, inner: LayerPlan) -> LayerPlan:
 def _remember(layer: nn.Module, args: tuple[object, ...], kwargs: dict[str, Any]) -> None:
     plan: LayerPlan | None = getattr(layer, PLAN, None)
     if plan is not None:  # not lifted
-        hidden = _entering(args, kwargs)
+        hidden = names.hidden(args, kwargs)
         plan.hidden = hidden if plan.past is None else torch.cat([plan.past(), hidden], dim=1)
-
-
-def _entering(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-    hidden: Tensor = args[0] if args else kwargs["hidden_states"]
-    return hidden
 
 
 def _refuse_continuation(decoder: nn.Module, args: tuple[object, ...], kwargs: dict[str, Any]) -> None:
     """Several new tokens behind a filled cache: their rows would be taken for the prompt's."""
-    inputs, cache = kwargs.get("inputs_embeds"), kwargs.get("past_key_values")
-    if inputs is None or inputs.shape[1] == 1 or cache is None or torch.compiler.is_compiling():
+    if torch.compiler.is_compiling():
+        return  # generate compiles steps over one token alone
+    known = names.TextNames.of(decoder)
+    inputs, cache = kwargs.get(known.embeds), kwargs.get(known.cache)
+    if inputs is None or inputs.shape[1] == 1 or cache is None:
         return
     if int(cache.get_seq_length()) > 0:
         raise UnsupportedAttentionError(
             f"{inputs.shape[1]} tokens at once behind a cache of {int(cache.get_seq_length())}",
             "chunked prefill, assisted decoding and a cache from an earlier call do not go with attention edits",
         )
-
-
-@contextmanager
-def _implementation(vlm: Checkpoint) -> Iterator[None]:
-    if NAME not in AttentionInterface().valid_keys():
-        AttentionInterface.register(NAME, attention)
-        AttentionMaskInterface.register(NAME, sdpa_mask)  # without a mask rule padding would be ignored
-    owners: list[Any] = [vlm.family.decoder(vlm.model), *vlm.family.attention_modules(vlm.model)]
-    configs: dict[int, PreTrainedConfig] = {id(owner.config): owner.config for owner in owners}
-    former = [(config, config._attn_implementation_internal) for config in configs.values()]
-    try:
-        for config in configs.values():
-            config._attn_implementation_internal = NAME
-        yield
-    finally:
-        for config, name in former:
-            config._attn_implementation_internal = name
-
-
-def _check_mathematics(module: nn.Module) -> None:
-    name = type(module).__name__
-    if getattr(module, "attn_logit_softcapping", None) is not None:
-        raise UnsupportedAttentionError(f"{name} caps its scores", "edits assume plain softmax attention")
-    if getattr(module, "sinks", None) is not None:
-        raise UnsupportedAttentionError(f"{name} has learned sinks", "edits assume plain softmax attention")
-    if getattr(module, "is_causal", True) is False:
-        raise UnsupportedAttentionError(f"{name} is not causal", "edits act on a text decoder's self-attention")

@@ -15,11 +15,10 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import sdpa_mask
 
+from vlmfix.errors import UnsupportedAttentionError
 from vlmfix.models.checkpoint import Checkpoint
+from vlmfix.upstream.attention import register, sdpa, switched
 
 NAME = "vlmfix_tower"
 """Name of the attention function in transformers' registries."""
@@ -120,37 +119,35 @@ def tower_attention(
     readings: Sequence[TowerReading] = getattr(module, READINGS, ())
     for reading in readings:
         reading.read(query, key, attention_mask, query.shape[-1] ** -0.5 if scaling is None else scaling)
-    output, _ = sdpa_attention_forward(
-        module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
-    )
-    return output, None
+    return sdpa(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs), None
 
 
 @contextmanager
 def tower_read(vlm: Checkpoint, readings: Sequence[TowerReading]) -> Iterator[None]:
     """Lets readings see the attention of the vision tower's passes inside the block; its results stay as they are.
 
+    Blocks nest: the outer block's readings go on reading.
+
     Args:
         vlm: The model; its implementation of attention is restored on leaving, also after an exception.
         readings: What to read; filled by the passes.
+
+    Raises:
+        UnsupportedAttentionError: The tower has no such layer.
     """
-    if NAME not in AttentionInterface().valid_keys():
-        AttentionInterface.register(NAME, tower_attention)
-        AttentionMaskInterface.register(NAME, sdpa_mask)  # without a mask rule padding would be ignored
+    register(NAME, tower_attention)
     modules = vlm.family.tower_attention(vlm.model)
-    owners: list[Any] = [vlm.family.tower(vlm.model), *modules]
-    configs: dict[int, Any] = {id(owner.config): owner.config for owner in owners}
-    former = [(config, config._attn_implementation_internal) for config in configs.values()]
-    try:
-        for reading in readings:
-            module = modules[reading.layer]
-            setattr(module, READINGS, (*getattr(module, READINGS, ()), reading))
-        for config in configs.values():
-            config._attn_implementation_internal = NAME
-        yield
-    finally:
-        for config, name in former:
-            config._attn_implementation_internal = name
-        for module in modules:
-            if hasattr(module, READINGS):
-                delattr(module, READINGS)
+    count = len(modules)
+    if absent := [reading.layer for reading in readings if not -count <= reading.layer < count]:
+        raise UnsupportedAttentionError(f"the vision tower has {count} layers, and no layer {absent[0]}")
+    read = {reading.layer % count: modules[reading.layer] for reading in readings}
+    former = {number: getattr(module, READINGS, ()) for number, module in read.items()}
+    with switched([vlm.family.tower(vlm.model), *modules], NAME):
+        try:
+            for reading in readings:
+                module = modules[reading.layer]
+                setattr(module, READINGS, (*getattr(module, READINGS, ()), reading))
+            yield
+        finally:
+            for number, module in read.items():
+                setattr(module, READINGS, former[number]) if former[number] else delattr(module, READINGS)

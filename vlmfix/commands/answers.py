@@ -17,7 +17,7 @@ from vlmfix.settings import Settings
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder for the answers.")
 @click.option("--prompt", help="Asked about every picture.  [default: Please describe this image in detail.]")
 @click.option("--prompts", type=click.Path(path_type=Path), help="CSV file with the columns prompt or image,prompt.")
-@click.option("--batch-size", type=options.BatchSize(), default="auto", show_default=True, help="Questions at a time.")
+@options.batch_size("Questions at a time.")
 @click.option(
     "--save-maps",
     type=click.Path(path_type=Path),

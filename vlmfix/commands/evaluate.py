@@ -67,9 +67,7 @@ def _planned(command: Callable[..., None]) -> Callable[..., None]:
             type=click.IntRange(min=1),
             help="Longest answer, in tokens.  [default: the benchmark's]",
         ),
-        click.option(
-            "--batch-size", type=options.BatchSize(), default="auto", show_default=True, help="Rows at a time."
-        ),
+        options.batch_size("Rows at a time."),
         click.option("--json", "as_json", is_flag=True, help="Print the comparison as JSON."),
         click.option(
             "--decoder",

@@ -77,29 +77,23 @@ def generation_options(*left_out: str) -> Callable[[Callable[..., None]], Callab
     return decorate
 
 
-class BatchSize(click.ParamType[int | None]):
-    """A number of rows, or auto, which becomes None."""
+def _rows(value: str) -> int | None:
+    rows = int(value) if value.isascii() and value.isdigit() else 0
+    if value != "auto" and rows < 1:
+        raise click.BadParameter(f"{value!r} is neither auto nor a number of rows, 1 or more")
+    return rows or None
 
-    name = "auto|N"
 
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int | None:  # noqa: ANN401
-        """Reads the option."""
-        if value is None or value == "auto":
-            return None
-        try:
-            rows = int(value)
-        except ValueError:
-            rows = 0
-        if rows < 1:
-            self.fail(f"{value!r} is neither auto nor a number of rows, 1 or more", param, ctx)
-        return rows
+def batch_size(help: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """The option ``--batch-size``: a number of rows, or auto, which becomes None."""
+    return click.option("--batch-size", type=_rows, default="auto", show_default=True, metavar="auto|N", help=help)
 
 
 def quieten() -> None:
     """Keeps third-party chatter off the terminal: warnings, the bar of transformers' loading, the Hub's retries."""
     warnings.simplefilter("ignore")
     from huggingface_hub.utils import logging as hub_logging
-    from transformers.utils import logging as transformers_logging
+    from transformers import logging as transformers_logging
 
     hub_logging.set_verbosity_error()
     transformers_logging.set_verbosity_error()

@@ -31,7 +31,7 @@ NEEDED = {"pope": ("questions",), "chair": ("instances", "captions")}
 @click.option("--sample-seed", default=0, show_default=True, type=click.IntRange(0), help="Of draw, split and search.")
 @click.option("--max-recall-loss", default=0.02, show_default=True, help="What recall may lose against plain decoding.")
 @click.option("--max-length-loss", default=0.1, show_default=True, help="Share of its length that an answer may lose.")
-@click.option("--batch-size", type=options.BatchSize(), default="auto", show_default=True, help="Rows at once.")
+@options.batch_size("Rows at once.")
 @click.option("--max-new-tokens", type=click.IntRange(min=1), help="Longest answer.  [default: the benchmark's]")
 @options.generation_options("decoder", "max_new_tokens")
 def tune(

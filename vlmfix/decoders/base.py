@@ -16,7 +16,6 @@ from typing import Any, ClassVar, Protocol
 from PIL import Image
 from torch import Tensor
 from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel
-from transformers.generation.utils import GenerateOutput
 
 from vlmfix.attention.edit import AttentionEdit
 from vlmfix.attention.session import edited
@@ -46,8 +45,12 @@ class Source:
 class DecodingLoop(Protocol):
     """A loop of its own, handed to ``generate`` as ``custom_generate``: for methods that reject or roll back."""
 
-    def __call__(self, model: PreTrainedModel, input_ids: Tensor, **kwargs: Any) -> Tensor | GenerateOutput:
-        """Generates from prepared inputs; see transformers' ``custom_generate``."""
+    def __call__(self, model: PreTrainedModel, input_ids: Tensor, **kwargs: Any) -> Any:  # noqa: ANN401 (two kinds)
+        """Generates from prepared inputs; see transformers' ``custom_generate``.
+
+        Returns:
+            (B, T + generated) tokens, or an output of ``generate`` when its configuration asks for one.
+        """
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)

@@ -18,9 +18,8 @@ from torch.nn.functional import pad
 from vlmfix.errors import DataError
 from vlmfix.models.checkpoint import Checkpoint
 from vlmfix.models.layout import Batch
+from vlmfix.upstream.names import TYPES
 
-TYPES = ("mm_token_type_ids", "token_type_ids")
-"""Inputs that mark each token as text or picture; models use one of the names."""
 TOKENS = ("input_ids", "attention_mask", *TYPES)
 """Inputs with one entry per token."""
 

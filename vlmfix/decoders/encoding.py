@@ -5,32 +5,16 @@ Shape letters (``docs/notation.md``): B rows, T prompt tokens.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
-from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from vlmfix.decoders.branches import picture_counts
 from vlmfix.models import repeats
 from vlmfix.models.checkpoint import Checkpoint
 from vlmfix.models.layout import Batch
-
-PIXELS = ("pixel_values", "image_grid_thw", "image_sizes", "pixel_attention_mask", "batch_num_images", "num_crops")
-"""Inputs that belong to the pictures."""
-
-Features = BaseModelOutputWithPooling
-"""What the pictures became: ``pooler_output``, and ``deepstack_features`` in some families."""
-
-
-def encoded(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> Features:
-    """The features of all pictures of the inputs, as ``generate`` would compute them."""
-    encoder: Any = model.base_model.get_image_features
-    features: Features = encoder(**{name: inputs[name] for name in _read(model, inputs)}, return_dict=True)
-    return features
+from vlmfix.upstream.features import Features, encoded, picked, read_by_tower, sizes
 
 
 def encoded_once(vlm: Checkpoint, batch: Batch) -> Features:
@@ -49,12 +33,12 @@ def encoded_once(vlm: Checkpoint, batch: Batch) -> Features:
     first, inputs = distinct(vlm, batch)
     if first == list(range(batch.rows)):
         return encoded(vlm.model, batch)
-    features: Any = encoded(vlm.model, inputs)
+    features = encoded(vlm.model, inputs)
     tokens = (batch["input_ids"] == vlm.family.image_token(vlm.model.config)).sum(dim=1).tolist()
     kept = sorted({row for row in first if tokens[row]})
-    parts = _by_row([len(part) for part in features.pooler_output], kept, tokens)
+    parts = _by_row(sizes(features), kept, tokens)
     order = [part for row in first for part in parts.get(row, ())]
-    return _picked(features, order)
+    return picked(features, order)
 
 
 def distinct(vlm: Checkpoint, batch: Batch) -> tuple[list[int], Mapping[str, Tensor]]:
@@ -68,7 +52,7 @@ def distinct(vlm: Checkpoint, batch: Batch) -> tuple[list[int], Mapping[str, Ten
         For each row the first that shows the same pictures, itself where that is not certain; and the inputs that
         belong to the pictures of the rows that stand for themselves, in their order.
     """
-    names, every = _read(vlm.model, batch), list(range(batch.rows))
+    names, every = read_by_tower(vlm.model, batch), list(range(batch.rows))
     whole = {name: batch[name] for name in names}
     if not repeats_pictures(batch):
         return every, whole
@@ -88,42 +72,6 @@ def first_rows(batch: Batch) -> list[int]:
 def repeats_pictures(batch: Batch) -> bool:
     """Whether some row holds the pictures of an earlier one."""
     return batch.pictures is not None and repeats.repeats_pictures(batch.pictures)
-
-
-def joined(parts: Sequence[Any]) -> Features:
-    """One encoder output with the pictures of all parts, in order; only what decoders read of it."""
-    whole: Any = type(parts[0])(pooler_output=_chained([part.pooler_output for part in parts]))
-    if getattr(parts[0], "deepstack_features", None) is not None:
-        levels = zip(*(part.deepstack_features for part in parts), strict=True)
-        whole.deepstack_features = [_chained(level) for level in levels]
-    features: Features = whole
-    return features
-
-
-def _picked(features: Any, order: Sequence[int]) -> Features:  # noqa: ANN401 (families add fields)
-    def pick(parts: Tensor | Sequence[Tensor]) -> Tensor | list[Tensor]:
-        if isinstance(parts, Tensor):
-            return parts[torch.tensor(order, device=parts.device)]
-        return [parts[number] for number in order]
-
-    whole: Any = type(features)(pooler_output=pick(features.pooler_output))
-    if getattr(features, "deepstack_features", None) is not None:
-        whole.deepstack_features = [pick(level) for level in features.deepstack_features]
-    picked: Features = whole
-    return picked
-
-
-def _chained(parts: Sequence[Tensor | Sequence[Tensor]]) -> Tensor | list[Tensor]:
-    tensors = [part for part in parts if isinstance(part, Tensor)]
-    if len(tensors) == len(parts):
-        return torch.cat(tensors)
-    return [feature for part in parts for feature in part]
-
-
-def _read(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> list[str]:
-    """Names of the inputs that the vision tower reads."""
-    encoder: Any = model.base_model.get_image_features
-    return [name for name in inspect.signature(encoder).parameters if name in inputs]
 
 
 def _alike(value: Tensor, owners: Tensor, first: Sequence[int]) -> bool:

@@ -24,20 +24,19 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
-from transformers import DynamicCache, StaticCache
-from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer, StaticLayer, StaticSlidingWindowLayer
+from torch import Tensor, nn
+from transformers import DynamicCache
 
 from vlmfix.attention.session import continued, first_edited, recorded
 from vlmfix.decoders.branches import Branch
 from vlmfix.decoders.encoding import first_rows, repeats_pictures
+from vlmfix.errors import UpstreamError
 from vlmfix.models.checkpoint import Checkpoint
 from vlmfix.models.layout import Batch
-
-LAYERS = (DynamicLayer, DynamicSlidingWindowLayer, StaticLayer, StaticSlidingWindowLayer)
-"""Cache layers that hold plain keys and values."""
-GROWING = {"dynamic", "longrope"}
-"""Rotary embeddings whose frequencies depend on the length of the pass."""
+from vlmfix.upstream import cache as caches
+from vlmfix.upstream import positions
+from vlmfix.upstream.names import TextNames
+from vlmfix.upstream.versions import say_once
 
 
 @dataclass(frozen=True, eq=False)
@@ -116,8 +115,11 @@ def shared_prefixes(vlm: Checkpoint, prompts: Prompts) -> Iterator[None]:
     @functools.wraps(original)
     def forward(*args: Any, **kwargs: Any) -> Any:  # noqa: ANN401 (families differ)
         restore()
-        split = None if args else _split(vlm, prompts, kwargs)
-        return original(*args, **kwargs) if split is None else _run(vlm, original, split, kwargs)
+        given = None if args else _read(decoder, kwargs)
+        split = None if given is None else _split(vlm, prompts, given)
+        if given is None or split is None:
+            return original(*args, **kwargs)
+        return _run(vlm, original, split, given)
 
     def restore() -> None:
         if decoder.__dict__.get("forward") is forward:
@@ -131,6 +133,63 @@ def shared_prefixes(vlm: Checkpoint, prompts: Prompts) -> Iterator[None]:
         yield
     finally:
         restore()
+
+
+@dataclass(frozen=True, eq=False)
+class Given:
+    """What the text decoder was called with.
+
+    Attributes:
+        names: Names of the arguments.
+        all: The arguments by name.
+        embeds: (B, T, hidden size) embeddings.
+        positions: (B, T) or (3 or 4, B, T) position ids; None when it was told none.
+        mask: None or (B, T) for plain causality, (B, 1, T, K), or several of these by name.
+        cache: Where keys and values go, or None.
+        picture_tokens: (B, T) bool, the tokens that deep features are added to, or None.
+        deep: Their features, one (tokens, hidden size) for each of the first layers.
+    """
+
+    names: TextNames
+    all: Mapping[str, Any]
+    embeds: Tensor
+    positions: Tensor | None
+    mask: Any
+    cache: Any
+    picture_tokens: Tensor | None
+    deep: Sequence[Tensor]
+
+
+def _read(decoder: nn.Module, kwargs: Mapping[str, Any]) -> Given | None:
+    """The arguments of a call; None, which is said once, when some of them are not known."""
+    try:
+        names = TextNames.of(decoder)
+    except UpstreamError as error:
+        say_once(f"beginnings of prompts are not shared, which costs time: {error}")
+        return None
+    own = (names.embeds, names.mask, names.positions, names.cache, names.picture_tokens, names.deep)
+    if strange := [name for name, value in kwargs.items() if name not in own and _by_token(value)]:
+        say_once(
+            "beginnings of prompts are not shared, which costs time: "
+            f"{type(decoder).__name__} was called with {', '.join(strange)}, which vlmfix does not know"
+        )
+        return None
+    return Given(
+        names=names,
+        all=kwargs,
+        embeds=kwargs[names.embeds],
+        positions=kwargs.get(names.positions),
+        mask=kwargs.get(names.mask),
+        cache=kwargs.get(names.cache),
+        picture_tokens=kwargs.get(names.picture_tokens) if names.picture_tokens else None,
+        deep=(kwargs.get(names.deep) or ()) if names.deep else (),
+    )
+
+
+def _by_token(value: Any) -> bool:  # noqa: ANN401 (whatever a model hands to its text decoder)
+    """Whether an argument may have entries for single tokens."""
+    parts = value if isinstance(value, list | tuple) else [value]
+    return any(isinstance(part, Tensor) and part.dim() > 0 for part in parts)
 
 
 @dataclass(frozen=True, eq=False)
@@ -152,7 +211,7 @@ class Split:
     length: int
 
 
-def _split(vlm: Checkpoint, prompts: Prompts, given: Mapping[str, Any]) -> Split | None:
+def _split(vlm: Checkpoint, prompts: Prompts, given: Given) -> Split | None:
     """How to cut, or None when the pass must stay whole or nothing would be saved."""
     rows, total = prompts.real.shape
     if not _is_prefill(vlm, given, prompts.real):
@@ -166,52 +225,49 @@ def _split(vlm: Checkpoint, prompts: Prompts, given: Mapping[str, Any]) -> Split
     wanted = wanted.scatter_reduce(0, prompts.alike, wanted, "amax")
     alike = torch.where(wanted[prompts.alike] > 0, prompts.alike, prompts.alike[wanted.argmax()])
     first, of = alike.unique(return_inverse=True)
-    needed = _closed(given.get("attention_mask"), first, pad[first], wanted[first])  # (U,)
+    needed = _closed(given.mask, first, pad[first], wanted[first])  # (U,)
     length = int(needed.max())
     if bool((needed > common[first]).any()) or len(first) * length + rows * (total - start) >= rows * total:
         return None
     return Split(start=start, first=first, of=of, pad=pad, length=length)
 
 
-def _run(vlm: Checkpoint, decoder: Callable[..., Any], split: Split, given: Mapping[str, Any]) -> Any:  # noqa: ANN401
+def _run(vlm: Checkpoint, decoder: Callable[..., Any], split: Split, given: Given) -> Any:  # noqa: ANN401
     """Both passes; returns the second's output, which has the last S columns."""
-    mask, total = given.get("attention_mask"), given["inputs_embeds"].shape[1]
+    names, total = given.names, given.embeds.shape[1]
     columns = torch.arange(total, device=split.pad.device)
     once = (split.pad[split.first, None] + columns[: split.length]).clamp(max=total - 1)  # (U, P)
     fresh = DynamicCache()
     inputs = _inputs(given, split.first[:, None], once)
     with recorded(vlm) as hidden:
-        decoder(**inputs, attention_mask=_mask_among(mask, split.first, once), past_key_values=fresh)
+        decoder(**inputs, **{names.mask: _mask_among(given.mask, split.first, once), names.cache: fresh})
     token = (columns[: split.start] - split.pad[:, None]).clamp(min=0)  # (B, start), padding takes any
 
     def copied(values: Tensor) -> Tensor:
         there = values.device  # that of the layer
         return values[split.of[:, None].to(there), token.to(there)]  # (B, start, ...)
 
-    cache, layers = given["past_key_values"], list[Any](fresh.layers)
-    for number, layer in enumerate(layers):
-        keys, values = (copied(x.transpose(1, 2)).transpose(1, 2) for x in (layer.keys, layer.values))
-        cache.update(keys, values, number)  # (B, G, start, D)
+    for number, pair in enumerate(caches.keys_and_values(fresh)):
+        keys, values = (copied(x.transpose(1, 2)).transpose(1, 2) for x in pair)
+        caches.fill(given.cache, number, keys, values)  # (B, G, start, D)
     past = {number: functools.partial(copied, value) for number, value in hidden.items()}
     every = torch.arange(len(split.of), device=columns.device)[:, None]
     inputs = _inputs(given, every, columns[None, split.start :].expand(len(every), -1))
     with continued(vlm, split.start, past):
-        return decoder(**inputs, attention_mask=_mask_from(mask, split.start), past_key_values=cache)
+        return decoder(**inputs, **{names.mask: _mask_from(given.mask, split.start), names.cache: given.cache})
 
 
-def _is_prefill(vlm: Checkpoint, given: Mapping[str, Any], real: Tensor) -> bool:
+def _is_prefill(vlm: Checkpoint, given: Given, real: Tensor) -> bool:
     """Whether the call is the prompt's, into an empty cache, and of a kind that can be cut."""
-    embeds, mask = given.get("inputs_embeds"), given.get("attention_mask")
-    cache: Any = given.get("past_key_values")
-    if embeds is None or embeds.shape[:2] != real.shape or given.get("position_ids") is None:
+    if given.embeds.shape[:2] != real.shape or given.positions is None:
         return False
-    if type(cache) not in (DynamicCache, StaticCache) or int(cache.get_seq_length()) > 0:
+    if not caches.is_plain(given.cache, real.shape[1]) or caches.length(given.cache) > 0:
         return False
-    if given.get("output_attentions") or given.get("output_hidden_states"):
+    if given.all.get("output_attentions") or given.all.get("output_hidden_states"):
         return False  # they would miss the beginning
-    masks = list(mask.values()) if isinstance(mask, dict) else [mask]
+    masks = list(given.mask.values()) if isinstance(given.mask, dict) else [given.mask]
     known = all(_says(part, real) for part in masks) and len({part is None for part in masks}) == 1
-    return known and _plain_layers(cache, real.shape[1]) and not GROWING & _rotary_types(vlm)
+    return known and not positions.grows(vlm.family.decoder(vlm.model))
 
 
 def _says(mask: Any, real: Tensor) -> bool:  # noqa: ANN401 (what the decoder takes)
@@ -229,28 +285,12 @@ def _allowed(mask: Tensor) -> Tensor:
     return mask if mask.dtype == torch.bool else mask >= 0
 
 
-def _plain_layers(cache: Any, total: int) -> bool:  # noqa: ANN401 (dynamic or static)
-    """Whether all layers of a cache keep every key of the prompt."""
-    for layer in cache.layers:
-        window = getattr(layer, "max_cache_len", getattr(layer, "sliding_window", None))
-        if type(layer) not in LAYERS or (layer.is_sliding and (window is None or window <= total)):
-            return False
-    return True
-
-
-def _rotary_types(vlm: Checkpoint) -> set[str]:
-    decoder: Any = vlm.family.decoder(vlm.model)
-    given = getattr(decoder.config, "rope_parameters", None) or {}
-    each = [given, *(value for value in given.values() if isinstance(value, dict))]  # some models have one per kind
-    return {str(part["rope_type"]) for part in each if "rope_type" in part}
-
-
-def _common(alike: Tensor, pad: Tensor, given: Mapping[str, Any]) -> Tensor:
+def _common(alike: Tensor, pad: Tensor, given: Given) -> Tensor:
     """(B,) tokens from its first on that each row has in common with the row it is alike to; all for that row itself.
 
     Rows count as equal where the decoder's inputs are: embeddings, positions, and deep features of the pictures.
     """
-    embeds: Tensor = given["inputs_embeds"]
+    embeds = given.embeds
     rows, total, _ = embeds.shape
     columns = torch.arange(total, device=pad.device)
     own = (alike != torch.arange(rows, device=pad.device)).nonzero().squeeze(1)  # (N,) rows alike to another
@@ -258,14 +298,14 @@ def _common(alike: Tensor, pad: Tensor, given: Mapping[str, Any]) -> Tensor:
     source = columns - pad[own, None] + pad[other, None]  # (N, T), the other row's column of the same token
     inside = (source >= 0) & (source < total)
     at = (other[:, None], source.clamp(0, total - 1))
-    positions = _positions(given).reshape(-1, rows, total)
-    same = inside & (embeds[own] == embeds[at]).all(dim=-1) & (positions[:, own] == positions[:, *at]).all(dim=0)
-    visual = given.get("visual_pos_masks")
+    places = _positions(given).reshape(-1, rows, total)
+    same = inside & (embeds[own] == embeds[at]).all(dim=-1) & (places[:, own] == places[:, *at]).all(dim=0)
+    visual = given.picture_tokens
     if visual is not None:
         number = visual.flatten().cumsum(0).view_as(visual) - 1
         both = visual[own] & visual[at]
         mine, theirs = number[own][both], number[at][both]
-        for level in given["deepstack_visual_embeds"]:
+        for level in given.deep:
             same[both] &= (level[mine] == level[theirs]).all(dim=-1)
     differs = ~same & (columns >= pad[own, None])  # (N, T)
     end = torch.where(differs.any(dim=1), differs.int().argmax(dim=1), total)
@@ -296,7 +336,7 @@ def _closed(mask: Any, first: Tensor, pad: Tensor, wanted: Tensor) -> Tensor:  #
         needed = grown
 
 
-def _inputs(given: Mapping[str, Any], rows: Tensor, columns: Tensor) -> dict[str, Any]:
+def _inputs(given: Given, rows: Tensor, columns: Tensor) -> dict[str, Any]:
     """The decoder's inputs at some tokens, but for mask and cache.
 
     Args:
@@ -304,23 +344,24 @@ def _inputs(given: Mapping[str, Any], rows: Tensor, columns: Tensor) -> dict[str
         rows: (N, 1) int64.
         columns: (N, Q) int64.
     """
-    inputs = {name: value for name, value in given.items() if name not in ("attention_mask", "past_key_values")}
-    inputs["inputs_embeds"] = given["inputs_embeds"][rows, columns]  # (N, Q, hidden size)
-    inputs["position_ids"] = _positions(given)[..., rows, columns]  # (..., N, Q)
-    visual = given.get("visual_pos_masks")
-    if visual is not None:
+    names = given.names
+    inputs = {name: value for name, value in given.all.items() if name not in (names.mask, names.cache)}
+    inputs[names.embeds] = given.embeds[rows, columns]  # (N, Q, hidden size)
+    inputs[names.positions] = _positions(given)[..., rows, columns]  # (..., N, Q)
+    visual = given.picture_tokens
+    if visual is not None and names.picture_tokens and names.deep:
         number = visual.flatten().cumsum(0).view_as(visual) - 1
         chosen = visual[rows, columns]
-        inputs["visual_pos_masks"] = chosen
         order = number[rows, columns][chosen]
-        inputs["deepstack_visual_embeds"] = [level[order] for level in given["deepstack_visual_embeds"]]
+        inputs |= {names.picture_tokens: chosen, names.deep: [level[order] for level in given.deep]}
     return inputs
 
 
-def _positions(given: Mapping[str, Any]) -> Tensor:
+def _positions(given: Given) -> Tensor:
     """(B, T) or (3 or 4, B, T) position ids."""
-    positions: Tensor = given["position_ids"]
-    return positions.expand(*positions.shape[:-2], given["inputs_embeds"].shape[0], -1)
+    if given.positions is None:
+        raise RuntimeError("a pass without positions is not cut")
+    return given.positions.expand(*given.positions.shape[:-2], given.embeds.shape[0], -1)
 
 
 def _mask_among(mask: Any, rows: Tensor, columns: Tensor) -> Any:  # noqa: ANN401

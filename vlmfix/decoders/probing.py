@@ -24,6 +24,7 @@ from vlmfix.decoders.encoding import encoded_once, repeats_pictures
 from vlmfix.errors import UnsupportedAttentionError
 from vlmfix.models.checkpoint import Checkpoint
 from vlmfix.models.layout import Batch
+from vlmfix.upstream.features import handed_over
 
 GREEDILY = {"do_sample": False, "num_beams": 1, "temperature": None, "top_p": None, "top_k": None}
 
@@ -32,7 +33,7 @@ def generation_inputs(vlm: Checkpoint, batch: Batch) -> dict[str, Any]:
     """Inputs for ``model.generate``, with every distinct picture encoded once."""
     inputs = dict[str, Any](batch)
     if repeats_pictures(batch):
-        inputs["mm_encoder_outputs"] = {"image": encoded_once(vlm, batch)}
+        inputs |= handed_over(vlm.model, encoded_once(vlm, batch))
         del inputs["pixel_values"]
     return inputs
 

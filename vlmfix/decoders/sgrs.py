@@ -12,8 +12,6 @@ from typing import Any, ClassVar, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, PreTrainedModel
-from transformers.generation.streamers import BaseStreamer
-from transformers.generation.utils import GenerateDecoderOnlyOutput, GenerateOutput
 
 from vlmfix.attention.edit import LayerSet
 from vlmfix.attention.saliency import SaliencySteps, after_picture, mean_over, saliency_steps, scoring_layers
@@ -24,6 +22,7 @@ from vlmfix.decoders.stack import STACK, stack_layout
 from vlmfix.errors import IncompatibleDecodersError
 from vlmfix.models.checkpoint import Checkpoint
 from vlmfix.models.layout import Batch, ImageLayout
+from vlmfix.upstream.steps import BaseStreamer, GenerateDecoderOnlyOutput, handed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -185,7 +184,7 @@ class RejectionLoop:
 
     def __call__(
         self, model: PreTrainedModel, input_ids: Tensor, token_streamer: BaseStreamer | None = None, **kwargs: Any
-    ) -> Tensor | GenerateOutput:
+    ) -> Tensor | GenerateDecoderOnlyOutput:
         """Generates.
 
         Args:
@@ -199,8 +198,7 @@ class RejectionLoop:
             IncompatibleDecodersError: ``draw=greedy`` while ``generate`` samples, rows that are not the batch's, or a
                 cache that cannot step back.
         """
-        names = ("logits_processor", "stopping_criteria", "generation_config")
-        processors, stops, config = (kwargs.pop(name) for name in names)
+        processors, stops, config = handed(kwargs)
         rows, device = len(self.seeds), input_ids.device
         if input_ids.shape[0] != rows:
             raise IncompatibleDecodersError(

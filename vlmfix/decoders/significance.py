@@ -16,11 +16,12 @@ import torch
 from torch import Tensor
 
 from vlmfix.attention.tower import TowerReading, TowerRows, tower_read
-from vlmfix.decoders.encoding import distinct, encoded, first_rows
+from vlmfix.decoders.encoding import distinct, first_rows
 from vlmfix.decoders.vit import load_vit
 from vlmfix.errors import IncompatibleDecodersError, LayoutError
 from vlmfix.models.checkpoint import Checkpoint
 from vlmfix.models.layout import Batch, ImageLayout
+from vlmfix.upstream.features import encoded
 
 FIRST, PENULTIMATE = 0, -2
 """The layers that are read."""

@@ -20,13 +20,16 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import Cache, PreTrainedModel
-from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from vlmfix.decoders.branches import TYPES, Branch, Contrast
-from vlmfix.decoders.encoding import PIXELS, Features, encoded, encoded_once, joined
+from vlmfix.decoders.branches import Branch, Contrast
+from vlmfix.decoders.encoding import encoded_once
 from vlmfix.errors import IncompatibleDecodersError
 from vlmfix.models.checkpoint import Checkpoint
 from vlmfix.models.layout import Batch, ImageLayout
+from vlmfix.upstream import cache as caches
+from vlmfix.upstream.features import Features, encoded, for_beams, joined
+from vlmfix.upstream.names import PIXELS, TYPES, ModelNames
+from vlmfix.upstream.positions import prompt_positions
 
 STACK = "_vlmfix_stack"
 """Attribute of the model that holds the stacked rows while a ``with`` block lasts."""
@@ -38,6 +41,7 @@ class Stack:
 
     Attributes:
         forward: The model's own forward.
+        names: Names under which it takes what ``generate`` hands to it.
         contrasts: The rules, in order.
         clean: B, rows of the clean batch after beam expansion.
         prompt: T of the clean batch, as ``generate`` sees it.
@@ -50,7 +54,8 @@ class Stack:
         types: Under each name in ``TYPES`` that the clean batch has, (N*B, T') of the branches.
     """
 
-    forward: Callable[..., CausalLMOutputWithPast]
+    forward: Callable[..., Any]
+    names: ModelNames
     contrasts: tuple[Contrast, ...]
     clean: int
     prompt: int
@@ -121,27 +126,25 @@ def stacked(vlm: Checkpoint, batch: Batch, contrasts: Sequence[Contrast], *, bea
     owned = "forward" in model.__dict__
     original = model.forward
     stack = _stack(vlm, batch, tuple(contrasts), beams, original)
-    caches: list[Cache] = []
+    reordered: list[caches.Reordered] = []
 
     @functools.wraps(original)
-    def forward(
-        *, mm_token_type_ids: Tensor | None = None, token_type_ids: Tensor | None = None, **kwargs: Any
-    ) -> CausalLMOutputWithPast:
+    def forward(*, mm_token_type_ids: Tensor | None = None, token_type_ids: Tensor | None = None, **kwargs: Any) -> Any:  # noqa: ANN401 (families differ)
         # Generated tokens are text, so only the prompt needs its types. A decoding step must not even look at them:
         # transformers before 5.23 hands over a row that grows, and compiled code would be made anew for its shape.
         stack: Stack = getattr(model, STACK)
-        ids = kwargs.get("input_ids")
+        ids = kwargs.get(stack.names.ids)
         if ids is not None and ids.shape[1] > 1:
             kwargs |= {"mm_token_type_ids": mm_token_type_ids, "token_type_ids": token_type_ids}
-        return _forward(model, stack, caches, kwargs)
+        return _forward(model, stack, reordered, kwargs)
 
     try:
         setattr(model, STACK, stack)
         model.forward = forward
         yield stack
     finally:
-        for cache in caches:
-            cache.__dict__.pop("reorder_cache", None)
+        for cache in reordered:
+            cache.restore()
         if owned:
             model.forward = original
         else:
@@ -155,7 +158,7 @@ def _stack(
     batch: Batch,
     contrasts: tuple[Contrast, ...],
     beams: int,
-    forward: Callable[..., CausalLMOutputWithPast],
+    forward: Callable[..., Any],
 ) -> Stack:
     branches = [branch for contrast in contrasts for branch in contrast.branches]
     batches = [branch.batch for branch in branches]
@@ -165,6 +168,7 @@ def _stack(
     clean = positions[0][..., -1:]
     return Stack(
         forward=forward,
+        names=ModelNames.of(vlm.model),
         contrasts=tuple(replace(c, rows=c.rows.repeat_interleave(beams)) for c in contrasts),
         clean=batch.rows * beams,
         prompt=batch.length,
@@ -184,50 +188,47 @@ def _stack(
     )
 
 
-def _forward(
-    model: PreTrainedModel, stack: Stack, caches: list[Cache], given: Mapping[str, Any]
-) -> CausalLMOutputWithPast:
+def _forward(model: PreTrainedModel, stack: Stack, reordered: list[caches.Reordered], given: Mapping[str, Any]) -> Any:  # noqa: ANN401 (families differ)
     kwargs = {name: value for name, value in given.items() if value is not None}
-    ids = kwargs.get("input_ids")
+    ids = kwargs.get(stack.names.ids)
     if ids is None or ids.shape[0] != stack.clean:
         raise IncompatibleDecodersError(
             f"the branches were made for {stack.clean} rows of token ids, the model was called otherwise",
             "with beam search, give num_beams to decoder.applied(...); inputs_embeds are not supported",
         )
     if ids.shape[1] > 1:
-        _prefill(model, stack, caches, kwargs)
+        _prefill(model, stack, reordered, kwargs)
     else:
         _decode(stack, kwargs)
     output = stack.forward(**kwargs)
     return _fused(stack, output)
 
 
-def _prefill(model: PreTrainedModel, stack: Stack, caches: list[Cache], kwargs: dict[str, Any]) -> None:
+def _prefill(model: PreTrainedModel, stack: Stack, reordered: list[caches.Reordered], kwargs: dict[str, Any]) -> None:
     """Replaces the clean prompt by the stacked prompts; tokens past the prompt (no cache) follow in every row."""
-    ids, copies, extra = kwargs["input_ids"], stack.copies, stack.length - stack.prompt
-    cache = kwargs.get("past_key_values")
-    if ids.shape[1] < stack.prompt or (cache is not None and cache.get_seq_length() > 0):
+    names, copies, extra = stack.names, stack.copies, stack.length - stack.prompt
+    ids, cache = kwargs[names.ids], kwargs.get(names.cache)
+    if ids.shape[1] < stack.prompt or (cache is not None and caches.length(cache) > 0):
         raise IncompatibleDecodersError(
             f"a pass over {ids.shape[1]} tokens of a prompt of {stack.prompt}",
             "chunked prefill, assisted decoding and a cache from an earlier call do not go with contrast branches",
         )
     if cache is not None:
         _check_capacity(cache, stack)
-        _reorder_all(cache, stack)
-        caches.append(cache)
+        reordered.append(caches.Reordered(cache, functools.partial(_all_rows, stack)))
     tail = ids[:, stack.prompt :]
-    clean_positions = kwargs.get("position_ids")
+    clean_positions = kwargs.get(names.positions)
     if clean_positions is None:
         mask = stack.mask[: stack.clean, extra:]
         clean_positions = _counted(torch.cat([mask, mask.new_ones(tail.shape)], dim=1))
     after = _repeat(clean_positions[..., stack.prompt :], copies, -2) + stack.shift
     before = torch.cat([_left(clean_positions[..., : stack.prompt], stack.length), stack.positions], dim=-2)
-    kwargs["position_ids"] = torch.cat([before, after], dim=-1)
-    kwargs["input_ids"] = torch.cat(
+    kwargs[names.positions] = torch.cat([before, after], dim=-1)
+    kwargs[names.ids] = torch.cat(
         [torch.cat([_left(ids[:, : stack.prompt], stack.length), stack.ids]), tail.repeat(copies, 1)], dim=1
     )
-    kwargs["attention_mask"] = torch.cat([stack.mask, stack.mask.new_ones(stack.mask.shape[0], tail.shape[1])], dim=1)
-    kwargs["mm_encoder_outputs"] = _all_features(model, stack, kwargs)
+    kwargs[names.mask] = torch.cat([stack.mask, stack.mask.new_ones(stack.mask.shape[0], tail.shape[1])], dim=1)
+    kwargs[names.features] = _all_features(model, stack, kwargs)
     for name, others in stack.types.items():
         if (types := kwargs.get(name)) is not None:
             rows = torch.cat([_left(types[:, : stack.prompt], stack.length), others.to(types.dtype)])
@@ -235,29 +236,26 @@ def _prefill(model: PreTrainedModel, stack: Stack, caches: list[Cache], kwargs: 
 
 
 def _decode(stack: Stack, kwargs: dict[str, Any]) -> None:
-    copies = stack.copies
-    kwargs["input_ids"] = kwargs["input_ids"].repeat(copies, 1)
-    positions = kwargs.get("position_ids")
-    mask = kwargs.get("attention_mask")
-    cache = kwargs.get("past_key_values")
+    names, copies = stack.names, stack.copies
+    kwargs[names.ids] = kwargs[names.ids].repeat(copies, 1)
+    positions, mask, cache = (kwargs.get(name) for name in (names.positions, names.mask, names.cache))
     if positions is None:
         if not isinstance(mask, Tensor) or mask.dim() != 2:
             raise IncompatibleDecodersError("a decoding step came without positions", "pass a 2D attention_mask")
         positions = _counted(mask)[:, -1:]
-    kwargs["position_ids"] = _repeat(positions, copies, -2) + stack.shift
+    kwargs[names.positions] = _repeat(positions, copies, -2) + stack.shift
     if isinstance(mask, dict):
-        kwargs["attention_mask"] = {name: _decode_mask(stack, part, cache) for name, part in mask.items()}
+        kwargs[names.mask] = {name: _decode_mask(stack, part, cache) for name, part in mask.items()}
     else:
-        kwargs["attention_mask"] = _decode_mask(stack, mask, cache)
+        kwargs[names.mask] = _decode_mask(stack, mask, cache)
 
 
 def _decode_mask(stack: Stack, mask: Tensor | None, cache: Cache | None) -> Tensor:
     if mask is None:
         if cache is None:
-            raise IncompatibleDecodersError("one token came without a cache", "pass past_key_values")
+            raise IncompatibleDecodersError("one token came without a cache", "leave use_cache on")
         # the clean rows see every key: no padding, and a static cache that is full
-        length = cache.get_max_length() if cache.is_compileable else cache.get_seq_length() + 1
-        mask = stack.mask.new_ones(stack.clean, 1, 1, length, dtype=torch.bool)
+        mask = stack.mask.new_ones(stack.clean, 1, 1, caches.mask_width(cache), dtype=torch.bool)
     if mask.dim() == 2:
         tail = mask[:, stack.prompt :].repeat(stack.copies, 1)
         return torch.cat([stack.mask, tail.to(stack.mask.dtype)], dim=1)
@@ -266,7 +264,7 @@ def _decode_mask(stack: Stack, mask: Tensor | None, cache: Cache | None) -> Tens
     return torch.cat([prompt, wide[..., stack.length :]], dim=-1)
 
 
-def _fused(stack: Stack, output: CausalLMOutputWithPast) -> CausalLMOutputWithPast:
+def _fused(stack: Stack, output: Any) -> Any:  # noqa: ANN401 (families differ)
     logits = torch.as_tensor(output.logits)  # ((1+N)*B, Q, V)
     rows = logits[:, -1].float().view(stack.copies, stack.clean, -1)  # (1+N, B, V)
     clean, others = rows[0], rows[1:]
@@ -297,15 +295,11 @@ def _features(vlm: Checkpoint, branches: Sequence[Branch], beams: int) -> tuple[
 
 
 def _widened(vlm: Checkpoint, batch: Batch, features: Features, beams: int) -> Features:
-    if beams == 1:
-        return features
-    expand: Any = vlm.model._expand_multimodal_outputs
-    wide: Features = expand(batch["input_ids"], {"image": features}, beams)["image"]
-    return wide
+    return features if beams == 1 else for_beams(vlm.model, batch["input_ids"], features, beams)
 
 
 def _all_features(model: PreTrainedModel, stack: Stack, kwargs: dict[str, Any]) -> dict[str, Features] | None:
-    given = kwargs.pop("mm_encoder_outputs", None) or {}
+    given = kwargs.pop(stack.names.features, None) or {}
     clean = given.get("image")
     if clean is None and kwargs.get("pixel_values") is not None:
         clean = encoded(model, kwargs)
@@ -314,18 +308,6 @@ def _all_features(model: PreTrainedModel, stack: Stack, kwargs: dict[str, Any]) 
     parts = [clean, *(clean if share else own for share, own in zip(stack.shares, stack.features, strict=True))]
     present = [part for part in parts if part is not None]
     return {"image": joined(present)} if present else None
-
-
-def prompt_positions(model: PreTrainedModel, batch: Batch) -> Tensor:
-    """Position ids of a prompt, as ``generate`` makes them; what that leaves on the model is put back."""
-    base: Any = model.base_model
-    prepare: Any = model._prepare_position_ids_for_generation
-    former = getattr(base, "rope_deltas", None)
-    inputs = {name: value for name, value in batch.items() if name != "input_ids"}
-    positions: Tensor = prepare(batch["input_ids"], inputs)
-    if hasattr(base, "rope_deltas"):
-        base.rope_deltas = former
-    return positions.expand(*positions.shape[:-2], batch.rows, -1)
 
 
 def _counted(mask: Tensor) -> Tensor:
@@ -346,16 +328,14 @@ def _repeat(rows: Tensor, copies: int, dim: int) -> Tensor:
 
 
 def _check_capacity(cache: Cache, stack: Stack) -> None:
-    if not cache.is_compileable:
+    if not caches.is_static(cache):
         return
     if stack.length > stack.prompt:
         raise IncompatibleDecodersError(
             f"a branch's prompt has {stack.length} tokens, the clean one {stack.prompt}, and the cache is static",
             "use the dynamic cache, or a shorter instruction",
         )
-    layers: list[Any] = list(cache.layers)
-    capacity = max(layer.max_cache_len for layer in layers)
-    window = min((layer.max_cache_len for layer in layers if getattr(layer, "is_sliding", False)), default=capacity)
+    capacity, window = caches.capacities(cache)
     if window < capacity:
         raise IncompatibleDecodersError(
             f"the static cache of {capacity} tokens has layers with a window of {window}",
@@ -363,12 +343,7 @@ def _check_capacity(cache: Cache, stack: Stack) -> None:
         )
 
 
-def _reorder_all(cache: Any, stack: Stack) -> None:  # noqa: ANN401 (a cache whose method is shadowed)
-    """Beam search reorders B rows; the branches of a beam move with it."""
-    original = cache.reorder_cache
-
-    def reorder(beams: Tensor) -> None:
-        offsets = torch.arange(stack.copies, device=beams.device)[:, None] * stack.clean
-        original((beams[None] + offsets).flatten())
-
-    cache.reorder_cache = reorder
+def _all_rows(stack: Stack, beams: Tensor) -> Tensor:
+    """The rows of the whole stack that beam search chose among the clean ones; a beam's branches move with it."""
+    offsets = torch.arange(stack.copies, device=beams.device)[:, None] * stack.clean
+    return (beams[None] + offsets).flatten()

@@ -18,11 +18,11 @@ from vlmfix.decoders.base import Decoder, DecodingPlan, Source
 from vlmfix.decoders.branches import TOKENS
 from vlmfix.decoders.parameters import Value, parameter
 from vlmfix.decoders.profiled import profile_facts, profile_for, why_no_profile
-from vlmfix.decoders.stack import prompt_positions
 from vlmfix.errors import IncompatibleDecodersError, UnsupportedAttentionError, UsageError
 from vlmfix.heads.vhd import without_image_tokens
 from vlmfix.models.checkpoint import Checkpoint
 from vlmfix.models.layout import Batch, ImageLayout
+from vlmfix.upstream.positions import prompt_positions
 
 ALPHAS = {"internvl": 1.5}
 """Gain by ``model_type``; 2, the paper's for its three models, for all others."""

@@ -7,8 +7,7 @@ of each, class and register tokens included.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -16,10 +15,11 @@ from typing import Any
 
 import torch
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 
 from vlmfix.attention.tower import TowerReading
-from vlmfix.errors import DataError
+from vlmfix.errors import DataError, UpstreamError
+from vlmfix.upstream import vit as upstream
 
 TOGETHER = 16
 """Pictures that run side by side."""
@@ -62,7 +62,15 @@ class ViT:
         prefix, blocks = self.model.num_prefix_tokens, self.model.blocks
         first, penultimate = TowerReading(0, "class", prefix), TowerReading(-2, "class", prefix)
         spatial = TowerReading(0, "patches", prefix)
-        with _read(blocks[0].attn, [first, spatial]), _read(blocks[-2].attn, [penultimate]):
+
+        def early(query: Tensor, key: Tensor, scale: float) -> None:
+            for reading in (first, spatial):
+                reading.read(query, key, None, scale)
+
+        def late(query: Tensor, key: Tensor, scale: float) -> None:
+            penultimate.read(query, key, None, scale)
+
+        with upstream.watched(blocks[0].attn, early), upstream.watched(blocks[-2].attn, late):
             self.model.forward_features(pixels)
         sums = torch.stack([reading.sums[0][:, prefix:] for reading in (first, penultimate, spatial)], dim=1)
         maps: Tensor = sums.unflatten(2, self.model.patch_embed.grid_size)
@@ -77,29 +85,6 @@ class ViT:
         return found.hexdigest()
 
 
-@contextmanager
-def _read(attention: Any, readings: Sequence[TowerReading]) -> Iterator[None]:  # noqa: ANN401
-    """Lets readings see the queries and keys of an attention module of timm inside the block."""
-    seen: list[Tensor] = []
-
-    def query(module: nn.Module, inputs: object, output: Tensor) -> None:
-        seen.append(output)
-
-    def key(module: nn.Module, inputs: object, output: Tensor) -> None:
-        for reading in readings:
-            reading.read(seen[0], output, None, float(attention.scale))
-
-    hooks = [
-        attention.q_norm.register_forward_hook(query),  # called before the other, also without a norm
-        attention.k_norm.register_forward_hook(key),
-    ]
-    try:
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()
-
-
 @lru_cache(maxsize=2)
 def load_vit(name: str, device: torch.device) -> ViT:
     """Loads a ViT, once for a name and a device.
@@ -111,21 +96,16 @@ def load_vit(name: str, device: torch.device) -> ViT:
 
     Raises:
         DataError: There is no such model, it cannot be read, or its class token's attention cannot.
+        UpstreamError: The installed timm does not show what is read.
     """
-    import timm  # here alone: every other decoder does without it
-    from timm.data.config import resolve_model_data_config
-    from timm.data.transforms_factory import create_transform
-    from timm.layers.attention import Attention
-    from timm.models.vision_transformer import VisionTransformer
-
     folder = Path(name).expanduser()
     try:
-        model: Any = timm.create_model(f"local-dir:{folder}" if folder.is_dir() else name, pretrained=True)
+        model = upstream.load(name, folder)
     except (OSError, RuntimeError, ValueError, KeyError) as error:
         lines = str(error).strip().splitlines() or [type(error).__name__]
         raise DataError(f"cannot load the ViT {name!r}: {lines[0]}", HINT) from error
-    plain = isinstance(model, VisionTransformer) and all(type(block.attn) is Attention for block in model.blocks)
-    if not plain or model.cls_token is None or len(model.blocks) < 2:
+    if not upstream.is_plain(model):
         raise DataError(f"{name!r} is no plain ViT with a class token and two blocks", HINT)
-    config = {**resolve_model_data_config(model), "crop_pct": 1.0, "crop_mode": "squash"}  # the whole picture
-    return ViT(model.to(device).eval(), create_transform(**config), device)
+    if reason := upstream.lacking(model):
+        raise UpstreamError(reason, "install timm 1.0.31")
+    return ViT(model.to(device).eval(), upstream.transform(model), device)

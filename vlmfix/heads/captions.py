@@ -10,13 +10,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
 from transformers import DynamicCache
 
 from vlmfix.errors import DataError
 from vlmfix.heads.last_step import LastStep
 from vlmfix.heads.profiler import Work
 from vlmfix.heads.wording import decoded
+from vlmfix.upstream.cache import handed_over
+from vlmfix.upstream.text import TextInputs, watched
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,7 @@ class Told:
     """
 
     tokens: tuple[tuple[int, ...], ...]
-    inputs: tuple[Mapping[str, Any], ...]
+    inputs: tuple[TextInputs, ...]
     cache: DynamicCache
 
     def step(self, work: Work, row: int, place: int) -> LastStep:
@@ -83,18 +84,15 @@ def tell(work: Work, longest: int) -> Told:
     """
     model: Any = work.vlm.model
     cache = DynamicCache()
-    steps: list[dict[str, Any]] = []
+    steps: list[TextInputs] = []
 
-    def remember(decoder: nn.Module, args: object, kwargs: dict[str, Any]) -> None:
-        newest = {"inputs_embeds": kwargs["inputs_embeds"][:, -1:].clone()}  # (B, 1, hidden size), not the whole prompt
-        if kwargs.get("position_ids") is not None:
-            newest["position_ids"] = kwargs["position_ids"][..., -1:].clone()
-        steps.append(newest)
+    def remember(inputs: TextInputs) -> None:
+        steps.append(inputs.last())  # not the whole prompt
 
-    with work.vlm.family.decoder(work.vlm.model).register_forward_pre_hook(remember, with_kwargs=True):
+    with watched(work.vlm.family.decoder(model), remember):
         sequences = model.generate(
             **work.batch,
-            past_key_values=cache,
+            **handed_over(model, cache),
             max_new_tokens=longest,
             do_sample=False,
             num_beams=1,

@@ -17,6 +17,7 @@ from vlmfix.attention.saliency import mean_over, saliency_steps
 from vlmfix.errors import DataError
 from vlmfix.models.checkpoint import Checkpoint
 from vlmfix.models.layout import ImageLayout
+from vlmfix.upstream.steps import handed
 
 
 @dataclass(frozen=True, eq=False)
@@ -119,8 +120,7 @@ class Replay:
 
     def __call__(self, model: PreTrainedModel, input_ids: Tensor, **kwargs: Any) -> Tensor:
         """See transformers' ``custom_generate``."""
-        for name in ("logits_processor", "stopping_criteria", "generation_config"):
-            kwargs.pop(name)
+        handed(kwargs)
         lengths = [len(answer) for answer in self.answers]
         longest = max(lengths)
         tokens = torch.tensor([[*answer, *[0] * (longest - len(answer))] for answer in self.answers])

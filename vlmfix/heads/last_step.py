@@ -5,7 +5,7 @@ Shape letters (``docs/notation.md``): V vocabulary; here also S tokens seen so f
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -14,11 +14,12 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from vlmfix.attention.edit import AttentionEdit
-from vlmfix.attention.probe import shared_prompt
 from vlmfix.attention.session import edited
 from vlmfix.heads.profiler import Ran, Work
 from vlmfix.models.checkpoint import Checkpoint
 from vlmfix.models.layout import ImageLayout
+from vlmfix.upstream.cache import keys_and_values, shared_prompt
+from vlmfix.upstream.text import TextInputs, call
 
 SCALE = 1024.0
 """Factor on what is differentiated, so that small gradients survive float16."""
@@ -67,7 +68,7 @@ class LastStep:
 
     @classmethod
     def behind(
-        cls, work: Work, row: int, *, inputs: Mapping[str, Any], cache: DynamicCache, token: int, generated: int = 0
+        cls, work: Work, row: int, *, inputs: TextInputs, cache: DynamicCache, token: int, generated: int = 0
     ) -> Self:
         """The step over the newest token of a pass.
 
@@ -80,7 +81,7 @@ class LastStep:
             generated: How many tokens stand behind the prompt.
         """
         own, layout = slice(row, row + 1), work.layout
-        embeds, positions = inputs["inputs_embeds"], inputs.get("position_ids")
+        embeds, positions = inputs.embeds, inputs.positions
         if positions is not None:
             positions = positions.expand(*positions.shape[:-2], len(embeds), -1)[..., own, -1:]  # (..., 1, 1)
         mask = work.batch.attention_mask[own]  # (1, T)
@@ -102,8 +103,8 @@ class LastStep:
 
     def copies(self, wanted: int) -> int:
         """How many copies beside the row itself one pass may have: as many as wanted, or what ``MEMORY`` allows."""
-        first: Any = self.cache.layers[0]
-        one = int(first.keys[self.row].nbytes + first.values[self.row].nbytes)
+        keys, values = keys_and_values(self.cache)[0]
+        one = int(keys[self.row].nbytes + values[self.row].nbytes)
         return max(1, min(wanted, MEMORY // one - 1))
 
     def logits(self, edits: Sequence[AttentionEdit], *, copies: int = 1) -> Tensor:
@@ -114,16 +115,14 @@ class LastStep:
             copies: N.
         """
         model: Any = self.vlm.model
-        decoder: Any = self.vlm.family.decoder(model)
         positions = self.positions
         if positions is not None:
             positions = positions.expand(*positions.shape[:-2], copies, -1)  # (..., N, 1)
         with edited(self.vlm, self.layout.expand(copies), edits):
-            output = decoder(
-                inputs_embeds=self.embeds.expand(copies, -1, -1),
-                attention_mask=self.mask.expand(copies, -1),
-                position_ids=positions,
-                past_key_values=shared_prompt(self.cache, self.row, self.mask.shape[1] - 1),
-                use_cache=True,
+            states = call(
+                self.vlm.family.decoder(model),
+                TextInputs(embeds=self.embeds.expand(copies, -1, -1), positions=positions),
+                mask=self.mask.expand(copies, -1),
+                cache=shared_prompt(self.cache, self.row, self.mask.shape[1] - 1),
             )
-        return torch.as_tensor(model.get_output_embeddings()(output.last_hidden_state[:, -1])).float()
+        return torch.as_tensor(model.get_output_embeddings()(states[:, -1])).float()

@@ -13,13 +13,15 @@ from random import Random
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import DynamicCache
 
 from vlmfix.errors import UsageError
 from vlmfix.heads.moments import Moments, Tally
 from vlmfix.models.checkpoint import Checkpoint
 from vlmfix.models.layout import Batch, ImageLayout
+from vlmfix.upstream.cache import handed_over
+from vlmfix.upstream.text import TextInputs, watched
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,7 +74,7 @@ class Ran:
 
     logits: Tensor
     cache: DynamicCache | None
-    inputs: Mapping[str, Any]
+    inputs: TextInputs
 
 
 class State(ABC):
@@ -154,15 +156,11 @@ def run_pass(work: Work, states: list[State]) -> Ran | None:
         return None
     model: Any = work.vlm.model
     cache = DynamicCache() if any(state.keeps_cache for state in states) else None
-    inputs: dict[str, Any] = {}
-
-    def remember(decoder: nn.Module, args: object, kwargs: dict[str, Any]) -> None:
-        inputs.update(kwargs)
-
+    inputs: list[TextInputs] = []
+    kept = {} if cache is None else handed_over(model, cache)
     with ExitStack() as block:
-        decoder = work.vlm.family.decoder(work.vlm.model)
-        block.enter_context(decoder.register_forward_pre_hook(remember, with_kwargs=True))
+        block.enter_context(watched(work.vlm.family.decoder(model), inputs.append))
         for state in states:
             block.enter_context(state.watching(work))
-        output = model(**work.batch, use_cache=cache is not None, past_key_values=cache, logits_to_keep=1)
-    return Ran(logits=output.logits[:, -1].float(), cache=cache, inputs=inputs)
+        output = model(**work.batch, **kept, use_cache=cache is not None, logits_to_keep=1)
+    return Ran(logits=output.logits[:, -1].float(), cache=cache, inputs=inputs[-1])

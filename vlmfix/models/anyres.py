@@ -6,9 +6,9 @@ from math import ceil, sqrt
 
 import torch
 from torch import Tensor
-from transformers.image_processing_utils import select_best_resolution
 
 from vlmfix.models.grid import clipped
+from vlmfix.upstream.geometry import best_canvas
 
 
 def anyres(
@@ -30,7 +30,7 @@ def anyres(
     Returns:
         (lines * (columns + 1), 4) float32; the last of every line is NaN.
     """
-    canvas = select_best_resolution(size, canvases)
+    canvas = best_canvas(size, canvases)
     fitted = _fitted(size, canvas)
     lines = _patches(canvas[0], fitted[0], tile, patch)
     columns = _patches(canvas[1], fitted[1], tile, patch)

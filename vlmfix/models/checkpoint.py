@@ -14,17 +14,16 @@ from torch import Tensor
 from transformers import (
     AutoModelForImageTextToText,
     AutoProcessor,
-    PreTrainedConfig,
     PreTrainedModel,
     ProcessorMixin,
 )
-from transformers.utils.hub import cached_file
 
 from vlmfix.errors import DataError, LayoutError, UnsupportedModelError, UsageError
 from vlmfix.models.families import family_of
 from vlmfix.models.family import Family
 from vlmfix.models.layout import Batch, ImageLayout
 from vlmfix.models.repeats import process_once
+from vlmfix.upstream import hub
 
 EMBEDDED = {name: Path(__file__).parent.parent / "world" / "assets" / name for name in ("tiny", "tiny-qwen")}
 """Models that come with the package, by name."""
@@ -89,7 +88,7 @@ class Checkpoint:
                 f"model {str(model)!r} lacks {len(missing)} weights, {missing[0]} among them",
                 "download it again; transformers would go on with random numbers instead",
             )
-        commit = config.get("_commit_hash")
+        commit = hub.commit(path, revision)
         return cls(model=loaded.eval(), processor=processor, family=family, name=str(model), revision=commit)
 
     @property
@@ -113,15 +112,7 @@ class Checkpoint:
 
         None for a model that was made in this process, or whose folder is gone.
         """
-        config = self.model.config
-        name, commit = str(config.name_or_path), getattr(config, "_commit_hash", None)
-        if commit is None:
-            return Path(name) if name and Path(name).is_dir() else None
-        try:
-            found = cached_file(name, "config.json", revision=commit, local_files_only=True)
-        except OSError:
-            return None
-        return None if found is None else Path(found).parent
+        return hub.folder(str(self.model.config.name_or_path), self.revision)
 
     def encode(
         self,
@@ -219,7 +210,7 @@ def _config(path: str, revision: str | None) -> dict[str, Any]:
     local = Path(path).is_absolute() or path.startswith(".") or path.count("/") > 1
     if local and not Path(path).is_dir():
         raise DataError(f"there is no directory {path!r}", _WHAT_LOADS)
-    config, _ = PreTrainedConfig.get_config_dict(path, revision=revision)
+    config = hub.settings(path, revision)
     if "model_type" not in config:
         raise DataError(f"{path!r} has no config.json with a model_type", _WHAT_LOADS)
     return config

@@ -11,12 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel, ProcessorMixin
-from transformers.models.got_ocr2.image_processing_got_ocr2 import get_optimal_tiled_canvas
 
 from vlmfix.models.family import Family
 from vlmfix.models.grid import cells, merged
 from vlmfix.models.layout import Batch
 from vlmfix.models.llava import without_first
+from vlmfix.upstream.geometry import tile_grid
 
 
 class InternVL(Family):
@@ -76,8 +76,7 @@ def _grid(processor: ProcessorMixin, size: tuple[int, int]) -> tuple[int, int]:
     """(rows, columns) of the tiles of a picture of (height, width) pixels."""
     settings = processor.image_processor
     tile = (settings.size["height"], settings.size["width"])
-    columns, rows = get_optimal_tiled_canvas(size, tile, settings.min_patches, settings.max_patches)
-    return rows, columns
+    return tile_grid(size, tile, settings.min_patches, settings.max_patches)
 
 
 def _boxes(squares: int, side: int, grid: tuple[int, int] | None) -> Tensor:

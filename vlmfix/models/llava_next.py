@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel, ProcessorMixin
-from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
 
 from vlmfix.models.anyres import anyres
 from vlmfix.models.family import Family, by_row
 from vlmfix.models.grid import cells
 from vlmfix.models.layout import Batch
 from vlmfix.models.llava import without_first
+from vlmfix.upstream.geometry import packed, tile_count
 
 
 class LlavaNext(Family):
@@ -44,13 +43,12 @@ class LlavaNext(Family):
         """The model's own packing of tiles, for values in place of features; see ``Family.per_token``."""
         config, sizes = model.config, inputs["image_sizes"]
         tile = config.vision_config.image_size
-        counts = [image_size_to_num_patches(size, config.image_grid_pinpoints, tile) for size in sizes]
+        counts = [tile_count("llava_next", size, config.image_grid_pinpoints, tile) for size in sizes]
         values = without_first(model, torch.cat(list(patches)))[..., None]  # (views, patches, 1)
-        core: Any = model.base_model
-        packed, _ = core.pack_image_features(
+        return packed(
+            model,
             values.split(counts),
             sizes,
             vision_feature_select_strategy=config.vision_feature_select_strategy,
             image_newline=values.new_full((1,), torch.nan),
         )
-        return torch.cat(list(packed)).flatten()  # (n,)

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel, ProcessorMixin
-from transformers.models.llava_onevision.modeling_llava_onevision import image_size_to_num_patches
 
 from vlmfix.models.anyres import anyres
 from vlmfix.models.family import Family, by_row
 from vlmfix.models.grid import cells, clipped
 from vlmfix.models.layout import Batch
 from vlmfix.models.llava import without_first
+from vlmfix.upstream.geometry import packed, tile_count
 
 
 class LlavaOneVision(Family):
@@ -45,18 +44,17 @@ class LlavaOneVision(Family):
         config, sizes = model.config, inputs["image_sizes"]
         tile = config.vision_config.image_size
         counts = [
-            image_size_to_num_patches(size, config.image_grid_pinpoints, tile) if single else 1
+            tile_count("llava_onevision", size, config.image_grid_pinpoints, tile) if single else 1
             for size, single in zip(sizes, _alone(inputs), strict=True)
         ]
         values = without_first(model, torch.cat(list(patches)))[..., None]  # (views, patches, 1)
-        core: Any = model.base_model
-        packed, _ = core.pack_image_features(
+        return packed(
+            model,
             values.split(counts),
             sizes,
             image_newline=values.new_full((1,), torch.nan),
             vision_aspect_ratio=config.vision_aspect_ratio,
         )
-        return torch.cat(list(packed)).flatten()  # (n,)
 
 
 def _alone(inputs: Mapping[str, Tensor]) -> list[bool]:

@@ -7,11 +7,11 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, ProcessorMixin
-from transformers.vision_utils import get_vision_window_index
 
 from vlmfix.models.family import Family, by_row
 from vlmfix.models.grid import cells
 from vlmfix.models.layout import Batch
+from vlmfix.upstream.geometry import window_order
 
 
 class QwenVL(Family):
@@ -49,11 +49,11 @@ class QwenVL(Family):
         sums = values.view(-1, vision.spatial_merge_size**2).sum(dim=1)  # (n,)
         if not hasattr(vision, "window_size"):
             return sums
-        order, _ = get_vision_window_index(
+        order = window_order(
             inputs["image_grid_thw"],
-            spatial_merge_size=vision.spatial_merge_size,
-            window_size=vision.window_size,
-            patch_size=vision.patch_size,
+            merge=vision.spatial_merge_size,
+            window=vision.window_size,
+            patch=vision.patch_size,
         )
         return sums[order.argsort().to(sums.device)]
 

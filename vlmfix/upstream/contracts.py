@@ -1,0 +1,533 @@
+"""What vlmfix relies on of transformers and torch: each point with a probe on two-layer random models.
+
+The probes are tests, ``vlmfix doctor`` prints what they found, and where the installed versions are not among those
+tested, the first model that is loaded runs them once. All together take less than two seconds on a CPU.
+
+Shape letters (``docs/notation.md``): B rows, T prompt tokens, H query heads, G key/value heads, Q query rows, K keys,
+D head dimension.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from importlib import import_module
+from typing import Any
+
+import torch
+import transformers
+from PIL import Image
+from tokenizers import Tokenizer, models, pre_tokenizers
+from torch import Tensor, nn
+
+from vlmfix.errors import VlmfixError
+from vlmfix.upstream import attention, cache, features, geometry, names, positions, steps, text
+from vlmfix.upstream.versions import logger, missing, remedy, untested
+
+library: Any = transformers
+"""Its configurations take more than their types say."""
+EDITS = ("var", "locore", "gift", "zerotuning", "act", "spin", "adhh", "ph3", "vhr", "imbalance", "carve", "vicrop")
+"""Decoders that edit or read attention; ``profile`` and ``grounding`` do too."""
+BRANCHES = ("vcd", "inter")
+"""Decoders that contrast logits."""
+PICTURE, PAD, END = 3, 0, 2
+"""Token ids of the models that are probed."""
+
+
+@dataclass(frozen=True)
+class Contract:
+    """Something that vlmfix relies on.
+
+    Attributes:
+        name: What it is about, in a few words.
+        protects: Decoders and commands that do not work without it, or what is lost.
+        probe: Tries it; raises when it does not hold.
+    """
+
+    name: str
+    protects: tuple[str, ...]
+    probe: Callable[[Bench], None]
+
+    def broken(self, bench: Bench) -> str | None:
+        """Why it does not hold, in one sentence, or None when it does."""
+        try:
+            with torch.random.fork_rng(devices=[]):
+                self.probe(bench)
+        except VlmfixError as error:
+            return error.message
+        except Exception as error:  # whatever another version does instead is the finding
+            lines = str(error).strip().splitlines()
+            return f"{type(error).__name__}: {lines[0] if lines else 'no message'}"
+        return None
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What a probe found.
+
+    Attributes:
+        name: Name of the contract.
+        protects: What it protects.
+        reason: Why it does not hold, or None when it does.
+    """
+
+    name: str
+    protects: tuple[str, ...]
+    reason: str | None
+
+
+class Bench:
+    """Two-layer random models and inputs for the probes, made when they are asked for."""
+
+    @cached_property
+    def llava(self) -> Any:  # noqa: ANN401 (a model)
+        """LLaVA-1.5 whose picture becomes four tokens."""
+        vision = library.CLIPVisionConfig(
+            hidden_size=16,
+            intermediate_size=16,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            image_size=8,
+            patch_size=4,
+            projection_dim=16,
+        )
+        config = library.LlavaConfig(
+            vision_config=vision,
+            text_config=library.LlamaConfig(**_TEXT),
+            image_token_index=PICTURE,
+            image_seq_length=4,
+        )
+        return _drawn(library.LlavaForConditionalGeneration, config)
+
+    @cached_property
+    def qwen(self) -> Any:  # noqa: ANN401 (a model)
+        """Qwen3-VL, with rotary embeddings of several axes and features of several depths."""
+        rope = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 0]}
+        vision: dict[str, Any] = {
+            "depth": 2,
+            "hidden_size": 16,
+            "intermediate_size": 16,
+            "num_heads": 2,
+            "out_hidden_size": 16,
+            "patch_size": 4,
+            "spatial_merge_size": 2,
+            "temporal_patch_size": 1,
+            "num_position_embeddings": 16,
+            "deepstack_visual_indexes": [0],
+        }
+        config = library.Qwen3VLConfig(
+            text_config=_TEXT | {"head_dim": 4, "rope_parameters": rope},
+            vision_config=vision,
+            image_token_id=PICTURE,
+            video_token_id=4,
+            vision_start_token_id=5,
+            vision_end_token_id=6,
+        )
+        return _drawn(library.Qwen3VLForConditionalGeneration, config)
+
+    @cached_property
+    def prompt(self) -> dict[str, Tensor]:
+        """Two rows for ``llava``, the second with two tokens of padding on the left."""
+        ids = torch.tensor([[1, *[PICTURE] * 4, 7, 8, 9], [PAD, PAD, *[PICTURE] * 4, 10, 11]])
+        return {"input_ids": ids, "attention_mask": (ids != PAD).long(), "pixel_values": _noise(2, 3, 8, 8)}
+
+    @cached_property
+    def qwen_prompt(self) -> dict[str, Tensor]:
+        """Two rows for ``qwen``, the second with two tokens of padding on the left."""
+        ids = torch.tensor([[1, 5, *[PICTURE] * 4, 6, 8, 9], [PAD, PAD, 5, *[PICTURE] * 4, 6, 11]])
+        return {
+            "input_ids": ids,
+            "attention_mask": (ids != PAD).long(),
+            "mm_token_type_ids": (ids == PICTURE).long(),
+            "pixel_values": _noise(32, 48),
+            "image_grid_thw": torch.tensor([[1, 4, 4]] * 2),
+        }
+
+    @property
+    def decoder(self) -> Any:  # noqa: ANN401 (a module)
+        """LLaVA's text decoder."""
+        return self.llava.model.language_model
+
+    def logits(self, model: Any, **inputs: Any) -> Tensor:  # noqa: ANN401
+        """(B, T, V) of one pass."""
+        with torch.no_grad():
+            return torch.as_tensor(model(**inputs).logits)
+
+    def generate(self, model: Any, inputs: Mapping[str, Any], tokens: int, **options: Any) -> Tensor:  # noqa: ANN401
+        """Greedy tokens, (B, T + tokens)."""
+        with torch.no_grad():
+            found = model.generate(
+                **inputs, **options, max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False, disable_compile=True
+            )
+        return torch.as_tensor(found)
+
+
+_TEXT: dict[str, Any] = {
+    "vocab_size": 32,
+    "hidden_size": 16,
+    "intermediate_size": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "pad_token_id": PAD,
+    "eos_token_id": END,
+}
+
+
+def _drawn(kind: type[Any], config: Any) -> Any:  # noqa: ANN401 (a model)
+    torch.manual_seed(0)
+    model = kind(config)
+    with torch.no_grad():
+        for weight in model.parameters():
+            if weight.ndim > 1:
+                weight.normal_(0.0, 0.2)
+    model.generation_config = library.GenerationConfig(pad_token_id=PAD, eos_token_id=END)
+    return model.float().eval()
+
+
+def _noise(*shape: int) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(1))
+
+
+def _require(holds: bool, what: str) -> None:
+    if not holds:
+        raise missing(what)
+
+
+def _close(found: Tensor, expected: Tensor, what: str) -> None:
+    same = found.shape == expected.shape and torch.allclose(found, expected, atol=1e-4, rtol=1e-4)
+    _require(same, what)
+
+
+@contextmanager
+def _seen(module: nn.Module) -> Iterator[list[dict[str, Any]]]:
+    """The keyword arguments of every call of a module inside the block."""
+    calls: list[dict[str, Any]] = []
+
+    def show(module: nn.Module, args: object, kwargs: dict[str, Any]) -> None:
+        calls.append(dict(kwargs))
+
+    with module.register_forward_pre_hook(show, with_kwargs=True):
+        yield calls
+
+
+def _cache_argument(bench: Bench) -> None:
+    model, filled = bench.llava, library.DynamicCache()
+    with torch.no_grad():
+        output = model(**bench.prompt, **cache.handed_over(model, filled))
+    _require(cache.length(filled) == 8, "a pass does not fill the cache that it is handed")
+    _require(cache.returned(model, output) is filled, "a pass does not return the cache that it was handed")
+    lengths: list[int] = []
+
+    def show(decoder: nn.Module, args: object, kwargs: dict[str, Any]) -> None:
+        handed = kwargs.get(names.TextNames.of(decoder).cache)
+        lengths.append(-1 if handed is None else cache.length(handed))
+
+    with bench.decoder.register_forward_pre_hook(show, with_kwargs=True):
+        bench.generate(model, bench.prompt, 2)
+    _require(lengths == [0, 8], "generate does not hand its cache down to the text decoder under its name")
+
+
+def _attention_function(bench: Bench) -> None:
+    called: list[tuple[int, torch.Size, torch.Size]] = []
+
+    def probe(
+        module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: Any
+    ) -> tuple[Tensor, None]:
+        called.append((int(module.layer_idx), query.shape, key.shape))
+        return attention.sdpa(module, query, key, value, attention_mask, **options), None
+
+    modules = [layer.self_attn for layer in bench.decoder.layers]
+    expected, before = bench.logits(bench.llava, **bench.prompt), bench.decoder.config._attn_implementation
+    attention.register("vlmfix_probe", probe)
+    with attention.switched([bench.decoder, *modules], "vlmfix_probe"):
+        found = bench.logits(bench.llava, **bench.prompt)
+    shapes = (torch.Size([2, 4, 8, 4]), torch.Size([2, 2, 8, 4]))
+    _require(called == [(0, *shapes), (1, *shapes)], "a registered attention function is not called once in each layer")
+    _close(found, expected, "a registered attention function gives other logits")
+    _require(bench.decoder.config._attn_implementation == before, "the attention function is not put back")
+
+
+def _masks(bench: Bench) -> None:
+    with _seen(bench.decoder.layers[0].self_attn) as calls:
+        bench.logits(bench.llava, **bench.prompt)
+        bench.logits(bench.llava, **{name: value[:1] for name, value in bench.prompt.items()})
+    padded, whole = (call[names.KNOWN["mask"][0]] for call in calls)
+    real = bench.prompt["attention_mask"].bool()
+    causal = torch.ones(8, 8, dtype=torch.bool).tril() & real[:, None, None]
+    matches = (
+        isinstance(padded, Tensor) and padded.dtype == torch.bool and torch.equal(padded[:, :, 2:], causal[:, :, 2:])
+    )
+    _require(matches, "attention gets no bool mask, (B, 1, Q, K), of the tokens that a padded row may look at")
+    _require(whole is None, "attention gets a mask where rows without padding need none")
+
+
+def _position_bias(bench: Bench) -> None:
+    query, key, value = _noise(1, 4, 1, 4), _noise(1, 2, 5, 4), _noise(1, 2, 5, 4)
+    bias, mask = _noise(1, 4, 1, 5), torch.tensor([True, False, True, True, True]).view(1, 1, 1, 5)
+    module = bench.decoder.layers[0].self_attn
+    found = attention.sdpa(module, query, key, value, mask, scaling=0.5, position_bias=bias)
+    scores = query @ key.repeat_interleave(2, dim=1).transpose(2, 3) * 0.5 + bias
+    weights = scores.masked_fill(~mask, float("-inf")).softmax(dim=-1)
+    expected = (weights @ value.repeat_interleave(2, dim=1)).transpose(1, 2)
+    _close(found, expected, "SDPA does not add a position_bias to the scores")
+
+
+def _other_mathematics(bench: Bench) -> None:
+    size, plain = _TEXT | {"head_dim": 4}, {"rope_type": "default", "rope_theta": 1e4}
+    capped = _module("gemma2", "Gemma2Attention")(library.Gemma2Config(**size, attn_logit_softcapping=5.0), 0)
+    sinks = _module("gpt_oss", "GptOssAttention")(library.GptOssConfig(**size, rope_parameters=plain), 0)
+    for module, what in ((capped, "caps its scores"), (sinks, "has learned sinks")):
+        try:
+            attention.check_mathematics(module)
+        except VlmfixError:
+            continue
+        raise missing(f"{type(module).__name__} no longer shows that it {what}")
+    kinds = {"sliding_window": 5, "layer_types": ["sliding_attention", "full_attention"]}
+    config = library.Gemma3TextConfig(**size, **kinds)
+    windows = [attention.window(_module("gemma3", "Gemma3Attention")(config, layer)) for layer in range(2)]
+    _require(windows == [5, None], "attention modules no longer show their sliding window")
+    tower = [
+        module for module in bench.llava.model.vision_tower.modules() if getattr(module, "is_causal", None) is False
+    ]
+    _require(len(tower) == 2, "the vision tower's attention modules no longer show that they are not causal")
+    for layer in bench.decoder.layers:
+        attention.check_mathematics(layer.self_attn)
+
+
+def _residual_stream(bench: Bench) -> None:
+    streams: list[Tensor] = []
+
+    def show(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        streams.append(names.hidden(args, kwargs))
+
+    layers = list(bench.decoder.layers)
+    inputs: list[text.TextInputs] = []
+    with layers[0].register_forward_pre_hook(show, with_kwargs=True):
+        with layers[1].register_forward_pre_hook(show, with_kwargs=True), text.watched(bench.decoder, inputs.append):
+            bench.logits(bench.llava, **bench.prompt)
+    _require([stream.shape for stream in streams] == [(2, 8, 16)] * 2, "layers are not called with the residual stream")
+    _close(streams[0], inputs[0].embeds, "the residual stream does not begin as the embeddings")
+
+
+def _picture_features(bench: Bench) -> None:
+    for model, prompt in ((bench.llava, bench.prompt), (bench.qwen, bench.qwen_prompt)):
+        name = type(model).__name__
+        expected = bench.logits(model, **prompt)
+        with torch.no_grad():
+            found = features.encoded(model, prompt)
+        rest = {key: value for key, value in prompt.items() if key != "pixel_values"}
+        given = bench.logits(model, **rest, **features.handed_over(model, found))
+        _close(given, expected, f"{name} answers otherwise when it is handed features in place of pixels")
+        swapped = bench.logits(model, **rest, **features.handed_over(model, features.picked(found, [1, 0])))
+        _require(not torch.allclose(swapped[1, -1], expected[1, -1]), f"{name} does not read the features it is handed")
+        wide = features.for_beams(model, prompt["input_ids"], found, 2)
+        _require(features.sizes(wide) == [4] * 4, f"features of {name} are not repeated for beams")
+
+
+def _prompt_positions(bench: Bench) -> None:
+    for model, prompt in ((bench.llava, bench.prompt), (bench.qwen, bench.qwen_prompt)):
+        found = positions.prompt_positions(model, prompt)
+        with _seen(model) as calls:
+            bench.generate(model, prompt, 1)
+        handed = calls[0].get(names.ModelNames.of(model).positions)
+        kind = type(model).__name__
+        _require(
+            isinstance(handed, Tensor) and torch.equal(handed.expand_as(found), found), f"positions of {kind} differ"
+        )
+    counted = (bench.prompt["attention_mask"].cumsum(1) - 1).clamp(min=0)
+    _require(
+        torch.equal(positions.prompt_positions(bench.llava, bench.prompt), counted),
+        "positions do not count real tokens",
+    )
+
+
+def _cache_layers(bench: Bench) -> None:
+    model, prompt, filled = bench.llava, bench.prompt, library.DynamicCache()
+    handed, places = cache.handed_over(model, filled), positions.prompt_positions(model, prompt)
+    with torch.no_grad():
+        whole = model(**prompt, position_ids=places, **handed).logits[:, -1]
+    _require(cache.is_plain(filled, 8) and cache.can_step_back(filled), "a dynamic cache has layers of another kind")
+    _require(
+        [keys.shape for pair in cache.keys_and_values(filled) for keys in pair] == [(2, 2, 8, 4)] * 4,
+        "layers of a cache do not hold (B, G, K, D) keys and values",
+    )
+    cache.drop_last(filled)
+    newest = {"input_ids": prompt["input_ids"][:, -1:], "attention_mask": prompt["attention_mask"]}
+    place = places[:, -1:]
+    with torch.no_grad():
+        again = model(**newest, position_ids=place, **handed).logits[:, -1]
+    _close(again, whole, "a token that was taken back from the cache gives other logits when it passes again")
+    cache.drop_last(filled)
+    shared = cache.shared_prompt(filled, 0, 7)
+    one = text.TextInputs(model.get_input_embeddings()(prompt["input_ids"][[0, 0], -1:]), place[[0, 0]])
+    with torch.no_grad():
+        states = text.call(bench.decoder, one, prompt["attention_mask"][[0, 0]], shared)
+        found = model.get_output_embeddings()(states[:, -1])
+    _close(found, whole[[0, 0]], "a prompt that several rows share gives other logits")
+    keys = cache.keys_and_values(filled)[0][0].clone()
+    reordered = cache.Reordered(filled, lambda rows: rows.flip(0))
+    filled.reorder_cache(torch.tensor([0, 1]))
+    reordered.restore()
+    _close(cache.keys_and_values(filled)[0][0], keys.flip(0), "a cache does not reorder its rows")
+    fresh = library.DynamicCache()
+    cache.fill(fresh, 0, keys, keys)
+    _require(cache.length(fresh) == 7, "a layer cannot be filled from outside")
+
+
+def _sliding_cache(bench: Bench) -> None:
+    kinds = {"sliding_window": 5, "layer_types": ["sliding_attention", "full_attention"]}
+    config = library.Gemma3TextConfig(**_TEXT, head_dim=4, **kinds)
+    filled = library.DynamicCache(config=config)
+    for layer in range(2):
+        cache.fill(filled, layer, _noise(1, 2, 3, 4), _noise(1, 2, 3, 4))
+    _require(cache.smallest_window(filled) == 5, "a sliding layer of a cache does not show its window")
+    _require(
+        cache.is_plain(filled, 4) and not cache.is_plain(filled, 5), "a window is not told from the prompt's length"
+    )
+
+
+def _static_cache(bench: Bench) -> None:
+    model, widths, found = bench.llava, [], []
+
+    def show(decoder: nn.Module, args: object, kwargs: dict[str, Any]) -> None:
+        handed = kwargs[names.TextNames.of(decoder).cache]
+        widths.append(cache.mask_width(handed))
+        found.append((cache.is_static(handed), cache.capacities(handed)))
+
+    with bench.decoder.register_forward_pre_hook(show, with_kwargs=True):
+        tokens = bench.generate(model, bench.prompt, 3, cache_implementation="static")
+    capacity = widths[0]
+    _require(found[-1] == (True, (capacity, capacity)), "a static cache does not show its capacity")
+    _require(torch.equal(tokens, bench.generate(model, bench.prompt, 3)), "a static cache gives other tokens")
+
+
+def _decoding_loop(bench: Bench) -> None:
+    def loop(model: Any, input_ids: Tensor, **kwargs: Any) -> Tensor:  # noqa: ANN401
+        steps.handed(kwargs)
+        _require(steps.cache_of(model, kwargs) is not None, "generate hands no cache to a loop of another's")
+        for place in range(3):
+            prepare = steps.next_token if place else steps.first
+            output = model(**prepare(model, input_ids, kwargs), return_dict=True)
+            kwargs = steps.kept_between(model, output, kwargs)
+            newest = output.logits[:, -1]
+            newest[:, END] = float("-inf")
+            input_ids = torch.cat([input_ids, newest.argmax(dim=-1, keepdim=True)], dim=1)
+        return input_ids
+
+    for model, prompt in ((bench.llava, bench.prompt), (bench.qwen, bench.qwen_prompt)):
+        found = bench.generate(model, prompt, 3, custom_generate=loop)
+        _require(torch.equal(found, bench.generate(model, prompt, 3)), "single steps give other tokens than generate")
+
+
+def _rotary(bench: Bench) -> None:
+    _require(not positions.grows(bench.decoder), "a plain rotary embedding is taken for one that grows")
+    module, rope = nn.Module(), {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}
+    module.config = library.LlamaConfig(**_TEXT, rope_parameters=rope)
+    _require(positions.grows(module), "a rotary embedding that grows is not recognised")
+
+
+def _geometry(bench: Bench) -> None:
+    canvases = [[336, 672], [672, 336], [672, 672]]
+    _require(geometry.best_canvas((300, 700), canvases) == (336, 672), "the canvas of a wide picture is another")
+    for family in ("llava_next", "llava_onevision"):
+        count = geometry.tile_count(family, torch.tensor([300, 700]), canvases, 336)
+        _require(count == 3, f"the number of tiles of {family} is another")
+    _require(geometry.tile_grid((300, 700), (448, 448), 1, 12) == (2, 5), "the tiles of InternVL are others")
+    order = geometry.window_order(torch.tensor([[1, 8, 4]]), merge=2, window=16, patch=4)
+    _require(order.tolist() == [0, 1, 2, 3, 4, 5, 6, 7], "the windows of Qwen2.5-VL's vision tower are others")
+
+
+def _processor(bench: Bench) -> None:
+    vocabulary = {"<pad>": 0, "<image>": PICTURE, "a": 4, "<unk>": 5}
+    tokenizer = Tokenizer(models.WordLevel(vocab=vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    fast = library.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", extra_special_tokens={"image_token": "<image>"}
+    )
+    pictures = library.CLIPImageProcessor(size={"shortest_edge": 8}, crop_size={"height": 8, "width": 8})
+    processor = library.LlavaProcessor(
+        image_processor=pictures,
+        tokenizer=fast,
+        patch_size=4,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+    )
+    given: Any = copy.copy(processor)
+    own, replaced = given.replace_image_token, list[int]()
+
+    def replace(image_inputs: Any, image_idx: int, **options: Any) -> str:  # noqa: ANN401
+        replaced.append(image_idx)
+        return str(own(image_inputs, image_idx=0, **options))
+
+    given.replace_image_token = replace
+    blank = Image.new("RGB", (8, 8))
+    made = given(text=["<image> a", "<image> a"], images=[[blank], [blank]], padding=True, return_tensors="pt")
+    _require(replaced == [0, 1], "the processor does not ask for the text of each picture by its number")
+    _require(made["input_ids"].tolist() == [[PICTURE] * 4 + [4]] * 2, "the processor expands pictures otherwise")
+
+
+def _memory_errors(bench: Bench) -> None:
+    _require(issubclass(torch.OutOfMemoryError, RuntimeError), "torch.OutOfMemoryError is no RuntimeError")
+    _require(issubclass(torch.AcceleratorError, RuntimeError), "torch.AcceleratorError is no RuntimeError")
+
+
+def _module(family: str, name: str) -> Any:  # noqa: ANN401 (a module's class)
+    return getattr(import_module(f"transformers.models.{family}.modeling_{family}"), name)
+
+
+CONTRACTS = (
+    Contract("cache argument", (*BRANCHES, "sgrs", "profile", "grounding", "shared beginnings"), _cache_argument),
+    Contract("attention function", (*EDITS, "sgrs", "profile", "grounding"), _attention_function),
+    Contract("attention masks", (*EDITS, *BRANCHES, "sgrs", "profile", "grounding"), _masks),
+    Contract("bias on attention scores", ("locore", "zerotuning"), _position_bias),
+    Contract("signs of other mathematics", (*EDITS, "sgrs", "profile", "grounding"), _other_mathematics),
+    Contract("residual stream", ("var", "gift", "profile"), _residual_stream),
+    Contract("features of pictures", (*BRANCHES, "repeated pictures"), _picture_features),
+    Contract("positions of the prompt", (*BRANCHES, "vhr"), _prompt_positions),
+    Contract("layers of a cache", ("sgrs", "vicrop", "profile", "grounding", "shared beginnings"), _cache_layers),
+    Contract("sliding windows of a cache", ("sgrs", "vicrop", "grounding", "shared beginnings"), _sliding_cache),
+    Contract("static cache", (*BRANCHES, *EDITS), _static_cache),
+    Contract("loops of another's", ("sgrs", "vicrop", "grounding"), _decoding_loop),
+    Contract("rotary embeddings", ("shared beginnings",), _rotary),
+    Contract("geometry of tiles", ("every decoder on LLaVA-NeXT, LLaVA-OneVision, InternVL, Qwen2.5-VL",), _geometry),
+    Contract("parts of a processor", ("repeated pictures",), _processor),
+    Contract("errors of memory", ("smaller batches when memory runs out",), _memory_errors),
+)
+"""Everything that is relied on."""
+
+
+def examined(contracts: Sequence[Contract] = CONTRACTS) -> list[Finding]:
+    """Runs probes, one after the other.
+
+    Args:
+        contracts: What to probe.
+    """
+    bench = Bench()
+    return [Finding(one.name, one.protects, one.broken(bench)) for one in contracts]
+
+
+@functools.cache
+def first_use() -> None:
+    """Probes an installation whose versions were not tested, once in a process, and logs one line when it finds fault.
+
+    Tested versions are taken as they are.
+    """
+    if found := untested():
+        broken = [finding for finding in examined() if finding.reason is not None]
+        if broken:
+            logger.warning("vlmfix: %s", _told(found, broken))
+
+
+def _told(versions: Sequence[str], broken: Sequence[Finding]) -> str:
+    lost = ", ".join(dict.fromkeys(name for finding in broken for name in finding.protects))
+    reasons = "; ".join(f"{finding.name}: {finding.reason}" for finding in broken)
+    return (
+        f"{' and '.join(versions)} is not among the versions tested, and {len(broken)} of {len(CONTRACTS)} contracts "
+        f"fail ({reasons}). These do not work: {lost}. To repair it, {remedy()}"
+    )

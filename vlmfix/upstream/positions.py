@@ -1,0 +1,58 @@
+"""Position ids of a prompt, and what a rotary embedding depends on."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from vlmfix.upstream.names import ModelNames
+from vlmfix.upstream.versions import missing
+
+GROWING = frozenset({"dynamic", "longrope"})
+"""Rotary embeddings whose frequencies depend on the length of the pass."""
+
+
+def prompt_positions(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> Tensor:
+    """Position ids of a prompt, as ``generate`` makes them; what that leaves on the model is put back.
+
+    Args:
+        model: The model.
+        inputs: The inputs of a ``generate`` call, with (B, T) token ids.
+
+    Returns:
+        (B, T), or (4, B, T) for rotary embeddings of several axes.
+
+    Raises:
+        UpstreamError: The model makes no positions in the known way.
+    """
+    base: Any = model.base_model
+    prepare: Any = getattr(model, "_prepare_position_ids_for_generation", None)
+    if prepare is None:
+        raise missing(f"{type(model).__name__} has no _prepare_position_ids_for_generation")
+    name = ModelNames.of(model).ids
+    ids = inputs[name]
+    former = getattr(base, "rope_deltas", None)
+    positions: Tensor = prepare(ids, {other: value for other, value in inputs.items() if other != name})
+    if hasattr(base, "rope_deltas"):
+        base.rope_deltas = former
+    return positions.expand(*positions.shape[:-2], ids.shape[0], -1)
+
+
+def grows(decoder: nn.Module) -> bool:
+    """Whether a text decoder's rotary embedding depends on the length of the pass.
+
+    Raises:
+        UpstreamError: Its configuration does not say which kind of rotary embedding it has.
+    """
+    config: Any = decoder.config
+    given = getattr(config, "rope_parameters", None)
+    if given is None:
+        raise missing(f"{type(config).__name__} has no rope_parameters")
+    each = [given, *(value for value in given.values() if isinstance(value, dict))]  # some models have one per kind
+    kinds = [part["rope_type"] for part in each if "rope_type" in part]
+    if not kinds:
+        raise missing(f"rope_parameters of {type(config).__name__} have no rope_type")
+    return not GROWING.isdisjoint(kinds)
