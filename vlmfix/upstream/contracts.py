@@ -236,13 +236,14 @@ def _cache_argument(bench: Bench) -> None:
 def _attention_function(bench: Bench) -> None:
     called: list[tuple[int, torch.Size, torch.Size]] = []
 
+    modules = [layer.self_attn for layer in bench.decoder.layers]
+
     def probe(
-        module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: Any
+        module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: Any
     ) -> tuple[Tensor, None]:
-        called.append((int(module.layer_idx), query.shape, key.shape))
+        called.append((modules.index(module), query.shape, key.shape))
         return attention.sdpa(module, query, key, value, attention_mask, **options), None
 
-    modules = [layer.self_attn for layer in bench.decoder.layers]
     expected, before = bench.logits(bench.llava, **bench.prompt), bench.decoder.config._attn_implementation
     attention.register("vlmfix_probe", probe)
     with attention.switched([bench.decoder, *modules], "vlmfix_probe"):
