@@ -46,3 +46,7 @@ class DataError(VlmfixError):
 
 class ProfileMismatchError(VlmfixError):
     """A head profile was measured on another model, or two profiles are of different models."""
+
+
+class SystematicError(VlmfixError):
+    """One question after the other failed with an error that is not ours, so it is no fault of the questions."""

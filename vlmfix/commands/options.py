@@ -77,6 +77,15 @@ def generation_options(*left_out: str) -> Callable[[Callable[..., None]], Callab
     return decorate
 
 
+def retry_failed(where: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """The option that asks failed questions again.
+
+    Args:
+        where: Where their failures are kept.
+    """
+    return click.option("--retry-failed", is_flag=True, help=f"Ask again what failed before, as {where} says.")
+
+
 class BatchSize(click.ParamType[int | None]):
     """A number of rows, or auto, which becomes None."""
 
