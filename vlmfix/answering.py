@@ -131,7 +131,7 @@ class Answerer:
         last = row[-1]
         counted = f"{len(row)} questions in a row" if len(row) > 1 else "one question"
         error = SystematicError(
-            f"{counted} failed with {self._decoder.name} and no other is answered: {last.reason} ({last.place})",
+            f"{counted} failed with {self._decoder.spec()} and no other is answered: {last.reason} ({last.place})",
             f"nothing is recorded of them; see what vlmfix doctor {self._settings.model} says, try another picture, "
             "or use --debug for the traceback",
         )
@@ -174,6 +174,7 @@ class Answerer:
             if not is_memory(error) and _concerns_every_batch(error):
                 raise
             failure = _Failure.of(error)
+            error.with_traceback(None)  # a frame that holds its error would keep its tensors alive
         if failure.memory and torch.cuda.is_available():
             torch.cuda.empty_cache()
         return failure
@@ -181,7 +182,7 @@ class Answerer:
 
 @dataclass(frozen=True)
 class _Failure:
-    """What went wrong, in words: the error itself would keep the tensors of its frames alive.
+    """What went wrong, in words.
 
     Attributes:
         reason: One line for the records.

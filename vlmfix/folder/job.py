@@ -108,6 +108,8 @@ def run(
         if job.left():
             vlm = loader(settings.model, revision=settings.revision, device=settings.device, dtype=settings.dtype)
             job.work(vlm, decoder, settings, batch_size)
+        else:
+            output.conclude()
         return job.progress()
 
 

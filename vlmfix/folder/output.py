@@ -160,6 +160,11 @@ class OutputFolder:
         replace_json(self.folder / CARD, self._card)
         self._saved = time.monotonic()
 
+    def conclude(self) -> None:
+        """Rewrites the run card when an earlier start did all the work and was killed before it had said so."""
+        if not self._card["finished"]:
+            self.save(finished=True, peak_memory=self._card["sessions"][-1]["peak_memory"])
+
     @property
     def card_is_old(self) -> bool:
         """Whether the run card should be rewritten."""
