@@ -78,8 +78,8 @@ class Answerer:
         or to every question, such as a name that another library has changed. A foreign failure is held back until an
         answer shows that the model works. When ``FAILURES_IN_A_ROW`` are held back, or the questions have come to an
         end, a question that was answered before is asked again; only if it is answered again do the failures belong to
-        their questions. What failed alike in type or message is not compared: an error's text may hold a picture's
-        size, and its place may depend on the picture's shape.
+        their questions. Errors in a row need not be equal: a text may hold a picture's size, and one fault may be met
+        at several places.
 
         Args:
             batches: Batches of questions, each with whatever stands for it, or with the reason why it cannot be asked.
