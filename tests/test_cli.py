@@ -52,6 +52,48 @@ def test_run_asks_and_goes_on(tmp_path, model, vlmfix):
     assert "\nhint: choose another --out" in told
 
 
+def test_an_error_of_every_picture_is_a_failure_of_the_run(tmp_path, model, vlmfix, monkeypatch):
+    def broken(*_, **__):
+        raise AttributeError("'Processor' object has no attribute 'patches'")
+
+    pictures, out = draw(tmp_path / "in", 3), tmp_path / "out"
+    options = ("run", pictures, "--out", out, "--model", model, "--max-new-tokens", 2)
+    with monkeypatch.context() as patch:
+        patch.setattr("vlmfix.models.family.Family.process", broken)
+        code, printed, told = vlmfix(*options)
+        assert (code, printed) == (1, "")
+        *_, message, hint = told.splitlines()
+        error = "AttributeError: 'Processor' object has no attribute 'patches'"
+        assert message.startswith(
+            f"vlmfix: 3 questions in a row failed with greedy and no other is answered: {error} ("
+        )
+        assert re.search(r"tests/test_cli\.py, line \d+\)$", message)
+        assert hint.startswith("hint: nothing is recorded of them; ")
+        assert f"vlmfix doctor {model}" in hint
+        code, _, told = vlmfix(*options, "--debug")
+        assert code == 1
+        assert "in broken" in told
+    assert (out / "failed.jsonl").read_bytes() == (out / "answers.jsonl").read_bytes() == b""
+    assert vlmfix(*options)[0] == 0
+    assert len(list(read_lines(out / "answers.jsonl"))) == 3
+
+
+def test_failed_pictures_are_asked_again(tmp_path, model, vlmfix):
+    pictures, out = draw(tmp_path / "in", 3), tmp_path / "out"
+    whole = (pictures / "0001.png").read_bytes()
+    (pictures / "0001.png").write_bytes(b"")
+    options = ("run", pictures, "--out", out, "--model", model, "--max-new-tokens", 2)
+    code, _, told = vlmfix(*options)
+    assert code == 0
+    assert f"1 failures in {out}/failed.jsonl; --retry-failed asks again" in told
+    (pictures / "0001.png").write_bytes(whole)
+    assert "1 failures" in vlmfix(*options)[2]
+    code, _, told = vlmfix(*options, "--retry-failed")
+    assert (code, "failures" in told) == (0, False)
+    assert [record["image"] for record in read_lines(out / "answers.jsonl")] == ["0000.png", "0002.png", "0001.png"]
+    assert (out / "failed.jsonl").read_bytes() == b""
+
+
 def test_run_reads_prompts_from_a_file(tmp_path, model, vlmfix):
     pictures, out = draw(tmp_path / "in", 2), tmp_path / "out"
     (tmp_path / "p.csv").write_text("image,prompt\n0001.png,A?\n")

@@ -164,6 +164,37 @@ def test_what_failed_is_told(world, tmp_path, vlmfix):
     assert read_json(out / "results.json")["greedy"]["n"] == SCENES - 1
 
 
+def test_failed_samples_are_asked_again(world, tmp_path, vlmfix):
+    images, out = tmp_path / "images", tmp_path / "out"
+    shutil.copytree(world / "images", images)
+    (images / "000000000003.png").write_bytes(b"")
+    command = (*chair(world)[:-4], "--images", images, "--max-new-tokens", 8, "--out", out)
+    assert "1 of 5 samples failed" in vlmfix(*command)[2]
+    shutil.copy(world / "images" / "000000000003.png", images)
+    assert "1 of 5 samples failed" in vlmfix(*command)[2]
+    code, _, told = vlmfix(*command, "--retry-failed")
+    assert (code, "samples failed" in told) == (0, False)
+    assert read_json(out / "results.json")["greedy"]["n"] == SCENES
+
+
+def test_an_error_of_every_sample_is_a_failure_of_the_run(world, tmp_path, vlmfix, monkeypatch):
+    def broken(*_, **__):
+        raise AttributeError("no patches")
+
+    command = (*pope(world), "--out", tmp_path / "out")
+    with monkeypatch.context() as patch:
+        patch.setattr("vlmfix.models.family.Family.process", broken)
+        code, printed, told = vlmfix(*command)
+    assert (code, printed) == (1, "")
+    *_, message, hint = told.splitlines()
+    assert message.startswith(
+        "vlmfix: 8 questions in a row failed with greedy and no other is answered: AttributeError"
+    )
+    assert hint.startswith("hint: nothing is recorded of them; see what vlmfix doctor tiny says")
+    assert (tmp_path / "out" / "greedy" / "answers.jsonl").read_bytes() == b""
+    assert vlmfix(*command)[0] == 0
+
+
 def test_a_clip_model_that_is_not_there_costs_no_answers(world, tmp_path, vlmfix):
     command = ("eval", "clipscore", "--images", world / "images", "--out", tmp_path / "out")
     code, _, told = vlmfix(*command, "--clip", "local-dir:/nowhere")

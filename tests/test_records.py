@@ -1,3 +1,4 @@
+import fcntl
 import os
 import subprocess
 import sys
@@ -72,6 +73,55 @@ def test_a_full_disk_leaves_whole_lines(tmp_path, monkeypatch):
         with pytest.raises(DataError, match="wrote 4 of 9 bytes"):
             lines.append({"n": 2})
         assert path.read_bytes() == b'{"n": 1}\n'
+
+
+def test_lines_that_are_not_kept_leave(tmp_path):
+    path = tmp_path / "a.jsonl"
+    with JsonLines(path) as lines:
+        for n in range(5):
+            lines.append({"n": n, "text": "Käse"})
+        lines.keep(lambda record: record["n"] % 2 == 0)
+        assert [record["n"] for record in lines] == [0, 2, 4]
+        lines.append({"n": 5})
+        with pytest.raises(UsageError, match="another process"):
+            JsonLines(path)
+    assert [record["n"] for record in read_lines(path)] == [0, 2, 4, 5]
+    assert [entry.name for entry in tmp_path.iterdir()] == ["a.jsonl"]
+    JsonLines(path).close()
+
+
+def test_lines_stay_when_their_replacement_cannot_be_written(tmp_path, monkeypatch):
+    path = tmp_path / "a.jsonl"
+    with JsonLines(path) as lines:
+        lines.append({"n": 1})
+        with monkeypatch.context() as patch:
+            patch.setattr("vlmfix.records.os.fsync", _full)
+            with pytest.raises(DataError, match="cannot write"):
+                lines.keep(lambda record: False)
+        assert [record["n"] for record in lines] == [1]
+    JsonLines(path).close()
+    assert [entry.name for entry in tmp_path.iterdir()] == ["a.jsonl"]
+
+
+def _full(file):
+    raise OSError(28, "No space left on device")
+
+
+def test_a_file_that_was_replaced_while_it_was_opened_is_refused(tmp_path, monkeypatch):
+    path = tmp_path / "a.jsonl"
+    holder = JsonLines(path)
+    flock = fcntl.flock
+
+    def late(file, how):
+        if how & fcntl.LOCK_NB:  # the second process, held up between opening and locking
+            monkeypatch.setattr(fcntl, "flock", flock)
+            holder.keep(lambda record: True)
+        flock(file, how)
+
+    monkeypatch.setattr(fcntl, "flock", late)
+    with pytest.raises(UsageError, match="another process"):
+        JsonLines(path)
+    holder.close()
 
 
 def test_a_document_is_replaced_whole(tmp_path):

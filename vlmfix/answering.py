@@ -1,10 +1,12 @@
-"""Batches of questions through a model: what goes wrong with one row is its own, and memory sets the batch."""
+"""Batches of questions through a model: failures of single questions, failures of every question, and memory."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+import traceback
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Self, TypeVar
 
 import torch
 from PIL import Image
@@ -12,11 +14,13 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from vlmfix.card import free_memory
 from vlmfix.decoders import Decoder
-from vlmfix.errors import DataError, LayoutError, VlmfixError
+from vlmfix.errors import DataError, LayoutError, SystematicError, VlmfixError
 from vlmfix.generation import VLM, Answer
 from vlmfix.settings import Settings
 
 logger = logging.getLogger(__name__)
+
+Item = TypeVar("Item")
 
 ROW_TOKENS = 4096
 """Prompt and answer tokens that an automatic batch size makes room for in every row."""
@@ -27,6 +31,10 @@ REPEATABLE = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBac
 run to run, which changed words in one caption of eighty."""
 
 OUT_OF_MEMORY = ("out of memory", "not enough memory", "can't allocate memory", "ALLOC_FAILED")
+
+FAILURES_IN_A_ROW = 8
+"""Foreign errors without an answer in between after which a run asks whether the model still answers anything. One or
+two odd pictures beside each other are common and eight are not; asking once more costs an eighth at the worst."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,35 +67,96 @@ class Answerer:
         self.rows = batch_size or fitting_batch(vlm, decoder)
         """Rows that go through at a time; halved when memory runs out."""
 
-    def __call__(self, batch: Sequence[Question]) -> list[Answer | str]:
-        """Answers questions.
+    def __call__(
+        self,
+        batches: Iterable[Sequence[tuple[Item, Question | str]]],
+        answered: Callable[[], Question | None],
+    ) -> Iterator[list[tuple[Item, Answer | str]]]:
+        """Answers questions, and stops when it is not the questions that are at fault.
 
-        Returns:
-            For each question its answer, or the reason why there is none.
+        An error that is neither this package's own nor a lack of memory is *foreign*: it may belong to one odd picture,
+        or to every question, such as a name that another library has changed. A foreign failure is held back until an
+        answer shows that the model works. When ``FAILURES_IN_A_ROW`` are held back, or the questions have come to an
+        end, a question that was answered before is asked again; only if it is answered again do the failures belong to
+        their questions. Errors in a row need not be equal: a text may hold a picture's size, and one fault may be met
+        at several places.
+
+        Args:
+            batches: Batches of questions, each with whatever stands for it, or with the reason why it cannot be asked.
+            answered: Gives a question that has been answered with the same model, decoder and settings; None when there
+                is none.
+
+        Yields:
+            What has been settled: in the order of the questions what stands for each, with its answer or the reason why
+            there is none.
 
         Raises:
+            SystematicError: Every question fails; nothing was yielded about those that failed in the end.
             VlmfixError: Settings that can work with no batch.
         """
-        found: list[Answer | str] = []
-        while len(found) < len(batch):
-            part = batch[len(found) : len(found) + self.rows]
-            found += self._part(part)
-        return found
+        held: list[tuple[Item, Answer | str]] = []
+        row: list[_Failure] = []
+        for batch in batches:
+            settled: list[tuple[Item, Answer | str]] = []
+            outcomes = self._part([question for _, question in batch if isinstance(question, Question)])
+            for item, question in batch:
+                outcome = next(outcomes) if isinstance(question, Question) else question
+                held.append((item, _settled(outcome)))
+                if isinstance(outcome, _Failure) and outcome.foreign:
+                    row.append(outcome)
+                    if len(row) == FAILURES_IN_A_ROW:
+                        if settled:
+                            yield settled
+                        settled = []
+                        self._check_that_it_answers(answered, row)
+                        row = []
+                elif isinstance(outcome, Answer):
+                    row = []
+                if not row:
+                    settled += held
+                    held = []
+            if settled:
+                yield settled
+        if held:
+            self._check_that_it_answers(answered, row)
+            yield held
 
-    def _part(self, part: Sequence[Question]) -> list[Answer | str]:
-        """Where a batch fails, smaller ones, until the question at fault is alone."""
-        answers = self._attempt(part)
-        if not isinstance(answers, Exception):
-            return ["the model's output was not a number" if a.finish == "nan" else a for a in answers]
-        if len(part) == 1:
-            return [_reason(answers)]
-        if not is_memory(answers):
-            return [outcome for question in part for outcome in self._part([question])]
-        self.rows = len(part) // 2
-        logger.warning("out of memory with %d rows: going on with %d", len(part), self.rows)
-        return self(part)
+    def _check_that_it_answers(self, answered: Callable[[], Question | None], row: Sequence[_Failure]) -> None:
+        """Raises unless a question that was answered before is answered again."""
+        question = answered()
+        if question is None or not isinstance(next(self._part([question])), Answer):
+            raise self._systematic(row)
 
-    def _attempt(self, part: Sequence[Question]) -> list[Answer] | Exception:
+    def _systematic(self, row: Sequence[_Failure]) -> SystematicError:
+        last = row[-1]
+        counted = f"{len(row)} questions in a row" if len(row) > 1 else "one question"
+        error = SystematicError(
+            f"{counted} failed with {self._decoder.spec()} and no other is answered: {last.reason} ({last.place})",
+            f"nothing is recorded of them; see what vlmfix doctor {self._settings.model} says, try another picture, "
+            "or use --debug for the traceback",
+        )
+        error.add_note(last.trace)
+        return error
+
+    def _part(self, part: Sequence[Question]) -> Iterator[Answer | _Failure]:
+        """Outcomes one after the other; where a batch fails, smaller ones, until the question at fault is alone."""
+        while part:
+            rows = part[: self.rows]
+            outcomes = self._attempt(rows)
+            part = part[len(rows) :]
+            if not isinstance(outcomes, _Failure):
+                yield from outcomes
+            elif len(rows) == 1:
+                yield outcomes
+            elif outcomes.memory:
+                self.rows = len(rows) // 2
+                logger.warning("out of memory with %d rows: going on with %d", len(rows), self.rows)
+                yield from self._part(rows)
+            else:
+                for question in rows:
+                    yield from self._part([question])
+
+    def _attempt(self, part: Sequence[Question]) -> list[Answer] | _Failure:
         """The answers, or what went wrong with this batch; what would go wrong with every batch is raised."""
         settings = self._settings
         try:
@@ -104,10 +173,54 @@ class Answerer:
         except Exception as error:
             if not is_memory(error) and _concerns_every_batch(error):
                 raise
-            problem = error.with_traceback(None)  # its frames would keep the tensors alive
-        if is_memory(problem) and torch.cuda.is_available():
+            failure = _Failure.of(error)
+            error.with_traceback(None)  # a frame that holds its error would keep its tensors alive
+        if failure.memory and torch.cuda.is_available():
             torch.cuda.empty_cache()
-        return problem
+        return failure
+
+
+@dataclass(frozen=True)
+class _Failure:
+    """What went wrong, in words.
+
+    Attributes:
+        reason: One line for the records.
+        memory: Whether memory ran out.
+        place: Where the error was raised; empty unless it is foreign.
+        trace: Its traceback; empty unless it is foreign.
+    """
+
+    reason: str
+    memory: bool = False
+    place: str = ""
+    trace: str = ""
+
+    @classmethod
+    def of(cls, error: Exception) -> Self:
+        """Describes an error."""
+        if isinstance(error, VlmfixError):
+            return cls(str(error))
+        first = (str(error).strip().splitlines() or [""])[0]
+        reason = f"{type(error).__name__}: {first}"
+        if is_memory(error):
+            return cls(f"out of memory: {reason}", memory=True)
+        *_, last = traceback.extract_tb(error.__traceback__)
+        place = f"{last.filename.rpartition('-packages/')[2]}, line {last.lineno}"
+        return cls(reason, place=place, trace="".join(traceback.format_exception(error)))
+
+    @property
+    def foreign(self) -> bool:
+        """Whether the error may be a fault of every question: it is not ours, and memory did not run out."""
+        return bool(self.place)
+
+
+def _settled(outcome: Answer | _Failure | str) -> Answer | str:
+    if isinstance(outcome, _Failure):
+        return outcome.reason
+    if isinstance(outcome, Answer) and outcome.finish == "nan":
+        return "the model's output was not a number"
+    return outcome
 
 
 def fitting_batch(vlm: VLM, decoder: Decoder) -> int:
@@ -125,13 +238,6 @@ def is_memory(error: Exception) -> bool:
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
         return True
     return isinstance(error, RuntimeError) and any(words in str(error) for words in OUT_OF_MEMORY)
-
-
-def _reason(error: Exception) -> str:
-    if isinstance(error, VlmfixError):
-        return str(error)
-    first = (str(error).strip().splitlines() or [""])[0]
-    return f"{'out of memory: ' if is_memory(error) else ''}{type(error).__name__}: {first}"
 
 
 def _concerns_every_batch(error: Exception) -> bool:

@@ -138,7 +138,7 @@ def summary(end: Progress, out: Path) -> str:
     if end.before:
         lines[0] += f", {min(end.before, totals.answers)} of them from before"
     if totals.failed:
-        lines.append(f"vlmfix: {totals.failed} failures in {out / 'failed.jsonl'}; remove that file to try them again")
+        lines.append(f"vlmfix: {totals.failed} failures in {out / 'failed.jsonl'}; --retry-failed asks again")
     if totals.ms_per_token is not None:
         speed = f"{totals.tokens} tokens, {totals.ms_per_token:.1f} ms per token"
         lines.append(f"vlmfix: {speed}; settings in {out / 'run.json'}")

@@ -50,3 +50,7 @@ class ProfileMismatchError(VlmfixError):
 
 class UpstreamError(VlmfixError):
     """The installed transformers or torch lacks something that vlmfix builds on; the hint says which version has it."""
+
+
+class SystematicError(VlmfixError):
+    """One question after the other failed with an error that is not ours, so it is no fault of the questions."""

@@ -6,7 +6,7 @@ import fcntl
 import json
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Self
 
@@ -19,7 +19,7 @@ SYNC_SECONDS = 5.0
 
 
 class JsonLines:
-    """An append-only file of JSON objects, one per line, that one process at a time may hold.
+    """A file of JSON objects, one per line, that grows at its end and that one process at a time may hold.
 
     Opening it takes the file's lock and cuts off a last line that a kill left unfinished. Each line goes
     out in one write, so that a reader never sees half of one.
@@ -40,6 +40,8 @@ class JsonLines:
             raise DataError(f"cannot open {path}: {error.strerror}", "choose a folder that you may write to") from error
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.fstat(self._file).st_ino != os.stat(path).st_ino:
+                raise FileNotFoundError  # its holder has replaced it since it was opened
         except OSError as error:
             os.close(self._file)
             raise UsageError(
@@ -47,6 +49,7 @@ class JsonLines:
             ) from error
         self._synced = time.monotonic()
         os.ftruncate(self._file, _end_of_last_line(self._file))
+        _draft(path).unlink(missing_ok=True)  # of a replacement that a kill has prevented
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         """The objects in the file, from its start.
@@ -74,6 +77,29 @@ class JsonLines:
             raise DataError(f"cannot write to {self.path}: {problem}", "free some space and start again")
         if time.monotonic() - self._synced > SYNC_SECONDS:
             self.sync()
+
+    def keep(self, wanted: Callable[[dict[str, Any]], bool]) -> None:
+        """Leaves lines out; a reader sees the old file or the new one, never a part, and the lock is never free.
+
+        Args:
+            wanted: Says of an object whether its line stays.
+
+        Raises:
+            DataError: A line is not a JSON object, or the new file cannot be written; the old one then stays.
+        """
+        draft = _draft(self.path)
+        try:
+            with draft.open("wb") as file:
+                file.writelines(to_json(record).encode() + b"\n" for record in self if wanted(record))
+                file.flush()
+                os.fsync(file.fileno())
+            replacement = os.open(draft, os.O_RDWR | os.O_APPEND | os.O_CLOEXEC)
+            fcntl.flock(replacement, fcntl.LOCK_EX)
+            draft.replace(self.path)
+        except OSError as error:
+            raise DataError(f"cannot write {self.path}: {error.strerror}", "free some space and start again") from error
+        os.close(self._file)
+        self._file = replacement
 
     def sync(self) -> None:
         """Waits until everything appended is on the disk."""
@@ -122,7 +148,7 @@ def replace_json(path: Path, document: Mapping[str, Any]) -> None:
     Raises:
         DataError: The file cannot be written.
     """
-    draft = path.with_name(f".{path.name}.new")
+    draft = _draft(path)
     try:
         with draft.open("wb") as file:
             file.write(to_json(document, indent=2).encode() + b"\n")
@@ -199,6 +225,11 @@ def to_json(value: Any, *, indent: int | None = None) -> str:  # noqa: ANN401 (w
     except UnicodeEncodeError:  # a name from a file system that is not UTF-8 holds lone surrogates
         return json.dumps(value, ensure_ascii=True, indent=indent, allow_nan=False)
     return text
+
+
+def _draft(path: Path) -> Path:
+    """Where the new content of a file is written before it replaces the old."""
+    return path.with_name(f".{path.name}.new")
 
 
 def _bad_line(path: Path, number: int) -> DataError:

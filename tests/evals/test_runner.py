@@ -12,7 +12,7 @@ import torch
 from tests.evals.fake import Says, workload
 from tests.folder.fake import FakeVLM, colour
 from vlmfix.decoders import VCD, parse
-from vlmfix.errors import DataError, UsageError, VlmfixError
+from vlmfix.errors import DataError, LayoutError, UsageError, VlmfixError
 from vlmfix.evals import tasks
 from vlmfix.evals.compare import compare
 from vlmfix.evals.record import read_run
@@ -231,7 +231,7 @@ def test_rules_that_cannot_score_do_not_become_the_runs(tmp_path, monkeypatch):
 
 
 def test_when_everything_failed_the_comparison_says_so(tmp_path):
-    run = go(tmp_path / "out", workload(tmp_path / "in"), FakeVLM(fails=lambda batch: RuntimeError("boom")))
+    run = go(tmp_path / "out", workload(tmp_path / "in"), FakeVLM(fails=lambda batch: LayoutError("boom")))
     with pytest.raises(DataError, match="24 of 24 failed in greedy"):
         compare([run])
 

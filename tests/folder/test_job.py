@@ -11,7 +11,7 @@ from tests.folder.fake import FakeVLM, colour, draw
 from vlmfix import images
 from vlmfix.errors import DataError, IncompatibleDecodersError, LayoutError, UsageError
 from vlmfix.folder import Questions, run
-from vlmfix.records import read_json, read_lines
+from vlmfix.records import read_json, read_lines, replace_json
 from vlmfix.settings import Settings
 
 WHAT = Questions.text("What?")
@@ -101,6 +101,17 @@ def test_a_finished_run_starts_no_model(tmp_path):
     end = go(pictures, out, vlm)
     assert (end.before, end.done, end.total) == (3, 3, 3)
     assert (out / "answers.jsonl").read_bytes() == before
+
+
+def test_a_run_killed_before_its_last_card_is_finished_without_the_model(tmp_path):
+    pictures, out, vlm = draw(tmp_path / "in", 3), tmp_path / "out", FakeVLM()
+    go(pictures, out, vlm)
+    whole = read_json(out / "run.json")
+    totals = {"answers": 0, "failed": 0, "tokens": 0, "seconds": 0.0}
+    replace_json(out / "run.json", whole | {"finished": False, "totals": totals, "ms_per_token": None})
+    vlm.load = never_loaded
+    go(pictures, out, vlm)
+    assert read_json(out / "run.json") == whole | {"updated": read_json(out / "run.json")["updated"]}
 
 
 def test_new_pictures_are_added(tmp_path):

@@ -24,6 +24,7 @@ from vlmfix.settings import Settings
     metavar="DIR",
     help="Folder for refined pictures and maps, of carve and vicrop.",
 )
+@options.retry_failed("OUT/failed.jsonl")
 @options.generation_options()
 def run(
     pictures: Path,
@@ -32,12 +33,14 @@ def run(
     prompts: Path | None,
     batch_size: int | None,
     save_maps: Path | None,
+    retry_failed: bool,
     settings: Settings,
 ) -> None:
     """Ask about every picture in PICTURES, a folder or a file.
 
     Answers go to OUT/answers.jsonl, failures to OUT/failed.jsonl, settings and totals to OUT/run.json.
-    Started again with the same options, it goes on where it was.
+    Started again with the same options, it goes on where it was; what failed stays failed unless --retry-failed is
+    given.
     """
     if prompt is not None and prompts is not None:
         raise UsageError("--prompt and --prompts are both given", "give one of them")
@@ -58,6 +61,7 @@ def run(
                 settings=settings,
                 batch_size=batch_size,
                 save_maps=save_maps,
+                retry_failed=retry_failed,
                 report=report,
                 loader=loading,
             )

@@ -30,6 +30,7 @@ class Plan:
         decoders: Specifications of the arms, as typed.
         settings: Model and generation settings; ``max_new_tokens`` 0 stands for the benchmark's own.
         batch_size: Rows at a time; None is automatic.
+        retry_failed: Ask failed samples again.
         as_json: Print JSON instead of a table.
     """
 
@@ -37,6 +38,7 @@ class Plan:
     decoders: tuple[str, ...]
     settings: Settings
     batch_size: int | None
+    retry_failed: bool
     as_json: bool
 
 
@@ -50,13 +52,21 @@ def _planned(command: Callable[..., None]) -> Callable[..., None]:
         out: Path,
         decoders: tuple[str, ...],
         batch_size: int | None,
+        retry_failed: bool,
         as_json: bool,
         max_new_tokens: int | None,
         **given: Any,
     ) -> None:
         options.quieten()
         settings = replace(settings, max_new_tokens=max_new_tokens or 0)
-        plan = Plan(out=out, decoders=decoders, settings=settings, batch_size=batch_size, as_json=as_json)
+        plan = Plan(
+            out=out,
+            decoders=decoders,
+            settings=settings,
+            batch_size=batch_size,
+            retry_failed=retry_failed,
+            as_json=as_json,
+        )
         command(plan=plan, **given)
 
     decorated: Callable[..., None] = with_plan
@@ -68,6 +78,7 @@ def _planned(command: Callable[..., None]) -> Callable[..., None]:
             help="Longest answer, in tokens.  [default: the benchmark's]",
         ),
         options.batch_size("Rows at a time."),
+        options.retry_failed("OUT/ARM/answers.jsonl"),
         click.option("--json", "as_json", is_flag=True, help="Print the comparison as JSON."),
         click.option(
             "--decoder",
@@ -299,6 +310,7 @@ def _run(task: Any, workload: Any, plan: Plan, longest: int | None = None) -> No
                 settings,
                 arms,
                 batch_size=plan.batch_size,
+                retry_failed=plan.retry_failed,
                 command=shlex.join(["vlmfix", *sys.argv[1:]]),
                 report=report,
                 loader=loading,

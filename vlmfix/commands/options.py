@@ -77,6 +77,15 @@ def generation_options(*left_out: str) -> Callable[[Callable[..., None]], Callab
     return decorate
 
 
+def retry_failed(where: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """The option that asks failed questions again.
+
+    Args:
+        where: Where their failures are kept.
+    """
+    return click.option("--retry-failed", is_flag=True, help=f"Ask again what failed before, as {where} says.")
+
+
 def _rows(value: str) -> int | None:
     rows = int(value) if value.isascii() and value.isdigit() else 0
     if value != "auto" and rows < 1:

@@ -170,7 +170,7 @@ def compare(runs: Sequence[EvalRun], *, draws: int = 10_000, seed: int = 0) -> C
         if not any(arm.missing for arm in found):
             raise DataError(
                 f"no sample is answered by both an arm and its plain arm: {_failures(runs)}",
-                "the reasons are in answers.jsonl; repair what failed and run again into another --out",
+                "the reasons are in answers.jsonl; repair what failed and start again with --retry-failed",
             )
         raise DataError("no sample is answered by both an arm and its plain arm yet", "let vlmfix eval go on first")
     samples = runs[0].samples

@@ -10,9 +10,9 @@ from __future__ import annotations
 import itertools
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path, PurePath
 from typing import Any
@@ -35,7 +35,7 @@ from vlmfix.evals.record import (
 )
 from vlmfix.evals.task import Sample, Task, Workload
 from vlmfix.generation import VLM, Answer, check_settings, load
-from vlmfix.images import Found, Picture, read_ahead
+from vlmfix.images import Found, Picture, open_picture, read_ahead
 from vlmfix.records import JsonLines, read_json, refuse_other, replace_json
 from vlmfix.settings import Settings
 
@@ -47,11 +47,19 @@ Report = Callable[[int, int], None]
 
 @dataclass(frozen=True)
 class _Asked:
-    """One question, and the samples that it answers: a picture's question may stand in several splits."""
+    """One question, and the samples that it answers: a picture's question may stand in several splits.
+
+    Attributes:
+        image: The picture's name; None for a prompt alone.
+        prompt: What is asked.
+        samples: What the answer stands for.
+        sha256: Hex digest of the picture's file, once it has been opened.
+    """
 
     image: str | None
     prompt: str
     samples: tuple[Sample, ...]
+    sha256: str = ""
 
 
 def evaluate(
@@ -62,6 +70,7 @@ def evaluate(
     arms: Mapping[str, Decoder],
     *,
     batch_size: int | None = None,
+    retry_failed: bool = False,
     command: str = "",
     report: Report = lambda done, total: None,
     loader: Callable[..., VLM] = load,
@@ -79,6 +88,8 @@ def evaluate(
         settings: Model and generation settings; its ``decoder`` is not read.
         arms: Decoders by name; the plain one is added when it is not among them.
         batch_size: Rows at a time; None takes as many as the free memory allows, or what the folder was begun with.
+        retry_failed: Asks again what an earlier start recorded as failed; its lines leave the folder when the model is
+            there, and what is found now stands behind the others.
         command: How to start the same run from a shell, for the card.
         report: Called with the samples done and their total, over all arms.
         loader: Loads the model; ``vlmfix.load`` unless a test gives another.
@@ -91,6 +102,7 @@ def evaluate(
             contradicts the settings.
         IncompatibleDecodersError: The settings ask for beams and a decoder does not work with them.
         DataError: There is no sample, two share an id, or pictures are missing or not in the folder.
+        SystematicError: Every question fails; nothing is recorded about those that failed in the end.
     """
     check(workload)
     if not isinstance(arms.get(PLAIN, Greedy()), Greedy):
@@ -98,7 +110,7 @@ def evaluate(
     arms = {PLAIN: Greedy(), **arms}
     for decoder in arms.values():
         check_settings(decoder, settings)
-    with _Folder(out, task, workload, settings, arms, command) as folder:
+    with _Folder(out, task, workload, settings, arms, command, retry_failed=retry_failed) as folder:
         left = {arm: folder.left(arm) for arm in arms}
         if any(left.values()):
             vlm = loader(settings.model, revision=settings.revision, device=settings.device, dtype=settings.dtype)
@@ -177,8 +189,11 @@ class _Folder:
         settings: Settings,
         arms: Mapping[str, Decoder],
         command: str,
+        *,
+        retry_failed: bool,
     ) -> None:
         self._out = out
+        self._retry_failed = retry_failed
         self._questions = _questions(workload.samples)
         self._saved = 0.0
         try:
@@ -189,8 +204,11 @@ class _Folder:
             # the lock comes first: nothing in the folder is read or written by two processes
             self._files = {arm: opened.enter_context(JsonLines(self._arm(arm))) for arm in arms}
             self._claim(task, workload, settings, arms, command)
-            self._done = {arm: {line["id"] for line in file} for arm, file in self._files.items()}
+            self._done = {arm: {line["id"] for line in file if self._stays(line)} for arm, file in self._files.items()}
             self._open = opened.pop_all()
+
+    def _stays(self, line: Mapping[str, Any]) -> bool:
+        return not (self._retry_failed and "failed" in line)
 
     def _arm(self, arm: str) -> Path:
         folder = self._out / arm_folder(arm)
@@ -261,6 +279,9 @@ class _Folder:
         self._note_facts({name: decoder.facts(vlm) for name, decoder in arms.items()})
         self._card["sessions"].append({"started": _now(), "device": device_name(vlm.device), "versions": versions()})
         self._device = vlm.device
+        if self._retry_failed:
+            for file in self._files.values():
+                file.keep(self._stays)
         write_samples(self._out, self._samples)
         self.save()
 
@@ -280,22 +301,31 @@ class _Folder:
         open_batches = [b for b in batches if any(s.id not in done for asked in b for s in asked.samples)]
         names = dict.fromkeys(a.image for batch in open_batches for a in batch if a.image is not None)
         found = (Found(name, _path(workload, name)) for name in names)
-        shown: dict[str, Picture | DataError] = {}
         started, tokens = time.perf_counter(), 0
         with closing(read_ahead(found)) as pictures:
-            for batch in open_batches:
-                needed = {asked.image for asked in batch if asked.image is not None}
-                shown = {name: picture for name, picture in shown.items() if name in needed}
-                while needed - shown.keys():
-                    file, picture = next(pictures)
-                    shown[file.name] = picture
-                for sample, line in _answered(batch, shown, answerer):
-                    if sample.id not in done:
-                        self._files[arm].append(line)
-                        done.add(sample.id)
-                        yield
-                    tokens += len(line.get("ids", ()))
+            shown = _shown(open_batches, pictures)
+            for settled in answerer(shown, lambda: self._answered_question(arm, workload)):
+                for asked, outcome in settled:
+                    for sample in asked.samples:
+                        line = _line(sample, asked.sha256, outcome)
+                        if sample.id not in done:
+                            self._files[arm].append(line)
+                            done.add(sample.id)
+                            yield
+                        tokens += len(line.get("ids", ()))
                 self._note(arm, tokens, time.perf_counter() - started)
+
+    def _answered_question(self, arm: str, workload: Workload) -> Question | None:
+        """A question that this arm has an answer to."""
+        answered = {line["id"] for line in self._files[arm] if "failed" not in line}
+        for asked in self._questions:
+            if any(sample.id in answered for sample in asked.samples):
+                try:
+                    image = None if asked.image is None else open_picture(_path(workload, asked.image)).image
+                except DataError:  # broken since it was answered
+                    continue
+                return Question(image, asked.prompt)
+        return None
 
     def _note(self, arm: str, tokens: int, seconds: float) -> None:
         timing = {"tokens": tokens, "seconds": round(seconds, 3)}
@@ -316,27 +346,32 @@ class _Folder:
         self._open.close()
 
 
-def _answered(
-    batch: Sequence[_Asked], shown: Mapping[str, Picture | DataError], answerer: Answerer
-) -> Iterator[tuple[Sample, dict[str, Any]]]:
-    """Each sample of a batch with its line."""
-    pictures = [None if asked.image is None else shown[asked.image] for asked in batch]
-    questions = [
-        Question(picture.image if isinstance(picture, Picture) else None, asked.prompt)
-        for asked, picture in zip(batch, pictures, strict=True)
-        if not isinstance(picture, DataError)
-    ]
-    outcomes = iter(answerer(questions) if questions else ())
-    for asked, picture in zip(batch, pictures, strict=True):
-        outcome: Answer | str = str(picture) if isinstance(picture, DataError) else next(outcomes)
-        for sample in asked.samples:
-            yield sample, _line(sample, picture, outcome)
+def _shown(
+    batches: Iterable[Sequence[_Asked]], pictures: Iterator[tuple[Found, Picture | DataError]]
+) -> Iterator[list[tuple[_Asked, Question | str]]]:
+    """Batches with the pictures that they ask about, which come in the order of first mention."""
+    shown: dict[str, Picture | DataError] = {}
+    for batch in batches:
+        needed = {asked.image for asked in batch if asked.image is not None}
+        shown = {name: picture for name, picture in shown.items() if name in needed}
+        while needed - shown.keys():
+            file, picture = next(pictures)
+            shown[file.name] = picture
+        yield [_question(asked, None if asked.image is None else shown[asked.image]) for asked in batch]
 
 
-def _line(sample: Sample, picture: Picture | DataError | None, outcome: Answer | str) -> dict[str, Any]:
+def _question(asked: _Asked, picture: Picture | DataError | None) -> tuple[_Asked, Question | str]:
+    if isinstance(picture, DataError):
+        return asked, str(picture)
+    if picture is None:
+        return asked, Question(None, asked.prompt)
+    return replace(asked, sha256=picture.sha256), Question(picture.image, asked.prompt)
+
+
+def _line(sample: Sample, sha256: str, outcome: Answer | str) -> dict[str, Any]:
     about: dict[str, Any] = {"id": sample.id, "image": sample.image}
-    if isinstance(picture, Picture):
-        about["sha256"] = picture.sha256
+    if sha256:
+        about["sha256"] = sha256
     if isinstance(outcome, str):
         return about | {"failed": outcome}
     return about | {"answer": outcome.text, "ids": list(outcome.ids), "finish": outcome.finish}

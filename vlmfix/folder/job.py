@@ -9,6 +9,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from PIL import Image
+
 from vlmfix.answering import Answerer, Question
 from vlmfix.card import device_name, peak_memory, plain, versions, weights_digest
 from vlmfix.decoders import Decoder, parse
@@ -17,7 +19,7 @@ from vlmfix.folder.maps import MapFolder
 from vlmfix.folder.output import OutputFolder, Totals
 from vlmfix.folder.questions import Questions
 from vlmfix.generation import VLM, Answer, check_settings, load
-from vlmfix.images import Found, Picture, find, read_ahead
+from vlmfix.images import Found, Picture, find, open_picture, read_ahead
 from vlmfix.settings import Settings
 
 
@@ -40,10 +42,10 @@ class Progress:
     batch_size: int
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True)
 class _Sample:
     image: str
-    picture: Picture
+    sha256: str
     prompt: str
 
 
@@ -55,6 +57,7 @@ def run(
     settings: Settings,
     batch_size: int | None = None,
     save_maps: Path | None = None,
+    retry_failed: bool = False,
     report: Callable[[Progress], None] = lambda progress: None,
     loader: Callable[..., VLM] = load,
 ) -> Progress:
@@ -70,6 +73,7 @@ def run(
         settings: Model, decoder and generation settings.
         batch_size: Rows per batch; None takes as many as the free memory allows. Halved when memory runs out.
         save_maps: A folder for what a refining decoder makes of the pictures; see ``MapFolder``.
+        retry_failed: Asks again what an earlier start noted in ``failed.jsonl``.
         report: Called whenever something was written.
         loader: Loads the model; ``vlmfix.load`` unless a test gives another.
 
@@ -81,6 +85,7 @@ def run(
             belongs to another run, or ``save_maps`` is given to a decoder that makes none.
         DataError: The pictures' folder or ``out`` cannot be used.
         UnsupportedModelError: The model cannot be used.
+        SystematicError: Every question fails; nothing is noted about those that failed in the end.
     """
     if not pictures.exists():
         raise UsageError(f"there is no {pictures}", "give a picture, or a folder with pictures")
@@ -96,12 +101,15 @@ def run(
     if not files:
         raise DataError(f"no file in {pictures}", "give a picture, or a folder with pictures")
     with ExitStack() as opened:
-        output = opened.enter_context(OutputFolder(out, _known_settings(pictures, questions, settings, decoder)))
+        known = _known_settings(pictures, questions, settings, decoder)
+        output = opened.enter_context(OutputFolder(out, known, retry_failed=retry_failed))
         maps = None if save_maps is None else opened.enter_context(MapFolder(save_maps))
         job = _Job(files, questions, output, maps, report)
         if job.left():
             vlm = loader(settings.model, revision=settings.revision, device=settings.device, dtype=settings.dtype)
             job.work(vlm, decoder, settings, batch_size)
+        else:
+            output.conclude()
         return job.progress()
 
 
@@ -141,6 +149,8 @@ class _Job:
         self._maps = maps
         self._report = report
         self._batch_size = 1
+        self._paths = {file.name: file.path for file in files if not file.problem}
+        self._shown: dict[str, Image.Image] = {}
         self._total = sum(len(questions.about_picture(file.name)) for file in files)
         self._files = [file for file in files if self._open_prompts(file.name)]
         self._before = self._done = self._total - self.left()
@@ -181,21 +191,42 @@ class _Job:
         finished = False
         try:
             with closing(read_ahead(self._files)) as pictures:
-                samples = self._samples(pictures)
-                while batch := list(itertools.islice(samples, answerer.rows)):
-                    self._answer(batch, answerer)
+                for settled in answerer(self._batches(pictures, answerer), self._answered_question):
+                    for sample, outcome in settled:
+                        self._write(sample, outcome)
+                    self._batch_size = answerer.rows
+                    self._step(len(settled))
             finished = True
         finally:
             self._output.save(finished=finished, peak_memory=peak_memory(vlm.device))
 
-    def _samples(self, pictures: Iterable[tuple[Found, Picture | DataError]]) -> Iterator[_Sample]:
+    def _batches(
+        self, pictures: Iterable[tuple[Found, Picture | DataError]], answerer: Answerer
+    ) -> Iterator[list[tuple[_Sample, Question]]]:
+        samples = self._samples(pictures)
+        while batch := list(itertools.islice(samples, answerer.rows)):
+            # kept apart from the samples, which wait with their failures where the pictures would fill the memory
+            self._shown = {sample.image: picture for sample, picture in batch}
+            yield [(sample, Question(picture, sample.prompt)) for sample, picture in batch]
+
+    def _samples(self, pictures: Iterable[tuple[Found, Picture | DataError]]) -> Iterator[tuple[_Sample, Image.Image]]:
         for file, picture in pictures:
             prompts = self._open_prompts(file.name)
             if isinstance(picture, DataError):
                 self._output.fail(file.name, str(picture))
                 self._step(len(prompts))
             else:
-                yield from (_Sample(file.name, picture, prompt) for prompt in prompts)
+                yield from ((_Sample(file.name, picture.sha256, prompt), picture.image) for prompt in prompts)
+
+    def _answered_question(self) -> Question | None:
+        """A question that this folder has an answer to."""
+        for image, prompt in self._output.answered():
+            if image in self._paths:
+                try:
+                    return Question(open_picture(self._paths[image]).image, prompt)
+                except DataError:  # broken since it was answered
+                    continue
+        return None
 
     def _step(self, count: int) -> None:
         self._done += count
@@ -203,23 +234,19 @@ class _Job:
             self._output.save(finished=False, peak_memory=peak_memory(self._vlm.device))
         self._report(self.progress())
 
-    def _answer(self, batch: list[_Sample], answerer: Answerer) -> None:
-        outcomes = answerer([Question(sample.picture.image, sample.prompt) for sample in batch])
-        for sample, outcome in zip(batch, outcomes, strict=True):
-            if isinstance(outcome, str):
-                self._output.fail(sample.image, outcome, prompt=sample.prompt)
-            else:
-                if self._maps is not None and outcome.refined is not None:
-                    self._maps.save(sample.image, sample.picture.image, sample.prompt, outcome.refined)
-                self._output.answer(_record(sample, outcome))
-        self._batch_size = answerer.rows
-        self._step(len(batch))
+    def _write(self, sample: _Sample, outcome: Answer | str) -> None:
+        if isinstance(outcome, str):
+            self._output.fail(sample.image, outcome, prompt=sample.prompt)
+            return
+        if self._maps is not None and outcome.refined is not None:
+            self._maps.save(sample.image, self._shown[sample.image], sample.prompt, outcome.refined)
+        self._output.answer(_record(sample, outcome))
 
 
 def _record(sample: _Sample, answer: Answer) -> dict[str, Any]:
     return {
         "image": sample.image,
-        "sha256": sample.picture.sha256,
+        "sha256": sample.sha256,
         "prompt": sample.prompt,
         "answer": answer.text,
         "tokens": answer.tokens,

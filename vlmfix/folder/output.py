@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -40,14 +40,16 @@ class OutputFolder:
     Args:
         folder: Made when it is missing.
         settings: What the answers depend on, as far as it is known before the model is loaded.
+        retry_failed: Takes what failed for open; its lines leave the folder when a model begins to work.
 
     Raises:
         UsageError: Another process writes there, or the folder holds answers made with other settings.
         DataError: The folder or its files cannot be read or written.
     """
 
-    def __init__(self, folder: Path, settings: Mapping[str, Any]) -> None:
+    def __init__(self, folder: Path, settings: Mapping[str, Any], *, retry_failed: bool = False) -> None:
         self.folder = folder
+        self._retry_failed = retry_failed
         self.totals = Totals()
         self.done: set[tuple[str, str]] = set()
         """(image, prompt) pairs that have an answer or failed."""
@@ -70,6 +72,8 @@ class OutputFolder:
             for record in self._answers:
                 self._count(record)
             for record in self._failed:
+                if self._retry_failed:
+                    continue
                 self.totals.failed += 1
                 if "prompt" in record:
                     self.done.add((record["image"], record["prompt"]))
@@ -93,7 +97,7 @@ class OutputFolder:
             card = read_json(path)
             refuse_other(self.folder, path, card["settings"], settings)
             return card
-        if self.done or self.unreadable:
+        if any(file.path.stat().st_size for file in (self._answers, self._failed)):
             raise UsageError(f"{self.folder} holds answers but no {CARD}", "choose another --out")
         return {"settings": dict(settings), "started": _now(), "sessions": []}
 
@@ -111,8 +115,14 @@ class OutputFolder:
         refuse_other(self.folder, self.folder / CARD, known, {name: settings[name] for name in known})
         if not self._card["sessions"]:  # what an earlier start did not note cannot be known of its answers
             self._card["settings"].update(settings)
+        if self._retry_failed:
+            self._failed.keep(lambda record: False)
         self._card["sessions"].append({"started": _now(), **session, "peak_memory": 0})
         self.save(finished=False)
+
+    def answered(self) -> Iterator[tuple[str, str]]:
+        """The (image, prompt) pairs that have an answer, read from the file."""
+        return ((record["image"], record["prompt"]) for record in self._answers)
 
     def answer(self, record: Mapping[str, Any]) -> None:
         """Writes one answer."""
@@ -149,6 +159,11 @@ class OutputFolder:
         }
         replace_json(self.folder / CARD, self._card)
         self._saved = time.monotonic()
+
+    def conclude(self) -> None:
+        """Rewrites the run card when an earlier start did all the work and was killed before it had said so."""
+        if not self._card["finished"]:
+            self.save(finished=True, peak_memory=self._card["sessions"][-1]["peak_memory"])
 
     @property
     def card_is_old(self) -> bool:
