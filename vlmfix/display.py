@@ -23,6 +23,7 @@ from vlmfix.decoders.parameters import written
 from vlmfix.demo import Comparison, Count, Described
 from vlmfix.folder import Progress
 from vlmfix.generation import VLM, load
+from vlmfix.upstream.versions import remedy
 
 LINE_SECONDS = 10.0
 """Between two lines of progress where there is no terminal to draw a bar on."""
@@ -227,10 +228,32 @@ def diagnosis_text(diagnosis: dict[str, Any]) -> str:
         ("runs on", f"{model['device']}, {model['dtype']}"),
     ):
         facts.add_row(name, value)
-    checks = Table(box=None, pad_edge=False, show_header=False)
-    for name, reason in diagnosis["decoders"].items():
-        checks.add_row(name, "works" if reason is None else f"does not work: {reason}")
-    return rendered(facts, "", checks).rstrip("\n")
+    return rendered(facts, "", _ways(diagnosis["ways"]), "", *_contracts(diagnosis)).rstrip("\n")
+
+
+def _ways(ways: dict[str, dict[str, str | None]]) -> Table:
+    """Decoders by the ways of running them; one that does not work at all says why in their place."""
+    table = Table(box=None, pad_edge=False)
+    for title in ("decoder", *next(iter(ways.values())), "why not"):
+        table.add_column(title)
+    for name, found in ways.items():
+        reasons = list(dict.fromkeys(reason for reason in found.values() if reason))
+        table.add_row(name, *("works" if reason is None else "no" for reason in found.values()), "; ".join(reasons))
+    return table
+
+
+def _contracts(diagnosis: dict[str, Any]) -> Iterator[Text]:
+    """What vlmfix builds on: one line when all of it holds, else a line for each point that does not."""
+    found = diagnosis["contracts"]
+    broken = [finding for finding in found if finding["reason"] is not None]
+    if diagnosis["untested"]:
+        yield Text(f"not among the versions tested: {', '.join(diagnosis['untested'])}")
+    yield Text(f"{len(found) - len(broken)} of {len(found)} things that vlmfix builds on are as it needs them")
+    for finding in broken:
+        yield Text(f"  {finding['name']}: {finding['reason']}")
+        yield Text(f"    without it do not work: {', '.join(finding['protects'])}")
+    if broken:
+        yield Text(f"To repair it, {remedy()}")
 
 
 def comparison_text(comparison: Comparison) -> str:

@@ -1,34 +1,60 @@
-"""Which decoders work with a model, and what the machine has."""
+"""Which decoders work with a model, tried out, and what the machine and its versions have."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import asdict
 from typing import Any
 
+import torch
+from PIL import Image
+
 from vlmfix.card import device_name, machine, versions
-from vlmfix.decoders import DECODERS
+from vlmfix.decoders import DECODERS, Decoder
+from vlmfix.errors import VlmfixError
 from vlmfix.generation import VLM, load
+from vlmfix.upstream import contracts
+from vlmfix.upstream.versions import untested
+
+TOKENS = 2
+"""Tokens that each decoder generates: one from the prompt's pass, one from a decoding step."""
+QUESTION = "What is in this picture?"
 
 
-def diagnose(model: str, *, revision: str | None = None, loader: Callable[..., VLM] = load) -> dict[str, Any]:
-    """Loads a model and asks every decoder whether it can act on it.
+def diagnose(
+    model: str,
+    *,
+    revision: str | None = None,
+    loader: Callable[..., VLM] = load,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> dict[str, Any]:
+    """Loads a model, probes what vlmfix relies on, and lets every decoder generate two tokens in three ways.
 
     Args:
         model: ``tiny``, a Hub id or a local directory.
         revision: Branch, tag or commit on the Hub.
         loader: Loads the model; ``vlmfix.load`` unless a test gives another.
+        progress: Called with the number of decoders that were tried, and how many there are.
 
     Returns:
-        ``versions``; ``machine``; ``model`` (id, revision, family, layers, dtype, device);
-        ``decoders``, which maps each name to None, or to the reason why it does not work.
+        ``versions``; ``untested``, those among them that vlmfix was not tested with; ``machine``; ``model`` (id,
+        revision, family, layers, dtype, device); ``contracts``, a list of ``name``, ``protects`` and ``reason``, which
+        is None where it holds; ``decoders``, which maps each name to None, or to the reason why it does not work;
+        ``ways``, which maps each name to the same for ``plain``, ``beams`` and ``static cache``.
 
     Raises:
         UnsupportedModelError: The model's family is not known.
         DataError: The model cannot be loaded.
     """
     vlm = loader(model, revision=revision)
+    ways: dict[str, dict[str, str | None]] = {}
+    for number, (name, decoder) in enumerate(DECODERS.items()):
+        progress(number, len(DECODERS))
+        ways[name] = tried(vlm, decoder())
+    progress(len(DECODERS), len(DECODERS))
     return {
         "versions": versions(),
+        "untested": untested(),
         "machine": machine(),
         "model": {
             "id": model,
@@ -38,5 +64,59 @@ def diagnose(model: str, *, revision: str | None = None, loader: Callable[..., V
             "dtype": str(vlm.model.dtype).removeprefix("torch."),
             "device": device_name(vlm.device),
         },
-        "decoders": {name: decoder().check(vlm) for name, decoder in DECODERS.items()},
+        "contracts": [asdict(finding) for finding in contracts.examined()],
+        "decoders": {name: found["plain"] for name, found in ways.items()},
+        "ways": ways,
     }
+
+
+def tried(vlm: VLM, decoder: Decoder) -> dict[str, str | None]:
+    """Lets a decoder generate two tokens about a grey picture in each way of running it.
+
+    Args:
+        vlm: The model.
+        decoder: The decoder.
+
+    Returns:
+        ``plain``, ``beams`` and ``static cache``, each with None, or with the reason why it does not work.
+    """
+    own = decoder.strategy.num_beams if decoder.strategy else 1
+    ways: dict[str, Callable[[], None]] = {
+        "plain": lambda: _generate(vlm, decoder, 1),
+        "beams": lambda: _generate(vlm, decoder, max(own, 2)),
+        "static cache": lambda: _with_static_cache(vlm, decoder),
+    }
+    reason = decoder.check(vlm)
+    return {way: reason or _reason(run) for way, run in ways.items()}
+
+
+def _reason(run: Callable[[], None]) -> str | None:
+    try:
+        run()
+    except VlmfixError as error:
+        return error.message
+    except Exception as error:  # an error of another package is the finding
+        lines = str(error).strip().splitlines()
+        return f"{type(error).__name__}: {lines[0] if lines else 'no message'}"
+    return None
+
+
+def _generate(vlm: VLM, decoder: Decoder, beams: int) -> None:
+    (answer,) = vlm.generate([_picture()], QUESTION, decoder=decoder, max_new_tokens=TOKENS, num_beams=beams)
+    if answer.finish == "nan":
+        raise VlmfixError("its scores are not numbers")
+
+
+@torch.no_grad()
+def _with_static_cache(vlm: VLM, decoder: Decoder) -> None:
+    """Runs decoding steps as they are, not compiled, which would take a minute for each decoder."""
+    batch, decoding, model = vlm.encode([QUESTION], [[_picture()]]), decoder.decoding, vlm.model
+    generate: Any = model.generate
+    own = decoding.strategy.num_beams if decoding.strategy else 1
+    with decoding.applied(vlm, batch) as arguments:
+        options = {"num_beams": own, "do_sample": False, **arguments, "disable_compile": True}
+        generate(**batch, **options, max_new_tokens=TOKENS, cache_implementation="static")
+
+
+def _picture() -> Image.Image:
+    return Image.new("RGB", (448, 448), (128, 128, 128))

@@ -36,10 +36,11 @@ def decoders(names: tuple[str, ...], everything: bool, as_json: bool) -> None:
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @options.debug
 def doctor(model: str, revision: str | None, as_json: bool) -> None:
-    """Say which decoders work with MODEL, and what this machine has."""
+    """Try every decoder on MODEL, check what vlmfix builds on, and say what this machine has."""
     options.quieten()
-    from vlmfix.display import diagnosis_text
+    from vlmfix.display import counting, diagnosis_text, loading
     from vlmfix.doctor import diagnose
 
-    diagnosis = diagnose(model, revision=revision)
+    with counting("decoders tried") as report:
+        diagnosis = diagnose(model, revision=revision, loader=loading, progress=report)
     click.echo(to_json(diagnosis, indent=2) if as_json else diagnosis_text(diagnosis))

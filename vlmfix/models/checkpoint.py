@@ -24,6 +24,7 @@ from vlmfix.models.family import Family
 from vlmfix.models.layout import Batch, ImageLayout
 from vlmfix.models.repeats import process_once
 from vlmfix.upstream import hub
+from vlmfix.upstream.contracts import first_use
 
 EMBEDDED = {name: Path(__file__).parent.parent / "world" / "assets" / name for name in ("tiny", "tiny-qwen")}
 """Models that come with the package, by name."""
@@ -70,6 +71,7 @@ class Checkpoint:
             DataError: There is no such checkpoint, or it cannot be read.
             UsageError: Unknown device or dtype.
         """
+        first_use()
         path = str(EMBEDDED.get(str(model), model))
         place = _device(device)
         kind = _dtype(dtype, place)
