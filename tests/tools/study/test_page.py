@@ -2,10 +2,10 @@
 
 import pytest
 
+from tools.study.page import BEGIN, END, text, write
+from tools.study.results import reach
+from tools.study.study import STAGES
 from vlmfix.errors import DataError
-from vlmfix.evals.effects.page import BEGIN, END, text, write
-from vlmfix.evals.effects.results import reach
-from vlmfix.evals.effects.study import STAGES
 
 
 def change(value, difference, direction=""):
@@ -65,7 +65,7 @@ def test_how_far_each_came():
 
 
 RESULTS = {
-    "command": "python -m vlmfix.evals.effects",
+    "command": "python -m tools.study",
     "stages": ["defaults", "small", "tuned", "speed"],
     "count": 5,
     "seed": 1,

@@ -10,12 +10,12 @@ from pathlib import Path
 
 import click
 
+from tools.study.clock import Clock
+from tools.study.page import write
+from tools.study.results import results
+from tools.study.study import STAGES, Study, conduct
 from vlmfix.entry import run
 from vlmfix.errors import UsageError
-from vlmfix.evals.effects.clock import Clock
-from vlmfix.evals.effects.page import write
-from vlmfix.evals.effects.results import results
-from vlmfix.evals.effects.study import STAGES, Study, conduct
 from vlmfix.records import replace_json
 
 PATH = click.Path(path_type=Path)
@@ -109,7 +109,7 @@ def command(
 
 def _command(context: click.Context) -> str:
     """What gives the same figures: without what decides the pace alone."""
-    words = ["python", "-m", "vlmfix.evals.effects", "--out", "DIR"]
+    words = ["python", "-m", "tools.study", "--out", "DIR"]
     for option in context.command.params:
         value = context.params[str(option.name)]
         if option.name in DECISIVE and value != option.get_default(context):

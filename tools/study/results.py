@@ -6,12 +6,12 @@ import dataclasses
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
+from tools.study import plan
+from tools.study.runs import Exam
+from tools.study.study import PROBLEMS, TIMES, Study, found, survey
+from tools.study.tuning import CHAIR, POPE, SMALL, Found, Limits
 from vlmfix.decoders import parse
 from vlmfix.evals.compare import DRAWS_PER_ARM, Arm, Change, Comparison, compare
-from vlmfix.evals.effects import plan
-from vlmfix.evals.effects.runs import Exam
-from vlmfix.evals.effects.study import PROBLEMS, TIMES, Study, found, survey
-from vlmfix.evals.effects.tuning import CHAIR, POPE, SMALL, Found, Limits
 from vlmfix.evals.record import CARD, PLAIN, EvalRun, Record
 from vlmfix.records import read_json
 

@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from PIL import Image
 
+from tools.study.runs import loaded
 from vlmfix.card import device_name
 from vlmfix.decoders import Decoder, Greedy
 from vlmfix.evals.chair import PROTOCOLS
-from vlmfix.evals.effects.runs import loaded
 from vlmfix.generation import VLM
 from vlmfix.records import read_json, replace_json
 from vlmfix.settings import Settings

@@ -12,21 +12,21 @@ import torch
 from PIL import Image
 
 from tests.evals.fake import Says, workload
-from tests.evals.jobs import double, gpu_of_process
 from tests.folder.fake import FakeVLM, draw
+from tests.tools.study.jobs import double, gpu_of_process
+from tools.study import plan, runs, speed, study, tuning
+from tools.study.__main__ import command
+from tools.study.clock import Clock, Job, OutOfTimeError, crew, perform
+from tools.study.results import compared
+from tools.study.runs import Exam, answer_arm, answer_plain, copy_plain, take_in
+from tools.study.small import Elsewhere, questions
+from tools.study.tuning import Found, Hunt, hunt
 from vlmfix.decoders import CARVE, DECODERS, Greedy, ViCrop, parse
 from vlmfix.decoders.recipe import read_recipe
 from vlmfix.decoders.refined import PictureMap, PictureMemo
 from vlmfix.errors import IncompatibleDecodersError, UsageError
 from vlmfix.evals import tasks
 from vlmfix.evals.compare import compare
-from vlmfix.evals.effects import plan, runs, speed, study, tuning
-from vlmfix.evals.effects.__main__ import command
-from vlmfix.evals.effects.clock import Clock, Job, OutOfTimeError, crew, perform
-from vlmfix.evals.effects.results import compared
-from vlmfix.evals.effects.runs import Exam, answer_arm, answer_plain, copy_plain, take_in
-from vlmfix.evals.effects.small import Elsewhere, questions
-from vlmfix.evals.effects.tuning import Found, Hunt, hunt
 from vlmfix.evals.record import CARD, PLAIN
 from vlmfix.evals.search import Measured
 from vlmfix.generation import Answer
@@ -426,7 +426,7 @@ def test_the_whole_study(tmp_path, monkeypatch):
     assert "not run yet" in (out / "effects.md").read_text()
     command(given, standalone_mode=False)
     results = json.loads((out / "results.json").read_text())
-    assert "effects --out DIR --model tiny --decoder" in results["command"]
+    assert "python -m tools.study --out DIR --model tiny --decoder" in results["command"]
     assert "--stage defaults --stage tuned" in results["command"]
     assert "--jobs" not in results["command"]
     assert "--dtype bfloat16" in results["command"]

@@ -3,8 +3,8 @@
 import os
 import time
 
+from tools.study.clock import OutOfTimeError
 from vlmfix.errors import DataError
-from vlmfix.evals.effects.clock import OutOfTimeError
 
 
 def double(number):

@@ -6,8 +6,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from tools.study.results import NOT_YET, reach
 from vlmfix.errors import DataError
-from vlmfix.evals.effects.results import NOT_YET, reach
 
 BEGIN, END = "<!-- figures: begin -->", "<!-- figures: end -->"
 TITLE = "# Effects"
@@ -32,7 +32,7 @@ def write(path: Path, results: Mapping[str, Any]) -> None:
 
     Args:
         path: The page; made when it is missing.
-        results: See :func:`vlmfix.evals.effects.results.results`.
+        results: See :func:`tools.study.results.results`.
 
     Raises:
         DataError: The page has no marks, or cannot be written.

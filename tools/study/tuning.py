@@ -10,14 +10,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
+from tools.study.clock import Clock
+from tools.study.runs import Exam, answered, copy_plain, figures
+from tools.study.small import GROUP
 from vlmfix.card import versions
 from vlmfix.decoders import Decoder, parse
 from vlmfix.decoders.parameters import Value
 from vlmfix.decoders.recipe import write_recipe
 from vlmfix.errors import UsageError, VlmfixError
-from vlmfix.evals.effects.clock import Clock
-from vlmfix.evals.effects.runs import Exam, answered, copy_plain, figures
-from vlmfix.evals.effects.small import GROUP
 from vlmfix.evals.record import PLAIN, EvalRun
 from vlmfix.evals.search import Measured, Space, Tried, search
 from vlmfix.evals.tune import Guards, Outcome, arm_name

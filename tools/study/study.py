@@ -11,14 +11,14 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from tools.study import plan, small
+from tools.study.clock import Clock, Job, Outcome, crew, perform
+from tools.study.runs import Exam, answer_arm, answer_plain, loaded, take_in
+from tools.study.speed import time_arm
+from tools.study.tuning import CHAIR, FOUND, POPE, SMALL, Found, Hunt, hunt
 from vlmfix.decoders import Decoder, parse
 from vlmfix.errors import VlmfixError
 from vlmfix.evals import chair, pope
-from vlmfix.evals.effects import plan, small
-from vlmfix.evals.effects.clock import Clock, Job, Outcome, crew, perform
-from vlmfix.evals.effects.runs import Exam, answer_arm, answer_plain, loaded, take_in
-from vlmfix.evals.effects.speed import time_arm
-from vlmfix.evals.effects.tuning import CHAIR, FOUND, POPE, SMALL, Found, Hunt, hunt
 from vlmfix.evals.task import Task, Workload
 from vlmfix.generation import VLM
 from vlmfix.records import read_json, replace_json

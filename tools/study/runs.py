@@ -11,9 +11,9 @@ from typing import Any
 
 from transformers.utils import logging as transformers_logging
 
+from tools.study.clock import Clock
 from vlmfix.card import weights_digest
 from vlmfix.decoders import Decoder
-from vlmfix.evals.effects.clock import Clock
 from vlmfix.evals.record import ANSWERS, CARD, PLAIN, SAMPLES, EvalRun, arm_folder, read_run
 from vlmfix.evals.runner import evaluate
 from vlmfix.evals.task import Task, Workload
@@ -97,7 +97,7 @@ def answered(exam: Exam, arms: Mapping[str, Decoder], clock: Clock) -> EvalRun:
         exam.settings,
         arms,
         batch_size=exam.batch_size,
-        command="python -m vlmfix.evals.effects",
+        command="python -m tools.study",
         report=clock.report,
         loader=loaded,
     )

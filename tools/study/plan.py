@@ -6,10 +6,10 @@ import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from tools.study.small import Elsewhere
 from vlmfix.decoders import DECODERS, Chain, Decoder, parse
 from vlmfix.decoders.parameters import ranges, written
 from vlmfix.errors import UsageError
-from vlmfix.evals.effects.small import Elsewhere
 from vlmfix.evals.record import PLAIN
 from vlmfix.evals.search import Space
 
