@@ -11,11 +11,11 @@ from typing import ClassVar
 import numpy as np
 from PIL import Image
 
+from tools.study.embedded import SMALL_SIDE
 from vlmfix.decoders import CARVE, Decoder, ViCrop
 from vlmfix.decoders.base import Refiner, Source
 from vlmfix.decoders.refined import Look, PictureMemo, Refined, digest, pixel_box
 from vlmfix.errors import IncompatibleDecodersError
-from vlmfix.evals.embedded import SMALL_SIDE
 from vlmfix.evals.task import Sample, Workload
 from vlmfix.models.checkpoint import Checkpoint
 from vlmfix.world.captions import absent

@@ -1,4 +1,4 @@
-"""Measure models and decoders on fresh scenes of the drawn world: `python -m vlmfix.evals.embedded`."""
+"""Measure models and decoders on fresh scenes of the drawn world: `python -m tools.study.embedded`."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from PIL import Image
 from rich.console import Console
 from rich.progress import track
 
+from tools.study.looking import looking
 from vlmfix.entry import run
 from vlmfix.evals.chair import Chair
-from vlmfix.evals.looking import looking
 from vlmfix.evals.pope import Pope
 from vlmfix.evals.task import Sample
 from vlmfix.generation import VLM, load

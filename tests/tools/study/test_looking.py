@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from vlmfix.evals.embedded import draw
-from vlmfix.evals.looking import looking
+from tools.study.embedded import draw
+from tools.study.looking import looking
 from vlmfix.generation import load
 
 CAPTION = "There is a cup on the left."

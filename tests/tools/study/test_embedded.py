@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from vlmfix.evals.embedded import caption_figures, command, draw, measure, pope_figures, spelled
+from tools.study.embedded import caption_figures, command, draw, measure, pope_figures, spelled
 from vlmfix.world.captions import references
 from vlmfix.world.mentions import mentions
 from vlmfix.world.scenes import scene
