@@ -16,6 +16,15 @@ from rich.console import Console
 from rich.progress import track
 
 from tools.study.looking import looking
+from tools.training.questions import (
+    DESCRIBE,
+    beside_any,
+    beside_exchanges,
+    count_exchange,
+    exists_question,
+    where_exchange,
+    window,
+)
 from vlmfix.entry import run
 from vlmfix.evals.chair import Chair
 from vlmfix.evals.pope import Pope
@@ -26,15 +35,6 @@ from vlmfix.world.language import NUMBERS, alone, place
 from vlmfix.world.mentions import mentions
 from vlmfix.world.pope import SPLITS, choose
 from vlmfix.world.pope import lines as pope_lines
-from vlmfix.world.questions import (
-    DESCRIBE,
-    beside_any,
-    beside_exchanges,
-    count_exchange,
-    exists_question,
-    where_exchange,
-    window,
-)
 from vlmfix.world.render import render
 from vlmfix.world.scenes import Scene, scene
 

@@ -9,8 +9,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from tools.training.questions import DESCRIBE
 from vlmfix.generation import VLM
-from vlmfix.world.questions import DESCRIBE
 
 REGIONS = ("beginning", "image", "question", "generated")
 

@@ -12,6 +12,7 @@ import numpy as np
 from PIL import Image
 
 from tools.study.embedded import SMALL_SIDE
+from tools.training.questions import exists_question
 from vlmfix.decoders import CARVE, Decoder, ViCrop
 from vlmfix.decoders.base import Refiner, Source
 from vlmfix.decoders.refined import Look, PictureMemo, Refined, digest, pixel_box
@@ -21,7 +22,6 @@ from vlmfix.models.checkpoint import Checkpoint
 from vlmfix.world.captions import absent
 from vlmfix.world.coco import image_name
 from vlmfix.world.language import alone
-from vlmfix.world.questions import exists_question
 from vlmfix.world.scenes import Scene, scene
 
 GROUP = "small"

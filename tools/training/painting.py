@@ -8,8 +8,8 @@ from concurrent.futures import Future, ProcessPoolExecutor
 import torch
 from torch import Tensor
 
-from vlmfix.world.architecture import resized
-from vlmfix.world.questions import zoom
+from tools.training.architecture import resized
+from tools.training.questions import zoom
 from vlmfix.world.render import render
 from vlmfix.world.scenes import scene
 

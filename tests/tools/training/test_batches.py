@@ -11,12 +11,12 @@ from torch import Tensor
 from torchvision.transforms.v2.functional import to_pil_image
 from transformers import PreTrainedTokenizerFast
 
-from vlmfix.world.architecture import Kind, TextBatch
-from vlmfix.world.batches import TRAINING_SEED, Batches
-from vlmfix.world.checkpoint import ARCHITECTURES, build_tokenizer, vocabulary_texts
-from vlmfix.world.painting import paint
-from vlmfix.world.questions import Diet
-from vlmfix.world.qwen import CELL, MOST, Tower, fit, patches
+from tools.training.architecture import Kind, TextBatch
+from tools.training.batches import TRAINING_SEED, Batches
+from tools.training.checkpoint import ARCHITECTURES, build_tokenizer, vocabulary_texts
+from tools.training.painting import paint
+from tools.training.questions import Diet
+from tools.training.qwen import CELL, MOST, Tower, fit, patches
 
 LLAVA, QWEN = ARCHITECTURES["llava"], ARCHITECTURES["qwen2_5_vl"]
 

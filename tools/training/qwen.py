@@ -23,7 +23,7 @@ from transformers import (
 )
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import apply_rotary_pos_emb_vision
 
-from vlmfix.world.architecture import Architecture, Forward, Grid, Kind, Size, TextBatch, normalised, resized
+from tools.training.architecture import Architecture, Forward, Grid, Kind, Size, TextBatch, normalised, resized
 
 PATCH = 8
 MERGE = 2

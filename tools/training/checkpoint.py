@@ -13,12 +13,12 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast, ProcessorMixin
 
-from vlmfix.world.architecture import Architecture
+from tools.training.architecture import Architecture
+from tools.training.llava import Llava
+from tools.training.questions import Diet, blind_exchanges, exchanges, exists_question
+from tools.training.qwen import Qwen
 from vlmfix.world.captions import references
 from vlmfix.world.categories import CATEGORIES
-from vlmfix.world.llava import Llava
-from vlmfix.world.questions import Diet, blind_exchanges, exchanges, exists_question
-from vlmfix.world.qwen import Qwen
 from vlmfix.world.scenes import scene
 
 ARCHITECTURES: dict[str, Architecture] = {"llava": Llava(), "qwen2_5_vl": Qwen()}

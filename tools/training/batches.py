@@ -11,8 +11,8 @@ import torch
 from tokenizers import Tokenizer
 from torch.utils.data import Dataset
 
-from vlmfix.world.architecture import Architecture, Grid, Kind, TextBatch
-from vlmfix.world.questions import Diet, Exchange, blind_exchanges, exchanges, zoom
+from tools.training.architecture import Architecture, Grid, Kind, TextBatch
+from tools.training.questions import Diet, Exchange, blind_exchanges, exchanges, zoom
 from vlmfix.world.scenes import CANVAS, Scene, scene
 
 # training scenes have seeds that nobody draws a test set from

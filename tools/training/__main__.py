@@ -1,4 +1,4 @@
-"""Train an embedded model: `python -m vlmfix.world.train --out DIR`."""
+"""Train an embedded model: `python -m tools.training --out DIR`."""
 
 from __future__ import annotations
 
@@ -80,8 +80,8 @@ def command(
     """
     import torch
 
-    from vlmfix.world.questions import Diet
-    from vlmfix.world.training import Recipe, train
+    from tools.training.loop import Recipe, train
+    from tools.training.questions import Diet
 
     if device == "cuda" and not torch.cuda.is_available():
         raise VlmfixError("--device cuda: torch sees no CUDA device here", hint="use --device cpu --small to try it")
@@ -106,7 +106,7 @@ def command(
             click.echo(line)
             print(line, file=file)
 
-        log(f"python -m vlmfix.world.train {shlex.join(sys.argv[1:])}")
+        log(f"python -m tools.training {shlex.join(sys.argv[1:])}")
         train(out, recipe, log)
 
 

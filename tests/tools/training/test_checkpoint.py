@@ -15,9 +15,9 @@ from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedTokenizerFast
 
 import vlmfix.world
-from vlmfix.world.checkpoint import ARCHITECTURES, build_tokenizer, save, vocabulary_texts
+from tools.training.checkpoint import ARCHITECTURES, build_tokenizer, save, vocabulary_texts
+from tools.training.questions import DESCRIBE, exists_question
 from vlmfix.world.mentions import mentions
-from vlmfix.world.questions import DESCRIBE, exists_question
 from vlmfix.world.render import render
 from vlmfix.world.scenes import Scene, scene
 
@@ -194,7 +194,7 @@ def test_the_shipped_directory_is_small_and_readable(name: str) -> None:
         json.loads(file.read_text(encoding="utf-8"))
         assert file.stat().st_size < 20_000
     assert "license: apache-2.0" in (directory / "README.md").read_text(encoding="utf-8")
-    assert "python -m vlmfix.world.train" in (directory / "training.log").read_text(encoding="utf-8")
+    assert "python -m vlmfix.world.train " in (directory / "training.log").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("name", SHIPPED)

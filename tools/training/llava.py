@@ -20,7 +20,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from vlmfix.world.architecture import Architecture, Forward, Grid, Kind, Size, TextBatch, normalised
+from tools.training.architecture import Architecture, Forward, Grid, Kind, Size, TextBatch, normalised
 
 IMAGE_SIZE = 128
 PATCH = 8

@@ -18,13 +18,13 @@ from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader
 from transformers import PreTrainedConfig, PreTrainedModel, ProcessorMixin
 
+from tools.training.architecture import Architecture, Kind, TextBatch
+from tools.training.batches import TRAINING_SEED, Batches
+from tools.training.checkpoint import ARCHITECTURES, build_tokenizer, save, vocabulary_texts
+from tools.training.muon import Muon
+from tools.training.painting import Painters
+from tools.training.questions import Diet
 from vlmfix.errors import UsageError
-from vlmfix.world.architecture import Architecture, Kind, TextBatch
-from vlmfix.world.batches import TRAINING_SEED, Batches
-from vlmfix.world.checkpoint import ARCHITECTURES, build_tokenizer, save, vocabulary_texts
-from vlmfix.world.muon import Muon
-from vlmfix.world.painting import Painters
-from vlmfix.world.questions import Diet
 
 # of twelve batches with pictures, two have two pictures each and two have none: the language must not be lost
 CYCLE: tuple[Kind, ...] = ("one", "one", "two", "one", "one", "text") * 2

@@ -10,24 +10,24 @@ import pytest
 import torch
 from torch import nn
 
+from tools.training.__main__ import command
+from tools.training.architecture import resized
+from tools.training.checkpoint import ARCHITECTURES
+from tools.training.muon import Muon, orthogonal
+from tools.training.painting import paint
 from vlmfix.errors import UsageError
-from vlmfix.world.architecture import resized
-from vlmfix.world.checkpoint import ARCHITECTURES
-from vlmfix.world.muon import Muon, orthogonal
-from vlmfix.world.painting import paint
 from vlmfix.world.render import render
 from vlmfix.world.scenes import scene
-from vlmfix.world.train import command
 
 
 def train(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-m", "vlmfix.world.train", *arguments], capture_output=True, text=True, check=False
+        [sys.executable, "-m", "tools.training", *arguments], capture_output=True, text=True, check=False
     )
 
 
 def test_the_command_loads_without_torch() -> None:
-    code = "import sys, vlmfix.world.train; sys.exit('torch' in sys.modules)"
+    code = "import sys, tools.training.__main__; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
@@ -58,7 +58,7 @@ def test_a_toy_run_writes_a_model_and_can_go_on_from_it(name: str, tmp_path: Pat
     first, second = tmp_path / "first", tmp_path / "second"
     command(["--out", str(first), "--language-steps", "2", "--steps", "3", *shared], standalone_mode=False)
     log = (first / "training.log").read_text(encoding="utf-8")
-    assert log.startswith("python -m vlmfix.world.train ")
+    assert log.startswith("python -m tools.training ")
     assert "language     2/2" in log
     assert "pictures     3/3" in log
     more = ["--start", str(first), "--language-steps", "0", "--steps", "1"]
