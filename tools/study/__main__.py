@@ -10,11 +10,11 @@ from pathlib import Path
 
 import click
 
+from tools.entry import run
 from tools.study.clock import Clock
 from tools.study.page import write
 from tools.study.results import results
 from tools.study.study import STAGES, Study, conduct
-from vlmfix.entry import run
 from vlmfix.errors import UsageError
 from vlmfix.records import replace_json
 

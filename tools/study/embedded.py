@@ -15,6 +15,7 @@ from PIL import Image
 from rich.console import Console
 from rich.progress import track
 
+from tools.entry import run
 from tools.study.looking import looking
 from tools.training.questions import (
     DESCRIBE,
@@ -25,7 +26,6 @@ from tools.training.questions import (
     where_exchange,
     window,
 )
-from vlmfix.entry import run
 from vlmfix.evals.chair import Chair
 from vlmfix.evals.pope import Pope
 from vlmfix.evals.task import Sample

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import click
 
-from vlmfix.entry import run
+from tools.entry import run
 from vlmfix.errors import VlmfixError
 
 _SHARE = click.FloatRange(0, 1)

@@ -1,9 +1,10 @@
-"""How the modules' own commands end."""
+"""How the tools end."""
 
 import click
 import pytest
 
-from vlmfix.entry import INTERRUPTED, run
+from tools.entry import run
+from vlmfix.commands.options import INTERRUPTED
 from vlmfix.errors import DataError, UsageError
 
 

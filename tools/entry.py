@@ -1,4 +1,4 @@
-"""How a module with a command of its own ends: one line for what is wrong, and an exit code."""
+"""How a tool ends: one line for what is wrong, and an exit code."""
 
 from __future__ import annotations
 
@@ -6,10 +6,8 @@ import sys
 
 import click
 
+from vlmfix.commands.options import INTERRUPTED
 from vlmfix.errors import UsageError, VlmfixError
-
-INTERRUPTED = 130
-"""Exit code after Ctrl-C, as a shell reports it."""
 
 
 def run(command: click.Command) -> None:
