@@ -1,18 +1,17 @@
 """Render the world's sprite sheet from the Noto Color Emoji font.
 
-    python vlmfix/world/assets/make_sprites.py /usr/share/fonts/truetype/noto/NotoColorEmoji.ttf
+    python -m tools.make_sprites /usr/share/fonts/truetype/noto/NotoColorEmoji.ttf
 
 Writes `sprites.png` (one RGBA cell per glyph, cropped to its opaque pixels) and `sprites.json` (where the
-cells lie, and the exact size of each sprite at every drawn size) beside this file. On Debian the font comes
-with the package fonts-noto-color-emoji. The sheet is a modified form of the font's glyphs and stays under the
-SIL Open Font License in `OFL.txt`.
+cells lie, and the exact size of each sprite at every drawn size) to `vlmfix/world/assets`. On Debian the font
+comes with the package fonts-noto-color-emoji. The sheet is a modified form of the font's glyphs and stays under the
+SIL Open Font License in the `OFL.txt` beside it.
 """
 
 from __future__ import annotations
 
 import json
 import sys
-from pathlib import Path
 
 import cv2
 import numpy as np
@@ -20,7 +19,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
 from vlmfix.world.categories import DRAWN
-from vlmfix.world.sprites import SIZES, crop, resample
+from vlmfix.world.sprites import ASSETS, SIZES, crop, resample
 
 STRIKE = 109  # the only pixel size of the font's bitmaps
 CELL = (136, 128)  # width and height of one bitmap
@@ -81,7 +80,7 @@ def part(picture: Picture, *, largest: bool) -> Picture:
 
 
 def main(font_path: str) -> None:
-    """Write the sheet and its index beside this file."""
+    """Write the sheet and its index to the world's assets."""
     font = ImageFont.truetype(font_path, STRIKE)
     glyphs = [(entry.name, character) for entry in DRAWN for character in entry.glyphs]
     sheet = Image.new("RGBA", (COLUMNS * CELL[0], -(-len(glyphs) // COLUMNS) * CELL[1]), (0, 0, 0, 0))
@@ -93,10 +92,9 @@ def main(font_path: str) -> None:
         height, width = picture.shape[:2]
         drawn = [resample(picture, size).shape[1::-1] for size in SIZES]
         cells.append({"category": name, "glyph": character, "box": [x, y, x + width, y + height], "drawn": drawn})
-    folder = Path(__file__).parent
-    sheet.save(folder / "sprites.png", optimize=True)
+    sheet.save(ASSETS / "sprites.png", optimize=True)
     lines = ",\n".join(json.dumps(cell, ensure_ascii=False) for cell in cells)
-    (folder / "sprites.json").write_text(f"[\n{lines}\n]\n", encoding="utf-8")
+    (ASSETS / "sprites.json").write_text(f"[\n{lines}\n]\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
