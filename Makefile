@@ -30,7 +30,7 @@ format: $(VENV)/installed
 
 # docs/effects.md; see there.
 effects: $(VENV)/installed
-	$(OFFLINE) $(BIN)/python -m vlmfix.evals.effects --out build/effects --page docs/effects.md $(ARGS)
+	$(OFFLINE) $(BIN)/python -m tools.study --out build/effects --page docs/effects.md $(ARGS)
 
 # What builds comes first: the second list has a package that is published as source only.
 $(VENV)/installed: pyproject.toml $(LOCKS)

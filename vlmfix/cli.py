@@ -10,7 +10,6 @@ import click
 
 from vlmfix import __version__
 from vlmfix.commands import about, answers, compare, evaluate, grounding, options, profile, tune, world
-from vlmfix.entry import INTERRUPTED
 from vlmfix.errors import UsageError, VlmfixError
 
 
@@ -58,7 +57,7 @@ def _run(arguments: list[str]) -> int:
         return error.exit_code
     except (KeyboardInterrupt, click.Abort):
         click.echo("vlmfix: stopped", err=True)
-        return INTERRUPTED
+        return options.INTERRUPTED
     except BrokenPipeError:  # the reader of our output has left; leave as quietly
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1

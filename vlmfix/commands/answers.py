@@ -7,7 +7,6 @@ from pathlib import Path
 import click
 
 from vlmfix.commands import options
-from vlmfix.entry import INTERRUPTED
 from vlmfix.errors import UsageError
 from vlmfix.settings import Settings
 
@@ -67,7 +66,7 @@ def run(
             )
     except KeyboardInterrupt:
         click.echo(f"vlmfix: stopped; what is done is in {out}. The same command goes on from there.", err=True)
-        click.get_current_context().exit(INTERRUPTED)
+        click.get_current_context().exit(options.INTERRUPTED)
     click.echo(summary(end, out), err=True)
 
 

@@ -14,7 +14,6 @@ import click
 
 from vlmfix.commands import options
 from vlmfix.commands.compare import tell
-from vlmfix.entry import INTERRUPTED
 from vlmfix.errors import UsageError
 from vlmfix.settings import Settings
 
@@ -317,7 +316,7 @@ def _run(task: Any, workload: Any, plan: Plan, longest: int | None = None) -> No
             )
     except KeyboardInterrupt:
         click.echo(f"vlmfix: stopped; what is done is in {plan.out}. The same command goes on from there.", err=True)
-        click.get_current_context().exit(INTERRUPTED)
+        click.get_current_context().exit(options.INTERRUPTED)
     for arm, records in run.answers.items():
         if failed := [record for record in records.values() if record.failed]:
             first = f"{failed[0].id}: {failed[0].failed}"

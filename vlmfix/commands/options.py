@@ -1,4 +1,4 @@
-"""Options that several commands share, and what every command does first."""
+"""What several commands share: options, what every command does first, and how it ends after Ctrl-C."""
 
 from __future__ import annotations
 
@@ -10,6 +10,9 @@ from typing import Any
 import click
 
 from vlmfix.settings import Settings
+
+INTERRUPTED = 130
+"""Exit code after Ctrl-C, as a shell reports it."""
 
 debug = click.option("--debug", is_flag=True, expose_value=False, help="Show the traceback of an error.")
 

@@ -1,0 +1,1 @@
+"""What every decoder does to the embedded models: `python -m tools.study --out DIR`."""

@@ -1,0 +1,1 @@
+"""The trainer of the embedded models: `python -m tools.training --out DIR`."""
