@@ -23,6 +23,7 @@ lint: $(VENV)/installed
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	$(BIN)/python .ci/room.py
 
 format: $(VENV)/installed
 	$(BIN)/ruff format .

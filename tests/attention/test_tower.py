@@ -6,7 +6,6 @@ from contextlib import contextmanager
 
 import pytest
 import torch
-from transformers import AttentionInterface, AttentionMaskInterface
 
 from tests.contracts.support import batch_of, vlm_of
 from tests.tiny import TINY
@@ -14,7 +13,7 @@ from vlmfix.attention import tower
 from vlmfix.attention.tower import TowerReading, tower_read
 from vlmfix.decoders.encoding import encoded
 from vlmfix.errors import UnsupportedAttentionError
-from vlmfix.upstream.attention import register, switched
+from vlmfix.upstream.attention import register, switched, unregister
 
 NAME = "whole_matrices"
 
@@ -36,8 +35,7 @@ def whole(vlm):
         with switched([vlm.family.tower(vlm.model)], NAME):
             yield found
     finally:
-        AttentionInterface._global_mapping.pop(NAME)
-        AttentionMaskInterface._global_mapping.pop(NAME)
+        unregister(NAME)
 
 
 def run(vlm):

@@ -12,14 +12,13 @@ from contextlib import contextmanager
 
 import pytest
 import torch
-from transformers import AttentionInterface, AttentionMaskInterface
 
 from tests.contracts.support import PROMPTS, Forced, batch_of, close, logits, vlm_of
 from tests.tiny import TINY
 from vlmfix.decoders import ACT, ADHH, SPIN, VAR, LocoRE, ZeroTuning
 from vlmfix.decoders.gift import GIFT
 from vlmfix.decoders.vhr import VHR
-from vlmfix.upstream.attention import register, switched
+from vlmfix.upstream.attention import register, switched, unregister
 from vlmfix.upstream.names import hidden
 
 NAME = "slow_reference"
@@ -84,8 +83,7 @@ def installed(vlm, slow):
     finally:
         for hook in hooks:
             hook.remove()
-        AttentionInterface._global_mapping.pop(NAME)
-        AttentionMaskInterface._global_mapping.pop(NAME)
+        unregister(NAME)
 
 
 def same(layer, b, h, q, row):

@@ -28,6 +28,12 @@ def register(name: str, function: Callable[..., tuple[Tensor, None]]) -> None:
         AttentionMaskInterface.register(name, sdpa_mask)
 
 
+def unregister(name: str) -> None:
+    """Takes an attention function out of transformers' tables again."""
+    AttentionInterface._global_mapping.pop(name, None)
+    AttentionMaskInterface._global_mapping.pop(name, None)
+
+
 @contextmanager
 def switched(owners: Sequence[nn.Module], name: str) -> Iterator[None]:
     """Lets modules compute attention by a registered function inside the block.

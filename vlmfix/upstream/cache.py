@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import Cache, DynamicCache, PreTrainedModel, StaticCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer, StaticLayer, StaticSlidingWindowLayer
 
-from vlmfix.upstream.names import ModelNames
+from vlmfix.upstream.names import name_of
 from vlmfix.upstream.versions import missing
 
 PLAIN = (DynamicLayer, DynamicSlidingWindowLayer, StaticLayer, StaticSlidingWindowLayer)
@@ -23,7 +23,7 @@ def handed_over(model: PreTrainedModel, cache: Cache) -> dict[str, Cache]:
     Raises:
         UpstreamError: The model takes a cache under no known name.
     """
-    return {ModelNames.of(model).cache: cache}
+    return {name_of(type(model), "cache"): cache}
 
 
 def returned(model: PreTrainedModel, output: Any) -> Cache:  # noqa: ANN401 (families differ)
@@ -32,7 +32,7 @@ def returned(model: PreTrainedModel, output: Any) -> Cache:  # noqa: ANN401 (fam
     Raises:
         UpstreamError: It has none under a known name.
     """
-    cache: Cache | None = getattr(output, ModelNames.of(model).cache, None)
+    cache: Cache | None = getattr(output, name_of(type(model), "cache"), None)
     if cache is None:
         raise missing(f"{type(output).__name__} has no cache under the name by which {type(model).__name__} takes one")
     return cache

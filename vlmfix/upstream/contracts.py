@@ -225,7 +225,7 @@ def _cache_argument(bench: Bench) -> None:
     lengths: list[int] = []
 
     def show(decoder: nn.Module, args: object, kwargs: dict[str, Any]) -> None:
-        handed = kwargs.get(names.TextNames.of(decoder).cache)
+        handed = kwargs.get(names.name_of(type(decoder), "cache"))
         lengths.append(-1 if handed is None else cache.length(handed))
 
     with bench.decoder.register_forward_pre_hook(show, with_kwargs=True):
@@ -246,8 +246,11 @@ def _attention_function(bench: Bench) -> None:
 
     expected, before = bench.logits(bench.llava, **bench.prompt), bench.decoder.config._attn_implementation
     attention.register("vlmfix_probe", probe)
-    with attention.switched([bench.decoder, *modules], "vlmfix_probe"):
-        found = bench.logits(bench.llava, **bench.prompt)
+    try:
+        with attention.switched([bench.decoder, *modules], "vlmfix_probe"):
+            found = bench.logits(bench.llava, **bench.prompt)
+    finally:
+        attention.unregister("vlmfix_probe")
     shapes = (torch.Size([2, 4, 8, 4]), torch.Size([2, 2, 8, 4]))
     _require(called == [(0, *shapes), (1, *shapes)], "a registered attention function is not called once in each layer")
     _close(found, expected, "a registered attention function gives other logits")
@@ -336,7 +339,7 @@ def _prompt_positions(bench: Bench) -> None:
         found = positions.prompt_positions(model, prompt)
         with _seen(model) as calls:
             bench.generate(model, prompt, 1)
-        handed = calls[0].get(names.ModelNames.of(model).positions)
+        handed = calls[0].get(names.name_of(type(model), "positions"))
         kind = type(model).__name__
         _require(
             isinstance(handed, Tensor) and torch.equal(handed.expand_as(found), found), f"positions of {kind} differ"
@@ -397,7 +400,7 @@ def _static_cache(bench: Bench) -> None:
     model, widths, found = bench.llava, [], []
 
     def show(decoder: nn.Module, args: object, kwargs: dict[str, Any]) -> None:
-        handed = kwargs[names.TextNames.of(decoder).cache]
+        handed = kwargs[names.name_of(type(decoder), "cache")]
         widths.append(cache.mask_width(handed))
         found.append((cache.is_static(handed), cache.capacities(handed)))
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from vlmfix.upstream.names import KNOWN, PIXELS, ModelNames, parameters
+from vlmfix.upstream.names import KNOWN, PIXELS, name_of, parameters
 from vlmfix.upstream.versions import missing
 
 Features = BaseModelOutputWithPooling
@@ -50,7 +50,7 @@ def handed_over(model: PreTrainedModel, features: Features) -> dict[str, dict[st
     Raises:
         UpstreamError: The model takes features under no known name.
     """
-    return {ModelNames.of(model).features: {"image": features}}
+    return {name_of(type(model), "features"): {"image": features}}
 
 
 def sizes(features: Features) -> list[int]:

@@ -8,9 +8,11 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from vlmfix.upstream.names import ModelNames
+from vlmfix.upstream.names import name_of
 from vlmfix.upstream.versions import missing
 
+OFFSETS = "rope_deltas"
+"""Attribute of some models in which a prompt's positions leave what the next ones are counted from."""
 GROWING = frozenset({"dynamic", "longrope"})
 """Rotary embeddings whose frequencies depend on the length of the pass."""
 
@@ -32,12 +34,12 @@ def prompt_positions(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> Te
     prepare: Any = getattr(model, "_prepare_position_ids_for_generation", None)
     if prepare is None:
         raise missing(f"{type(model).__name__} has no _prepare_position_ids_for_generation")
-    name = ModelNames.of(model).ids
+    name = name_of(type(model), "ids")
     ids = inputs[name]
-    former = getattr(base, "rope_deltas", None)
+    former = getattr(base, OFFSETS, None)
     positions: Tensor = prepare(ids, {other: value for other, value in inputs.items() if other != name})
-    if hasattr(base, "rope_deltas"):
-        base.rope_deltas = former
+    if hasattr(base, OFFSETS):
+        setattr(base, OFFSETS, former)
     return positions.expand(*positions.shape[:-2], ids.shape[0], -1)
 
 

@@ -9,7 +9,7 @@ from transformers import Cache, PreTrainedModel
 from transformers.generation.streamers import BaseStreamer
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
-from vlmfix.upstream.names import ModelNames, parameters
+from vlmfix.upstream.names import name_of, parameters
 from vlmfix.upstream.versions import missing
 
 __all__ = ["BaseStreamer", "GenerateDecoderOnlyOutput", "cache_of", "first", "kept_between", "next_token"]
@@ -36,7 +36,7 @@ def cache_of(model: PreTrainedModel, kwargs: dict[str, Any]) -> Cache | None:
     Raises:
         UpstreamError: The model takes a cache under no known name.
     """
-    cache: Cache | None = kwargs.get(ModelNames.of(model).cache)
+    cache: Cache | None = kwargs.get(name_of(type(model), "cache"))
     return cache
 
 
