@@ -10,7 +10,7 @@ import click
 
 from vlmfix import __version__
 from vlmfix.commands import about, answers, compare, evaluate, grounding, options, profile, tune, world
-from vlmfix.errors import UsageError, VlmfixError
+from vlmfix.errors import SystematicError, UsageError, VlmfixError
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
@@ -61,13 +61,27 @@ def _run(arguments: list[str]) -> int:
     except BrokenPipeError:  # the reader of our output has left; leave as quietly
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
+    except SystematicError as error:
+        _explain(error, error.message, _upstream_fault() or error.hint, debug=debug)
+        return 1
     except VlmfixError as error:
         _explain(error, error.message, error.hint, debug=debug)
         return 2 if isinstance(error, UsageError) else 1
-    except Exception as error:  # a fault of ours: one line, and the way to the rest
-        _explain(error, f"{type(error).__name__}: {error}", "use --debug for the traceback", debug=debug)
+    except Exception as error:  # a fault of ours, or of what is installed: one line, and the way to the rest
+        hint = _upstream_fault() or "use --debug for the traceback"
+        _explain(error, f"{type(error).__name__}: {error}", hint, debug=debug)
         return 1
     return code if isinstance(code, int) else 0  # click returns the code of an early exit, such as --help's
+
+
+def _upstream_fault() -> str | None:
+    """What is wrong with the installed transformers or torch, when an error may come from there."""
+    try:
+        from vlmfix.upstream.contracts import fault
+
+        return fault()
+    except ImportError as error:
+        return f"the installation is broken: {error}"
 
 
 def _explain(error: Exception, message: str, hint: str, *, debug: bool) -> None:

@@ -34,7 +34,7 @@ from vlmfix.models.checkpoint import Checkpoint
 from vlmfix.models.families import family_of
 from vlmfix.models.layout import Batch
 from vlmfix.settings import Settings
-from vlmfix.upstream.contracts import first_use
+from vlmfix.upstream.contracts import check_model
 
 Shown = Image.Image | Sequence[Image.Image]
 """The picture of one question, or its pictures."""
@@ -308,9 +308,10 @@ def wrap(model: PreTrainedModel, processor: ProcessorMixin) -> VLM:
 
     Raises:
         UnsupportedModelError: The model's family is not one that vlmfix knows.
+        UpstreamError: The installed transformers hands masks over in an unknown way.
     """
-    first_use()
     family = family_of(model.config.model_type)
+    check_model(model, family.decoder(model))
     return VLM(model=model, processor=processor, family=family, name=str(model.config.name_or_path))
 
 

@@ -7,13 +7,16 @@ import time
 
 import pytest
 
+from tests.contracts.support import vlm_of
 from vlmfix.commands import grounding, profile
 from vlmfix.decoders import DECODERS
 from vlmfix.errors import UpstreamError
+from vlmfix.generation import load, wrap
 from vlmfix.upstream import contracts, names, versions
 from vlmfix.upstream.contracts import CONTRACTS, Bench, Contract, examined, first_use
 
 OTHERWISE = {
+    "everything",
     "shared beginnings",
     "repeated pictures",
     "smaller batches when memory runs out",
@@ -100,10 +103,37 @@ def test_an_untested_version_that_breaks_something_says_so_once_in_a_line(unused
     (record,) = caplog.records
     said = record.getMessage()
     assert "\n" not in said
-    assert f"transformers {versions.installed('transformers')} is not among the versions tested" in said
-    assert f"1 of {len(CONTRACTS)} contracts fail (features of pictures: " in said
-    assert "do not work: vcd, inter" in said
+    number = versions.installed("transformers")
+    assert (
+        f"transformers {number} breaks 1 of {len(CONTRACTS)} things that vlmfix builds on (features of pictures)"
+        in said
+    )
+    assert "affected: vcd, inter, repeated pictures;" in said
     assert said.endswith("pip install 'transformers>=5.0,<5.2'")
+
+
+@pytest.mark.parametrize("value", ["cache", "mask"])
+def test_an_error_of_another_package_is_explained_by_what_it_breaks(value, vlmfix, monkeypatch):
+    def broken(*_, **__):
+        raise AttributeError("no such name")
+
+    monkeypatch.setattr("vlmfix.doctor.diagnose", broken)
+    assert vlmfix("doctor")[2] == "vlmfix: AttributeError: no such name\nhint: use --debug for the traceback\n"
+    monkeypatch.setitem(names.KNOWN, value, ("under_another_name",))
+    code, _, told = vlmfix("doctor")
+    assert code == 1
+    assert told.startswith("vlmfix: AttributeError: no such name\nhint: transformers ")
+    assert "pip install" in told
+    assert told.count("\n") == 2
+
+
+def test_a_model_whose_padding_cannot_be_hidden_is_not_loaded(monkeypatch):
+    monkeypatch.setitem(names.KNOWN, "mask", ("under_another_name",))
+    vlm = vlm_of("llava")
+    with pytest.raises(UpstreamError, match="the mask"):
+        load("tiny")
+    with pytest.raises(UpstreamError, match="the mask"):
+        wrap(vlm.model, vlm.processor)
 
 
 def test_a_changed_copy_of_a_tested_version_is_to_be_installed_again(monkeypatch):

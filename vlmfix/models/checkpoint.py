@@ -24,7 +24,9 @@ from vlmfix.models.family import Family
 from vlmfix.models.layout import Batch, ImageLayout
 from vlmfix.models.repeats import process_once
 from vlmfix.upstream import hub
-from vlmfix.upstream.contracts import first_use
+from vlmfix.upstream.contracts import check_model
+from vlmfix.upstream.names import PROCESSED
+from vlmfix.upstream.versions import missing
 
 EMBEDDED = {name: Path(__file__).parent.parent / "world" / "assets" / name for name in ("tiny", "tiny-qwen")}
 """Models that come with the package, by name."""
@@ -69,9 +71,9 @@ class Checkpoint:
         Raises:
             UnsupportedModelError: The model's family is not one that vlmfix knows.
             DataError: There is no such checkpoint, or it cannot be read.
+            UpstreamError: The installed transformers hands masks over in an unknown way.
             UsageError: Unknown device or dtype.
         """
-        first_use()
         path = str(EMBEDDED.get(str(model), model))
         place = _device(device)
         kind = _dtype(dtype, place)
@@ -90,6 +92,7 @@ class Checkpoint:
                 f"model {str(model)!r} lacks {len(missing)} weights, {missing[0]} among them",
                 "download it again; transformers would go on with random numbers instead",
             )
+        check_model(loaded, family.decoder(loaded))
         commit = hub.commit(path, revision)
         return cls(model=loaded.eval(), processor=processor, family=family, name=str(model), revision=commit)
 
@@ -135,6 +138,7 @@ class Checkpoint:
         Raises:
             DataError: ``prompts`` and ``pictures`` differ in length, or there is no row.
             UnsupportedModelError: The processor has no chat template.
+            UpstreamError: The processor returns its tensors under other names.
         """
         if len(prompts) != len(pictures) or not prompts:
             raise DataError(
@@ -143,6 +147,8 @@ class Checkpoint:
             )
         texts = [self.render(prompt, len(row), system=system) for prompt, row in zip(prompts, pictures, strict=True)]
         whole, sources = process_once(self.family, self.model, self.processor, texts, pictures)
+        if absent := [name for name in PROCESSED if name not in whole and (name != "pixel_values" or any(pictures))]:
+            raise missing(f"{type(self.processor).__name__} returns no {' and '.join(absent)}")
         inputs = {name: self._placed(value) for name, value in whole.items() if isinstance(value, Tensor)}
         repeated = {name: inputs[name][source.to(self.device)] for name, source in sources.items()}
         return Batch(

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from vlmfix.errors import VlmfixError
 from vlmfix.upstream import attention, cache, features, geometry, names, positions, steps, text
-from vlmfix.upstream.versions import logger, missing, remedy, untested
+from vlmfix.upstream.versions import installed, logger, missing, remedy, untested
 
 library: Any = transformers
 """Its configurations take more than their types say."""
@@ -34,6 +34,7 @@ EDITS = ("var", "locore", "gift", "zerotuning", "act", "spin", "adhh", "ph3", "v
 """Decoders that edit or read attention; ``profile`` and ``grounding`` do too."""
 BRANCHES = ("vcd", "inter")
 """Decoders that contrast logits."""
+EVERYTHING = "everything"
 PICTURE, PAD, END = 3, 0, 2
 """Token ids of the models that are probed."""
 
@@ -472,6 +473,8 @@ def _processor(bench: Bench) -> None:
     given.replace_image_token = replace
     blank = Image.new("RGB", (8, 8))
     made = given(text=["<image> a", "<image> a"], images=[[blank], [blank]], padding=True, return_tensors="pt")
+    absent = [name for name in names.PROCESSED if name not in made]
+    _require(not absent, f"processors return no {' and '.join(absent)}")
     _require(replaced == [0, 1], "the processor does not ask for the text of each picture by its number")
     _require(made["input_ids"].tolist() == [[PICTURE] * 4 + [4]] * 2, "the processor expands pictures otherwise")
 
@@ -500,7 +503,7 @@ CONTRACTS = (
     Contract("loops of another's", ("sgrs", "vicrop", "grounding"), _decoding_loop),
     Contract("rotary embeddings", ("shared beginnings",), _rotary),
     Contract("geometry of tiles", ("every decoder on LLaVA-NeXT, LLaVA-OneVision, InternVL, Qwen2.5-VL",), _geometry),
-    Contract("parts of a processor", ("repeated pictures",), _processor),
+    Contract("processors", (EVERYTHING, "repeated pictures"), _processor),
     Contract("errors of memory", ("smaller batches when memory runs out",), _memory_errors),
 )
 """Everything that is relied on."""
@@ -516,22 +519,41 @@ def examined(contracts: Sequence[Contract] = CONTRACTS) -> list[Finding]:
     return [Finding(one.name, one.protects, one.broken(bench)) for one in contracts]
 
 
+def fault() -> str | None:
+    """What the installed versions break, in one line that says what installs others; None when all contracts hold."""
+    broken = [finding for finding in examined() if finding.reason is not None]
+    if not broken:
+        return None
+    names_of_broken = ", ".join(finding.name for finding in broken)
+    lost = list(dict.fromkeys(name for finding in broken for name in finding.protects))
+    affected = EVERYTHING if EVERYTHING in lost else ", ".join(lost)
+    versions = " and ".join(untested()) or f"transformers {installed('transformers')}"
+    return (
+        f"{versions} breaks {len(broken)} of {len(CONTRACTS)} things that vlmfix builds on ({names_of_broken}); "
+        f"affected: {affected}; {remedy()}"
+    )
+
+
 @functools.cache
 def first_use() -> None:
     """Probes an installation whose versions were not tested, once in a process, and logs one line when it finds fault.
 
     Tested versions are taken as they are.
     """
-    if found := untested():
-        broken = [finding for finding in examined() if finding.reason is not None]
-        if broken:
-            logger.warning("vlmfix: %s", _told(found, broken))
+    if untested() and (found := fault()):
+        logger.warning("vlmfix: %s", found)
 
 
-def _told(versions: Sequence[str], broken: Sequence[Finding]) -> str:
-    lost = ", ".join(dict.fromkeys(name for finding in broken for name in finding.protects))
-    reasons = "; ".join(f"{finding.name}: {finding.reason}" for finding in broken)
-    return (
-        f"{' and '.join(versions)} is not among the versions tested, and {len(broken)} of {len(CONTRACTS)} contracts "
-        f"fail ({reasons}). These do not work: {lost}. To repair it, {remedy()}"
-    )
+def check_model(model: nn.Module, decoder: nn.Module) -> None:
+    """Refuses a model whose padding could not be hidden, whatever decodes.
+
+    Args:
+        model: The model.
+        decoder: Its text decoder.
+
+    Raises:
+        UpstreamError: One of them takes a mask under no known name.
+    """
+    first_use()
+    for module in (model, decoder):
+        names.name_of(type(module), "mask")

@@ -45,7 +45,7 @@ def folder(path: str, revision: str | None) -> Path | None:
     Returns:
         The folder, or None when it is gone.
     """
-    if Path(path).is_dir():
+    if path and Path(path).is_dir():
         return Path(path)
     if not path or revision is None:
         return None

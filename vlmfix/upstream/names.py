@@ -30,6 +30,8 @@ KNOWN: Mapping[str, tuple[str, ...]] = {
 }
 """For each value, the names that some tested version has for it, the newest first."""
 
+PROCESSED = ("input_ids", "attention_mask", "pixel_values")
+"""What processors return; without pictures there are no pixels."""
 TYPES = ("mm_token_type_ids", "token_type_ids")
 """Inputs that mark each token as text or picture; models use one of the names."""
 PIXELS = ("pixel_values", "image_grid_thw", "image_sizes", "pixel_attention_mask", "batch_num_images", "num_crops")
