@@ -15,8 +15,7 @@ import torch
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import sdpa_mask
 
-from tests.contracts.support import PROMPTS, Forced, batch_of, close, logits, vlm_of
-from tests.tiny import TINY
+from tests.contracts.support import PROMPTS, Forced, batch_of, close, crossed, logits, vlm_of
 from vlmfix.decoders import ACT, ADHH, SPIN, VAR, LocoRE, ZeroTuning
 from vlmfix.decoders.gift import GIFT
 from vlmfix.decoders.vhr import VHR
@@ -426,8 +425,7 @@ METHODS = {
 TOKENS = torch.tensor([[40, 50, 60], [70, 45, 33]])
 
 
-@pytest.mark.parametrize("family", TINY)
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize(("family", "name"), crossed({name: method for name, (_, method) in METHODS.items()}))
 def test_a_whole_model_with_the_slow_method_gives_the_same_logits(family, name):
     build, method = METHODS[name]
     vlm = vlm_of(family)
