@@ -1,4 +1,4 @@
-"""Every listed decoder runs over a folder on both embedded models, and one of each kind on random ones of six families."""
+"""Every decoder runs over a folder on both embedded models, and one of each kind on random models of six families."""
 
 from __future__ import annotations
 
