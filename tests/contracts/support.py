@@ -158,9 +158,12 @@ def crossed(table: Mapping[str, str | Decoder], *, families: Sequence[str] = TIN
 
 @functools.cache
 def parts_of(method: Decoder) -> frozenset[str]:
-    """What a method consists of: the kinds of its edits and branches, the rows that it edits, loop and choice."""
+    """What a method consists of: the kinds of its edits and branches, the rows that it edits, loop and choice.
+
+    A method that refines pictures has no plan: it is told by its class and by what it looks at.
+    """
     if method.refines:
-        return frozenset({"pictures"})
+        return frozenset({type(method).__name__, f"looks at {method.parameters().get('method')}"})
     vlm = vlm_of("llava")
     batch = batch_of(vlm)
     plan = method.plan(vlm, batch, vlm.layout(batch))

@@ -53,7 +53,10 @@ class Slow:
             return values
         new = values.clone()
         for b, h, q in itertools.product(*map(range, values.shape[:3])):
-            new[b, h, q] = rule(layer, b, h, q, values[b, h, q])
+            row = values[b, h, q]
+            changed = rule(layer, b, h, q, row)
+            if changed is not row:
+                new[b, h, q] = changed
         return new
 
     def together(self, layer, weights):
@@ -102,8 +105,7 @@ def var(vlm, batch, method):
     slow = Slow(same, None)
 
     def weights(layer, b, h, q, row):
-        seen_picture = bool(image[b, : q + 1].any())
-        if layer < 2 or (q < prompt and not (bool(text[b, q]) and seen_picture)):
+        if layer < 2 or (q < prompt and not (bool(text[b, q]) and bool(image[b, : q + 1].any()))):
             return row
         x = slow.hidden[layer][b, :prompt].double()
         phi = (x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt())[:, list(method.sink_dims)].abs().amax(-1)
@@ -131,13 +133,13 @@ def locore(vlm, batch, method):
     layout, prompt = vlm.layout(batch), batch.length
 
     def window(b, q):
-        if q < prompt - 1:
-            return slice(0, 0)
         start = int(layout.tokens[b].nonzero()[-1]) + 1 if method.scope == "post_image" else prompt
         return slice(max(start, q - method.window), max(q, start, 0))
 
     def boosted(stage):
         def rule(layer, b, h, q, row):
+            if q < prompt - 1:
+                return row
             new = row.clone()
             here = window(b, q)
             if method.mode == "renorm" and stage == "scores":
@@ -319,9 +321,10 @@ def act(vlm, batch, method):
         start, found = first[b], []
         theta = method.sink_factor / (prompt - start) if method.sink_threshold is None else method.sink_threshold
         rows = [i for i in range(prompt) if acts(b, i)]
+        looks, sees = slow.map[b, h, rows].T.tolist(), slow.allowed[b, 0, rows].T.tolist()
         for j in range(start, prompt - method.spared_tail):
-            column = slow.map[b, h, rows, j][slow.allowed[b, 0, rows, j]]
-            if column.mean() > theta:
+            column = [look for look, seen in zip(looks[j], sees[j], strict=True) if seen]
+            if column and sum(column) / len(column) > theta:
                 found.append(j)
         return found[1:] if method.spared == "first-sink" else [j for j in found if j != start]
 
