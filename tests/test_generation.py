@@ -11,6 +11,7 @@ from tests.contracts.support import PICTURES, PROMPTS, batch_of, vlm_of
 from tests.tiny import tiny_vlm
 from vlmfix.decoders import VCD
 from vlmfix.errors import DataError, IncompatibleDecodersError, UnsupportedModelError, UsageError
+from vlmfix.generation import _row_seed
 
 ROWS = [list(row) for row in PICTURES]
 
@@ -147,6 +148,53 @@ def test_sampling_leaves_the_global_generator_alone():
     before = torch.random.get_rng_state()
     vlm.generate([ROWS[0]], PROMPTS[0], max_new_tokens=3, temperature=1.0, decoder="vcd")
     assert torch.equal(torch.random.get_rng_state(), before)
+
+
+def test_a_draw_belongs_to_seed_question_and_pictures():
+    one, other = PICTURES[1]
+    seeds = [
+        _row_seed(seed, prompt, shown)
+        for seed in (0, 1)
+        for prompt in ("what?", "who?")
+        for shown in ([], [one], [other], [one, other], [other, one])
+    ]
+    assert len(set(seeds)) == len(seeds)
+    assert _row_seed(1, "who?", [other.copy(), one.copy()]) == seeds[-1]
+
+
+@pytest.mark.parametrize("shared", [True, False], ids=["one object", "copies"])
+def test_a_row_draws_anew_for_another_picture_and_alike_for_the_same(shared):
+    """At this temperature the draw decides nearly alone, and the model's view of the picture nothing."""
+    vlm = vlm_of("llava")
+    one, other = PICTURES[1]
+    shown = [one, other, one if shared else one.copy()]
+    first, second, third = vlm.generate(shown, "what is here?", temperature=100.0, max_new_tokens=6, seed=3)
+    assert first.ids == third.ids
+    assert all(a != b for a, b in zip(first.ids, second.ids, strict=False))
+
+
+@pytest.mark.parametrize("family", ["llava", "qwen2_5_vl"])
+def test_questions_about_one_picture_read_it_once(family):
+    """Counts the tokens that enter the text decoder's first layer, (rows, tokens) for each pass over a prompt."""
+    vlm, shown = vlm_of(family), PICTURES[0][0]
+    questions = ["what is here?", "is it a dog?", "is it red?", "which colour?"]
+    passes = []
+
+    def count(layer, given, output):
+        rows, tokens = (output if isinstance(output, torch.Tensor) else output[0]).shape[:2]
+        if tokens > 1:
+            passes.append((rows, tokens))
+
+    with vlm.family.layers(vlm.model)[0].register_forward_hook(count):
+        together = vlm.generate([shown] * 4, questions, max_new_tokens=2)
+        shared = passes.copy()
+        passes.clear()
+        apart = vlm.generate([shown.copy() for _ in questions], questions, max_new_tokens=2)
+    ((all_rows, length),) = passes
+    (beginnings, begun), (rows, rest) = shared
+    assert (all_rows, beginnings, rows, begun + rest) == (4, 1, 4, length)
+    assert begun >= int(vlm.layout(vlm.encode(questions[:1], [[shown]])).tokens.sum())
+    assert [answer.ids for answer in together] == [answer.ids for answer in apart]
 
 
 def test_a_users_own_model():

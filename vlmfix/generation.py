@@ -224,8 +224,7 @@ class VLM(Checkpoint):
         with request.decoder.applied(self, batch, num_beams=beams) as given:
             arguments = given | own  # a decoder that samples lets transformers draw, here every row draws for itself
             if request.strategy.temperature > 0:
-                processors = [*arguments.pop("logits_processor", ()), *_sampling(request, self.device)]
-                arguments["logits_processor"] = LogitsProcessorList(processors)
+                arguments["logits_processor"] = LogitsProcessorList(_sampling(request, self.device))
             yield batch, arguments
 
     @torch.no_grad()

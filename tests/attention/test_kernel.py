@@ -24,7 +24,8 @@ class Bias(BiasEdit):
     table: torch.Tensor  # (H, K), another bias for every head and key
 
     def bias(self, site):
-        return self.table[None, :, None, : site.allowed.shape[-1]] + site.queries[:, None, :, None] * 0.1
+        # a position that moved all keys of a row alike would be lost in the softmax
+        return self.table[None, :, None, : site.allowed.shape[-1]] * (1 + site.queries[:, None, :, None] * 0.1)
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -106,7 +107,7 @@ def slow(kind, query, key, value, allowed, acts, positions):
     shown = torch.nn.functional.pad(IMAGE, (0, key.shape[2] - T))
 
     def bias(b, h, q):
-        row = TABLE[h, : key.shape[2]].double() + positions[q] * 0.1
+        row = TABLE[h, : key.shape[2]].double() * (1 + positions[q] * 0.1)
         return row if acts[b, q] else torch.zeros_like(row)
 
     def scores(b, h, q, row):

@@ -42,6 +42,12 @@ class ImageScores(ScoreEdit):
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
+class DoubledScores(ScoreEdit):
+    def scores(self, site, scores):
+        return scores * 2
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
 class ImageWeights(WeightEdit):
     gain: float = GAIN
 
@@ -216,6 +222,18 @@ def test_sessions_nest_by_appending():
         assert snapshot(vlm) == inner
         close(plain(vlm, batch), run_alone(vlm, batch, one))
     assert snapshot(vlm) == before
+
+
+@pytest.mark.parametrize("family", ["llava", "qwen2_5_vl"])
+def test_the_inner_sessions_edits_come_after_the_outers(family):
+    """Doubled and then raised is not raised and then doubled."""
+    vlm = vlm_of(family)
+    batch = batch_of(vlm)
+    layout, outer, inner = vlm.layout(batch), DoubledScores(), ImageScores(size=3.0)
+    with edited(vlm, layout, [outer]), edited(vlm, layout, [inner]):
+        nested = plain(vlm, batch)
+    close(nested, run(vlm, batch, outer, inner))
+    assert (nested - run(vlm, batch, inner, outer)).abs().max() > 1e-2
 
 
 def run_alone(vlm, batch, edit):

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
+import pytest
 import torch
 from PIL import Image
 from torch import Tensor
 from transformers import LogitsProcessor
 
-from tests.tiny import tiny_vlm
+from tests.tiny import TINY, tiny_vlm
+from vlmfix.attention import edit as edits
 from vlmfix.attention.edit import OutputEdit, Site
-from vlmfix.decoders import Decoder, DecodingPlan, Greedy, parse
+from vlmfix.decoders import Decoder, DecodingPlan, Greedy, Strategy, parse
 from vlmfix.generation import VLM
 from vlmfix.models.checkpoint import Checkpoint
 from vlmfix.models.layout import Batch, ImageLayout
@@ -122,6 +125,54 @@ def vlm_of(family: str, seed: int = 0) -> VLM:
 def batch_of(vlm: VLM, rows: Sequence[int] = (0, 1)) -> Batch:
     """The chosen rows, encoded together."""
     return vlm.encode([PROMPTS[row] for row in rows], [PICTURES[row] for row in rows])
+
+
+PAIR = ("llava", "qwen2_5_vl")
+"""The families that every method meets: pictures of one size and of their own, plain and multimodal positions."""
+
+
+def crossed(table: Mapping[str, str | Decoder], *, families: Sequence[str] = TINY, pair: Sequence[str] = PAIR) -> list:
+    """Pairs (family, name) of a table's methods, for ``parametrize``.
+
+    Families differ in layouts, positions and towers, methods in mathematics, so few pairs say more than their parts:
+    every method meets the families of ``pair``, and every family meets each method whose plan has a part that no method
+    before it in the table has. The other pairs are marked ``product`` and left to ``pytest -m product``.
+
+    Args:
+        table: Methods by name.
+        families: Names of tiny models, or of whatever stands for a family.
+        pair: Those of them that every method meets.
+    """
+    seen: set[str] = set()
+    pairs = []
+    for name, spec in table.items():
+        parts = parts_of(method_of(spec))
+        spread = not parts <= seen
+        seen |= parts
+        pairs += [
+            pytest.param(family, name, marks=() if spread or family in pair else pytest.mark.product)
+            for family in families
+        ]
+    return pairs
+
+
+@functools.cache
+def parts_of(method: Decoder) -> frozenset[str]:
+    """What a method consists of: the kinds of its edits and branches, the rows that it edits, loop and choice.
+
+    A method that refines pictures has no plan: it is told by its class and by what it looks at.
+    """
+    if method.refines:
+        return frozenset({type(method).__name__, f"looks at {method.parameters().get('method')}"})
+    vlm = vlm_of("llava")
+    batch = batch_of(vlm)
+    plan = method.plan(vlm, batch, vlm.layout(batch))
+    kinds = {base.__name__ for edit in plan.edits for base in type(edit).__mro__ if base.__module__ == edits.__name__}
+    rows = {f"{edit.rows} rows" for edit in plan.edits}
+    branches = [branch for contrast in plan.contrasts for branch in contrast.branches]
+    asked = {f"pictures: {'pixel_values' in branch.batch}, clean: {branch.same_pictures}" for branch in branches}
+    chosen = set(asdict(method.strategy or Strategy()).items()) - set(asdict(Strategy()).items())
+    return frozenset(kinds | rows | asked | {name for name, _ in chosen} | ({"loop"} if plan.loop else set()))
 
 
 def logits(

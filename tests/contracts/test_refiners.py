@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from tests.contracts.support import PICTURES, PROMPTS, STRONG, batch_of, method_of, picture, vlm_of
+from tests.contracts.support import PICTURES, PROMPTS, STRONG, batch_of, crossed, method_of, picture, vlm_of
 from tests.contracts.test_gpu import on_gpu
 from tests.contracts.test_reference import Slow, installed, same
 from tests.tiny import TINY
@@ -32,7 +32,7 @@ def acts(name, family):
     return name != "pure-grad" or family not in ("llava_next", "llava_onevision")
 
 
-CASES = [(family, name) for family in TINY for name in REFINERS if acts(name, family)]
+CASES = [pair for pair in crossed(REFINERS) if acts(pair.values[1], pair.values[0])]
 
 
 @pytest.mark.parametrize(("family", "name"), CASES)
@@ -53,8 +53,7 @@ def test_a_row_is_refined_as_if_it_were_alone(family, name):
             assert 0 <= y0 < y1 <= 1
 
 
-@pytest.mark.parametrize("family", TINY)
-@pytest.mark.parametrize("name", ["carve-official", "rel-att"])
+@pytest.mark.parametrize(("family", "name"), crossed({name: REFINERS[name] for name in ("carve-official", "rel-att")}))
 def test_decoding_goes_on_with_the_refined_pictures(family, name):
     """Answers are those of the rest of the chain to what ``refine`` shows."""
     vlm = vlm_of(family)
@@ -212,7 +211,8 @@ def test_what_cannot_act_says_so_beforehand(family):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize(("family", "name"), [case for case in CASES if case[0] in ("llava", "qwen2_5_vl", "internvl")])
+@pytest.mark.parametrize("family", ["llava", "qwen2_5_vl", "internvl"])
+@pytest.mark.parametrize("name", REFINERS)
 def test_the_gpu_sees_the_cpus_maps(family, name, dtype):
     here, there = vlm_of(family), on_gpu(family, dtype)
     one, two = (vlm.refine(ROWS, PROMPTS, decoder=REFINERS[name]) for vlm in (here, there))

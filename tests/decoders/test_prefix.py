@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import DynamicCache
 
-from tests.contracts.support import EVERY_ROW, PICTURES, STRONG, close, logits, method_of, picture, vlm_of
+from tests.contracts.support import EVERY_ROW, PICTURES, STRONG, close, crossed, logits, method_of, picture, vlm_of
 from tests.tiny import TINY
 from vlmfix.attention.session import continued, edited, first_edited
 from vlmfix.decoders import Greedy, base, prefix
@@ -30,6 +30,7 @@ QUESTIONS = [
 ]
 """Two groups of three, their questions of different lengths, a picture of its own and a row without one."""
 METHODS = {"greedy": "greedy", **STRONG}
+SHARING = {name: method for name, method in METHODS.items() if name not in EVERY_ROW}
 
 
 @contextmanager
@@ -62,8 +63,7 @@ def mixed(vlm, rows=range(8)):
     return vlm.encode([QUESTIONS[row] for row in rows], [ROWS[row] for row in rows])
 
 
-@pytest.mark.parametrize("family", TINY)
-@pytest.mark.parametrize("name", [name for name in METHODS if name not in EVERY_ROW])
+@pytest.mark.parametrize(("family", "name"), crossed(SHARING))
 def test_a_batch_that_shares_equals_each_row_alone_and_costs_less(family, name, unshared):
     vlm = vlm_of(family)
     batch = mixed(vlm)

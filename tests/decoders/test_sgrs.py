@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import LogitsProcessorList, TextIteratorStreamer
 
-from tests.contracts.support import STRONG, Forced, batch_of, close, logits, plain, vlm_of
+from tests.contracts.support import STRONG, Forced, batch_of, close, crossed, logits, plain, vlm_of
 from tests.tiny import TINY
 from vlmfix.attention.edit import LayerSet
 from vlmfix.decoders import Chain, parse
@@ -315,8 +315,10 @@ def test_seeds_are_the_rows_own():
     assert SGRS(draw_seed=1).plan(vlm, batch, vlm.layout(batch)).loop.seeds != seeds
 
 
-@pytest.mark.parametrize("family", ["llava", "gemma3", "qwen3_vl", "internvl"])
-@pytest.mark.parametrize("name", STRONG)
+@pytest.mark.parametrize(
+    ("family", "name"),
+    crossed(STRONG, families=["llava", "gemma3", "qwen3_vl", "internvl"], pair=["llava", "qwen3_vl"]),
+)
 def test_a_chain_gives_the_logits_of_its_other_parts(family, name):
     """Edits and branches act in the prompt's pass, in the step back and behind it, on either side of the gate."""
     vlm = vlm_of(family)

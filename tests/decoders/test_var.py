@@ -102,6 +102,15 @@ def test_identities(image, sink, options):
     torch.testing.assert_close(got, weights, atol=1e-15, rtol=0)
 
 
+def test_a_row_at_both_bounds_is_selected():
+    """Half of the attention is on the picture, half of that on what is no sink; all of it exact in binary."""
+    weights = torch.tensor([0.5, 0.25, 0.25], dtype=torch.float64)[None, None, None]
+    image, sink = torch.tensor([[False, True, True]]), torch.tensor([[False, True, False]])
+    for mass, ratio, kept in ((0.5, 0.5, 0.0), (0.5 + 1e-9, 0.5, 0.25), (0.5, 0.5 + 1e-9, 0.25)):
+        got = redistribute(weights, image, sink, moved=1.0, ratio=ratio, mass=mass)
+        assert got.flatten().tolist() == [0.5, kept, 0.5 - kept]
+
+
 def test_a_larger_ratio_selects_fewer_rows():
     weights = attention()
     chosen = []

@@ -65,6 +65,11 @@ def test_without_a_fitting_window_the_smallest_stands_in_the_corner(cells):
     assert window(plateau(3, 4, cells, cells), 1008, 1008) == (168, 126, 504, 462)
 
 
+def test_of_windows_that_tie_the_leftmost_wins_and_then_the_uppermost():
+    assert window(single(2, 18) + single(18, 2), 1008, 1008) == (0, 462, 336, 798)
+    assert window(single(2, 18) + single(18, 18), 1008, 1008) == (462, 0, 798, 336)
+
+
 def test_the_paper_compares_windows_by_their_sums():
     """Its sharpness is not divided by the area, and so never below the code's choice in size."""
     draw = np.random.default_rng(0)

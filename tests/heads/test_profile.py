@@ -43,6 +43,10 @@ class MadeState(State):
         return torch.stack([fixed + self.noise * torch.randn(fixed.shape, generator=row) for row in rows])
 
 
+class MadeToo(Made):
+    name = "made too"
+
+
 PICTURE = picture(1, (24, 24))
 
 
@@ -155,6 +159,16 @@ def test_a_stable_ranking_ends_the_profile(monkeypatch):
     whole = profile(vlm_of("llava"), [PICTURE] * 12, [Made()], until_stable=False)["made"]
     assert whole.card.pictures == 12
     assert whole.card.reliability == pytest.approx(1)
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_one_unstable_ranking_keeps_all_profilers_going(monkeypatch, order):
+    monkeypatch.setattr(measure, "LOOK_EVERY", 4)
+    found = profile(vlm_of("llava"), [PICTURE] * 40, [Made(), MadeToo(noise=100.0)][::order])
+    assert {name: (part.card.pictures, part.card.stable) for name, part in found.items()} == {
+        "made": (40, False),
+        "made too": (40, False),
+    }
 
 
 def test_pictures_are_taken_as_they_are_needed(monkeypatch):

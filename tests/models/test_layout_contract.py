@@ -10,7 +10,7 @@ from tests.models.spotlight import embeddings, painted, plain
 from tests.tiny import TINY, tiny_vlm
 from vlmfix.errors import LayoutError
 from vlmfix.models.checkpoint import Checkpoint
-from vlmfix.models.layout import Batch
+from vlmfix.models.layout import Batch, ImageLayout
 
 SIZES = [(90, 60), (40, 200), (200, 40), (24, 18), (500, 300), (64, 64)]
 """(width, height): ordinary, tall, wide, small, large, square."""
@@ -176,6 +176,12 @@ def test_attention_modules_are_the_decoder_s(vlm: Checkpoint) -> None:
     assert all(module.config is vlm.family.decoder(vlm.model).config for module in modules)
     assert all(module.k_proj.out_features == 16 for module in modules)
     assert all(module.q_proj.out_features == 64 for module in modules)
+
+
+def test_text_stands_behind_a_picture_of_one_token():
+    kinds = torch.tensor([[0, 1, 0, 1, 1], [1, 1, 1, 1, 1]])  # picture 0, text 1
+    layout = ImageLayout(kinds == 0, kinds == 1, kinds - 1, torch.full((2, 5, 4), float("nan")))
+    assert layout.text_after_image().tolist() == [[False, True, False, True, True], [False] * 5]
 
 
 def _on_pixels(box: list[float], width: int, height: int) -> tuple[float, float, float, float]:

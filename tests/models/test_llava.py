@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from transformers import (
     CLIPImageProcessor,
     CLIPImageProcessorPil,
@@ -20,6 +21,7 @@ from tests.tiny import tiny_vlm
 from vlmfix.errors import LayoutError, UnsupportedModelError
 from vlmfix.models.checkpoint import Checkpoint
 from vlmfix.models.layout import Batch
+from vlmfix.models.llava import _resized
 
 SHORT = {"size": {"shortest_edge": 40}, "crop_size": {"height": 40, "width": 40}}
 IMAGE_PROCESSORS = {
@@ -78,6 +80,32 @@ def test_the_middle_of_a_wide_picture_is_shown() -> None:
     assert boxes[:, 1].min() == 0
     assert boxes[:, 3].max() == 1
     assert torch.allclose(boxes[1], torch.tensor([0.35, 0.0, 0.45, 0.2]))
+
+
+@pytest.mark.parametrize("processor", ["crop", "crop by PIL"])
+@pytest.mark.parametrize("size", [(63, 40), (40, 63), (65, 40), (66, 40)])
+def test_the_crop_begins_at_the_very_pixel(processor: str, size: tuple[int, int]) -> None:
+    """Nothing is resized, and every pixel's red and green say where it stood."""
+    vlm = with_processor(image_processor=IMAGE_PROCESSORS[processor])
+    picture = Image.new("RGB", size)
+    picture.putdata([(3 * x, 3 * y, 0) for y in range(size[1]) for x in range(size[0])])
+    batch = vlm.encode(["?"], [[picture]])
+    settings = vlm.processor.image_processor
+    mean, std = (torch.tensor(values)[:, None, None] for values in (settings.image_mean, settings.image_std))
+    shown = ((batch["pixel_values"][0] * std + mean) * 255 / 3).round()
+    layout = vlm.layout(batch)
+    boxes = layout.boxes[layout.image == 0]
+    assert (boxes[:, 0].min() * size[0]).round() == shown[0].min()
+    assert (boxes[:, 1].min() * size[1]).round() == shown[1].min()
+    assert (boxes[:, 2].max() * size[0]).round() == shown[0].max() + 1
+    assert (boxes[:, 3].max() * size[1]).round() == shown[1].max() + 1
+
+
+@pytest.mark.parametrize("size", [(50, 30), (30, 50), (31, 90), (47, 46)])
+def test_the_longer_edge_is_rounded_down(size: tuple[int, int]) -> None:
+    processor = CLIPImageProcessor(size={"shortest_edge": 40}, do_center_crop=False)
+    pixels = processor(plain(*size), return_tensors="pt")["pixel_values"]
+    assert _resized(size[::-1], {"shortest_edge": 40}) == tuple(pixels.shape[-2:])
 
 
 def test_padding_has_no_place_but_stays_a_token() -> None:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import random
 
+import pytest
 import torch
 from transformers import LlavaNextImageProcessor, LlavaNextProcessor
 
 from tests.models.spotlight import plain
 from tests.tiny import tiny_vlm
-from vlmfix.models.anyres import anyres
+from vlmfix.models.anyres import _fitted, anyres
 
 PINPOINTS = [[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]]
 
@@ -50,3 +51,11 @@ def test_counts_are_the_processor_s_at_the_released_sizes() -> None:
         assert 576 + len(boxes) == processor._get_number_of_features(*size, 336, 336)
         placed = boxes[boxes.isfinite().all(dim=1)]
         assert (placed[:, :2] < placed[:, 2:]).all()
+
+
+@pytest.mark.parametrize(
+    ("size", "fitted"), [((30, 50), (29, 48)), ((50, 30), (48, 29)), ((24, 24), (48, 48)), ((99, 100), (48, 48))]
+)
+def test_the_shorter_edge_is_rounded_up(size: tuple[int, int], fitted: tuple[int, int]) -> None:
+    """The image processor makes 29 of 28.8 pixels."""
+    assert _fitted(size, (48, 48)) == fitted

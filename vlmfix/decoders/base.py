@@ -15,7 +15,7 @@ from typing import Any, ClassVar, Protocol
 
 from PIL import Image
 from torch import Tensor
-from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel
+from transformers import PreTrainedModel
 
 from vlmfix.attention.edit import AttentionEdit
 from vlmfix.attention.session import edited
@@ -60,7 +60,6 @@ class DecodingPlan:
     Attributes:
         edits: Attention edits, in order.
         contrasts: Branches and how their logits are fused, in order.
-        processors: Processors that only rewrite scores.
         loop: A decoding loop of its own, at most one in a chain.
         beams: Whether beam search is meaningful.
         compiles: Whether decoding steps can be compiled; False for plans with per-step Python effects.
@@ -68,7 +67,6 @@ class DecodingPlan:
 
     edits: tuple[AttentionEdit, ...] = ()
     contrasts: tuple[Contrast, ...] = ()
-    processors: tuple[LogitsProcessor, ...] = ()
     loop: DecodingLoop | None = None
     beams: bool = True
     compiles: bool = True
@@ -84,7 +82,6 @@ class DecodingPlan:
         return DecodingPlan(
             edits=self.edits + other.edits,
             contrasts=self.contrasts + other.contrasts,
-            processors=self.processors + other.processors,
             loop=self.loop or other.loop,
             beams=self.beams and other.beams,
             compiles=self.compiles and other.compiles,
@@ -238,8 +235,6 @@ class Decoder(ABC):
 
 def _arguments(plan: DecodingPlan) -> dict[str, Any]:
     arguments: dict[str, Any] = {}
-    if plan.processors:
-        arguments["logits_processor"] = LogitsProcessorList(plan.processors)
     if plan.loop is not None:
         arguments["custom_generate"] = plan.loop
     if not plan.compiles:
