@@ -170,7 +170,7 @@ def main() -> None:
             for mode, options in (("compiled", {"cache_implementation": "static"}), ("eager", {})):
                 if time.monotonic() > deadline:
                     break
-                torch._dynamo.reset()
+                torch.compiler.reset()
                 vlm.model.__dict__.pop("_compiled_call", None)
                 label = "+".join(part.split(":")[0] for part in spec.split("+"))
                 speed[f"{label}, {rows} rows, {mode}"] = per_token(vlm, spec, rows, **options)

@@ -29,10 +29,10 @@ def compiled(vlm, batch, spec, **options):
 
 @pytest.fixture(autouse=True)
 def _fresh_graphs():
-    torch._dynamo.reset()
+    torch.compiler.reset()
     GRAPHS.clear()
     yield
-    torch._dynamo.reset()
+    torch.compiler.reset()
 
 
 def forget_compiled(vlm):
