@@ -15,6 +15,8 @@ from vlmfix.commands import options
 from vlmfix.decoders import DECODERS
 from vlmfix.errors import DataError
 from vlmfix.records import read_json, read_lines
+from vlmfix.upstream import names
+from vlmfix.upstream.contracts import CONTRACTS
 
 
 @pytest.fixture(autouse=True)
@@ -267,13 +269,32 @@ def test_doctor_says_what_works(model, vlmfix, monkeypatch):
     code, printed, _ = vlmfix("doctor", model)
     assert code == 0
     lines = printed.splitlines()
-    assert any(line.split() == ["vcd", "works"] for line in lines)
-    assert any("var" in line and "does not work: it has no visual sinks" in line for line in lines)
+    assert any(line.split() == ["vcd", "works", "works", "works"] for line in lines)
+    assert any(line.split() == ["var", "no", "no", "no", "it", "has", "no", "visual", "sinks"] for line in lines)
+    assert f"{len(CONTRACTS)} of {len(CONTRACTS)} things that vlmfix builds on are as it needs them" in lines[-1]
     diagnosis = json.loads(vlmfix("doctor", model, "--json")[1])
     assert diagnosis["decoders"]["var"] == "it has no visual sinks"
     assert diagnosis["decoders"]["greedy"] is None
+    assert diagnosis["ways"]["sgrs"]["plain"] is None
+    assert "does not work with beam search" in diagnosis["ways"]["sgrs"]["beams"]
+    assert "dynamic cache" in diagnosis["ways"]["sgrs"]["static cache"]
+    assert [finding["reason"] for finding in diagnosis["contracts"]] == [None] * len(CONTRACTS)
     assert diagnosis["model"]["layers"] == 3
     assert diagnosis["machine"]["memory"] > 0
+
+
+@pytest.mark.parametrize(
+    ("value", "works", "does_not"),
+    [("features", "locore", "vcd"), ("cache", "greedy", "sgrs")],
+)
+def test_doctor_says_what_a_renamed_argument_breaks(value, works, does_not, model, vlmfix, monkeypatch):
+    monkeypatch.setitem(names.KNOWN, value, ("under_another_name",))
+    code, printed, _ = vlmfix("doctor", model, "--json")
+    diagnosis = json.loads(printed)
+    assert code == 0
+    assert diagnosis["decoders"][works] is None
+    assert diagnosis["decoders"][does_not] is not None
+    assert any(does_not in finding["protects"] for finding in diagnosis["contracts"] if finding["reason"])
 
 
 def test_world_is_drawn(tmp_path, vlmfix):

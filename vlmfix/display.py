@@ -235,7 +235,7 @@ def _ways(ways: dict[str, dict[str, str | None]]) -> Table:
     """Decoders by the ways of running them; one that does not work at all says why in their place."""
     table = Table(box=None, pad_edge=False)
     for title in ("decoder", *next(iter(ways.values())), "why not"):
-        table.add_column(title)
+        table.add_column(title, overflow="fold")
     for name, found in ways.items():
         reasons = list(dict.fromkeys(reason for reason in found.values() if reason))
         table.add_row(name, *("works" if reason is None else "no" for reason in found.values()), "; ".join(reasons))

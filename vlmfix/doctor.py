@@ -81,34 +81,33 @@ def tried(vlm: VLM, decoder: Decoder) -> dict[str, str | None]:
         ``plain``, ``beams`` and ``static cache``, each with None, or with the reason why it does not work.
     """
     own = decoder.strategy.num_beams if decoder.strategy else 1
-    ways: dict[str, Callable[[], None]] = {
+    ways: dict[str, Callable[[], str | None]] = {
         "plain": lambda: _generate(vlm, decoder, 1),
         "beams": lambda: _generate(vlm, decoder, max(own, 2)),
         "static cache": lambda: _with_static_cache(vlm, decoder),
     }
-    reason = decoder.check(vlm)
+    reason = _reason(lambda: decoder.check(vlm))
     return {way: reason or _reason(run) for way, run in ways.items()}
 
 
-def _reason(run: Callable[[], None]) -> str | None:
+def _reason(run: Callable[[], str | None]) -> str | None:
+    """What a function says against a decoder, or what it fails with, in one line; None when it has nothing to say."""
     try:
-        run()
+        return run()
     except VlmfixError as error:
         return error.message
     except Exception as error:  # an error of another package is the finding
         lines = str(error).strip().splitlines()
         return f"{type(error).__name__}: {lines[0] if lines else 'no message'}"
-    return None
 
 
-def _generate(vlm: VLM, decoder: Decoder, beams: int) -> None:
+def _generate(vlm: VLM, decoder: Decoder, beams: int) -> str | None:
     (answer,) = vlm.generate([_picture()], QUESTION, decoder=decoder, max_new_tokens=TOKENS, num_beams=beams)
-    if answer.finish == "nan":
-        raise VlmfixError("its scores are not numbers")
+    return "its scores are not numbers" if answer.finish == "nan" else None
 
 
 @torch.no_grad()
-def _with_static_cache(vlm: VLM, decoder: Decoder) -> None:
+def _with_static_cache(vlm: VLM, decoder: Decoder) -> str | None:
     """Runs decoding steps as they are, not compiled, which would take a minute for each decoder."""
     batch, decoding, model = vlm.encode([QUESTION], [[_picture()]]), decoder.decoding, vlm.model
     generate: Any = model.generate
@@ -116,6 +115,7 @@ def _with_static_cache(vlm: VLM, decoder: Decoder) -> None:
     with decoding.applied(vlm, batch) as arguments:
         options = {"num_beams": own, "do_sample": False, **arguments, "disable_compile": True}
         generate(**batch, **options, max_new_tokens=TOKENS, cache_implementation="static")
+    return None
 
 
 def _picture() -> Image.Image:
