@@ -9,18 +9,18 @@ from vlmfix.errors import UnsupportedModelError
 from vlmfix.models.family import Family
 
 HOMES = {
-    "llava": ("llava", "Llava"),
-    "llava_next": ("llava_next", "LlavaNext"),
-    "llava_onevision": ("llava_onevision", "LlavaOneVision"),
-    "qwen2_vl": ("qwen_vl", "QwenVL"),
-    "qwen2_5_vl": ("qwen_vl", "QwenVL"),
-    "qwen3_vl": ("qwen_vl", "QwenVL"),
-    "internvl": ("internvl", "InternVL"),
-    "smolvlm": ("smolvlm", "SmolVLM"),
-    "idefics3": ("smolvlm", "SmolVLM"),
-    "gemma3": ("gemma", "Gemma"),
+    "llava": ("vlmfix.models.llava", "Llava"),
+    "llava_next": ("vlmfix.models.llava_next", "LlavaNext"),
+    "llava_onevision": ("vlmfix.models.llava_onevision", "LlavaOneVision"),
+    "qwen2_vl": ("vlmfix.models.qwen_vl", "QwenVL"),
+    "qwen2_5_vl": ("vlmfix.models.qwen_vl", "QwenVL"),
+    "qwen3_vl": ("vlmfix.models.qwen_vl", "QwenVL"),
+    "internvl": ("vlmfix.models.internvl", "InternVL"),
+    "smolvlm": ("vlmfix.models.smolvlm", "SmolVLM"),
+    "idefics3": ("vlmfix.models.smolvlm", "SmolVLM"),
+    "gemma3": ("vlmfix.models.gemma", "Gemma"),
 }
-"""For each ``config.model_type``, the module of this room and the class that serve it."""
+"""For each ``config.model_type``, the module and the class that serve it."""
 
 
 def family_of(model_type: str) -> Family:
@@ -44,5 +44,5 @@ def families() -> Iterator[Family]:
 
 
 def _made(module: str, name: str) -> Family:
-    family: Family = getattr(import_module(f"vlmfix.models.{module}"), name)()
+    family: Family = getattr(import_module(module), name)()
     return family
