@@ -131,6 +131,15 @@ PAIR = ("llava", "qwen2_5_vl")
 """The families that every method meets: pictures of one size and of their own, plain and multimodal positions."""
 
 
+UNLIKE = (*PAIR, "gemma3")
+"""Families that differ in what a pass is told: positions, and masks by kind of layer."""
+
+
+def unlike(families: Sequence[str] = TINY) -> list:
+    """Families for ``parametrize`` of a property that their layouts do not touch; others are marked ``product``."""
+    return [pytest.param(name, marks=() if name in UNLIKE else pytest.mark.product) for name in families]
+
+
 def crossed(table: Mapping[str, str | Decoder], *, families: Sequence[str] = TINY, pair: Sequence[str] = PAIR) -> list:
     """Pairs (family, name) of a table's methods, for ``parametrize``.
 

@@ -9,8 +9,7 @@ import pytest
 import torch
 from transformers import CompileConfig
 
-from tests.contracts.support import PICTURES, PROMPTS, STRONG, batch_of, close, logits, plain, vlm_of
-from tests.tiny import TINY
+from tests.contracts.support import PICTURES, PROMPTS, STRONG, batch_of, close, logits, plain, unlike, vlm_of
 
 GRAPHS: list[int] = []
 
@@ -56,10 +55,8 @@ def test_every_method_is_one_graph_and_gives_the_eager_logits(name):
     close(second, first, 0)
 
 
-@pytest.mark.parametrize(
-    ("family", "name"),
-    [(family, "chain") for family in TINY] + [(family, "locore") for family in ("llava", "gemma3", "qwen2_5_vl")],
-)
+@pytest.mark.parametrize("family", unlike())
+@pytest.mark.parametrize("name", ["chain", "locore"])
 def test_a_session_costs_one_graph_and_leaving_and_entering_it_none(family, name):
     vlm = vlm_of(family)
     batch = batch_of(vlm)

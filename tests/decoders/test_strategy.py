@@ -6,8 +6,7 @@ import pytest
 import torch
 from PIL import ImageOps
 
-from tests.contracts.support import PICTURES, PROMPTS, batch_of, vlm_of
-from tests.tiny import TINY
+from tests.contracts.support import PICTURES, PROMPTS, batch_of, unlike, vlm_of
 from vlmfix.decoders import Beam, Chain, Sample, Strategy, parse
 from vlmfix.decoders.base import Refiner
 from vlmfix.decoders.refined import Refined
@@ -23,7 +22,7 @@ def tokens(vlm, decoder, **options):
     return [answer.ids for answer in vlm.generate(ROWS, PROMPTS, decoder=decoder, max_new_tokens=5, **options)]
 
 
-@pytest.mark.parametrize("family", TINY)
+@pytest.mark.parametrize("family", unlike())
 @pytest.mark.parametrize("other", ["", "vcd", "locore:strength=4"])
 def test_a_strategy_gives_what_the_options_give(family, other):
     vlm = vlm_of(family)

@@ -9,7 +9,7 @@ from random import Random
 import pytest
 import torch
 
-from tests.contracts.support import vlm_of
+from tests.contracts.support import unlike, vlm_of
 from tests.heads.asked import PICTURES, QUESTION, SHOWN, alone
 from tests.tiny import TINY
 from vlmfix.heads.ablation import Ablation
@@ -224,7 +224,7 @@ def losses(vlm, batch, tokens, place, whole):
     return found
 
 
-@pytest.mark.parametrize("family", TINY)
+@pytest.mark.parametrize("family", unlike())
 def test_ablation_on_captions_by_whole_passes(family):
     vlm = vlm_of(family)
     kinds: dict[bool, list] = {True: [], False: []}
@@ -311,7 +311,7 @@ def patched(vlm, batch, *, mlps):
     return found, tokens
 
 
-@pytest.mark.parametrize("family", TINY)
+@pytest.mark.parametrize("family", unlike())
 def test_patching_by_whole_passes(family):
     vlm = vlm_of(family)
     exact, direct, agreed = [], [], 0
