@@ -78,10 +78,11 @@ def _upstream_fault() -> str | None:
     """What is wrong with the installed transformers or torch, when an error may come from there."""
     try:
         from vlmfix.upstream.contracts import fault
+    except ImportError:  # a module or a name that the room needs at once has moved
+        from vlmfix.upstream.versions import remedy
 
-        return fault()
-    except ImportError as error:
-        return f"the installation is broken: {error}"
+        return remedy()
+    return fault()
 
 
 def _explain(error: Exception, message: str, hint: str, *, debug: bool) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import subprocess
+import sys
 import time
 
 import pytest
@@ -125,6 +127,19 @@ def test_an_error_of_another_package_is_explained_by_what_it_breaks(value, vlmfi
     assert told.startswith("vlmfix: AttributeError: no such name\nhint: transformers ")
     assert "pip install" in told
     assert told.count("\n") == 2
+
+
+def test_a_name_that_has_moved_is_told_with_what_to_install():
+    code = (
+        "import sys, transformers.cache_utils as c; del c.DynamicLayer; import vlmfix.cli as v;"
+        "sys.exit(v._run(['ask', 'none.png', 'what?']))"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert run.returncode == 1
+    first, second = run.stderr.splitlines()[-2:]
+    assert first.startswith("vlmfix: ImportError: cannot import name 'DynamicLayer'")
+    assert second.startswith("hint: ")
+    assert "pip install" in second
 
 
 def test_a_model_whose_padding_cannot_be_hidden_is_not_loaded(monkeypatch):
