@@ -21,6 +21,8 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
     ProcessorMixin,
+    StoppingCriteria,
+    StoppingCriteriaList,
     TemperatureLogitsWarper,
     TextIteratorStreamer,
     TopPLogitsWarper,
@@ -33,6 +35,7 @@ from vlmfix.errors import DataError, IncompatibleDecodersError, UsageError
 from vlmfix.models.checkpoint import Checkpoint
 from vlmfix.models.families import family_of
 from vlmfix.models.layout import Batch
+from vlmfix.models.turns import turn_of
 from vlmfix.settings import Settings
 from vlmfix.upstream.contracts import check_model
 
@@ -87,7 +90,8 @@ class VLM(Checkpoint):
     ) -> list[Answer]:
         """Answers questions about pictures, as one batch.
 
-        An answer does not depend on its neighbours: thresholds, noise and sampling are per row.
+        An answer does not depend on its neighbours: thresholds, noise and sampling are per row. Threads that use one
+        model are answered one after the other.
 
         Args:
             pictures: B pictures, or B lists of pictures.
@@ -117,12 +121,13 @@ class VLM(Checkpoint):
             seed=seed,
             static_cache=static_cache,
         )
-        started = time.perf_counter()
-        request, refined = self._refined(request)
-        with self._prepared(request) as (batch, arguments):
-            watch = NumberWatch(batch.length)
-            arguments["logits_processor"] = LogitsProcessorList([watch, *arguments.get("logits_processor", ())])
-            sequences = self._generated(batch, arguments)
+        with turn_of(self.model).taken():
+            started = time.perf_counter()
+            request, refined = self._refined(request)
+            with self._prepared(request) as (batch, arguments):
+                watch = NumberWatch(batch.length)
+                arguments["logits_processor"] = LogitsProcessorList([watch, *arguments.get("logits_processor", ())])
+                sequences = self._generated(batch, arguments)
         fresh = sequences[:, batch.length :].tolist()
         seconds = (time.perf_counter() - started) / len(rows)
         answers = zip(fresh, watch.steps(len(rows)), refined, strict=True)
@@ -162,7 +167,12 @@ class VLM(Checkpoint):
     ) -> Iterator[str]:
         """Answers one question and yields the text as it comes; parameters as in ``generate``.
 
-        A decoder that searches with beams knows its answer at the end, and the text then comes in one piece.
+        A decoder that searches with beams knows its answer at the end, and the text then comes in one piece. The model
+        is this stream's until the answer is complete, or the generator is closed, which ends generation: other calls
+        wait.
+
+        Raises:
+            IncompatibleDecodersError: The calling thread has the model already, in a block of ``applied``.
         """
         rows, asked = _questions([picture], prompt)
         method = parse(decoder) if isinstance(decoder, str) else decoder
@@ -179,16 +189,23 @@ class VLM(Checkpoint):
             if answer.text:
                 yield answer.text
             return
+        turn = turn_of(self.model)
+        if turn.mine:
+            given = "a stream inside a block that has put a decoder to work on the same model"
+            raise IncompatibleDecodersError(given, "leave the block first, or name the decoder in stream(...)")
+        left = threading.Event()
         streamer = TextIteratorStreamer(_tokenizer(self.processor), skip_prompt=True, skip_special_tokens=True)
         failure: list[BaseException] = []
 
         def work() -> None:
             try:
-                refined, _ = self._refined(request)
-                with self._prepared(refined) as (batch, arguments):
-                    # transformers hands its own streamer to no loop, so a loop takes it under another name
-                    name = "token_streamer" if "custom_generate" in arguments else "streamer"
-                    self._generated(batch, {**arguments, name: streamer})
+                with turn.taken():
+                    refined, _ = self._refined(request)
+                    with self._prepared(refined) as (batch, arguments):
+                        arguments["stopping_criteria"] = StoppingCriteriaList([_Left(left)])
+                        # transformers hands its own streamer to no loop, so a loop takes it under another name
+                        name = "token_streamer" if "custom_generate" in arguments else "streamer"
+                        self._generated(batch, {**arguments, name: streamer})
             except BaseException as error:  # handed to the caller's thread
                 failure.append(error)
                 streamer.end()
@@ -196,12 +213,15 @@ class VLM(Checkpoint):
         thread = threading.Thread(target=work, daemon=True)
         thread.start()
         started = False
-        for piece in streamer:
-            piece = piece if started else piece.lstrip()  # tokenizers begin a word with its space
-            started = started or bool(piece)
-            if piece:
-                yield piece
-        thread.join()
+        try:
+            for piece in streamer:
+                piece = piece if started else piece.lstrip()  # tokenizers begin a word with its space
+                started = started or bool(piece)
+                if piece:
+                    yield piece
+        finally:  # also where the reader leaves early: the model is then as it was before anybody else gets it
+            left.set()
+            thread.join()
         if failure:
             raise failure[0]
 
@@ -332,6 +352,17 @@ class RowSampler(LogitsProcessor):
         draws = torch.stack([torch.rand(scores.shape[1], generator=g, device=scores.device) for g in self.generators])
         tiny = torch.finfo(torch.float32).tiny
         return scores - (-(draws.clamp(min=tiny).log())).clamp(min=tiny).log()
+
+
+class _Left(StoppingCriteria):
+    """Ends generation when nobody reads any more."""
+
+    def __init__(self, left: threading.Event) -> None:
+        self._left = left
+
+    def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: Any) -> Tensor:
+        """(B,) bool, all True once the reader has left."""
+        return torch.full(input_ids.shape[:1], self._left.is_set(), dtype=torch.bool, device=input_ids.device)
 
 
 class NumberWatch(LogitsProcessor):

@@ -16,6 +16,7 @@ from vlmfix.attention.rows import Step
 from vlmfix.errors import UnsupportedAttentionError
 from vlmfix.models.checkpoint import Checkpoint
 from vlmfix.models.layout import ImageLayout
+from vlmfix.models.turns import turn_of
 from vlmfix.upstream import names
 from vlmfix.upstream.attention import check_mathematics, register, switched
 
@@ -26,7 +27,7 @@ def edited(
 ) -> Iterator[None]:
     """Applies edits to the text decoder inside the block.
 
-    Sessions nest: the inner block's edits come after the outer's.
+    Sessions nest: the inner block's edits come after the outer's. Other threads that use the model wait.
 
     Args:
         vlm: The model. Its implementation of attention is restored on leaving, also after an exception.
@@ -40,6 +41,13 @@ def edited(
     if not edits:
         yield
         return
+    with turn_of(vlm.model).taken():
+        yield from _edited(vlm, layout, edits, live)
+
+
+def _edited(
+    vlm: Checkpoint, layout: ImageLayout, edits: Sequence[AttentionEdit], live: Tensor | None
+) -> Iterator[None]:
     modules, layers = vlm.family.attention_modules(vlm.model), vlm.family.layers(vlm.model)
     plans = _plans(edits, layout, len(modules), live)
     for layer in plans:
@@ -71,14 +79,15 @@ def edited(
 def bare(vlm: Checkpoint) -> Iterator[None]:
     """Lifts every edit inside the block, so that a probe sees the model as it is."""
     owners = [*vlm.family.attention_modules(vlm.model), *vlm.family.layers(vlm.model)]
-    former = [(owner, getattr(owner, PLAN)) for owner in owners if getattr(owner, PLAN, None) is not None]
-    for owner, _ in former:
-        delattr(owner, PLAN)
-    try:
-        yield
-    finally:
-        for owner, plan in former:
-            setattr(owner, PLAN, plan)
+    with turn_of(vlm.model).taken():
+        former = [(owner, getattr(owner, PLAN)) for owner in owners if getattr(owner, PLAN, None) is not None]
+        for owner, _ in former:
+            delattr(owner, PLAN)
+        try:
+            yield
+        finally:
+            for owner, plan in former:
+                setattr(owner, PLAN, plan)
 
 
 def first_edited(vlm: Checkpoint) -> int | None:

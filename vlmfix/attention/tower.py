@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from vlmfix.errors import UnsupportedAttentionError
 from vlmfix.models.checkpoint import Checkpoint
+from vlmfix.models.turns import turn_of
 from vlmfix.upstream.attention import register, sdpa, switched
 
 NAME = "vlmfix_tower"
@@ -142,7 +143,7 @@ def tower_read(vlm: Checkpoint, readings: Sequence[TowerReading]) -> Iterator[No
         raise UnsupportedAttentionError(f"the vision tower has {count} layers, and no layer {absent[0]}")
     read = {reading.layer % count: modules[reading.layer] for reading in readings}
     former = {number: getattr(module, READINGS, ()) for number, module in read.items()}
-    with switched([vlm.family.tower(vlm.model), *modules], NAME):
+    with turn_of(vlm.model).taken(), switched([vlm.family.tower(vlm.model), *modules], NAME):
         try:
             for reading in readings:
                 module = modules[reading.layer]

@@ -28,6 +28,7 @@ from vlmfix.decoders.strategy import Strategy
 from vlmfix.errors import IncompatibleDecodersError, UsageError
 from vlmfix.models.checkpoint import Checkpoint
 from vlmfix.models.layout import Batch, ImageLayout
+from vlmfix.models.turns import turn_of
 
 logger = logging.getLogger(__name__)
 
@@ -198,7 +199,7 @@ class Decoder(ABC):
 
     @contextmanager
     def applied(self, vlm: Checkpoint, batch: Mapping[str, Tensor], *, num_beams: int = 1) -> Iterator[dict[str, Any]]:
-        """Puts the method to work on a model inside the block.
+        """Puts the method to work on a model inside the block; other threads that use the model wait.
 
         Args:
             vlm: The model, with its processor and family; ``vlmfix.wrap(model, processor)`` makes one of your own.
@@ -215,13 +216,14 @@ class Decoder(ABC):
         """
         num_beams = Strategy(num_beams=num_beams).combined(self.strategy).num_beams
         batch = Batch.of(batch)
-        layout = vlm.layout(batch)
-        plan = self.plan(vlm, batch, layout)
-        if num_beams > 1 and not plan.beams:
-            raise IncompatibleDecodersError(f"{self.spec()} does not work with beam search", "use num_beams=1")
-        layout = layout.expand(num_beams) if num_beams > 1 else layout
-        branches = [branch for contrast in plan.contrasts for branch in contrast.branches]
         with ExitStack() as block:
+            block.enter_context(turn_of(vlm.model).taken())
+            layout = vlm.layout(batch)
+            plan = self.plan(vlm, batch, layout)
+            if num_beams > 1 and not plan.beams:
+                raise IncompatibleDecodersError(f"{self.spec()} does not work with beam search", "use num_beams=1")
+            layout = layout.expand(num_beams) if num_beams > 1 else layout
+            branches = [branch for contrast in plan.contrasts for branch in contrast.branches]
             live = None
             if plan.contrasts:
                 stack = block.enter_context(stacked(vlm, batch, plan.contrasts, beams=num_beams))

@@ -17,6 +17,7 @@ from vlmfix.attention.saliency import mean_over, saliency_steps
 from vlmfix.errors import DataError
 from vlmfix.models.checkpoint import Checkpoint
 from vlmfix.models.layout import ImageLayout
+from vlmfix.models.turns import turn_of
 from vlmfix.upstream.steps import handed
 
 
@@ -96,7 +97,9 @@ def grounding(
     replay = Replay(vlm=vlm, layout=layout, layers=chosen, answers=ids)
     model: Any = vlm.model
     plain = {"do_sample": False, "num_beams": 1, "temperature": None, "top_p": None, "top_k": None}
-    model.generate(**batch, custom_generate=replay, max_new_tokens=max(map(len, ids)), disable_compile=True, **plain)
+    options = {"max_new_tokens": max(map(len, ids)), "disable_compile": True, **plain}
+    with turn_of(model).taken():
+        model.generate(**batch, **options, custom_generate=replay)
     return [_grounding(vlm, layout, ids[row], row, torch.stack(replay.rows[row])) for row in range(len(ids))]
 
 

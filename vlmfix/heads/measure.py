@@ -20,6 +20,7 @@ from vlmfix.heads.profile import HeadProfile, ProfileCard, fingerprint
 from vlmfix.heads.profiler import Profiler, State, Work, run_pass
 from vlmfix.heads.profilers import profilers_of
 from vlmfix.models.checkpoint import Checkpoint
+from vlmfix.models.turns import turn_of
 
 QUESTION = "Please describe this image in detail."
 PACKAGES = ("torch", "transformers", "numpy", "scipy")
@@ -95,9 +96,10 @@ class _Run:
         vlm = self._vlm
         batch = vlm.encode([self._question] * len(pictures), [[picture] for picture in pictures])
         work = Work(vlm, batch, vlm.layout(batch), first=self.shown, seed=self._seed)
-        ran = run_pass(work, self._states)
-        for number, state in enumerate(self._states):
-            self._halves[number] = self._halves[number].added(state.scores(work, ran))
+        with turn_of(vlm.model).taken():
+            ran = run_pass(work, self._states)
+            for number, state in enumerate(self._states):
+                self._halves[number] = self._halves[number].added(state.scores(work, ran))
         for picture in pictures:
             self._digest.update(f"{picture.mode} {picture.size}".encode() + picture.tobytes())
         before, self.shown = self.shown, self.shown + len(pictures)
