@@ -10,13 +10,17 @@ PIP     = $(PYTHON) -m pip --python $(1)/bin/python install -qq --disable-pip-ve
 COMPILE := .venv-lock/bin/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --upgrade \
 	--no-header --no-annotate --no-emit-index-url --no-emit-find-links --constraint requirements/held.txt
 
-.PHONY: demo test lint format effects lock test-floor test-newest clean
+.PHONY: demo test test-tools lint format effects lock test-floor test-newest clean
 
 demo: $(VENV)/installed
 	@$(BIN)/vlmfix demo
 
 test: $(VENV)/installed
 	$(OFFLINE) $(BIN)/python -m pytest -n $(JOBS) $(ARGS)
+
+# The trainer and the study beside the package.
+test-tools: $(VENV)/installed
+	$(OFFLINE) $(BIN)/python -m pytest -n $(JOBS) -m tools tests/tools
 
 lint: $(VENV)/installed
 	$(BIN)/ruff format --check .

@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import CompileConfig
 
-from tests.contracts.support import PICTURES, PROMPTS, STRONG, batch_of, close, logits, plain, unlike, vlm_of
+from tests.contracts.support import PICTURES, PROMPTS, STRONG, batch_of, close, crossed, logits, plain, unlike, vlm_of
 
 GRAPHS: list[int] = []
 
@@ -39,9 +39,9 @@ def forget_compiled(vlm):
         vlm.model.__dict__.pop(name, None)
 
 
-@pytest.mark.parametrize("name", STRONG)
-def test_every_method_is_one_graph_and_gives_the_eager_logits(name):
-    vlm = vlm_of("llava")
+@pytest.mark.parametrize(("family", "name"), crossed(STRONG, families=["llava"], pair=()))
+def test_every_kind_of_method_is_one_graph_and_gives_the_eager_logits(family, name):
+    vlm = vlm_of(family)
     batch = batch_of(vlm)
     forget_compiled(vlm)
     try:
