@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, Self
 
 from torch import Tensor
 
@@ -136,6 +136,15 @@ class AttentionEdit:
     rows: ClassVar[Rows] = "text"
     blockwise: ClassVar[bool] = False
     needs_hidden: ClassVar[bool] = False
+
+    def of_rows(self, rows: Tensor, samples: Tensor) -> Self:
+        """The edit of a call in which some samples have ended; one that remembers nothing of rows stays as it is.
+
+        Args:
+            rows: (R,) int64, the rows of the present pass that go on, contrast rows included.
+            samples: (S,) int64, the samples among the present ones that go on.
+        """
+        return self
 
 
 class BiasEdit(AttentionEdit, ABC):

@@ -6,7 +6,7 @@ not with their square. Edits that are not ``blockwise`` have all of their rows i
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -42,6 +42,22 @@ class Step:
 
     def __post_init__(self) -> None:
         self.live_rows = self.live.nonzero().squeeze(1)
+
+    def of_rows(self, edit: AttentionEdit, pick: Callable[[Tensor], Tensor]) -> Step:
+        """The step of a call that goes on with some of its rows.
+
+        Args:
+            edit: The edit of these rows.
+            pick: Takes them out of a tensor with one entry per row.
+        """
+        return replace(
+            self,
+            edit=edit,
+            prompt_rows=pick(self.prompt_rows),
+            live=pick(self.live),
+            image_keys=pick(self.image_keys),
+            text_keys=pick(self.text_keys),
+        )
 
 
 @dataclass(frozen=True, eq=False)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -24,7 +25,7 @@ from vlmfix.upstream.attention import check_mathematics, register, switched
 @contextmanager
 def edited(
     vlm: Checkpoint, layout: ImageLayout, edits: Sequence[AttentionEdit], *, live: Tensor | None = None
-) -> Iterator[None]:
+) -> Iterator[AtWork]:
     """Applies edits to the text decoder inside the block.
 
     Sessions nest: the inner block's edits come after the outer's. Other threads that use the model wait.
@@ -35,19 +36,51 @@ def edited(
         edits: The edits, in order. With none, the model is not touched.
         live: (B,) bool, rows to edit; None edits all. Contrast rows are False.
 
+    Yields:
+        What is at work, for a caller that goes on with some of the rows.
+
     Raises:
         UnsupportedAttentionError: The model's attention is not plain softmax attention, or an edit fits no layer.
     """
     if not edits:
-        yield
+        yield AtWork({})
         return
     with turn_of(vlm.model).taken():
         yield from _edited(vlm, layout, edits, live)
 
 
+@dataclass(frozen=True, eq=False)
+class AtWork:
+    """The plans that a session has put on the layers.
+
+    Attributes:
+        plans: By layer number, as they stand on the modules.
+    """
+
+    plans: Mapping[int, LayerPlan]
+
+    def keep(self, rows: Tensor, samples: Tensor) -> None:
+        """Goes on with some of the rows; the prompt must have passed.
+
+        Args:
+            rows: (R,) int64, the rows of the present pass that go on, contrast rows included.
+            samples: (S,) int64, the samples among the present ones that go on.
+        """
+        edits = {step.edit: step.edit.of_rows(rows, samples) for plan in self.plans.values() for step in plan.steps}
+        masks: dict[Tensor, Tensor] = {}  # those of keys are shared by all layers, and stay so
+
+        def pick(values: Tensor) -> Tensor:
+            if values not in masks:
+                masks[values] = values[rows]
+            return masks[values]
+
+        for plan in self.plans.values():
+            plan.steps = tuple(step.of_rows(edits[step.edit], pick) for step in plan.steps)
+
+
 def _edited(
     vlm: Checkpoint, layout: ImageLayout, edits: Sequence[AttentionEdit], live: Tensor | None
-) -> Iterator[None]:
+) -> Iterator[AtWork]:
     modules, layers = vlm.family.attention_modules(vlm.model), vlm.family.layers(vlm.model)
     plans = _plans(edits, layout, len(modules), live)
     for layer in plans:
@@ -67,7 +100,7 @@ def _edited(
                 setattr(layers[layer], PLAN, merged)
                 if any(step.edit.needs_hidden for step in plan.steps):
                     hooks.append(layers[layer].register_forward_pre_hook(_remember, with_kwargs=True))
-            yield
+            yield AtWork({layer: getattr(modules[layer], PLAN) for layer in plans})
         finally:
             for hook in hooks:
                 hook.remove()

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import ClassVar
+from dataclasses import dataclass, field, replace
+from typing import ClassVar, Self
 
 import torch
 from torch import Tensor
@@ -281,6 +281,10 @@ class Calibration(WeightEdit):
         sink = self.sinks[site.layer]  # (B, H, T)
         sink = torch.nn.functional.pad(sink, (0, weights.shape[-1] - site.prompt))  # (B, H, K)
         return calibrate(weights, sink, kept=self.kept)
+
+    def of_rows(self, rows: Tensor, samples: Tensor) -> Self:
+        """With the sinks of the rows that go on."""
+        return replace(self, sinks={layer: sinks[rows] for layer, sinks in self.sinks.items()})
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)

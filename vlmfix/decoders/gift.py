@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import ClassVar, NamedTuple
+from dataclasses import dataclass, field, replace
+from typing import ClassVar, NamedTuple, Self
 
 import torch
 from torch import Tensor
@@ -245,6 +245,10 @@ class Enhancement(WeightEdit):
             image_heads=self.image_heads,
             question_heads=self.question_heads,
         )
+
+    def of_rows(self, rows: Tensor, samples: Tensor) -> Self:
+        """With the map of the rows that go on."""
+        return replace(self, learned={name: values[rows] for name, values in self.learned.items()})
 
     def _learn(self, site: Site) -> None:
         image = site.image_keys[:, : site.prompt]  # (B, T)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import ClassVar, NamedTuple
+from dataclasses import dataclass, replace
+from typing import ClassVar, NamedTuple, Self
 
 import torch
 from torch import Tensor
@@ -284,3 +284,7 @@ class TokenGain(ScoreEdit):
             gain = gain * self.heads[site.layer][None, :, None, None]  # (B, H, 1, T)
         prompt, rest = scores[..., : site.prompt], scores[..., site.prompt :]
         return torch.cat([prompt + gain * prompt.abs(), rest], dim=-1)
+
+    def of_rows(self, rows: Tensor, samples: Tensor) -> Self:
+        """With the gains of the samples that go on."""
+        return replace(self, gains=self.gains[samples])

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import ClassVar
+from dataclasses import dataclass, field, replace
+from typing import ClassVar, Self
 
 import torch
 from torch import Tensor
@@ -189,6 +189,10 @@ class Redistribution(WeightEdit):
         sink = self.sinks[site.layer]  # (B, T)
         sink = torch.nn.functional.pad(sink, (0, weights.shape[-1] - site.prompt))  # (B, K)
         return redistribute(weights, site.image_keys, sink, moved=self.moved, ratio=self.ratio, mass=self.mass)
+
+    def of_rows(self, rows: Tensor, samples: Tensor) -> Self:
+        """With the sinks of the rows that go on."""
+        return replace(self, sinks={layer: sinks[rows] for layer, sinks in self.sinks.items()})
 
 
 def redistribute(weights: Tensor, image: Tensor, sink: Tensor, *, moved: float, ratio: float, mass: float) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor
@@ -232,6 +232,10 @@ class Reinforcement(OutputEdit):
         if site.layer not in self.heads:
             raise UnsupportedAttentionError("a token came before its prompt", "let generate read the prompt itself")
         return torch.where(self.heads[site.layer][:, None, :, None], output * self.gain, output)
+
+    def of_rows(self, rows: Tensor, samples: Tensor) -> Self:
+        """With the heads of the rows that go on."""
+        return replace(self, heads={layer: heads[rows] for layer, heads in self.heads.items()})
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)

@@ -191,3 +191,8 @@ def shared_prompt(cache: Cache, row: int, length: int) -> DynamicCache:
 def _window(layer: Any) -> int | None:  # noqa: ANN401 (cache layers differ)
     window: int | None = getattr(layer, "max_cache_len", getattr(layer, "sliding_window", None))
     return window
+
+
+def fresh(model: PreTrainedModel) -> DynamicCache:
+    """An empty dynamic cache with the layers, windows included, that the model's text decoder has."""
+    return DynamicCache(config=model.config.get_text_config(decoder=True))

@@ -1,0 +1,1 @@
+"""How one call decodes: rows, passes, and the choice of tokens."""

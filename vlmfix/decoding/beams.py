@@ -1,0 +1,132 @@
+"""Beam search: several answers to each prompt grow side by side, and the one with the best mean log-probability wins.
+
+It finds what transformers' search finds with its defaults (``length_penalty=1``, ``early_stopping=False``): the score
+of an answer is the sum of its log-probabilities over the number of its tokens, end token included; and a sample is done
+when no growing answer is better by that measure than the worst of its ``beams`` ended ones. Contrasts act on the scores
+before they become log-probabilities, and a beam's branches and edits move with it. The prompt passes once per sample.
+
+Shape letters (``docs/notation.md``): B samples that go on, V vocabulary; here also C candidates.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from vlmfix.decoding.loop import broken
+from vlmfix.decoding.running import Running
+
+
+@dataclass(eq=False)
+class Search:
+    """What the search knows of one sample.
+
+    Attributes:
+        number: Of the sample in the batch.
+        beams: Ended answers that it keeps.
+        growing: The answers so far, one for each beam.
+        ended: The best ended answers with their scores, at most ``beams``.
+        broken: Steps, from 0, at which scores were not numbers.
+    """
+
+    number: int
+    beams: int
+    growing: list[tuple[int, ...]] = field(default_factory=lambda: [()])
+    ended: list[tuple[float, tuple[int, ...]]] = field(default_factory=list)
+    broken: list[int] = field(default_factory=list)
+
+    def end(self, score: float, tokens: tuple[int, ...]) -> None:
+        """Takes an ended answer in; of equal scores the earlier stays before the later."""
+        self.ended = heapq.nlargest(self.beams, [*self.ended, (score, tokens)], key=lambda pair: pair[0])
+
+    def is_done(self, best: float) -> bool:
+        """Whether a growing answer of this score, the best of all, improves nothing."""
+        return len(self.ended) == self.beams and best <= self.ended[-1][0]
+
+    @property
+    def answer(self) -> tuple[int, ...]:
+        """The best ended answer."""
+        return self.ended[0][1]
+
+    @property
+    def score(self) -> float:
+        """Its score."""
+        return self.ended[0][0]
+
+
+def search(call: Running, *, samples: int, beams: int, ends: Collection[int], limit: int) -> list[Search]:
+    """Searches for the best answers.
+
+    Args:
+        call: The samples at work.
+        samples: Number of samples.
+        beams: Answers that grow side by side, at least 2.
+        ends: Tokens that end an answer.
+        limit: Longest answer in tokens, at least 1.
+
+    Returns:
+        What was found for each sample.
+    """
+    every = [Search(number, beams) for number in range(samples)]
+    scores = call.prompt()  # (B, V), from here on (B * beams, V)
+    call.keep(torch.arange(samples, device=scores.device).repeat_interleave(beams), width=beams)
+    sums = scores.new_zeros(samples, 1)  # (B, beams)
+    going = every
+    for step in range(1, limit + 1):
+        for place, odd in enumerate(broken(scores)):
+            searched = going[place * len(going) // len(scores)]
+            searched.broken += [step - 1] * odd
+        totals = scores.log_softmax(dim=-1).unflatten(0, (len(going), -1)) + sums[..., None]  # (B, beams, V)
+        # Each beam ends in as many ways as there are end tokens: so many candidates leave enough to go on with.
+        count = min(max(2, 1 + len(ends)) * beams, totals[0].numel())
+        values, places = totals.flatten(1).topk(count)  # (B, C)
+        lines, tokens, kept, stay = [], [], [], []
+        for row, one in enumerate(going):
+            candidates = zip(values[row].tolist(), places[row].tolist(), strict=True)
+            grown = _grow(one, candidates, totals.shape[-1], ends, step, last=step == limit)
+            if step < limit and not one.is_done(grown[0][0] / step):
+                stay.append(one)
+                lines += [row * beams + beam for _, beam, _ in grown]
+                tokens += [token for _, _, token in grown]
+                kept.append([total for total, _, _ in grown])
+        if not stay:
+            break
+        call.keep(torch.tensor(lines, device=scores.device), width=beams)
+        going, sums = stay, torch.tensor(kept, device=scores.device)
+        scores = call.token(torch.tensor(tokens, device=scores.device))
+    return every
+
+
+def _grow(
+    one: Search, candidates: Iterable[tuple[float, int]], vocabulary: int, ends: Collection[int], step: int, *, last: bool
+) -> list[tuple[float, int, int]]:
+    """Lets a sample's answers grow by a token.
+
+    Args:
+        one: The sample.
+        candidates: Sum of log-probabilities, and beam times vocabulary plus token; the best first.
+        vocabulary: V.
+        ends: Tokens that end an answer.
+        step: Tokens of the grown answers.
+        last: Whether they may not grow any further.
+
+    Returns:
+        For each answer that goes on its sum, the beam that it continues, and its new token; the best first.
+    """
+    grown: list[tuple[float, int, int]] = []
+    answers: list[tuple[int, ...]] = []
+    for rank, (total, place) in enumerate(candidates):
+        beam, token = divmod(place, vocabulary)
+        answer = (*one.growing[beam], token)
+        if last or token in ends:
+            if rank < one.beams:
+                one.end(total / step, answer)
+        elif len(grown) < one.beams:
+            grown.append((total, beam, token))
+            answers.append(answer)
+    one.growing = answers
+    return grown

@@ -1,0 +1,67 @@
+"""The decoding loop: the prompt passes, a token is chosen, it passes, and so on until every sample has ended.
+
+A sample that has ended leaves with its branches, so that a long answer does not carry others along. Shape letters
+(``docs/notation.md``): B samples that go on, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from vlmfix.decoding.choice import Choice
+from vlmfix.decoding.running import Running
+
+
+@dataclass(frozen=True)
+class Said:
+    """What one step brought.
+
+    Attributes:
+        samples: Numbers of the samples in the batch, those that went on.
+        tokens: Their new tokens.
+        broken: Which of them had scores that were not numbers.
+    """
+
+    samples: Sequence[int]
+    tokens: Sequence[int]
+    broken: Sequence[bool]
+
+
+def decode(call: Running, choice: Choice, *, samples: int, ends: Collection[int], limit: int) -> Iterator[Said]:
+    """Decodes step by step.
+
+    Args:
+        call: The samples at work.
+        choice: How tokens are chosen.
+        samples: Number of samples.
+        ends: Tokens that end an answer.
+        limit: Longest answer in tokens, at least 1.
+
+    Yields:
+        The tokens of each step; a sample's last is one of ``ends``, or its ``limit``-th.
+    """
+    going = list(range(samples))
+    scores = call.prompt()  # (B, V)
+    for step in range(limit):
+        tokens = choice(scores)
+        said = tokens.tolist()
+        yield Said(tuple(going), said, broken(scores))
+        stay = [place for place, token in enumerate(said) if token not in ends]
+        if not stay or step == limit - 1:
+            return
+        if len(stay) < len(going):
+            lines = torch.tensor(stay, device=tokens.device)
+            call.keep(lines)
+            choice.keep(lines)
+            going, tokens = [going[place] for place in stay], tokens[lines]
+        scores = call.token(tokens)
+
+
+def broken(scores: Tensor) -> list[bool]:
+    """Which rows of (B, V) scores hold NaN or +inf."""
+    return (~(scores < math.inf).all(dim=-1)).tolist()

@@ -1,0 +1,114 @@
+"""The rows of one call: the samples, and below them other ways to ask, as one left-padded batch.
+
+Shape letters (``docs/notation.md``): B samples, N branches, R = (1 + N) * B rows in branch-major order, T prompt tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from vlmfix.decoders.branches import Branch
+from vlmfix.decoders.encoding import encoded_once
+from vlmfix.models.checkpoint import Checkpoint
+from vlmfix.models.layout import Batch, ImageLayout
+from vlmfix.upstream.features import Features, joined
+from vlmfix.upstream.names import TYPES
+from vlmfix.upstream.positions import prompt_positions
+
+
+@dataclass(frozen=True, eq=False)
+class Rows:
+    """What the prompt's pass reads.
+
+    Attributes:
+        samples: B.
+        copies: 1 + N.
+        ids: (R, T) int64, padded on the left with zeros.
+        mask: (R, T) int64, 1 where a token is real.
+        positions: (R, T) or (3 or 4, R, T) int64.
+        types: (R, T) each, under the names in ``TYPES`` that the samples have.
+        features: What all pictures became, row after row; None without a picture.
+    """
+
+    samples: int
+    copies: int
+    ids: Tensor
+    mask: Tensor
+    positions: Tensor
+    types: dict[str, Tensor]
+    features: Features | None
+
+    @property
+    def length(self) -> int:
+        """T."""
+        return int(self.ids.shape[1])
+
+    def layout(self, clean: ImageLayout) -> tuple[ImageLayout, Tensor | None]:
+        """The layout of all rows, and which of them are samples, (R,) bool; None when all are.
+
+        Branches show no picture in it: edits must leave them alone.
+
+        Args:
+            clean: (B, T') layout of the samples, T' <= T.
+        """
+        if self.copies == 1:
+            return clean, None
+        wider, others = self.length - clean.tokens.shape[1], self.samples * (self.copies - 1)
+
+        def grown(values: Tensor, fill: float) -> Tensor:
+            return pad(values, (0, 0) * (values.dim() - 2) + (wider, 0, 0, others), value=fill)
+
+        layout = ImageLayout(
+            tokens=grown(clean.tokens, False),
+            text=grown(clean.text, False),
+            image=grown(clean.image, -1),
+            boxes=grown(clean.boxes, float("nan")),
+        )
+        return layout, torch.arange(len(self.ids), device=self.ids.device) < self.samples
+
+
+@torch.no_grad()
+def rows_of(vlm: Checkpoint, batch: Batch, branches: Sequence[Branch]) -> Rows:
+    """Stacks samples and branches; every distinct picture is encoded once.
+
+    Args:
+        vlm: The model.
+        batch: The samples.
+        branches: Other ways to ask, a row for each sample.
+    """
+    batches = [batch, *(branch.batch for branch in branches)]
+    length = max(part.length for part in batches)
+
+    def stacked(parts: Sequence[Tensor]) -> Tensor:
+        return torch.cat([pad(part, (length - part.shape[-1], 0)) for part in parts], dim=-2)
+
+    return Rows(
+        samples=batch.rows,
+        copies=len(batches),
+        ids=stacked([part["input_ids"] for part in batches]),
+        mask=stacked([part.attention_mask for part in batches]),
+        positions=stacked([prompt_positions(vlm.model, part) for part in batches]),
+        types={
+            name: stacked([part.get(name, torch.zeros_like(part["input_ids"])) for part in batches])
+            for name in TYPES
+            if name in batch
+        },
+        features=_features(vlm, batch, branches),
+    )
+
+
+def _features(vlm: Checkpoint, batch: Batch, branches: Sequence[Branch]) -> Features | None:
+    """The features of all rows' pictures; ways to ask that show the same tensor of pixels share one run of the tower."""
+    shown = [batch, *(batch if branch.same_pictures else branch.batch for branch in branches)]
+    made: dict[int, Features] = {}
+    for part in shown:
+        pixels = part.get("pixel_values")
+        if pixels is not None and id(pixels) not in made:
+            made[id(pixels)] = encoded_once(vlm, part)
+    present = [made[id(part["pixel_values"])] for part in shown if "pixel_values" in part]
+    return joined(present) if present else None
