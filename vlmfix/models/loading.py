@@ -218,7 +218,7 @@ def _at_fault(path: str, revision: str | None) -> str:
 def _at_fault_beside_config(path: str, revision: str | None) -> str:
     """Which file of a model cannot be used when config.json can, in words that a reason follows."""
     try:
-        GenerationConfig.from_pretrained(path, revision=revision)
+        GenerationConfig.from_pretrained(path, revision=revision or "main")
     except OSError:  # there is none, which is no fault
         return "weights: "
     except Exception:  # the reason has been raised already
