@@ -61,7 +61,12 @@ def test_an_error_of_every_picture_is_a_failure_of_the_run(tmp_path, model, vlmf
     pictures, out = draw(tmp_path / "in", 3), tmp_path / "out"
     options = ("run", pictures, "--out", out, "--model", model, "--max-new-tokens", 2)
     with monkeypatch.context() as patch:
-        patch.setattr("vlmfix.models.family.Family.process", broken)
+        patch.setattr("vlmfix.models.family.Family.process", broken)  # at once, with the picture that is tried
+        code, printed, told = vlmfix(*options)
+        assert (code, printed) == (1, "")
+        assert f"vlmfix: {model} cannot take a picture in: AttributeError: 'Processor'" in told
+    with monkeypatch.context() as patch:
+        patch.setattr("vlmfix.generation.generation_inputs", broken)
         code, printed, told = vlmfix(*options)
         assert (code, printed) == (1, "")
         *_, message, hint = told.splitlines()

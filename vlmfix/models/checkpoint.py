@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor
 from transformers import PreTrainedModel, ProcessorMixin
 
-from vlmfix.errors import DataError, LayoutError, UnsupportedModelError, UsageError, VlmfixError
+from vlmfix.errors import DataError, LayoutError, SystematicError, UnsupportedModelError, UsageError, VlmfixError
 from vlmfix.models import loading
 from vlmfix.models.families import family_of
 from vlmfix.models.family import Family
@@ -65,7 +65,8 @@ class Checkpoint:
 
         Raises:
             UnsupportedModelError: The model's family is not one that vlmfix knows.
-            DataError: There is no such checkpoint, or it cannot be read.
+            DataError: There is no such checkpoint, a file of it cannot be read, or its files do not fit each other.
+            SystematicError: It cannot take a picture in.
             UpstreamError: The installed transformers hands masks over in an unknown way.
             UsageError: Unknown device or dtype.
         """
@@ -131,12 +132,15 @@ class Checkpoint:
 
         Raises:
             DataError: They do not fit.
+            SystematicError: Taking a picture in fails with an error of another library.
             UnsupportedModelError: The chat template cannot be used.
         """
         if self._template() is None:
             return
         picture = Image.new("RGB", (84, 56), (128, 128, 128))
         hint = "processor_config.json, preprocessor_config.json and config.json must belong to the same checkpoint"
+        with loading.few_steps():
+            self.render("?", 1)
         try:
             with torch.no_grad():
                 batch = self.encode(["?"], [[picture]])
@@ -151,7 +155,7 @@ class Checkpoint:
         except Exception as error:  # processors and towers raise nearly anything at files that do not fit
             said = loading.words(error)
             odd = loading.odd_settings(self.processor)
-            raise DataError(f"{self._called} cannot take a picture in{odd}: {said}", hint) from error
+            raise SystematicError(f"{self._called} cannot take a picture in{odd}: {said}", hint) from error
         if shown != made:
             raise DataError(
                 f"the processor of {self._called} does not fit its model: it writes {shown} image tokens for a picture "
@@ -249,6 +253,12 @@ class Checkpoint:
                 f"the chat template of {self._called} fails: {loading.words(error)}",
                 "put chat_template.jinja of the checkpoint that it was made from into its folder",
             ) from error
+        asked = len(prompt or "") + len(system or "")
+        if len(text) > loading.LONGEST_TEXT + loading.LONGEST_TEXT * asked // 1000:
+            raise UnsupportedModelError(
+                f"the chat template of {self._called} makes {len(text)} characters of a question of {asked}",
+                "put chat_template.jinja of the checkpoint that it was made from into its folder",
+            )
         return str(text)
 
     def layout(self, batch: Batch) -> ImageLayout:

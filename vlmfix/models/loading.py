@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
+import sys
 import textwrap
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -42,6 +44,10 @@ LAYERS, MOST_LAYERS = ("num_hidden_layers", "depth"), 1000
 """Entries that say how many layers to make, and the most that are made before the weights are looked at."""
 MOST_PER_BYTE = 4
 """Parameters for a byte of weights, in the tightest quantization twice over."""
+MOST_STEPS = 1_000_000
+"""Lines of Python that a chat template may run for; those of today's families run for some hundred."""
+LONGEST_TEXT = 100_000
+"""Characters that a chat template may write around a question; more only where the question is long."""
 SUSPECTS = 3
 """Odd entries of a configuration that a message names."""
 MISSING = object()
@@ -192,6 +198,27 @@ def _told(path: str, where: Any = "", hint: str = "") -> Iterator[None]:  # noqa
             ) from error
         place = where if isinstance(where, str) else where(error)
         raise DataError(f"cannot load model {path!r}: {place}{words(error)}", hint or COMPLETE) from error
+
+
+@contextmanager
+def few_steps() -> Iterator[None]:
+    """Ends what runs inside the block when it takes far more steps than any chat template does.
+
+    A template is a program that came with a checkpoint: its sandbox keeps it from files, not from endless loops.
+    """
+    steps = itertools.count()
+
+    def step(frame: object, event: str, argument: object) -> Any:  # noqa: ANN401 (it returns itself)
+        if next(steps) > MOST_STEPS:
+            raise TimeoutError(f"it takes more than {MOST_STEPS} steps")
+        return step
+
+    before = sys.gettrace()
+    sys.settrace(step)
+    try:
+        yield
+    finally:
+        sys.settrace(before)
 
 
 def words(error: BaseException) -> str:
