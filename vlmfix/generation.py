@@ -332,7 +332,9 @@ def wrap(model: PreTrainedModel, processor: ProcessorMixin) -> VLM:
     """
     family = family_of(model.config.model_type)
     check_model(model, family.decoder(model))
-    return VLM(model=model, processor=processor, family=family, name=str(model.config.name_or_path))
+    whole, completed = family.completed(model, processor)
+    name = str(model.config.name_or_path)
+    return VLM(model=model, processor=whole, family=family, name=name, completed=completed)
 
 
 class RowSampler(LogitsProcessor):

@@ -6,6 +6,7 @@ import json
 import pickle
 import shutil
 from collections.abc import Callable
+from copy import copy
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from tests.tiny import tiny_vlm
 from vlmfix.errors import DataError, SystematicError, UnsupportedModelError
-from vlmfix.generation import VLM, load
+from vlmfix.generation import VLM, load, wrap
 from vlmfix.models.checkpoint import EMBEDDED
 
 PICTURE = Image.new("RGB", (90, 60), "red")
@@ -278,6 +279,24 @@ def test_a_strategy_that_keeps_the_class_token_is_completed_too(tmp_path: Path) 
     vlm = load(str(tmp_path), device="cpu")
     assert vlm.reading["completed"]["vision_feature_select_strategy"] == "full"
     assert vlm.layout(vlm.encode(["?"], [[PICTURE]])).tokens.any()
+
+
+def test_a_processor_of_ones_own_is_completed_and_left_as_it_was() -> None:
+    tiny = load("tiny", device="cpu")
+    own = copy(tiny.processor)
+    own.patch_size = own.vision_feature_select_strategy = None
+    vlm = wrap(tiny.model, own)
+    assert vlm.reading["completed"] == {"patch_size": 8, "vision_feature_select_strategy": "default"}
+    assert own.patch_size is None
+    question = ([PICTURE], "what is it")
+    assert vlm.generate(*question, max_new_tokens=4)[0].ids == tiny.generate(*question, max_new_tokens=4)[0].ids
+
+
+@pytest.mark.parametrize("entry", ["return_dict", "text_config.return_dict", "vision_config.return_dict"])
+def test_a_configuration_that_asks_for_tuples_is_read_all_the_same(folder: Path, entry: str) -> None:
+    vlm = load(str(changed(folder, "config.json", {entry: False})), device="cpu")
+    for decoder in ("greedy", "vcd", "locore", "sgrs:draw=greedy"):
+        assert vlm.generate([PICTURE], "what", decoder=decoder, max_new_tokens=2)[0].tokens
 
 
 TEMPLATES: dict[str, Callable[[Path, str], object]] = {

@@ -19,6 +19,7 @@ from transformers import (
     AutoProcessor,
     AutoTokenizer,
     GenerationConfig,
+    PreTrainedConfig,
     PreTrainedModel,
     ProcessorMixin,
 )
@@ -154,6 +155,9 @@ def model(path: str, revision: str | None, *, dtype: torch.dtype | str, place: t
             **PLAIN,
         )
     loaded: PreTrainedModel = loading[0]
+    for module in loaded.modules():  # a configuration may ask for tuples, which transformers' own generate cannot read
+        if isinstance(config := getattr(module, "config", None), PreTrainedConfig):
+            config.return_dict = True
     report: Mapping[str, Any] = loading[1]
     if mismatched := sorted(report["mismatched_keys"], key=str):
         name, stored, wanted = mismatched[0]
