@@ -241,6 +241,15 @@ def test_code_beside_what_transformers_has_is_not_run(folder: Path, mark: Path, 
     assert not mark.exists()
 
 
+@pytest.mark.parametrize("entry", ["attn_implementation", "_attn_implementation"])
+@pytest.mark.parametrize("named", ["eager", "owner/kernel"])
+def test_a_configuration_does_not_choose_whose_attention_is_run(folder: Path, entry: str, named: str) -> None:
+    vlm = load(str(changed(folder, "config.json", {entry: named})), device="cpu")
+    own = {module.config._attn_implementation for module in vlm.family.attention_modules(vlm.model)}  # type: ignore[union-attr]
+    assert own == {"sdpa"}
+    assert both(vlm) == both(load("tiny", device="cpu"))
+
+
 def test_pickled_weights_run_no_code(folder: Path, mark: Path) -> None:
     class Evil:
         def __reduce__(self) -> tuple[Any, ...]:

@@ -31,6 +31,8 @@ WHAT_LOADS = "give 'tiny', 'tiny-qwen', a Hub id such as llava-hf/llava-1.5-7b-h
 COMPLETE = "take this file from the checkpoint as it was published, or save the model anew with save_pretrained"
 PLAIN = {"trust_remote_code": False}
 """Code that lies in a model's folder is never run, and nobody is asked whether it may."""
+ATTENTION = {"attn_implementation": "sdpa"}
+"""A configuration may name another, also one that transformers would fetch from the Hub and run."""
 ADAPTER = "adapter_config.json"
 PROCESSOR = (
     "processor_config.json",
@@ -75,8 +77,8 @@ def configuration(path: str, revision: str | None) -> dict[str, Any]:
     return config
 
 
-def check_sizes(path: str, revision: str | None, config: Mapping[str, Any]) -> None:
-    """Makes sure that config.json describes a model, and one of about the size of the weights in the folder.
+def described(path: str, revision: str | None, config: Mapping[str, Any]) -> PreTrainedConfig:
+    """The model that config.json describes, which is of about the size of the weights in the folder.
 
     What a configuration leaves out has defaults of seven billion parameters and more, which would fill the memory
     before anybody sees that the weights are others.
@@ -87,16 +89,16 @@ def check_sizes(path: str, revision: str | None, config: Mapping[str, Any]) -> N
         config: What config.json says.
 
     Raises:
-        DataError: It does not.
+        DataError: It describes none, or one that is far larger.
     """
     for name, value in _entries(config):
         if name.rpartition(".")[2] in LAYERS and isinstance(value, int) and value > MOST_LAYERS:
             raise DataError(f"cannot load model {path!r}: config.json: {name} is {value}", COMPLETE)
     with _told(path, lambda error: _suspicion(config, error)):
-        parsed = AutoConfig.from_pretrained(path, revision=revision, **PLAIN)
+        parsed: PreTrainedConfig = AutoConfig.from_pretrained(path, revision=revision, **PLAIN)
         with torch.device("meta"):
-            described = AutoModelForImageTextToText.from_config(parsed, **PLAIN)
-    count = sum(weight.numel() for weight in described.parameters())
+            empty = AutoModelForImageTextToText.from_config(parsed, **PLAIN, **ATTENTION)
+    count = sum(weight.numel() for weight in empty.parameters())
     held = sum(file.stat().st_size for file in Path(path).glob("*") if file.suffix in (".safetensors", ".bin"))
     if held and count > MOST_PER_BYTE * held:
         raise DataError(
@@ -104,6 +106,7 @@ def check_sizes(path: str, revision: str | None, config: Mapping[str, Any]) -> N
             f"parameters, while its files have {held} bytes; a part such as text_config is missing or empty",
             "put back the config.json that belongs to the weights",
         )
+    return parsed
 
 
 def _entries(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -131,12 +134,15 @@ def processor(path: str, revision: str | None) -> ProcessorMixin:
     return found
 
 
-def model(path: str, revision: str | None, *, dtype: torch.dtype | str, place: torch.device) -> PreTrainedModel:
+def model(
+    path: str, revision: str | None, config: PreTrainedConfig, *, dtype: torch.dtype | str, place: torch.device
+) -> PreTrainedModel:
     """The model, with every weight from its files.
 
     Args:
         path: Hub id or directory.
         revision: Branch, tag or commit on the Hub.
+        config: What config.json describes.
         dtype: Precision of the weights, or ``auto``.
         place: Device of the weights.
 
@@ -147,12 +153,14 @@ def model(path: str, revision: str | None, *, dtype: torch.dtype | str, place: t
         loading: Any = AutoModelForImageTextToText.from_pretrained(
             path,
             revision=revision,
+            config=config,
             dtype=dtype,
             device_map=place,
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # they are reported, and refused below
             weights_only=True,  # where weights are pickled, nothing but tensors is unpickled
             **PLAIN,
+            **ATTENTION,
         )
     loaded: PreTrainedModel = loading[0]
     for module in loaded.modules():  # a configuration may ask for tuples, which transformers' own generate cannot read
