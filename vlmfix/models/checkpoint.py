@@ -148,7 +148,12 @@ class Checkpoint:
         picture = Image.new("RGB", (84, 56), (128, 128, 128))
         hint = "processor_config.json, preprocessor_config.json and config.json must belong to the same checkpoint"
         with loading.few_steps():
-            self.render("?", 1)
+            silent = self.render("?", 1) == self.render("?", 0)
+        if silent:
+            raise UnsupportedModelError(
+                f"the chat template of {self._called} writes nothing where a picture stands",
+                "put chat_template.jinja of the checkpoint that it was made from into its folder",
+            )
         try:
             with torch.no_grad():
                 batch = self.encode(["?"], [[picture]])
