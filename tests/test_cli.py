@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -61,7 +62,12 @@ def test_an_error_of_every_picture_is_a_failure_of_the_run(tmp_path, model, vlmf
     pictures, out = draw(tmp_path / "in", 3), tmp_path / "out"
     options = ("run", pictures, "--out", out, "--model", model, "--max-new-tokens", 2)
     with monkeypatch.context() as patch:
-        patch.setattr("vlmfix.models.family.Family.process", broken)
+        patch.setattr("vlmfix.models.family.Family.process", broken)  # at once, with the picture that is tried
+        code, printed, told = vlmfix(*options)
+        assert (code, printed) == (1, "")
+        assert f"vlmfix: {model} cannot take a picture in: AttributeError: 'Processor'" in told
+    with monkeypatch.context() as patch:
+        patch.setattr("vlmfix.generation.generation_inputs", broken)
         code, printed, told = vlmfix(*options)
         assert (code, printed) == (1, "")
         *_, message, hint = told.splitlines()
@@ -281,6 +287,28 @@ def test_doctor_says_what_works(model, vlmfix, monkeypatch):
     assert [finding["reason"] for finding in diagnosis["contracts"]] == [None] * len(CONTRACTS)
     assert diagnosis["model"]["layers"] == 3
     assert diagnosis["machine"]["memory"] > 0
+
+
+def test_settings_that_a_checkpoint_brings_in_are_said_everywhere(model, vlmfix, tmp_path, monkeypatch):
+    folder, pictures, out = shutil.copytree(model, tmp_path / "model"), draw(tmp_path / "in", 1), tmp_path / "out"
+    path = folder / "generation_config.json"
+    path.write_text(json.dumps(read_json(path) | {"repetition_penalty": 1.05, "do_sample": True}))
+    said = "Generation settings of the checkpoint that do not act: do_sample True, repetition_penalty 1.05."
+    options = ("--out", out, "--model", folder, "--max-new-tokens", 2)
+    assert f"vlmfix: {said}\n" in vlmfix("run", pictures, *options)[2]
+    card = read_json(out / "run.json")["settings"]
+    assert card["checkpoint"]["set_aside"] == {"do_sample": True, "repetition_penalty": 1.05}
+    assert card["files"].keys() > {"generation_config.json", "config.json", "tokenizer.json", "model.safetensors"}
+    monkeypatch.setattr("vlmfix.doctor.DECODERS", {"greedy": DECODERS["greedy"]})
+    assert said in vlmfix("doctor", folder)[1].replace("\n", " ")
+    path.write_text(path.read_text().replace("1.05", "1.1"))
+    draw(tmp_path / "in", 2)
+    code, _, told = vlmfix("run", pictures, *options)
+    assert code == 2
+    assert "files.generation_config.json was 'sha256:" in told
+    code, _, told = vlmfix("reproduce", out)
+    assert code == 1
+    assert "generation_config.json was changed\nhint: put the former files back" in told
 
 
 @pytest.mark.parametrize(

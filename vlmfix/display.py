@@ -17,7 +17,7 @@ from rich.progress import Progress as Bar
 from rich.table import Table
 from rich.text import Text
 
-from vlmfix.card import plain
+from vlmfix.card import plain, reading_notes
 from vlmfix.decoders import DecoderInfo
 from vlmfix.decoders.parameters import written
 from vlmfix.demo import Comparison, Count, Described
@@ -39,9 +39,12 @@ STYLES = {"": "", "present": "bold", "absent": "bold red strike"}
 
 
 def loading(model: str, *, revision: str | None = None, device: str = "auto", dtype: str = "auto") -> VLM:
-    """Loads a model and says so."""
+    """Loads a model, and says so and how its files were read."""
     print(f"vlmfix: loading {model}", file=sys.stderr, flush=True)
-    return load(model, revision=revision, device=device, dtype=dtype)
+    vlm = load(model, revision=revision, device=device, dtype=dtype)
+    for note in reading_notes(vlm.reading):
+        print(f"vlmfix: {note}", file=sys.stderr, flush=True)
+    return vlm
 
 
 @contextmanager
@@ -228,7 +231,8 @@ def diagnosis_text(diagnosis: dict[str, Any]) -> str:
         ("runs on", f"{model['device']}, {model['dtype']}"),
     ):
         facts.add_row(name, value)
-    return rendered(facts, "", _ways(diagnosis["ways"]), "", *_contracts(diagnosis)).rstrip("\n")
+    notes = [Text(note) for note in reading_notes(diagnosis["checkpoint"])]
+    return rendered(facts, *notes, "", _ways(diagnosis["ways"]), "", *_contracts(diagnosis)).rstrip("\n")
 
 
 def _ways(ways: dict[str, dict[str, str | None]]) -> Table:

@@ -14,6 +14,7 @@ from vlmfix.decoders import DECODERS, Decoder
 from vlmfix.errors import VlmfixError
 from vlmfix.generation import VLM, load
 from vlmfix.upstream import contracts
+from vlmfix.upstream.defaults import undisturbed
 from vlmfix.upstream.versions import untested
 
 TOKENS = 2
@@ -38,9 +39,10 @@ def diagnose(
 
     Returns:
         ``versions``; ``untested``, those among them that vlmfix was not tested with; ``machine``; ``model`` (id,
-        revision, family, layers, dtype, device); ``contracts``, a list of ``name``, ``protects`` and ``reason``, which
-        is None where it holds; ``decoders``, which maps each name to None, or to the reason why it does not work;
-        ``ways``, which maps each name to the same for ``plain``, ``beams`` and ``static cache``.
+        revision, family, layers, dtype, device); ``checkpoint``, see ``Checkpoint.reading``; ``contracts``, a list of
+        ``name``, ``protects`` and ``reason``, which is None where it holds; ``decoders``, which maps each name to None,
+        or to the reason why it does not work; ``ways``, which maps each name to the same for ``plain``, ``beams`` and
+        ``static cache``.
 
     Raises:
         UnsupportedModelError: The model's family is not known.
@@ -56,6 +58,7 @@ def diagnose(
         "versions": versions(),
         "untested": untested(),
         "machine": machine(),
+        "checkpoint": vlm.reading,
         "model": {
             "id": model,
             "revision": vlm.revision,
@@ -112,7 +115,7 @@ def _with_static_cache(vlm: VLM, decoder: Decoder) -> str | None:
     batch, decoding, model = vlm.encode([QUESTION], [[_picture()]]), decoder.decoding, vlm.model
     generate: Any = model.generate
     own = decoding.strategy.num_beams if decoding.strategy else 1
-    with decoding.applied(vlm, batch) as arguments:
+    with decoding.applied(vlm, batch) as arguments, undisturbed(model):
         options = {"num_beams": own, "do_sample": False, **arguments, "disable_compile": True}
         generate(**batch, **options, max_new_tokens=TOKENS, cache_implementation="static")
     return None

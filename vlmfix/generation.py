@@ -37,6 +37,7 @@ from vlmfix.models.families import family_of
 from vlmfix.models.layout import Batch
 from vlmfix.models.turns import turn_of
 from vlmfix.settings import Settings
+from vlmfix.upstream import defaults
 from vlmfix.upstream.contracts import check_model
 
 Shown = Image.Image | Sequence[Image.Image]
@@ -250,7 +251,8 @@ class VLM(Checkpoint):
     @torch.no_grad()
     def _generated(self, batch: Batch, arguments: dict[str, Any]) -> Tensor:
         model: Any = self.model
-        sequences: Tensor = model.generate(**generation_inputs(self, batch), **arguments)
+        with defaults.undisturbed(model):
+            sequences: Tensor = model.generate(**generation_inputs(self, batch), **arguments)
         return sequences
 
     def _answer(self, ids: Sequence[int], broken: Sequence[int], seconds: float) -> Answer:
@@ -261,8 +263,7 @@ class VLM(Checkpoint):
             broken: Steps, from 0, whose scores were not numbers.
             seconds: Its share of the time.
         """
-        ends = self.model.generation_config.eos_token_id
-        ends = [] if ends is None else [ends] if isinstance(ends, int) else list(ends)
+        ends = defaults.ends(self.model)
         last = next((place for place, token in enumerate(ids) if token in ends), None)
         own = tuple(ids if last is None else ids[: last + 1])
         text = str(_tokenizer(self.processor).decode(list(own), skip_special_tokens=True)).strip()
@@ -331,7 +332,9 @@ def wrap(model: PreTrainedModel, processor: ProcessorMixin) -> VLM:
     """
     family = family_of(model.config.model_type)
     check_model(model, family.decoder(model))
-    return VLM(model=model, processor=processor, family=family, name=str(model.config.name_or_path))
+    whole, completed = family.completed(model, processor)
+    name = str(model.config.name_or_path)
+    return VLM(model=model, processor=whole, family=family, name=name, completed=completed)
 
 
 class RowSampler(LogitsProcessor):

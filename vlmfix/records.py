@@ -195,6 +195,7 @@ def refuse_other(folder: Path, card: Path, before: Mapping[str, Any], now: Mappi
             f"{name} was {shown(first.get(name))}, now {shown(second.get(name))}"
             for name in dict.fromkeys([*second, *first])
             if first.get(name) != second.get(name)
+            and not any(longer.startswith(f"{name}.") for longer in (*first, *second))  # it was empty, and is not
         )
         raise UsageError(
             f"{folder} holds answers made with other settings: {listed}",

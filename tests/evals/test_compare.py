@@ -183,6 +183,20 @@ def test_plain_arms_that_differ_are_told_apart():
     assert changes(comparison, "second/good")["easy/length"].plain.value > 1
 
 
+READING = {"ends": [2], "set_aside": {}, "completed": {}}
+NOTED = {"files": {"vocab.json": "sha256:1"}, "checkpoint": READING}
+
+
+def test_a_run_of_an_earlier_version_is_compared_and_noted():
+    notes = compare([exam("first", **NOTED), exam("second")], draws=DRAWS).notes
+    assert any("earlier vlmfix" in note and note.endswith("act: second.") for note in notes)
+
+
+def test_settings_of_the_checkpoint_that_do_not_act_are_noted():
+    aside = {"checkpoint": READING | {"set_aside": {"repetition_penalty": 1.05}}}
+    assert "repetition_penalty 1.05" in compare([exam("first", **aside)], draws=DRAWS).notes[0]
+
+
 class Other(Exam):
     name = "other"
 
@@ -193,6 +207,8 @@ class Other(Exam):
         ({"task": Other()}, "task is 'exam' and 'other'"),
         ({"task": Exam(strict=True)}, "options.strict is False and True"),
         ({"weights": "sha256:78"}, "weights is 'sha256:77' and 'sha256:78'"),
+        ({"files": {"vocab.json": "sha256:2"}}, "files.vocab.json is 'sha256:1' and 'sha256:2'"),
+        ({"checkpoint": READING | {"ends": [2, 5]}}, "checkpoint.ends is [2] and [2, 5]"),
         ({"commit": "abc"}, "commit is None and 'abc'"),
         ({"revision": "v2"}, "revision is None and 'v2'"),
         ({"dtype": "bfloat16"}, "dtype is 'float32' and 'bfloat16'"),
@@ -211,7 +227,7 @@ class Other(Exam):
 )
 def test_runs_that_differ_are_refused_with_both_values(other, said):
     with pytest.raises(UsageError) as refused:
-        compare([exam("first"), exam("second", **other)], draws=DRAWS)
+        compare([exam("first", **NOTED), exam("second", **NOTED | other)], draws=DRAWS)
     assert said in refused.value.message
     assert "first and second" in refused.value.message
 

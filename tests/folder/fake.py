@@ -19,6 +19,7 @@ class FakeVLM:
         )
         config = SimpleNamespace(get_text_config=lambda: text)
         self.model = SimpleNamespace(dtype=torch.float32, config=config)
+        self.reading = {"ends": [2], "set_aside": {}, "completed": {}}
         self.batches = []
         self.options = {}
         self.fails = fails or (lambda batch: None)

@@ -1,10 +1,12 @@
 from __future__ import annotations
 
 import dataclasses
+from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import save_file
+from torch import nn
 
 from tests.contracts.support import picture, vlm_of
 from tests.tiny import tiny_vlm
@@ -15,7 +17,7 @@ from vlmfix.heads import measure
 from vlmfix.heads.agreement import agreement
 from vlmfix.heads.measure import profile
 from vlmfix.heads.plot import draw
-from vlmfix.heads.profile import HeadProfile, load_profiles, save_profiles
+from vlmfix.heads.profile import TOLERANCE, HeadProfile, fingerprint, load_profiles, save_profiles
 from vlmfix.heads.profiler import Profiler, State
 
 
@@ -219,3 +221,18 @@ def test_the_plot_is_written(tmp_path):
     assert (tmp_path / "heads.png").stat().st_size > 5_000
     with pytest.raises(DataError, match="cannot write"):
         draw([found], tmp_path / "heads.txt")
+
+
+KINDS = ("q", "k", "v", "o", "gate", "up", "down")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_decoder_with_other_matrices_of_one_kind_is_another(kind):
+    """As fine-tuned ones are: adapters of some projections, merged."""
+    layers = [nn.ModuleDict({name: nn.Linear(4, 4, bias=False) for name in KINDS}) for _ in range(32)]
+    decoder = nn.ModuleDict({"embed": nn.Embedding(8, 4), "layers": nn.ModuleList(layers)})
+    vlm = SimpleNamespace(model=decoder, family=SimpleNamespace(decoder=lambda model: model))
+    before = fingerprint(vlm)
+    for layer in layers:
+        layer[kind].weight.data += 0.1
+    assert not torch.allclose(fingerprint(vlm), before, TOLERANCE, 1e-6)

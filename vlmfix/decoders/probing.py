@@ -24,9 +24,8 @@ from vlmfix.decoders.encoding import encoded_once, repeats_pictures
 from vlmfix.errors import UnsupportedAttentionError
 from vlmfix.models.checkpoint import Checkpoint
 from vlmfix.models.layout import Batch
+from vlmfix.upstream import defaults
 from vlmfix.upstream.features import handed_over
-
-GREEDILY = {"do_sample": False, "num_beams": 1, "temperature": None, "top_p": None, "top_k": None}
 
 
 def generation_inputs(vlm: Checkpoint, batch: Batch) -> dict[str, Any]:
@@ -121,9 +120,10 @@ def attention_maps(vlm: Checkpoint, batch: Batch, layers: LayerSet, *, steps: in
     reader = NewestRows(layers=chosen, read=read, prompt=batch.length, stop=steps == 1)
     model: Any = vlm.model
     with edited(vlm, vlm.layout(batch), (reader,)), Greedy().applied(vlm, batch) as arguments:
-        options = {**GREEDILY, **arguments, "max_new_tokens": steps, "disable_compile": True}
+        options = arguments | {"max_new_tokens": steps, "disable_compile": True}
         try:
-            sequences = model.generate(**generation_inputs(vlm, batch), **options)
+            with defaults.undisturbed(model):
+                sequences = model.generate(**generation_inputs(vlm, batch), **options)
         except _Enough:
             return list(reader.maps())
     lengths = _answer_lengths(model, sequences[:, batch.length :])
@@ -138,9 +138,7 @@ def image_attention(vlm: Checkpoint, batch: Batch, layers: LayerSet, *, steps: i
 
 def _answer_lengths(model: PreTrainedModel, answers: Tensor) -> list[int]:
     """Number of tokens of each answer, its end token included and what fills it up left out."""
-    config: Any = model.generation_config
-    ends = torch.tensor(config.eos_token_id if config.eos_token_id is not None else [], device=answers.device)
-    ended = torch.isin(answers, ends)  # (B, S)
+    ended = torch.isin(answers, torch.tensor(defaults.ends(model), device=answers.device))  # (B, S)
     return (answers.shape[1] - (ended.int().cumsum(dim=1) - ended.int() > 0).sum(dim=1)).tolist()
 
 
@@ -182,8 +180,8 @@ def attention_gradients(vlm: Checkpoint, batch: Batch, layers: LayerSet) -> list
         return input_ids
 
     generate: Any = model.generate
-    options = {**GREEDILY, "max_new_tokens": 1, "disable_compile": True}
-    generate(**generation_inputs(vlm, batch), **options, custom_generate=once)
+    with defaults.undisturbed(model):
+        generate(**generation_inputs(vlm, batch), max_new_tokens=1, disable_compile=True, custom_generate=once)
     return list(torch.stack(found, dim=1))  # (N, T) each
 
 

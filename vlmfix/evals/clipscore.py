@@ -6,10 +6,12 @@ Hessel et al., "CLIPScore: A Reference-free Evaluation Metric for Image Captioni
 from __future__ import annotations
 
 import hashlib
+import io
 import random
+import sys
 import textwrap
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import closing
+from contextlib import closing, contextmanager, redirect_stdout
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import islice
@@ -32,6 +34,8 @@ WEIGHT = 2.5
 """w of the paper: stretches cosines, which hardly exceed 0.4, to about [0, 1]."""
 PROMPT = "Please describe this image in one sentence."
 """Short on purpose: CLIP reads no more than 77 tokens."""
+CODE = "trust_remote_code"
+"""The option of transformers under which code of a model's folder is run; it is never given."""
 LONGEST_REASON = 200
 """Characters of open_clip's own words in a message; it lists all models that it knows."""
 Item = TypeVar("Item")
@@ -217,10 +221,13 @@ class Clip:
         try:
             import open_clip  # takes seconds, and every evaluation imports this module
 
-            net, transform = open_clip.create_model_from_pretrained(model, pretrained=weights, device=device)
-            tokenizer = open_clip.get_tokenizer(model)
+            with _nobody_asked():
+                net, transform = open_clip.create_model_from_pretrained(model, pretrained=weights, device=device)
+                tokenizer = _tokenizer(open_clip.get_tokenizer, model)
         except Exception as error:  # open_clip and what it reads weights with raise nearly anything
             reason = textwrap.shorten(str(error) or type(error).__name__, LONGEST_REASON)
+            if CODE in str(error):
+                reason = "it needs Python code of its own, which vlmfix does not run"
             raise DataError(
                 f"no CLIP model {model}{f' with weights {weights}' if weights else ''}: {reason}",
                 "without a network give a weights file (--clip-weights FILE), or a folder (--clip local-dir:FOLDER); "
@@ -285,6 +292,31 @@ class Clip:
     def _encoded(self, encode: Callable[[Tensor], Tensor], inputs: Tensor) -> Tensor:
         with torch.inference_mode():
             return encode(inputs.to(self.device)).double().cpu()  # (n, D)
+
+
+def _tokenizer(get: Callable[..., Any], model: str) -> Any:  # noqa: ANN401 (open_clip has no types)
+    """A model's tokenizer, without code of its own, which its configuration could let in.
+
+    Tokenizers of transformers take the option that says so, open_clip's own do not know it.
+    """
+    try:
+        return get(model, **{CODE: False})
+    except TypeError as error:
+        if f"unexpected keyword argument '{CODE}'" not in str(error):
+            raise
+        return get(model)
+
+
+@contextmanager
+def _nobody_asked() -> Iterator[None]:
+    """Lets nothing ask on standard input inside the block: transformers, below open_clip, asks about code there."""
+    before = sys.stdin
+    sys.stdin = io.StringIO()
+    try:
+        with redirect_stdout(io.StringIO()):  # the question
+            yield
+    finally:
+        sys.stdin = before
 
 
 def _batches(items: Iterable[Item], size: int) -> Iterator[tuple[Item, ...]]:

@@ -18,8 +18,9 @@ def refuse_incomparable(runs: Sequence[EvalRun]) -> None:
     """Find what makes a comparison of runs meaningless.
 
     Equal must be: task and options, samples, data (paths and file names left out, digests not), the model's weights,
-    commit and dtype, and the decoding settings. The revision counts where no commit is known: a branch and the commit
-    that it stands for are the same model.
+    files, commit and dtype, how its files were read, and the decoding settings. The revision counts where no commit is
+    known: a branch and the commit that it stands for are the same model. Files and how they were read are compared
+    where both runs noted them.
 
     Raises:
         UsageError: Something differs, with both values; or a run has no plain arm.
@@ -54,6 +55,16 @@ def version_notes(runs: Sequence[EvalRun], labels: Sequence[str]) -> Iterator[st
             yield f"Made with several versions of {package}: {listed}."
 
 
+def older_notes(runs: Sequence[EvalRun], labels: Sequence[str]) -> Iterator[str]:
+    """Says which runs are, unlike others, of earlier versions, which did not note the model's files."""
+    older = [label for run, label in zip(runs, labels, strict=True) if "files" not in run.card]
+    if 0 < len(older) < len(runs):
+        yield (
+            f"Made by an earlier vlmfix, which noted no files of the model beside its weights and let the "
+            f"checkpoint's generation settings act: {', '.join(older)}."
+        )
+
+
 def strategy_notes(run: EvalRun, names: Mapping[str, str]) -> Iterator[str]:
     """Says which arms of a run choose tokens otherwise than its plain arm, which is what their decoder is for.
 
@@ -84,7 +95,8 @@ def _differing(one: EvalRun, other: EvalRun) -> Iterator[str]:
     if one.task.name != other.task.name:  # nothing else can be equal then
         yield f"task is {one.task.name!r} and {other.task.name!r}"
         return
-    first, second = _what(one.card), _what(other.card)
+    noted = [name for name in ("files", "checkpoint") if name in one.card and name in other.card]
+    first, second = _what(one.card, noted), _what(other.card, noted)
     for name in dict.fromkeys([*first, *second]):
         if first.get(name) != second.get(name):
             yield f"{name} is {shown(first.get(name))} and {shown(second.get(name))}"
@@ -92,9 +104,9 @@ def _differing(one: EvalRun, other: EvalRun) -> Iterator[str]:
         yield _other_samples(one, other)
 
 
-def _what(card: Mapping[str, Any]) -> dict[str, Any]:
-    """What must be equal, by dotted names."""
-    named = {name: card.get(name) for name in ("task", "weights", "commit", "dtype", "decoding", "options")}
+def _what(card: Mapping[str, Any], noted: Sequence[str]) -> dict[str, Any]:
+    """What must be equal, by dotted names; ``noted`` are names of what both runs noted."""
+    named = {name: card.get(name) for name in ("task", "weights", *noted, "commit", "dtype", "decoding", "options")}
     if card.get("commit") is None:
         named["revision"] = card.get("revision")
     return dict(flat(named)) | dict(flat({"data": _without_paths(card.get("data"))}))

@@ -7,8 +7,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from vlmfix.card import reading_notes
 from vlmfix.errors import DataError, UsageError
-from vlmfix.evals.comparable import fact_notes, refuse_incomparable, strategy_notes, version_notes
+from vlmfix.evals.comparable import fact_notes, older_notes, refuse_incomparable, strategy_notes, version_notes
 from vlmfix.evals.record import PLAIN, EvalRun
 from vlmfix.evals.statistics import bootstrap, bootstrap_p, holm, interval, mcnemar
 from vlmfix.evals.task import Judged, Numbers, Task
@@ -117,7 +118,7 @@ class Comparison:
     Attributes:
         task: Name of the benchmark.
         card: What all runs share: options, data, count and digest of the samples, model, revision, commit, weights,
-            dtype, decoding.
+            files, how the checkpoint was read, dtype, decoding.
         unit: What the bootstrap draws, in the plural.
         draws: Of the bootstrap.
         seed: Of the bootstrap.
@@ -177,9 +178,11 @@ def compare(runs: Sequence[EvalRun], *, draws: int = 10_000, seed: int = 0) -> C
     by_run = list(zip(runs, names, strict=True))
     strategies = [note for run, known in by_run for note in strategy_notes(run, known)]
     facts = [note for run, known in by_run for note in fact_notes(run, known)]
-    about = [*version_notes(runs, labels), *facts, *_few_units(arms or found)]
+    read = reading_notes(runs[0].card.get("checkpoint"))
+    about = [*version_notes(runs, labels), *older_notes(runs, labels), *read, *facts, *_few_units(arms or found)]
     notes = [*differing, *strategies, *_unfinished(found), *about]
-    shared = ("options", "data", "count", "samples", "model", "revision", "commit", "weights", "dtype", "decoding")
+    model = ("model", "revision", "commit", "weights", "files", "checkpoint", "dtype", "decoding")
+    shared = ("options", "data", "count", "samples", *model)
     return Comparison(
         task=runs[0].task.name,
         card={name: runs[0].card.get(name) for name in shared},

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from vlmfix.card import changed_facts, weights_digest
+from vlmfix.card import changed_facts, changed_reading, refuse_other_model
 from vlmfix.decoders import parse
 from vlmfix.errors import DataError
 from vlmfix.evals.record import PLAIN, EvalRun, Record
@@ -83,11 +83,7 @@ def reproduce(
         raise DataError(
             f"{run.folder} is unfinished: {', '.join(unfinished)}", "finish it with the command in its card"
         )
-    if card["commit"] is None and (found := weights_digest(card["model"], None)) != card["weights"]:
-        raise DataError(
-            f"the weights of {card['model']} are not those of the run: {found}, then {card['weights']}",
-            "put the former weights back",
-        )
+    refuse_other_model(card["model"], card)
     settings = Settings(
         model=card["model"],
         revision=card["commit"] or card["revision"],
@@ -113,7 +109,7 @@ def reproduce(
         again,
         arms={arm: _difference(run, again, arm) for arm in run.answers},
         versions={name: (before.get(name), now) for name, now in then.items() if before.get(name) != now},
-        facts=_changed_facts(run, again),
+        facts=_changed_facts(run, again) | changed_reading(run.card, again.card),
         pictures=_changed_pictures(run, again),
     )
 

@@ -18,7 +18,7 @@ from pathlib import Path, PurePath
 from typing import Any
 
 from vlmfix.answering import Answerer, Question, fitting_batch
-from vlmfix.card import device_name, peak_memory, plain, versions, weights_digest
+from vlmfix.card import device_name, model_files, peak_memory, plain, refuse_older_card, versions, weights_digest
 from vlmfix.decoders import Decoder, Greedy
 from vlmfix.errors import DataError, UsageError
 from vlmfix.evals.coco import some
@@ -269,10 +269,14 @@ class _Folder:
         fitting = min(fitting_batch(vlm, decoder) for decoder in arms.values())
         found = {
             "weights": weights_digest(settings.model, vlm.revision),
+            "files": model_files(settings.model, vlm.revision),
+            "checkpoint": vlm.reading,
             "commit": vlm.revision,
             "dtype": str(vlm.model.dtype).removeprefix("torch."),
             "batch_size": batch_size or self._card.get("batch_size") or fitting,
         }
+        if self._card["sessions"]:
+            refuse_older_card(self._out, self._card)
         before = {name: self._card[name] for name in found if name in self._card}
         refuse_other(self._out, self._out / CARD, before, {name: found[name] for name in before})
         self._card |= found

@@ -344,7 +344,7 @@ def _about_split(tuning: Workload, held_out: Workload, seed: int) -> dict[str, A
 def _about(found: Tuned, chosen: Trial, after: EvalRun, guards: Guards, spec: str) -> dict[str, Any]:
     """What the recipe says of itself."""
     card = after.card
-    model = ("model", "revision", "commit", "weights", "dtype", "decoding")
+    model = ("model", "revision", "commit", "weights", "files", "checkpoint", "dtype", "decoding")
     return {
         "date": datetime.now(UTC).replace(microsecond=0),
         "model": {name: card.get(name) for name in model},

@@ -12,7 +12,7 @@ from typing import Any
 from PIL import Image
 
 from vlmfix.answering import Answerer, Question
-from vlmfix.card import device_name, peak_memory, plain, versions, weights_digest
+from vlmfix.card import device_name, model_files, peak_memory, plain, versions, weights_digest
 from vlmfix.decoders import Decoder, parse
 from vlmfix.errors import DataError, UsageError
 from vlmfix.folder.maps import MapFolder
@@ -172,10 +172,11 @@ class _Job:
         self._vlm = vlm
         answerer = Answerer(vlm, decoder, settings, batch_size)
         self._batch_size = answerer.rows
-        weights = weights_digest(settings.model, vlm.revision)
         self._output.begin(
             {
-                "weights": weights,
+                "weights": weights_digest(settings.model, vlm.revision),
+                "files": model_files(settings.model, vlm.revision),
+                "checkpoint": vlm.reading,
                 "commit": vlm.revision,
                 "dtype": str(vlm.model.dtype).removeprefix("torch."),
                 "decoder_facts": decoder.facts(vlm),

@@ -10,6 +10,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Self
 
+from vlmfix.card import refuse_older_card
 from vlmfix.errors import DataError, UsageError
 from vlmfix.records import JsonLines, read_json, refuse_other, replace_json
 
@@ -111,6 +112,8 @@ class OutputFolder:
         Raises:
             UsageError: The folder's answers were made with other weights, another precision or another profile.
         """
+        if self._card["sessions"]:
+            refuse_older_card(self.folder, self._card["settings"])
         known = {name: value for name, value in self._card["settings"].items() if name in settings}
         refuse_other(self.folder, self.folder / CARD, known, {name: settings[name] for name in known})
         if not self._card["sessions"]:  # what an earlier start did not note cannot be known of its answers

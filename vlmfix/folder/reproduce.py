@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from vlmfix.card import changed_facts, weights_digest
+from vlmfix.card import changed_facts, changed_reading, refuse_other_model
 from vlmfix.errors import DataError
 from vlmfix.folder.job import Progress, run
 from vlmfix.folder.output import ANSWERS, CARD
@@ -58,11 +58,7 @@ def reproduce(
     if not card.get("finished"):
         raise DataError(f"{folder} is unfinished", "finish it with the command that began it")
     before, session = card["settings"], card["sessions"][-1]
-    if before["commit"] is None and (found := weights_digest(before["model"], None)) != before["weights"]:
-        raise DataError(
-            f"the weights of {before['model']} are not those of the run: {found}, then {before['weights']}",
-            "put the former weights back",
-        )
+    refuse_other_model(before["model"], before)
     questions = _questions(before, session["prompts_file"])
     settings = Settings(
         model=before["model"],
@@ -87,7 +83,8 @@ def reproduce(
     first, second = (_answers(place) for place in (folder, out))
     other = tuple(key for key, answer in first.items() if second.get(key) != answer)
     now = read_json(out / CARD)["settings"]
-    return Repeated(out, len(first), other, changed_facts(before.get("decoder_facts"), now.get("decoder_facts")))
+    facts = changed_facts(before.get("decoder_facts"), now.get("decoder_facts")) | changed_reading(before, now)
+    return Repeated(out, len(first), other, facts)
 
 
 def _questions(settings: dict[str, str | None], prompts: str | None) -> Questions:

@@ -16,6 +16,7 @@ from vlmfix.errors import DataError
 from vlmfix.heads.last_step import LastStep
 from vlmfix.heads.profiler import Work
 from vlmfix.heads.wording import decoded
+from vlmfix.upstream import defaults
 from vlmfix.upstream.cache import handed_over
 from vlmfix.upstream.text import TextInputs, watched
 
@@ -89,20 +90,14 @@ def tell(work: Work, longest: int) -> Told:
     def remember(inputs: TextInputs) -> None:
         steps.append(inputs.last())  # not the whole prompt
 
-    with watched(work.vlm.family.decoder(model), remember):
+    with watched(work.vlm.family.decoder(model), remember), defaults.undisturbed(model):
         sequences = model.generate(
             **work.batch,
             **handed_over(model, cache),
             max_new_tokens=longest,
-            do_sample=False,
-            num_beams=1,
-            temperature=None,
-            top_p=None,
-            top_k=None,
             disable_compile=True,
         )
-    ends = model.generation_config.eos_token_id
-    ends = [] if ends is None else [ends] if isinstance(ends, int) else list(ends)
+    ends = defaults.ends(model)
     answers = sequences[:, work.batch.length :].tolist()
     lengths = [next((n + 1 for n, token in enumerate(row) if token in ends), len(row)) for row in answers]
     tokens = tuple(tuple(row[:length]) for row, length in zip(answers, lengths, strict=True))

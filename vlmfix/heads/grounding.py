@@ -18,6 +18,7 @@ from vlmfix.errors import DataError
 from vlmfix.models.checkpoint import Checkpoint
 from vlmfix.models.layout import ImageLayout
 from vlmfix.models.turns import turn_of
+from vlmfix.upstream.defaults import undisturbed
 from vlmfix.upstream.steps import handed
 
 
@@ -96,10 +97,8 @@ def grounding(
     chosen = LayerSet(layers) if isinstance(layers, str) else layers
     replay = Replay(vlm=vlm, layout=layout, layers=chosen, answers=ids)
     model: Any = vlm.model
-    plain = {"do_sample": False, "num_beams": 1, "temperature": None, "top_p": None, "top_k": None}
-    options = {"max_new_tokens": max(map(len, ids)), "disable_compile": True, **plain}
-    with turn_of(model).taken():
-        model.generate(**batch, **options, custom_generate=replay)
+    with turn_of(model).taken(), undisturbed(model):
+        model.generate(**batch, max_new_tokens=max(map(len, ids)), disable_compile=True, custom_generate=replay)
     return [_grounding(vlm, layout, ids[row], row, torch.stack(replay.rows[row])) for row in range(len(ids))]
 
 

@@ -221,7 +221,10 @@ def fingerprint(vlm: Checkpoint) -> Tensor:
         (n,) float32 on the CPU, at most ``MATRICES * ENTRIES`` entries of matrices spread over the decoder.
     """
     matrices = [weight for weight in vlm.family.decoder(vlm.model).parameters() if weight.dim() > 1]
-    chosen = [matrices[number * len(matrices) // MATRICES] for number in range(min(MATRICES, len(matrices)))]
+    step = max(1, len(matrices) // MATRICES)
+    # Without the shift, a decoder of 32 layers would show the same matrix of each, and no other could tell two apart.
+    places = [number * len(matrices) // MATRICES + number % step for number in range(min(MATRICES, len(matrices)))]
+    chosen = [matrices[place] for place in places]
     entries = [matrix.detach().flatten()[_places(matrix.numel(), matrix.device)].float().cpu() for matrix in chosen]
     return torch.cat(entries)
 

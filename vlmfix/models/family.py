@@ -88,6 +88,18 @@ class Family(ABC):
         )
         return dict(inputs)
 
+    def completed(self, model: PreTrainedModel, processor: ProcessorMixin) -> tuple[ProcessorMixin, dict[str, Any]]:
+        """The processor with settings that its files leave out and the model's configuration has.
+
+        Args:
+            model: The model.
+            processor: Its processor; it is left as it was found.
+
+        Returns:
+            The processor, a copy where something is added, and what was added: name -> value. The default adds nothing.
+        """
+        return processor, {}
+
     def sharing(self, processor: ProcessorMixin) -> Any:  # noqa: ANN401 (its parts are to be replaced)
         """A copy of the processor that takes an image processor which returns less than all pictures of the rows."""
         return copy(processor)

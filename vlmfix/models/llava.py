@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from copy import copy
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -48,9 +50,32 @@ class Llava(Family):
             pictures.append(_with_class(_grid(lines, columns, window), extra))
         return by_row(batch, self.image_token(model.config), pictures)
 
+    def completed(self, model: PreTrainedModel, processor: ProcessorMixin) -> tuple[ProcessorMixin, dict[str, Any]]:
+        """The vision tower's patches and class tokens; see ``Family.completed``."""
+        return with_patches(self, model, processor)
+
     def per_token(self, model: PreTrainedModel, inputs: Mapping[str, Tensor], patches: Sequence[Tensor]) -> Tensor:
         """Each token is one patch; see ``Family.per_token``."""
         return without_first(model, torch.cat(list(patches))).flatten()
+
+
+def with_patches(
+    family: Family, model: PreTrainedModel, processor: ProcessorMixin
+) -> tuple[ProcessorMixin, dict[str, Any]]:
+    """What a LLaVA processor must know of the vision tower; files from before transformers 4.46 do not say it.
+
+    Without a number of class tokens a processor counts none, which with a class token is one token too few.
+    """
+    config, holder = model.config, copy(processor)
+    known = {
+        "patch_size": config.vision_config.patch_size,
+        "vision_feature_select_strategy": config.vision_feature_select_strategy,
+        "num_additional_image_tokens": family.class_tokens(model),
+    }
+    added = {name: value for name, value in known.items() if value and not getattr(processor, name, True)}
+    for name, value in added.items():
+        setattr(holder, name, value)
+    return (holder, added) if added else (processor, {})
 
 
 def without_first(model: PreTrainedModel, patches: Tensor) -> Tensor:
