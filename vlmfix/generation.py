@@ -28,11 +28,12 @@ from transformers import (
     TopPLogitsWarper,
 )
 
+from vlmfix.asked import pictures_of, questions_of, whole
 from vlmfix.decoders import Decoder, Strategy, parse
 from vlmfix.decoders.probing import generation_inputs
 from vlmfix.decoders.refined import PictureMemo, Refined
-from vlmfix.errors import DataError, IncompatibleDecodersError, UsageError
-from vlmfix.models.checkpoint import Checkpoint
+from vlmfix.errors import IncompatibleDecodersError, UsageError
+from vlmfix.models.checkpoint import Checkpoint, limited
 from vlmfix.models.families import family_of
 from vlmfix.models.layout import Batch
 from vlmfix.models.turns import turn_of
@@ -94,7 +95,8 @@ class VLM(Checkpoint):
         model are answered one after the other.
 
         Args:
-            pictures: B pictures, or B lists of pictures.
+            pictures: B PIL pictures, or B lists of them, the right way up: EXIF's orientation is not looked at. What is
+                not RGB becomes RGB as in a file.
             prompts: One question for all, or B questions.
             decoder: A decoder, or its specification such as ``vcd:contrast=0.5``.
             max_new_tokens: Longest answer in tokens.
@@ -106,12 +108,12 @@ class VLM(Checkpoint):
             static_cache: Preallocates the cache; on a GPU decoding is then compiled, which pays over many batches.
 
         Raises:
-            DataError: The numbers of pictures and prompts differ, or are zero.
+            DataError: The numbers of pictures and prompts differ, or are zero, or something else is among them.
             UsageError: A parameter is out of range, or contradicts the decoder.
             IncompatibleDecodersError: The decoder cannot act on this model or kind of run.
         """
         rows, asked = _questions(pictures, prompts)
-        method = parse(decoder) if isinstance(decoder, str) else decoder
+        method = _method(decoder)
         request = _Request(
             rows=rows,
             prompts=asked,
@@ -144,10 +146,10 @@ class VLM(Checkpoint):
             decoder: A decoder that refines pictures, such as ``vicrop``, or a chain that begins with one.
 
         Raises:
-            DataError: The numbers of pictures and prompts differ, or are zero.
+            DataError: The numbers of pictures and prompts differ, or are zero, or something else is among them.
             IncompatibleDecodersError: The decoder leaves pictures as they are, or cannot act on this model.
         """
-        method = parse(decoder) if isinstance(decoder, str) else decoder
+        method = _method(decoder)
         if not method.refines:
             raise IncompatibleDecodersError(f"{method.name} leaves pictures as they are", "use carve or vicrop")
         rows, asked = _questions(pictures, prompts)
@@ -172,10 +174,13 @@ class VLM(Checkpoint):
         wait.
 
         Raises:
-            IncompatibleDecodersError: The calling thread has the model already, in a block of ``applied``.
+            DataError: Picture and prompt are something else.
+            UsageError: A parameter is out of range, or contradicts the decoder.
+            IncompatibleDecodersError: The calling thread has the model already, in a block of ``applied``; raised where
+                the text is read.
         """
         rows, asked = _questions([picture], prompt)
-        method = parse(decoder) if isinstance(decoder, str) else decoder
+        method = _method(decoder)
         request = _Request(
             rows=rows,
             prompts=asked,
@@ -184,8 +189,14 @@ class VLM(Checkpoint):
             strategy=_strategy(method, Strategy(temperature=temperature, top_p=top_p)),
             seed=seed,
         )
+        return self._streamed(request)
+
+    def _streamed(self, request: _Request) -> Iterator[str]:
+        """The text of a request for one answer, as it comes."""
         if request.strategy.num_beams > 1:
-            (answer,) = self.generate([picture], prompt, decoder=method, max_new_tokens=max_new_tokens)
+            (answer,) = self.generate(
+                request.rows, request.prompts, decoder=request.decoder, max_new_tokens=request.max_new_tokens
+            )
             if answer.text:
                 yield answer.text
             return
@@ -285,18 +296,24 @@ class _Request:
     static_cache: bool = False
 
     def __post_init__(self) -> None:
-        pictures, prompts = len(self.rows), len(self.prompts)
-        if pictures != prompts or not pictures:
-            raise DataError(f"{pictures} pictures and {prompts} prompts", "give one prompt for all, or one per picture")
-        if self.max_new_tokens < 1:
-            raise UsageError(f"max_new_tokens={self.max_new_tokens} is not allowed", "it is at least 1")
-        if not 0 <= self.seed < 2**63:
-            raise UsageError(f"seed={self.seed} is not allowed", "a seed is in [0, 2**63)")
+        object.__setattr__(self, "max_new_tokens", whole("max_new_tokens", self.max_new_tokens, 1))
+        object.__setattr__(self, "seed", whole("seed", self.seed, 0, 2**63 - 1))
 
 
 def _questions(pictures: Sequence[Shown], prompts: str | Sequence[str]) -> tuple[list[list[Image.Image]], list[str]]:
-    rows = [[shown] if isinstance(shown, Image.Image) else list(shown) for shown in pictures]
-    return rows, [prompts] * len(rows) if isinstance(prompts, str) else list(prompts)
+    rows = pictures_of(pictures)
+    return rows, questions_of(prompts, len(rows))
+
+
+def _method(decoder: Decoder | str) -> Decoder:
+    """A decoder, or the one that a specification names."""
+    if isinstance(decoder, str):
+        return parse(decoder)
+    if not isinstance(decoder, Decoder):
+        raise UsageError(
+            f"decoder is of type {type(decoder).__name__}", "give a decoder, or its specification such as 'vcd'"
+        )
+    return decoder
 
 
 def _strategy(decoder: Decoder, options: Strategy) -> Strategy:
@@ -317,20 +334,34 @@ def check_settings(decoder: Decoder, settings: Settings) -> None:
     _strategy(decoder, Strategy(num_beams=settings.num_beams, temperature=settings.temperature))
 
 
-def load(model: str | Path, *, revision: str | None = None, device: str = "auto", dtype: str = "auto") -> VLM:
+def load(
+    model: str | Path,
+    *,
+    revision: str | None = None,
+    device: str = "auto",
+    dtype: str = "auto",
+    max_pixels: int | None = None,
+) -> VLM:
     """Loads a model; see ``Checkpoint.load``. ``load("tiny")`` is the model that comes with the package."""
-    return VLM.load(model, revision=revision, device=device, dtype=dtype)
+    return VLM.load(model, revision=revision, device=device, dtype=dtype, max_pixels=max_pixels)
 
 
-def wrap(model: PreTrainedModel, processor: ProcessorMixin) -> VLM:
+def wrap(model: PreTrainedModel, processor: ProcessorMixin, *, max_pixels: int | None = None) -> VLM:
     """A model and processor of your own, already loaded by transformers, for ``decoder.applied``.
+
+    Args:
+        model: The model.
+        processor: Its processor; it is left as it was found.
+        max_pixels: See ``Checkpoint.load``.
 
     Raises:
         UnsupportedModelError: The model's family is not one that vlmfix knows.
+        UsageError: A limit on pixels that the processor does not know or cannot keep.
         UpstreamError: The installed transformers hands masks over in an unknown way.
     """
     family = family_of(model.config.model_type)
     check_model(model, family.decoder(model))
+    processor = limited(family, processor, max_pixels)
     return VLM(model=model, processor=processor, family=family, name=str(model.config.name_or_path))
 
 

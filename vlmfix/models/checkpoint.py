@@ -18,6 +18,7 @@ from transformers import (
     ProcessorMixin,
 )
 
+from vlmfix.asked import pictures_of, questions_of, whole
 from vlmfix.errors import DataError, LayoutError, UnsupportedModelError, UsageError
 from vlmfix.models.families import family_of
 from vlmfix.models.family import Family
@@ -45,7 +46,7 @@ class Checkpoint:
 
     Attributes:
         model: The stock transformers model, in eval mode.
-        processor: Its processor, unchanged.
+        processor: Its processor, unchanged but for the limit on pixels that was asked for.
         family: Where its attention and its image tokens are.
         name: What it was loaded by.
         revision: Commit of the Hub snapshot, or None for a local directory.
@@ -58,7 +59,15 @@ class Checkpoint:
     revision: str | None = None
 
     @classmethod
-    def load(cls, model: str | Path, *, revision: str | None = None, device: str = "auto", dtype: str = "auto") -> Self:
+    def load(
+        cls,
+        model: str | Path,
+        *,
+        revision: str | None = None,
+        device: str = "auto",
+        dtype: str = "auto",
+        max_pixels: int | None = None,
+    ) -> Self:
         """Loads a checkpoint through stock transformers classes.
 
         Args:
@@ -67,12 +76,13 @@ class Checkpoint:
             device: ``auto`` (the GPU when there is one), or a torch device such as ``cpu`` or ``cuda:1``.
             dtype: ``auto`` (the checkpoint's own on a GPU, float32 on the CPU), ``float32``, ``bfloat16`` or
                 ``float16``.
+            max_pixels: The most pixels that the processor makes of a picture, for Qwen-VL; None leaves its own limit.
 
         Raises:
             UnsupportedModelError: The model's family is not one that vlmfix knows.
             DataError: There is no such checkpoint, or it cannot be read.
             UpstreamError: The installed transformers hands masks over in an unknown way.
-            UsageError: Unknown device or dtype.
+            UsageError: Unknown device or dtype, or a limit on pixels that the processor does not know or cannot keep.
         """
         path = str(EMBEDDED.get(str(model), model))
         place = _device(device)
@@ -80,7 +90,7 @@ class Checkpoint:
         try:
             config = _config(path, revision)
             family = family_of(str(config["model_type"]))
-            processor = AutoProcessor.from_pretrained(path, revision=revision)
+            processor = limited(family, AutoProcessor.from_pretrained(path, revision=revision), max_pixels)
             loading: Any = AutoModelForImageTextToText.from_pretrained(
                 path, revision=revision, dtype=kind, device_map=place, output_loading_info=True
             )
@@ -121,8 +131,8 @@ class Checkpoint:
 
     def encode(
         self,
-        prompts: Sequence[str | None],
-        pictures: Sequence[Sequence[Image.Image]],
+        prompts: str | Sequence[str | None],
+        pictures: Sequence[Image.Image | Sequence[Image.Image]],
         *,
         system: str | None = None,
     ) -> Batch:
@@ -131,33 +141,49 @@ class Checkpoint:
         The image processor sees pictures that several rows share, the same objects in the same order, once.
 
         Args:
-            prompts: B questions; may be empty, or None for a user turn without any text.
-            pictures: B sequences of RGB pictures; a row may have none, one or several.
+            prompts: One question for all, or B questions; may be empty, or None for a user turn without any text.
+            pictures: B pictures, or B lists of them, which may be empty; the right way up: EXIF's orientation is not
+                looked at. What is not RGB becomes RGB as in a file.
             system: System message; None keeps the template's own.
 
         Raises:
-            DataError: ``prompts`` and ``pictures`` differ in length, or there is no row.
+            DataError: ``prompts`` and ``pictures`` differ in length, there is no row, something else than questions and
+                pictures is among them, or the processor would make too large a picture of one.
             UnsupportedModelError: The processor has no chat template.
             UpstreamError: The processor returns its tensors under other names.
         """
-        if len(prompts) != len(pictures) or not prompts:
-            raise DataError(
-                f"{len(prompts)} prompts and {len(pictures)} picture lists",
-                "give one list of pictures per prompt",
-            )
-        texts = [self.render(prompt, len(row), system=system) for prompt, row in zip(prompts, pictures, strict=True)]
-        whole, sources = process_once(self.family, self.model, self.processor, texts, pictures)
-        if absent := [name for name in PROCESSED if name not in whole and (name != "pixel_values" or any(pictures))]:
+        rows = pictures_of(pictures)
+        asked = questions_of(prompts, len(rows), silent=True)
+        for row in rows:
+            for picture in row:
+                self._check_enlarged(picture, len(row))
+        texts = [self.render(prompt, len(row), system=system) for prompt, row in zip(asked, rows, strict=True)]
+        processed, sources = process_once(self.family, self.model, self.processor, texts, rows)
+        if absent := [name for name in PROCESSED if name not in processed and (name != "pixel_values" or any(rows))]:
             raise missing(f"{type(self.processor).__name__} returns no {' and '.join(absent)}")
-        inputs = {name: self._placed(value) for name, value in whole.items() if isinstance(value, Tensor)}
+        inputs = {name: self._placed(value) for name, value in processed.items() if isinstance(value, Tensor)}
         repeated = {name: inputs[name][source.to(self.device)] for name, source in sources.items()}
         return Batch(
             inputs={**inputs, **repeated},
-            prompts=tuple(prompts),
-            pictures=tuple(tuple(row) for row in pictures),
-            sizes=tuple(tuple((picture.height, picture.width) for picture in row) for row in pictures),
+            prompts=tuple(asked),
+            pictures=tuple(tuple(row) for row in rows),
+            sizes=tuple(tuple((picture.height, picture.width) for picture in row) for row in rows),
             system=system,
         )
+
+    def enlarged(self, picture: Image.Image, together: int = 1) -> int:
+        """Pixels of the largest picture that the processor makes of one; see ``Family.enlarged``."""
+        return self.family.enlarged(self.processor, (picture.height, picture.width), together)
+
+    def _check_enlarged(self, picture: Image.Image, together: int) -> None:
+        """Refuses a picture that the processor makes more of than may be read from a file."""
+        made, limit = self.enlarged(picture, together), Image.MAX_IMAGE_PIXELS
+        if limit is not None and made > limit:
+            raise DataError(
+                f"too large: the processor makes {made} pixels of {picture.width} x {picture.height}, at most {limit} "
+                "are allowed",
+                "make the picture smaller, or cut a part out of it",
+            )
 
     def render(self, prompt: str | None, pictures: int, *, system: str | None = None) -> str:
         """The chat template's text for one question about ``pictures`` pictures, ready for the answer."""
@@ -211,6 +237,15 @@ class Checkpoint:
     def _placed(self, value: Tensor) -> Tensor:
         value = value.to(self.device)
         return value.to(self.model.dtype) if value.is_floating_point() else value
+
+
+def limited(family: Family, processor: ProcessorMixin, max_pixels: int | None) -> ProcessorMixin:
+    """The processor, or a copy of it with a limit on the pixels of a picture.
+
+    Raises:
+        UsageError: The limit is no whole number above 0, or the processor does not know such a limit or cannot keep it.
+    """
+    return processor if max_pixels is None else family.limited(processor, whole("max_pixels", max_pixels, 1))
 
 
 def _config(path: str, revision: str | None) -> dict[str, Any]:
