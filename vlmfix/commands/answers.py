@@ -87,7 +87,7 @@ def ask(picture: Path, question: str, settings: Settings) -> None:
     decoder = parse(settings.decoder)
     check_settings(decoder, settings)
     shown = named_picture(picture)
-    vlm = loading(settings.model, revision=settings.revision, device=settings.device, dtype=settings.dtype)
+    vlm = loading(settings.model, **settings.loading())
     pieces = vlm.stream(
         shown,
         question,

@@ -18,8 +18,8 @@ def refuse_incomparable(runs: Sequence[EvalRun]) -> None:
     """Find what makes a comparison of runs meaningless.
 
     Equal must be: task and options, samples, data (paths and file names left out, digests not), the model's weights,
-    commit and dtype, and the decoding settings. The revision counts where no commit is known: a branch and the commit
-    that it stands for are the same model.
+    commit and dtype, the limit on pixels, and the decoding settings. The revision counts where no commit is known: a
+    branch and the commit that it stands for are the same model.
 
     Raises:
         UsageError: Something differs, with both values; or a run has no plain arm.
@@ -94,7 +94,9 @@ def _differing(one: EvalRun, other: EvalRun) -> Iterator[str]:
 
 def _what(card: Mapping[str, Any]) -> dict[str, Any]:
     """What must be equal, by dotted names."""
-    named = {name: card.get(name) for name in ("task", "weights", "commit", "dtype", "decoding", "options")}
+    named = {
+        name: card.get(name) for name in ("task", "weights", "commit", "dtype", "max_pixels", "decoding", "options")
+    }
     if card.get("commit") is None:
         named["revision"] = card.get("revision")
     return dict(flat(named)) | dict(flat({"data": _without_paths(card.get("data"))}))

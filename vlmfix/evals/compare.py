@@ -117,7 +117,7 @@ class Comparison:
     Attributes:
         task: Name of the benchmark.
         card: What all runs share: options, data, count and digest of the samples, model, revision, commit, weights,
-            dtype, decoding.
+            dtype, max_pixels, decoding.
         unit: What the bootstrap draws, in the plural.
         draws: Of the bootstrap.
         seed: Of the bootstrap.
@@ -179,7 +179,8 @@ def compare(runs: Sequence[EvalRun], *, draws: int = 10_000, seed: int = 0) -> C
     facts = [note for run, known in by_run for note in fact_notes(run, known)]
     about = [*version_notes(runs, labels), *facts, *_few_units(arms or found)]
     notes = [*differing, *strategies, *_unfinished(found), *about]
-    shared = ("options", "data", "count", "samples", "model", "revision", "commit", "weights", "dtype", "decoding")
+    made_by = ("model", "revision", "commit", "weights", "dtype", "max_pixels", "decoding")
+    shared = ("options", "data", "count", "samples", *made_by)
     return Comparison(
         task=runs[0].task.name,
         card={name: runs[0].card.get(name) for name in shared},
