@@ -63,6 +63,15 @@ def test_what_the_processor_makes_counts_against_the_limit(monkeypatch, name, to
         vlm.generate([[picture] * together], "what?", max_new_tokens=1)
 
 
+def test_small_pictures_that_grow_have_the_limit_of_one_together(monkeypatch):
+    vlm = vlm_of("llava")
+    thin = [Image.new("RGB", (4, 800), "blue") for _ in range(3)]
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 2 * vlm.enlarged(thin[0]))
+    assert len(vlm.generate([thin[0]] * 3 + [thin[1]], "what?", max_new_tokens=1)) == 4
+    with pytest.raises(DataError, match=r"of 3 small pictures together, .* \(show fewer at once\)"):
+        vlm.generate(thin, "what?", max_new_tokens=1)
+
+
 def test_the_pictures_of_a_batch_have_the_limit_of_one_together(monkeypatch):
     vlm = vlm_of("llava")
     thin = [Image.new("RGB", (4, 800), "blue") for _ in range(5)]

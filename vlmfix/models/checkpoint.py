@@ -37,6 +37,9 @@ _WHAT_LOADS = "give 'tiny', 'tiny-qwen', a Hub id such as llava-hf/llava-1.5-7b-
 HEADS = "heads.safetensors"
 """File in a model's folder that profiles of its heads are looked for in; it holds no weights."""
 
+GROWN = 4
+"""How many times its own pixels make a picture one that grows: a photograph padded to a square is none."""
+
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -154,9 +157,7 @@ class Checkpoint:
         """
         rows = pictures_of(pictures)
         asked = questions_of(prompts, len(rows), silent=True)
-        for row in rows:
-            for picture in row:
-                self._check_enlarged(picture, len(row))
+        self._check_enlarged(rows)
         texts = [self.render(prompt, len(row), system=system) for prompt, row in zip(asked, rows, strict=True)]
         processed, sources = process_once(self.family, self.model, self.processor, texts, rows)
         if absent := [name for name in PROCESSED if name not in processed and (name != "pixel_values" or any(rows))]:
@@ -175,14 +176,24 @@ class Checkpoint:
         """Pixels of the largest picture that the processor makes of one; see ``Family.enlarged``."""
         return self.family.enlarged(self.processor, (picture.height, picture.width), together)
 
-    def _check_enlarged(self, picture: Image.Image, together: int) -> None:
-        """Refuses a picture that the processor makes more of than may be read from a file."""
-        made, limit = self.enlarged(picture, together), Image.MAX_IMAGE_PIXELS
-        if limit is not None and made > limit:
+    def _check_enlarged(self, rows: Sequence[Sequence[Image.Image]]) -> None:
+        """Refuses pictures that the processor makes more of than may be read from a file, alone or all of them."""
+        limit, grown = Image.MAX_IMAGE_PIXELS, {}
+        for picture, together in ((picture, len(row)) for row in rows for picture in row):
+            made = self.enlarged(picture, together)
+            if limit is not None and made > limit:
+                raise DataError(
+                    f"too large: the processor makes {made} pixels of {picture.width} x {picture.height}, at most "
+                    f"{limit} are allowed",
+                    "make the picture smaller, or cut a part out of it",
+                )
+            if made > GROWN * picture.width * picture.height:
+                grown[id(picture)] = made
+        if limit is not None and sum(grown.values()) > limit:
             raise DataError(
-                f"too large: the processor makes {made} pixels of {picture.width} x {picture.height}, at most {limit} "
-                "are allowed",
-                "make the picture smaller, or cut a part out of it",
+                f"too large: the processor makes {sum(grown.values())} pixels of {len(grown)} small pictures together, "
+                f"at most {limit} are allowed",
+                "show fewer at once",
             )
 
     def render(self, prompt: str | None, pictures: int, *, system: str | None = None) -> str:
