@@ -437,6 +437,71 @@ def test_a_real_interrupt_and_a_quiet_terminal(tmp_path, model):
     assert card["totals"]["answers"] == len(list(read_lines(out / "answers.jsonl")))
 
 
+def asking(tmp_path, stdout):
+    """`vlmfix ask` in a process of its own, about a question with a long answer."""
+    Image.effect_noise((60, 60), 90).save(tmp_path / "a.png")
+    question = ("Please describe this image in detail.", "--max-new-tokens", "2000", "--decoder", "sample")
+    heard = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        return subprocess.Popen(
+            [sys.executable, "-m", "vlmfix", "ask", tmp_path / "a.png", *question],
+            stdout=stdout,
+            stderr=subprocess.PIPE,
+            bufsize=0,
+        )
+    finally:
+        signal.signal(signal.SIGINT, heard)
+
+
+@pytest.mark.parametrize("pause", [None, 0.05], ids=["once", "twice"])
+def test_an_answer_is_interrupted_and_nothing_aborts(tmp_path, pause):
+    with asking(tmp_path, subprocess.PIPE) as process:
+        assert process.stdout.read(1)  # words appear
+        process.send_signal(signal.SIGINT)
+        if pause is not None:
+            time.sleep(pause)
+            process.send_signal(signal.SIGINT)
+        told = process.stderr.read().decode()
+        assert process.wait(timeout=60) == 130
+    assert [line for line in told.splitlines() if line] in (
+        ["vlmfix: loading tiny", "vlmfix: stopped"],
+        ["vlmfix: loading tiny"],  # the second came before the first was answered
+    )
+
+
+def test_an_answer_that_cannot_be_written_is_one_line_and_a_reader_who_leaves_none(tmp_path):
+    with open("/dev/full", "w") as full, asking(tmp_path, full) as stuck, asking(tmp_path, subprocess.PIPE) as left:
+        assert left.stdout.read(1)
+        left.stdout.close()
+        told = {process: process.stderr.read().decode() for process in (stuck, left)}
+        assert (stuck.wait(timeout=60), left.wait(timeout=60)) == (1, 1)
+    assert told[left] == "vlmfix: loading tiny\n"
+    assert told[stuck].splitlines() == [
+        "vlmfix: loading tiny",
+        "vlmfix: cannot write the answer: No space left on device",
+        "hint: make room, or write elsewhere",
+    ]
+
+
+def test_a_process_may_end_with_a_stream_half_read():
+    script = (
+        "import vlmfix; from PIL import Image; vlm = vlmfix.load('tiny'); shown = Image.new('RGB', (60, 60), 'red')\n"
+        "pieces = vlm.stream(shown, 'What?', decoder='sample', max_new_tokens=2000)\n"
+        "print(bool(next(pieces)))"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (0, "True\n"), done.stderr
+
+
+def test_a_full_device_is_one_line():
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "vlmfix", "--version"], stdout=full, stderr=subprocess.PIPE, text=True, check=False
+        )
+    assert done.returncode == 1
+    assert done.stderr == "vlmfix: cannot write: No space left on device\nhint: make room, or write elsewhere\n"
+
+
 def test_a_reader_that_leaves_is_no_error():
     command = f"{sys.executable} -m vlmfix decoders --json | head -n 1"
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=True)

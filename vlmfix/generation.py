@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import atexit
 import hashlib
 import math
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -166,7 +167,7 @@ class VLM(Checkpoint):
         temperature: float = 0.0,
         top_p: float = 1.0,
         seed: int = 0,
-    ) -> Iterator[str]:
+    ) -> Generator[str]:
         """Answers one question and yields the text as it comes; parameters as in ``generate``.
 
         A decoder that searches with beams knows its answer at the end, and the text then comes in one piece. The model
@@ -191,7 +192,7 @@ class VLM(Checkpoint):
         )
         return self._streamed(request)
 
-    def _streamed(self, request: _Request) -> Iterator[str]:
+    def _streamed(self, request: _Request) -> Generator[str]:
         """The text of a request for one answer, as it comes."""
         if request.strategy.num_beams > 1:
             (answer,) = self.generate(
@@ -222,7 +223,13 @@ class VLM(Checkpoint):
                 streamer.end()
 
         thread = threading.Thread(target=work, daemon=True)
+
+        def end() -> None:
+            left.set()
+            thread.join()
+
         thread.start()
+        atexit.register(end)  # an interpreter that ends under a thread at work is aborted
         started = False
         try:
             for piece in streamer:
@@ -231,8 +238,8 @@ class VLM(Checkpoint):
                 if piece:
                     yield piece
         finally:  # also where the reader leaves early: the model is then as it was before anybody else gets it
-            left.set()
-            thread.join()
+            end()
+            atexit.unregister(end)
         if failure:
             raise failure[0]
 
