@@ -11,7 +11,7 @@ from PIL import Image, ImageOps
 
 from vlmfix import images
 from vlmfix.errors import DataError
-from vlmfix.images import find, open_picture, read_ahead
+from vlmfix.images import begins_like_a_picture, find, open_picture, read_ahead
 
 
 def save(path, size=(8, 6), colour="red", mode="RGB", **options):
@@ -293,6 +293,17 @@ def test_broken_metadata_of_a_png_say_nothing(tmp_path, name, place):
 def test_a_png_that_ends_within_its_metadata_is_whole(tmp_path):
     content = png(bytes([0, 3, 51, 255]), 4, after=[chunk(b"tEXt", b"a\0" + b"b" * 99)])[:-60]
     assert line_of(tmp_path / "a", content) == [0, 3, 51, 255]
+
+
+def test_what_begins_like_a_picture_is_told_without_its_metadata(tmp_path, monkeypatch):
+    (tmp_path / "broken.png").write_bytes(png(bytes([0, 3, 51, 255]), 4, before=[BAD]))
+    (tmp_path / "text").write_text("not a picture")
+    whole = save(tmp_path / "whole.png", size=(40, 30)).read_bytes()
+    (tmp_path / "cut.png").write_bytes(whole[:60])
+    found = {path.name: begins_like_a_picture(path) for path in tmp_path.iterdir()}
+    assert found == {"broken.png": True, "text": False, "whole.png": True, "cut.png": True}
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 500)
+    assert begins_like_a_picture(tmp_path / "whole.png"), "it is too large, not something else"
 
 
 def jpeg(marker, data):

@@ -6,12 +6,12 @@ import hashlib
 import os
 import stat
 from collections import deque
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, TypeVar
 
 from PIL import Image, UnidentifiedImageError
 
@@ -21,6 +21,8 @@ from vlmfix.pixels import check_size, rgb, turn
 
 FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "BMP", "GIF")
 """What is read, told by a file's content; its extension does not matter."""
+
+T = TypeVar("T")
 
 BOMBS = (Image.DecompressionBombError, Image.DecompressionBombWarning)
 
@@ -133,7 +135,7 @@ def open_picture(path: str | Path) -> Picture:
         with Path(path).open("rb") as file:
             if os.fstat(file.fileno()).st_size == 0:
                 raise DataError("empty file")
-            image = _decoded(file)
+            image = _read(file, _decoded)
             file.seek(0)
             return Picture(image=image, sha256=hashlib.file_digest(file, "sha256").hexdigest())
     except DataError:
@@ -148,10 +150,22 @@ def open_picture(path: str | Path) -> Picture:
         raise DataError(f"broken picture: {type(error).__name__}: {error}") from error
 
 
-def _decoded(file: BinaryIO) -> Image.Image:
-    """The pixels of a file; where it cannot be decoded, those of the same file without its metadata."""
+def begins_like_a_picture(path: Path) -> bool:
+    """Whether a file is a picture as far as its beginning tells: it may be broken further on, or too large."""
     try:
-        return _from(file)
+        with path.open("rb") as file:
+            _read(file, lambda content: Image.open(content, formats=FORMATS).close())
+            return True
+    except BOMBS:
+        return True
+    except Exception:  # Pillow's readers raise nearly anything on a file that is no picture
+        return False
+
+
+def _read(file: BinaryIO, read: Callable[[BinaryIO], T]) -> T:
+    """What is read of a picture file; where that fails, of the same file without its metadata."""
+    try:
+        return read(file)
     except (DataError, *BOMBS):
         raise
     except Exception:  # of no common kind
@@ -160,7 +174,7 @@ def _decoded(file: BinaryIO) -> Image.Image:
         for exif in (True, False):
             bare = without_metadata(content, exif=exif)
             try:
-                return _from(BytesIO(bare or b""))
+                return read(BytesIO(bare or b""))
             except (DataError, *BOMBS):
                 raise
             except Exception:  # it is not the metadata alone, and the first reason is raised below
@@ -168,7 +182,7 @@ def _decoded(file: BinaryIO) -> Image.Image:
         raise
 
 
-def _from(file: BinaryIO) -> Image.Image:
+def _decoded(file: BinaryIO) -> Image.Image:
     with Image.open(file, formats=FORMATS) as opened:
         check_size(*opened.size)
         bits = _png_bits(file)
