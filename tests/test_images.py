@@ -155,6 +155,21 @@ def test_a_huge_picture_is_refused_before_it_is_decoded(tmp_path, monkeypatch):
     assert open_picture(path).image.size == (40, 30)
 
 
+def test_a_tile_counts_like_a_picture(tmp_path, monkeypatch):
+    pixels = zlib.compress(bytes(32 * 32))
+    numbers = {256: 8, 257: 8, 322: 32, 323: 32, 324: 8, 325: len(pixels)}
+    short = {258: 8, 259: 8, 262: 1, 277: 1}
+    entries = [struct.pack("<HHII", tag, 4, 1, value) for tag, value in numbers.items()]
+    entries += [struct.pack("<HHIHH", tag, 3, 1, value, 0) for tag, value in short.items()]
+    entries.sort(key=lambda entry: struct.unpack_from("<H", entry))
+    start = b"II*\0" + struct.pack("<I", 8 + len(pixels)) + pixels + struct.pack("<H", len(entries))
+    (tmp_path / "a").write_bytes(start + b"".join(entries) + bytes(4))
+    assert open_picture(tmp_path / "a").image.size == (8, 8)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1023)
+    with pytest.raises(DataError, match="too large: tiles of 32 x 32 pixels, at most 1023"):
+        open_picture(tmp_path / "a")
+
+
 def test_a_line_is_refused_before_it_is_decoded(tmp_path):
     assert open_picture(save(tmp_path / "a.png", size=(2, 400))).image.size == (2, 400)
     for size in ((2, 401), (401, 2)):

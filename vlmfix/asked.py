@@ -14,7 +14,7 @@ from PIL import Image
 from PIL.ImageFile import ImageFile
 
 from vlmfix.errors import DataError, UsageError
-from vlmfix.pixels import check_size, rgb
+from vlmfix.pixels import check_size, check_tiles, rgb
 
 MOST = 2**31 - 1
 """The largest number of tokens, beams or rows that may be asked for."""
@@ -137,6 +137,7 @@ def _picture(given: Any, place: str, made: _Made) -> Image.Image:  # noqa: ANN40
     if key not in made:
         try:
             check_size(*given.size)
+            check_tiles(given)
             given.load()
             picture = rgb(given)
             made[key] = given, picture.copy() if isinstance(picture, ImageFile) else picture

@@ -17,7 +17,7 @@ from PIL import Image, UnidentifiedImageError
 
 from vlmfix.errors import DataError, UsageError
 from vlmfix.metadata import without_metadata
-from vlmfix.pixels import check_size, rgb, turn
+from vlmfix.pixels import check_size, check_tiles, rgb, turn
 
 FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "BMP", "GIF")
 """What is read, told by a file's content; its extension does not matter."""
@@ -185,6 +185,7 @@ def _read(file: BinaryIO, read: Callable[[BinaryIO], T]) -> T:
 def _decoded(file: BinaryIO) -> Image.Image:
     with Image.open(file, formats=FORMATS) as opened:
         check_size(*opened.size)
+        check_tiles(opened)
         bits = _png_bits(file)
         opened.load()  # what is wrong with the pixels shows here, and not where the metadata are read
         how = turn(opened)

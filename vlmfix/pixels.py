@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 from PIL.ExifTags import Base
-from PIL.TiffImagePlugin import BITSPERSAMPLE, PHOTOMETRIC_INTERPRETATION, TiffImageFile
+from PIL.TiffImagePlugin import BITSPERSAMPLE, PHOTOMETRIC_INTERPRETATION, TILELENGTH, TILEWIDTH, TiffImageFile
 
 from vlmfix.errors import DataError
 
@@ -44,6 +44,19 @@ def check_size(width: int, height: int) -> None:
         raise DataError(f"no pixels: {width} x {height}")
     if max(width, height) > LONGEST * min(width, height):
         raise DataError(f"too thin: {width} x {height} pixels, one side is more than {LONGEST} times the other")
+
+
+def check_tiles(image: Image.Image) -> None:
+    """Refuses a TIFF whose tiles are larger than a picture may be: one is decoded whole, however small the picture.
+
+    Raises:
+        DataError: A tile has more than ``PIL.Image.MAX_IMAGE_PIXELS``.
+    """
+    limit = Image.MAX_IMAGE_PIXELS
+    if limit is not None and isinstance(image, TiffImageFile):
+        width, height = (image.tag_v2.get(tag, 0) for tag in (TILEWIDTH, TILELENGTH))
+        if isinstance(width, int) and isinstance(height, int) and width * height > limit:
+            raise DataError(f"too large: tiles of {width} x {height} pixels, at most {limit} are read")
 
 
 def turn(image: Image.Image) -> Image.Transpose | None:
