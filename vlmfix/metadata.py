@@ -43,7 +43,7 @@ def without_metadata(content: bytes, *, exif: bool) -> bytes | None:
 
 def _png(content: bytes, exif: bool) -> bytes:
     parts, place = [content[:8]], 8
-    while place < len(content):
+    while place + 8 <= len(content):
         (length,) = struct.unpack_from(">I", content, place)
         chunk = content[place : place + 12 + length]
         sound = len(chunk) == 12 + length and zlib.crc32(chunk[4:-4]) == int.from_bytes(chunk[-4:])
