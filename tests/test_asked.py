@@ -16,6 +16,7 @@ from vlmfix.answering import Answerer
 from vlmfix.asked import pictures_of
 from vlmfix.decoders import parse
 from vlmfix.errors import DataError, UsageError
+from vlmfix.generation import check_settings
 from vlmfix.heads.grounding import grounding
 from vlmfix.settings import Settings
 
@@ -188,38 +189,43 @@ def test_a_file_that_is_broken_or_closed_is_a_sentence(tmp_path):
             vlm_of("llava").generate([ONE, given], "what?")
 
 
+NUMBERS = [
+    ({"max_new_tokens": 0}, r"max_new_tokens=0 is not allowed \(max_new_tokens is a whole number in \[1, "),
+    ({"max_new_tokens": -3}, "max_new_tokens=-3"),
+    ({"max_new_tokens": 4.0}, r"max_new_tokens=4\.0"),
+    ({"max_new_tokens": True}, "max_new_tokens=True"),
+    ({"max_new_tokens": "4"}, "max_new_tokens='4'"),
+    ({"max_new_tokens": None}, "max_new_tokens=None"),
+    ({"max_new_tokens": 2**31}, "max_new_tokens=2147483648"),
+    ({"max_new_tokens": 10**5000}, "max_new_tokens of so many digits"),
+    ({"num_beams": 1.5}, r"num_beams=1\.5"),
+    ({"num_beams": True}, "num_beams=True"),
+    ({"num_beams": -(10**5000)}, "num_beams of so many digits"),
+    ({"seed": 0.5}, r"seed=0\.5"),
+    ({"seed": 2**63}, f"seed={2**63}"),
+    ({"temperature": "hot"}, "temperature='hot'"),
+    ({"temperature": None}, "temperature=None"),
+    ({"temperature": True}, "temperature=True"),
+    ({"temperature": float("nan")}, "temperature=nan"),
+    ({"temperature": float("inf")}, "temperature=inf"),
+    ({"temperature": 10**400}, "temperature=inf"),
+    ({"temperature": 1.0, "top_p": float("nan")}, "top_p=nan"),
+    ({"decoder": None}, "decoder is of type NoneType"),
+    ({"decoder": vlmfix.DECODERS["vcd"]}, "decoder is of type ABCMeta"),
+]
+
+
 @pytest.mark.parametrize(
-    ("options", "message"),
+    ("door", "options", "message"),
     [
-        ({"max_new_tokens": 0}, r"max_new_tokens=0 is not allowed \(max_new_tokens is a whole number in \[1, "),
-        ({"max_new_tokens": -3}, "max_new_tokens=-3"),
-        ({"max_new_tokens": 4.0}, r"max_new_tokens=4\.0"),
-        ({"max_new_tokens": True}, "max_new_tokens=True"),
-        ({"max_new_tokens": "4"}, "max_new_tokens='4'"),
-        ({"max_new_tokens": None}, "max_new_tokens=None"),
-        ({"max_new_tokens": 2**31}, "max_new_tokens=2147483648"),
-        ({"max_new_tokens": 10**5000}, "max_new_tokens of so many digits"),
-        ({"num_beams": 1.5}, r"num_beams=1\.5"),
-        ({"num_beams": True}, "num_beams=True"),
-        ({"num_beams": -(10**5000)}, "num_beams of so many digits"),
-        ({"seed": 0.5}, r"seed=0\.5"),
-        ({"seed": 2**63}, f"seed={2**63}"),
-        ({"temperature": "hot"}, "temperature='hot'"),
-        ({"temperature": None}, "temperature=None"),
-        ({"temperature": True}, "temperature=True"),
-        ({"temperature": float("nan")}, "temperature=nan"),
-        ({"temperature": float("inf")}, "temperature=inf"),
-        ({"temperature": 10**400}, "temperature=inf"),
-        ({"temperature": 1.0, "top_p": float("nan")}, "top_p=nan"),
-        ({"decoder": None}, "decoder is of type NoneType"),
-        ({"decoder": vlmfix.DECODERS["vcd"]}, "decoder is of type ABCMeta"),
+        (door, *case)
+        for door in ("generate", "stream")
+        for case in NUMBERS
+        if door == "generate" or "num_beams" not in case[0]
     ],
     ids=lambda value: str(value)[:40] if isinstance(value, str) else "-".join(value),
 )
-@pytest.mark.parametrize("door", ["generate", "stream"])
 def test_numbers_have_bounds(door, options, message):
-    if door == "stream" and "num_beams" in options:
-        pytest.skip("a stream has no beams of its own")
     vlm = unreached()
     with pytest.raises(UsageError, match=message):
         vlm.generate([ONE], "what?", **options) if door == "generate" else vlm.stream(ONE, "what?", **options)
@@ -231,6 +237,14 @@ def test_numbers_of_numpy_are_numbers():
     (given,) = vlm.generate([ONE], "what?", **options)
     (plain,) = vlm.generate([ONE], "what?", max_new_tokens=2, seed=3, temperature=0.5)
     assert given.ids == plain.ids
+
+
+@pytest.mark.parametrize(
+    "options", [{"max_new_tokens": 0}, {"max_new_tokens": 2.5}, {"seed": -1}, {"max_pixels": 0}, {"num_beams": True}]
+)
+def test_settings_are_checked_before_a_model_is_loaded(options):
+    with pytest.raises(UsageError, match=next(iter(options))):
+        check_settings(parse("greedy"), Settings(**options))
 
 
 @pytest.mark.parametrize("size", [0, -1, 1.5, True, "4"])

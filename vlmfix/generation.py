@@ -41,6 +41,9 @@ from vlmfix.models.turns import turn_of
 from vlmfix.settings import Settings
 from vlmfix.upstream.contracts import check_model
 
+SEEDS = 2**63
+"""How many seeds there are, from 0."""
+
 Shown = Image.Image | Sequence[Image.Image]
 """The picture of one question, or its pictures."""
 
@@ -304,7 +307,7 @@ class _Request:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "max_new_tokens", whole("max_new_tokens", self.max_new_tokens, 1))
-        object.__setattr__(self, "seed", whole("seed", self.seed, 0, 2**63 - 1))
+        object.__setattr__(self, "seed", whole("seed", self.seed, 0, SEEDS - 1))
 
 
 def _questions(pictures: Sequence[Shown], prompts: str | Sequence[str]) -> tuple[list[list[Image.Image]], list[str]]:
@@ -339,6 +342,10 @@ def check_settings(decoder: Decoder, settings: Settings) -> None:
         IncompatibleDecodersError: The settings ask for beams and the decoder does not work with them.
     """
     _strategy(decoder, Strategy(num_beams=settings.num_beams, temperature=settings.temperature))
+    whole("max_new_tokens", settings.max_new_tokens, 1)
+    whole("seed", settings.seed, 0, SEEDS - 1)
+    if settings.max_pixels is not None:
+        whole("max_pixels", settings.max_pixels, 1)
 
 
 def load(
