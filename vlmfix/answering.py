@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from vlmfix.asked import whole
 from vlmfix.card import free_memory
 from vlmfix.decoders import Decoder
 from vlmfix.errors import DataError, LayoutError, SystematicError, VlmfixError
@@ -64,7 +65,7 @@ class Answerer:
         self._vlm = vlm
         self._decoder = decoder
         self._settings = settings
-        self.rows = batch_size or fitting_batch(vlm, decoder)
+        self.rows = fitting_batch(vlm, decoder) if batch_size is None else whole("batch_size", batch_size, 1)
         """Rows that go through at a time; halved when memory runs out."""
 
     def __call__(
@@ -141,7 +142,7 @@ class Answerer:
     def _part(self, part: Sequence[Question]) -> Iterator[Answer | _Failure]:
         """Outcomes one after the other; where a batch fails, smaller ones, until the question at fault is alone."""
         while part:
-            rows = part[: self.rows]
+            rows = part[: self._fitting(part)]
             outcomes = self._attempt(rows)
             part = part[len(rows) :]
             if not isinstance(outcomes, _Failure):
@@ -155,6 +156,23 @@ class Answerer:
             else:
                 for question in rows:
                     yield from self._part([question])
+
+    def _fitting(self, part: Sequence[Question]) -> int:
+        """Rows that go together: ``rows`` at most, and no more pixels than one picture may have.
+
+        A processor that keeps a picture's shape makes as much of several thin pictures, or several large ones, as of
+        one that would be refused; a picture that rows share is counted once.
+        """
+        limit, made = Image.MAX_IMAGE_PIXELS, 0
+        seen: set[int] = set()
+        for place, question in enumerate(part[: self.rows]):
+            if question.picture is None or id(question.picture) in seen:
+                continue
+            seen.add(id(question.picture))
+            made += self._vlm.enlarged(question.picture)
+            if place and limit is not None and made > limit:
+                return place
+        return self.rows
 
     def _attempt(self, part: Sequence[Question]) -> list[Answer] | _Failure:
         """The answers, or what went wrong with this batch; what would go wrong with every batch is raised."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 import traceback
@@ -11,6 +12,9 @@ import click
 from vlmfix import __version__
 from vlmfix.commands import about, answers, compare, evaluate, grounding, options, profile, tune, world
 from vlmfix.errors import SystematicError, UsageError, VlmfixError
+
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
+"""Errors of a place that takes no more."""
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
@@ -40,7 +44,13 @@ evaluate.evaluate.add_command(compare.score)
 
 def main() -> None:
     """Runs the command line; exit code 2 for wrong use, 1 for failure, 130 after Ctrl-C."""
-    sys.exit(_run(sys.argv[1:]))
+    try:
+        code = _run(sys.argv[1:])
+    except KeyboardInterrupt:  # once more, while the first was being answered
+        code = options.INTERRUPTED
+    if code == options.INTERRUPTED:
+        os._exit(code)  # a thread may still be at work, and an interpreter that ends under it is aborted
+    sys.exit(code)
 
 
 def _run(arguments: list[str]) -> int:
@@ -67,11 +77,20 @@ def _run(arguments: list[str]) -> int:
     except VlmfixError as error:
         _explain(error, error.message, error.hint, debug=debug)
         return 2 if isinstance(error, UsageError) else 1
-    except Exception as error:  # a fault of ours, or of what is installed: one line, and the way to the rest
-        hint = _upstream_fault() or "use --debug for the traceback"
-        _explain(error, f"{type(error).__name__}: {error}", hint, debug=debug)
+    except OSError as error:
+        if error.errno not in FULL or error.filename is not None:
+            return _fault(error, debug=debug)
+        _explain(error, f"cannot write: {error.strerror}", "make room, or write elsewhere", debug=debug)
         return 1
+    except Exception as error:  # a fault of ours, or of what is installed: one line, and the way to the rest
+        return _fault(error, debug=debug)
     return code if isinstance(code, int) else 0  # click returns the code of an early exit, such as --help's
+
+
+def _fault(error: Exception, *, debug: bool) -> int:
+    hint = _upstream_fault() or "use --debug for the traceback"
+    _explain(error, f"{type(error).__name__}: {error}", hint, debug=debug)
+    return 1
 
 
 def _upstream_fault() -> str | None:

@@ -38,10 +38,10 @@ LARGE_FILE = 1 << 25
 STYLES = {"": "", "present": "bold", "absent": "bold red strike"}
 
 
-def loading(model: str, *, revision: str | None = None, device: str = "auto", dtype: str = "auto") -> VLM:
+def loading(model: str, **how: Any) -> VLM:
     """Loads a model, and says so and how its files were read."""
     print(f"vlmfix: loading {model}", file=sys.stderr, flush=True)
-    vlm = load(model, revision=revision, device=device, dtype=dtype)
+    vlm = load(model, **how)
     for note in reading_notes(vlm.reading):
         print(f"vlmfix: {note}", file=sys.stderr, flush=True)
     return vlm

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import atexit
 import hashlib
 import math
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -28,17 +29,21 @@ from transformers import (
     TopPLogitsWarper,
 )
 
+from vlmfix.asked import pictures_of, questions_of, whole
 from vlmfix.decoders import Decoder, Strategy, parse
 from vlmfix.decoders.probing import generation_inputs
 from vlmfix.decoders.refined import PictureMemo, Refined
-from vlmfix.errors import DataError, IncompatibleDecodersError, UsageError
-from vlmfix.models.checkpoint import Checkpoint
+from vlmfix.errors import IncompatibleDecodersError, UsageError
+from vlmfix.models.checkpoint import Checkpoint, limited
 from vlmfix.models.families import family_of
 from vlmfix.models.layout import Batch
 from vlmfix.models.turns import turn_of
 from vlmfix.settings import Settings
 from vlmfix.upstream import defaults
 from vlmfix.upstream.contracts import check_model
+
+SEEDS = 2**63
+"""How many seeds there are, from 0."""
 
 Shown = Image.Image | Sequence[Image.Image]
 """The picture of one question, or its pictures."""
@@ -95,7 +100,8 @@ class VLM(Checkpoint):
         model are answered one after the other.
 
         Args:
-            pictures: B pictures, or B lists of pictures.
+            pictures: B PIL pictures, or B lists of them, the right way up: EXIF's orientation is not looked at. What is
+                not RGB becomes RGB as in a file.
             prompts: One question for all, or B questions.
             decoder: A decoder, or its specification such as ``vcd:contrast=0.5``.
             max_new_tokens: Longest answer in tokens.
@@ -107,12 +113,12 @@ class VLM(Checkpoint):
             static_cache: Preallocates the cache; on a GPU decoding is then compiled, which pays over many batches.
 
         Raises:
-            DataError: The numbers of pictures and prompts differ, or are zero.
+            DataError: The numbers of pictures and prompts differ, or are zero, or something else is among them.
             UsageError: A parameter is out of range, or contradicts the decoder.
             IncompatibleDecodersError: The decoder cannot act on this model or kind of run.
         """
         rows, asked = _questions(pictures, prompts)
-        method = parse(decoder) if isinstance(decoder, str) else decoder
+        method = _method(decoder)
         request = _Request(
             rows=rows,
             prompts=asked,
@@ -145,10 +151,10 @@ class VLM(Checkpoint):
             decoder: A decoder that refines pictures, such as ``vicrop``, or a chain that begins with one.
 
         Raises:
-            DataError: The numbers of pictures and prompts differ, or are zero.
+            DataError: The numbers of pictures and prompts differ, or are zero, or something else is among them.
             IncompatibleDecodersError: The decoder leaves pictures as they are, or cannot act on this model.
         """
-        method = parse(decoder) if isinstance(decoder, str) else decoder
+        method = _method(decoder)
         if not method.refines:
             raise IncompatibleDecodersError(f"{method.name} leaves pictures as they are", "use carve or vicrop")
         rows, asked = _questions(pictures, prompts)
@@ -165,7 +171,7 @@ class VLM(Checkpoint):
         temperature: float = 0.0,
         top_p: float = 1.0,
         seed: int = 0,
-    ) -> Iterator[str]:
+    ) -> Generator[str]:
         """Answers one question and yields the text as it comes; parameters as in ``generate``.
 
         A decoder that searches with beams knows its answer at the end, and the text then comes in one piece. The model
@@ -173,10 +179,13 @@ class VLM(Checkpoint):
         wait.
 
         Raises:
-            IncompatibleDecodersError: The calling thread has the model already, in a block of ``applied``.
+            DataError: Picture and prompt are something else.
+            UsageError: A parameter is out of range, or contradicts the decoder.
+            IncompatibleDecodersError: The calling thread has the model already, in a block of ``applied``; raised where
+                the text is read.
         """
         rows, asked = _questions([picture], prompt)
-        method = parse(decoder) if isinstance(decoder, str) else decoder
+        method = _method(decoder)
         request = _Request(
             rows=rows,
             prompts=asked,
@@ -185,8 +194,14 @@ class VLM(Checkpoint):
             strategy=_strategy(method, Strategy(temperature=temperature, top_p=top_p)),
             seed=seed,
         )
+        return self._streamed(request)
+
+    def _streamed(self, request: _Request) -> Generator[str]:
+        """The text of a request for one answer, as it comes."""
         if request.strategy.num_beams > 1:
-            (answer,) = self.generate([picture], prompt, decoder=method, max_new_tokens=max_new_tokens)
+            (answer,) = self.generate(
+                request.rows, request.prompts, decoder=request.decoder, max_new_tokens=request.max_new_tokens
+            )
             if answer.text:
                 yield answer.text
             return
@@ -212,7 +227,13 @@ class VLM(Checkpoint):
                 streamer.end()
 
         thread = threading.Thread(target=work, daemon=True)
+
+        def end() -> None:
+            left.set()
+            thread.join()
+
         thread.start()
+        atexit.register(end)  # an interpreter that ends under a thread at work is aborted
         started = False
         try:
             for piece in streamer:
@@ -221,8 +242,8 @@ class VLM(Checkpoint):
                 if piece:
                     yield piece
         finally:  # also where the reader leaves early: the model is then as it was before anybody else gets it
-            left.set()
-            thread.join()
+            end()
+            atexit.unregister(end)
         if failure:
             raise failure[0]
 
@@ -286,18 +307,24 @@ class _Request:
     static_cache: bool = False
 
     def __post_init__(self) -> None:
-        pictures, prompts = len(self.rows), len(self.prompts)
-        if pictures != prompts or not pictures:
-            raise DataError(f"{pictures} pictures and {prompts} prompts", "give one prompt for all, or one per picture")
-        if self.max_new_tokens < 1:
-            raise UsageError(f"max_new_tokens={self.max_new_tokens} is not allowed", "it is at least 1")
-        if not 0 <= self.seed < 2**63:
-            raise UsageError(f"seed={self.seed} is not allowed", "a seed is in [0, 2**63)")
+        object.__setattr__(self, "max_new_tokens", whole("max_new_tokens", self.max_new_tokens, 1))
+        object.__setattr__(self, "seed", whole("seed", self.seed, 0, SEEDS - 1))
 
 
 def _questions(pictures: Sequence[Shown], prompts: str | Sequence[str]) -> tuple[list[list[Image.Image]], list[str]]:
-    rows = [[shown] if isinstance(shown, Image.Image) else list(shown) for shown in pictures]
-    return rows, [prompts] * len(rows) if isinstance(prompts, str) else list(prompts)
+    rows = pictures_of(pictures)
+    return rows, questions_of(prompts, len(rows))
+
+
+def _method(decoder: Decoder | str) -> Decoder:
+    """A decoder, or the one that a specification names."""
+    if isinstance(decoder, str):
+        return parse(decoder)
+    if not isinstance(decoder, Decoder):
+        raise UsageError(
+            f"decoder is of type {type(decoder).__name__}", "give a decoder, or its specification such as 'vcd'"
+        )
+    return decoder
 
 
 def _strategy(decoder: Decoder, options: Strategy) -> Strategy:
@@ -316,23 +343,40 @@ def check_settings(decoder: Decoder, settings: Settings) -> None:
         IncompatibleDecodersError: The settings ask for beams and the decoder does not work with them.
     """
     _strategy(decoder, Strategy(num_beams=settings.num_beams, temperature=settings.temperature))
+    whole("max_new_tokens", settings.max_new_tokens, 1)
+    whole("seed", settings.seed, 0, SEEDS - 1)
+    if settings.max_pixels is not None:
+        whole("max_pixels", settings.max_pixels, 1)
 
 
-def load(model: str | Path, *, revision: str | None = None, device: str = "auto", dtype: str = "auto") -> VLM:
+def load(
+    model: str | Path,
+    *,
+    revision: str | None = None,
+    device: str = "auto",
+    dtype: str = "auto",
+    max_pixels: int | None = None,
+) -> VLM:
     """Loads a model; see ``Checkpoint.load``. ``load("tiny")`` is the model that comes with the package."""
-    return VLM.load(model, revision=revision, device=device, dtype=dtype)
+    return VLM.load(model, revision=revision, device=device, dtype=dtype, max_pixels=max_pixels)
 
 
-def wrap(model: PreTrainedModel, processor: ProcessorMixin) -> VLM:
+def wrap(model: PreTrainedModel, processor: ProcessorMixin, *, max_pixels: int | None = None) -> VLM:
     """A model and processor of your own, already loaded by transformers, for ``decoder.applied``.
+
+    Args:
+        model: The model.
+        processor: Its processor; it is left as it was found.
+        max_pixels: See ``Checkpoint.load``.
 
     Raises:
         UnsupportedModelError: The model's family is not one that vlmfix knows.
+        UsageError: A limit on pixels that the processor does not know or cannot keep.
         UpstreamError: The installed transformers hands masks over in an unknown way.
     """
     family = family_of(model.config.model_type)
     check_model(model, family.decoder(model))
-    whole, completed = family.completed(model, processor)
+    whole, completed = family.completed(model, limited(family, processor, max_pixels))
     name = str(model.config.name_or_path)
     return VLM(model=model, processor=whole, family=family, name=name, completed=completed)
 

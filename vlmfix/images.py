@@ -6,18 +6,25 @@ import hashlib
 import os
 import stat
 from collections import deque
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from io import BytesIO
 from pathlib import Path
+from typing import BinaryIO, TypeVar
 
-import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 
 from vlmfix.errors import DataError, UsageError
+from vlmfix.metadata import without_metadata
+from vlmfix.pixels import check_size, check_tiles, rgb, turn
 
 FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "BMP", "GIF")
 """What is read, told by a file's content; its extension does not matter."""
+
+T = TypeVar("T")
+
+BOMBS = (Image.DecompressionBombError, Image.DecompressionBombWarning)
 
 READERS = 2
 AHEAD = 8
@@ -111,37 +118,90 @@ def _identity(status: os.stat_result) -> tuple[int, int]:
     return status.st_dev, status.st_ino
 
 
-def open_picture(path: Path) -> Picture:
+def open_picture(path: str | Path) -> Picture:
     """Decodes one picture file: first frame, turned as EXIF says, RGB, transparency over white.
 
-    Sixteen-bit greys are scaled to eight bits. Colour profiles are not applied.
+    Sixteen-bit greys are scaled to eight bits. Colour profiles are not applied. Metadata that cannot be read say
+    nothing: the picture is then taken as it lies.
 
     Args:
         path: A JPEG, PNG, WebP, TIFF, BMP or GIF file.
 
     Raises:
-        DataError: The file is no such picture, is empty, broken or cut off, or has more pixels than
-            ``PIL.Image.MAX_IMAGE_PIXELS``; the message is the reason alone, without the path.
+        DataError: The file is no such picture, is empty, broken or cut off, is too thin (``vlmfix.pixels.LONGEST``) or
+            has more pixels than ``PIL.Image.MAX_IMAGE_PIXELS``; the message is the reason alone, without the path.
     """
     try:
-        with path.open("rb") as file:
+        with Path(path).open("rb") as file:
             if os.fstat(file.fileno()).st_size == 0:
                 raise DataError("empty file")
-            with Image.open(file, formats=FORMATS) as opened:
-                _check_size(*opened.size)
-                image = _to_rgb(ImageOps.exif_transpose(opened))
+            image = _read(file, _decoded)
             file.seek(0)
             return Picture(image=image, sha256=hashlib.file_digest(file, "sha256").hexdigest())
     except DataError:
         raise
     except UnidentifiedImageError as error:
         raise DataError(f"not a picture ({', '.join(FORMATS)} are read)") from error
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+    except BOMBS as error:
         raise DataError(f"too large: {error}") from error
     except OSError as error:
         raise DataError(f"cannot be read: {error.strerror or error}") from error
     except Exception as error:  # Pillow's decoders raise nearly anything on a damaged file
         raise DataError(f"broken picture: {type(error).__name__}: {error}") from error
+
+
+def begins_like_a_picture(path: Path) -> bool:
+    """Whether a file is a picture as far as its beginning tells: it may be broken further on, or too large."""
+    try:
+        with path.open("rb") as file:
+            _read(file, lambda content: Image.open(content, formats=FORMATS).close())
+            return True
+    except BOMBS:
+        return True
+    except Exception:  # Pillow's readers raise nearly anything on a file that is no picture
+        return False
+
+
+def _read(file: BinaryIO, read: Callable[[BinaryIO], T]) -> T:
+    """What is read of a picture file; where that fails, of the same file without its metadata."""
+    try:
+        return read(file)
+    except (DataError, *BOMBS):
+        raise
+    except Exception:  # of no common kind
+        file.seek(0)
+        content = file.read()
+        for exif in (True, False):
+            bare = without_metadata(content, exif=exif)
+            try:
+                return read(BytesIO(bare or b""))
+            except (DataError, *BOMBS):
+                raise
+            except Exception:  # it is not the metadata alone, and the first reason is raised below
+                continue
+        raise
+
+
+def _decoded(file: BinaryIO) -> Image.Image:
+    with Image.open(file, formats=FORMATS) as opened:
+        check_size(*opened.size)
+        check_tiles(opened)
+        bits = _png_bits(file)
+        opened.load()  # what is wrong with the pixels shows here, and not where the metadata are read
+        how = turn(opened)
+        image = rgb(opened, bits=bits)
+        image = image.copy() if how is None else image.transpose(how)
+        image.info = {}  # it has been applied, and nobody is to apply it again
+        return image
+
+
+def _png_bits(file: BinaryIO) -> int:
+    """Bits of a sample, which Pillow does not tell of a PNG; 8 for other formats."""
+    place = file.tell()
+    file.seek(0)
+    head = file.read(25)
+    file.seek(place)
+    return head[24] if head.startswith(b"\x89PNG") else 8
 
 
 def named_picture(path: Path) -> Image.Image:
@@ -190,32 +250,3 @@ def _open_or_error(file: Found) -> Picture | DataError:
         return open_picture(file.path)
     except DataError as error:
         return error
-
-
-def _check_size(width: int, height: int) -> None:
-    limit = Image.MAX_IMAGE_PIXELS
-    if limit is not None and width * height > limit:
-        raise DataError(f"too large: {width} x {height} pixels, at most {limit} are read")
-    if width * height == 0:
-        raise DataError(f"no pixels: {width} x {height}")
-
-
-def _to_rgb(image: Image.Image) -> Image.Image:
-    if image.mode.startswith("I"):
-        return _from_deep_grey(image)
-    if image.mode == "F":
-        raise DataError("floating-point pixels have no known range; save the picture with 8 or 16 bits")
-    if image.has_transparency_data:
-        colours = image.convert("RGBA")
-        white = Image.new("RGBA", colours.size, "white")
-        return Image.alpha_composite(white, colours).convert("RGB")
-    return image.convert("RGB")
-
-
-def _from_deep_grey(image: Image.Image) -> Image.Image:
-    """Sixteen-bit grey, which Pillow would clip, scaled to eight bits."""
-    values = np.asarray(image)
-    low, high = int(values.min()), int(values.max())
-    if low < 0 or high > 65535:
-        raise DataError(f"grey values from {low} to {high}; 0 to 65535 are read")
-    return Image.fromarray((values // 257).astype(np.uint8)).convert("RGB")

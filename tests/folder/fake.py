@@ -39,8 +39,11 @@ class FakeVLM:
             for colour, prompt in batch
         ]
 
-    def load(self, model, *, revision=None, device="auto", dtype="auto"):
+    def load(self, model, *, revision=None, device="auto", dtype="auto", max_pixels=None):
         return self
+
+    def enlarged(self, picture):
+        return 0
 
 
 def colour(number):

@@ -85,7 +85,7 @@ def test_rows_paint_over_the_picture():
 
 def test_what_cannot_be_measured_is_refused():
     vlm = vlm_of("llava")
-    with pytest.raises(DataError, match="2 pictures, 2 prompts and 1 answers"):
+    with pytest.raises(DataError, match="2 pictures and 1 answers"):
         of(vlm, [[40]])
     with pytest.raises(DataError, match="answer 1 has the tokens"):
         of(vlm, [[40], []])

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from contextlib import closing
 from pathlib import Path
 
 import click
 
 from vlmfix.commands import options
-from vlmfix.errors import UsageError
+from vlmfix.errors import DataError, UsageError
 from vlmfix.settings import Settings
 
 
@@ -87,7 +88,7 @@ def ask(picture: Path, question: str, settings: Settings) -> None:
     decoder = parse(settings.decoder)
     check_settings(decoder, settings)
     shown = named_picture(picture)
-    vlm = loading(settings.model, revision=settings.revision, device=settings.device, dtype=settings.dtype)
+    vlm = loading(settings.model, **settings.loading())
     pieces = vlm.stream(
         shown,
         question,
@@ -96,6 +97,17 @@ def ask(picture: Path, question: str, settings: Settings) -> None:
         temperature=settings.temperature,
         seed=settings.seed,
     )
-    for piece in pieces:
-        click.echo(piece, nl=False)
-    click.echo()
+    with closing(pieces):
+        for piece in pieces:
+            _say(piece)
+    _say("\n")
+
+
+def _say(text: str) -> None:
+    """Writes a part of the answer to standard output."""
+    try:
+        click.echo(text, nl=False)
+    except BrokenPipeError:  # whoever read it has left
+        raise
+    except OSError as error:
+        raise DataError(f"cannot write the answer: {error.strerror}", "make room, or write elsewhere") from error

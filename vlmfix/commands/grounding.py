@@ -55,7 +55,7 @@ def grounding(
     decoder, chosen = parse(settings.decoder), LayerSet(layers)
     check_settings(decoder, settings)
     shown = named_picture(picture)
-    vlm = loading(settings.model, revision=settings.revision, device=settings.device, dtype=settings.dtype)
+    vlm = loading(settings.model, **settings.loading())
     judged: str | tuple[int, ...] = answer or ""
     if answer is None:
         said = vlm.generate(

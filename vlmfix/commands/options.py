@@ -60,6 +60,11 @@ _OPTIONS = {
     "seed": click.option(
         "--seed", default=0, show_default=True, type=click.IntRange(0, 2**63 - 1), help="Seed of sampling."
     ),
+    "max_pixels": click.option(
+        "--max-pixels",
+        type=click.IntRange(min=1),
+        help="Most pixels that a Qwen-VL processor makes of a picture.  [default: its own]",
+    ),
 }
 
 

@@ -83,7 +83,7 @@ def profile(
         files = _annotated(files, chosen, shown, instances, captions)
     total = len(files) if count is None else min(count, len(files))
     kept = load_profiles(out) if add and out.exists() else {}
-    vlm = loading(settings.model, revision=settings.revision, device=settings.device, dtype=settings.dtype)
+    vlm = loading(settings.model, **settings.loading())
     for held in kept.values():
         held.check(vlm)
     with counting("pictures") as report, closing(_opened(files, shown)) as pictures:

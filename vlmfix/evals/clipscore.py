@@ -26,7 +26,7 @@ from vlmfix.errors import DataError, UsageError
 from vlmfix.evals.coco import read_index
 from vlmfix.evals.inputs import read_source
 from vlmfix.evals.task import Judged, Numbers, Sample, Task, Verdict, Workload, plain, ratio
-from vlmfix.images import FORMATS, Found, find, read_ahead
+from vlmfix.images import Found, begins_like_a_picture, find, read_ahead
 
 PREFIX = "A photo depicts "
 """Stands before every caption and every reference."""
@@ -385,13 +385,5 @@ def read(
 def _pictures(folder: Path, skip: Path | None) -> tuple[list[str], int]:
     """Names of the files that begin like a picture, and how many do not."""
     files = list(find(folder, skip=skip))
-    names = [file.name for file in files if not file.problem and _begins_like_a_picture(file.path)]
+    names = [file.name for file in files if not file.problem and begins_like_a_picture(file.path)]
     return names, len(files) - len(names)
-
-
-def _begins_like_a_picture(path: Path) -> bool:
-    try:
-        with Image.open(path, formats=FORMATS):
-            return True
-    except Exception:  # Pillow's readers raise nearly anything on a file that is no picture
-        return False

@@ -18,9 +18,9 @@ def refuse_incomparable(runs: Sequence[EvalRun]) -> None:
     """Find what makes a comparison of runs meaningless.
 
     Equal must be: task and options, samples, data (paths and file names left out, digests not), the model's weights,
-    files, commit and dtype, how its files were read, and the decoding settings. The revision counts where no commit is
-    known: a branch and the commit that it stands for are the same model. Files and how they were read are compared
-    where both runs noted them.
+    files, commit and dtype, how its files were read, the limit on pixels, and the decoding settings. The revision counts
+    where no commit is known: a branch and the commit that it stands for are the same model. Files and how they were read
+    are compared where both runs noted them.
 
     Raises:
         UsageError: Something differs, with both values; or a run has no plain arm.
@@ -106,7 +106,8 @@ def _differing(one: EvalRun, other: EvalRun) -> Iterator[str]:
 
 def _what(card: Mapping[str, Any], noted: Sequence[str]) -> dict[str, Any]:
     """What must be equal, by dotted names; ``noted`` are names of what both runs noted."""
-    named = {name: card.get(name) for name in ("task", "weights", *noted, "commit", "dtype", "decoding", "options")}
+    always = ("task", "weights", *noted, "commit", "dtype", "max_pixels", "decoding", "options")
+    named = {name: card.get(name) for name in always}
     if card.get("commit") is None:
         named["revision"] = card.get("revision")
     return dict(flat(named)) | dict(flat({"data": _without_paths(card.get("data"))}))

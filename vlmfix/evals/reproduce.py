@@ -89,6 +89,7 @@ def reproduce(
         revision=card["commit"] or card["revision"],
         device=device,
         dtype=card["dtype"],
+        max_pixels=card.get("max_pixels"),
         **card["decoding"],
     )
     again = evaluate(

@@ -113,7 +113,7 @@ def evaluate(
     with _Folder(out, task, workload, settings, arms, command, retry_failed=retry_failed) as folder:
         left = {arm: folder.left(arm) for arm in arms}
         if any(left.values()):
-            vlm = loader(settings.model, revision=settings.revision, device=settings.device, dtype=settings.dtype)
+            vlm = loader(settings.model, **settings.loading())
             _refuse_idle(vlm, settings.model, arms)
             folder.begin(vlm, settings, arms, batch_size)
             total = len(workload.samples) * len(arms)
@@ -237,6 +237,7 @@ class _Folder:
             "images": None if workload.images is None else str(workload.images.resolve()),
             "model": settings.model,
             "revision": settings.revision,
+            "max_pixels": settings.max_pixels,
             "decoding": decoding(settings),
         }
         named = {name: _about(decoder) for name, decoder in arms.items()}

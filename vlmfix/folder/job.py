@@ -106,7 +106,7 @@ def run(
         maps = None if save_maps is None else opened.enter_context(MapFolder(save_maps))
         job = _Job(files, questions, output, maps, report)
         if job.left():
-            vlm = loader(settings.model, revision=settings.revision, device=settings.device, dtype=settings.dtype)
+            vlm = loader(settings.model, **settings.loading())
             job.work(vlm, decoder, settings, batch_size)
         else:
             output.conclude()

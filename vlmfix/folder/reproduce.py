@@ -70,6 +70,7 @@ def reproduce(
         num_beams=before["num_beams"],
         temperature=before["temperature"],
         seed=before["seed"],
+        max_pixels=before.get("max_pixels"),
     )
     run(
         Path(before["pictures"]),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,6 +13,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 from transformers import PreTrainedModel
 
+from vlmfix.asked import pictures_of, questions_of
 from vlmfix.attention.edit import LayerSet
 from vlmfix.attention.saliency import mean_over, saliency_steps
 from vlmfix.errors import DataError
@@ -85,12 +87,11 @@ def grounding(
         IncompatibleDecodersError: The prompt fills a sliding window.
         UnsupportedAttentionError: The model's attention is not plain softmax attention, or has none of ``layers``.
     """
-    shown = [[one] if isinstance(one, Image.Image) else list(one) for one in pictures]
-    asked = [prompts] * len(shown) if isinstance(prompts, str) else list(prompts)
-    if len(asked) != len(shown) or len(answers) != len(shown):
-        raise DataError(
-            f"{len(shown)} pictures, {len(asked)} prompts and {len(answers)} answers", "give one answer per picture"
-        )
+    shown = pictures_of(pictures)
+    asked = questions_of(prompts, len(shown))
+    if isinstance(answers, str) or len(answers) != len(shown):
+        given = "one text as" if isinstance(answers, str) else f"{len(answers)}"
+        raise DataError(f"{len(shown)} pictures and {given} answers", "give a list with one answer per picture")
     ids = [_ids(vlm, answer, number) for number, answer in enumerate(answers)]
     batch = vlm.encode(asked, shown)
     layout = vlm.layout(batch)
@@ -167,8 +168,14 @@ def _grounding(vlm: Checkpoint, layout: ImageLayout, ids: Sequence[int], row: in
 def _ids(vlm: Checkpoint, answer: str | Sequence[int], number: int) -> list[int]:
     if isinstance(answer, str):
         answer = vlm.processor.tokenizer(answer, add_special_tokens=False)["input_ids"]
-    ids = [int(token) for token in answer]
     size = vlm.model.config.get_text_config().vocab_size
+    try:
+        given: Any = answer
+        ids = [operator.index(token) for token in given]
+    except TypeError as error:
+        raise DataError(
+            f"answer {number} is neither text nor token ids: {error}", "give Answer.ids or a text"
+        ) from error
     if not ids or not all(0 <= token < size for token in ids):
         raise DataError(
             f"answer {number} has the tokens {ids[:10]}", f"an answer has one token at least, each in [0, {size})"

@@ -12,6 +12,7 @@ from PIL import Image
 from torch import Tensor
 from transformers import PreTrainedModel, ProcessorMixin
 
+from vlmfix.asked import pictures_of, questions_of, whole
 from vlmfix.errors import (
     DataError,
     LayoutError,
@@ -37,6 +38,9 @@ EMBEDDED = {name: Path(__file__).parent.parent / "world" / "assets" / name for n
 HEADS = "heads.safetensors"
 """File in a model's folder that profiles of its heads are looked for in; it holds no weights."""
 
+GROWN = 4
+"""How many times its own pixels make a picture one that grows: a photograph padded to a square is none."""
+
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -46,7 +50,7 @@ class Checkpoint:
 
     Attributes:
         model: The stock transformers model, in eval mode.
-        processor: Its processor, with what ``completed`` says.
+        processor: Its processor, with what ``completed`` says and the limit on pixels that was asked for.
         family: Where its attention and its image tokens are.
         name: What it was loaded by.
         revision: Commit of the Hub snapshot, or None for a local directory.
@@ -61,7 +65,15 @@ class Checkpoint:
     completed: Mapping[str, Any] = field(default_factory=dict)
 
     @classmethod
-    def load(cls, model: str | Path, *, revision: str | None = None, device: str = "auto", dtype: str = "auto") -> Self:
+    def load(
+        cls,
+        model: str | Path,
+        *,
+        revision: str | None = None,
+        device: str = "auto",
+        dtype: str = "auto",
+        max_pixels: int | None = None,
+    ) -> Self:
         """Loads a checkpoint through stock transformers classes.
 
         Args:
@@ -70,13 +82,14 @@ class Checkpoint:
             device: ``auto`` (the GPU when there is one), or a torch device such as ``cpu`` or ``cuda:1``.
             dtype: ``auto`` (the checkpoint's own on a GPU, float32 on the CPU), ``float32``, ``bfloat16`` or
                 ``float16``.
+            max_pixels: The most pixels that the processor makes of a picture, for Qwen-VL; None leaves its own limit.
 
         Raises:
             UnsupportedModelError: The model's family is not one that vlmfix knows.
             DataError: There is no such checkpoint, a file of it cannot be read, or its files do not fit each other.
             SystematicError: It cannot take a picture in.
             UpstreamError: The installed transformers hands masks over in an unknown way.
-            UsageError: Unknown device or dtype.
+            UsageError: Unknown device or dtype, or a limit on pixels that the processor does not know or cannot keep.
         """
         path = str(EMBEDDED.get(str(model), model))
         place = _device(device)
@@ -84,7 +97,7 @@ class Checkpoint:
         config = loading.configuration(path, revision)
         family = family_of(str(config["model_type"]))
         described = loading.described(path, revision, config)
-        processor = loading.processor(path, revision)
+        processor = limited(family, loading.processor(path, revision), max_pixels)
         loaded = loading.model(path, revision, described, dtype=kind, place=place).eval()
         check_model(loaded, family.decoder(loaded))
         processor, completed = family.completed(loaded, processor)
@@ -205,8 +218,8 @@ class Checkpoint:
 
     def encode(
         self,
-        prompts: Sequence[str | None],
-        pictures: Sequence[Sequence[Image.Image]],
+        prompts: str | Sequence[str | None],
+        pictures: Sequence[Image.Image | Sequence[Image.Image]],
         *,
         system: str | None = None,
     ) -> Batch:
@@ -215,33 +228,57 @@ class Checkpoint:
         The image processor sees pictures that several rows share, the same objects in the same order, once.
 
         Args:
-            prompts: B questions; may be empty, or None for a user turn without any text.
-            pictures: B sequences of RGB pictures; a row may have none, one or several.
+            prompts: One question for all, or B questions; may be empty, or None for a user turn without any text.
+            pictures: B pictures, or B lists of them, which may be empty; the right way up: EXIF's orientation is not
+                looked at. What is not RGB becomes RGB as in a file.
             system: System message; None keeps the template's own.
 
         Raises:
-            DataError: ``prompts`` and ``pictures`` differ in length, or there is no row.
+            DataError: ``prompts`` and ``pictures`` differ in length, there is no row, something else than questions and
+                pictures is among them, or the processor would make too large a picture of one.
             UnsupportedModelError: The processor has no chat template.
             UpstreamError: The processor returns its tensors under other names.
         """
-        if len(prompts) != len(pictures) or not prompts:
-            raise DataError(
-                f"{len(prompts)} prompts and {len(pictures)} picture lists",
-                "give one list of pictures per prompt",
-            )
-        texts = [self.render(prompt, len(row), system=system) for prompt, row in zip(prompts, pictures, strict=True)]
-        whole, sources = process_once(self.family, self.model, self.processor, texts, pictures)
-        if absent := [name for name in PROCESSED if name not in whole and (name != "pixel_values" or any(pictures))]:
+        rows = pictures_of(pictures)
+        asked = questions_of(prompts, len(rows), silent=True)
+        self._check_enlarged(rows)
+        texts = [self.render(prompt, len(row), system=system) for prompt, row in zip(asked, rows, strict=True)]
+        processed, sources = process_once(self.family, self.model, self.processor, texts, rows)
+        if absent := [name for name in PROCESSED if name not in processed and (name != "pixel_values" or any(rows))]:
             raise missing(f"{type(self.processor).__name__} returns no {' and '.join(absent)}")
-        inputs = {name: self._placed(value) for name, value in whole.items() if isinstance(value, Tensor)}
+        inputs = {name: self._placed(value) for name, value in processed.items() if isinstance(value, Tensor)}
         repeated = {name: inputs[name][source.to(self.device)] for name, source in sources.items()}
         return Batch(
             inputs={**inputs, **repeated},
-            prompts=tuple(prompts),
-            pictures=tuple(tuple(row) for row in pictures),
-            sizes=tuple(tuple((picture.height, picture.width) for picture in row) for row in pictures),
+            prompts=tuple(asked),
+            pictures=tuple(tuple(row) for row in rows),
+            sizes=tuple(tuple((picture.height, picture.width) for picture in row) for row in rows),
             system=system,
         )
+
+    def enlarged(self, picture: Image.Image, together: int = 1) -> int:
+        """Pixels of the largest picture that the processor makes of one; see ``Family.enlarged``."""
+        return self.family.enlarged(self.processor, (picture.height, picture.width), together)
+
+    def _check_enlarged(self, rows: Sequence[Sequence[Image.Image]]) -> None:
+        """Refuses pictures that the processor makes more of than may be read from a file, alone or all of them."""
+        limit, grown = Image.MAX_IMAGE_PIXELS, {}
+        for picture, together in ((picture, len(row)) for row in rows for picture in row):
+            made = self.enlarged(picture, together)
+            if limit is not None and made > limit:
+                raise DataError(
+                    f"too large: the processor makes {made} pixels of {picture.width} x {picture.height}, at most "
+                    f"{limit} are allowed",
+                    "make the picture smaller, or cut a part out of it",
+                )
+            if made > GROWN * picture.width * picture.height:
+                grown[id(picture)] = made
+        if limit is not None and sum(grown.values()) > limit:
+            raise DataError(
+                f"too large: the processor makes {sum(grown.values())} pixels of {len(grown)} small pictures together, "
+                f"at most {limit} are allowed",
+                "show fewer at once",
+            )
 
     def render(self, prompt: str | None, pictures: int, *, system: str | None = None) -> str:
         """The chat template's text for one question about ``pictures`` pictures, ready for the answer."""
@@ -311,6 +348,15 @@ class Checkpoint:
     def _placed(self, value: Tensor) -> Tensor:
         value = value.to(self.device)
         return value.to(self.model.dtype) if value.is_floating_point() else value
+
+
+def limited(family: Family, processor: ProcessorMixin, max_pixels: int | None) -> ProcessorMixin:
+    """The processor, or a copy of it with a limit on the pixels of a picture.
+
+    Raises:
+        UsageError: The limit is no whole number above 0, or the processor does not know such a limit or cannot keep it.
+    """
+    return processor if max_pixels is None else family.limited(processor, whole("max_pixels", max_pixels, 1))
 
 
 def _device(name: str) -> torch.device:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from copy import copy
 from typing import Any
@@ -53,6 +54,18 @@ class Llava(Family):
     def completed(self, model: PreTrainedModel, processor: ProcessorMixin) -> tuple[ProcessorMixin, dict[str, Any]]:
         """The vision tower's patches and class tokens; see ``Family.completed``."""
         return with_patches(self, model, processor)
+
+    def enlarged(self, processor: ProcessorMixin, size: tuple[int, int], together: int) -> int:
+        """The picture padded to a square, or scaled by its shorter edge, before it is cropped; see ``Family.enlarged``.
+
+        Raises:
+            LayoutError: The image processor resizes by a rule that is not known here.
+        """
+        if not isinstance(processor, LlavaProcessor):
+            return 0
+        square, target = _rule(processor)
+        padded = (max(size), max(size)) if square else (0, 0)
+        return max(math.prod(padded), math.prod(_resized(padded if square else size, target)))
 
     def per_token(self, model: PreTrainedModel, inputs: Mapping[str, Tensor], patches: Sequence[Tensor]) -> Tensor:
         """Each token is one patch; see ``Family.per_token``."""
@@ -117,9 +130,7 @@ def _window(
         x0, y0, x1, y1 as fractions of the picture, below 0 or above 1 where it is padded; None when it
         depends on an unknown size.
     """
-    settings = processor.image_processor
-    square = bool(settings.do_pad) and hasattr(settings, "pad_to_square")
-    target = dict(settings.size) if settings.do_resize else {}
+    square, target = _rule(processor)
     if size is None and (square or "height" not in target):
         return None
     height, width = size or shown  # stretched to a fixed size: any will do
@@ -128,6 +139,13 @@ def _window(
     y0, y1 = _stretch(height, padded[0], resized[0], shown[0], covered[0])
     x0, x1 = _stretch(width, padded[1], resized[1], shown[1], covered[1])
     return x0, y0, x1, y1
+
+
+def _rule(processor: LlavaProcessor) -> tuple[bool, dict[str, int]]:
+    """Whether the image processor pads to a square first, and the ``size`` that it resizes to; empty for none."""
+    settings = processor.image_processor
+    square = bool(settings.do_pad) and hasattr(settings, "pad_to_square")
+    return square, dict(settings.size) if settings.do_resize else {}
 
 
 def _resized(size: tuple[int, int], target: Mapping[str, int]) -> tuple[int, int]:
