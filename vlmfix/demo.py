@@ -14,6 +14,8 @@ from typing import Literal
 from PIL import Image
 
 from vlmfix.decoders import Decoder, parse
+from vlmfix.errors import DataError
+from vlmfix.files import replacing
 from vlmfix.folder import DESCRIBE
 from vlmfix.generation import VLM, load
 from vlmfix.images import open_picture
@@ -99,6 +101,8 @@ def demonstrate(
         DataError: ``out`` cannot be written, or is in use for something else.
     """
     arms = {spec: parse(spec) for spec in (PLAIN, decoder)}
+    page_file = out / "index.html"
+    _refuse_foreign(page_file)
     folder = out / f"scenes-{seed}-{count}"
     coco.make(folder, count=count, seed=seed)
     files = [folder / "images" / coco.image_name(number) for number in range(count)]
@@ -111,8 +115,19 @@ def demonstrate(
         comparison.scenes.append(Scene(image=file, present=present, answers=answers))
         for spec, described in answers.items():
             _add(comparison.counts[spec], described, present)
-    (out / "index.html").write_text(page(comparison), encoding="utf-8")
+    with replacing(page_file) as draft:
+        draft.write(page(comparison).encode())
     return comparison
+
+
+def _refuse_foreign(path: Path) -> None:
+    """Refuses to write over a page that is none of the demonstration's."""
+    try:
+        ours = not path.exists() or (path.is_file() and path.read_bytes().startswith(BEGINNING.encode()))
+    except OSError as error:
+        raise DataError(f"cannot read {path}: {error.strerror}", "choose another --out") from error
+    if not ours:
+        raise DataError(f"{path} is there and is no page of the demonstration", "choose another --out")
 
 
 def _answers(vlm: VLM, files: list[Path], decoder: Decoder) -> list[str]:
@@ -161,7 +176,7 @@ def page(comparison: Comparison) -> str:
         f"{count.found} of {count.present} objects in the pictures are mentioned</td>"
         for count in comparison.counts.values()
     )
-    return PAGE.format(head=head, rows=rows, sums=sums)
+    return BEGINNING + PAGE.format(head=head, rows=rows, sums=sums)
 
 
 def _row(shown: Scene, arms: list[str]) -> str:
@@ -182,9 +197,9 @@ def _thumbnail(path: Path) -> str:
     return "data:image/jpeg;base64," + base64.b64encode(data.getvalue()).decode()
 
 
-PAGE = """<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><title>vlmfix demo</title>
-<style>
+BEGINNING = '<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>vlmfix demo</title>\n'
+"""What tells a page of the demonstration from others."""
+PAGE = """<style>
 body {{ font: 16px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 75rem; padding: 0 1rem;
   color: #222; }}
 table {{ border-collapse: collapse; width: 100%; }}

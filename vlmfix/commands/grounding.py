@@ -41,9 +41,11 @@ def grounding(
     """
     if not question.strip() or (answer is not None and not answer.strip()):
         raise UsageError("the question or the answer is empty", "write some words")
-    if plot is not None and not plot.parent.is_dir():
-        raise UsageError(f"there is no folder {plot.parent}", "make it, or write elsewhere")
     options.quieten()
+    if plot is not None:
+        from vlmfix.figures import check_target
+
+        check_target(plot)
     from vlmfix.attention.edit import LayerSet
     from vlmfix.decoders import parse
     from vlmfix.display import loading

@@ -66,16 +66,20 @@ def profile(
         return
     if names is None or images is None or out is None:
         raise UsageError("--profiler, --images and --out are needed", "or use: vlmfix profile show FILE, diff A B")
-    for file in (out, plot):
-        if file is not None and not file.parent.is_dir():
-            raise UsageError(f"there is no folder {file.parent}", "make it, or write elsewhere")
+    if not out.parent.is_dir():
+        raise UsageError(f"there is no folder {out.parent}", "make it, or write elsewhere")
     options.quieten()
     from vlmfix.display import counting, loading
     from vlmfix.heads.measure import QUESTION
     from vlmfix.heads.measure import profile as measure
-    from vlmfix.heads.profile import load_profiles, save_profiles
+    from vlmfix.heads.profile import load_profiles, refuse_foreign, save_profiles
     from vlmfix.heads.profilers import profilers_of
 
+    refuse_foreign(out)
+    if plot is not None:
+        from vlmfix.figures import check_target
+
+        check_target(plot)
     chosen = profilers_of([name.strip() for name in names.split(",")])
     files = _shuffled(images, seed)
     shown: list[str] = []

@@ -26,14 +26,21 @@ from vlmfix.evals.record import (
     ANSWERS,
     CARD,
     FORMAT,
+    LINE,
     PLAIN,
+    REPORT,
+    RESULTS,
+    SAMPLES,
+    SCORABLE,
     EvalRun,
     arm_folder,
+    checked,
     digest,
     read_run,
     write_samples,
 )
 from vlmfix.evals.task import Sample, Task, Workload
+from vlmfix.files import make_folder, remove_drafts
 from vlmfix.generation import VLM, Answer, check_settings, load
 from vlmfix.images import Found, Picture, open_picture, read_ahead
 from vlmfix.records import JsonLines, read_json, refuse_other, replace_json
@@ -162,6 +169,16 @@ def _refuse_idle(vlm: VLM, model: str, arms: Mapping[str, Decoder]) -> None:
             raise UsageError(f"{name} cannot act on {model}: {reason}", "leave that decoder out")
 
 
+def _refuse_shared_folders(arms: Iterable[str]) -> None:
+    """Refuses arms whose answers would lie in one place, or in that of another file of the run."""
+    taken = dict.fromkeys((CARD, SAMPLES, RESULTS, REPORT), "a file of the run")
+    for name in arms:
+        folder = arm_folder(name)
+        if folder in taken:
+            raise UsageError(f"the arm {name} and {taken[folder]} would share the folder {folder}", "rename the arm")
+        taken[folder] = f"the arm {name}"
+
+
 def _path(workload: Workload, name: str) -> Path:
     return (workload.images or Path()) / name
 
@@ -196,15 +213,20 @@ class _Folder:
         self._retry_failed = retry_failed
         self._questions = _questions(workload.samples)
         self._saved = 0.0
-        try:
-            out.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise DataError(f"cannot make the folder {out}: {error.strerror}", "choose another --out") from error
+        ids = {sample.id for sample in workload.samples}
+        _refuse_shared_folders(arms)
+        make_folder(out)
         with ExitStack() as opened:
             # the lock comes first: nothing in the folder is read or written by two processes
-            self._files = {arm: opened.enter_context(JsonLines(self._arm(arm))) for arm in arms}
+            self._files = {arm: opened.enter_context(JsonLines(self._arm(arm), LINE)) for arm in arms}
             self._claim(task, workload, settings, arms, command)
-            self._done = {arm: {line["id"] for line in file if self._stays(line)} for arm, file in self._files.items()}
+            self._done = {
+                arm: {line["id"] for line in checked(file.path, file, ids) if self._stays(line)}
+                for arm, file in self._files.items()
+            }
+            for file in self._files.values():
+                file.claim()
+            remove_drafts(out, CARD, SAMPLES)
             self._open = opened.pop_all()
 
     def _stays(self, line: Mapping[str, Any]) -> bool:
@@ -212,10 +234,9 @@ class _Folder:
 
     def _arm(self, arm: str) -> Path:
         folder = self._out / arm_folder(arm)
-        try:
-            folder.mkdir(exist_ok=True)
-        except OSError as error:
-            raise DataError(f"cannot make the folder {folder}: {error.strerror}", "choose another --out") from error
+        if folder.is_symlink():
+            raise DataError(f"{folder} is a link, and nothing is written through links", "choose another --out")
+        make_folder(folder)
         return folder / ANSWERS
 
     def _claim(
@@ -242,18 +263,25 @@ class _Folder:
         named = {name: _about(decoder) for name, decoder in arms.items()}
         path = self._out / CARD
         if path.exists():
-            self._card = read_json(path)
+            self._card = read_json(path, SCORABLE)
             refuse_other(self._out, path, self._card, known)
             former = self._card["arms"]
             both = {name: about for name, about in named.items() if name in former}
             before = {name: {key: former[name].get(key) for key in about} for name, about in both.items()}
             refuse_other(self._out, path, before, both)
+            self._refuse_strange_answers(named.keys() - former.keys())
             former |= {name: about for name, about in named.items() if name not in former}
-        elif any(file.path.stat().st_size for file in self._files.values()):
-            raise UsageError(f"{self._out} holds answers but no {CARD}", "choose another --out")
         else:
+            self._refuse_strange_answers(arms)
+            if strange := [name for name in (SAMPLES, RESULTS, REPORT) if (self._out / name).exists()]:
+                raise UsageError(f"{self._out} holds {', '.join(strange)} but no {CARD}", "choose another --out")
             self._card = known | {"arms": named, "command": command, "sessions": []}
         self._samples = workload.samples
+
+    def _refuse_strange_answers(self, arms: Iterable[str]) -> None:
+        """Refuses answers of arms that no card knows."""
+        if strange := [self._files[arm].path for arm in arms if not self._files[arm].is_empty]:
+            raise UsageError(f"{strange[0]} holds answers but no {CARD} says which", "choose another --out")
 
     @property
     def batch_size(self) -> int:
@@ -277,13 +305,15 @@ class _Folder:
         refuse_other(self._out, self._out / CARD, before, {name: found[name] for name in before})
         self._card |= found
         self._note_facts({name: decoder.facts(vlm) for name, decoder in arms.items()})
-        self._card["sessions"].append({"started": _now(), "device": device_name(vlm.device), "versions": versions()})
+        self._card.setdefault("sessions", []).append(
+            {"started": _now(), "device": device_name(vlm.device), "versions": versions()}
+        )
         self._device = vlm.device
         if self._retry_failed:
             for file in self._files.values():
                 file.keep(self._stays)
+        self.save()  # first: samples without a card would be taken for somebody else's
         write_samples(self._out, self._samples)
-        self.save()
 
     def _note_facts(self, facts: Mapping[str, dict[str, str]]) -> None:
         """Keeps the facts of arms that begin and compares those of arms that go on; a card of old may have none."""

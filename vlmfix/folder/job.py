@@ -103,7 +103,7 @@ def run(
     with ExitStack() as opened:
         known = _known_settings(pictures, questions, settings, decoder)
         output = opened.enter_context(OutputFolder(out, known, retry_failed=retry_failed))
-        maps = None if save_maps is None else opened.enter_context(MapFolder(save_maps))
+        maps = None if save_maps is None else opened.enter_context(MapFolder(save_maps, known))
         job = _Job(files, questions, output, maps, report)
         if job.left():
             vlm = loader(settings.model, revision=settings.revision, device=settings.device, dtype=settings.dtype)
