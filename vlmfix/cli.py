@@ -88,6 +88,7 @@ def _upstream_fault() -> str | None:
 def _explain(error: Exception, message: str, hint: str, *, debug: bool) -> None:
     if debug:
         traceback.print_exception(error)
-    click.echo(f"vlmfix: {message}", err=True)
+    ours = isinstance(error, VlmfixError)  # one line each, whatever names are in it; other packages write several
+    options.say(f"vlmfix: {message}", err=True, lines=not ours)
     if hint:
-        click.echo(f"hint: {hint}", err=True)
+        options.say(f"hint: {hint}", err=True, lines=True)

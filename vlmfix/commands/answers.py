@@ -65,9 +65,9 @@ def run(
                 loader=loading,
             )
     except KeyboardInterrupt:
-        click.echo(f"vlmfix: stopped; what is done is in {out}. The same command goes on from there.", err=True)
+        options.say(f"vlmfix: stopped; what is done is in {out}. The same command goes on from there.", err=True)
         click.get_current_context().exit(options.INTERRUPTED)
-    click.echo(summary(end, out), err=True)
+    options.say(summary(end, out), err=True, lines=True)
 
 
 @click.command()
@@ -97,5 +97,5 @@ def ask(picture: Path, question: str, settings: Settings) -> None:
         seed=settings.seed,
     )
     for piece in pieces:
-        click.echo(piece, nl=False)
+        options.say(piece, nl=False, lines=True)
     click.echo()

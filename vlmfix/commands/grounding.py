@@ -52,7 +52,6 @@ def grounding(
     from vlmfix.generation import check_settings
     from vlmfix.heads.grounding import grounding as measure
     from vlmfix.images import named_picture
-    from vlmfix.records import to_json
 
     decoder, chosen = parse(settings.decoder), LayerSet(layers)
     check_settings(decoder, settings)
@@ -72,15 +71,15 @@ def grounding(
     (found,) = measure(vlm, [shown], question, [judged], layers=chosen)
     rows = [_row(found, place) for place in range(len(found.tokens))]
     if as_json:
-        click.echo(to_json({"question": question, "answer": answer, "layers": layers, "tokens": rows}, indent=2))
+        options.say_json({"question": question, "answer": answer, "layers": layers, "tokens": rows})
     else:
-        click.echo(answer)
+        options.say(answer, lines=True)
         click.echo(_table(rows), nl=False)
     if plot is not None:
         from vlmfix.reports.grounding import draw
 
         draw(found, shown, vlm.layout(vlm.encode([question], [[shown]])), plot)
-        click.echo(f"vlmfix: drawn in {plot}", err=True)
+        options.say(f"vlmfix: drawn in {plot}", err=True)
 
 
 def _row(found: Any, place: int) -> dict[str, Any]:  # noqa: ANN401 (its class needs torch, which comes late)
