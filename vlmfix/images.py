@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import stat
+import time
 from collections import deque
 from collections.abc import Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -14,11 +15,13 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from vlmfix.errors import DataError, UsageError
+from vlmfix.errors import DataError, PassingError, UsageError, passing
 
 FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "BMP", "GIF")
 """What is read, told by a file's content; its extension does not matter."""
 
+PAUSES = (0.1, 0.5, 0.0)
+"""Seconds after each attempt to open a picture in which trouble that passes may pass."""
 READERS = 2
 AHEAD = 8
 """Pictures that wait, decoded, for the model: it never waits for the disk, and memory stays bounded."""
@@ -64,6 +67,7 @@ def find(folder: Path, *, skip: Path | None = None) -> Iterator[Found]:
 
     Raises:
         DataError: ``folder`` does not exist or cannot be listed.
+        PassingError: A folder below cannot be listed now.
     """
     if folder.is_file():
         yield Found(folder.name, folder)
@@ -85,6 +89,8 @@ def _walk(
     try:
         names = sorted(os.listdir(folder))
     except OSError as error:
+        if trouble := passing(error):
+            raise PassingError(f"cannot list {folder}: {trouble.message}", trouble.hint) from error
         yield Found(prefix.rstrip("/"), folder, f"folder cannot be listed: {error.strerror}")
         return
     for name in names:
@@ -95,7 +101,8 @@ def _walk(
             status = path.stat()
         except OSError as error:
             broken = "broken link" if path.is_symlink() else "cannot be read"
-            yield Found(label, path, f"{broken}: {error.strerror}")
+            # trouble that passes may be over when the file is opened
+            yield Found(label, path, "" if passing(error) else f"{broken}: {error.strerror}")
             continue
         identity = _identity(status)
         if not stat.S_ISDIR(status.st_mode):
@@ -122,6 +129,7 @@ def open_picture(path: Path) -> Picture:
     Raises:
         DataError: The file is no such picture, is empty, broken or cut off, or has more pixels than
             ``PIL.Image.MAX_IMAGE_PIXELS``; the message is the reason alone, without the path.
+        PassingError: It cannot be read now, and that is no fault of the file's.
     """
     try:
         with path.open("rb") as file:
@@ -139,9 +147,9 @@ def open_picture(path: Path) -> Picture:
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise DataError(f"too large: {error}") from error
     except OSError as error:
-        raise DataError(f"cannot be read: {error.strerror or error}") from error
+        raise passing(error) or DataError(f"cannot be read: {error.strerror or error}") from error
     except Exception as error:  # Pillow's decoders raise nearly anything on a damaged file
-        raise DataError(f"broken picture: {type(error).__name__}: {error}") from error
+        raise passing(error) or DataError(f"broken picture: {type(error).__name__}: {error}") from error
 
 
 def named_picture(path: Path) -> Image.Image:
@@ -150,6 +158,7 @@ def named_picture(path: Path) -> Image.Image:
     Raises:
         UsageError: There is no such file.
         DataError: It is no picture; the message begins with the path.
+        PassingError: It cannot be read now; the message begins with the path.
     """
     if not path.exists():
         raise UsageError(f"there is no file {path}", "give a picture")
@@ -157,18 +166,21 @@ def named_picture(path: Path) -> Image.Image:
         return open_picture(path).image
     except DataError as error:
         raise DataError(f"{path}: {error.message}", "give a JPEG, PNG, WebP, TIFF, BMP or GIF file") from error
+    except PassingError as error:
+        raise PassingError(f"{path}: {error.message}", error.hint) from error
 
 
-def read_ahead(files: Iterable[Found]) -> Generator[tuple[Found, Picture | DataError]]:
+def read_ahead(files: Iterable[Found]) -> Generator[tuple[Found, Picture | DataError | PassingError]]:
     """Opens pictures in background threads, a few ahead of the caller, in order; ``close()`` ends the threads.
 
     Args:
         files: What to open; taken one by one as the caller goes on.
 
     Yields:
-        Each file with its picture, or with the error that says why there is none.
+        Each file with its picture, or with the error that says why there is none; trouble that passes has then been
+        waited for.
     """
-    waiting: deque[tuple[Found, Future[Picture | DataError]]] = deque()
+    waiting: deque[tuple[Found, Future[Picture | DataError | PassingError]]] = deque()
     pool = ThreadPoolExecutor(READERS, thread_name_prefix="vlmfix-pictures")
     try:
         for file in files:
@@ -183,13 +195,18 @@ def read_ahead(files: Iterable[Found]) -> Generator[tuple[Found, Picture | DataE
         pool.shutdown(wait=True, cancel_futures=True)
 
 
-def _open_or_error(file: Found) -> Picture | DataError:
+def _open_or_error(file: Found) -> Picture | DataError | PassingError:
     if file.problem:
         return DataError(file.problem)
-    try:
-        return open_picture(file.path)
-    except DataError as error:
-        return error
+    for pause in PAUSES:
+        try:
+            return open_picture(file.path)
+        except DataError as error:
+            return error
+        except PassingError as error:
+            trouble = error
+            time.sleep(pause)
+    return trouble
 
 
 def _check_size(width: int, height: int) -> None:

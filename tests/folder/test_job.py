@@ -303,15 +303,6 @@ def test_out_of_memory_halves_the_batch_and_goes_on(tmp_path, error):
     assert [record["image"] for record in answers(tmp_path / "out")] == [f"{n:04d}.png" for n in range(20)]
 
 
-def test_a_picture_too_large_for_the_memory_is_set_aside(tmp_path):
-    vlm = FakeVLM(fails=lambda batch: MEMORY[0] if (colour(2), "What?") in batch else None)
-    go(draw(tmp_path / "in", 5), tmp_path / "out", vlm)
-    (failure,) = failures(tmp_path / "out")
-    assert (failure["image"], failure["prompt"]) == ("0002.png", "What?")
-    assert failure["reason"].startswith("out of memory: OutOfMemoryError: CUDA out of memory")
-    assert len(answers(tmp_path / "out")) == 4
-
-
 @pytest.mark.parametrize(
     ("error", "reason"),
     [

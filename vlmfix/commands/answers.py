@@ -68,6 +68,8 @@ def run(
         options.say(f"vlmfix: stopped; what is done is in {out}. The same command goes on from there.", err=True)
         click.get_current_context().exit(options.INTERRUPTED)
     options.say(summary(end, out), err=True, lines=True)
+    if end.in_vain:
+        click.get_current_context().exit(1)
 
 
 @click.command()

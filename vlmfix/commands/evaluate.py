@@ -322,6 +322,8 @@ def _run(task: Any, workload: Any, plan: Plan, longest: int | None = None) -> No
             first = f"{failed[0].id}: {failed[0].failed}"
             options.say(f"vlmfix: {arm}: {len(failed)} of {len(records)} samples failed; the first, {first}", err=True)
     tell([score_run(run)], plan.out, as_json=plan.as_json)
+    if run.in_vain:
+        click.get_current_context().exit(1)
 
 
 def _arms(specs: tuple[str, ...]) -> dict[str, Any]:

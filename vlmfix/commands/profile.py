@@ -224,11 +224,13 @@ def _annotated(
 
 def _opened(files: list[Any], shown: list[str]) -> Generator[Any]:
     """The pictures among some files, whose names are added to ``shown``; the others are named on stderr."""
-    from vlmfix.errors import DataError
+    from vlmfix.errors import DataError, PassingError
     from vlmfix.images import read_ahead
 
     with closing(read_ahead(files)) as opened:
         for file, picture in opened:
+            if isinstance(picture, PassingError):
+                raise PassingError(f"{file.path}: {picture.message}", picture.hint)
             if isinstance(picture, DataError):
                 options.say(f"vlmfix: {file.name} is left out: {picture.message}", err=True)
             else:

@@ -111,6 +111,8 @@ class EvalRun:
         task: The rules of scoring that the run was made with.
         samples: What was asked, in order.
         answers: For each arm the records by sample id; an unfinished arm lacks some.
+        asked_now: Samples that the start which gave this run has written, over all arms; 0 for one that was only read.
+        answered_now: Those of them that have an answer.
     """
 
     folder: Path
@@ -118,6 +120,14 @@ class EvalRun:
     task: Task
     samples: list[Sample]
     answers: dict[str, dict[str, Record]]
+    asked_now: int = 0
+    answered_now: int = 0
+
+    @property
+    def in_vain(self) -> bool:
+        """Whether every sample of the start failed, or all of some arm."""
+        empty = any(found and all(record.failed for record in found.values()) for found in self.answers.values())
+        return empty or (self.asked_now > 0 and self.answered_now == 0)
 
     def judged(self, arm: str) -> list[Judged]:
         """Samples of an arm that have an answer, with their verdicts, in order."""

@@ -20,7 +20,7 @@ from typing import Any
 from vlmfix.answering import Answerer, Question, fitting_batch
 from vlmfix.card import device_name, peak_memory, plain, versions, weights_digest
 from vlmfix.decoders import Decoder, Greedy
-from vlmfix.errors import DataError, UsageError
+from vlmfix.errors import DataError, PassingError, UsageError
 from vlmfix.evals.coco import some
 from vlmfix.evals.record import (
     ANSWERS,
@@ -110,6 +110,7 @@ def evaluate(
         IncompatibleDecodersError: The settings ask for beams and a decoder does not work with them.
         DataError: There is no sample, two share an id, or pictures are missing or not in the folder.
         SystematicError: Every question fails; nothing is recorded about those that failed in the end.
+        PassingError: Trouble of the machine left samples open, which the next start asks; nothing is recorded of them.
     """
     check(workload)
     if not isinstance(arms.get(PLAIN, Greedy()), Greedy):
@@ -130,7 +131,8 @@ def evaluate(
                 for _ in folder.work(arm, answerer, workload, vlm):
                     report(next(done), total)
             folder.save()
-    return read_run(out)
+            folder.refuse_open()
+    return replace(read_run(out), asked_now=folder.asked, answered_now=folder.answered)
 
 
 def check(workload: Workload) -> None:
@@ -213,6 +215,9 @@ class _Folder:
         self._retry_failed = retry_failed
         self._questions = _questions(workload.samples)
         self._saved = 0.0
+        self._left_open: list[tuple[str, PassingError]] = []
+        self.asked = self.answered = 0
+        """Samples that this start has written, and those of them that have an answer."""
         ids = {sample.id for sample in workload.samples}
         _refuse_shared_folders(arms)
         make_folder(out)
@@ -336,11 +341,16 @@ class _Folder:
             shown = _shown(open_batches, pictures)
             for settled in answerer(shown, lambda: self._answered_question(arm, workload)):
                 for asked, outcome in settled:
+                    if isinstance(outcome, PassingError):
+                        self._left_open += [(sample.id, outcome) for sample in asked.samples if sample.id not in done]
+                        continue
                     for sample in asked.samples:
                         line = _line(sample, asked.sha256, outcome)
                         if sample.id not in done:
                             self._files[arm].append(line)
                             done.add(sample.id)
+                            self.asked += 1
+                            self.answered += "failed" not in line
                             yield
                         tokens += len(line.get("ids", ()))
                 self._note(arm, tokens, time.perf_counter() - started)
@@ -352,10 +362,19 @@ class _Folder:
             if any(sample.id in answered for sample in asked.samples):
                 try:
                     image = None if asked.image is None else open_picture(_path(workload, asked.image)).image
-                except DataError:  # broken since it was answered
+                except (DataError, PassingError):  # broken since it was answered, or not to be had now
                     continue
                 return Question(image, asked.prompt)
         return None
+
+    def refuse_open(self) -> None:
+        """Raises when trouble of the machine has left samples open."""
+        if self._left_open:
+            name, trouble = self._left_open[0]
+            raise PassingError(
+                f"{len(self._left_open)} samples are left open, the first {name}: {trouble.message}",
+                f"the same command asks them again; {trouble.hint}",
+            )
 
     def _note(self, arm: str, tokens: int, seconds: float) -> None:
         timing = {"tokens": tokens, "seconds": round(seconds, 3)}
@@ -377,10 +396,10 @@ class _Folder:
 
 
 def _shown(
-    batches: Iterable[Sequence[_Asked]], pictures: Iterator[tuple[Found, Picture | DataError]]
-) -> Iterator[list[tuple[_Asked, Question | str]]]:
+    batches: Iterable[Sequence[_Asked]], pictures: Iterator[tuple[Found, Picture | DataError | PassingError]]
+) -> Iterator[list[tuple[_Asked, Question | str | PassingError]]]:
     """Batches with the pictures that they ask about, which come in the order of first mention."""
-    shown: dict[str, Picture | DataError] = {}
+    shown: dict[str, Picture | DataError | PassingError] = {}
     for batch in batches:
         needed = {asked.image for asked in batch if asked.image is not None}
         shown = {name: picture for name, picture in shown.items() if name in needed}
@@ -390,7 +409,11 @@ def _shown(
         yield [_question(asked, None if asked.image is None else shown[asked.image]) for asked in batch]
 
 
-def _question(asked: _Asked, picture: Picture | DataError | None) -> tuple[_Asked, Question | str]:
+def _question(
+    asked: _Asked, picture: Picture | DataError | PassingError | None
+) -> tuple[_Asked, Question | str | PassingError]:
+    if isinstance(picture, PassingError):
+        return asked, picture
     if isinstance(picture, DataError):
         return asked, str(picture)
     if picture is None:
