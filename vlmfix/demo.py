@@ -19,6 +19,7 @@ from vlmfix.files import replacing
 from vlmfix.folder import DESCRIBE
 from vlmfix.generation import VLM, load
 from vlmfix.images import open_picture
+from vlmfix.records import escaped
 from vlmfix.world import coco
 from vlmfix.world.categories import category
 from vlmfix.world.mentions import mentions
@@ -169,7 +170,7 @@ def _add(count: Count, described: Described, present: tuple[str, ...]) -> None:
 def page(comparison: Comparison) -> str:
     """The comparison as one HTML page that needs no other file."""
     arms = list(comparison.counts)
-    head = "".join(f"<th>{html.escape(arm)}</th>" for arm in arms)
+    head = "".join(f"<th>{html.escape(escaped(arm))}</th>" for arm in arms)
     rows = "".join(_row(shown, arms) for shown in comparison.scenes)
     sums = "".join(
         f"<td><b>{count.hallucinated}</b> of {count.mentioned} objects mentioned are not in the picture<br>"
@@ -188,7 +189,7 @@ def _row(shown: Scene, arms: list[str]) -> str:
 
 def _marked(described: Described) -> str:
     tags = {"": "{}", "present": "<b>{}</b>", "absent": "<del>{}</del>"}
-    return "".join(tags[mark].format(html.escape(words)) for words, mark in described.pieces)
+    return "".join(tags[mark].format(html.escape(escaped(words, lines=True))) for words, mark in described.pieces)
 
 
 def _thumbnail(path: Path) -> str:

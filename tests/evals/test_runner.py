@@ -431,7 +431,7 @@ def test_answers_that_no_card_knows_are_not_touched(tmp_path):
             go(out, work, FakeVLM())
         assert (out / "greedy" / "answers.jsonl").read_text() == text
     (out / "greedy" / "answers.jsonl").unlink()
-    for name in ("samples.jsonl", "results.json", "report.json"):
+    for name in ("samples.jsonl", "results.json", "report.json", "comparison.csv"):
         (out / name).write_text("precious")
         with pytest.raises(UsageError, match=f"holds {name} but no card"):
             go(out, work, FakeVLM())

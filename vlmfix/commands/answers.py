@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import click
 
 from vlmfix.commands import options
 from vlmfix.errors import UsageError
+from vlmfix.records import escaped
 from vlmfix.settings import Settings
 
 
@@ -98,6 +100,7 @@ def ask(picture: Path, question: str, settings: Settings) -> None:
         temperature=settings.temperature,
         seed=settings.seed,
     )
+    terminal = sys.stdout.isatty()  # a program that reads the answer gets it as it is
     for piece in pieces:
-        options.say(piece, nl=False, lines=True)
+        click.echo(escaped(piece, lines=True) if terminal else piece, nl=False)
     click.echo()

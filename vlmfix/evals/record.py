@@ -35,6 +35,8 @@ FORMAT = 1
 """Of the folder; raised when an older reader could not understand it."""
 CARD, SAMPLES, ANSWERS = "card.json", "samples.jsonl", "answers.jsonl"
 RESULTS, REPORT = "results.json", "report.json"
+COMPARISON = ("comparison.csv", "comparison.md", "comparison.png")
+"""What a comparison leaves: table, text and plot."""
 ARM = fields({"spec": TEXT, "parameters": OBJECT}, {"strategy": TEXT, "facts": mapping_of(TEXT)})
 SESSION = fields({"versions": mapping_of(TEXT.or_null())}, {"arms": OBJECT})
 DECODING = fields({"max_new_tokens": SIZE, "num_beams": SIZE, "temperature": NUMBER, "seed": SEED})

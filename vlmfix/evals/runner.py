@@ -25,6 +25,7 @@ from vlmfix.evals.coco import some
 from vlmfix.evals.record import (
     ANSWERS,
     CARD,
+    COMPARISON,
     FORMAT,
     LINE,
     PLAIN,
@@ -278,7 +279,7 @@ class _Folder:
             former |= {name: about for name, about in named.items() if name not in former}
         else:
             self._refuse_strange_answers(arms)
-            if strange := [name for name in (SAMPLES, RESULTS, REPORT) if (self._out / name).exists()]:
+            if strange := [name for name in (SAMPLES, RESULTS, REPORT, *COMPARISON) if (self._out / name).exists()]:
                 raise UsageError(f"{self._out} holds {', '.join(strange)} but no {CARD}", "choose another --out")
             self._card = known | {"arms": named, "command": command, "sessions": []}
         self._samples = workload.samples

@@ -7,11 +7,11 @@ from pathlib import Path
 
 from vlmfix.errors import DataError
 from vlmfix.evals.compare import Comparison
+from vlmfix.evals.record import COMPARISON
 from vlmfix.files import cannot_write, make_folder, replacing
 from vlmfix.reports.plots import differences
 from vlmfix.reports.tables import csv_text, markdown
 
-NAME = "comparison"
 COLUMNS = "task,folder,arm,spec,plain_arm,"
 """What the table of every comparison begins with."""
 
@@ -29,7 +29,7 @@ def save(comparison: Comparison, folder: Path) -> list[Path]:
     Raises:
         DataError: A file cannot be written, or a file of that name is none of a comparison.
     """
-    table, text, plot = (folder / f"{NAME}.{ending}" for ending in ("csv", "md", "png"))
+    table, text, plot = (folder / name for name in COMPARISON)
     make_folder(folder)
     _refuse_foreign(table, (text, plot))
     with replacing(table) as file:
