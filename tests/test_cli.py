@@ -15,6 +15,7 @@ from tests.folder.fake import draw
 from tests.tiny import tiny_vlm
 from vlmfix.commands import options
 from vlmfix.decoders import DECODERS
+from vlmfix.display import diagnosis_text
 from vlmfix.errors import DataError
 from vlmfix.records import read_json, read_lines
 from vlmfix.upstream import names
@@ -534,3 +535,72 @@ def test_a_reader_that_leaves_is_no_error():
     command = f"{sys.executable} -m vlmfix decoders --json | head -n 1"
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=True)
     assert (done.stdout, done.stderr) == ("[\n", "")
+
+
+@pytest.mark.parametrize("arguments", ["--help", "decoders --json"])
+def test_an_output_that_is_full_is_told_in_words(arguments):
+    command = f"{sys.executable} -m vlmfix {arguments} > /dev/full"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (
+        1,
+        "vlmfix: cannot write the output: No space left on device\nhint: free some space, or write elsewhere\n",
+    )
+
+
+def test_closed_streams_take_no_place_of_files():
+    command = f"{sys.executable} -m vlmfix decoders vcd <&- >&- 2>&-; echo $?"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=True)
+    assert (done.stdout, done.stderr) == ("0\n", "")
+
+
+def test_a_start_that_answers_nothing_ends_with_a_failure(tmp_path, model, vlmfix):
+    pictures, out = tmp_path / "in", tmp_path / "out"
+    pictures.mkdir()
+    (pictures / "a.png").write_bytes(b"broken")
+    asked = ("run", pictures, "--out", out, "--model", model, "--max-new-tokens", 1)
+    for _ in range(2):
+        code, _, told = vlmfix(*asked)
+        assert code == 1
+        assert "1 failures in" in told
+    draw(pictures, 1)
+    assert vlmfix(*asked)[0] == 0
+    assert vlmfix(*asked)[0] == 0
+    assert vlmfix(*asked, "--retry-failed")[0] == 1
+
+
+def test_names_are_told_as_text(tmp_path, model, vlmfix):
+    code, _, told = vlmfix("run", tmp_path / "a\x1b[31m\nhint: none", "--out", tmp_path / "out")
+    assert code == 2
+    assert r"a\u001b[31m\nhint: none" in told
+    assert "\x1b" not in told
+    pictures = draw(tmp_path / "in", 1)
+    (pictures / "0000.png").rename(pictures / "b\x1b[2J\ncaf\udce9.png")
+    out = tmp_path / "o\x1bt"
+    assert vlmfix("run", pictures, "--out", out, "--model", model, "--max-new-tokens", 1)[0] == 0
+    answers = out / "answers.jsonl"
+    answers.write_text(answers.read_text().replace('"answer": "', '"answer": "other '))
+    code, printed, _ = vlmfix("reproduce", out)
+    assert code == 1
+    assert r"differs: b\u001b[2J\ncaf\udce9.png: Please" in printed
+    assert "\x1b" not in printed
+    code, printed, _ = vlmfix("reproduce", out, "--json")
+    assert json.loads(printed)["other"][0][0] == "b\x1b[2J\ncaf\udce9.png"
+
+
+def test_what_doctor_finds_is_text():
+    machine = {"system": "[bold]", "cores": 2, "memory": 1, "memory_available": 1, "gpus": []}
+    model = {"id": "m[/x]\x1b", "family": "LLaVA", "layers": 2, "device": "cpu", "dtype": "float32"}
+    shown = diagnosis_text(
+        {
+            "machine": machine,
+            "model": model,
+            "versions": {"torch": "[red]1"},
+            "untested": [],
+            "contracts": [],
+            "ways": {"vcd": {"plain": "[/why]", "beams": None}},
+        }
+    )
+    assert r"m[/x]\u001b: LLaVA" in shown
+    assert "[bold]" in shown
+    assert "[/why]" in shown
+    assert "torch [red]1" in shown

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import stat
+import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -15,7 +16,7 @@ from typing import BinaryIO, TypeVar
 
 from PIL import Image, UnidentifiedImageError
 
-from vlmfix.errors import DataError, UsageError
+from vlmfix.errors import DataError, PassingError, UsageError, passing
 from vlmfix.metadata import without_metadata
 from vlmfix.pixels import check_size, check_tiles, rgb, turn
 
@@ -26,6 +27,8 @@ T = TypeVar("T")
 
 BOMBS = (Image.DecompressionBombError, Image.DecompressionBombWarning)
 
+PAUSES = (0.1, 0.5, 0.0)
+"""Seconds after each attempt to open a picture in which trouble that passes may pass."""
 READERS = 2
 AHEAD = 8
 """Pictures that wait, decoded, for the model: it never waits for the disk, and memory stays bounded."""
@@ -71,6 +74,7 @@ def find(folder: Path, *, skip: Path | None = None) -> Iterator[Found]:
 
     Raises:
         DataError: ``folder`` does not exist or cannot be listed.
+        PassingError: A folder below cannot be listed now.
     """
     if folder.is_file():
         yield Found(folder.name, folder)
@@ -92,6 +96,8 @@ def _walk(
     try:
         names = sorted(os.listdir(folder))
     except OSError as error:
+        if trouble := passing(error):
+            raise PassingError(f"cannot list {folder}: {trouble.message}", trouble.hint) from error
         yield Found(prefix.rstrip("/"), folder, f"folder cannot be listed: {error.strerror}")
         return
     for name in names:
@@ -102,7 +108,8 @@ def _walk(
             status = path.stat()
         except OSError as error:
             broken = "broken link" if path.is_symlink() else "cannot be read"
-            yield Found(label, path, f"{broken}: {error.strerror}")
+            # trouble that passes may be over when the file is opened
+            yield Found(label, path, "" if passing(error) else f"{broken}: {error.strerror}")
             continue
         identity = _identity(status)
         if not stat.S_ISDIR(status.st_mode):
@@ -130,6 +137,7 @@ def open_picture(path: str | Path) -> Picture:
     Raises:
         DataError: The file is no such picture, is empty, broken or cut off, is too thin (``vlmfix.pixels.LONGEST``) or
             has more pixels than ``PIL.Image.MAX_IMAGE_PIXELS``; the message is the reason alone, without the path.
+        PassingError: It cannot be read now, and that is no fault of the file's.
     """
     try:
         with Path(path).open("rb") as file:
@@ -145,9 +153,9 @@ def open_picture(path: str | Path) -> Picture:
     except BOMBS as error:
         raise DataError(f"too large: {error}") from error
     except OSError as error:
-        raise DataError(f"cannot be read: {error.strerror or error}") from error
+        raise passing(error) or DataError(f"cannot be read: {error.strerror or error}") from error
     except Exception as error:  # Pillow's decoders raise nearly anything on a damaged file
-        raise DataError(f"broken picture: {type(error).__name__}: {error}") from error
+        raise passing(error) or DataError(f"broken picture: {type(error).__name__}: {error}") from error
 
 
 def begins_like_a_picture(path: Path) -> bool:
@@ -158,7 +166,9 @@ def begins_like_a_picture(path: Path) -> bool:
             return True
     except BOMBS:
         return True
-    except Exception:  # Pillow's readers raise nearly anything on a file that is no picture
+    except Exception as error:  # Pillow's readers raise nearly anything on a file that is no picture
+        if trouble := passing(error):
+            raise trouble from error
         return False
 
 
@@ -168,7 +178,9 @@ def _read(file: BinaryIO, read: Callable[[BinaryIO], T]) -> T:
         return read(file)
     except (DataError, *BOMBS):
         raise
-    except Exception:  # of no common kind
+    except Exception as error:  # of no common kind
+        if passing(error):
+            raise
         file.seek(0)
         content = file.read()
         for exif in (True, False):
@@ -177,7 +189,9 @@ def _read(file: BinaryIO, read: Callable[[BinaryIO], T]) -> T:
                 return read(BytesIO(bare or b""))
             except (DataError, *BOMBS):
                 raise
-            except Exception:  # it is not the metadata alone, and the first reason is raised below
+            except Exception as second:  # it is not the metadata alone, and the first reason is raised below
+                if passing(second):
+                    raise
                 continue
         raise
 
@@ -210,6 +224,7 @@ def named_picture(path: Path) -> Image.Image:
     Raises:
         UsageError: There is no such file.
         DataError: It is no picture; the message begins with the path.
+        PassingError: It cannot be read now; the message begins with the path.
     """
     if not path.exists():
         raise UsageError(f"there is no file {path}", "give a picture")
@@ -217,18 +232,21 @@ def named_picture(path: Path) -> Image.Image:
         return open_picture(path).image
     except DataError as error:
         raise DataError(f"{path}: {error.message}", "give a JPEG, PNG, WebP, TIFF, BMP or GIF file") from error
+    except PassingError as error:
+        raise PassingError(f"{path}: {error.message}", error.hint) from error
 
 
-def read_ahead(files: Iterable[Found]) -> Generator[tuple[Found, Picture | DataError]]:
+def read_ahead(files: Iterable[Found]) -> Generator[tuple[Found, Picture | DataError | PassingError]]:
     """Opens pictures in background threads, a few ahead of the caller, in order; ``close()`` ends the threads.
 
     Args:
         files: What to open; taken one by one as the caller goes on.
 
     Yields:
-        Each file with its picture, or with the error that says why there is none.
+        Each file with its picture, or with the error that says why there is none; trouble that passes has then been
+        waited for.
     """
-    waiting: deque[tuple[Found, Future[Picture | DataError]]] = deque()
+    waiting: deque[tuple[Found, Future[Picture | DataError | PassingError]]] = deque()
     pool = ThreadPoolExecutor(READERS, thread_name_prefix="vlmfix-pictures")
     try:
         for file in files:
@@ -243,10 +261,15 @@ def read_ahead(files: Iterable[Found]) -> Generator[tuple[Found, Picture | DataE
         pool.shutdown(wait=True, cancel_futures=True)
 
 
-def _open_or_error(file: Found) -> Picture | DataError:
+def _open_or_error(file: Found) -> Picture | DataError | PassingError:
     if file.problem:
         return DataError(file.problem)
-    try:
-        return open_picture(file.path)
-    except DataError as error:
-        return error
+    for pause in PAUSES:
+        try:
+            return open_picture(file.path)
+        except DataError as error:
+            return error
+        except PassingError as error:
+            trouble = error
+            time.sleep(pause)
+    return trouble

@@ -1,9 +1,11 @@
 """Several decoders over one workload: order, resume, refusals and failures."""
 
+import json
 import multiprocessing
 import shutil
 import signal
 import time
+from contextlib import suppress
 from dataclasses import replace
 
 import pytest
@@ -16,6 +18,7 @@ from vlmfix.errors import DataError, LayoutError, UsageError, VlmfixError
 from vlmfix.evals import tasks
 from vlmfix.evals.compare import compare
 from vlmfix.evals.record import read_run
+from vlmfix.evals.reproduce import reproduce
 from vlmfix.evals.runner import evaluate
 from vlmfix.evals.score import score
 from vlmfix.evals.task import Sample, Workload
@@ -371,8 +374,12 @@ def test_changed_samples_are_noticed(tmp_path):
 @pytest.mark.parametrize(
     ("file", "text", "message"),
     [
-        ("samples.jsonl", '{"idd": "1"}\n', "a file in .* was changed: .*idd"),
-        ("greedy/answers.jsonl", '{"idd": "1"}\n', "a line of .*answers.jsonl has no id"),
+        ("samples.jsonl", '{"idd": "1"}\n', "line 1 of .*samples.jsonl has no id, image"),
+        ("greedy/answers.jsonl", '{"idd": "1"}\n', "line 1 of .*answers.jsonl has no id"),
+        ("greedy/answers.jsonl", '{"id": "a/0/shared"}\n', "has neither answer nor failed"),
+        ("greedy/answers.jsonl", '{"id": "z", "answer": "a"}\n', "line 1 .* has the id 'z', which no sample has"),
+        ("greedy/answers.jsonl", '{"id": "a/0/shared", "answer": 1}\n', "answer is 1, not a text"),
+        ("greedy/answers.jsonl", '{"id": "a/0/shared", "answer": "a", "ids": 5}\n', "ids is 5, not a list"),
         ("card.json", '{"format": 1, "task": "says"}', "card.json has no options, samples, arms"),
     ],
 )
@@ -413,3 +420,106 @@ def test_killed_at_any_moment(tmp_path):
 
 def _lines(base):
     return sum(path.read_bytes().count(b"\n") for path in base.glob("out/*/answers.jsonl"))
+
+
+def test_answers_that_no_card_knows_are_not_touched(tmp_path):
+    work, out = workload(tmp_path / "in"), tmp_path / "out"
+    for text in ('{"my": "own"}', "one\ntwo", "\0"):
+        (out / "greedy").mkdir(parents=True, exist_ok=True)
+        (out / "greedy" / "answers.jsonl").write_text(text)
+        with pytest.raises(UsageError, match=r"no card\.json"):
+            go(out, work, FakeVLM())
+        assert (out / "greedy" / "answers.jsonl").read_text() == text
+    (out / "greedy" / "answers.jsonl").unlink()
+    for name in ("samples.jsonl", "results.json", "report.json", "comparison.csv"):
+        (out / name).write_text("precious")
+        with pytest.raises(UsageError, match=f"holds {name} but no card"):
+            go(out, work, FakeVLM())
+        assert (out / name).read_text() == "precious"
+        (out / name).unlink()
+    go(out, work, FakeVLM())
+    (out / "vcd").mkdir()
+    (out / "vcd" / "answers.jsonl").write_text("precious")  # of an arm that the card does not know
+    with pytest.raises(UsageError, match=r"no card\.json says which"):
+        go(out, work, FakeVLM(), arms=("vcd",))
+    assert (out / "vcd" / "answers.jsonl").read_text() == "precious"
+
+
+def test_links_lead_to_no_writing_elsewhere(tmp_path):
+    work, out, elsewhere = workload(tmp_path / "in"), tmp_path / "out", tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    out.mkdir()
+    (elsewhere / "answers.jsonl").write_text("precious")
+    (out / "greedy").symlink_to(elsewhere)
+    with pytest.raises(DataError, match="greedy is a link"):
+        go(out, work, FakeVLM())
+    (out / "greedy").unlink()
+    (out / "greedy").mkdir()
+    (out / "greedy" / "answers.jsonl").symlink_to(elsewhere / "answers.jsonl")
+    with pytest.raises(DataError, match=r"answers\.jsonl is a link"):
+        go(out, work, FakeVLM())
+    (out / "greedy" / "answers.jsonl").unlink()
+    for name in (".card.json.new", ".samples.jsonl.new"):
+        (out / name).symlink_to(elsewhere / "answers.jsonl")
+    go(out, work, FakeVLM())
+    assert [path.name for path in elsewhere.iterdir()] == ["answers.jsonl"]
+    assert (elsewhere / "answers.jsonl").read_text() == "precious"
+
+
+@pytest.mark.parametrize("name", ["x" * 300, "a/" + "y" * 300, "..", "", "a\nb", "caf\udce9", "\ud800"])
+def test_arms_of_any_name_have_a_folder(tmp_path, name):
+    out, work = tmp_path / "out", workload(tmp_path / "in", 1)
+    for _ in range(2):
+        run = evaluate(out, Says(), work, Settings(), {name: VCD()}, loader=FakeVLM().load)
+    assert run.missing(name) == 0
+    assert len(list(out.glob("*/answers.jsonl"))) == 2
+
+
+def test_arms_that_would_share_a_folder_are_refused(tmp_path):
+    work = workload(tmp_path / "in", 1)
+    for names in (("a/b", "a_b"), ("samples.jsonl",)):
+        arms = {name: parse(f"vcd:contrast=0.{number}") for number, name in enumerate(names, start=1)}
+        with pytest.raises(UsageError, match="would share the folder"):
+            evaluate(tmp_path / "out", Says(), work, Settings(), arms, loader=FakeVLM().load)
+
+
+CARD = {
+    "arms": [None, [], "x", 5, {"greedy": None}, {"greedy": {"spec": 5, "parameters": {}}}, {"greedy": {}}],
+    "sessions": [None, {}, [None], [{}], [{"versions": 1}], [{"versions": {"torch": 1}}]],
+    "decoding": [None, {}, "x", {"max_new_tokens": None, "num_beams": 1, "temperature": 0, "seed": 0}],
+    "task": [None, 5, [], {}, "nothing"],
+    "revision": [5, [], {}],
+    "commit": [5],
+    "options": [None, [], {"upper": "no"}, {"lower": True}],
+    "samples": [None, 5],
+    "count": [None, "many"],
+    "data": [None, []],
+    "format": [None, "1", True],
+    "batch_size": [0, "x", 10**400],
+    "images": [5, "\0", "\ud800"],
+}
+
+
+@pytest.mark.parametrize("field", CARD)
+def test_a_damaged_card_is_told_in_words(tmp_path, field):
+    work, out, vlm = workload(tmp_path / "in", 1), tmp_path / "out", FakeVLM()
+    go(out, work, vlm)
+    whole = read_json(out / "card.json")
+    for value in CARD[field]:
+        (out / "card.json").write_text(json.dumps(whole | {field: value}))
+        for step in (
+            lambda: read_run(out),
+            lambda: go(out, work, vlm, arms=("vcd",)),
+        ):
+            with pytest.raises(VlmfixError, match=r"card\.json"):
+                step()
+    (out / "card.json").write_text(json.dumps({name: value for name, value in whole.items() if name != field}))
+    for step in (
+        lambda: score(read_run(out)),
+        lambda: compare([read_run(out)], draws=1000),
+        lambda: reproduce(read_run(out), tmp_path / "again", loader=vlm.load),
+        lambda: go(out, work, vlm, arms=("vcd",)),
+    ):
+        with suppress(VlmfixError):  # what is not needed may be missing; nothing else than a message may be raised
+            step()
+    assert len(vlm.batches) <= 4

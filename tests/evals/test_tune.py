@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
@@ -410,3 +411,35 @@ def test_with_the_real_runner_on_pope(tmp_path):
     again = go(tmp_path / "out", evaluate, spec="vcd:noise_step=500,plausibility=0.1", work=work, task=Pope(), budget=6)
     assert again.trials == found.trials
     assert len(vlm.batches) == batches, "a finished search asks the model nothing"
+
+
+def test_a_damaged_journal_is_told_in_words(tmp_path):
+    whole = tmp_path / "whole"
+    go(whole, Fake(), budget=3)
+    lines = (whole / "trials.journal").read_bytes().splitlines(keepends=True)
+    about = next(number for number, line in enumerate(lines) if b'"about"' in line)
+    damages = [
+        [b"nonsense\n", *lines],
+        [*lines[:3], b"[" * 100_000 + b"\n", *lines[3:]],
+        lines[1:],
+        [*lines[:3], *lines[4:]],
+        [line.replace(b'"about"', b'"abbut"') for line in lines],
+        [line.replace(b'"contrast"', b'"contrasu"') for line in lines],
+        [*lines[:about], lines[about].replace(b'"failed":0', b'"failed":"no"'), *lines[about + 1 :]],
+    ]
+    for number, damaged in enumerate(damages):
+        out = tmp_path / str(number)
+        shutil.copytree(whole, out)
+        (out / "trials.journal").write_bytes(b"".join(damaged))
+        with pytest.raises(DataError, match=r"trials\.journal"):
+            go(out, Fake(), budget=3)
+
+
+def test_files_of_something_else_are_not_touched(tmp_path):
+    for name, text in (("tune.json", '{"my": "own"}'), ("trials.journal", "notes"), ("recipe.toml", "x = 1")):
+        out = tmp_path / name.partition(".")[0]
+        out.mkdir()
+        (out / name).write_text(text)
+        with pytest.raises(UsageError, match=r"tune\.json"):
+            go(out, Fake(), budget=2)
+        assert [(path.name, path.read_text()) for path in out.iterdir()] == [(name, text)]

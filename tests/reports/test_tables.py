@@ -3,12 +3,14 @@ from __future__ import annotations
 import csv
 import io
 import json
+import re
 from dataclasses import asdict, replace
 
 import pytest
 from rich.console import Console
 
 from tests.evals.exam import answers, exam, samples
+from vlmfix.display import rendered
 from vlmfix.evals.compare import Change, Estimate, compare
 from vlmfix.evals.record import PLAIN
 from vlmfix.reports.tables import csv_text, json_text, markdown, sheets, terminal
@@ -204,3 +206,33 @@ def test_the_heading_tells_beams_sampling_and_commit():
     said = heading(compare([run], draws=2000))
     assert "org/model (0123456789ab)" in said
     assert "up to 64 tokens, 5 beams, sampling (temperature 0.7, top_p 0.9, seed 3)" in said
+
+
+ODD = "a|b`c[/bold]\x1b[31m*d*\nnext <b> $x$ _y_"
+
+
+def named_oddly(comparison):
+    arms = tuple(
+        replace(arm, name=ODD, changes=tuple(replace(c, figure=f"{ODD}/{c.label}") for c in arm.changes))
+        for arm in comparison.arms
+    )
+    return replace(comparison, arms=arms, card=comparison.card | {"model": ODD})
+
+
+def test_names_are_text_in_the_terminal(comparison):
+    shown = rendered(terminal(named_oddly(comparison)))
+    assert "[/bold]" in shown
+    assert r"\u001b[31m" in shown
+    assert "\x1b" not in shown
+
+
+def test_names_are_text_in_markdown(comparison):
+    lines = markdown(named_oddly(comparison)).splitlines()
+    rows = [line for line in lines if line.startswith("|")]
+    for table in markdown(named_oddly(comparison)).split("\n\n")[:-1]:
+        assert len({len(re.findall(r"(?<!\\)\|", row)) for row in table.splitlines()}) == 1
+    assert any(r"`` a\|b`c[/bold]\u001b[31m*d*\nnext <b> $x$ _y_ ``" in row for row in rows)
+    caption = lines[-1]
+    assert r"a\|b\`c\[/bold\]\\u001b\[31m\*d\*\\nnext \<b> \$x\$ \_y\_" in caption
+    assert "\x1b" not in markdown(named_oddly(comparison))
+    assert markdown(comparison).count("p < ") == 1

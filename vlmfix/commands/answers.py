@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from contextlib import closing
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import click
 
 from vlmfix.commands import options
 from vlmfix.errors import DataError, UsageError
+from vlmfix.records import escaped
 from vlmfix.settings import Settings
 
 
@@ -66,9 +68,11 @@ def run(
                 loader=loading,
             )
     except KeyboardInterrupt:
-        click.echo(f"vlmfix: stopped; what is done is in {out}. The same command goes on from there.", err=True)
+        options.say(f"vlmfix: stopped; what is done is in {out}. The same command goes on from there.", err=True)
         click.get_current_context().exit(options.INTERRUPTED)
-    click.echo(summary(end, out), err=True)
+    options.say(summary(end, out), err=True, lines=True)
+    if end.in_vain:
+        click.get_current_context().exit(1)
 
 
 @click.command()
@@ -97,9 +101,10 @@ def ask(picture: Path, question: str, settings: Settings) -> None:
         temperature=settings.temperature,
         seed=settings.seed,
     )
+    terminal = sys.stdout.isatty()  # a program that reads the answer gets it as it is
     with closing(pieces):
         for piece in pieces:
-            _say(piece)
+            _say(escaped(piece, lines=True) if terminal else piece)
     _say("\n")
 
 

@@ -9,7 +9,6 @@ import click
 
 from vlmfix.commands import options
 from vlmfix.errors import UsageError
-from vlmfix.records import to_json
 
 PATH = click.Path(path_type=Path)
 RULES = {"parser": ("pope", "amber"), "synonyms": ("chair",), "judgements": ("hallusion",)}
@@ -110,9 +109,12 @@ def reproduce(*, folder: Path, out: Path | None, device: str, as_json: bool) -> 
     with counting("answers") as report:
         found = again(run, second, device=device, report=report, loader=load)
     if not asked:
-        click.echo(f"vlmfix: {second} was complete before; remove it to run once more", err=True)
+        options.say(f"vlmfix: {second} was complete before; remove it to run once more", err=True)
     score_run(found.run)
-    click.echo(to_json(reproduction_json(found), indent=2) if as_json else reproduction_text(found, folder), nl=as_json)
+    if as_json:
+        options.say_json(reproduction_json(found))
+    else:
+        options.say(reproduction_text(found, folder), nl=False, lines=True)
     if not found.exact:
         click.get_current_context().exit(1)
 
@@ -126,13 +128,13 @@ def _answer_again(folder: Path, out: Path, device: str, as_json: bool) -> None:
     same = found.answers - len(found.other)
     if as_json:
         about = {"exact": not found.other, "answers": found.answers, "other": found.other, "facts": found.facts}
-        click.echo(to_json(about, indent=2))
+        options.say_json(about)
     else:
-        click.echo(f"{folder}: {same} of {found.answers} answers are the same; the second run is in {out}")
+        options.say(f"{folder}: {same} of {found.answers} answers are the same; the second run is in {out}")
         for image, prompt in found.other[:5]:
-            click.echo(f"  differs: {image}: {prompt}")
+            options.say(f"  differs: {image}: {prompt}")
         for name, (before, now) in found.facts.items():
-            click.echo(f"  {name} changed: {before or 'none'} -> {now or 'none'}")
+            options.say(f"  {name} changed: {before or 'none'} -> {now or 'none'}")
     if found.other:
         click.get_current_context().exit(1)
 
@@ -146,5 +148,8 @@ def tell(runs: list[Any], out: Path, *, as_json: bool, draws: int = 10_000, seed
 
     comparison = compare_runs(runs, draws=draws, seed=seed)
     written = save(comparison, out)
-    click.echo(tables.json_text(comparison) if as_json else rendered(tables.terminal(comparison)), nl=as_json)
-    click.echo(f"vlmfix: the same in {', '.join(map(str, written))}", err=True)
+    if as_json:
+        options.say(tables.json_text(comparison), lines=True)
+    else:
+        click.echo(rendered(tables.terminal(comparison)), nl=False)
+    options.say(f"vlmfix: the same in {', '.join(map(str, written))}", err=True)

@@ -9,6 +9,7 @@ from typing import Any
 
 import click
 
+from vlmfix.records import escaped, to_json
 from vlmfix.settings import Settings
 
 INTERRUPTED = 130
@@ -104,6 +105,23 @@ def _rows(value: str) -> int | None:
 def batch_size(help: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """The option ``--batch-size``: a number of rows, or auto, which becomes None."""
     return click.option("--batch-size", type=_rows, default="auto", show_default=True, metavar="auto|N", help=help)
+
+
+def say(text: str, *, err: bool = False, nl: bool = True, lines: bool = False) -> None:
+    """Prints a text that holds names, answers or messages from elsewhere; their control characters are shown.
+
+    Args:
+        text: What is said; what ``rendered`` and the like have made for the terminal is printed as it is instead.
+        err: Prints it on the standard error.
+        nl: Ends the line.
+        lines: Says that the text has lines of its own.
+    """
+    click.echo(escaped(text, lines=lines), err=err, nl=nl)
+
+
+def say_json(value: Any) -> None:  # noqa: ANN401 (what JSON can hold has no name)
+    """Prints JSON."""
+    say(to_json(value, indent=2), lines=True)
 
 
 def quieten() -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import tomli_w
 
 from vlmfix.errors import DataError
+from vlmfix.files import replacing
 
 FORMAT = 1
 """Of the file; raised when an older reader could not understand it."""
@@ -53,12 +54,9 @@ def write_recipe(path: Path, decoder: str, about: Mapping[str, Any]) -> None:
         DataError: The file cannot be written.
     """
     recipe = {"format": FORMAT, "decoder": decoder, **_without_none(about)}
-    draft = path.with_name(f".{path.name}.new")
-    try:
-        draft.write_text(f"# Use it with --decoder @{path.name}\n{tomli_w.dumps(recipe)}", encoding="utf-8")
-        draft.replace(path)
-    except OSError as error:
-        raise DataError(f"cannot write {path}: {error.strerror}", "choose a folder that you may write to") from error
+    text = f"# Use it with --decoder @{path.name}\n{tomli_w.dumps(recipe)}"
+    with replacing(path) as file:
+        file.write(text.encode())
 
 
 def _without_none(values: Mapping[str, Any]) -> dict[str, Any]:

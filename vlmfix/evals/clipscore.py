@@ -22,7 +22,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from vlmfix.errors import DataError, UsageError
+from vlmfix.errors import DataError, PassingError, UsageError
 from vlmfix.evals.coco import read_index
 from vlmfix.evals.inputs import read_source
 from vlmfix.evals.task import Judged, Numbers, Sample, Task, Verdict, Workload, plain, ratio
@@ -260,6 +260,8 @@ class Clip:
             for files in _batches(opened, self.batch):
                 inputs = []
                 for file, picture in files:
+                    if isinstance(picture, PassingError):
+                        raise PassingError(f"{file.path}: {picture.message}", picture.hint)
                     if isinstance(picture, DataError):
                         raise DataError(f"{file.path}: {picture.message}", "give the pictures that were asked about")
                     inputs.append(self.transform(picture.image))

@@ -17,6 +17,7 @@ from typing import Any, BinaryIO, Literal
 import ijson
 
 from vlmfix.errors import DataError
+from vlmfix.files import make_folder, replacing
 
 Kind = Literal["instances", "captions"]
 Progress = Callable[[int, int], None]
@@ -338,7 +339,7 @@ def _load(cached: Path, path: Path, source: Mapping[str, Any]) -> Index | None:
         files = {int(number): str(name) for number, name, _ in document["pictures"]}
         told = {int(number): list(map(str, texts)) for number, _, texts in document["pictures"] if texts}
         return Index(path, str(document["sha256"]), files, told)
-    except (OSError, EOFError, zlib.error, ValueError, KeyError, TypeError):
+    except (OSError, EOFError, zlib.error, ValueError, KeyError, TypeError, RecursionError):
         return None
 
 
@@ -350,10 +351,9 @@ def _store(cached: Path, source: Mapping[str, Any], index: Index) -> None:
         "sha256": index.sha256,
         "pictures": [[number, name, index.told.get(number, ())] for number, name in index.files.items()],
     }
-    draft = cached.with_name(f".{cached.name}.{os.getpid()}")
     try:
-        cached.parent.mkdir(parents=True, exist_ok=True)
-        draft.write_bytes(gzip.compress(json.dumps(document).encode(), compresslevel=3))
-        draft.replace(cached)
-    except OSError as error:
-        _LOG.warning("cannot keep an index of %s in %s: %s", index.path, cached.parent, error.strerror)
+        make_folder(cached.parent)
+        with replacing(cached) as file:
+            file.write(gzip.compress(json.dumps(document).encode(), compresslevel=3))
+    except DataError as error:
+        _LOG.warning("cannot keep an index of %s: %s", index.path, error.message)

@@ -18,9 +18,9 @@ def refuse_incomparable(runs: Sequence[EvalRun]) -> None:
     """Find what makes a comparison of runs meaningless.
 
     Equal must be: task and options, samples, data (paths and file names left out, digests not), the model's weights,
-    files, commit and dtype, how its files were read, the limit on pixels, and the decoding settings. The revision counts
-    where no commit is known: a branch and the commit that it stands for are the same model. Files and how they were read
-    are compared where both runs noted them.
+    files, commit and dtype, how its files were read, the limit on pixels, and the decoding settings. The revision
+    counts where no commit is known: a branch and the commit that it stands for are the same model. Files and how they
+    were read are compared where both runs noted them.
 
     Raises:
         UsageError: Something differs, with both values; or a run has no plain arm.

@@ -9,11 +9,25 @@ from pathlib import Path
 from vlmfix.card import changed_facts, changed_reading, refuse_other_model
 from vlmfix.decoders import parse
 from vlmfix.errors import DataError
-from vlmfix.evals.record import PLAIN, EvalRun, Record
+from vlmfix.evals.record import CARD, PLAIN, SESSION, EvalRun, Record
 from vlmfix.evals.runner import Report, evaluate
 from vlmfix.evals.task import Workload
 from vlmfix.generation import VLM, load
 from vlmfix.settings import Settings
+from vlmfix.shapes import PATH, SIZE, TEXT, fault, fields, list_of
+
+REPEATABLE = fields(
+    {
+        "images": PATH.or_null(),
+        "revision": TEXT.or_null(),
+        "commit": TEXT.or_null(),
+        "weights": TEXT,
+        "dtype": TEXT,
+        "batch_size": SIZE,
+        "sessions": list_of(SESSION, least=1),
+    }
+)
+"""What a card must say, beside what scoring needs, for the run to be made again."""
 
 
 @dataclass(frozen=True)
@@ -79,6 +93,8 @@ def reproduce(
         DataError: The run is unfinished, the model's weights are not those of the run, or pictures are missing.
     """
     card = run.card
+    if wrong := fault(card, REPEATABLE):
+        raise DataError(f"{run.folder / CARD}{wrong}", "restore the file, or run again")
     if unfinished := [arm for arm in run.answers if run.missing(arm)]:
         raise DataError(
             f"{run.folder} is unfinished: {', '.join(unfinished)}", "finish it with the command in its card"

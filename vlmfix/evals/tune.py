@@ -21,8 +21,10 @@ from vlmfix.evals.record import PLAIN, EvalRun, digest
 from vlmfix.evals.runner import decoding
 from vlmfix.evals.search import Measured, Space, Tried, search
 from vlmfix.evals.task import Task, Workload, plain
+from vlmfix.files import is_draft, make_folder, remove_drafts
 from vlmfix.records import read_json, refuse_other, replace_json
 from vlmfix.settings import Settings
+from vlmfix.shapes import COUNT, NUMBER, fault, fields
 
 FORMAT = 1
 """Of the folder; raised when an older search could not be gone on with."""
@@ -32,6 +34,9 @@ OBJECTIVES: Mapping[str, str] = {"pope": "mean/f1", "chair": "chair_i"}
 """For each benchmark the figure that is tuned; which way is better is the benchmark's to say."""
 DIGITS = 12
 """Decimals of a guard; what is lost beyond them is rounding."""
+
+OUTCOME = fields({"value": NUMBER.or_null(), "recall": NUMBER.or_null(), "length": NUMBER.or_null(), "failed": COUNT})
+"""What the journal holds of a trial."""
 
 Evaluate = Callable[[Mapping[str, Decoder], Workload, Path], EvalRun]
 """Runs arms over a workload into a folder, resumes what is there, and adds arms to those that the folder has."""
@@ -196,6 +201,9 @@ def tune(
         return Measured(value or 0.0, guards.constraints(found, before), asdict(found))
 
     tried = search(space, out / JOURNAL, measure, better=better, budget=budget, seed=seed)
+    for number, one in enumerate(tried):
+        if wrong := fault(one.about, OUTCOME):
+            raise DataError(f"{out / JOURNAL} is damaged: trial {number}{wrong}", "restore the file, or start anew")
     trials = [_trial(space, one) for one in tried]
     best = _best(trials, before, better)
     if best is None:
@@ -268,17 +276,19 @@ def _claim(out: Path, spec: str, workload: Workload, task: Task, settings: Setti
         "seed": seed,
         "guards": asdict(guards),
     }
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise DataError(f"cannot make the folder {out}: {error.strerror}", "choose another --out") from error
+    make_folder(out)
     begun = (out / TUNING / RUN).exists() or (out / JOURNAL).exists()  # else no model has answered anything
-    if (out / CARD).exists() and begun:
-        refuse_other(out, out / CARD, read_json(out / CARD), card)
-    elif not (out / CARD).exists() and any(out.iterdir()):
+    if (out / CARD).exists():
+        former = read_json(out / CARD)
+        if not begun and former.keys() != card.keys():
+            raise UsageError(f"{out / CARD} is not of a search", "choose another --out")
+        if begun:
+            refuse_other(out, out / CARD, former, card)
+            return
+    elif not all(is_draft(path) for path in out.iterdir()):
         raise UsageError(f"{out} is not empty and holds no {CARD}", "choose another --out")
-    else:
-        replace_json(out / CARD, card)
+    remove_drafts(out, CARD)
+    replace_json(out / CARD, card)
 
 
 def _outcome(run: EvalRun, arm: str, figure: str) -> Outcome:

@@ -9,11 +9,38 @@ from pathlib import Path
 from vlmfix.card import changed_facts, changed_reading, refuse_other_model
 from vlmfix.errors import DataError
 from vlmfix.folder.job import Progress, run
-from vlmfix.folder.output import ANSWERS, CARD
+from vlmfix.folder.output import ANSWER, ANSWERS, CARD
 from vlmfix.folder.questions import Questions
 from vlmfix.generation import VLM, load
 from vlmfix.records import read_json, read_lines
 from vlmfix.settings import Settings
+from vlmfix.shapes import FLAG, NUMBER, PATH, SEED, SIZE, TEXT, fields, list_of, mapping_of
+
+FINISHED = fields(
+    {
+        "finished": FLAG,
+        "settings": fields(
+            {
+                "pictures": PATH,
+                "prompt": TEXT.or_null(),
+                "prompts": TEXT.or_null(),
+                "model": TEXT,
+                "revision": TEXT.or_null(),
+                "commit": TEXT.or_null(),
+                "weights": TEXT,
+                "dtype": TEXT,
+                "decoder": TEXT,
+                "max_new_tokens": SIZE,
+                "num_beams": SIZE,
+                "temperature": NUMBER,
+                "seed": SEED,
+            },
+            {"decoder_facts": mapping_of(TEXT)},
+        ),
+        "sessions": list_of(fields({"prompts_file": PATH.or_null(), "batch_size": SIZE}), least=1),
+    }
+)
+"""What a run card must say for the run to be made again."""
 
 
 @dataclass(frozen=True)
@@ -54,8 +81,8 @@ def reproduce(
     Raises:
         DataError: The run is unfinished, or the model's weights or the file of prompts are not those of the run.
     """
-    card = read_json(folder / CARD)
-    if not card.get("finished"):
+    card = read_json(folder / CARD, FINISHED)
+    if not card["finished"]:
         raise DataError(f"{folder} is unfinished", "finish it with the command that began it")
     before, session = card["settings"], card["sessions"][-1]
     refuse_other_model(before["model"], before)
@@ -83,7 +110,7 @@ def reproduce(
     )
     first, second = (_answers(place) for place in (folder, out))
     other = tuple(key for key, answer in first.items() if second.get(key) != answer)
-    now = read_json(out / CARD)["settings"]
+    now = read_json(out / CARD, FINISHED)["settings"]
     facts = changed_facts(before.get("decoder_facts"), now.get("decoder_facts")) | changed_reading(before, now)
     return Repeated(out, len(first), other, facts)
 
@@ -98,4 +125,4 @@ def _questions(settings: dict[str, str | None], prompts: str | None) -> Question
 
 
 def _answers(folder: Path) -> dict[tuple[str, str], str]:
-    return {(line["image"], line["prompt"]): line["answer"] for line in read_lines(folder / ANSWERS)}
+    return {(line["image"], line["prompt"]): line["answer"] for line in read_lines(folder / ANSWERS, ANSWER)}

@@ -13,8 +13,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from vlmfix.errors import DataError
 from vlmfix.evals.compare import Arm, Change, Comparison
+from vlmfix.figures import literally, write
+from vlmfix.records import escaped
 from vlmfix.reports.words import heading, leaves_out_zero
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
@@ -37,6 +38,7 @@ SHADE, GRID = "#e8f1ea", "#dddddd"
 Side = Literal["higher", "lower"]
 
 
+@literally
 def differences(comparison: Comparison, path: Path) -> None:
     """Draw every merit and shift of every arm as its difference to the plain arm, with its 95 % interval.
 
@@ -66,10 +68,10 @@ def differences(comparison: Comparison, path: Path) -> None:
         axis.set_visible(False)
     plain = " or ".join(arm.name for arm in comparison.plain)
     reading = f"Differences to {plain} with 95 % intervals; filled: a clear difference, hollow: none"
-    figure.suptitle(f"{heading(comparison)}\n{reading}", fontsize=10)
+    figure.suptitle(f"{escaped(heading(comparison))}\n{escaped(reading)}", fontsize=10)
     columns = max(1, LEGEND // (max(len(arm.name) for arm in comparison.arms) + 8))
     figure.legend(handles=_keys(comparison.arms), loc="outside lower center", ncols=columns, frameon=False, fontsize=9)
-    _save(figure, path)
+    write(figure, path)
 
 
 def _panel(axis: Axes, label: str, groups: Mapping[str, Sequence[tuple[int, Change]]], arms: int) -> None:
@@ -80,7 +82,7 @@ def _panel(axis: Axes, label: str, groups: Mapping[str, Sequence[tuple[int, Chan
         for number, change in found:
             _mark(axis, -place * (arms + 1) - number, change, number)
     better = next(change.better for found in groups.values() for _, change in found)
-    axis.set_yticks(list(ticks.values()), list(ticks), fontsize=9)
+    axis.set_yticks(list(ticks.values()), [escaped(group) for group in ticks], fontsize=9)
     axis.set_ylim(-len(groups) * (arms + 1) + 0.5, 1.0)
     axis.tick_params(axis="y", length=0)
     axis.tick_params(axis="x", labelsize=8)
@@ -121,7 +123,8 @@ def _mark(axis: Axes, height: float, change: Change, number: int) -> None:
 
 
 def _keys(arms: Sequence[Arm]) -> list[Line2D]:
-    return [Line2D([], [], color=_colour(n), marker=_marker(n), label=arm.name) for n, arm in enumerate(arms)]
+    names = (escaped(arm.name) for arm in arms)
+    return [Line2D([], [], color=_colour(n), marker=_marker(n), label=name) for n, name in enumerate(names)]
 
 
 def _colour(number: int) -> str:
@@ -190,7 +193,7 @@ def _name(axis: Axes, point: Point) -> None:
     """Writes a point's name towards the middle of the plot."""
     left = point.guard < sum(axis.get_xlim()) / 2
     axis.annotate(
-        textwrap.fill(point.name.replace(",", ", "), NAME),
+        textwrap.fill(escaped(point.name).replace(",", ", "), NAME),
         (point.guard, point.objective),
         xytext=(9 if left else -9, 8),
         textcoords="offset points",
@@ -199,6 +202,7 @@ def _name(axis: Axes, point: Point) -> None:
     )
 
 
+@literally
 def pareto(
     points: Sequence[Point],
     path: Path,
@@ -246,11 +250,4 @@ def pareto(
     axis.grid(color=GRID, linewidth=0.6)
     axis.set_axisbelow(True)
     axis.legend(frameon=False, fontsize=9)
-    _save(figure, path)
-
-
-def _save(figure: Figure, path: Path) -> None:
-    try:
-        figure.savefig(path)
-    except (OSError, ValueError) as error:
-        raise DataError(f"cannot write {path}: {error}", "choose another file; PNG, PDF and SVG are written") from error
+    write(figure, path)

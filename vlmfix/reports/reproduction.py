@@ -8,6 +8,7 @@ from typing import Any
 
 from vlmfix.evals.coco import some
 from vlmfix.evals.reproduce import Reproduction
+from vlmfix.records import escaped
 
 
 def reproduction_text(found: Reproduction, folder: Path) -> str:
@@ -25,7 +26,7 @@ def reproduction_text(found: Reproduction, folder: Path) -> str:
         lines.append(f"pictures that changed: {some(found.pictures)}")
     verdict = "reproduced, token for token" if found.exact else "not the same"
     lines.append(f"{folder}: {verdict}; the second run is in {found.run.folder}")
-    return "\n".join(lines) + "\n"
+    return "\n".join(escaped(line) for line in lines) + "\n"
 
 
 def reproduction_json(found: Reproduction) -> dict[str, Any]:

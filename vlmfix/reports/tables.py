@@ -14,7 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from vlmfix.evals.compare import Arm, Change, Comparison, Estimate
-from vlmfix.records import to_json
+from vlmfix.records import escaped, to_json
 from vlmfix.reports.words import (
     ARROWS,
     MARKS,
@@ -30,6 +30,8 @@ CELL = 16
 """Columns of one figure in the terminal, gap included."""
 NAME = 14
 """Least columns of an arm's name in the terminal."""
+SIGNIFICANT = re.compile(r"[\\`*\[\]|~$]|<(?=[A-Za-z/!?])|(?<!\w)_|_(?!\w)")
+"""Signs that Markdown reads; a low line within a word is none."""
 LONG = 40
 """Characters from which on an arm's name is shortened in the terminal."""
 STYLES = {"better": "green", "worse": "red", "no clear difference": "", "": ""}
@@ -115,14 +117,14 @@ class Shown:
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         labels = _labels([arm.name for arm in (*self.comparison.plain, *self.comparison.arms)])
-        yield Text(heading(self.comparison), style="bold")
+        yield Text(escaped(heading(self.comparison)), style="bold")
         for sheet in sheets(self.comparison):
             yield ""
             yield from _tables(sheet, labels, options.max_width)
         yield ""
         short = [f"{label} stands for {name}." for name, label in labels.items() if label != name]
         for line in (*short, *legend(self.comparison)):
-            yield Text(line)
+            yield Text(escaped(line))
 
 
 def terminal(comparison: Comparison) -> Shown:
@@ -157,8 +159,10 @@ def _tables(sheet: Sheet, labels: Mapping[str, str], width: int) -> Iterator[Tab
         for row in sheet.rows:
             if row.group != group:
                 group = row.group
-                table.add_row(Text(group, style="bold"))
-            table.add_row(_folded(labels[row.arm.name], room), *(_cell(row, row.cells.get(title)) for title in titles))
+                table.add_row(Text(escaped(group), style="bold"))
+            table.add_row(
+                _folded(escaped(labels[row.arm.name]), room), *(_cell(row, row.cells.get(title)) for title in titles)
+            )
         yield table
 
 
@@ -186,7 +190,7 @@ def _folded(name: str, width: int) -> Text:
 def markdown(comparison: Comparison) -> str:
     """Tables for a README or a paper, with a caption that says what was measured and how."""
     tables = [_markdown_table(sheet) for sheet in sheets(comparison)]
-    return "\n\n".join([*tables, " ".join([f"{heading(comparison)}.", *legend(comparison)])]) + "\n"
+    return "\n\n".join([*tables, _literal(" ".join([f"{heading(comparison)}.", *legend(comparison)]))]) + "\n"
 
 
 def _markdown_table(sheet: Sheet) -> str:
@@ -195,11 +199,24 @@ def _markdown_table(sheet: Sheet) -> str:
     lines = [["group"] * grouped + ["arm", *titles], ["---"] * (grouped + 1 + len(titles))]
     group = ""
     for row in sheet.rows:
-        name = f"`{row.arm.name}`".replace("|", "\\|")
+        name = _code(row.arm.name)
         cells = [name, *(_markdown_cell(row, row.cells.get(title)) for title in titles)]
-        lines.append([row.group if row.group != group else ""] * grouped + cells)
+        lines.append([_literal(row.group) if row.group != group else ""] * grouped + cells)
         group = row.group
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+
+def _literal(text: str) -> str:
+    """A text that Markdown shows as it stands."""
+    return SIGNIFICANT.sub(r"\\\g<0>", escaped(text))
+
+
+def _code(name: str) -> str:
+    """A name in a table, as code that no sign in it ends."""
+    text = escaped(name).replace("|", "\\|")
+    longest = max(map(len, re.findall("`+", text)), default=0)
+    fence, space = "`" * (longest + 1), " " * bool(longest)
+    return f"{fence}{space}{text}{space}{fence}"
 
 
 def _markdown_cell(row: Row, change: Change | None) -> str:
