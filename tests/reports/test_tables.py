@@ -109,10 +109,28 @@ def test_long_names_alike_are_folded_and_not_cut(width):
 def test_the_legend_says_how_it_was_done(comparison):
     text = " ".join(" ".join(shown(comparison)).split())
     assert "paired bootstrap over 60 pictures, 2000 draws" in text
-    assert "McNemar's test for accuracy in each group, else bootstrap; Holm-corrected for 3 arms" in text
+    assert "swapped by pictures, corrected for 7 merits (Westfall and Young) and 3 arms (Bonferroni)" in text
+    assert "where nothing differs, at most one comparison in twenty has a mark" in text
     assert "a gain may come from them alone: yes_ratio, length" in text
     alone = compare([exam(arms={name: exam().answers[name] for name in (PLAIN, "good")})], draws=2000)
-    assert "Holm" not in " ".join(shown(alone))
+    assert "Bonferroni" not in " ".join(shown(alone))
+
+
+def test_a_mark_beside_a_clear_shift_has_a_sign_of_it(comparison):
+    assert "†" not in " ".join(shown(comparison))
+    assert "†" not in markdown(comparison)
+    good = next(arm for arm in comparison.arms if arm.name == "good")
+    changed = [replace(c, shifted=("easy/length",)) if c.figure == "easy/accuracy" else c for c in good.changes]
+    shifted = replace(comparison, arms=(replace(good, changes=tuple(changed)),))
+    line = next(line for line in shown(shifted) if line.startswith("good "))
+    assert line.split()[3] == "✓†"
+    assert "†: such a shift is beside it" in " ".join(shown(shifted))
+    assert markdown(shifted).count("✓†") == 1
+    written = {
+        (line["arm"], line["group"], line["figure"]): line for line in csv.DictReader(io.StringIO(csv_text(shifted)))
+    }
+    assert written["good", "easy", "accuracy"]["shifted"] == "easy/length"
+    assert written["good", "hard", "accuracy"]["shifted"] == ""
 
 
 def test_notes_unparsed_answers_and_specifications_are_told():
@@ -145,7 +163,12 @@ def test_markdown_rows_have_as_many_cells_as_the_header(comparison):
 
 def test_the_markdown_caption_says_model_size_decoding_and_correction(comparison):
     caption = markdown(comparison).split("\n\n")[2]
-    for said in ("exam: tiny, float32, up to 8 tokens, 240 samples about 60 pictures.", "Holm", "2000 draws", "Shifts"):
+    for said in (
+        "exam: tiny, float32, up to 8 tokens, 240 samples about 60 pictures.",
+        "Bonferroni",
+        "2000 draws",
+        "Shifts",
+    ):
         assert said in caption
 
 

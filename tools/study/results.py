@@ -216,6 +216,7 @@ def _change(change: Change) -> dict[str, Any]:
         "low": change.difference.low,
         "high": change.difference.high,
         "direction": change.direction,
+        "shifted": bool(change.shifted),
     }
 
 

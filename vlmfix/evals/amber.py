@@ -89,7 +89,6 @@ class Amber(Task):
         "amber_score": "higher",
     }
     shifts: ClassVar = ("no_ratio", "length")
-    outcome: ClassVar = "accuracy"
     max_new_tokens: ClassVar = 512
 
     parser: str = EXACT

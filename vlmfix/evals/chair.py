@@ -67,7 +67,6 @@ class Chair(Task):
         "f1": "higher",
     }
     shifts: ClassVar = ("length",)
-    outcome: ClassVar = "chair_s"
     max_new_tokens: ClassVar = PROTOCOLS["chair-512"].max_new_tokens
 
     synonyms: str | None = None

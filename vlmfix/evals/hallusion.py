@@ -43,7 +43,6 @@ class Hallusion(Task):
     name: ClassVar = "hallusion"
     better: ClassVar = {"aAcc": "higher", "fAcc": "higher", "qAcc": "higher", "easy": "higher", "hard": "higher"}
     shifts: ClassVar = ("yes_ratio", "length")
-    outcome: ClassVar = "aAcc"
     max_new_tokens: ClassVar = 128
 
     judged_by: str = "string"

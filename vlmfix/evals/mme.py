@@ -36,7 +36,6 @@ class Mme(Task):
     name: ClassVar = "mme"
     better: ClassVar = {"acc": "higher", "acc_plus": "higher", "score": "higher"}
     shifts: ClassVar = ("yes_ratio", "length")
-    outcome: ClassVar = "acc"
     max_new_tokens: ClassVar = 128
 
     def judge(self, sample: Sample, answer: str) -> Verdict:

@@ -56,7 +56,6 @@ class Pope(Task):
         "f1": "higher",
     }
     shifts: ClassVar = ("yes_ratio", "length")
-    outcome: ClassVar = "accuracy"
     max_new_tokens: ClassVar = 128
 
     parser: str = OFFICIAL

@@ -15,7 +15,7 @@ from matplotlib.lines import Line2D
 
 from vlmfix.errors import DataError
 from vlmfix.evals.compare import Arm, Change, Comparison
-from vlmfix.reports.words import heading, leaves_out_zero
+from vlmfix.reports.words import SIGNS, heading
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 """Okabe and Ito's, which people who see colours differently can tell apart; markers tell the arms apart as well."""
@@ -108,7 +108,7 @@ def _mark(axis: Axes, height: float, change: Change, number: int) -> None:
     difference, colour = change.difference, _colour(number)
     ends, value = (np.array(found, dtype=float) for found in ([difference.low, difference.high], [difference.value]))
     axis.plot(ends, [height, height], color=colour, linewidth=1.6)  # None becomes NaN, which is not drawn
-    clear = change.direction in ("better", "worse") if change.kind == "merit" else leaves_out_zero(difference)
+    clear = change.direction in SIGNS if change.kind == "merit" else difference.leaves_out_zero
     axis.plot(
         value,
         [height],

@@ -17,11 +17,11 @@ from vlmfix.evals.compare import Arm, Change, Comparison, Estimate
 from vlmfix.records import to_json
 from vlmfix.reports.words import (
     ARROWS,
-    MARKS,
     difference_text,
     heading,
     interval_text,
     legend,
+    mark,
     own_interval_text,
     value_text,
 )
@@ -32,7 +32,7 @@ NAME = 14
 """Least columns of an arm's name in the terminal."""
 LONG = 40
 """Characters from which on an arm's name is shortened in the terminal."""
-STYLES = {"better": "green", "worse": "red", "no clear difference": "", "": ""}
+STYLES = {"better": "green", "worse": "red"}
 
 
 @dataclass(frozen=True)
@@ -168,9 +168,8 @@ def _cell(row: Row, change: Change | None) -> Text:
     value = value_text(change, change.arm.value)
     if row.is_plain:
         return Text(f"{value}\n{own_interval_text(change, space='')}")
-    mark = MARKS[change.direction]
-    lines = f"{value} {difference_text(change)} {mark}".rstrip() + f"\n{interval_text(change, space='')}"
-    return Text(lines, style=STYLES[change.direction])
+    lines = f"{value} {difference_text(change)} {mark(change)}".rstrip() + f"\n{interval_text(change, space='')}"
+    return Text(lines, style=STYLES.get(change.direction, ""))
 
 
 def _folded(name: str, width: int) -> Text:
@@ -208,8 +207,7 @@ def _markdown_cell(row: Row, change: Change | None) -> str:
     value = value_text(change, change.arm.value)
     if row.is_plain:
         return f"{value}<br>{own_interval_text(change)}"
-    mark = MARKS[change.direction]
-    return f"{value}<br>{difference_text(change)} {interval_text(change)} {mark}".rstrip()
+    return f"{value}<br>{difference_text(change)} {interval_text(change)} {mark(change)}".rstrip()
 
 
 def csv_text(comparison: Comparison) -> str:
@@ -246,6 +244,7 @@ def _line(comparison: Comparison, arm: Arm, change: Change) -> dict[str, str | i
             for end, value in (("", estimate.value), ("_low", estimate.low), ("_high", estimate.high))
         },
         "direction": change.direction,
+        "shifted": " ".join(change.shifted),
         "test": change.test,
         "p": change.p,
         "p_corrected": change.corrected,

@@ -17,6 +17,7 @@ def change(value, difference, direction=""):
         "low": difference - 0.01,
         "high": difference + 0.01,
         "direction": direction,
+        "shifted": False,
     }
 
 
