@@ -18,7 +18,7 @@ import torch
 
 import vlmfix
 from vlmfix.decoders.parameters import Value, written
-from vlmfix.errors import DataError
+from vlmfix.errors import DataError, UsageError
 from vlmfix.models.checkpoint import EMBEDDED, HEADS
 
 PACKAGES = (
@@ -106,6 +106,57 @@ def changed_facts(
         return {}
     both = ((name, before.get(name), now.get(name)) for name in dict.fromkeys([*before, *now]))
     return {name: (first, second) for name, first, second in both if first != second}
+
+
+def changed_pictures(files: Mapping[str, Path], known: Mapping[str, str]) -> list[str]:
+    """Finds the pictures whose files are not those that a run was shown.
+
+    Args:
+        files: Where each picture is now, by its name in the run.
+        known: Hex sha256 of the files that the run was shown, by the same names; others are not looked at.
+
+    Returns:
+        Names of the pictures with another content, or that cannot be read, in the order of ``files``.
+    """
+    return [name for name, path in files.items() if name in known and _file_digest(path) != known[name]]
+
+
+def _file_digest(path: Path) -> str | None:
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError:
+        return None
+
+
+def model_again(model: str, commit: str | None, weights: str, elsewhere: str | None = None) -> str:
+    """Finds what to load a run's model by, and makes sure that a directory still has the run's weights.
+
+    Args:
+        model: What the run loaded it by.
+        commit: Commit of its Hub snapshot; None for a local directory.
+        weights: Digest of the run's weights.
+        elsewhere: Where the directory is now; None for where it was.
+
+    Raises:
+        UsageError: ``elsewhere`` is given for a model of the Hub.
+        DataError: The directory is not there, or has other weights.
+    """
+    if commit is not None:
+        if elsewhere is not None:
+            raise UsageError(
+                f"the run's model is {model} at commit {commit} of the Hub, not a directory",
+                "leave --model out; the model comes from the Hub or its cache",
+            )
+        return model
+    name = model if elsewhere is None else elsewhere
+    if not EMBEDDED.get(name, Path(name)).is_dir():
+        raise DataError(f"the model's directory {name} is not there", "give the directory that it is in with --model")
+    if (found := weights_digest(name, None)) != weights:
+        raise DataError(
+            f"the weights of {name} are not those of the run: {found}, then {weights}", "put the former weights back"
+        )
+    return name
 
 
 def weights_digest(model: str, commit: str | None) -> str:

@@ -6,7 +6,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from vlmfix.evals.coco import some
 from vlmfix.evals.reproduce import Reproduction
 
 
@@ -21,8 +20,6 @@ def reproduction_text(found: Reproduction, folder: Path) -> str:
         changed = ", ".join(f"{name} {before} -> {now}" for name, (before, now) in found.versions.items())
         lines.append(f"versions that changed: {changed}")
     lines += [f"{name} changed: {before or 'none'} -> {now or 'none'}" for name, (before, now) in found.facts.items()]
-    if found.pictures:
-        lines.append(f"pictures that changed: {some(found.pictures)}")
     verdict = "reproduced, token for token" if found.exact else "not the same"
     lines.append(f"{folder}: {verdict}; the second run is in {found.run.folder}")
     return "\n".join(lines) + "\n"
@@ -35,5 +32,4 @@ def reproduction_json(found: Reproduction) -> dict[str, Any]:
         "arms": {arm: asdict(difference) for arm, difference in found.arms.items()},
         "versions": found.versions,
         "facts": found.facts,
-        "pictures": found.pictures,
     }
