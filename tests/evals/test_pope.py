@@ -233,7 +233,7 @@ def test_the_file_is_known_by_its_digest(tmp_path: Path, monkeypatch: pytest.Mon
     ("text", "message"),
     [
         (f"{line(1)}\n{{}}\n", r"line 2 has no image, text, label, question_id"),
-        (f"{line(1)}\n[1]\n", r"line 2: '\[1\]' is not a JSON object"),
+        (f"{line(1)}\n[1]\n", "line 2: a list is not a JSON object"),
         (f"{line(1)}\n{line(2)[:-9]}", "line 2 is not JSON"),
         (f"[{line(1)},\n{line(2)}", "line 2 is not JSON"),
         (f"[\n{line(1)},\n{{\n}}]", "line 3 has no image"),

@@ -6,8 +6,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from vlmfix.errors import UsageError
-from vlmfix.evals.coco import some
 from vlmfix.evals.record import PLAIN, EvalRun, without_paths
+from vlmfix.parsing import some
 from vlmfix.records import flat, shown
 
 PACKAGES = ("vlmfix", "torch", "transformers")

@@ -17,6 +17,7 @@ from vlmfix.errors import DataError, UsageError
 from vlmfix.evals.inputs import Entry, Source, files_of, read_source, source
 from vlmfix.evals.task import Judged, Numbers, Sample, Task, Verdict, Workload, plain, ratio
 from vlmfix.evals.yesno import PARSERS, Reading, has_word
+from vlmfix.parsing import told
 from vlmfix.world import pope as rule
 from vlmfix.world.pope import SPLITS
 
@@ -257,7 +258,7 @@ def _samples(split: str, file: Source, suffix: str) -> list[Sample]:
         sample = _sample(split, entry, number, suffix)
         if sample.id in found:
             raise DataError(
-                f"{entry.where} repeats the question_id {entry.fields['question_id']}",
+                f"{entry.where} repeats the question_id {told(entry.fields['question_id'])}",
                 "ids must be unique within a file",
             )
         found[sample.id] = sample
@@ -273,9 +274,9 @@ def _sample(split: str, entry: Entry, number: int, suffix: str) -> Sample:
     image, question, label = (entry.text(name) for name in names[:3])
     label = label.strip().lower()
     if label not in ("yes", "no"):
-        raise DataError(f"{entry.where}: the label is {label!r}", "it must be yes or no")
+        raise DataError(f"{entry.where}: the label is {told(label)}", "it must be yes or no")
     return Sample(
-        id=f"{split}/{number if second else entry.fields['question_id']}",
+        id=f"{split}/{number if second else entry.identity('question_id')}",
         image=image.lstrip("/"),  # POPEv2 writes paths from the root of its own disk
         prompt=question + suffix,
         target={"label": label},

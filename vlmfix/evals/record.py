@@ -10,9 +10,9 @@ from pathlib import Path, PurePath
 from typing import Any
 
 from vlmfix.errors import DataError, UsageError
-from vlmfix.evals.coco import some
 from vlmfix.evals.task import Judged, Sample, Task
 from vlmfix.evals.tasks import TASKS
+from vlmfix.parsing import some
 from vlmfix.records import read_json, read_lines, to_json
 
 FORMAT = 1

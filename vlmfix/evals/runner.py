@@ -8,6 +8,7 @@ cut off is answered again as a whole, and nothing that depends on the clock stan
 from __future__ import annotations
 
 import itertools
+import os
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -21,7 +22,6 @@ from vlmfix.answering import Answerer, Question, fitting_batch
 from vlmfix.card import changed_pictures, device_name, peak_memory, plain, versions, weights_digest
 from vlmfix.decoders import Decoder, Greedy
 from vlmfix.errors import DataError, UsageError
-from vlmfix.evals.coco import some
 from vlmfix.evals.record import (
     ANSWERS,
     CARD,
@@ -38,6 +38,7 @@ from vlmfix.evals.task import Sample, Task, Workload
 from vlmfix.generation import VLM, Answer, check_settings, load
 from vlmfix.images import Found, Picture, open_picture, read_ahead
 from vlmfix.models.checkpoint import EMBEDDED
+from vlmfix.parsing import some
 from vlmfix.records import JsonLines, read_json, read_lines, refuse_other, replace_json
 from vlmfix.settings import Settings
 
@@ -151,7 +152,7 @@ def check(workload: Workload) -> None:
             f"{len(outside)} of {len(names)} pictures have names that lead out of {workload.images}: {some(outside)}",
             "name pictures as they lie below the folder; links in the folder are followed",
         )
-    missing = [name for name in names if not _path(workload, name).is_file()]
+    missing = [name for name in names if not os.path.isfile(_path(workload, name))]
     if missing:
         raise DataError(
             f"{len(missing)} of {len(names)} pictures are not in {workload.images}: {some(missing)}",

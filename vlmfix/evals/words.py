@@ -230,7 +230,7 @@ def original_words(text: str) -> Words:
     Raises:
         DataError: The text is no such table.
     """
-    lines = [line.strip() for line in text.splitlines()]
+    lines = [line.strip() for line in text.split("\n")]
     rows = [[word.removeprefix(" ") for word in line.split(",")] for line in lines if line]
     if not rows:
         raise DataError("the table of synonyms is empty", "give the original scorer's synonyms.txt")

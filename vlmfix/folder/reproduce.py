@@ -8,12 +8,12 @@ from pathlib import Path
 
 from vlmfix.card import changed_facts, changed_pictures, model_again
 from vlmfix.errors import DataError, UsageError
-from vlmfix.evals.coco import some
 from vlmfix.folder.job import Progress, run
 from vlmfix.folder.output import ANSWERS, CARD
 from vlmfix.folder.questions import Questions
 from vlmfix.generation import VLM, load
 from vlmfix.images import find
+from vlmfix.parsing import some
 from vlmfix.records import read_json, read_lines
 from vlmfix.settings import Settings
 

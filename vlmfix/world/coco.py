@@ -84,7 +84,7 @@ def _claim(directory: Path, card: dict[str, int]) -> None:
     if path.exists():
         try:
             found = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError:
+        except (ValueError, RecursionError):
             found = None
         if found != card:
             raise DataError(f"{directory} holds another world: {found}, not {card}", hint="name an empty or new folder")
