@@ -263,7 +263,7 @@ def _lines(given: argparse.Namespace, pool: ProcessPoolExecutor) -> Iterator[str
 def main() -> None:
     """Prints shares of comparisons with marks."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--repeats", type=int, default=400, help="comparisons for each share")
+    parser.add_argument("--repeats", type=int, default=300, help="comparisons for each share")
     parser.add_argument("--draws", type=int, default=1000, help="of the bootstrap and of the swaps")
     parser.add_argument("--jobs", type=int, default=1, help="processes")
     given = parser.parse_args()

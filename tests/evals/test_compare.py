@@ -322,7 +322,8 @@ def test_all_that_differs_is_named():
 
 
 def test_moved_files_other_names_and_branches_are_no_difference():
-    moved = {"data": {"questions": {"file": "renamed.json", "sha256": "12ab"}, "path": "/mnt/exam.json"}}
+    questions = {"file": "renamed.json", "sha256": "12ab", "generation": "the one that a newer version knows"}
+    moved = {"data": {"questions": questions, "path": "/mnt/exam.json"}}
     first = exam("first", commit="abc", revision="main")
     second = exam("second", commit="abc", revision="abc", images="/mnt/pictures", **moved)
     assert len(compare([first, second], draws=DRAWS).arms) == 4

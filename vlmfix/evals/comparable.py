@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from vlmfix.errors import UsageError
-from vlmfix.evals.record import PLAIN, EvalRun, without_paths
+from vlmfix.evals.record import PLAIN, EvalRun, without_names
 from vlmfix.parsing import some
 from vlmfix.records import flat, shown
 
@@ -105,10 +105,10 @@ def _other_pictures(first: Mapping[str, str], second: Mapping[str, str]) -> Iter
 def _what(card: Mapping[str, Any]) -> dict[str, Any]:
     """What must be equal, by dotted names."""
     named = {name: card.get(name) for name in ("task", "weights", "commit", "dtype", "decoding")}
-    named["options"] = without_paths(card.get("options"))
+    named["options"] = without_names(card.get("options"))
     if card.get("commit") is None:
         named["revision"] = card.get("revision")
-    return dict(flat(named)) | dict(flat({"data": without_paths(card.get("data"))}))
+    return dict(flat(named)) | dict(flat({"data": without_names(card.get("data"))}))
 
 
 def _other_samples(one: EvalRun, other: EvalRun) -> str:

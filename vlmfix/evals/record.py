@@ -21,6 +21,8 @@ CARD, SAMPLES, ANSWERS = "card.json", "samples.jsonl", "answers.jsonl"
 RESULTS, REPORT = "results.json", "report.json"
 NEEDED = ("format", "task", "options", "samples", "arms", "data", "count", "model", "decoding")
 """What a card must say for its answers to be scored."""
+NAMES = ("file", "generation")
+"""Keys of a card that call a file something; a digest beside them says which it is."""
 PLAIN = "greedy"
 """Name of the plain arm, which every run has."""
 
@@ -171,10 +173,13 @@ def record(line: dict[str, Any]) -> Record:
     )
 
 
-def without_paths(value: Any) -> Any:  # noqa: ANN401 (any JSON value)
-    """What a card says without file names and absolute paths: a moved or renamed file is the same data."""
+def without_names(value: Any) -> Any:  # noqa: ANN401 (any JSON value)
+    """What a card says without absolute paths, file names and what a version calls a published file.
+
+    A moved or renamed file is the same data, and so is one that only a newer version knows: digests stand beside them.
+    """
     if isinstance(value, Mapping):
-        return {key: without_paths(inner) for key, inner in value.items() if key != "file" and not _is_path(inner)}
+        return {key: without_names(inner) for key, inner in value.items() if key not in NAMES and not _is_path(inner)}
     return value
 
 

@@ -31,7 +31,7 @@ from vlmfix.evals.record import (
     arm_folder,
     digest,
     read_run,
-    without_paths,
+    without_names,
     write_samples,
 )
 from vlmfix.evals.task import Sample, Task, Workload
@@ -270,11 +270,11 @@ class _Folder:
         if path.exists():
             self._card = read_json(path)
             moved = self._moved(known)
-            data = {name: without_paths(known[name]) for name in ("options", "data")}
+            data = {name: without_names(known[name]) for name in ("options", "data")}
             refuse_other(
                 self._out, path, self._card, {name: v for name, v in known.items() if name not in (*data, *moved)}
             )
-            refuse_other(self._out, path, {name: without_paths(self._card[name]) for name in data}, data)
+            refuse_other(self._out, path, {name: without_names(self._card[name]) for name in data}, data)
             self._card |= moved | {"options": known["options"]}
             former = self._card["arms"]
             both = {name: about for name, about in named.items() if name in former}
