@@ -105,6 +105,11 @@ def told(value: object) -> str:
     return _brief(repr(value))
 
 
+def printable(text: str) -> str:
+    """Text with escapes for what a terminal or a table would act on: control characters, line ends, broken text."""
+    return "".join(letter if letter.isprintable() else letter.encode("unicode_escape").decode() for letter in text)
+
+
 def some(values: Sequence[object], *, shown: int = SHOWN) -> str:
     """The first few of many names in a message, and how many more there are."""
     text = ", ".join(_name(value) for value in values[:shown])

@@ -3,6 +3,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import re
 from dataclasses import asdict, replace
 
 import pytest
@@ -200,6 +201,52 @@ def test_a_figure_without_a_value_is_a_dash():
     assert row.split(" | ")[3] == "-<br>-"
     line = next(line for line in shown(comparison) if line.startswith("mute"))
     assert " - - " in line
+
+
+NASTY = "a|b *c* `d` <b>e</b> [f](g) $h$ _i_ ~j~ &amp;\nk\x1b[31m[red]\udcff"
+
+
+@pytest.fixture(scope="module")
+def nasty():
+    """A comparison whose group, arm and model have such a name."""
+    asked = [replace(sample, group=NASTY if sample.group == "easy" else "hard") for sample in samples()]
+    easy = {NASTY: 0.8, "hard": 0.5}
+    arms = {PLAIN: answers(asked, easy, seed=0), NASTY: answers(asked, {NASTY: 0.95, "hard": 0.8}, seed=0)}
+    return compare([exam(asked=asked, arms=arms, model=NASTY)], draws=2000)
+
+
+def test_names_do_nothing_to_the_terminal(nasty):
+    lines = shown(nasty, width=300)
+    assert all(line.isprintable() for line in lines)
+    text = " ".join(lines)
+    assert r"&amp;\nk\x1b[31m[red]\udcff" in text, "neither an escape of the terminal nor markup of rich"
+    assert any(r"[red]\udcff/f" in line or r"[red]\udcff" in line for line in lines)
+    "\n".join(lines).encode()
+
+
+def test_names_are_text_in_markdown(nasty):
+    text = markdown(nasty)
+    text.encode()
+    tables = [part.splitlines() for part in text.split("\n\n")[:-1]]
+    for table in tables:
+        cells = [len(re.split(r"(?<!\\)\|", line)) for line in table]
+        assert len(set(cells)) == 1, "no name begins a cell or a line"
+    row = next(line for line in tables[0] if line.startswith("| a"))
+    group = re.split(r"(?<!\\) \| ", row)[0]
+    assert group == (r"| a\|b \*c\* \`d\` \<b>e\</b> \[f\](g) \$h\$ \_i\_ \~j\~ \&amp;\\nk\\x1b\[31m\[red\]\\udcff")
+    arm = next(line for line in tables[0] if "| `` a" in line)
+    assert r"| `` a\|b *c* `d` <b>e</b> [f](g) $h$ _i_ ~j~ &amp;\nk\x1b[31m[red]\udcff `` |" in arm
+    caption = text.split("\n\n")[-1]
+    assert r"\<b>e\</b>" in caption
+    assert "yes_ratio" in caption, "an underscore within a word is one"
+    assert "p < 0.05" in caption
+
+
+def test_names_are_one_field_of_one_line_in_csv(nasty):
+    lines = csv_text(nasty).splitlines()
+    assert len(lines) == 1 + 2 * len(nasty.plain[0].changes)
+    "\n".join(lines).encode()
+    assert json.loads(json_text(nasty))["arms"][0]["name"] == NASTY, "for programs it is what it is"
 
 
 def change(value, plain, low, high):

@@ -137,6 +137,7 @@ def reproduce(
 def _answer_again(folder: Path, out: Path, as_json: bool, **where: Any) -> None:
     from vlmfix.display import loading, run_display
     from vlmfix.folder.reproduce import reproduce as again
+    from vlmfix.parsing import printable
 
     with run_display() as report:
         found = again(folder, out, **where, report=report, loader=loading)
@@ -147,7 +148,7 @@ def _answer_again(folder: Path, out: Path, as_json: bool, **where: Any) -> None:
     else:
         click.echo(f"{folder}: {same} of {found.answers} answers are the same; the second run is in {out}")
         for image, prompt in found.other[:5]:
-            click.echo(f"  differs: {image}: {prompt}")
+            click.echo(printable(f"  differs: {image}: {prompt}"))
         for name, (before, now) in found.facts.items():
             click.echo(f"  {name} changed: {before or 'none'} -> {now or 'none'}")
     if found.other:

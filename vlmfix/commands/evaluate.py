@@ -297,6 +297,7 @@ def _run(task: Any, workload: Any, plan: Plan, longest: int | None = None) -> No
     from vlmfix.display import counting, loading
     from vlmfix.evals.runner import evaluate as ask
     from vlmfix.evals.score import score as score_run
+    from vlmfix.parsing import printable
 
     arms = _arms(plan.decoders)
     settings = replace(plan.settings, max_new_tokens=plan.settings.max_new_tokens or longest or task.max_new_tokens)
@@ -319,7 +320,7 @@ def _run(task: Any, workload: Any, plan: Plan, longest: int | None = None) -> No
         click.get_current_context().exit(options.INTERRUPTED)
     for arm, records in run.answers.items():
         if failed := [record for record in records.values() if record.failed]:
-            first = f"{failed[0].id}: {failed[0].failed}"
+            first = printable(f"{failed[0].id}: {failed[0].failed}")
             click.echo(f"vlmfix: {arm}: {len(failed)} of {len(records)} samples failed; the first, {first}", err=True)
     tell([score_run(run)], plan.out, as_json=plan.as_json)
 

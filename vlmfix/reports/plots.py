@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from vlmfix.errors import DataError
 from vlmfix.evals.compare import Arm, Change, Comparison
+from vlmfix.parsing import printable
 from vlmfix.reports.words import SIGNS, heading
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
@@ -37,6 +41,15 @@ SHADE, GRID = "#e8f1ea", "#dddddd"
 Side = Literal["higher", "lower"]
 
 
+@contextmanager
+def _as_text() -> Iterator[None]:
+    """Draws names as they are: a dollar begins no formula, and a letter that the font lacks is a box, not a warning."""
+    with rc_context({"text.parse_math": False}), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=r"Glyph \d+ .* missing from font")
+        yield
+
+
+@_as_text()
 def differences(comparison: Comparison, path: Path) -> None:
     """Draw every merit and shift of every arm as its difference to the plain arm, with its 95 % interval.
 
@@ -64,7 +77,7 @@ def differences(comparison: Comparison, path: Path) -> None:
         _panel(axis, label, groups, len(comparison.arms))
     for axis in axes[len(panels) :]:
         axis.set_visible(False)
-    plain = " or ".join(arm.name for arm in comparison.plain)
+    plain = " or ".join(printable(arm.name) for arm in comparison.plain)
     reading = f"Differences to {plain} with 95 % intervals; filled: a clear difference, hollow: none"
     figure.suptitle(f"{heading(comparison)}\n{reading}", fontsize=10)
     columns = max(1, LEGEND // (max(len(arm.name) for arm in comparison.arms) + 8))
@@ -76,7 +89,7 @@ def _panel(axis: Axes, label: str, groups: Mapping[str, Sequence[tuple[int, Chan
     """The differences of one figure, group by group from top to bottom."""
     ticks: dict[str, float] = {}
     for place, (group, found) in enumerate(groups.items()):
-        ticks[group] = -place * (arms + 1) - (arms - 1) / 2
+        ticks[printable(group)] = -place * (arms + 1) - (arms - 1) / 2
         for number, change in found:
             _mark(axis, -place * (arms + 1) - number, change, number)
     better = next(change.better for found in groups.values() for _, change in found)
@@ -121,7 +134,9 @@ def _mark(axis: Axes, height: float, change: Change, number: int) -> None:
 
 
 def _keys(arms: Sequence[Arm]) -> list[Line2D]:
-    return [Line2D([], [], color=_colour(n), marker=_marker(n), label=arm.name) for n, arm in enumerate(arms)]
+    names = [printable(arm.name) for arm in arms]
+    names = [f" {name}" if name.startswith("_") else name for name in names]  # such a name would be left out
+    return [Line2D([], [], color=_colour(n), marker=_marker(n), label=name) for n, name in enumerate(names)]
 
 
 def _colour(number: int) -> str:
@@ -190,7 +205,7 @@ def _name(axis: Axes, point: Point) -> None:
     """Writes a point's name towards the middle of the plot."""
     left = point.guard < sum(axis.get_xlim()) / 2
     axis.annotate(
-        textwrap.fill(point.name.replace(",", ", "), NAME),
+        textwrap.fill(printable(point.name).replace(",", ", "), NAME),
         (point.guard, point.objective),
         xytext=(9 if left else -9, 8),
         textcoords="offset points",
@@ -199,6 +214,7 @@ def _name(axis: Axes, point: Point) -> None:
     )
 
 
+@_as_text()
 def pareto(
     points: Sequence[Point],
     path: Path,
@@ -241,7 +257,7 @@ def pareto(
         _name(axis, point)
     axis.set_xlabel(f"{guard} ({arrows[guard_better]})")
     axis.set_ylabel(f"{objective} ({arrows[objective_better]})")
-    axis.set_title(title, fontsize=10, loc="left")
+    axis.set_title(printable(title), fontsize=10, loc="left")
     axis.spines[["top", "right"]].set_visible(False)
     axis.grid(color=GRID, linewidth=0.6)
     axis.set_axisbelow(True)

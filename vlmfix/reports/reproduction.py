@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from vlmfix.evals.reproduce import Reproduction
+from vlmfix.parsing import printable, some
 
 
 def reproduction_text(found: Reproduction, folder: Path) -> str:
@@ -14,7 +15,7 @@ def reproduction_text(found: Reproduction, folder: Path) -> str:
     lines = []
     for arm, difference in found.arms.items():
         same = f"{difference.same} of {difference.samples} answers have the same tokens"
-        lines.append(f"{arm}: {same}" + (f"; others: {', '.join(difference.first)}" if difference.first else ""))
+        lines.append(f"{arm}: {same}" + (f"; others: {some(difference.first)}" if difference.first else ""))
         lines += [f"  {name}: {before:.4f}, now {now:.4f}" for name, (before, now) in difference.figures.items()]
     if found.versions:
         changed = ", ".join(f"{name} {before} -> {now}" for name, (before, now) in found.versions.items())
@@ -22,7 +23,7 @@ def reproduction_text(found: Reproduction, folder: Path) -> str:
     lines += [f"{name} changed: {before or 'none'} -> {now or 'none'}" for name, (before, now) in found.facts.items()]
     verdict = "reproduced, token for token" if found.exact else "not the same"
     lines.append(f"{folder}: {verdict}; the second run is in {found.run.folder}")
-    return "\n".join(lines) + "\n"
+    return "\n".join(map(printable, lines)) + "\n"
 
 
 def reproduction_json(found: Reproduction) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from vlmfix.evals.compare import Arm, Change, Comparison, Estimate
+from vlmfix.parsing import printable
 from vlmfix.records import to_json
 from vlmfix.reports.words import (
     ARROWS,
@@ -32,6 +33,8 @@ NAME = 14
 """Least columns of an arm's name in the terminal."""
 LONG = 40
 """Characters from which on an arm's name is shortened in the terminal."""
+MARKUP = re.compile(r"[\\`*\[\]|~$]|<(?=[A-Za-z/!?])|&(?=#?\w+;)|(?<!\w)_|_(?!\w)")
+"""What would be taken for Markdown or HTML."""
 STYLES = {"better": "green", "worse": "red"}
 
 
@@ -94,13 +97,13 @@ def sheets(comparison: Comparison) -> list[Sheet]:
 
 
 def _sheet(arms: Sequence[Arm], figures: Sequence[Change], *, by_group: bool) -> Sheet:
-    titles = {c.figure: f"{c.label if by_group else c.figure}{ARROWS[c.better]}" for c in figures}
+    titles = {c.figure: printable(f"{c.label if by_group else c.figure}{ARROWS[c.better]}") for c in figures}
     found = []
     for group in dict.fromkeys(change.group if by_group else "" for change in figures):
         for arm in arms:
             changes = (c for c in arm.changes if c.figure in titles and (c.group == group or not by_group))
             if cells := {titles[change.figure]: change for change in changes}:
-                found.append(Row(group, arm, cells))
+                found.append(Row(printable(group), arm, cells))
     merits, shifts = (
         list(dict.fromkeys(titles[c.figure] for c in figures if c.kind == kind)) for kind in ("merit", "shift")
     )
@@ -120,7 +123,7 @@ class Shown:
             yield ""
             yield from _tables(sheet, labels, options.max_width)
         yield ""
-        short = [f"{label} stands for {name}." for name, label in labels.items() if label != name]
+        short = [f"{label} stands for {printable(name)}." for name, label in labels.items() if label != printable(name)]
         for line in (*short, *legend(self.comparison)):
             yield Text(line)
 
@@ -139,7 +142,7 @@ def _labels(names: Sequence[str]) -> dict[str, str]:
     """What the terminal calls arms: a long specification is called by its decoders, where no other arm is."""
     short = {name: re.sub(r":[^+]*", "", name) if len(name) >= LONG else name for name in names}
     taken = Counter([*short.values(), *names])
-    return {name: label if label == name or taken[label] == 1 else name for name, label in short.items()}
+    return {name: printable(label if label == name or taken[label] == 1 else name) for name, label in short.items()}
 
 
 def _tables(sheet: Sheet, labels: Mapping[str, str], width: int) -> Iterator[Table]:
@@ -152,7 +155,7 @@ def _tables(sheet: Sheet, labels: Mapping[str, str], width: int) -> Iterator[Tab
         table = Table(box=None, padding=(0, 1, 0, 0), pad_edge=False)
         table.add_column("", max_width=room, overflow="fold")
         for title in titles:
-            table.add_column(title, min_width=CELL - 1)
+            table.add_column(Text(title), min_width=CELL - 1)
         group = ""
         for row in sheet.rows:
             if row.group != group:
@@ -185,20 +188,33 @@ def _folded(name: str, width: int) -> Text:
 def markdown(comparison: Comparison) -> str:
     """Tables for a README or a paper, with a caption that says what was measured and how."""
     tables = [_markdown_table(sheet) for sheet in sheets(comparison)]
-    return "\n\n".join([*tables, " ".join([f"{heading(comparison)}.", *legend(comparison)])]) + "\n"
+    caption = _escaped(" ".join([f"{heading(comparison)}.", *legend(comparison)]))
+    return "\n\n".join([*tables, caption]) + "\n"
 
 
 def _markdown_table(sheet: Sheet) -> str:
     grouped = any(row.group for row in sheet.rows)
     titles = [*sheet.merits, *sheet.shifts]
-    lines = [["group"] * grouped + ["arm", *titles], ["---"] * (grouped + 1 + len(titles))]
+    lines = [["group"] * grouped + ["arm", *map(_escaped, titles)], ["---"] * (grouped + 1 + len(titles))]
     group = ""
     for row in sheet.rows:
-        name = f"`{row.arm.name}`".replace("|", "\\|")
-        cells = [name, *(_markdown_cell(row, row.cells.get(title)) for title in titles)]
-        lines.append([row.group if row.group != group else ""] * grouped + cells)
+        cells = [_code(row.arm.name), *(_markdown_cell(row, row.cells.get(title)) for title in titles)]
+        lines.append([_escaped(row.group) if row.group != group else ""] * grouped + cells)
         group = row.group
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+
+def _escaped(text: str) -> str:
+    """Text as text in Markdown, also in a table's cell; an underscore within a word means nothing there."""
+    return MARKUP.sub(r"\\\g<0>", printable(text))
+
+
+def _code(text: str) -> str:
+    """Text as code in a table's cell, between more backticks than it has in a row."""
+    text = printable(text)
+    fence = "`" * (1 + max(map(len, re.findall("`+", text)), default=0))
+    space = " " if "`" in text else ""
+    return f"{fence}{space}{text}{space}{fence}".replace("|", "\\|")
 
 
 def _markdown_cell(row: Row, change: Change | None) -> str:
@@ -230,11 +246,11 @@ def _line(comparison: Comparison, arm: Arm, change: Change) -> dict[str, str | i
     }
     return {
         "task": comparison.task,
-        "folder": arm.folder,
-        "arm": arm.name,
-        "spec": arm.spec,
-        "plain_arm": arm.plain,
-        "group": change.group,
+        "folder": printable(arm.folder),
+        "arm": printable(arm.name),
+        "spec": printable(arm.spec),
+        "plain_arm": printable(arm.plain),
+        "group": printable(change.group),
         "figure": change.label,
         "kind": change.kind,
         "better": change.better,

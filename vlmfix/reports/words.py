@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from vlmfix.evals.compare import ALPHA, FEW_UNITS, Change, Comparison
+from vlmfix.parsing import printable
 
 NONE = "-"
 """Stands for a figure without a value."""
@@ -62,7 +63,7 @@ def heading(comparison: Comparison) -> str:
     """What was measured, in one line."""
     card = comparison.card
     counted = f"{card['count']} samples about {_units(comparison)} {comparison.unit}"
-    return f"{comparison.task}: {_model(card)}, {card['dtype']}, {_decoding(card['decoding'])}, {counted}"
+    return printable(f"{comparison.task}: {_model(card)}, {card['dtype']}, {_decoding(card['decoding'])}, {counted}")
 
 
 def _model(card: Mapping[str, Any]) -> str:
@@ -90,6 +91,10 @@ def _units(comparison: Comparison) -> str:
 
 def legend(comparison: Comparison) -> list[str]:
     """How intervals and tests were made, what the marks mean and what else a reader must know, in sentences."""
+    return [printable(sentence) for sentence in _legend(comparison)]
+
+
+def _legend(comparison: Comparison) -> list[str]:
     plain = comparison.plain[0].name if len(comparison.plain) == 1 else "the plain arm of the same run"
     changes = [change for arm in comparison.arms for change in arm.changes]
     merits = len({change.figure for change in changes if change.test})
