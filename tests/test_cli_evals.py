@@ -272,6 +272,32 @@ def test_amber_is_scored_with_another_parser(world, tmp_path, vlmfix):
     assert vlmfix(*command, "--max-new-tokens", 4, "--out", out)[0] == 0
     assert vlmfix("eval", "score", out, "--parser", "vcd")[0] == 0
     assert read_json(out / "card.json")["options"]["parser"] == "vcd"
+    code, _, told = vlmfix("eval", "score", out, "--questions", tmp_path, "--out", tmp_path / "new")
+    assert (code, "--questions does not go with amber" in told) == (2, True)
+
+
+def test_pope_is_scored_by_the_truths_of_another_edition(world, tmp_path, vlmfix):
+    line = {"question_id": 1, "image": "000000000001.png", "text": "Is there a zebra in the image?", "label": "no"}
+    (tmp_path / "random.json").write_text(json.dumps(line))
+    out, new = tmp_path / "out", tmp_path / "new"
+    command = (
+        "eval",
+        "pope",
+        "--questions",
+        tmp_path / "random.json",
+        "--images",
+        world / "images",
+        "--suffix",
+        " Say.",
+    )
+    assert vlmfix(*command, "--max-new-tokens", 3, "--out", out)[0] == 0
+    (tmp_path / "random.json").write_text(json.dumps(line | {"label": "Yes"}))
+    code, _, told = vlmfix("eval", "score", out, "--questions", tmp_path / "random.json")
+    assert (code, "--questions and --out go together" in told) == (2, True)
+    assert vlmfix("eval", "score", out, "--questions", tmp_path / "random.json", "--out", new)[0] == 0
+    first, second = (read_json(folder / "results.json")["greedy"]["random"]["accuracy"] for folder in (out, new))
+    assert first + second == 1, "one of the labels is right"
+    assert vlmfix("reproduce", new)[0] == 0, "it is a run like any other"
 
 
 def test_plain_alone_has_figures_too(world, tmp_path, vlmfix):

@@ -192,6 +192,7 @@ def test_false_alarms_among_many_figures_are_as_rare_as_among_one():
 def test_a_figure_without_a_value_is_not_tested_and_one_that_can_lose_its_value_is_harder_to_tell():
     figures = lambda sums: {"share": ratio(sums["hits"], sums["size"]), "n": sums["n"]}  # noqa: E731
     plain, arm = both(hits=([0, 0], [1, 1]), size=([0, 0], [1, 1]))
+    assert swap_test(figures, plain, arm, [], draws=100, seed=0) == {}
     assert list(swap_test(figures, plain, arm, ["share", "n"], draws=100, seed=0)) == ["n"]
     plain, arm = both(hits=([1, 0, 0, 0], [1, 1, 1, 1]), size=([1, 0, 0, 0], [1, 1, 1, 1]))
     assert swap_test(figures, plain, arm, ["share"], draws=100, seed=0)["share"].p == 1

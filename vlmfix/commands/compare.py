@@ -12,13 +12,17 @@ from vlmfix.errors import UsageError
 from vlmfix.records import to_json
 
 PATH = click.Path(path_type=Path)
-RULES = {"parser": ("pope", "amber"), "synonyms": ("chair",), "judgements": ("hallusion",)}
+RULES = {"parser": ("pope", "amber"), "questions": ("pope",), "synonyms": ("chair",), "judgements": ("hallusion",)}
 """Which benchmarks have rules that can be changed afterwards."""
 
 
 @click.command()
 @click.argument("folder", type=PATH)
 @click.option("--parser", help="POPE, AMBER: read the answers with another published parser.")
+@click.option(
+    "--questions", type=PATH, help="POPE: the same questions with other truths, such as RePOPE's; with --out."
+)
+@click.option("--out", type=PATH, help="With --questions: folder for a run of them; FOLDER stays as it is.")
 @click.option("--synonyms", type=PATH, help="CHAIR: word table in the format of the original synonyms.txt.")
 @click.option("--judgements", type=PATH, multiple=True, help="HallusionBench: judgements made elsewhere.")
 @click.option("--json", "as_json", is_flag=True, help="Print the comparison as JSON.")
@@ -27,6 +31,8 @@ def score(
     *,
     folder: Path,
     parser: str | None,
+    questions: Path | None,
+    out: Path | None,
     synonyms: Path | None,
     judgements: tuple[Path, ...],
     as_json: bool,
@@ -37,9 +43,17 @@ def score(
     from vlmfix.evals.score import score as score_run
 
     run = read_run(folder)
-    for name, given in (("parser", parser), ("synonyms", synonyms), ("judgements", judgements)):
+    for name, given in zip(RULES, (parser, questions, synonyms, judgements), strict=True):
         if given and run.task.name not in RULES[name]:
             raise UsageError(f"--{name} does not go with {run.task.name}", f"{folder} is a run of {run.task.name}")
+    if (questions is None) is not (out is None):
+        raise UsageError("--questions and --out go together", "other truths make another run, with a folder of its own")
+    if questions is not None and out is not None:
+        from vlmfix.evals import pope
+        from vlmfix.evals.score import answered_before
+
+        workload = pope.read(questions, Path(run.card["images"]), suffix=run.card["data"]["suffix"])
+        run, folder = answered_before(run, workload, out), out
     samples, changed = None, dict[str, Any]()
     if parser is not None:
         changed = {"parser": parser}

@@ -137,6 +137,8 @@ def swap_test(
         The p values by figure; a figure without a value in one of the arms is left out. A swap after which a figure has
         no value counts against a difference.
     """
+    if not names:
+        return {}
     counts, known = _counts({"plain": plain, "arm": arm})  # (U, 2, counts)
     changed = counts[:, 1] - counts[:, 0]
     changed = changed[changed.any(axis=1)]  # (d, counts)
