@@ -272,7 +272,7 @@ def _listed(annotations: Annotations, path: Path) -> tuple[list[AnnotatedPicture
     by_name: dict[str, AnnotatedPicture] = {}
     for picture in annotations.pictures.values():
         by_name |= {picture.file: picture, Path(picture.file).name: picture}
-    found = [by_name.get(line) or annotations.pictures.get(_number(line)) for line in lines]
+    found = [by_name.get(line) or _numbered(annotations, line) for line in lines]
     unknown = [line for line, picture in zip(lines, found, strict=True) if picture is None]
     if unknown:
         raise DataError(
@@ -286,9 +286,9 @@ def _listed(annotations: Annotations, path: Path) -> tuple[list[AnnotatedPicture
     return chosen, source.about()
 
 
-def _number(line: str) -> int | None:
-    """An image id; None for what is none."""
-    return int(line) if line.isdecimal() and len(line) <= DIGITS else None
+def _numbered(annotations: Annotations, line: str) -> AnnotatedPicture | None:
+    """The picture that has a line for its image id; a number of thousands of digits is none's."""
+    return annotations.pictures.get(int(line)) if line.isdecimal() and len(line) <= DIGITS else None
 
 
 def _refuse_incomplete(chosen: Sequence[AnnotatedPicture], images: Path) -> None:
