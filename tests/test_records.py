@@ -7,7 +7,8 @@ import pytest
 
 from vlmfix.errors import DataError, UsageError
 from vlmfix.files import plain_name
-from vlmfix.records import JsonLines, escaped, read_json, read_lines, replace_json
+from vlmfix.parsing import escaped
+from vlmfix.records import JsonLines, read_json, read_lines, replace_json
 from vlmfix.shapes import COUNT, NUMBER, TEXT, fields, list_of
 
 

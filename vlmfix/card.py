@@ -116,6 +116,52 @@ def changed_facts(
     return {name: (first, second) for name, first, second in both if first != second}
 
 
+def changed_pictures(files: Mapping[str, Path], known: Mapping[str, str]) -> list[str]:
+    """Finds the pictures whose files are not those that a run was shown.
+
+    Args:
+        files: Where each picture is now, by its name in the run.
+        known: Hex sha256 of the files that the run was shown, by the same names; others are not looked at.
+
+    Returns:
+        Names of the pictures with another content, or that cannot be read, in the order of ``files``.
+    """
+    return [name for name, path in files.items() if name in known and _picture_digest(path) != known[name]]
+
+
+def _picture_digest(path: Path) -> str | None:
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError:
+        return None
+
+
+def model_again(card: Mapping[str, Any], elsewhere: str | None = None) -> str:
+    """Finds what to load a run's model by, and makes sure that a directory still has the run's files.
+
+    Args:
+        card: What the run says of its model; see ``refuse_other_model``.
+        elsewhere: Where the directory is now; None for where it was.
+
+    Raises:
+        UsageError: ``elsewhere`` is given for a model of the Hub.
+        DataError: The directory is not there, or its files are not those of the run.
+    """
+    if (commit := card["commit"]) is not None:
+        if elsewhere is not None:
+            raise UsageError(
+                f"the run's model is {card['model']} at commit {commit} of the Hub, not a directory",
+                "leave --model out; the model comes from the Hub or its cache",
+            )
+        return str(card["model"])
+    name = str(card["model"] if elsewhere is None else elsewhere)
+    if not EMBEDDED.get(name, Path(name)).is_dir():
+        raise DataError(f"the model's directory {name} is not there", "give the directory that it is in with --model")
+    refuse_other_model(name, card)
+    return name
+
+
 def weights_digest(model: str, commit: str | None) -> str:
     """Which weights a model name stands for, so that two runs can be told apart.
 

@@ -19,7 +19,7 @@ from vlmfix.files import replacing
 from vlmfix.folder import DESCRIBE
 from vlmfix.generation import VLM, load
 from vlmfix.images import open_picture
-from vlmfix.records import escaped
+from vlmfix.parsing import escaped
 from vlmfix.world import coco
 from vlmfix.world.categories import category
 from vlmfix.world.mentions import mentions

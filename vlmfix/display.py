@@ -24,7 +24,7 @@ from vlmfix.decoders.parameters import written
 from vlmfix.demo import Comparison, Count, Described
 from vlmfix.folder import Progress
 from vlmfix.generation import VLM, load
-from vlmfix.records import escaped
+from vlmfix.parsing import escaped
 from vlmfix.upstream.versions import remedy
 
 LINE_SECONDS = 10.0

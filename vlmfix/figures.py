@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import matplotlib as mpl
@@ -15,8 +18,13 @@ MAKERS = {".png": "Software", ".pdf": "Creator", ".svg": "Creator"}
 OURS = (b"vlmfix", b"atplotlib")
 """What a drawing says of who made it; the second in those of earlier versions."""
 
-literally = mpl.rc_context({"text.parse_math": False})
-"""Decorates what draws names from elsewhere: a text between dollars is no formula."""
+
+@contextmanager
+def literally() -> Iterator[None]:
+    """Draws names as they stand: a dollar begins no formula, and a letter that the font lacks is a box."""
+    with mpl.rc_context({"text.parse_math": False}), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=r"Glyph \d+ .* missing from font")
+        yield
 
 
 def check_target(path: Path) -> None:

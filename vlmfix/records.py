@@ -7,7 +7,6 @@ import fcntl
 import json
 import math
 import os
-import re
 import stat
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -26,9 +25,6 @@ LARGEST_DOCUMENT = 1 << 28
 """Bytes; no line and no document of results comes near."""
 DEEPEST = 64
 """Lists and objects within each other; no result nests as deeply."""
-CONTROLS = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
-"""What steers a terminal, ends a line or turns the direction of writing, and halves of characters."""
-NAMED = {"\n": r"\n", "\r": r"\r", "\t": r"\t"}
 SYNC_SECONDS = 5.0
 """At most this much is lost in a power cut; a killed process loses nothing that was appended."""
 
@@ -333,21 +329,6 @@ def shown(value: object) -> str:
     """A value for a message, cut when it is long."""
     text = repr(value)
     return text if len(text) <= SHOWN else f"{text[: SHOWN - 3]}..."
-
-
-def escaped(text: str, *, lines: bool = False) -> str:
-    """A text from elsewhere with its control characters in the notation of JSON, so that no terminal obeys them.
-
-    Args:
-        text: A name, an answer, a message.
-        lines: Leaves line breaks and tabs as they are.
-    """
-    kept = "\n\t" if lines else ""
-    return CONTROLS.sub(lambda found: found[0] if found[0] in kept else _notation(found[0]), text)
-
-
-def _notation(sign: str) -> str:
-    return NAMED.get(sign, f"\\u{ord(sign):04x}")
 
 
 def to_json(value: Any, *, indent: int | None = None) -> str:  # noqa: ANN401 (what JSON can hold has no name)

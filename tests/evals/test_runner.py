@@ -10,6 +10,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from PIL import Image
 
 from tests.evals.fake import Says, workload
 from tests.folder.fake import FakeVLM, colour
@@ -146,6 +147,47 @@ def test_an_arm_can_be_added(tmp_path):
     assert sum(map(len, vlm.batches)) == 18
     run = go(tmp_path / "out", work, vlm)
     assert list(run.answers) == ["greedy", "vcd:contrast=0.5"]
+
+
+def test_an_arm_is_not_added_where_the_pictures_are_others_meanwhile(tmp_path):
+    work = workload(tmp_path / "in", 9)
+    go(tmp_path / "out", work, FakeVLM())
+    for number in (0, 2, 3, 4, 5, 8):
+        Image.new("RGB", (9, 9), (number, 0, 0)).save(tmp_path / "in" / f"{number:04d}.png")
+    never = FakeVLM(fails=lambda batch: AssertionError("asked"))
+    with pytest.raises(DataError, match=r"6 of 9 pictures in .* 0000.png, 0002.png, .*, 0005.png and 1 more"):
+        go(tmp_path / "out", work, never, arms=("vcd",))
+    assert list(read_json(tmp_path / "out" / "card.json")["arms"]) == ["greedy"]
+    assert go(tmp_path / "out", work, never).missing("greedy") == 0, "nothing is left to ask"
+
+
+def test_a_stopped_run_does_not_go_on_with_other_pictures(tmp_path):
+    work = workload(tmp_path / "in")
+    go(tmp_path / "out", work, FakeVLM())
+    path = tmp_path / "out" / "greedy" / "answers.jsonl"
+    path.write_bytes(b"".join(path.read_bytes().splitlines(keepends=True)[:6]))
+    Image.new("RGB", (9, 9)).save(tmp_path / "in" / "0000.png")
+    with pytest.raises(DataError, match=r"1 of 6 pictures"):
+        go(tmp_path / "out", work, FakeVLM())
+
+
+def test_a_picture_that_could_not_be_opened_may_be_mended(tmp_path):
+    work = workload(tmp_path / "in")
+    whole = (tmp_path / "in" / "0001.png").read_bytes()
+    (tmp_path / "in" / "0001.png").write_bytes(b"broken")
+    assert go(tmp_path / "out", work, FakeVLM()).failed("greedy") == 4
+    (tmp_path / "in" / "0001.png").write_bytes(whole)
+    run = evaluate(tmp_path / "out", Says(), work, Settings(), {}, retry_failed=True, loader=FakeVLM().load)
+    assert run.failed("greedy") == 0
+
+
+def test_the_folder_of_the_pictures_may_be_another_one(tmp_path):
+    work = workload(tmp_path / "in")
+    go(tmp_path / "out", work, FakeVLM())
+    (tmp_path / "in").rename(tmp_path / "moved")
+    run = go(tmp_path / "out", replace(work, images=tmp_path / "moved"), FakeVLM(), arms=("vcd",))
+    assert run.missing("vcd") == 0
+    assert run.card["images"] == str(tmp_path / "moved")
 
 
 @pytest.mark.parametrize(

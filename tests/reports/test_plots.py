@@ -57,6 +57,37 @@ def test_many_arms_with_long_names_are_told_apart(tmp_path):
     assert all(has(tmp_path / "plot.png", colour) for colour in COLOURS)
 
 
+NASTY = r"$\frac$ 中 <b>" + "\n\x1b[31m\udcff"
+
+
+def test_names_are_drawn_as_they_are(tmp_path):
+    """A broken formula would end the plot, and an arm whose name begins with an underscore would have no key."""
+    run = exam(model=NASTY)
+    group = {"easy": NASTY, "hard": "hard"}
+    found = compare(
+        [
+            replace(
+                run,
+                answers={"greedy": run.answers["greedy"], f"_{NASTY}": run.answers["good"]},
+                card=run.card | {"arms": {name: {"spec": name} for name in ("greedy", f"_{NASTY}")}},
+            )
+        ],
+        draws=1000,
+    )
+    arms = [
+        replace(arm, changes=tuple(replace(c, figure=f"{group.get(c.group, c.group)}/{c.label}") for c in arm.changes))
+        for arm in found.arms
+    ]
+    for ending in ("png", "svg"):
+        differences(replace(found, arms=tuple(arms)), tmp_path / f"plot.{ending}")
+    text = (tmp_path / "plot.svg").read_text()
+    said = r"$\frac$ 中 &lt;b&gt;\n\x1b[31m\udcff"
+    assert text.count(f"<!-- {said} -->") == 5, "the group, in every panel"
+    assert f"<!--  _{said} -->" in text
+    point = [Point(0.7, 0.1, role="chosen", name=NASTY), Point(0.9, 0.2, role="plain", name="greedy")]
+    pareto(point, tmp_path / "p.png", objective="$a$", guard="$b", objective_better="lower", title=NASTY)
+
+
 def test_the_front_holds_what_nothing_beats():
     points = [Point(0.7, 0.2), Point(0.8, 0.3), Point(0.75, 0.3), Point(0.9, 0.35), Point(0.6, 0.2), Point(0.9, 0.36)]
     points.append(Point(0.95, 0.1, feasible=False))

@@ -10,7 +10,7 @@ import click
 
 from vlmfix.commands import options
 from vlmfix.errors import DataError, UsageError
-from vlmfix.records import escaped
+from vlmfix.parsing import escaped
 from vlmfix.settings import Settings
 
 

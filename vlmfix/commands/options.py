@@ -9,7 +9,8 @@ from typing import Any
 
 import click
 
-from vlmfix.records import escaped, to_json
+from vlmfix.parsing import escaped
+from vlmfix.records import to_json
 from vlmfix.settings import Settings
 
 INTERRUPTED = 130

@@ -14,7 +14,7 @@ import click
 
 from vlmfix.commands import options
 from vlmfix.errors import UsageError
-from vlmfix.records import escaped
+from vlmfix.parsing import escaped
 from vlmfix.settings import Settings
 
 PATH = click.Path(path_type=Path)

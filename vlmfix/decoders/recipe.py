@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tomllib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ import tomli_w
 
 from vlmfix.errors import DataError
 from vlmfix.files import replacing
+from vlmfix.parsing import UnreadableError, told, toml_of
 
 FORMAT = 1
 """Of the file; raised when an older reader could not understand it."""
@@ -30,13 +30,13 @@ def read_recipe(path: Path) -> dict[str, Any]:
         DataError: The file is missing, is not TOML, is of a later format or has no decoder.
     """
     try:
-        recipe = tomllib.loads(path.read_text(encoding="utf-8"))
+        recipe = toml_of(path.read_bytes())
     except OSError as error:
         raise DataError(f"cannot read the recipe {path}: {error.strerror}", "check the path after @") from error
-    except ValueError as error:
-        raise DataError(f"the recipe {path} is not TOML: {error}", HINT) from error
+    except UnreadableError as error:
+        raise DataError(f"the recipe {path} {error.problem}", HINT) from error
     if recipe.get("format", FORMAT) != FORMAT:
-        raise DataError(f"the recipe {path} has format {recipe['format']!r}", f"this version reads format {FORMAT}")
+        raise DataError(f"the recipe {path} has format {told(recipe['format'])}", f"this version reads format {FORMAT}")
     if not isinstance(recipe.get("decoder"), str):
         raise DataError(f"the recipe {path} has no decoder", HINT)
     return recipe

@@ -358,7 +358,7 @@ def read(
     about: dict[str, Any] = {"prompt": prompt, "captions": None, "list": None, "count": count, "seed": None}
     if listed is not None:
         source = read_source(listed)
-        names = [line.strip() for line in source.text.splitlines() if line.strip()]
+        names = [line.strip() for line in source.lines() if line.strip()]
         about["list"] = source.about()
     else:
         names, about["passed_over"] = _pictures(images, skip)

@@ -7,13 +7,14 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from dataclasses import fields as fields_of
 from functools import cache
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any, get_type_hints
 
-from vlmfix.errors import DataError
+from vlmfix.errors import DataError, UsageError
 from vlmfix.evals.task import Judged, Sample, Task
 from vlmfix.evals.tasks import TASKS
 from vlmfix.files import plain_name, replacing
+from vlmfix.parsing import some
 from vlmfix.records import read_json, read_lines, shown, to_json
 from vlmfix.shapes import (
     COUNT,
@@ -78,6 +79,8 @@ OPTIONS: Mapping[Any, Shape] = {
     Mapping[str, Sequence[str]]: mapping_of(list_of(TEXT)),
 }
 """What an option of a benchmark may be, by the type of its field."""
+NAMES = ("file", "generation")
+"""Keys of a card that call a file something; a digest beside them says which it is."""
 PLAIN = "greedy"
 """Name of the plain arm, which every run has."""
 
@@ -146,6 +149,26 @@ class EvalRun:
         """Their raw answers, in the same order."""
         found = self.answers[arm]
         return [found[sample.id].answer or "" for sample in self.answered(arm)]
+
+    def pictures(self) -> dict[str, str]:
+        """Digests of the pictures that some arm has an answer about, by their names.
+
+        Raises:
+            UsageError: A picture had several contents, in several arms or in one.
+        """
+        found: dict[str, dict[str, None]] = {}
+        for sample in self.samples:
+            for arm in self.answers:
+                record = self.answers[arm].get(sample.id)
+                if sample.image is not None and record is not None and record.sha256 and not record.failed:
+                    found.setdefault(sample.image, {})[record.sha256] = None
+        if several := [name for name, digests in found.items() if len(digests) > 1]:
+            raise UsageError(
+                f"the answers in {self.folder} are about several contents of {len(several)} of {len(found)} pictures: "
+                f"{some(several)}",
+                "answers about other pictures cannot be compared; run it again with another --out",
+            )
+        return {name: next(iter(digests)) for name, digests in found.items()}
 
     def failed(self, arm: str) -> int:
         """Samples of an arm that failed."""
@@ -239,6 +262,20 @@ def record(line: dict[str, Any]) -> Record:
         failed=line.get("failed", ""),
         sha256=line.get("sha256", ""),
     )
+
+
+def without_names(value: Any) -> Any:  # noqa: ANN401 (any JSON value)
+    """What a card says without absolute paths, file names and what a version calls a published file.
+
+    A moved or renamed file is the same data, and so is one that only a newer version knows: digests stand beside them.
+    """
+    if isinstance(value, Mapping):
+        return {key: without_names(inner) for key, inner in value.items() if key not in NAMES and not _is_path(inner)}
+    return value
+
+
+def _is_path(value: object) -> bool:
+    return isinstance(value, str) and PurePath(value).is_absolute()
 
 
 @cache

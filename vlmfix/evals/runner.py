@@ -8,6 +8,7 @@ cut off is answered again as a whole, and nothing that depends on the clock stan
 from __future__ import annotations
 
 import itertools
+import os
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -18,10 +19,18 @@ from pathlib import Path, PurePath
 from typing import Any
 
 from vlmfix.answering import Answerer, Question, fitting_batch
-from vlmfix.card import device_name, model_files, peak_memory, plain, refuse_older_card, versions, weights_digest
+from vlmfix.card import (
+    changed_pictures,
+    device_name,
+    model_files,
+    peak_memory,
+    plain,
+    refuse_older_card,
+    versions,
+    weights_digest,
+)
 from vlmfix.decoders import Decoder, Greedy
 from vlmfix.errors import DataError, PassingError, UsageError
-from vlmfix.evals.coco import some
 from vlmfix.evals.record import (
     ANSWERS,
     CARD,
@@ -38,13 +47,16 @@ from vlmfix.evals.record import (
     checked,
     digest,
     read_run,
+    without_names,
     write_samples,
 )
 from vlmfix.evals.task import Sample, Task, Workload
 from vlmfix.files import make_folder, remove_drafts
 from vlmfix.generation import VLM, Answer, check_settings, load
 from vlmfix.images import Found, Picture, open_picture, read_ahead
-from vlmfix.records import JsonLines, read_json, refuse_other, replace_json
+from vlmfix.models.checkpoint import EMBEDDED
+from vlmfix.parsing import some
+from vlmfix.records import JsonLines, read_json, read_lines, refuse_other, replace_json
 from vlmfix.settings import Settings
 
 CARD_SECONDS = 30.0
@@ -109,7 +121,8 @@ def evaluate(
         UsageError: The folder holds another run, another process writes there, or a decoder cannot act on the model or
             contradicts the settings.
         IncompatibleDecodersError: The settings ask for beams and a decoder does not work with them.
-        DataError: There is no sample, two share an id, or pictures are missing or not in the folder.
+        DataError: There is no sample, two share an id, or pictures are missing, not in the folder or not those that
+            the folder has answers about.
         SystematicError: Every question fails; nothing is recorded about those that failed in the end.
         PassingError: Trouble of the machine left samples open, which the next start asks; nothing is recorded of them.
     """
@@ -122,6 +135,7 @@ def evaluate(
     with _Folder(out, task, workload, settings, arms, command, retry_failed=retry_failed) as folder:
         left = {arm: folder.left(arm) for arm in arms}
         if any(left.values()):
+            refuse_changed(out, workload, folder.pictures())
             vlm = loader(settings.model, **settings.loading())
             _refuse_idle(vlm, settings.model, arms)
             folder.begin(vlm, settings, arms, batch_size)
@@ -157,11 +171,32 @@ def check(workload: Workload) -> None:
             f"{len(outside)} of {len(names)} pictures have names that lead out of {workload.images}: {some(outside)}",
             "name pictures as they lie below the folder; links in the folder are followed",
         )
-    missing = [name for name in names if not _path(workload, name).is_file()]
+    missing = [name for name in names if not os.path.isfile(_path(workload, name))]
     if missing:
         raise DataError(
             f"{len(missing)} of {len(names)} pictures are not in {workload.images}: {some(missing)}",
             "give the folder that holds them with --images",
+        )
+
+
+def refuse_changed(out: Path, workload: Workload, known: Mapping[str, str]) -> None:
+    """Make sure that the pictures are those that a run's answers are about.
+
+    Args:
+        out: The run's folder, for the message.
+        workload: What is asked, with the folder of the pictures.
+        known: Digests of the pictures that the run has answers about, by name.
+
+    Raises:
+        DataError: Some have another content.
+    """
+    names = dict.fromkeys(sample.image for sample in workload.samples if sample.image is not None)
+    files = {name: _path(workload, name) for name in names}
+    if changed := changed_pictures(files, known):
+        raise DataError(
+            f"{len(changed)} of {len(files)} pictures in {workload.images} are not those that the answers in {out} are "
+            f"about: {some(changed)}",
+            "give the folder of the same pictures with --images, or choose another --out",
         )
 
 
@@ -271,7 +306,13 @@ class _Folder:
         path = self._out / CARD
         if path.exists():
             self._card = read_json(path, SCORABLE)
-            refuse_other(self._out, path, self._card, known)
+            moved = self._moved(known)
+            data = {name: without_names(known[name]) for name in ("options", "data")}
+            refuse_other(
+                self._out, path, self._card, {name: v for name, v in known.items() if name not in (*data, *moved)}
+            )
+            refuse_other(self._out, path, {name: without_names(self._card[name]) for name in data}, data)
+            self._card |= moved | {"options": known["options"]}
             former = self._card["arms"]
             both = {name: about for name, about in named.items() if name in former}
             before = {name: {key: former[name].get(key) for key in about} for name, about in both.items()}
@@ -290,6 +331,15 @@ class _Folder:
         if strange := [self._files[arm].path for arm in arms if not self._files[arm].is_empty]:
             raise UsageError(f"{strange[0]} holds answers but no {CARD} says which", "choose another --out")
 
+    def _moved(self, known: Mapping[str, Any]) -> dict[str, Any]:
+        """What says where something is, and may be another place: digests say whether it is the same."""
+        moved = {"images": known["images"]}
+        model, card = known["model"], self._card
+        if model != card["model"] and card.get("commit") is None and EMBEDDED.get(model, Path(model)).is_dir():
+            if weights_digest(model, None) == card.get("weights"):
+                moved["model"] = model
+        return moved
+
     @property
     def batch_size(self) -> int:
         """Rows per batch, the same from start to start."""
@@ -298,6 +348,11 @@ class _Folder:
     def left(self, arm: str) -> int:
         """Samples of an arm without a record."""
         return sum(len(asked.samples) for asked in self._questions) - len(self._done[arm])
+
+    def pictures(self) -> dict[str, str]:
+        """Digests of the pictures that the folder has answers about, of whatever arm."""
+        lines = (line for arm in self._card["arms"] for line in read_lines(self._out / arm_folder(arm) / ANSWERS))
+        return {line["image"]: line["sha256"] for line in lines if "answer" in line and "sha256" in line}
 
     def begin(self, vlm: VLM, settings: Settings, arms: Mapping[str, Decoder], batch_size: int | None) -> None:
         """Notes that a model starts to work on the folder."""

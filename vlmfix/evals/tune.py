@@ -334,7 +334,9 @@ def _verdict(comparison: Comparison, figure: str, broken: Sequence[str]) -> str:
         said = f"On the held-out split {figure} has no value that could be compared."
     else:
         interval = f"[{difference.low:+.4f}, {difference.high:+.4f}]"
-        said = f"On the held-out split {figure} changes by {difference.value:+.4f} {interval}: {change.direction}."
+        found = f"{difference.value:+.4f} {interval}: {change.direction}"
+        shifts = f", while {', '.join(change.shifted)} changes too" if change.shifted else ""
+        said = f"On the held-out split {figure} changes by {found}{shifts}."
     return f"{said} It loses more {' and '.join(broken)} there than the guards allow." if broken else said
 
 
@@ -390,6 +392,7 @@ def _about_held_out(comparison: Comparison) -> dict[str, Any]:
                 "low": change.difference.low,
                 "high": change.difference.high,
                 "direction": change.direction or None,
+                "shifted": list(change.shifted),
             }
             for change in arm.changes
         },

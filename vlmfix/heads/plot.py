@@ -13,7 +13,7 @@ from matplotlib.ticker import MaxNLocator
 from vlmfix.figures import literally, write
 from vlmfix.heads.profile import HeadProfile
 from vlmfix.heads.profilers import PROFILERS
-from vlmfix.records import escaped
+from vlmfix.parsing import escaped
 
 PANEL, DPI = 4.6, 130
 """Inches of a panel's side, and dots per inch."""
@@ -21,7 +21,7 @@ ACROSS = 3
 """Panels side by side."""
 
 
-@literally
+@literally()
 def draw(profiles: Sequence[HeadProfile], path: Path) -> None:
     """Draws one map per profile: a cell per head, layers from the bottom up, with a colour bar of its own.
 

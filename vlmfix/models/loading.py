@@ -164,8 +164,8 @@ def model(
         )
     loaded: PreTrainedModel = loading[0]
     for module in loaded.modules():  # a configuration may ask for tuples, which transformers' own generate cannot read
-        if isinstance(config := getattr(module, "config", None), PreTrainedConfig):
-            config.return_dict = True
+        if isinstance(own := getattr(module, "config", None), PreTrainedConfig):
+            own.return_dict = True
     report: Mapping[str, Any] = loading[1]
     if mismatched := sorted(report["mismatched_keys"], key=str):
         name, stored, wanted = mismatched[0]

@@ -13,7 +13,7 @@ from vlmfix.figures import literally, write
 from vlmfix.heads.grounding import Grounding
 from vlmfix.heads.wording import FUNCTION_WORDS
 from vlmfix.models.layout import ImageLayout
-from vlmfix.records import escaped
+from vlmfix.parsing import escaped
 
 MAPS, DPI = 6, 100
 """Tokens whose patches are shown, and dots per inch."""
@@ -25,7 +25,7 @@ STRIPS = (("picture", "#0072B2"), ("prompt", "#009E73"), ("preceding", "#D55E00"
 """What has a strip, and its colour (Okabe and Ito's)."""
 
 
-@literally
+@literally()
 def draw(found: Grounding, picture: Image.Image, layout: ImageLayout, path: Path) -> None:
     """Draws the scores of an answer, and where in the picture its best-grounded content words look.
 

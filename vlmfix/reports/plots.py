@@ -15,8 +15,8 @@ from matplotlib.lines import Line2D
 
 from vlmfix.evals.compare import Arm, Change, Comparison
 from vlmfix.figures import literally, write
-from vlmfix.records import escaped
-from vlmfix.reports.words import heading, leaves_out_zero
+from vlmfix.parsing import escaped
+from vlmfix.reports.words import SIGNS, heading
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 """Okabe and Ito's, which people who see colours differently can tell apart; markers tell the arms apart as well."""
@@ -38,7 +38,7 @@ SHADE, GRID = "#e8f1ea", "#dddddd"
 Side = Literal["higher", "lower"]
 
 
-@literally
+@literally()
 def differences(comparison: Comparison, path: Path) -> None:
     """Draw every merit and shift of every arm as its difference to the plain arm, with its 95 % interval.
 
@@ -66,7 +66,7 @@ def differences(comparison: Comparison, path: Path) -> None:
         _panel(axis, label, groups, len(comparison.arms))
     for axis in axes[len(panels) :]:
         axis.set_visible(False)
-    plain = " or ".join(arm.name for arm in comparison.plain)
+    plain = " or ".join(escaped(arm.name) for arm in comparison.plain)
     reading = f"Differences to {plain} with 95 % intervals; filled: a clear difference, hollow: none"
     figure.suptitle(f"{escaped(heading(comparison))}\n{escaped(reading)}", fontsize=10)
     columns = max(1, LEGEND // (max(len(arm.name) for arm in comparison.arms) + 8))
@@ -78,7 +78,7 @@ def _panel(axis: Axes, label: str, groups: Mapping[str, Sequence[tuple[int, Chan
     """The differences of one figure, group by group from top to bottom."""
     ticks: dict[str, float] = {}
     for place, (group, found) in enumerate(groups.items()):
-        ticks[group] = -place * (arms + 1) - (arms - 1) / 2
+        ticks[escaped(group)] = -place * (arms + 1) - (arms - 1) / 2
         for number, change in found:
             _mark(axis, -place * (arms + 1) - number, change, number)
     better = next(change.better for found in groups.values() for _, change in found)
@@ -110,7 +110,7 @@ def _mark(axis: Axes, height: float, change: Change, number: int) -> None:
     difference, colour = change.difference, _colour(number)
     ends, value = (np.array(found, dtype=float) for found in ([difference.low, difference.high], [difference.value]))
     axis.plot(ends, [height, height], color=colour, linewidth=1.6)  # None becomes NaN, which is not drawn
-    clear = change.direction in ("better", "worse") if change.kind == "merit" else leaves_out_zero(difference)
+    clear = change.direction in SIGNS if change.kind == "merit" else difference.leaves_out_zero
     axis.plot(
         value,
         [height],
@@ -123,7 +123,8 @@ def _mark(axis: Axes, height: float, change: Change, number: int) -> None:
 
 
 def _keys(arms: Sequence[Arm]) -> list[Line2D]:
-    names = (escaped(arm.name) for arm in arms)
+    names = [escaped(arm.name) for arm in arms]
+    names = [f" {name}" if name.startswith("_") else name for name in names]  # such a name would be left out
     return [Line2D([], [], color=_colour(n), marker=_marker(n), label=name) for n, name in enumerate(names)]
 
 
@@ -202,7 +203,7 @@ def _name(axis: Axes, point: Point) -> None:
     )
 
 
-@literally
+@literally()
 def pareto(
     points: Sequence[Point],
     path: Path,
@@ -245,7 +246,7 @@ def pareto(
         _name(axis, point)
     axis.set_xlabel(f"{guard} ({arrows[guard_better]})")
     axis.set_ylabel(f"{objective} ({arrows[objective_better]})")
-    axis.set_title(title, fontsize=10, loc="left")
+    axis.set_title(escaped(title), fontsize=10, loc="left")
     axis.spines[["top", "right"]].set_visible(False)
     axis.grid(color=GRID, linewidth=0.6)
     axis.set_axisbelow(True)
