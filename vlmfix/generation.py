@@ -14,11 +14,10 @@ from typing import Any, Literal
 
 import torch
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import (
     LogitsProcessor,
     LogitsProcessorList,
-    PreTrainedModel,
     PreTrainedTokenizerBase,
     ProcessorMixin,
     StoppingCriteria,
@@ -38,6 +37,7 @@ from vlmfix.models.layout import Batch
 from vlmfix.models.turns import turn_of
 from vlmfix.settings import Settings
 from vlmfix.upstream.contracts import check_model
+from vlmfix.upstream.wrappers import unwrapped
 
 Shown = Image.Image | Sequence[Image.Image]
 """The picture of one question, or its pictures."""
@@ -152,7 +152,8 @@ class VLM(Checkpoint):
             raise IncompatibleDecodersError(f"{method.name} leaves pictures as they are", "use carve or vicrop")
         rows, asked = _questions(pictures, prompts)
         request = _Request(rows=rows, prompts=asked, decoder=method, max_new_tokens=1)
-        return method.refine(self, request.rows, request.prompts, self.memo)
+        with turn_of(self.model).taken():
+            return method.refine(self, request.rows, request.prompts, self.memo)
 
     def stream(
         self,
@@ -322,16 +323,23 @@ def load(model: str | Path, *, revision: str | None = None, device: str = "auto"
     return VLM.load(model, revision=revision, device=device, dtype=dtype)
 
 
-def wrap(model: PreTrainedModel, processor: ProcessorMixin) -> VLM:
+def wrap(model: nn.Module, processor: ProcessorMixin) -> VLM:
     """A model and processor of your own, already loaded by transformers, for ``decoder.applied``.
 
+    Args:
+        model: A transformers model, or one inside ``torch.compile``, ``DataParallel``, ``DistributedDataParallel`` or
+            PEFT adapters that sit in its modules (LoRA, for instance): the one whose ``generate`` these run is taken.
+        processor: Its processor.
+
     Raises:
-        UnsupportedModelError: The model's family is not one that vlmfix knows.
+        UnsupportedModelError: The model's family is not one that vlmfix knows, the model does not generate, or it is
+            inside a wrapper that vlmfix cannot see through.
         UpstreamError: The installed transformers hands masks over in an unknown way.
     """
-    family = family_of(model.config.model_type)
-    check_model(model, family.decoder(model))
-    return VLM(model=model, processor=processor, family=family, name=str(model.config.name_or_path))
+    own = unwrapped(model)
+    family = family_of(own.config.model_type)
+    check_model(own, family.decoder(own))
+    return VLM(model=own, processor=processor, family=family, name=str(own.config.name_or_path))
 
 
 class RowSampler(LogitsProcessor):

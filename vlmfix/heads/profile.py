@@ -20,6 +20,7 @@ from torch import Tensor
 from vlmfix.errors import DataError, ProfileMismatchError, UsageError
 from vlmfix.models.checkpoint import Checkpoint
 from vlmfix.records import to_json
+from vlmfix.upstream.wrappers import present
 
 KEY, FORMAT, VERSION = "vlmfix", "head-profiles", 1
 """The metadata entry of a file that holds the cards, and what it says about itself."""
@@ -220,9 +221,17 @@ def fingerprint(vlm: Checkpoint) -> Tensor:
     Returns:
         (n,) float32 on the CPU, at most ``MATRICES * ENTRIES`` entries of matrices spread over the decoder.
     """
-    matrices = [weight for weight in vlm.family.decoder(vlm.model).parameters() if weight.dim() > 1]
+    matrices = [
+        (module, name)
+        for module in vlm.family.decoder(vlm.model).modules()
+        for name, weight in module.named_parameters(recurse=False)
+        if weight.dim() > 1
+    ]
     chosen = [matrices[number * len(matrices) // MATRICES] for number in range(min(MATRICES, len(matrices)))]
-    entries = [matrix.detach().flatten()[_places(matrix.numel(), matrix.device)].float().cpu() for matrix in chosen]
+    entries: list[Tensor] = []
+    for module, name in chosen:
+        with present(module, name) as matrix:
+            entries.append(matrix.detach().flatten()[_places(matrix.numel(), matrix.device)].float().cpu())
     return torch.cat(entries)
 
 

@@ -119,15 +119,16 @@ def first_token_mass(vlm: Checkpoint) -> Tensor:
     Raises:
         UnsupportedAttentionError: The model's attention is not plain softmax attention.
     """
-    if vlm.model not in _MASSES:
+    decoder = vlm.family.decoder(vlm.model)
+    if decoder not in _MASSES:
         probe = _FirstMass()
         for number, question in enumerate(QUESTIONS):
             batch = vlm.encode([question], [[random_picture(number)]])
             with torch.no_grad(), bare(vlm), edited(vlm, vlm.layout(batch), (probe,)):
                 vlm.model(**batch)
         layers = [torch.stack(probe.found[layer]).mean(dim=0) for layer in sorted(probe.found)]
-        _MASSES[vlm.model] = torch.stack(layers).float().cpu()
-    return _MASSES[vlm.model]
+        _MASSES[decoder] = torch.stack(layers).float().cpu()
+    return _MASSES[decoder]
 
 
 def tabulated_sinks(vlm: Checkpoint) -> tuple[int, ...]:
@@ -150,7 +151,7 @@ def find_sinks(vlm: Checkpoint, *, threshold: float) -> SinkReport:
         vlm: The model.
         threshold: tau, for the share of image tokens that count as visual sinks.
     """
-    reports = _REPORTS.setdefault(vlm.model, {})
+    reports = _REPORTS.setdefault(vlm.family.decoder(vlm.model), {})
     if threshold not in reports:
         reports[threshold] = _probe(vlm, threshold)
     return reports[threshold]
@@ -194,7 +195,7 @@ def random_picture(seed: int) -> Image.Image:
 def _middle_layers(vlm: Checkpoint, batch: Batch) -> Tensor:
     layers = vlm.family.layers(vlm.model)
     middle = range(len(layers) // 4, max(3 * len(layers) // 4, len(layers) // 4 + 1))
-    with _entering([layers[number] for number in middle]) as states:
+    with bare(vlm), _entering([layers[number] for number in middle]) as states:
         vlm.model(**batch)
     stack = torch.stack([state[0].float() for state in states])  # (layers, T, hidden size)
     return stack * (stack.square().mean(dim=-1, keepdim=True) + 1e-6).rsqrt()
