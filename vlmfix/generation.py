@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import math
 import threading
 import time
@@ -39,8 +40,12 @@ from vlmfix.settings import Settings
 from vlmfix.upstream.contracts import check_model
 from vlmfix.upstream.wrappers import unwrapped
 
+logger = logging.getLogger(__name__)
+
 Shown = Image.Image | Sequence[Image.Image]
 """The picture of one question, or its pictures."""
+Finish = Literal["eos", "length", "context", "nan"]
+"""Why an answer ends."""
 
 
 @dataclass(frozen=True)
@@ -50,8 +55,9 @@ class Answer:
     Attributes:
         text: What the model said, without special tokens and outer white space.
         tokens: Number of generated tokens, the end token included.
-        finish: ``eos`` when the model ended it, ``length`` when ``max_new_tokens`` cut it, ``nan`` when some score
-            behind it was not a number: text and tokens then mean nothing.
+        finish: ``eos`` when the model ended it, ``length`` when ``max_new_tokens`` cut it, ``context`` when prompt and
+            answer filled the model's context before, ``nan`` when some score behind it was not a number: text and
+            tokens then mean nothing.
         seconds: Wall-clock time of its batch, divided by the batch's rows.
         ids: The generated tokens, ``tokens`` many: the end token included, what is filled up behind it not.
         refined: What a refining decoder made of the question's pictures; None for other decoders.
@@ -59,7 +65,7 @@ class Answer:
 
     text: str
     tokens: int
-    finish: Literal["eos", "length", "nan"]
+    finish: Finish
     seconds: float
     ids: tuple[int, ...]
     refined: Refined | None = None
@@ -91,7 +97,7 @@ class VLM(Checkpoint):
         """Answers questions about pictures, as one batch.
 
         An answer does not depend on its neighbours: thresholds, noise and sampling are per row. Threads that use one
-        model are answered one after the other.
+        model are answered one after the other. Prompt and answer together are no longer than the model's context.
 
         Args:
             pictures: B pictures, or B lists of pictures.
@@ -106,7 +112,8 @@ class VLM(Checkpoint):
             static_cache: Preallocates the cache; on a GPU decoding is then compiled, which pays over many batches.
 
         Raises:
-            DataError: The numbers of pictures and prompts differ, or are zero.
+            DataError: The numbers of pictures and prompts differ, or are zero; a prompt leaves no room for an answer in
+                the model's context; or an answer could outgrow a sliding window in which the decoder edits attention.
             UsageError: A parameter is out of range, or contradicts the decoder.
             IncompatibleDecodersError: The decoder cannot act on this model or kind of run.
         """
@@ -124,14 +131,14 @@ class VLM(Checkpoint):
         with turn_of(self.model).taken():
             started = time.perf_counter()
             request, refined = self._refined(request)
-            with self._prepared(request) as (batch, arguments):
+            with self._prepared(request) as (batch, arguments, room):
                 watch = NumberWatch(batch.length)
                 arguments["logits_processor"] = LogitsProcessorList([watch, *arguments.get("logits_processor", ())])
                 sequences = self._generated(batch, arguments)
         fresh = sequences[:, batch.length :].tolist()
         seconds = (time.perf_counter() - started) / len(rows)
-        answers = zip(fresh, watch.steps(len(rows)), refined, strict=True)
-        return [replace(self._answer(ids, broken, seconds), refined=look) for ids, broken, look in answers]
+        answers = zip(fresh, watch.steps(len(rows)), room, refined, strict=True)
+        return [replace(self._answer(ids, broken, most, seconds), refined=look) for ids, broken, most, look in answers]
 
     def refine(
         self, pictures: Sequence[Shown], prompts: str | Sequence[str], *, decoder: Decoder | str
@@ -202,11 +209,13 @@ class VLM(Checkpoint):
             try:
                 with turn.taken():
                     refined, _ = self._refined(request)
-                    with self._prepared(refined) as (batch, arguments):
+                    with self._prepared(refined) as (batch, arguments, (room,)):
                         arguments["stopping_criteria"] = StoppingCriteriaList([_Left(left)])
                         # transformers hands its own streamer to no loop, so a loop takes it under another name
                         name = "token_streamer" if "custom_generate" in arguments else "streamer"
-                        self._generated(batch, {**arguments, name: streamer})
+                        said = self._generated(batch, {**arguments, name: streamer})[0, batch.length :].tolist()
+                    if self._answer(said, (), room, 0.0).finish == "context":
+                        logger.warning("vlmfix: the model's context is full, which cut the answer")
             except BaseException as error:  # handed to the caller's thread
                 failure.append(error)
                 streamer.end()
@@ -235,18 +244,19 @@ class VLM(Checkpoint):
         return replace(request, rows=rows, decoder=request.decoder.decoding), found
 
     @contextmanager
-    def _prepared(self, request: _Request) -> Iterator[tuple[Batch, dict[str, Any]]]:
-        """The model inputs and ``generate`` arguments of a request, with its decoder at work inside the block."""
+    def _prepared(self, request: _Request) -> Iterator[tuple[Batch, dict[str, Any], Sequence[int]]]:
+        """The inputs and ``generate`` arguments of a request and each row's ``room``, with its decoder at work."""
         batch = self.encode(request.prompts, request.rows)
         beams = request.strategy.num_beams
         own: dict[str, Any] = {"max_new_tokens": request.max_new_tokens, **Strategy(num_beams=beams).arguments()}
         if request.static_cache:
             own["cache_implementation"] = "static"
-        with request.decoder.applied(self, batch, num_beams=beams) as given:
+        with request.decoder.at_work(self, batch, num_beams=beams) as (given, watch):
             arguments = given | own  # a decoder that samples lets transformers draw, here every row draws for itself
             if request.strategy.temperature > 0:
                 arguments["logits_processor"] = LogitsProcessorList(_sampling(request, self.device))
-            yield batch, arguments
+            most, room = request.max_new_tokens, [] if watch.room is None else watch.room.tolist()
+            yield batch, arguments, [left if left < most else most + 1 for left in room or [most] * batch.rows]
 
     @torch.no_grad()
     def _generated(self, batch: Batch, arguments: dict[str, Any]) -> Tensor:
@@ -254,20 +264,22 @@ class VLM(Checkpoint):
         sequences: Tensor = model.generate(**generation_inputs(self, batch), **arguments)
         return sequences
 
-    def _answer(self, ids: Sequence[int], broken: Sequence[int], seconds: float) -> Answer:
+    def _answer(self, ids: Sequence[int], broken: Sequence[int], room: int, seconds: float) -> Answer:
         """The answer of one row.
 
         Args:
-            ids: Generated tokens, filled up behind the end token.
+            ids: Generated tokens, filled up behind the end token, or behind where the context is full.
             broken: Steps, from 0, whose scores were not numbers.
+            room: Tokens at which the model's context cuts it; more than ``max_new_tokens`` where it does not.
             seconds: Its share of the time.
         """
+        ids = ids[:room]
         ends = self.model.generation_config.eos_token_id
         ends = [] if ends is None else [ends] if isinstance(ends, int) else list(ends)
         last = next((place for place, token in enumerate(ids) if token in ends), None)
         own = tuple(ids if last is None else ids[: last + 1])
         text = str(_tokenizer(self.processor).decode(list(own), skip_special_tokens=True)).strip()
-        finish: Literal["eos", "length", "nan"] = "length" if last is None else "eos"
+        finish: Finish = "eos" if last is not None else "context" if len(own) == room else "length"
         if any(step < len(own) for step in broken):  # a row that has ended still runs, and what it says is dropped
             finish = "nan"
         return Answer(text=text, tokens=len(own), finish=finish, seconds=seconds, ids=own)

@@ -211,7 +211,8 @@ class RejectionLoop:
         kept: dict[str, list[Tensor]] = {"scores": [], "logits": []}
         if token_streamer is not None:
             token_streamer.put(input_ids.cpu())
-        with self._steps(model, input_ids, kwargs) as (steps, start):
+        answer = config.max_length - input_ids.shape[1]
+        with self._steps(model, input_ids, kwargs, answer) as (steps, start):
             while not bool(ended.all()):
                 logits = steps.advance(input_ids)
                 scores, candidates = draws(input_ids, logits)
@@ -233,7 +234,7 @@ class RejectionLoop:
 
     @contextmanager
     def _steps(
-        self, model: PreTrainedModel, input_ids: Tensor, kwargs: dict[str, Any]
+        self, model: PreTrainedModel, input_ids: Tensor, kwargs: dict[str, Any], answer: int
     ) -> Iterator[tuple[SaliencySteps, Tensor]]:
         """The passes, and (B,) the first column of each row's history."""
         layout, live = self.layout, None
@@ -243,7 +244,7 @@ class RejectionLoop:
         if self.settings.scope == "generated":
             start = torch.full_like(start, layout.tokens.shape[1])
         layers = self.settings.layers or scoring_layers(self.vlm.layers)
-        with saliency_steps(self.vlm, layout, layers, input_ids, kwargs, live=live) as steps:
+        with saliency_steps(self.vlm, layout, layers, input_ids, kwargs, answer=answer, live=live) as steps:
             yield steps, start
 
     def _chosen(

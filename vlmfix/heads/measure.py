@@ -20,6 +20,7 @@ from vlmfix.heads.profile import HeadProfile, ProfileCard, fingerprint
 from vlmfix.heads.profiler import Profiler, State, Work, run_pass
 from vlmfix.heads.profilers import profilers_of
 from vlmfix.models.checkpoint import Checkpoint
+from vlmfix.models.context import room_for_answers
 from vlmfix.models.turns import turn_of
 
 QUESTION = "Please describe this image in detail."
@@ -95,6 +96,9 @@ class _Run:
         """Shows a batch of pictures to every profiler."""
         vlm = self._vlm
         batch = vlm.encode([self._question] * len(pictures), [[picture] for picture in pictures])
+        room_for_answers(vlm, batch.lengths)
+        if bool((batch["input_ids"][:, -1] == vlm.family.image_token(vlm.model.config)).any()):
+            raise DataError("the prompt ends with a picture", "use a chat template that puts the question behind it")
         work = Work(vlm, batch, vlm.layout(batch), first=self.shown, seed=self._seed)
         with turn_of(vlm.model).taken():
             ran = run_pass(work, self._states)

@@ -38,6 +38,9 @@ class Turn:
 
         Submodules that were training, and code that others compiled, are as before on leaving.
         """
+        if self.helper == threading.get_ident() != self.owner:
+            yield  # the thread that has the model lets this one run its passes
+            return
         with self._lock, ExitStack() as block:
             self.owner, self._depth = threading.get_ident(), self._depth + 1
             try:
