@@ -12,6 +12,7 @@ from transformers.models.mistral.modeling_mistral import MistralAttention
 
 from tests.contracts.support import PICTURES, STRONG, close, logits, method_of, plain, vlm_of
 from tests.tiny import tiny_vlm
+from tests.tiny.text import DECODER, drawn
 from vlmfix.answering import Answerer, Question
 from vlmfix.attention.windows import narrowest
 from vlmfix.decoders import DECODERS, DecodingPlan, Greedy, parse
@@ -262,6 +263,25 @@ def test_doctor_says_how_far_edits_act():
             found = tried(vlm, DECODERS[name]())
         assert set(windows) == expected
         assert found["plain"] is None
+
+
+@pytest.mark.parametrize("beyond", [-10, 3])
+def test_a_text_model_whose_every_layer_has_a_window(beyond):
+    tiny = tiny_vlm("llava")
+    size = len(tiny.processor.tokenizer)
+    window = limited().encode([ASKED], [[SHOWN]]).length + beyond
+    config = copy.deepcopy(tiny.model.config)
+    config.text_config = MistralConfig(
+        **DECODER, vocab_size=size, sliding_window=window, pad_token_id=0, eos_token_id=2
+    )
+    model = drawn(type(tiny.model), config, tiny.processor.tokenizer, seed=0)
+    vlm = VLM(model=model, processor=tiny.processor, family=tiny.family)
+    batch = vlm.encode([ASKED], [[SHOWN]])
+    cached = logits(vlm, batch, STRONG["vcd"], steps=6)
+    close(cached, logits(vlm, batch, STRONG["vcd"], steps=6, use_cache=False), 1e-3)
+    for spec in ("locore", "sgrs", "vhr"):
+        with pytest.raises(WindowError, match=f"sliding window of {window} in layer 0"):
+            vlm.generate([SHOWN], ASKED, decoder=spec, max_new_tokens=6)
 
 
 def test_mistral_says_its_window_in_the_configuration():

@@ -29,6 +29,7 @@ from transformers import (
 )
 
 from vlmfix.decoders import Decoder, Strategy, parse
+from vlmfix.decoders.draws import RowSampler
 from vlmfix.decoders.probing import generation_inputs
 from vlmfix.decoders.refined import PictureMemo, Refined
 from vlmfix.errors import DataError, IncompatibleDecodersError, UsageError
@@ -352,26 +353,6 @@ def wrap(model: nn.Module, processor: ProcessorMixin) -> VLM:
     family = family_of(own.config.model_type)
     check_model(own, family.decoder(own))
     return VLM(model=own, processor=processor, family=family, name=str(own.config.name_or_path))
-
-
-class RowSampler(LogitsProcessor):
-    """Sampling by the Gumbel-max rule with a generator per row, so that a row's draw is its own.
-
-    The most probable token of ``log p + Gumbel noise`` is distributed as ``p``. Greedy search then picks it.
-
-    Args:
-        seeds: One seed per row.
-        device: Where the scores are.
-    """
-
-    def __init__(self, seeds: Sequence[int], device: torch.device) -> None:
-        self.generators = [torch.Generator(device).manual_seed(seed) for seed in seeds]
-
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        """Adds a draw of Gumbel noise to (B, V) scores."""
-        draws = torch.stack([torch.rand(scores.shape[1], generator=g, device=scores.device) for g in self.generators])
-        tiny = torch.finfo(torch.float32).tiny
-        return scores - (-(draws.clamp(min=tiny).log())).clamp(min=tiny).log()
 
 
 class _Left(StoppingCriteria):

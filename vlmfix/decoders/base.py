@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 from vlmfix.attention.edit import AttentionEdit
 from vlmfix.attention.session import Acting, edited
 from vlmfix.decoders.branches import Contrast
-from vlmfix.decoders.parameters import Value, ranges, written
+from vlmfix.decoders.parameters import PRESETS_OWN, Value, ranges, written
 from vlmfix.decoders.prefix import prompts_of, shared_prefixes
 from vlmfix.decoders.refined import PictureMemo, Refined
 from vlmfix.decoders.stack import stack_layout, stacked
@@ -108,7 +108,8 @@ class Decoder(ABC):
         beams: Whether beam search works.
         compiles: Whether compiled decoding works.
         refines: Whether it changes the pictures before they are encoded.
-        presets: Named sets of parameters; a parameter left at None takes the preset's value.
+        presets: Named sets of parameters. A parameter takes the preset's value when it is left at its default: None, or
+            ``PRESETS_OWN`` for one of which None is a value.
     """
 
     name: ClassVar[str]
@@ -121,10 +122,11 @@ class Decoder(ABC):
     presets: ClassVar[Mapping[str, Mapping[str, Value]]] = {}
 
     def __post_init__(self) -> None:
-        for name, value in self._preset().items():
-            if getattr(self, name) is None:
-                object.__setattr__(self, name, value)
+        preset = self._preset()
         for name, allowed in ranges(type(self)).items():
+            open_to_preset = PRESETS_OWN if allowed.optional else None
+            if getattr(self, name) is open_to_preset:
+                object.__setattr__(self, name, preset.get(name))
             object.__setattr__(self, name, allowed.check(self.name, name, getattr(self, name)))
 
     def _preset(self) -> Mapping[str, Value]:

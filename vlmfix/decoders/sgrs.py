@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, ClassVar, Protocol, runtime_checkable
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -17,6 +17,7 @@ from vlmfix.attention.edit import LayerSet
 from vlmfix.attention.saliency import SaliencySteps, after_picture, mean_over, saliency_steps, scoring_layers
 from vlmfix.decoders.base import Decoder, DecodingPlan, Source
 from vlmfix.decoders.branches import picture_counts
+from vlmfix.decoders.draws import RowSampler
 from vlmfix.decoders.parameters import Value, parameter
 from vlmfix.decoders.stack import STACK, stack_layout
 from vlmfix.errors import IncompatibleDecodersError
@@ -141,16 +142,6 @@ class SGRS(Decoder):
         seeds = _row_seeds(vlm, batch, self.draw_seed)
         loop = RejectionLoop(vlm=vlm, layout=layout, settings=self, seeds=seeds)
         return DecodingPlan(loop=loop, beams=False, compiles=False)
-
-
-@runtime_checkable
-class Drawing(Protocol):
-    """A processor that samples: it adds Gumbel noise to scores, from one generator per row."""
-
-    generators: Sequence[torch.Generator]
-
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        """(B, V) scores with noise."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -344,8 +335,8 @@ class Draws:
         self, settings: SGRS, processors: Sequence[LogitsProcessor], seeds: Sequence[int], *, sampling: bool
     ) -> None:
         self.settings, self.sampling = settings, sampling
-        self.drawing = [processor for processor in processors if isinstance(processor, Drawing)]
-        self.processors = [processor for processor in processors if not isinstance(processor, Drawing)]
+        self.drawing = [processor for processor in processors if isinstance(processor, RowSampler)]
+        self.processors = [processor for processor in processors if not isinstance(processor, RowSampler)]
         self.generators = [torch.Generator().manual_seed(seed) for seed in seeds]
         if settings.draw == "greedy" and (sampling or self.drawing):
             raise IncompatibleDecodersError(

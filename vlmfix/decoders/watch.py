@@ -32,7 +32,7 @@ from vlmfix.models.context import room_for_answers
 from vlmfix.models.layout import Batch
 from vlmfix.models.turns import turn_of
 from vlmfix.upstream import cache as caches
-from vlmfix.upstream.names import ModelNames
+from vlmfix.upstream.names import handed
 
 logger = logging.getLogger(__name__)
 
@@ -154,10 +154,10 @@ class Watch:
         )
 
     def _generated(self, original: Callable[..., Any], given: dict[str, Any]) -> Any:  # noqa: ANN401
-        ids = given.get("input_ids", given.get("inputs"))
+        ids = given.get("inputs")
+        ids = handed("ids", given) if ids is None else ids
         if self.plain:
-            mask = given.get("attention_mask")
-            room = None if ids is None else room_for_answers(self.vlm, _lengths(ids, mask))
+            room = None if ids is None else room_for_answers(self.vlm, _lengths(ids, handed("mask", given)))
             return original(**_ended(given, ids, room))
         turn = turn_of(self.vlm.model)
         if wrong := self._wrong(ids, given):
@@ -193,7 +193,7 @@ class Watch:
             return f"{own.rows} rows of {own.length} tokens, and not {rows} of {length}"
         if not _same(own["input_ids"], ids):
             return "their tokens are others, or in another order"
-        if "pixel_values" in own and given.keys().isdisjoint(("pixel_values", ModelNames.of(self.vlm.model).features)):
+        if "pixel_values" in own and handed("pixels", given) is None and handed("features", given) is None:
             return "they have pictures, and generate was called without"
         changed = [name for name in own if given.get(name) is not None and not _same(own[name], given[name])]
         return f"their {changed[0]} are others, or in another order" if changed else None
@@ -206,13 +206,12 @@ class Watch:
             new = whole - self.batch.length if whole and whole > self.batch.length else USUAL
         return int(new) if self.room is None else min(int(new), int(self.room.max()))
 
-    def _check_pass(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _check_pass(self, model: nn.Module, args: object, kwargs: dict[str, Any]) -> None:
         """Refuses passes of other threads, and passes over another prompt than the planned one."""
         if torch.compiler.is_compiling():  # steps over one token, of a call that began uncompiled
             return
         turn_of(model).check()
-        names = ModelNames.of(model)
-        ids, cache = kwargs.get(names.ids, args[0] if args else None), kwargs.get(names.cache)
+        ids, cache = handed("ids", kwargs), handed("cache", kwargs)
         if ids is None or ids.shape[1] < self.batch.length or (cache is not None and caches.length(cache) > 0):
             return
         self.passes += 1
