@@ -83,6 +83,31 @@ def adapted(strength):
     return Adapted(model)
 
 
+class Quantised(nn.Module):
+    """A linear module whose weights are small integers, as quantising packages put it in the place of one."""
+
+    def __init__(self, linear):
+        super().__init__()
+        scale = linear.weight.detach().abs().amax(dim=1, keepdim=True) / 127
+        self.weight = nn.Parameter((linear.weight.detach() / scale).round().to(torch.int8), requires_grad=False)
+        self.register_buffer("scale", scale)
+
+    def whole(self):
+        return self.weight * self.scale
+
+    def forward(self, x):
+        return nn.functional.linear(x, self.whole())
+
+
+def test_quantised_weights_are_those_that_they_stand_for():
+    quantised, whole = model_of(), model_of()
+    for one, other in zip(quantised.model.language_model.layers, whole.model.language_model.layers, strict=True):
+        one.self_attn.k_proj = Quantised(one.self_attn.k_proj)
+        other.self_attn.k_proj.weight.data = one.self_attn.k_proj.whole()
+    one, other = (vlmfix.wrap(model, tiny_vlm("llava").processor) for model in (quantised, whole))
+    assert answers(one) == answers(other)
+
+
 WRAPPED = {
     "adapters": lambda model: Adapted(model),
     "torch.compile": torch.compile,

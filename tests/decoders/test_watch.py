@@ -73,6 +73,16 @@ def test_a_pass_over_another_prompt_is_refused(spec):
         vlm.model(**OTHER["other words"](vlm, batch))
 
 
+@pytest.mark.parametrize("spec", SPECS, ids=ACTING)
+def test_inputs_that_are_overwritten_are_others(spec):
+    vlm = vlm_of("llava")
+    batch = Batch.of({name: value.clone() for name, value in batch_of(vlm).items()})
+    with method_of(spec).applied(vlm, batch) as arguments:
+        batch["pixel_values"].copy_(batch["pixel_values"].flip(0))
+        with pytest.raises(IncompatibleDecodersError, match="their pixel_values are others"):
+            said(vlm, batch, arguments)
+
+
 def test_plain_decoding_takes_any_inputs():
     vlm = vlm_of("llava")
     batch, other = batch_of(vlm), batch_of(vlm, [1])

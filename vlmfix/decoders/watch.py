@@ -104,6 +104,8 @@ class Watch:
     passes: int = 0
 
     def __post_init__(self) -> None:
+        if not self.plain:  # what the plan was made from, should the caller write into its tensors
+            self.batch = self.batch.with_inputs(**{name: value.clone() for name, value in self.batch.items()})
         self.room = room_for_answers(self.vlm, self.lengths)
         check_windows(self.vlm, self.layers, self.prompt)
 

@@ -69,7 +69,7 @@ def compiled(model: nn.Module) -> bool:
     """Whether somebody compiled the model, a part of it or a ``forward``; such code need not see what changes later."""
     return any(
         getattr(module, "_compiled_call_impl", None) is not None
-        or hasattr(module, "_orig_mod")
+        or "_orig_mod" in module._modules
         or hasattr(module.__dict__.get("forward"), "_torchdynamo_orig_callable")
         for module in model.modules()
     )
