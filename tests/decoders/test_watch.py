@@ -12,9 +12,12 @@ from transformers import TextIteratorStreamer
 
 from tests.contracts.support import PICTURES, PROMPTS, STRONG, batch_of, close, logits, method_of, picture, vlm_of
 from tests.tiny import tiny_vlm
+from vlmfix.attention.tower import TowerReading, tower_read
 from vlmfix.decoders import parse
+from vlmfix.decoders.encoding import encoded_once
 from vlmfix.errors import DataError, IncompatibleDecodersError
 from vlmfix.generation import VLM, wrap
+from vlmfix.heads.measure import profile
 from vlmfix.models.layout import Batch
 
 ACTING = ("spin", "vcd", "gift", "sgrs")
@@ -173,6 +176,30 @@ def test_a_call_that_was_under_way_in_another_thread_is_refused(spec):
             with pytest.raises(IncompatibleDecodersError, match="another thread decodes with this model"):
                 foreign.result()
             said(vlm, batch, arguments)
+
+
+@pytest.mark.parametrize("reading", ["profile", "tower"])
+def test_what_is_read_is_not_another_threads(reading):
+    vlm = vlm_of("llava")
+    other = batch_of(vlm, [1])
+
+    def foreign(module, args, output):
+        with ThreadPoolExecutor(1) as threads:
+            call = (lambda: vlm.model(**other)) if reading == "profile" else (lambda: encoded_once(vlm, other))
+            with pytest.raises(IncompatibleDecodersError, match="another thread decodes with this model"):
+                threads.submit(call).result()
+            passed.append(True)
+
+    passed: list[bool] = []
+    if reading == "profile":
+        with vlm.family.layers(vlm.model)[0].register_forward_hook(foreign):
+            profile(vlm, [PICTURES[0][0]], ["vhd"], until_stable=False)
+    else:
+        sums = TowerReading(layer=-1, rows="patches", classes=1)
+        with tower_read(vlm, [sums]), vlm.family.tower(vlm.model).register_forward_hook(foreign):
+            encoded_once(vlm, batch_of(vlm, [0]))
+        assert len(sums.sums) == 1
+    assert passed
 
 
 def another_models_generate(vlm):

@@ -67,7 +67,7 @@ def profile(
         given = f"batch_size={batch_size}, seed={seed}, question={question!r}"
         raise UsageError(f"{given} are not allowed", "batch_size is at least 1, seed at least 0, question has words")
     chosen = profilers_of(profilers)
-    with bare(vlm):
+    with bare(vlm), turn_of(vlm.model).guarded(vlm.family.decoder(vlm.model)):
         run = _Run(vlm, chosen, question, seed)
         for batch in _batches(pictures, batch_size):
             run.add(batch)
@@ -100,10 +100,9 @@ class _Run:
         if bool((batch["input_ids"][:, -1] == vlm.family.image_token(vlm.model.config)).any()):
             raise DataError("the prompt ends with a picture", "use a chat template that puts the question behind it")
         work = Work(vlm, batch, vlm.layout(batch), first=self.shown, seed=self._seed)
-        with turn_of(vlm.model).taken():
-            ran = run_pass(work, self._states)
-            for number, state in enumerate(self._states):
-                self._halves[number] = self._halves[number].added(state.scores(work, ran))
+        ran = run_pass(work, self._states)
+        for number, state in enumerate(self._states):
+            self._halves[number] = self._halves[number].added(state.scores(work, ran))
         for picture in pictures:
             self._digest.update(f"{picture.mode} {picture.size}".encode() + picture.tobytes())
         before, self.shown = self.shown, self.shown + len(pictures)

@@ -62,6 +62,16 @@ class Turn:
         finally:
             self.helper = former
 
+    @contextmanager
+    def guarded(self, module: nn.Module) -> Iterator[None]:
+        """Refuses passes of other threads through a module inside the block, in which what passes is read."""
+
+        def check(module: nn.Module, args: object) -> None:
+            self.check()
+
+        with self.taken(), module.register_forward_pre_hook(check):
+            yield
+
     @property
     def mine(self) -> bool:
         """Whether the thread that asks has the model."""
