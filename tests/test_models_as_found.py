@@ -20,6 +20,7 @@ from vlmfix.decoders.encoding import encoded_once
 from vlmfix.errors import UnsupportedModelError
 from vlmfix.heads.grounding import grounding
 from vlmfix.heads.measure import profile
+from vlmfix.heads.sinks import find_sinks
 
 PICTURE = picture(4, (48, 60))
 KINDS = ("greedy", "spin", "vcd", "gift", "sgrs", "beam", "carve", "vicrop:method=grad-att")
@@ -155,6 +156,44 @@ def with_compiled_text(model):
 def test_what_cannot_be_seen_through_is_refused(wrapper, message):
     with pytest.raises(UnsupportedModelError, match=message):
         vlmfix.wrap(wrapper(model_of()), tiny_vlm("llava").processor).generate([PICTURE], "what?")
+
+
+class Switched(Adapter):
+    """An adapter that can be switched off, which says so as those of PEFT do."""
+
+    active_adapters = ("default",)
+    disable_adapters = False
+
+    def forward(self, x):
+        return self.base_layer(x) if self.disable_adapters else super().forward(x)
+
+
+@pytest.mark.parametrize("change", ["training", "adapter"])
+def test_what_was_remembered_of_other_weights_is_forgotten(change):
+    """Windows and sinks are looked for once, and anew when the model was trained on or an adapter switched."""
+    model, processor = model_of(), tiny_vlm("llava").processor
+    text = model.model.language_model
+    if change == "adapter":
+        for layer in text.layers:
+            layer.self_attn.q_proj = Switched(layer.self_attn.q_proj, 2.0)
+    vlm, kinds = vlmfix.wrap(model, processor), ("carve", "vicrop", "vhr", "gift")
+    vlm.refine([PICTURE], "what?", decoder="vicrop")
+    before, massive = answers(vlm, kinds), find_sinks(vlm, threshold=1.0)
+    if change == "training":
+        with torch.no_grad():
+            text.embed_tokens.weight.mul_(-3).add_(0.5)
+            for layer in text.layers:
+                layer.self_attn.q_proj.weight.mul_(-2)
+    else:
+        for layer in text.layers:
+            layer.self_attn.q_proj.disable_adapters = True
+    fresh = vlmfix.wrap(copy.deepcopy(model), processor)
+    (mine,), (own,) = (each.refine([PICTURE], "what?", decoder="vicrop")[0].looks for each in (vlm, fresh))
+    torch.testing.assert_close(torch.from_numpy(mine.map.values), torch.from_numpy(own.map.values))
+    assert answers(vlm, kinds) == answers(fresh, kinds) != before
+    assert find_sinks(vlm, threshold=1.0) == find_sinks(fresh, threshold=1.0)
+    if change == "training":  # the adapters act behind the layer whose input is looked at
+        assert find_sinks(vlm, threshold=1.0) != massive
 
 
 def dropping(model):

@@ -39,7 +39,7 @@ from vlmfix.models.layout import Batch
 from vlmfix.models.turns import turn_of
 from vlmfix.settings import Settings
 from vlmfix.upstream.contracts import check_model
-from vlmfix.upstream.wrappers import unwrapped
+from vlmfix.upstream.wrappers import unwrapped, weights_of
 
 logger = logging.getLogger(__name__)
 
@@ -161,7 +161,7 @@ class VLM(Checkpoint):
         rows, asked = _questions(pictures, prompts)
         request = _Request(rows=rows, prompts=asked, decoder=method, max_new_tokens=1)
         with turn_of(self.model).taken():
-            return method.refine(self, request.rows, request.prompts, self.memo)
+            return method.refine(self, request.rows, request.prompts, self.memo.of(weights_of(self.model)))
 
     def stream(
         self,
@@ -240,7 +240,7 @@ class VLM(Checkpoint):
         """The request with the pictures that the model is to see, and how they came about."""
         if not request.decoder.refines:
             return request, [None] * len(request.rows)
-        found = request.decoder.refine(self, request.rows, request.prompts, self.memo)
+        found = request.decoder.refine(self, request.rows, request.prompts, self.memo.of(weights_of(self.model)))
         rows = [refined.pictures for refined in found]
         return replace(request, rows=rows, decoder=request.decoder.decoding), found
 

@@ -497,6 +497,10 @@ def _wrappers(bench: Bench) -> None:
     )
     with wrappers.present(kept, "weight") as found:
         _close(found, weight, "offloaded weights are not brought back")
+    before = wrappers.weights_of(bench.decoder)
+    with torch.no_grad():
+        next(bench.decoder.parameters()).add_(0)
+    _require(wrappers.weights_of(bench.decoder) != before, "weights do not show that they were written to")
     _require(hasattr(nn.Module(), "_compiled_call_impl"), "modules do not show whether they were compiled")
     _require(hasattr(torch.compiler, "set_stance"), "compiled code cannot be run as it is written")
 

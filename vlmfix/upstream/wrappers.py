@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -63,6 +63,17 @@ def _adapted(model: Any, adapters: Any) -> nn.Module:  # noqa: ANN401 (PEFT has 
             )
     base: nn.Module = model.get_base_model()
     return base
+
+
+def weights_of(model: nn.Module) -> Hashable:
+    """Something that differs when a model's weights were written to, or other adapters of PEFT act in it."""
+    written = sum(0 if weight.is_inference() else weight._version for weight in model.parameters())
+    adapters = tuple(
+        (name, str(module.active_adapters), bool(module.disable_adapters), bool(getattr(module, "merged", False)))
+        for name, module in model.named_modules()
+        if hasattr(module, "disable_adapters") and hasattr(module, "active_adapters")
+    )
+    return written, adapters
 
 
 def compiled(model: nn.Module) -> bool:
