@@ -235,17 +235,19 @@ def diagnosis_text(diagnosis: dict[str, Any]) -> str:
     ):
         facts.add_row(name, value)
     notes = [Text(note) for note in reading_notes(diagnosis["checkpoint"])]
-    return rendered(facts, *notes, "", _ways(diagnosis["ways"]), "", *_contracts(diagnosis)).rstrip("\n")
+    ways = _ways(diagnosis["ways"], diagnosis["reach"])
+    return rendered(facts, *notes, "", ways, "", *_contracts(diagnosis)).rstrip("\n")
 
 
-def _ways(ways: dict[str, dict[str, str | None]]) -> Table:
+def _ways(ways: dict[str, dict[str, str | None]], reach: dict[str, int | None]) -> Table:
     """Decoders by the ways of running them; one that does not work at all says why in their place."""
     table = Table(box=None, pad_edge=False)
     for title in ("decoder", *next(iter(ways.values())), "why not"):
         table.add_column(title, overflow="fold")
     for name, found in ways.items():
         reasons = list(dict.fromkeys(reason for reason in found.values() if reason))
-        table.add_row(name, *("works" if reason is None else "no" for reason in found.values()), "; ".join(reasons))
+        works = "works" if reach[name] is None else f"works up to {reach[name]} tokens"
+        table.add_row(name, *(works if reason is None else "no" for reason in found.values()), "; ".join(reasons))
     return table
 
 

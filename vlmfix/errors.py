@@ -57,6 +57,10 @@ class DataError(VlmfixError):
     """A file, picture or record is not what it should be."""
 
 
+class WindowError(UnsupportedAttentionError, DataError):
+    """A question and its answer are too long for a sliding window of a layer whose every key an edit must see."""
+
+
 class ProfileMismatchError(VlmfixError):
     """A head profile was measured on another model, or two profiles are of different models."""
 

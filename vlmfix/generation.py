@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import hashlib
+import logging
 import math
 import threading
 import time
@@ -15,11 +16,10 @@ from typing import Any, Literal
 
 import torch
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import (
     LogitsProcessor,
     LogitsProcessorList,
-    PreTrainedModel,
     PreTrainedTokenizerBase,
     ProcessorMixin,
     StoppingCriteria,
@@ -31,6 +31,7 @@ from transformers import (
 
 from vlmfix.asked import pictures_of, questions_of, whole
 from vlmfix.decoders import Decoder, Strategy, parse
+from vlmfix.decoders.draws import RowSampler
 from vlmfix.decoders.probing import generation_inputs
 from vlmfix.decoders.refined import PictureMemo, Refined
 from vlmfix.errors import IncompatibleDecodersError, UsageError
@@ -41,12 +42,17 @@ from vlmfix.models.turns import turn_of
 from vlmfix.settings import Settings
 from vlmfix.upstream import defaults
 from vlmfix.upstream.contracts import check_model
+from vlmfix.upstream.wrappers import unwrapped, weights_of
+
+logger = logging.getLogger(__name__)
 
 SEEDS = 2**63
 """How many seeds there are, from 0."""
 
 Shown = Image.Image | Sequence[Image.Image]
 """The picture of one question, or its pictures."""
+Finish = Literal["eos", "length", "context", "nan"]
+"""Why an answer ends."""
 
 
 @dataclass(frozen=True)
@@ -56,8 +62,9 @@ class Answer:
     Attributes:
         text: What the model said, without special tokens and outer white space.
         tokens: Number of generated tokens, the end token included.
-        finish: ``eos`` when the model ended it, ``length`` when ``max_new_tokens`` cut it, ``nan`` when some score
-            behind it was not a number: text and tokens then mean nothing.
+        finish: ``eos`` when the model ended it, ``length`` when ``max_new_tokens`` cut it, ``context`` when prompt and
+            answer filled the model's context before, ``nan`` when some score behind it was not a number: text and
+            tokens then mean nothing.
         seconds: Wall-clock time of its batch, divided by the batch's rows.
         ids: The generated tokens, ``tokens`` many: the end token included, what is filled up behind it not.
         refined: What a refining decoder made of the question's pictures; None for other decoders.
@@ -65,7 +72,7 @@ class Answer:
 
     text: str
     tokens: int
-    finish: Literal["eos", "length", "nan"]
+    finish: Finish
     seconds: float
     ids: tuple[int, ...]
     refined: Refined | None = None
@@ -97,7 +104,7 @@ class VLM(Checkpoint):
         """Answers questions about pictures, as one batch.
 
         An answer does not depend on its neighbours: thresholds, noise and sampling are per row. Threads that use one
-        model are answered one after the other.
+        model are answered one after the other. Prompt and answer together are no longer than the model's context.
 
         Args:
             pictures: B PIL pictures, or B lists of them, the right way up: EXIF's orientation is not looked at. What is
@@ -113,7 +120,9 @@ class VLM(Checkpoint):
             static_cache: Preallocates the cache; on a GPU decoding is then compiled, which pays over many batches.
 
         Raises:
-            DataError: The numbers of pictures and prompts differ, or are zero, or something else is among them.
+            DataError: The numbers of pictures and prompts differ, or are zero, or something else is among them; a
+                prompt leaves no room for an answer in the model's context; or an answer could outgrow a sliding window
+                in which the decoder edits attention.
             UsageError: A parameter is out of range, or contradicts the decoder.
             IncompatibleDecodersError: The decoder cannot act on this model or kind of run.
         """
@@ -131,14 +140,14 @@ class VLM(Checkpoint):
         with turn_of(self.model).taken():
             started = time.perf_counter()
             request, refined = self._refined(request)
-            with self._prepared(request) as (batch, arguments):
+            with self._prepared(request) as (batch, arguments, room):
                 watch = NumberWatch(batch.length)
                 arguments["logits_processor"] = LogitsProcessorList([watch, *arguments.get("logits_processor", ())])
                 sequences = self._generated(batch, arguments)
         fresh = sequences[:, batch.length :].tolist()
         seconds = (time.perf_counter() - started) / len(rows)
-        answers = zip(fresh, watch.steps(len(rows)), refined, strict=True)
-        return [replace(self._answer(ids, broken, seconds), refined=look) for ids, broken, look in answers]
+        answers = zip(fresh, watch.steps(len(rows)), room, refined, strict=True)
+        return [replace(self._answer(ids, broken, most, seconds), refined=look) for ids, broken, most, look in answers]
 
     def refine(
         self, pictures: Sequence[Shown], prompts: str | Sequence[str], *, decoder: Decoder | str
@@ -159,7 +168,8 @@ class VLM(Checkpoint):
             raise IncompatibleDecodersError(f"{method.name} leaves pictures as they are", "use carve or vicrop")
         rows, asked = _questions(pictures, prompts)
         request = _Request(rows=rows, prompts=asked, decoder=method, max_new_tokens=1)
-        return method.refine(self, request.rows, request.prompts, self.memo)
+        with turn_of(self.model).taken():
+            return method.refine(self, request.rows, request.prompts, self.memo.of(weights_of(self.model)))
 
     def stream(
         self,
@@ -217,11 +227,13 @@ class VLM(Checkpoint):
             try:
                 with turn.taken():
                     refined, _ = self._refined(request)
-                    with self._prepared(refined) as (batch, arguments):
+                    with self._prepared(refined) as (batch, arguments, (room,)):
                         arguments["stopping_criteria"] = StoppingCriteriaList([_Left(left)])
                         # transformers hands its own streamer to no loop, so a loop takes it under another name
                         name = "token_streamer" if "custom_generate" in arguments else "streamer"
-                        self._generated(batch, {**arguments, name: streamer})
+                        said = self._generated(batch, {**arguments, name: streamer})[0, batch.length :].tolist()
+                    if self._answer(said, (), room, 0.0).finish == "context":
+                        logger.warning("vlmfix: the model's context is full, which cut the answer")
             except BaseException as error:  # handed to the caller's thread
                 failure.append(error)
                 streamer.end()
@@ -251,23 +263,24 @@ class VLM(Checkpoint):
         """The request with the pictures that the model is to see, and how they came about."""
         if not request.decoder.refines:
             return request, [None] * len(request.rows)
-        found = request.decoder.refine(self, request.rows, request.prompts, self.memo)
+        found = request.decoder.refine(self, request.rows, request.prompts, self.memo.of(weights_of(self.model)))
         rows = [refined.pictures for refined in found]
         return replace(request, rows=rows, decoder=request.decoder.decoding), found
 
     @contextmanager
-    def _prepared(self, request: _Request) -> Iterator[tuple[Batch, dict[str, Any]]]:
-        """The model inputs and ``generate`` arguments of a request, with its decoder at work inside the block."""
+    def _prepared(self, request: _Request) -> Iterator[tuple[Batch, dict[str, Any], Sequence[int]]]:
+        """The inputs and ``generate`` arguments of a request and each row's ``room``, with its decoder at work."""
         batch = self.encode(request.prompts, request.rows)
         beams = request.strategy.num_beams
         own: dict[str, Any] = {"max_new_tokens": request.max_new_tokens, **Strategy(num_beams=beams).arguments()}
         if request.static_cache:
             own["cache_implementation"] = "static"
-        with request.decoder.applied(self, batch, num_beams=beams) as given:
+        with request.decoder.at_work(self, batch, num_beams=beams) as (given, watch):
             arguments = given | own  # a decoder that samples lets transformers draw, here every row draws for itself
             if request.strategy.temperature > 0:
                 arguments["logits_processor"] = LogitsProcessorList(_sampling(request, self.device))
-            yield batch, arguments
+            most, room = request.max_new_tokens, [] if watch.room is None else watch.room.tolist()
+            yield batch, arguments, [left if left < most else most + 1 for left in room or [most] * batch.rows]
 
     @torch.no_grad()
     def _generated(self, batch: Batch, arguments: dict[str, Any]) -> Tensor:
@@ -276,19 +289,21 @@ class VLM(Checkpoint):
             sequences: Tensor = model.generate(**generation_inputs(self, batch), **arguments)
         return sequences
 
-    def _answer(self, ids: Sequence[int], broken: Sequence[int], seconds: float) -> Answer:
+    def _answer(self, ids: Sequence[int], broken: Sequence[int], room: int, seconds: float) -> Answer:
         """The answer of one row.
 
         Args:
-            ids: Generated tokens, filled up behind the end token.
+            ids: Generated tokens, filled up behind the end token, or behind where the context is full.
             broken: Steps, from 0, whose scores were not numbers.
+            room: Tokens at which the model's context cuts it; more than ``max_new_tokens`` where it does not.
             seconds: Its share of the time.
         """
+        ids = ids[:room]
         ends = defaults.ends(self.model)
         last = next((place for place, token in enumerate(ids) if token in ends), None)
         own = tuple(ids if last is None else ids[: last + 1])
         text = str(_tokenizer(self.processor).decode(list(own), skip_special_tokens=True)).strip()
-        finish: Literal["eos", "length", "nan"] = "length" if last is None else "eos"
+        finish: Finish = "eos" if last is not None else "context" if len(own) == room else "length"
         if any(step < len(own) for step in broken):  # a row that has ended still runs, and what it says is dropped
             finish = "nan"
         return Answer(text=text, tokens=len(own), finish=finish, seconds=seconds, ids=own)
@@ -361,44 +376,26 @@ def load(
     return VLM.load(model, revision=revision, device=device, dtype=dtype, max_pixels=max_pixels)
 
 
-def wrap(model: PreTrainedModel, processor: ProcessorMixin, *, max_pixels: int | None = None) -> VLM:
+def wrap(model: nn.Module, processor: ProcessorMixin, *, max_pixels: int | None = None) -> VLM:
     """A model and processor of your own, already loaded by transformers, for ``decoder.applied``.
 
     Args:
-        model: The model.
+        model: A transformers model, or one inside ``torch.compile``, ``DataParallel``, ``DistributedDataParallel`` or
+            PEFT adapters that sit in its modules (LoRA, for instance): the one whose ``generate`` these run is taken.
         processor: Its processor; it is left as it was found.
         max_pixels: See ``Checkpoint.load``.
 
     Raises:
-        UnsupportedModelError: The model's family is not one that vlmfix knows.
+        UnsupportedModelError: The model's family is not one that vlmfix knows, the model does not generate, or it is
+            inside a wrapper that vlmfix cannot see through.
         UsageError: A limit on pixels that the processor does not know or cannot keep.
         UpstreamError: The installed transformers hands masks over in an unknown way.
     """
-    family = family_of(model.config.model_type)
-    check_model(model, family.decoder(model))
-    whole, completed = family.completed(model, limited(family, processor, max_pixels))
-    name = str(model.config.name_or_path)
-    return VLM(model=model, processor=whole, family=family, name=name, completed=completed)
-
-
-class RowSampler(LogitsProcessor):
-    """Sampling by the Gumbel-max rule with a generator per row, so that a row's draw is its own.
-
-    The most probable token of ``log p + Gumbel noise`` is distributed as ``p``. Greedy search then picks it.
-
-    Args:
-        seeds: One seed per row.
-        device: Where the scores are.
-    """
-
-    def __init__(self, seeds: Sequence[int], device: torch.device) -> None:
-        self.generators = [torch.Generator(device).manual_seed(seed) for seed in seeds]
-
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        """Adds a draw of Gumbel noise to (B, V) scores."""
-        draws = torch.stack([torch.rand(scores.shape[1], generator=g, device=scores.device) for g in self.generators])
-        tiny = torch.finfo(torch.float32).tiny
-        return scores - (-(draws.clamp(min=tiny).log())).clamp(min=tiny).log()
+    own = unwrapped(model)
+    family = family_of(own.config.model_type)
+    check_model(own, family.decoder(own))
+    whole, completed = family.completed(own, limited(family, processor, max_pixels))
+    return VLM(model=own, processor=whole, family=family, name=str(own.config.name_or_path), completed=completed)
 
 
 class _Left(StoppingCriteria):

@@ -93,7 +93,7 @@ class Record:
         id: The sample's.
         answer: What the model said, raw; None when it failed.
         ids: Generated token ids, the end token included.
-        finish: ``eos`` or ``length``; empty when it failed.
+        finish: ``eos``, ``length`` or ``context``; empty when it failed.
         failed: Why there is no answer; empty when there is one.
         sha256: Hex digest of the picture's file; empty when there is none.
     """

@@ -53,7 +53,7 @@ def score(run: EvalRun, *, samples: Sequence[Sample] | None = None, **options: s
             "failed": run.failed(arm),
             "missing": run.missing(arm),
             "unparsed": sum(not verdict.parsed for _, verdict in judged),
-            "cut": sum(record.finish == "length" for record in run.answers[arm].values()),
+            "cut": sum(record.finish in ("length", "context") for record in run.answers[arm].values()),
             **run.task.details(judged, run.texts(arm)),
         }
     head = {name: run.card[name] for name in ("task", "options", "data", "count", "model", "decoding")}

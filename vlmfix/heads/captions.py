@@ -12,10 +12,12 @@ from typing import Any
 import torch
 from transformers import DynamicCache
 
+from vlmfix.attention.windows import check_windows
 from vlmfix.errors import DataError
 from vlmfix.heads.last_step import LastStep
 from vlmfix.heads.profiler import Work
 from vlmfix.heads.wording import decoded
+from vlmfix.models.context import room_for_answers
 from vlmfix.upstream import defaults
 from vlmfix.upstream.cache import handed_over
 from vlmfix.upstream.text import TextInputs, watched
@@ -82,8 +84,13 @@ def tell(work: Work, longest: int) -> Told:
     Args:
         work: The batch.
         longest: Longest answer in tokens, at least 1.
+
+    Raises:
+        DataError: Prompt and answer may be longer than the model's context, or than a sliding window.
     """
     model: Any = work.vlm.model
+    room_for_answers(work.vlm, work.batch.lengths, wanted=longest)
+    check_windows(work.vlm, range(work.layers), work.batch.length, longest)
     cache = DynamicCache()
     steps: list[TextInputs] = []
 

@@ -18,6 +18,7 @@ from vlmfix.attention.edit import LayerSet
 from vlmfix.attention.saliency import mean_over, saliency_steps
 from vlmfix.errors import DataError
 from vlmfix.models.checkpoint import Checkpoint
+from vlmfix.models.context import room_for_answers
 from vlmfix.models.layout import ImageLayout
 from vlmfix.models.turns import turn_of
 from vlmfix.upstream.defaults import undisturbed
@@ -83,7 +84,7 @@ def grounding(
 
     Raises:
         DataError: The numbers of pictures, prompts and answers differ, an answer is empty or a token is none of the
-            model's.
+            model's, or prompt and answer are longer than the model's context or than a sliding window of ``layers``.
         IncompatibleDecodersError: The prompt fills a sliding window.
         UnsupportedAttentionError: The model's attention is not plain softmax attention, or has none of ``layers``.
     """
@@ -98,6 +99,8 @@ def grounding(
     chosen = LayerSet(layers) if isinstance(layers, str) else layers
     replay = Replay(vlm=vlm, layout=layout, layers=chosen, answers=ids)
     model: Any = vlm.model
+    for length, own in zip(batch.lengths, ids, strict=True):
+        room_for_answers(vlm, length[None], wanted=len(own))
     with turn_of(model).taken(), undisturbed(model):
         model.generate(**batch, max_new_tokens=max(map(len, ids)), disable_compile=True, custom_generate=replay)
     return [_grounding(vlm, layout, ids[row], row, torch.stack(replay.rows[row])) for row in range(len(ids))]
@@ -130,7 +133,7 @@ class Replay:
         tokens = tokens.to(input_ids.device)  # (B, longest)
         total = input_ids.shape[1] + longest - 1
         self.rows = [[] for _ in lengths]
-        with saliency_steps(self.vlm, self.layout, self.layers, input_ids, kwargs) as steps:
+        with saliency_steps(self.vlm, self.layout, self.layers, input_ids, kwargs, answer=longest) as steps:
             for place in range(longest):
                 steps.advance(input_ids)
                 running = torch.tensor([place < length for length in lengths], device=input_ids.device)

@@ -21,6 +21,7 @@ from vlmfix.heads.profile import HeadProfile, ProfileCard, fingerprint
 from vlmfix.heads.profiler import Profiler, State, Work, run_pass
 from vlmfix.heads.profilers import profilers_of
 from vlmfix.models.checkpoint import Checkpoint
+from vlmfix.models.context import room_for_answers
 from vlmfix.models.turns import turn_of
 
 QUESTION = "Please describe this image in detail."
@@ -69,7 +70,7 @@ def profile(
     if isinstance(profilers, str):
         raise UsageError(f"profilers is the text {profilers!r}", f"give a list: [{profilers!r}]")
     chosen = profilers_of(profilers)
-    with bare(vlm):
+    with bare(vlm), turn_of(vlm.model).guarded(vlm.family.decoder(vlm.model)):
         run = _Run(vlm, chosen, question, seed)
         for batch in _batches(pictures, batch_size):
             run.add(batch)
@@ -98,11 +99,13 @@ class _Run:
         """Shows a batch of pictures to every profiler."""
         vlm = self._vlm
         batch = vlm.encode([self._question] * len(pictures), [[picture] for picture in pictures])
+        room_for_answers(vlm, batch.lengths)
+        if bool((batch["input_ids"][:, -1] == vlm.family.image_token(vlm.model.config)).any()):
+            raise DataError("the prompt ends with a picture", "use a chat template that puts the question behind it")
         work = Work(vlm, batch, vlm.layout(batch), first=self.shown, seed=self._seed)
-        with turn_of(vlm.model).taken():
-            ran = run_pass(work, self._states)
-            for number, state in enumerate(self._states):
-                self._halves[number] = self._halves[number].added(state.scores(work, ran))
+        ran = run_pass(work, self._states)
+        for number, state in enumerate(self._states):
+            self._halves[number] = self._halves[number].added(state.scores(work, ran))
         for picture in pictures:
             self._digest.update(f"{picture.mode} {picture.size}".encode() + picture.tobytes())
         before, self.shown = self.shown, self.shown + len(pictures)

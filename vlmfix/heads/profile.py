@@ -21,6 +21,7 @@ from vlmfix.files import replacing
 from vlmfix.models.checkpoint import Checkpoint
 from vlmfix.records import parse_json, to_json
 from vlmfix.shapes import FLAG, NUMBER, OBJECT, SEED, SIZE, TEXT, fault, fields, mapping_of
+from vlmfix.upstream.wrappers import present
 
 KEY, FORMAT, VERSION = "vlmfix", "head-profiles", 1
 """The metadata entry of a file that holds the cards, and what it says about itself."""
@@ -321,12 +322,19 @@ def fingerprint(vlm: Checkpoint) -> Tensor:
     Returns:
         (n,) float32 on the CPU, at most ``MATRICES * ENTRIES`` entries of matrices spread over the decoder.
     """
-    matrices = [weight for weight in vlm.family.decoder(vlm.model).parameters() if weight.dim() > 1]
+    matrices = [
+        (module, name)
+        for module in vlm.family.decoder(vlm.model).modules()
+        for name, weight in module.named_parameters(recurse=False)
+        if weight.dim() > 1
+    ]
     step = max(1, len(matrices) // MATRICES)
     # Without the shift, a decoder of 32 layers would show the same matrix of each, and no other could tell two apart.
     places = [number * len(matrices) // MATRICES + number % step for number in range(min(MATRICES, len(matrices)))]
-    chosen = [matrices[place] for place in places]
-    entries = [matrix.detach().flatten()[_places(matrix.numel(), matrix.device)].float().cpu() for matrix in chosen]
+    entries: list[Tensor] = []
+    for module, name in (matrices[place] for place in places):
+        with present(module, name) as matrix:
+            entries.append(matrix.detach().flatten()[_places(matrix.numel(), matrix.device)].float().cpu())
     return torch.cat(entries)
 
 

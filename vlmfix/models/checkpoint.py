@@ -31,6 +31,7 @@ from vlmfix.upstream import defaults, features, hub
 from vlmfix.upstream.contracts import check_model
 from vlmfix.upstream.names import PROCESSED
 from vlmfix.upstream.versions import missing
+from vlmfix.upstream.wrappers import device_of
 
 EMBEDDED = {name: Path(__file__).parent.parent / "world" / "assets" / name for name in ("tiny", "tiny-qwen")}
 """Models that come with the package, by name."""
@@ -49,7 +50,7 @@ class Checkpoint:
     """A vision-language model as transformers loaded it, with what vlmfix must know about it.
 
     Attributes:
-        model: The stock transformers model, in eval mode.
+        model: The stock transformers model. While it answers it is in eval mode, whatever it is in between.
         processor: Its processor, with what ``completed`` says and the limit on pixels that was asked for.
         family: Where its attention and its image tokens are.
         name: What it was loaded by.
@@ -115,8 +116,12 @@ class Checkpoint:
 
     @property
     def device(self) -> torch.device:
-        """Where the inputs go."""
-        return self.model.device
+        """Where the inputs go: to the embeddings, or where accelerate brings those when it keeps them elsewhere.
+
+        Raises:
+            UnsupportedModelError: The weights were never loaded.
+        """
+        return device_of(self.model)
 
     @property
     def layers(self) -> int:
