@@ -410,6 +410,18 @@ def both(vlm: VLM) -> list[tuple[int, ...]]:
     return [answer.ids for answer in vlm.generate([PICTURE, PICTURE], prompts, max_new_tokens=6)]
 
 
+@pytest.mark.parametrize(
+    "place", ["loading.AutoModelForImageTextToText.from_pretrained", "checkpoint.features.encoded"]
+)
+def test_a_lack_of_memory_is_no_fault_of_the_files(place: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB")
+
+    monkeypatch.setattr(f"vlmfix.models.{place}", full)
+    with pytest.raises(DataError, match=r"out of memory.*--dtype bfloat16"):
+        load("tiny", device="cpu")
+
+
 def test_weights_under_another_name_are_not_taken_for_those_of_the_model(folder: Path) -> None:
     weights = load_file(folder / "model.safetensors")
     (folder / "model.safetensors").unlink()

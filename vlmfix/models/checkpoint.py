@@ -183,6 +183,8 @@ class Checkpoint:
             return
         except VlmfixError:
             raise
+        except loading.MEMORY as error:
+            raise loading.too_large(self._called, error) from error
         except Exception as error:  # processors and towers raise nearly anything at files that do not fit
             said = loading.words(error)
             odd = loading.odd_settings(self.processor)

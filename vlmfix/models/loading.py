@@ -41,6 +41,7 @@ PROCESSOR = (
     "tokenizer_config.json",
 )
 """Files that settings of processors come from."""
+MEMORY = (MemoryError, torch.OutOfMemoryError)
 LONGEST = 300
 """Characters of another package's words in a message."""
 LAYERS, MOST_LAYERS = ("num_hidden_layers", "depth"), 1000
@@ -202,6 +203,8 @@ def _told(path: str, where: Any = "", hint: str = "") -> Iterator[None]:  # noqa
         yield
     except VlmfixError:
         raise
+    except MEMORY as error:
+        raise too_large(path, error) from error
     except Exception as error:  # config.json alone can make transformers raise a dozen types
         if "trust_remote_code" in str(error):
             raise DataError(
@@ -210,6 +213,13 @@ def _told(path: str, where: Any = "", hint: str = "") -> Iterator[None]:  # noqa
             ) from error
         place = where if isinstance(where, str) else where(error)
         raise DataError(f"cannot load model {path!r}: {place}{words(error)}", hint or COMPLETE) from error
+
+
+def too_large(called: str, error: BaseException) -> DataError:
+    """The error for a model, or a picture in it, that the memory has no room for."""
+    return DataError(
+        f"cannot load model {called!r}: {words(error)}", "take --dtype bfloat16, another --device, or a smaller model"
+    )
 
 
 @contextmanager
