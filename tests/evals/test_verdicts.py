@@ -6,15 +6,15 @@ import pytest
 
 from tools.verdicts import EXAMS, compared, marks
 
-REPEATS = 60
-"""Of which 5 % are 3, give or take 2; with the uncorrected tests of figures alone there were 20."""
+REPEATS = 40
+"""Of which 5 % are 2, give or take 1.4; when every figure was tested by itself, there were 13."""
 
 
 @pytest.mark.parametrize("name", EXAMS)
 @pytest.mark.parametrize("arms", [1, 2])
 def test_marks_are_rare_where_nothing_differs(name, arms):
     marked = sum(bool(marks(compared(name, 30, arms, 0.0, 1000, seed))) for seed in range(REPEATS))
-    assert marked <= 8
+    assert marked <= 6
 
 
 @pytest.mark.parametrize("name", EXAMS)
