@@ -171,7 +171,7 @@ def drawn(exam: Exam, pictures: int, arms: int, *, gain: float, seed: int) -> Dr
         exam.task,
         samples,
         {arm: {sample.id: Record(id=sample.id, answer="") for sample in samples} for arm in luck},
-        {arm: [verdict(arm, sample) for sample in samples] for arm in luck},
+        verdicts={arm: [verdict(arm, sample) for sample in samples] for arm in luck},
     )
 
 
