@@ -14,6 +14,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from tokenizers import pre_tokenizers
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForImageTextToText
@@ -29,6 +30,7 @@ TEXT = {
     "num_key_value_heads": 2,
 }
 VISION = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+WEIGHTS = "model.safetensors"
 QWEN_VISION = {"depth": 2, "num_heads": 2, "hidden_size": 32, "intermediate_size": 32}
 
 
@@ -62,6 +64,10 @@ def build(name: str, folder: Path) -> None:
     with torch.device("meta"):
         model = AutoModelForImageTextToText.from_config(config, dtype=torch.float32)
     model.save_pretrained(folder, state_dict=_drawn(model))
+    if config.vision_config.model_type in ("clip_vision_model", "siglip_vision_model"):
+        weights = load_file(folder / WEIGHTS)  # published under names that save_pretrained no longer writes
+        renamed = {name.replace("vision_tower.", "vision_tower.vision_model."): weights[name] for name in weights}
+        save_file(renamed, folder / WEIGHTS, metadata={"format": "pt"})
     for file in ("config.json", "generation_config.json"):  # save_pretrained writes its own
         (folder / file).write_text(json.dumps(settings[file]))
 

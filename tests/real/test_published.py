@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import pytest
+from safetensors import safe_open
 
+from tests.real.folders import WEIGHTS, build
 from tests.real.published import NOT_HERE, PUBLISHED, SHARED, files
 
 pytestmark = pytest.mark.skipif(not SHARED.is_dir(), reason=NOT_HERE)
@@ -32,3 +34,11 @@ def test_values_are_what_the_files_say(name):
 def test_nothing_that_is_said_of_generation_is_left_out(name):
     found = files(name)["generation_config.json"]
     assert {key for key in found if key != "transformers_version"} == PUBLISHED[name].generation.keys()
+
+
+def test_weights_are_loaded_by_their_published_names(tmp_path):
+    """`real_vlm` loads this folder, and loading refuses one in which a weight is missing."""
+    build("llava-1.5-7b-hf", tmp_path)
+    published = files("llava-1.5-7b-hf")["tensor_names.json"]
+    with safe_open(tmp_path / WEIGHTS, "pt") as written:
+        assert set(written.keys()) <= set(published)
