@@ -144,11 +144,8 @@ LONG = "Is there anything in this picture that could be called " + "very " * 150
         *(pytest.param(kind, 4, marks=pytest.mark.product) for kind in BEYOND),
     ],
 )
-def test_beyond_gemma_s_window_a_method_does_nothing_or_much_and_a_padded_row_is_as_alone(request, vlm, kind, pictures):
+def test_beyond_gemma_s_window_a_method_does_nothing_or_much_and_a_padded_row_is_as_alone(vlm, kind, pictures):
     """The longer row has one picture and a long question, or four pictures of 256 tokens each."""
-    if kind in ("noisy pictures", "without pictures"):
-        reason = "a branch's mask is made for all keys, and layers with a window hold fewer"
-        request.applymarker(pytest.mark.xfail(strict=True, raises=RuntimeError, reason=reason))
     few, window = photographs("gemma-3-4b-it"), vlm.model.config.text_config.sliding_window
     asked = (LONG if pictures == 1 else "?", "What is in it?")
     check(vlm, [few[0] * pictures, few[1]], *BEYOND[kind], questions=asked, length=window + 1)
