@@ -2,17 +2,20 @@
 
 import json
 import re
+import shutil
 import signal
 import subprocess
 import sys
 import time
 
 import pytest
+from PIL import Image
 
 from tests.folder.fake import draw
 from tests.tiny import tiny_vlm
 from vlmfix.commands import options
 from vlmfix.decoders import DECODERS
+from vlmfix.display import diagnosis_text
 from vlmfix.errors import DataError
 from vlmfix.records import read_json, read_lines
 from vlmfix.upstream import names
@@ -61,7 +64,12 @@ def test_an_error_of_every_picture_is_a_failure_of_the_run(tmp_path, model, vlmf
     pictures, out = draw(tmp_path / "in", 3), tmp_path / "out"
     options = ("run", pictures, "--out", out, "--model", model, "--max-new-tokens", 2)
     with monkeypatch.context() as patch:
-        patch.setattr("vlmfix.models.family.Family.process", broken)
+        patch.setattr("vlmfix.models.family.Family.process", broken)  # at once, with the picture that is tried
+        code, printed, told = vlmfix(*options)
+        assert (code, printed) == (1, "")
+        assert f"vlmfix: {model} cannot take a picture in: AttributeError: 'Processor'" in told
+    with monkeypatch.context() as patch:
+        patch.setattr("vlmfix.generation.generation_inputs", broken)
         code, printed, told = vlmfix(*options)
         assert (code, printed) == (1, "")
         *_, message, hint = told.splitlines()
@@ -115,6 +123,74 @@ def test_run_reads_prompts_from_a_file(tmp_path, model, vlmfix):
     assert [(r["image"], r["prompt"]) for r in read_lines(out / "answers.jsonl")] == [("0001.png", "A?")]
     code, _, told = vlmfix(*options, "--prompt", "B?")
     assert (code, told.splitlines()[0]) == (2, "vlmfix: --prompt and --prompts are both given")
+
+
+def test_a_limit_on_pixels_belongs_to_the_run(tmp_path, vlmfix):
+    folder, pictures, out = tmp_path / "model", tmp_path / "in", tmp_path / "out"
+    tiny = tiny_vlm("qwen2_vl")
+    tiny.model.save_pretrained(folder)
+    tiny.processor.save_pretrained(folder)
+    pictures.mkdir()
+    Image.effect_noise((60, 90), 90).save(pictures / "a.png")
+    options = ("run", pictures, "--model", folder, "--max-new-tokens", 4, "--out")
+    assert vlmfix(*options, out, "--max-pixels", 512)[0] == 0
+    assert read_json(out / "run.json")["settings"]["max_pixels"] == 512
+    code, _, told = vlmfix(*options, out)
+    assert (code, "max_pixels was 512, now None" in told) == (2, True)
+    assert vlmfix("reproduce", out)[0] == 0
+    assert read_json(out / "again" / "run.json")["settings"]["max_pixels"] == 512
+    assert vlmfix(*options, tmp_path / "own")[0] == 0
+    answers = [next(read_lines(place / "answers.jsonl"))["answer"] for place in (out, tmp_path / "own")]
+    assert answers[0] != answers[1]
+    said = vlmfix(
+        "ask", pictures / "a.png", "Please describe this image in detail.", *options[2:-1], "--max-pixels", 512
+    )
+    assert said[1].strip() == answers[0]
+    code, _, told = vlmfix(*options, tmp_path / "other", "--max-pixels", 255)
+    assert code == 2
+    assert "vlmfix: max_pixels=255 is below the 256 pixels that this processor makes at least\nhint: give 256" in told
+
+
+@pytest.mark.parametrize("command", ["ask", "run", "grounding", "profile", "pope"])
+def test_a_limit_on_pixels_is_refused_where_there_is_none(tmp_path, model, vlmfix, command):
+    pictures = draw(tmp_path / "in", 1)
+    (tmp_path / "pope.json").write_text(
+        '{"question_id": 1, "image": "0000.png", "text": "Is there a dog?", "label": "no"}'
+    )
+    arguments = {
+        "ask": ["ask", pictures / "0000.png", "What?"],
+        "run": ["run", pictures, "--out", tmp_path / "out"],
+        "grounding": ["grounding", pictures / "0000.png", "What?"],
+        "profile": ["profile", "--profiler", "vhd", "--images", pictures, "--out", tmp_path / "heads.safetensors"],
+        "pope": [
+            "eval",
+            "pope",
+            "--questions",
+            tmp_path / "pope.json",
+            "--images",
+            pictures,
+            "--out",
+            tmp_path / "out",
+        ],
+    }
+    code, printed, told = vlmfix(*arguments[command], "--model", model, "--max-pixels", 50000)
+    assert (code, printed) == (2, "")
+    assert (
+        "\nvlmfix: max_pixels=50000: processors of LLaVA-1.5 have no limit on the pixels of a picture\nhint: " in told
+    )
+
+
+def test_a_picture_that_would_become_too_large_does_not_stop_a_run(tmp_path, model, vlmfix, monkeypatch):
+    pictures, out = draw(tmp_path / "in", 2), tmp_path / "out"
+    Image.new("RGB", (1, 20000), "blue").save(pictures / "line.png")
+    Image.new("RGB", (3, 600), "blue").save(pictures / "thin.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 200_000)
+    code, _, told = vlmfix("run", pictures, "--out", out, "--model", model, "--max-new-tokens", 2)
+    assert (code, "2 answers" in told) == (0, True)
+    line, thin = read_lines(out / "failed.jsonl")
+    reason = "too thin: 1 x 20000 pixels, one side is more than 200 times the other"
+    assert line == {"image": "line.png", "reason": reason}
+    assert thin["reason"].startswith("too large: the processor makes 320000 pixels of 3 x 600, at most 200000")
 
 
 @pytest.mark.parametrize("decoder", ["greedy", "beam:num_beams=3", "sample:temperature=2", "locore+beam:num_beams=2"])
@@ -283,6 +359,28 @@ def test_doctor_says_what_works(model, vlmfix, monkeypatch):
     assert diagnosis["machine"]["memory"] > 0
 
 
+def test_settings_that_a_checkpoint_brings_in_are_said_everywhere(model, vlmfix, tmp_path, monkeypatch):
+    folder, pictures, out = shutil.copytree(model, tmp_path / "model"), draw(tmp_path / "in", 1), tmp_path / "out"
+    path = folder / "generation_config.json"
+    path.write_text(json.dumps(read_json(path) | {"repetition_penalty": 1.05, "do_sample": True}))
+    said = "Generation settings of the checkpoint that do not act: do_sample True, repetition_penalty 1.05."
+    options = ("--out", out, "--model", folder, "--max-new-tokens", 2)
+    assert f"vlmfix: {said}\n" in vlmfix("run", pictures, *options)[2]
+    card = read_json(out / "run.json")["settings"]
+    assert card["checkpoint"]["set_aside"] == {"do_sample": True, "repetition_penalty": 1.05}
+    assert card["files"].keys() > {"generation_config.json", "config.json", "tokenizer.json", "model.safetensors"}
+    monkeypatch.setattr("vlmfix.doctor.DECODERS", {"greedy": DECODERS["greedy"]})
+    assert said in vlmfix("doctor", folder)[1].replace("\n", " ")
+    path.write_text(path.read_text().replace("1.05", "1.1"))
+    draw(tmp_path / "in", 2)
+    code, _, told = vlmfix("run", pictures, *options)
+    assert code == 2
+    assert "files.generation_config.json was 'sha256:" in told
+    code, _, told = vlmfix("reproduce", out)
+    assert code == 1
+    assert "generation_config.json was changed\nhint: put the former files back" in told
+
+
 @pytest.mark.parametrize(
     ("value", "works", "does_not"),
     [("features", "locore", "vcd"), ("cache", "greedy", "sgrs")],
@@ -368,7 +466,141 @@ def test_a_real_interrupt_and_a_quiet_terminal(tmp_path, model):
     assert card["totals"]["answers"] == len(list(read_lines(out / "answers.jsonl")))
 
 
+def asking(tmp_path, stdout):
+    """`vlmfix ask` in a process of its own, about a question with a long answer."""
+    Image.effect_noise((60, 60), 90).save(tmp_path / "a.png")
+    question = ("Please describe this image in detail.", "--max-new-tokens", "2000", "--decoder", "sample")
+    heard = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        return subprocess.Popen(
+            [sys.executable, "-m", "vlmfix", "ask", tmp_path / "a.png", *question],
+            stdout=stdout,
+            stderr=subprocess.PIPE,
+            bufsize=0,
+        )
+    finally:
+        signal.signal(signal.SIGINT, heard)
+
+
+@pytest.mark.parametrize("pause", [None, 0.05], ids=["once", "twice"])
+def test_an_answer_is_interrupted_and_nothing_aborts(tmp_path, pause):
+    with asking(tmp_path, subprocess.PIPE) as process:
+        assert process.stdout.read(1)  # words appear
+        process.send_signal(signal.SIGINT)
+        if pause is not None:
+            time.sleep(pause)
+            process.send_signal(signal.SIGINT)
+        told = process.stderr.read().decode()
+        assert process.wait(timeout=60) == 130
+    assert [line for line in told.splitlines() if line] in (
+        ["vlmfix: loading tiny", "vlmfix: stopped"],
+        ["vlmfix: loading tiny"],  # the second came before the first was answered
+    )
+
+
+def test_an_answer_that_cannot_be_written_is_one_line_and_a_reader_who_leaves_none(tmp_path):
+    with open("/dev/full", "w") as full, asking(tmp_path, full) as stuck, asking(tmp_path, subprocess.PIPE) as left:
+        assert left.stdout.read(1)
+        left.stdout.close()
+        told = {process: process.stderr.read().decode() for process in (stuck, left)}
+        assert (stuck.wait(timeout=60), left.wait(timeout=60)) == (1, 1)
+    assert told[left] == "vlmfix: loading tiny\n"
+    assert told[stuck].splitlines() == [
+        "vlmfix: loading tiny",
+        "vlmfix: cannot write the answer: No space left on device",
+        "hint: make room, or write elsewhere",
+    ]
+
+
+def test_a_process_may_end_with_a_stream_half_read():
+    script = (
+        "import vlmfix; from PIL import Image; vlm = vlmfix.load('tiny'); shown = Image.new('RGB', (60, 60), 'red')\n"
+        "pieces = vlm.stream(shown, 'What?', decoder='sample', max_new_tokens=2000)\n"
+        "print(bool(next(pieces)))"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (0, "True\n"), done.stderr
+
+
+def test_a_full_device_is_one_line():
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "vlmfix", "--version"], stdout=full, stderr=subprocess.PIPE, text=True, check=False
+        )
+    assert done.returncode == 1
+    assert done.stderr == "vlmfix: cannot write: No space left on device\nhint: make room, or write elsewhere\n"
+
+
 def test_a_reader_that_leaves_is_no_error():
     command = f"{sys.executable} -m vlmfix decoders --json | head -n 1"
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=True)
     assert (done.stdout, done.stderr) == ("[\n", "")
+
+
+@pytest.mark.parametrize("arguments", ["--help", "decoders --json"])
+def test_an_output_that_is_full_is_told_in_words(arguments):
+    command = f"{sys.executable} -m vlmfix {arguments} > /dev/full"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (
+        1,
+        "vlmfix: cannot write the output: No space left on device\nhint: free some space, or write elsewhere\n",
+    )
+
+
+def test_closed_streams_take_no_place_of_files():
+    command = f"{sys.executable} -m vlmfix decoders vcd <&- >&- 2>&-; echo $?"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=True)
+    assert (done.stdout, done.stderr) == ("0\n", "")
+
+
+def test_a_start_that_answers_nothing_ends_with_a_failure(tmp_path, model, vlmfix):
+    pictures, out = tmp_path / "in", tmp_path / "out"
+    pictures.mkdir()
+    (pictures / "a.png").write_bytes(b"broken")
+    asked = ("run", pictures, "--out", out, "--model", model, "--max-new-tokens", 1)
+    for _ in range(2):
+        code, _, told = vlmfix(*asked)
+        assert code == 1
+        assert "1 failures in" in told
+    draw(pictures, 1)
+    assert vlmfix(*asked)[0] == 0
+    assert vlmfix(*asked)[0] == 0
+    assert vlmfix(*asked, "--retry-failed")[0] == 1
+
+
+def test_names_are_told_as_text(tmp_path, model, vlmfix):
+    code, _, told = vlmfix("run", tmp_path / "a\x1b[31m\nhint: none", "--out", tmp_path / "out")
+    assert code == 2
+    assert r"a\u001b[31m\nhint: none" in told
+    assert "\x1b" not in told
+    pictures = draw(tmp_path / "in", 1)
+    (pictures / "0000.png").rename(pictures / "b\x1b[2J\ncaf\udce9.png")
+    out = tmp_path / "o\x1bt"
+    assert vlmfix("run", pictures, "--out", out, "--model", model, "--max-new-tokens", 1)[0] == 0
+    answers = out / "answers.jsonl"
+    answers.write_text(answers.read_text().replace('"answer": "', '"answer": "other '))
+    code, printed, _ = vlmfix("reproduce", out)
+    assert code == 1
+    assert r"differs: b\u001b[2J\ncaf\udce9.png: Please" in printed
+    assert "\x1b" not in printed
+    code, printed, _ = vlmfix("reproduce", out, "--json")
+    assert json.loads(printed)["other"][0][0] == "b\x1b[2J\ncaf\udce9.png"
+
+
+def test_what_doctor_finds_is_text():
+    machine = {"system": "[bold]", "cores": 2, "memory": 1, "memory_available": 1, "gpus": []}
+    model = {"id": "m[/x]\x1b", "family": "LLaVA", "layers": 2, "device": "cpu", "dtype": "float32"}
+    shown = diagnosis_text(
+        {
+            "machine": machine,
+            "model": model,
+            "versions": {"torch": "[red]1"},
+            "untested": [],
+            "contracts": [],
+            "ways": {"vcd": {"plain": "[/why]", "beams": None}},
+        }
+    )
+    assert r"m[/x]\u001b: LLaVA" in shown
+    assert "[bold]" in shown
+    assert "[/why]" in shown
+    assert "torch [red]1" in shown

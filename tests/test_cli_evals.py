@@ -8,6 +8,7 @@ import pytest
 from PIL import Image
 
 from vlmfix.commands import options
+from vlmfix.models.checkpoint import EMBEDDED
 from vlmfix.records import read_json, read_lines
 from vlmfix.world import coco
 
@@ -124,9 +125,68 @@ def test_a_picture_that_changed_is_named(world, tmp_path, vlmfix):
     command = chair(world)
     vlmfix(*command[: command.index("--images")], "--images", images, "--out", out, "--max-new-tokens", 20)
     Image.new("RGB", (64, 64)).save(images / "000000000001.png")
-    code, printed, _ = vlmfix("reproduce", out)
-    assert code in (0, 1)
-    assert "pictures that changed: 000000000001.png\n" in printed
+    code, _, told = vlmfix("reproduce", out)
+    assert code == 1
+    assert (
+        f"1 of {SCENES} pictures in {images} are not those that the answers in {out} are about: 000000000001.png"
+        in told
+    )
+    assert not (out / "again").exists(), "no model has answered"
+
+
+def test_an_evaluation_is_reproduced_and_gone_on_with_where_its_pictures_and_model_are_now(world, tmp_path, vlmfix):
+    images, model, out = tmp_path / "images", tmp_path / "model", tmp_path / "out"
+    shutil.copytree(world / "images", images)
+    shutil.copytree(EMBEDDED["tiny"], model)
+    command = chair(world)
+    command = [*command[: command.index("--images")], "--out", out, "--max-new-tokens", 20]
+    assert vlmfix(*command, "--images", images, "--model", model)[0] == 0
+    images, model = images.rename(tmp_path / "moved"), model.rename(tmp_path / "elsewhere")
+    code, _, told = vlmfix("reproduce", out)
+    assert (code, "give the folder that holds them with --images" in told) == (1, True)
+    code, _, told = vlmfix("reproduce", out, "--images", images)
+    assert (code, "give the directory that it is in with --model" in told) == (1, True)
+    code, _, told = vlmfix("reproduce", out, "--images", images, "--model", "tiny-qwen")
+    assert (code, "the weights of tiny-qwen are not those of the run" in told) == (1, True)
+    code, printed, _ = vlmfix("reproduce", out, "--images", images, "--model", model)
+    assert (code, "reproduced, token for token" in printed) == (0, True)
+    code, _, told = vlmfix(*command, "--images", images, "--model", "tiny-qwen", "--decoder", "vcd")
+    assert (code, "model was" in told) == (2, True)
+    assert vlmfix(*command, "--images", images, "--model", model, "--decoder", "vcd")[0] == 0
+    card = read_json(out / "card.json")
+    assert (card["images"], card["model"], list(card["arms"])) == (str(images), str(model), ["greedy", "vcd"])
+    assert vlmfix("reproduce", out, "--prompts", "x.csv")[0] == 2
+
+
+def test_a_folder_of_answers_is_reproduced_where_its_pictures_prompts_and_model_are_now(world, tmp_path, vlmfix):
+    images, model, prompts, out = (tmp_path / name for name in ("images", "model", "prompts.csv", "out"))
+    shutil.copytree(world / "images", images)
+    shutil.copytree(EMBEDDED["tiny"], model)
+    prompts.write_text("prompt\nIs there a dog?\n")
+    short = ("--max-new-tokens", 3)
+    assert vlmfix("run", images, "--out", out, "--prompts", prompts, "--model", model, *short)[0] == 0
+    there = {
+        "--images": images.rename(tmp_path / "moved"),
+        "--model": model.rename(tmp_path / "elsewhere"),
+        "--prompts": prompts.rename(tmp_path / "renamed.csv"),
+    }
+    for name in there:
+        others = [part for other, path in there.items() if other != name for part in (other, path)]
+        code, _, told = vlmfix("reproduce", out, *others)
+        assert (code, f"with {name}" in told) == (1, True)
+    every = [part for pair in there.items() for part in pair]
+    code, printed, _ = vlmfix("reproduce", out, *every)
+    assert (code, f"{SCENES} of {SCENES} answers are the same" in printed) == (0, True)
+    Image.new("RGB", (64, 64)).save(tmp_path / "moved" / "000000000001.png")
+    code, _, told = vlmfix("reproduce", out, *every, "--out", tmp_path / "third")
+    assert (code, f"1 of {SCENES} pictures in" in told) == (1, True)
+    assert not (tmp_path / "third").exists()
+    (tmp_path / "moved" / "000000000001.png").unlink()
+    code, _, told = vlmfix("reproduce", out, *every)
+    assert (code, f"1 of {SCENES} pictures are not in" in told) == (1, True)
+    (tmp_path / "renamed.csv").write_text("prompt\nIs there a cat?\n")
+    code, _, told = vlmfix("reproduce", out, *every)
+    assert (code, "renamed.csv has other prompts than the run" in told) == (1, True)
 
 
 def test_the_second_run_is_another_one(world, tmp_path, vlmfix):
@@ -212,6 +272,32 @@ def test_amber_is_scored_with_another_parser(world, tmp_path, vlmfix):
     assert vlmfix(*command, "--max-new-tokens", 4, "--out", out)[0] == 0
     assert vlmfix("eval", "score", out, "--parser", "vcd")[0] == 0
     assert read_json(out / "card.json")["options"]["parser"] == "vcd"
+    code, _, told = vlmfix("eval", "score", out, "--questions", tmp_path, "--out", tmp_path / "new")
+    assert (code, "--questions does not go with amber" in told) == (2, True)
+
+
+def test_pope_is_scored_by_the_truths_of_another_edition(world, tmp_path, vlmfix):
+    line = {"question_id": 1, "image": "000000000001.png", "text": "Is there a zebra in the image?", "label": "no"}
+    (tmp_path / "random.json").write_text(json.dumps(line))
+    out, new = tmp_path / "out", tmp_path / "new"
+    command = (
+        "eval",
+        "pope",
+        "--questions",
+        tmp_path / "random.json",
+        "--images",
+        world / "images",
+        "--suffix",
+        " Say.",
+    )
+    assert vlmfix(*command, "--max-new-tokens", 3, "--out", out)[0] == 0
+    (tmp_path / "random.json").write_text(json.dumps(line | {"label": "Yes"}))
+    code, _, told = vlmfix("eval", "score", out, "--questions", tmp_path / "random.json")
+    assert (code, "--questions and --out go together" in told) == (2, True)
+    assert vlmfix("eval", "score", out, "--questions", tmp_path / "random.json", "--out", new)[0] == 0
+    first, second = (read_json(folder / "results.json")["greedy"]["random"]["accuracy"] for folder in (out, new))
+    assert first + second == 1, "one of the labels is right"
+    assert vlmfix("reproduce", new)[0] == 0, "it is a run like any other"
 
 
 def test_plain_alone_has_figures_too(world, tmp_path, vlmfix):

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import json
+from itertools import chain
 
 import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 
 from vlmfix.commands import options
+from vlmfix.heads.plot import draw
 from vlmfix.heads.profile import load_profiles
 from vlmfix.models.checkpoint import EMBEDDED
 from vlmfix.world import coco
@@ -155,3 +160,65 @@ def test_a_folder_without_pictures_and_an_unknown_profile(vlmfix, tmp_path, imag
     code, _, said = vlmfix("profile", "diff", out, out, "--profiler", "vhd")
     assert code == 2
     assert "no vhd profile in both files" in said
+
+
+def described(path, model):
+    """A profile of the embedded model whose cards call the model something else."""
+    with safe_open(EMBEDDED["tiny"] / "heads.safetensors", framework="pt") as file:
+        about, tensors = json.loads(file.metadata()["vlmfix"]), {key: file.get_tensor(key) for key in file.keys()}
+    for card in about["profiles"].values():
+        card["model"] = model
+    save_file(tensors, path, metadata={"vlmfix": json.dumps(about)})
+    return path
+
+
+@pytest.mark.parametrize(
+    ("model", "shown"),
+    [
+        ("x[/bold]y", "x[/bold]y"),
+        ("[link=http://evil]tiny[/link]", "[link=http://evil]tiny[/link]"),
+        ("[bold red]:smile:", "[bold red]:smile:"),
+        ("a\x1b[31mb\x9bc\u202ed\x07", r"a\u001b[31mb\u009bc\u202ed\u0007"),
+        ("two\nlines\tand a tab", r"two\nlines\tand a tab"),
+        ("half \ud83d", r"half \ud83d"),
+    ],
+)
+def test_what_a_profile_says_is_shown_as_text(tmp_path, vlmfix, model, shown):
+    file = described(tmp_path / "heads.safetensors", model)
+    code, printed, _ = vlmfix("profile", "show", file)
+    assert code == 0
+    assert f"vhd: {shown}, 256 pictures" in printed
+    code, printed, _ = vlmfix("profile", "show", file, "--json")
+    assert code == 0
+    assert json.loads(printed)["vhd"]["card"]["model"] == model
+    assert not set(printed) & set("\x1b\x9b\u202e\x07")
+    draw([load_profiles(file)["vhd"]], tmp_path / "heads.svg")
+
+
+def test_a_profile_that_is_damaged_is_named_before_the_first_picture(images, tmp_path, vlmfix):
+    file, out = tmp_path / "heads.safetensors", tmp_path / "out"
+    with safe_open(EMBEDDED["tiny"] / "heads.safetensors", framework="pt") as opened:
+        about, tensors = opened.metadata(), {key: opened.get_tensor(key) for key in opened.keys()}
+    for bad in (torch.full((8, 8), float("nan")), torch.zeros(3, 3), torch.zeros(3)):
+        save_file({k: bad.clone() if k.endswith("/scores") else t for k, t in tensors.items()}, file, metadata=about)
+        for command in (
+            ("run", images, "--out", out, "--decoder", f"vhr:profile={file}", "--max-new-tokens", 1),
+            ("run", images, "--out", out, "--decoder", f"adhh:profile={file}", "--max-new-tokens", 1),
+            ("profile", "show", file),
+            ("profile", "diff", file, file),
+        ):
+            code, printed, said = vlmfix(*command)
+            assert (code, printed) == (1, "")
+            assert f"{file} is damaged" in said
+            assert not (out / "failed.jsonl").exists() or not (out / "failed.jsonl").read_text()
+
+
+def test_files_of_something_else_are_refused_before_anything_is_measured(images, tmp_path, vlmfix):
+    for option, name in (("--out", "heads.safetensors"), ("--plot", "photo.png")):
+        (tmp_path / name).write_text("precious")
+        outs = {"--out": tmp_path / "new.safetensors", option: tmp_path / name}
+        code, _, said = vlmfix("profile", "--profiler", "vhd", "--images", images, *chain(*outs.items()))
+        assert code == 1
+        assert f"{name} is there and" in said
+        assert "loading" not in said
+        assert (tmp_path / name).read_text() == "precious"

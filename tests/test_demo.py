@@ -2,7 +2,7 @@ import pytest
 
 from vlmfix.demo import demonstrate, describe, page
 from vlmfix.display import comparison_text
-from vlmfix.errors import UsageError
+from vlmfix.errors import DataError, UsageError
 from vlmfix.generation import Answer
 from vlmfix.world.scenes import scene
 
@@ -60,3 +60,27 @@ def test_a_bad_decoder_draws_nothing(tmp_path):
     with pytest.raises(UsageError, match="unknown decoder"):
         demonstrate(tmp_path / "demo", decoder="nonsense", seed=1)
     assert not (tmp_path / "demo").exists()
+
+
+def test_a_page_of_something_else_is_not_touched(tmp_path):
+    for text in ("<!doctype html>\n<title>mine</title>", ""):
+        (tmp_path / "index.html").write_text(text)
+        with pytest.raises(DataError, match="is no page of the demonstration"):
+            demonstrate(tmp_path, decoder="vcd", seed=5, count=1, loader=lambda *_: Speaker())
+        assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("index.html", text)]
+    (tmp_path / "index.html").unlink()
+    for _ in range(2):
+        demonstrate(tmp_path, decoder="vcd", seed=5, count=1, loader=lambda *_: Speaker())
+    assert "vlmfix demo" in (tmp_path / "index.html").read_text()
+
+
+def test_a_full_disk_is_told_in_words(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    demonstrate(tmp_path, decoder="vcd", seed=5, count=1, loader=lambda *_: Speaker())
+    before = (tmp_path / "index.html").read_text()
+    monkeypatch.setattr("vlmfix.files.os.fsync", full)
+    with pytest.raises(DataError, match=r"cannot write .*index\.html: No space left on device"):
+        demonstrate(tmp_path, decoder="vcd", seed=5, count=1, loader=lambda *_: Speaker())
+    assert (tmp_path / "index.html").read_text() == before

@@ -6,7 +6,10 @@ import sys
 import pytest
 
 from vlmfix.errors import DataError, UsageError
+from vlmfix.files import plain_name
+from vlmfix.parsing import escaped
 from vlmfix.records import JsonLines, read_json, read_lines, replace_json
+from vlmfix.shapes import COUNT, NUMBER, TEXT, fields, list_of
 
 
 def test_lines_come_back_in_order(tmp_path):
@@ -31,14 +34,32 @@ def test_an_unfinished_last_line_is_cut_off(tmp_path, rest):
     assert path.read_bytes() == b'{"n": 1}\n{"n": 3}\n'
 
 
-def test_a_file_of_one_unfinished_line_is_emptied(tmp_path):
+def test_nothing_is_cut_off_before_the_file_is_claimed(tmp_path):
     path = tmp_path / "a.jsonl"
     path.write_bytes(b"{")
     JsonLines(path).close()
+    assert path.read_bytes() == b"{"
+    with JsonLines(path) as lines:
+        assert not lines.is_empty
+        lines.claim()
+        assert lines.is_empty
     assert path.read_bytes() == b""
 
 
-@pytest.mark.parametrize("line", [b"nonsense\n", b"[1]\n", b"\n"])
+@pytest.mark.parametrize(
+    "line",
+    [
+        b"nonsense\n",
+        b"[1]\n",
+        b"\n",
+        b'{"n": NaN}\n',
+        b'{"n": 1e999}\n',
+        b'{"n": ' + b"9" * 5000 + b"}\n",
+        b"[" * 100_000 + b"\n",
+        b'{"n": ' + b"[" * 100 + b"]" * 100 + b"}\n",
+        b'{"n": "\xff"}\n',
+    ],
+)
 def test_a_finished_line_that_is_no_object_is_named(tmp_path, line):
     path = tmp_path / "a.jsonl"
     path.write_bytes(b'{"n": 1}\n' + line)
@@ -135,7 +156,7 @@ def test_a_document_is_replaced_whole(tmp_path):
     assert read_json(path) == {"n": 2}
 
 
-@pytest.mark.parametrize("text", ["{", "[]", ""])
+@pytest.mark.parametrize("text", ["{", "[]", "", "[" * 100_000, '{"n": -Infinity}'])
 def test_a_document_that_is_no_object_is_refused(tmp_path, text):
     path = tmp_path / "run.json"
     path.write_text(text)
@@ -143,3 +164,114 @@ def test_a_document_that_is_no_object_is_refused(tmp_path, text):
         read_json(path)
     with pytest.raises(DataError, match="cannot read"):
         read_json(tmp_path / "missing.json")
+
+
+def test_what_is_no_file_is_neither_read_nor_written(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "device").symlink_to("/dev/zero")
+    (tmp_path / "folder").mkdir()
+    for name in ("pipe", "device", "folder"):
+        with pytest.raises(DataError, match=f"{name}: it is not a file"):
+            read_json(tmp_path / name)
+        with pytest.raises(DataError, match=f"{name}: it is not a file"):
+            list(read_lines(tmp_path / name))
+        with pytest.raises(DataError, match=f"{name}: it is not a file"):
+            replace_json(tmp_path / name, {})
+        with pytest.raises(DataError, match=name):
+            JsonLines(tmp_path / name)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["device", "folder", "pipe"]
+
+
+def test_fields_are_checked_with_the_line_and_the_place(tmp_path):
+    shape = fields({"n": COUNT, "of": list_of(fields({"a": TEXT}))}, {"seconds": NUMBER.or_null()})
+    path = tmp_path / "a.jsonl"
+    for line, said in (
+        ('{"of": []}', "line 1 of .*a.jsonl has no n"),
+        ('{"n": true, "of": []}', "a.jsonl: n is True, not a whole number from 0"),
+        ('{"n": 1.0, "of": []}', "a.jsonl: n is 1.0, not a whole number"),
+        (f'{{"n": {"9" * 400}, "of": []}}', "a.jsonl: n is a number beyond all counts"),
+        ('{"n": 1, "of": {}}', "a.jsonl: of is {}, not a list"),
+        ('{"n": 1, "of": [{"a": ""}, 7]}', r"a.jsonl: of\[2\] is 7, not an object"),
+        ('{"n": 1, "of": [{"a": null}]}', r"a.jsonl: of\[1\].a is None, not a text"),
+        ('{"n": 1, "of": [], "seconds": 1e300}', "a.jsonl: seconds is 1e\\+300, not a number"),
+    ):
+        path.write_text(f"{line}\n")
+        with pytest.raises(DataError, match=said):
+            list(read_lines(path, shape))
+    path.write_text('{"n": 1, "of": [{"a": "x", "b": {}}], "seconds": null, "more": [1]}\n')
+    assert len(list(read_lines(path, shape))) == 1
+
+
+def test_nothing_is_written_through_links(tmp_path):
+    mine = tmp_path / "mine"
+    mine.write_text("precious")
+    (tmp_path / "a.jsonl").symlink_to(mine)
+    with pytest.raises(DataError, match=r"a\.jsonl is a link"):
+        JsonLines(tmp_path / "a.jsonl")
+    (tmp_path / "run.json").symlink_to(mine)
+    (tmp_path / ".run.json.new").symlink_to(mine)
+    replace_json(tmp_path / "run.json", {"n": 1})
+    assert read_json(tmp_path / "run.json") == {"n": 1}
+    assert mine.read_text() == "precious"
+
+
+def test_drafts_are_removed_and_nothing_that_is_like_them(tmp_path):
+    path = tmp_path / "a.jsonl"
+    strange = [".a.jsonl.new", ".a.jsonl.vlmfix-1", "a.jsonl.vlmfix-12345678", ".b.vlmfix-12345678"]
+    for name in [*strange, ".a.jsonl.vlmfix-12345678"]:
+        (tmp_path / name).write_text(name)
+    with JsonLines(path) as lines:
+        lines.claim()
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == sorted([*strange, "a.jsonl"])
+    assert all((tmp_path / name).read_text() == name for name in strange)
+
+
+def test_a_failing_disk_is_told_in_words(tmp_path, monkeypatch):
+    with JsonLines(tmp_path / "a.jsonl") as lines, monkeypatch.context() as patch:
+        patch.setattr("vlmfix.records.os.fsync", _full)
+        with pytest.raises(DataError, match=r"cannot write .*a\.jsonl: No space left on device"):
+            lines.sync()
+
+
+@pytest.mark.parametrize(
+    ("text", "name"),
+    [
+        ("vcd:contrast=0.5", "vcd:contrast=0.5"),
+        ("folder/recipe", "folder_recipe"),
+        ("a b|c\u00e9", "a b|c\u00e9"),
+    ],
+)
+def test_names_that_files_can_have_stay(text, name):
+    assert plain_name(text) == name
+
+
+def test_other_names_become_names_of_files(tmp_path):
+    texts = [
+        "",
+        ".",
+        "..",
+        ".hidden",
+        "a\nb",
+        "a\0b",
+        "x" * 300,
+        "x" * 301,
+        "\u00e9" * 200,
+        "\U0001f600" * 80,
+        "\ud800",
+        "\udce9",
+    ]
+    names = [plain_name(text) for text in texts]
+    for name in names:
+        (tmp_path / name).write_text("")
+        assert name.isprintable()
+        assert not name.startswith(".")
+    assert len(set(names)) == len(texts)
+    assert plain_name("x" * 300).startswith("x" * 200)
+    assert len(os.fsencode(plain_name("x" * 300, room=143))) <= 143
+
+
+def test_control_characters_are_shown_and_not_obeyed():
+    assert escaped("a\x1b[31mb\u202ec\x9bd\udce9\n\t\x7f") == r"a\u001b[31mb\u202ec\u009bd\udce9\n\t\u007f"
+    assert escaped("one\ntwo\tthree\r", lines=True) == "one\ntwo\tthree\\r"
+    plain = "na\u00efve \u65e5\u672c \U0001f469\u200d\U0001f52c \u3000"
+    assert escaped(plain) == plain

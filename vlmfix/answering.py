@@ -12,9 +12,10 @@ import torch
 from PIL import Image
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from vlmfix.asked import whole
 from vlmfix.card import free_memory
 from vlmfix.decoders import Decoder
-from vlmfix.errors import DataError, LayoutError, SystematicError, VlmfixError
+from vlmfix.errors import DataError, LayoutError, PassingError, SystematicError, VlmfixError, passing
 from vlmfix.generation import VLM, Answer
 from vlmfix.settings import Settings
 
@@ -34,7 +35,11 @@ OUT_OF_MEMORY = ("out of memory", "not enough memory", "can't allocate memory", 
 
 FAILURES_IN_A_ROW = 8
 """Foreign errors without an answer in between after which a run asks whether the model still answers anything. One or
-two odd pictures beside each other are common and eight are not; asking once more costs an eighth at the worst."""
+two odd pictures beside each other are common and eight are not; asking once more costs an eighth at the worst. After as
+many questions that trouble of the machine keeps from being answered it ends."""
+
+Outcome = Answer | str | PassingError
+"""What becomes of a question: an answer, the reason why it has none, or trouble that passes and says nothing of it."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,14 +69,14 @@ class Answerer:
         self._vlm = vlm
         self._decoder = decoder
         self._settings = settings
-        self.rows = batch_size or fitting_batch(vlm, decoder)
+        self.rows = fitting_batch(vlm, decoder) if batch_size is None else whole("batch_size", batch_size, 1)
         """Rows that go through at a time; halved when memory runs out."""
 
     def __call__(
         self,
-        batches: Iterable[Sequence[tuple[Item, Question | str]]],
+        batches: Iterable[Sequence[tuple[Item, Question | str | PassingError]]],
         answered: Callable[[], Question | None],
-    ) -> Iterator[list[tuple[Item, Answer | str]]]:
+    ) -> Iterator[list[tuple[Item, Outcome]]]:
         """Answers questions, and stops when it is not the questions that are at fault.
 
         An error that is neither this package's own nor a lack of memory is *foreign*: it may belong to one odd picture,
@@ -81,28 +86,41 @@ class Answerer:
         their questions. Errors in a row need not be equal: a text may hold a picture's size, and one fault may be met
         at several places.
 
+        Trouble that passes, such as too little memory for a single row, is no fault of its question, which is left for
+        another start; when it meets ``FAILURES_IN_A_ROW`` questions without an answer in between, it ends this one.
+
         Args:
-            batches: Batches of questions, each with whatever stands for it, or with the reason why it cannot be asked.
+            batches: Batches of questions, each with whatever stands for it, or with the reason or the trouble for which
+                it cannot be asked.
             answered: Gives a question that has been answered with the same model, decoder and settings; None when there
                 is none.
 
         Yields:
-            What has been settled: in the order of the questions what stands for each, with its answer or the reason why
-            there is none.
+            What has been settled: in the order of the questions what stands for each, with its answer, the reason why
+            there is none, or the trouble for which it is to be asked again.
 
         Raises:
             SystematicError: Every question fails; nothing was yielded about those that failed in the end.
+            PassingError: Trouble that passes keeps every question from being answered.
             VlmfixError: Settings that can work with no batch.
         """
-        held: list[tuple[Item, Answer | str]] = []
+        held: list[tuple[Item, Outcome]] = []
         row: list[_Failure] = []
+        stuck = 0
         for batch in batches:
-            settled: list[tuple[Item, Answer | str]] = []
+            settled: list[tuple[Item, Outcome]] = []
             outcomes = self._part([question for _, question in batch if isinstance(question, Question)])
             for item, question in batch:
                 outcome = next(outcomes) if isinstance(question, Question) else question
-                held.append((item, _settled(outcome)))
-                if isinstance(outcome, _Failure) and outcome.foreign:
+                found = _settled(outcome)
+                held.append((item, found))
+                if isinstance(found, PassingError):
+                    stuck += 1
+                    if stuck == FAILURES_IN_A_ROW:
+                        if settled:
+                            yield settled
+                        raise PassingError(f"{stuck} questions in a row are left open: {found.message}", found.hint)
+                elif isinstance(outcome, _Failure) and outcome.foreign:
                     row.append(outcome)
                     if len(row) == FAILURES_IN_A_ROW:
                         if settled:
@@ -111,7 +129,7 @@ class Answerer:
                         self._check_that_it_answers(answered, row)
                         row = []
                 elif isinstance(outcome, Answer):
-                    row = []
+                    row, stuck = [], 0
                 if not row:
                     settled += held
                     held = []
@@ -124,7 +142,10 @@ class Answerer:
     def _check_that_it_answers(self, answered: Callable[[], Question | None], row: Sequence[_Failure]) -> None:
         """Raises unless a question that was answered before is answered again."""
         question = answered()
-        if question is None or not isinstance(next(self._part([question])), Answer):
+        outcome = None if question is None else _settled(next(self._part([question])))
+        if isinstance(outcome, PassingError):
+            raise outcome
+        if not isinstance(outcome, Answer):
             raise self._systematic(row)
 
     def _systematic(self, row: Sequence[_Failure]) -> SystematicError:
@@ -141,8 +162,10 @@ class Answerer:
     def _part(self, part: Sequence[Question]) -> Iterator[Answer | _Failure]:
         """Outcomes one after the other; where a batch fails, smaller ones, until the question at fault is alone."""
         while part:
-            rows = part[: self.rows]
+            rows = part[: self._fitting(part)]
             outcomes = self._attempt(rows)
+            if isinstance(outcomes, _Failure) and outcomes.trouble and len(rows) == 1:
+                outcomes = self._attempt(rows)  # whoever took the memory may have given it back
             part = part[len(rows) :]
             if not isinstance(outcomes, _Failure):
                 yield from outcomes
@@ -155,6 +178,23 @@ class Answerer:
             else:
                 for question in rows:
                     yield from self._part([question])
+
+    def _fitting(self, part: Sequence[Question]) -> int:
+        """Rows that go together: ``rows`` at most, and no more pixels than one picture may have.
+
+        A processor that keeps a picture's shape makes as much of several thin pictures, or several large ones, as of
+        one that would be refused; a picture that rows share is counted once.
+        """
+        limit, made = Image.MAX_IMAGE_PIXELS, 0
+        seen: set[int] = set()
+        for place, question in enumerate(part[: self.rows]):
+            if question.picture is None or id(question.picture) in seen:
+                continue
+            seen.add(id(question.picture))
+            made += self._vlm.enlarged(question.picture)
+            if place and limit is not None and made > limit:
+                return place
+        return self.rows
 
     def _attempt(self, part: Sequence[Question]) -> list[Answer] | _Failure:
         """The answers, or what went wrong with this batch; what would go wrong with every batch is raised."""
@@ -171,7 +211,7 @@ class Answerer:
                     seed=settings.seed,
                 )
         except Exception as error:
-            if not is_memory(error) and _concerns_every_batch(error):
+            if not (is_memory(error) or passing(error)) and _concerns_every_batch(error):
                 raise
             failure = _Failure.of(error)
             error.with_traceback(None)  # a frame that holds its error would keep its tensors alive
@@ -187,37 +227,42 @@ class _Failure:
     Attributes:
         reason: One line for the records.
         memory: Whether memory ran out.
+        trouble: What passes, memory that ran out included; None when it is the question's own fault or foreign.
         place: Where the error was raised; empty unless it is foreign.
         trace: Its traceback; empty unless it is foreign.
     """
 
     reason: str
     memory: bool = False
+    trouble: PassingError | None = None
     place: str = ""
     trace: str = ""
 
     @classmethod
     def of(cls, error: Exception) -> Self:
         """Describes an error."""
+        if not is_memory(error) and (trouble := passing(error)):
+            return cls(trouble.message, trouble=trouble)
         if isinstance(error, VlmfixError):
             return cls(str(error))
         first = (str(error).strip().splitlines() or [""])[0]
         reason = f"{type(error).__name__}: {first}"
         if is_memory(error):
-            return cls(f"out of memory: {reason}", memory=True)
+            trouble = PassingError(f"out of memory: {reason}", "free some memory, or take smaller pictures")
+            return cls(trouble.message, memory=True, trouble=trouble)
         *_, last = traceback.extract_tb(error.__traceback__)
         place = f"{last.filename.rpartition('-packages/')[2]}, line {last.lineno}"
         return cls(reason, place=place, trace="".join(traceback.format_exception(error)))
 
     @property
     def foreign(self) -> bool:
-        """Whether the error may be a fault of every question: it is not ours, and memory did not run out."""
+        """Whether the error may be a fault of every question: it is not ours, and nothing that passes."""
         return bool(self.place)
 
 
-def _settled(outcome: Answer | _Failure | str) -> Answer | str:
+def _settled(outcome: _Failure | Outcome) -> Outcome:
     if isinstance(outcome, _Failure):
-        return outcome.reason
+        return outcome.trouble or outcome.reason
     if isinstance(outcome, Answer) and outcome.finish == "nan":
         return "the model's output was not a number"
     return outcome

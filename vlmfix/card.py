@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import platform
 import resource
@@ -18,8 +19,9 @@ import torch
 
 import vlmfix
 from vlmfix.decoders.parameters import Value, written
-from vlmfix.errors import DataError
+from vlmfix.errors import DataError, UsageError
 from vlmfix.models.checkpoint import EMBEDDED, HEADS
+from vlmfix.records import to_json
 
 PACKAGES = (
     "torch",
@@ -32,6 +34,12 @@ PACKAGES = (
     "numpy",
 )
 """Packages whose version can change an answer."""
+SETTINGS = (".json", ".jinja", ".txt", ".model", ".tiktoken", ".spm", ".vocab", ".bpe", ".codes")
+"""Endings of files that configure a model, its processor and its tokenizer."""
+WEIGHTS = (".safetensors", ".bin", ".pt", ".pth")
+"""Endings of files that hold weights."""
+TEMPLATES = "additional_chat_templates"
+"""Folder of a model's chat templates beside the usual one."""
 
 
 def versions() -> dict[str, str | None]:
@@ -108,6 +116,52 @@ def changed_facts(
     return {name: (first, second) for name, first, second in both if first != second}
 
 
+def changed_pictures(files: Mapping[str, Path], known: Mapping[str, str]) -> list[str]:
+    """Finds the pictures whose files are not those that a run was shown.
+
+    Args:
+        files: Where each picture is now, by its name in the run.
+        known: Hex sha256 of the files that the run was shown, by the same names; others are not looked at.
+
+    Returns:
+        Names of the pictures with another content, or that cannot be read, in the order of ``files``.
+    """
+    return [name for name, path in files.items() if name in known and _picture_digest(path) != known[name]]
+
+
+def _picture_digest(path: Path) -> str | None:
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError:
+        return None
+
+
+def model_again(card: Mapping[str, Any], elsewhere: str | None = None) -> str:
+    """Finds what to load a run's model by, and makes sure that a directory still has the run's files.
+
+    Args:
+        card: What the run says of its model; see ``refuse_other_model``.
+        elsewhere: Where the directory is now; None for where it was.
+
+    Raises:
+        UsageError: ``elsewhere`` is given for a model of the Hub.
+        DataError: The directory is not there, or its files are not those of the run.
+    """
+    if (commit := card["commit"]) is not None:
+        if elsewhere is not None:
+            raise UsageError(
+                f"the run's model is {card['model']} at commit {commit} of the Hub, not a directory",
+                "leave --model out; the model comes from the Hub or its cache",
+            )
+        return str(card["model"])
+    name = str(card["model"] if elsewhere is None else elsewhere)
+    if not EMBEDDED.get(name, Path(name)).is_dir():
+        raise DataError(f"the model's directory {name} is not there", "give the directory that it is in with --model")
+    refuse_other_model(name, card)
+    return name
+
+
 def weights_digest(model: str, commit: str | None) -> str:
     """Which weights a model name stands for, so that two runs can be told apart.
 
@@ -120,22 +174,158 @@ def weights_digest(model: str, commit: str | None) -> str:
         included; profiles of heads are no weights.
 
     Raises:
-        DataError: A local directory without weight files.
+        DataError: A local directory without weight files, or a file that cannot be read.
     """
     if commit is not None:
         return f"commit:{commit}"
     folder = EMBEDDED.get(model, Path(model))
-    files = sorted(set(folder.glob("*.safetensors")) - {folder / HEADS}) or sorted(folder.glob("*.bin"))
-    if not files:
+    found = _files(folder)
+    names = [name for name in found if name.endswith(".safetensors")] or [name for name in found if _is_weights(name)]
+    if not names:
         raise DataError(f"no weight files in {folder}", "a model directory holds *.safetensors")
-    return _digest(tuple((path, path.stat().st_mtime_ns) for path in files))
-
-
-@lru_cache(maxsize=8)
-def _digest(files: tuple[tuple[Path, int], ...]) -> str:
-    """Digest of files; the time of change is part of the key, so that a changed file is read again."""
     whole = hashlib.sha256()
-    for path, _ in files:
-        with path.open("rb") as file:
-            whole.update(f"{path.name}\n{hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode())
+    for name in names:
+        # a name with a line break must not pass for two files
+        whole.update(f"{to_json(name)[1:-1]}\n{_file_digest(found[name]).removeprefix('sha256:')}\n".encode())
     return f"sha256:{whole.hexdigest()}"
+
+
+def model_files(model: str, commit: str | None) -> dict[str, str]:
+    """What else than its name decides the answers of a model: the files that transformers reads, each with a digest.
+
+    Args:
+        model: What the model was loaded by.
+        commit: Commit of its Hub snapshot; None for a local directory.
+
+    Returns:
+        Name below the directory -> ``sha256:`` and the digest of the content, sorted by name: configurations,
+        tokenizer, chat templates and weights, profiles of heads left out. Nothing for a snapshot of the Hub, whose
+        files the commit stands for.
+
+    Raises:
+        DataError: A file cannot be read.
+    """
+    if commit is not None:
+        return {}
+    return {name: _file_digest(path) for name, path in _files(EMBEDDED.get(model, Path(model))).items()}
+
+
+def refuse_other_model(model: str, card: Mapping[str, Any]) -> None:
+    """Makes sure that a model's files are those that a run was made with.
+
+    Args:
+        model: What the model is loaded by now.
+        card: What the run says of its model: ``commit``, ``weights`` and, but for cards of earlier versions, ``files``.
+
+    Raises:
+        DataError: They are not; the message names the files that differ.
+    """
+    if card["commit"] is not None:
+        return
+    if (found := weights_digest(model, None)) != card["weights"]:
+        raise DataError(
+            f"the weights of {model} are not those of the run: {found}, then {card['weights']}",
+            "put the former weights back",
+        )
+    before, now = card.get("files"), model_files(model, None)
+    if before is not None and before != now:
+        words = {name: "is new" if name not in before else "was changed" for name in now}
+        changed = {name for name in {*before, *now} if before.get(name) != now.get(name)}
+        listed = ", ".join(f"{name} {words.get(name, 'is gone')}" for name in sorted(changed))
+        raise DataError(f"the files of {model} are not those of the run: {listed}", "put the former files back")
+
+
+def refuse_older_card(folder: Path, card: Mapping[str, Any]) -> None:
+    """Makes sure that a folder which is to be gone on with says what decides its answers.
+
+    Versions before 0.2 noted the weights alone, and let a checkpoint's own generation settings act.
+
+    Args:
+        folder: The folder, for the message.
+        card: What it says of its model.
+
+    Raises:
+        UsageError: It does not say which files the model had.
+    """
+    if "files" not in card:
+        raise UsageError(
+            f"{folder} was begun by an earlier vlmfix, which noted no files of the model beside its weights and let "
+            "the checkpoint's generation settings act",
+            "choose another --out, or finish it with that version",
+        )
+
+
+def changed_reading(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, tuple[str, None]]:
+    """Generation settings of a checkpoint that acted in a run of an earlier version, and do not in one of now.
+
+    Args:
+        before: What the card of the first run says of its model.
+        now: What that of the second says.
+
+    Returns:
+        Name -> (value, None), in the form of ``changed_facts``.
+    """
+    if "checkpoint" in before:
+        return {}
+    return {f"generation.{name}": (str(value), None) for name, value in now["checkpoint"]["set_aside"].items()}
+
+
+def reading_notes(reading: Mapping[str, Any] | None) -> list[str]:
+    """What a reader must know about how a checkpoint's files were read, in sentences; see ``Checkpoint.reading``."""
+    if not reading:
+        return []
+    notes = []
+    if aside := reading["set_aside"]:
+        listed = ", ".join(f"{name} {value}" for name, value in aside.items())
+        notes.append(f"Generation settings of the checkpoint that do not act: {listed}.")
+    if added := reading["completed"]:
+        listed = ", ".join(f"{name} {value}" for name, value in added.items())
+        notes.append(f"What the checkpoint's files leave out was taken from its other files: {listed}.")
+    if not reading["ends"]:
+        notes.append("The checkpoint names no end token: every answer has the longest length that is allowed.")
+    return notes
+
+
+def _files(folder: Path) -> dict[str, Path]:
+    """The files of a model's directory that transformers may read, by name below it, sorted.
+
+    Weights may lie elsewhere: an index names its shards, and config.json may name the weights.
+    """
+    here = [path for path in folder.glob("*") if path.suffix in (*SETTINGS, *WEIGHTS) and path.name[0] != "."]
+    names = {path.name for path in here} - {HEADS}
+    names |= {f"{TEMPLATES}/{path.name}" for path in (folder / TEMPLATES).glob("*.jinja")}
+    named = [_entry(folder / "config.json", "transformers_weights")]
+    for name in [*names, *named]:
+        if isinstance(name, str) and name.endswith(".index.json"):
+            shards = _entry(folder / name, "weight_map")
+            named += shards.values() if isinstance(shards, dict) else []
+    names |= {name for name in named if isinstance(name, str)}
+    return {name: folder / name for name in sorted(names) if (folder / name).is_file()}
+
+
+def _entry(path: Path, name: str) -> Any:  # noqa: ANN401 (any JSON value)
+    """An entry of a JSON file; None when there is none, or the file is no JSON object, which loading will say."""
+    try:
+        found = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return None
+    return found.get(name) if isinstance(found, dict) else None
+
+
+def _is_weights(name: str) -> bool:
+    return Path(name).suffix in WEIGHTS
+
+
+def _file_digest(path: Path) -> str:
+    """``sha256:`` and the digest of a file's content; a file that was changed is read again."""
+    try:
+        about = path.stat()
+        return _digest(path, about.st_mtime_ns, about.st_size, about.st_ino)
+    except OSError as error:
+        raise DataError(f"cannot read {path}: {error.strerror}", "a model's files must be readable") from error
+
+
+@lru_cache(maxsize=1024)
+def _digest(path: Path, *_state: int) -> str:
+    with path.open("rb") as file:
+        return f"sha256:{hashlib.file_digest(file, 'sha256').hexdigest()}"

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 import traceback
+from contextlib import suppress
 
 import click
 
 from vlmfix import __version__
 from vlmfix.commands import about, answers, compare, evaluate, grounding, options, profile, tune, world
 from vlmfix.errors import SystematicError, UsageError, VlmfixError
+from vlmfix.files import FULL
+
+OUTPUT_FAILS = (*FULL, errno.EIO, errno.EFBIG, errno.EBADF)
+"""What writing to standard output can end with; what is written to files has messages of its own."""
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
@@ -40,7 +46,21 @@ evaluate.evaluate.add_command(compare.score)
 
 def main() -> None:
     """Runs the command line; exit code 2 for wrong use, 1 for failure, 130 after Ctrl-C."""
-    sys.exit(_run(sys.argv[1:]))
+    _open_closed_streams()
+    try:
+        code = _run(sys.argv[1:])
+    except KeyboardInterrupt:  # once more, while the first was being answered
+        code = options.INTERRUPTED
+    if code == options.INTERRUPTED:
+        os._exit(code)  # a thread may still be at work, and an interpreter that ends under it is aborted
+    sys.exit(code)
+
+
+def _open_closed_streams() -> None:
+    """Gives a standard stream that was closed before the start an end, so that no file of results takes its number."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.open(os.devnull, os.O_RDWR), mode, encoding="utf-8"))
 
 
 def _run(arguments: list[str]) -> int:
@@ -59,7 +79,7 @@ def _run(arguments: list[str]) -> int:
         click.echo("vlmfix: stopped", err=True)
         return options.INTERRUPTED
     except BrokenPipeError:  # the reader of our output has left; leave as quietly
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _give_up_output()
         return 1
     except SystematicError as error:
         _explain(error, error.message, _upstream_fault() or error.hint, debug=debug)
@@ -67,11 +87,29 @@ def _run(arguments: list[str]) -> int:
     except VlmfixError as error:
         _explain(error, error.message, error.hint, debug=debug)
         return 2 if isinstance(error, UsageError) else 1
-    except Exception as error:  # a fault of ours, or of what is installed: one line, and the way to the rest
-        hint = _upstream_fault() or "use --debug for the traceback"
-        _explain(error, f"{type(error).__name__}: {error}", hint, debug=debug)
+    except OSError as error:
+        if error.errno not in OUTPUT_FAILS or error.filename is not None:
+            return _fault(error, debug=debug)
+        _give_up_output()
+        _explain(
+            error, f"cannot write the output: {error.strerror}", "free some space, or write elsewhere", debug=debug
+        )
         return 1
+    except Exception as error:  # a fault of ours, or of what is installed: one line, and the way to the rest
+        return _fault(error, debug=debug)
     return code if isinstance(code, int) else 0  # click returns the code of an early exit, such as --help's
+
+
+def _fault(error: Exception, *, debug: bool) -> int:
+    hint = _upstream_fault() or "use --debug for the traceback"
+    _explain(error, f"{type(error).__name__}: {error}", hint, debug=debug)
+    return 1
+
+
+def _give_up_output() -> None:
+    """Lets what standard output still holds go, which would be written once more at the end of the process."""
+    with suppress(OSError):  # a stream that is no file has no number
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _upstream_fault() -> str | None:
@@ -86,8 +124,10 @@ def _upstream_fault() -> str | None:
 
 
 def _explain(error: Exception, message: str, hint: str, *, debug: bool) -> None:
-    if debug:
-        traceback.print_exception(error)
-    click.echo(f"vlmfix: {message}", err=True)
-    if hint:
-        click.echo(f"hint: {hint}", err=True)
+    ours = isinstance(error, VlmfixError)  # one line each, whatever names are in it; other packages write several
+    with suppress(OSError):  # the standard error may be full or gone, and the exit code still says what happened
+        if debug:
+            options.say("".join(traceback.format_exception(error)), err=True, nl=False, lines=True)
+        options.say(f"vlmfix: {message}", err=True, lines=not ours)
+        if hint:
+            options.say(f"hint: {hint}", err=True, lines=True)

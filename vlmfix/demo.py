@@ -14,9 +14,12 @@ from typing import Literal
 from PIL import Image
 
 from vlmfix.decoders import Decoder, parse
+from vlmfix.errors import DataError
+from vlmfix.files import replacing
 from vlmfix.folder import DESCRIBE
 from vlmfix.generation import VLM, load
 from vlmfix.images import open_picture
+from vlmfix.parsing import escaped
 from vlmfix.world import coco
 from vlmfix.world.categories import category
 from vlmfix.world.mentions import mentions
@@ -99,6 +102,8 @@ def demonstrate(
         DataError: ``out`` cannot be written, or is in use for something else.
     """
     arms = {spec: parse(spec) for spec in (PLAIN, decoder)}
+    page_file = out / "index.html"
+    _refuse_foreign(page_file)
     folder = out / f"scenes-{seed}-{count}"
     coco.make(folder, count=count, seed=seed)
     files = [folder / "images" / coco.image_name(number) for number in range(count)]
@@ -111,8 +116,19 @@ def demonstrate(
         comparison.scenes.append(Scene(image=file, present=present, answers=answers))
         for spec, described in answers.items():
             _add(comparison.counts[spec], described, present)
-    (out / "index.html").write_text(page(comparison), encoding="utf-8")
+    with replacing(page_file) as draft:
+        draft.write(page(comparison).encode())
     return comparison
+
+
+def _refuse_foreign(path: Path) -> None:
+    """Refuses to write over a page that is none of the demonstration's."""
+    try:
+        ours = not path.exists() or (path.is_file() and path.read_bytes().startswith(BEGINNING.encode()))
+    except OSError as error:
+        raise DataError(f"cannot read {path}: {error.strerror}", "choose another --out") from error
+    if not ours:
+        raise DataError(f"{path} is there and is no page of the demonstration", "choose another --out")
 
 
 def _answers(vlm: VLM, files: list[Path], decoder: Decoder) -> list[str]:
@@ -154,14 +170,14 @@ def _add(count: Count, described: Described, present: tuple[str, ...]) -> None:
 def page(comparison: Comparison) -> str:
     """The comparison as one HTML page that needs no other file."""
     arms = list(comparison.counts)
-    head = "".join(f"<th>{html.escape(arm)}</th>" for arm in arms)
+    head = "".join(f"<th>{html.escape(escaped(arm))}</th>" for arm in arms)
     rows = "".join(_row(shown, arms) for shown in comparison.scenes)
     sums = "".join(
         f"<td><b>{count.hallucinated}</b> of {count.mentioned} objects mentioned are not in the picture<br>"
         f"{count.found} of {count.present} objects in the pictures are mentioned</td>"
         for count in comparison.counts.values()
     )
-    return PAGE.format(head=head, rows=rows, sums=sums)
+    return BEGINNING + PAGE.format(head=head, rows=rows, sums=sums)
 
 
 def _row(shown: Scene, arms: list[str]) -> str:
@@ -173,7 +189,7 @@ def _row(shown: Scene, arms: list[str]) -> str:
 
 def _marked(described: Described) -> str:
     tags = {"": "{}", "present": "<b>{}</b>", "absent": "<del>{}</del>"}
-    return "".join(tags[mark].format(html.escape(words)) for words, mark in described.pieces)
+    return "".join(tags[mark].format(html.escape(escaped(words, lines=True))) for words, mark in described.pieces)
 
 
 def _thumbnail(path: Path) -> str:
@@ -182,9 +198,9 @@ def _thumbnail(path: Path) -> str:
     return "data:image/jpeg;base64," + base64.b64encode(data.getvalue()).decode()
 
 
-PAGE = """<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><title>vlmfix demo</title>
-<style>
+BEGINNING = '<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>vlmfix demo</title>\n'
+"""What tells a page of the demonstration from others."""
+PAGE = """<style>
 body {{ font: 16px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 75rem; padding: 0 1rem;
   color: #222; }}
 table {{ border-collapse: collapse; width: 100%; }}

@@ -5,24 +5,26 @@ from __future__ import annotations
 import io
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console, RenderableType
+from rich.console import Console, ConsoleOptions, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
+from rich.segment import Segment
 from rich.table import Table
 from rich.text import Text
 
-from vlmfix.card import plain
+from vlmfix.card import plain, reading_notes
 from vlmfix.decoders import DecoderInfo
 from vlmfix.decoders.parameters import written
 from vlmfix.demo import Comparison, Count, Described
 from vlmfix.folder import Progress
 from vlmfix.generation import VLM, load
+from vlmfix.parsing import escaped
 from vlmfix.upstream.versions import remedy
 
 LINE_SECONDS = 10.0
@@ -38,10 +40,13 @@ LARGE_FILE = 1 << 25
 STYLES = {"": "", "present": "bold", "absent": "bold red strike"}
 
 
-def loading(model: str, *, revision: str | None = None, device: str = "auto", dtype: str = "auto") -> VLM:
-    """Loads a model and says so."""
-    print(f"vlmfix: loading {model}", file=sys.stderr, flush=True)
-    return load(model, revision=revision, device=device, dtype=dtype)
+def loading(model: str, **how: Any) -> VLM:
+    """Loads a model, and says so and how its files were read."""
+    print(f"vlmfix: loading {escaped(model)}", file=sys.stderr, flush=True)
+    vlm = load(model, **how)
+    for note in reading_notes(vlm.reading):
+        print(f"vlmfix: {escaped(note)}", file=sys.stderr, flush=True)
+    return vlm
 
 
 @contextmanager
@@ -135,14 +140,15 @@ def _lines() -> Iterator[Callable[[str, int, int, float], None]]:
 def summary(end: Progress, out: Path) -> str:
     """The last words of a run."""
     totals = end.totals
-    lines = [f"vlmfix: {totals.answers} answers in {out / 'answers.jsonl'}"]
+    folder = escaped(str(out))
+    lines = [f"vlmfix: {totals.answers} answers in {folder}/answers.jsonl"]
     if end.before:
         lines[0] += f", {min(end.before, totals.answers)} of them from before"
     if totals.failed:
-        lines.append(f"vlmfix: {totals.failed} failures in {out / 'failed.jsonl'}; --retry-failed asks again")
+        lines.append(f"vlmfix: {totals.failed} failures in {folder}/failed.jsonl; --retry-failed asks again")
     if totals.ms_per_token is not None:
         speed = f"{totals.tokens} tokens, {totals.ms_per_token:.1f} ms per token"
-        lines.append(f"vlmfix: {speed}; settings in {out / 'run.json'}")
+        lines.append(f"vlmfix: {speed}; settings in {folder}/run.json")
     return "\n".join(lines)
 
 
@@ -228,17 +234,20 @@ def diagnosis_text(diagnosis: dict[str, Any]) -> str:
         ("runs on", f"{model['device']}, {model['dtype']}"),
     ):
         facts.add_row(name, value)
-    return rendered(facts, "", _ways(diagnosis["ways"]), "", *_contracts(diagnosis)).rstrip("\n")
+    notes = [Text(note) for note in reading_notes(diagnosis["checkpoint"])]
+    ways = _ways(diagnosis["ways"], diagnosis["reach"])
+    return rendered(facts, *notes, "", ways, "", *_contracts(diagnosis)).rstrip("\n")
 
 
-def _ways(ways: dict[str, dict[str, str | None]]) -> Table:
+def _ways(ways: dict[str, dict[str, str | None]], reach: dict[str, int | None]) -> Table:
     """Decoders by the ways of running them; one that does not work at all says why in their place."""
     table = Table(box=None, pad_edge=False)
     for title in ("decoder", *next(iter(ways.values())), "why not"):
         table.add_column(title, overflow="fold")
     for name, found in ways.items():
         reasons = list(dict.fromkeys(reason for reason in found.values() if reason))
-        table.add_row(name, *("works" if reason is None else "no" for reason in found.values()), "; ".join(reasons))
+        works = "works" if reach[name] is None else f"works up to {reach[name]} tokens"
+        table.add_row(name, *(works if reason is None else "no" for reason in found.values()), "; ".join(reasons))
     return table
 
 
@@ -283,11 +292,20 @@ def _marked(described: Described) -> Text:
     return text
 
 
+class _Literal(Console):
+    """Takes no text for markup, and shows control characters: names of models, files and arms come from elsewhere."""
+
+    def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
+        for segment in super().render(renderable, options):
+            yield segment if segment.control else Segment(escaped(segment.text, lines=True), segment.style)
+
+
 def rendered(*parts: RenderableType) -> str:
-    """Renders for the terminal's width, or for a fixed one where there is none."""
+    """Renders for the terminal's width, or for a fixed one where there is none; text is shown as it is."""
     terminal = sys.stdout.isatty()
     out = io.StringIO()
-    console = Console(file=out, width=None if terminal else WIDTH, force_terminal=terminal)
+    width = None if terminal else WIDTH
+    console = _Literal(file=out, width=width, force_terminal=terminal, markup=False, emoji=False, highlight=False)
     for part in parts:
         console.print(part)
     return out.getvalue()

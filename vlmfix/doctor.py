@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from typing import Any
 
 import torch
 from PIL import Image
+from torch import nn
 
+from vlmfix.attention.kernel import PLAN
 from vlmfix.card import device_name, machine, versions
 from vlmfix.decoders import DECODERS, Decoder
 from vlmfix.errors import VlmfixError
 from vlmfix.generation import VLM, load
 from vlmfix.upstream import contracts
+from vlmfix.upstream.attention import window
+from vlmfix.upstream.defaults import undisturbed
 from vlmfix.upstream.versions import untested
 
 TOKENS = 2
@@ -38,9 +43,11 @@ def diagnose(
 
     Returns:
         ``versions``; ``untested``, those among them that vlmfix was not tested with; ``machine``; ``model`` (id,
-        revision, family, layers, dtype, device); ``contracts``, a list of ``name``, ``protects`` and ``reason``, which
-        is None where it holds; ``decoders``, which maps each name to None, or to the reason why it does not work;
-        ``ways``, which maps each name to the same for ``plain``, ``beams`` and ``static cache``.
+        revision, family, layers, dtype, device); ``checkpoint``, see ``Checkpoint.reading``; ``contracts``, a list of
+        ``name``, ``protects`` and ``reason``, which is None where it holds; ``decoders``, which maps each name to None,
+        or to the reason why it does not work; ``ways``, which maps each name to the same for ``plain``, ``beams`` and
+        ``static cache``; ``reach``, which maps each name to the tokens up to which it works, where a sliding window
+        limits it, or to None.
 
     Raises:
         UnsupportedModelError: The model's family is not known.
@@ -48,14 +55,18 @@ def diagnose(
     """
     vlm = loader(model, revision=revision)
     ways: dict[str, dict[str, str | None]] = {}
+    reach: dict[str, int | None] = {}
     for number, (name, decoder) in enumerate(DECODERS.items()):
         progress(number, len(DECODERS))
-        ways[name] = tried(vlm, decoder())
+        with met(vlm) as windows:
+            ways[name] = tried(vlm, decoder())
+        reach[name] = min(windows) - 1 if windows else None
     progress(len(DECODERS), len(DECODERS))
     return {
         "versions": versions(),
         "untested": untested(),
         "machine": machine(),
+        "checkpoint": vlm.reading,
         "model": {
             "id": model,
             "revision": vlm.revision,
@@ -67,6 +78,7 @@ def diagnose(
         "contracts": [asdict(finding) for finding in contracts.examined()],
         "decoders": {name: found["plain"] for name, found in ways.items()},
         "ways": ways,
+        "reach": reach,
     }
 
 
@@ -88,6 +100,22 @@ def tried(vlm: VLM, decoder: Decoder) -> dict[str, str | None]:
     }
     reason = _reason(lambda: decoder.check(vlm))
     return {way: reason or _reason(run) for way, run in ways.items()}
+
+
+@contextmanager
+def met(vlm: VLM) -> Iterator[list[int]]:
+    """Collects the sliding windows of layers whose attention is edited or read inside the block."""
+    windows: list[int] = []
+    with ExitStack() as block:
+        for module in vlm.family.attention_modules(vlm.model):
+            size = window(module)
+
+            def note(module: nn.Module, args: object, size: int | None = size) -> None:
+                if size is not None and getattr(module, PLAN, None) is not None:
+                    windows.append(size)
+
+            block.enter_context(module.register_forward_pre_hook(note))
+        yield windows
 
 
 def _reason(run: Callable[[], str | None]) -> str | None:
@@ -112,7 +140,7 @@ def _with_static_cache(vlm: VLM, decoder: Decoder) -> str | None:
     batch, decoding, model = vlm.encode([QUESTION], [[_picture()]]), decoder.decoding, vlm.model
     generate: Any = model.generate
     own = decoding.strategy.num_beams if decoding.strategy else 1
-    with decoding.applied(vlm, batch) as arguments:
+    with decoding.applied(vlm, batch) as arguments, undisturbed(model):
         options = {"num_beams": own, "do_sample": False, **arguments, "disable_compile": True}
         generate(**batch, **options, max_new_tokens=TOKENS, cache_implementation="static")
     return None

@@ -2,6 +2,19 @@
 
 from __future__ import annotations
 
+import errno
+
+PASSING = {
+    getattr(errno, name)
+    for name in (
+        "EMFILE ENFILE ENOMEM EAGAIN EINTR EBUSY ENOBUFS ENOLCK ENOSPC EDQUOT EIO ESTALE EREMOTEIO ENODEV ENXIO "
+        "ENOTCONN ENOLINK EKEYEXPIRED ENETDOWN ENETUNREACH ENETRESET ENONET EHOSTDOWN EHOSTUNREACH ECONNREFUSED "
+        "ECONNRESET ECONNABORTED ESHUTDOWN ETIMEDOUT ECOMM EPROTO"
+    ).split()
+    if hasattr(errno, name)  # not every system knows all of them
+}
+"""What goes wrong with a machine, a disk or a network, whatever file is opened."""
+
 
 class VlmfixError(Exception):
     """A problem that the caller can repair.
@@ -44,6 +57,10 @@ class DataError(VlmfixError):
     """A file, picture or record is not what it should be."""
 
 
+class WindowError(UnsupportedAttentionError, DataError):
+    """A question and its answer are too long for a sliding window of a layer whose every key an edit must see."""
+
+
 class ProfileMismatchError(VlmfixError):
     """A head profile was measured on another model, or two profiles are of different models."""
 
@@ -54,3 +71,24 @@ class UpstreamError(VlmfixError):
 
 class SystematicError(VlmfixError):
     """One question after the other failed with an error that is not ours, so it is no fault of the questions."""
+
+
+class PassingError(VlmfixError):
+    """Trouble of the machine, such as too little memory or a network folder that is away: it may be gone next time."""
+
+
+def passing(error: BaseException | None) -> PassingError | None:
+    """Tells trouble that passes from faults of a file or a question, by an error or by what it comes from.
+
+    Returns:
+        The trouble in words; None when the error is something else.
+    """
+    while error is not None:
+        if isinstance(error, PassingError):
+            return error
+        if isinstance(error, MemoryError):
+            return PassingError("out of memory", "free some memory and start again")
+        if isinstance(error, OSError) and error.errno in PASSING:
+            return PassingError(f"{error.strerror}", "start again when that is over")
+        error = error.__cause__
+    return None

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import atexit
 import hashlib
+import logging
 import math
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -14,11 +16,10 @@ from typing import Any, Literal
 
 import torch
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import (
     LogitsProcessor,
     LogitsProcessorList,
-    PreTrainedModel,
     PreTrainedTokenizerBase,
     ProcessorMixin,
     StoppingCriteria,
@@ -28,19 +29,30 @@ from transformers import (
     TopPLogitsWarper,
 )
 
+from vlmfix.asked import pictures_of, questions_of, whole
 from vlmfix.decoders import Decoder, Strategy, parse
+from vlmfix.decoders.draws import RowSampler
 from vlmfix.decoders.probing import generation_inputs
 from vlmfix.decoders.refined import PictureMemo, Refined
-from vlmfix.errors import DataError, IncompatibleDecodersError, UsageError
-from vlmfix.models.checkpoint import Checkpoint
+from vlmfix.errors import IncompatibleDecodersError, UsageError
+from vlmfix.models.checkpoint import Checkpoint, limited
 from vlmfix.models.families import family_of
 from vlmfix.models.layout import Batch
 from vlmfix.models.turns import turn_of
 from vlmfix.settings import Settings
+from vlmfix.upstream import defaults
 from vlmfix.upstream.contracts import check_model
+from vlmfix.upstream.wrappers import unwrapped, weights_of
+
+logger = logging.getLogger(__name__)
+
+SEEDS = 2**63
+"""How many seeds there are, from 0."""
 
 Shown = Image.Image | Sequence[Image.Image]
 """The picture of one question, or its pictures."""
+Finish = Literal["eos", "length", "context", "nan"]
+"""Why an answer ends."""
 
 
 @dataclass(frozen=True)
@@ -50,8 +62,9 @@ class Answer:
     Attributes:
         text: What the model said, without special tokens and outer white space.
         tokens: Number of generated tokens, the end token included.
-        finish: ``eos`` when the model ended it, ``length`` when ``max_new_tokens`` cut it, ``nan`` when some score
-            behind it was not a number: text and tokens then mean nothing.
+        finish: ``eos`` when the model ended it, ``length`` when ``max_new_tokens`` cut it, ``context`` when prompt and
+            answer filled the model's context before, ``nan`` when some score behind it was not a number: text and
+            tokens then mean nothing.
         seconds: Wall-clock time of its batch, divided by the batch's rows.
         ids: The generated tokens, ``tokens`` many: the end token included, what is filled up behind it not.
         refined: What a refining decoder made of the question's pictures; None for other decoders.
@@ -59,7 +72,7 @@ class Answer:
 
     text: str
     tokens: int
-    finish: Literal["eos", "length", "nan"]
+    finish: Finish
     seconds: float
     ids: tuple[int, ...]
     refined: Refined | None = None
@@ -91,10 +104,11 @@ class VLM(Checkpoint):
         """Answers questions about pictures, as one batch.
 
         An answer does not depend on its neighbours: thresholds, noise and sampling are per row. Threads that use one
-        model are answered one after the other.
+        model are answered one after the other. Prompt and answer together are no longer than the model's context.
 
         Args:
-            pictures: B pictures, or B lists of pictures.
+            pictures: B PIL pictures, or B lists of them, the right way up: EXIF's orientation is not looked at. What is
+                not RGB becomes RGB as in a file.
             prompts: One question for all, or B questions.
             decoder: A decoder, or its specification such as ``vcd:contrast=0.5``.
             max_new_tokens: Longest answer in tokens.
@@ -106,12 +120,14 @@ class VLM(Checkpoint):
             static_cache: Preallocates the cache; on a GPU decoding is then compiled, which pays over many batches.
 
         Raises:
-            DataError: The numbers of pictures and prompts differ, or are zero.
+            DataError: The numbers of pictures and prompts differ, or are zero, or something else is among them; a
+                prompt leaves no room for an answer in the model's context; or an answer could outgrow a sliding window
+                in which the decoder edits attention.
             UsageError: A parameter is out of range, or contradicts the decoder.
             IncompatibleDecodersError: The decoder cannot act on this model or kind of run.
         """
         rows, asked = _questions(pictures, prompts)
-        method = parse(decoder) if isinstance(decoder, str) else decoder
+        method = _method(decoder)
         request = _Request(
             rows=rows,
             prompts=asked,
@@ -124,14 +140,14 @@ class VLM(Checkpoint):
         with turn_of(self.model).taken():
             started = time.perf_counter()
             request, refined = self._refined(request)
-            with self._prepared(request) as (batch, arguments):
+            with self._prepared(request) as (batch, arguments, room):
                 watch = NumberWatch(batch.length)
                 arguments["logits_processor"] = LogitsProcessorList([watch, *arguments.get("logits_processor", ())])
                 sequences = self._generated(batch, arguments)
         fresh = sequences[:, batch.length :].tolist()
         seconds = (time.perf_counter() - started) / len(rows)
-        answers = zip(fresh, watch.steps(len(rows)), refined, strict=True)
-        return [replace(self._answer(ids, broken, seconds), refined=look) for ids, broken, look in answers]
+        answers = zip(fresh, watch.steps(len(rows)), room, refined, strict=True)
+        return [replace(self._answer(ids, broken, most, seconds), refined=look) for ids, broken, most, look in answers]
 
     def refine(
         self, pictures: Sequence[Shown], prompts: str | Sequence[str], *, decoder: Decoder | str
@@ -144,15 +160,16 @@ class VLM(Checkpoint):
             decoder: A decoder that refines pictures, such as ``vicrop``, or a chain that begins with one.
 
         Raises:
-            DataError: The numbers of pictures and prompts differ, or are zero.
+            DataError: The numbers of pictures and prompts differ, or are zero, or something else is among them.
             IncompatibleDecodersError: The decoder leaves pictures as they are, or cannot act on this model.
         """
-        method = parse(decoder) if isinstance(decoder, str) else decoder
+        method = _method(decoder)
         if not method.refines:
             raise IncompatibleDecodersError(f"{method.name} leaves pictures as they are", "use carve or vicrop")
         rows, asked = _questions(pictures, prompts)
         request = _Request(rows=rows, prompts=asked, decoder=method, max_new_tokens=1)
-        return method.refine(self, request.rows, request.prompts, self.memo)
+        with turn_of(self.model).taken():
+            return method.refine(self, request.rows, request.prompts, self.memo.of(weights_of(self.model)))
 
     def stream(
         self,
@@ -164,7 +181,7 @@ class VLM(Checkpoint):
         temperature: float = 0.0,
         top_p: float = 1.0,
         seed: int = 0,
-    ) -> Iterator[str]:
+    ) -> Generator[str]:
         """Answers one question and yields the text as it comes; parameters as in ``generate``.
 
         A decoder that searches with beams knows its answer at the end, and the text then comes in one piece. The model
@@ -172,10 +189,13 @@ class VLM(Checkpoint):
         wait.
 
         Raises:
-            IncompatibleDecodersError: The calling thread has the model already, in a block of ``applied``.
+            DataError: Picture and prompt are something else.
+            UsageError: A parameter is out of range, or contradicts the decoder.
+            IncompatibleDecodersError: The calling thread has the model already, in a block of ``applied``; raised where
+                the text is read.
         """
         rows, asked = _questions([picture], prompt)
-        method = parse(decoder) if isinstance(decoder, str) else decoder
+        method = _method(decoder)
         request = _Request(
             rows=rows,
             prompts=asked,
@@ -184,8 +204,14 @@ class VLM(Checkpoint):
             strategy=_strategy(method, Strategy(temperature=temperature, top_p=top_p)),
             seed=seed,
         )
+        return self._streamed(request)
+
+    def _streamed(self, request: _Request) -> Generator[str]:
+        """The text of a request for one answer, as it comes."""
         if request.strategy.num_beams > 1:
-            (answer,) = self.generate([picture], prompt, decoder=method, max_new_tokens=max_new_tokens)
+            (answer,) = self.generate(
+                request.rows, request.prompts, decoder=request.decoder, max_new_tokens=request.max_new_tokens
+            )
             if answer.text:
                 yield answer.text
             return
@@ -201,17 +227,25 @@ class VLM(Checkpoint):
             try:
                 with turn.taken():
                     refined, _ = self._refined(request)
-                    with self._prepared(refined) as (batch, arguments):
+                    with self._prepared(refined) as (batch, arguments, (room,)):
                         arguments["stopping_criteria"] = StoppingCriteriaList([_Left(left)])
                         # transformers hands its own streamer to no loop, so a loop takes it under another name
                         name = "token_streamer" if "custom_generate" in arguments else "streamer"
-                        self._generated(batch, {**arguments, name: streamer})
+                        said = self._generated(batch, {**arguments, name: streamer})[0, batch.length :].tolist()
+                    if self._answer(said, (), room, 0.0).finish == "context":
+                        logger.warning("vlmfix: the model's context is full, which cut the answer")
             except BaseException as error:  # handed to the caller's thread
                 failure.append(error)
                 streamer.end()
 
         thread = threading.Thread(target=work, daemon=True)
+
+        def end() -> None:
+            left.set()
+            thread.join()
+
         thread.start()
+        atexit.register(end)  # an interpreter that ends under a thread at work is aborted
         started = False
         try:
             for piece in streamer:
@@ -220,8 +254,8 @@ class VLM(Checkpoint):
                 if piece:
                     yield piece
         finally:  # also where the reader leaves early: the model is then as it was before anybody else gets it
-            left.set()
-            thread.join()
+            end()
+            atexit.unregister(end)
         if failure:
             raise failure[0]
 
@@ -229,44 +263,47 @@ class VLM(Checkpoint):
         """The request with the pictures that the model is to see, and how they came about."""
         if not request.decoder.refines:
             return request, [None] * len(request.rows)
-        found = request.decoder.refine(self, request.rows, request.prompts, self.memo)
+        found = request.decoder.refine(self, request.rows, request.prompts, self.memo.of(weights_of(self.model)))
         rows = [refined.pictures for refined in found]
         return replace(request, rows=rows, decoder=request.decoder.decoding), found
 
     @contextmanager
-    def _prepared(self, request: _Request) -> Iterator[tuple[Batch, dict[str, Any]]]:
-        """The model inputs and ``generate`` arguments of a request, with its decoder at work inside the block."""
+    def _prepared(self, request: _Request) -> Iterator[tuple[Batch, dict[str, Any], Sequence[int]]]:
+        """The inputs and ``generate`` arguments of a request and each row's ``room``, with its decoder at work."""
         batch = self.encode(request.prompts, request.rows)
         beams = request.strategy.num_beams
         own: dict[str, Any] = {"max_new_tokens": request.max_new_tokens, **Strategy(num_beams=beams).arguments()}
         if request.static_cache:
             own["cache_implementation"] = "static"
-        with request.decoder.applied(self, batch, num_beams=beams) as given:
+        with request.decoder.at_work(self, batch, num_beams=beams) as (given, watch):
             arguments = given | own  # a decoder that samples lets transformers draw, here every row draws for itself
             if request.strategy.temperature > 0:
                 arguments["logits_processor"] = LogitsProcessorList(_sampling(request, self.device))
-            yield batch, arguments
+            most, room = request.max_new_tokens, [] if watch.room is None else watch.room.tolist()
+            yield batch, arguments, [left if left < most else most + 1 for left in room or [most] * batch.rows]
 
     @torch.no_grad()
     def _generated(self, batch: Batch, arguments: dict[str, Any]) -> Tensor:
         model: Any = self.model
-        sequences: Tensor = model.generate(**generation_inputs(self, batch), **arguments)
+        with defaults.undisturbed(model):
+            sequences: Tensor = model.generate(**generation_inputs(self, batch), **arguments)
         return sequences
 
-    def _answer(self, ids: Sequence[int], broken: Sequence[int], seconds: float) -> Answer:
+    def _answer(self, ids: Sequence[int], broken: Sequence[int], room: int, seconds: float) -> Answer:
         """The answer of one row.
 
         Args:
-            ids: Generated tokens, filled up behind the end token.
+            ids: Generated tokens, filled up behind the end token, or behind where the context is full.
             broken: Steps, from 0, whose scores were not numbers.
+            room: Tokens at which the model's context cuts it; more than ``max_new_tokens`` where it does not.
             seconds: Its share of the time.
         """
-        ends = self.model.generation_config.eos_token_id
-        ends = [] if ends is None else [ends] if isinstance(ends, int) else list(ends)
+        ids = ids[:room]
+        ends = defaults.ends(self.model)
         last = next((place for place, token in enumerate(ids) if token in ends), None)
         own = tuple(ids if last is None else ids[: last + 1])
         text = str(_tokenizer(self.processor).decode(list(own), skip_special_tokens=True)).strip()
-        finish: Literal["eos", "length", "nan"] = "length" if last is None else "eos"
+        finish: Finish = "eos" if last is not None else "context" if len(own) == room else "length"
         if any(step < len(own) for step in broken):  # a row that has ended still runs, and what it says is dropped
             finish = "nan"
         return Answer(text=text, tokens=len(own), finish=finish, seconds=seconds, ids=own)
@@ -285,18 +322,24 @@ class _Request:
     static_cache: bool = False
 
     def __post_init__(self) -> None:
-        pictures, prompts = len(self.rows), len(self.prompts)
-        if pictures != prompts or not pictures:
-            raise DataError(f"{pictures} pictures and {prompts} prompts", "give one prompt for all, or one per picture")
-        if self.max_new_tokens < 1:
-            raise UsageError(f"max_new_tokens={self.max_new_tokens} is not allowed", "it is at least 1")
-        if not 0 <= self.seed < 2**63:
-            raise UsageError(f"seed={self.seed} is not allowed", "a seed is in [0, 2**63)")
+        object.__setattr__(self, "max_new_tokens", whole("max_new_tokens", self.max_new_tokens, 1))
+        object.__setattr__(self, "seed", whole("seed", self.seed, 0, SEEDS - 1))
 
 
 def _questions(pictures: Sequence[Shown], prompts: str | Sequence[str]) -> tuple[list[list[Image.Image]], list[str]]:
-    rows = [[shown] if isinstance(shown, Image.Image) else list(shown) for shown in pictures]
-    return rows, [prompts] * len(rows) if isinstance(prompts, str) else list(prompts)
+    rows = pictures_of(pictures)
+    return rows, questions_of(prompts, len(rows))
+
+
+def _method(decoder: Decoder | str) -> Decoder:
+    """A decoder, or the one that a specification names."""
+    if isinstance(decoder, str):
+        return parse(decoder)
+    if not isinstance(decoder, Decoder):
+        raise UsageError(
+            f"decoder is of type {type(decoder).__name__}", "give a decoder, or its specification such as 'vcd'"
+        )
+    return decoder
 
 
 def _strategy(decoder: Decoder, options: Strategy) -> Strategy:
@@ -315,43 +358,44 @@ def check_settings(decoder: Decoder, settings: Settings) -> None:
         IncompatibleDecodersError: The settings ask for beams and the decoder does not work with them.
     """
     _strategy(decoder, Strategy(num_beams=settings.num_beams, temperature=settings.temperature))
+    whole("max_new_tokens", settings.max_new_tokens, 1)
+    whole("seed", settings.seed, 0, SEEDS - 1)
+    if settings.max_pixels is not None:
+        whole("max_pixels", settings.max_pixels, 1)
 
 
-def load(model: str | Path, *, revision: str | None = None, device: str = "auto", dtype: str = "auto") -> VLM:
+def load(
+    model: str | Path,
+    *,
+    revision: str | None = None,
+    device: str = "auto",
+    dtype: str = "auto",
+    max_pixels: int | None = None,
+) -> VLM:
     """Loads a model; see ``Checkpoint.load``. ``load("tiny")`` is the model that comes with the package."""
-    return VLM.load(model, revision=revision, device=device, dtype=dtype)
+    return VLM.load(model, revision=revision, device=device, dtype=dtype, max_pixels=max_pixels)
 
 
-def wrap(model: PreTrainedModel, processor: ProcessorMixin) -> VLM:
+def wrap(model: nn.Module, processor: ProcessorMixin, *, max_pixels: int | None = None) -> VLM:
     """A model and processor of your own, already loaded by transformers, for ``decoder.applied``.
 
+    Args:
+        model: A transformers model, or one inside ``torch.compile``, ``DataParallel``, ``DistributedDataParallel`` or
+            PEFT adapters that sit in its modules (LoRA, for instance): the one whose ``generate`` these run is taken.
+        processor: Its processor; it is left as it was found.
+        max_pixels: See ``Checkpoint.load``.
+
     Raises:
-        UnsupportedModelError: The model's family is not one that vlmfix knows.
+        UnsupportedModelError: The model's family is not one that vlmfix knows, the model does not generate, or it is
+            inside a wrapper that vlmfix cannot see through.
+        UsageError: A limit on pixels that the processor does not know or cannot keep.
         UpstreamError: The installed transformers hands masks over in an unknown way.
     """
-    family = family_of(model.config.model_type)
-    check_model(model, family.decoder(model))
-    return VLM(model=model, processor=processor, family=family, name=str(model.config.name_or_path))
-
-
-class RowSampler(LogitsProcessor):
-    """Sampling by the Gumbel-max rule with a generator per row, so that a row's draw is its own.
-
-    The most probable token of ``log p + Gumbel noise`` is distributed as ``p``. Greedy search then picks it.
-
-    Args:
-        seeds: One seed per row.
-        device: Where the scores are.
-    """
-
-    def __init__(self, seeds: Sequence[int], device: torch.device) -> None:
-        self.generators = [torch.Generator(device).manual_seed(seed) for seed in seeds]
-
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        """Adds a draw of Gumbel noise to (B, V) scores."""
-        draws = torch.stack([torch.rand(scores.shape[1], generator=g, device=scores.device) for g in self.generators])
-        tiny = torch.finfo(torch.float32).tiny
-        return scores - (-(draws.clamp(min=tiny).log())).clamp(min=tiny).log()
+    own = unwrapped(model)
+    family = family_of(own.config.model_type)
+    check_model(own, family.decoder(own))
+    whole, completed = family.completed(own, limited(family, processor, max_pixels))
+    return VLM(model=own, processor=whole, family=family, name=str(own.config.name_or_path), completed=completed)
 
 
 class _Left(StoppingCriteria):

@@ -5,20 +5,30 @@ from __future__ import annotations
 import hashlib
 import os
 import stat
+import time
 from collections import deque
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from io import BytesIO
 from pathlib import Path
+from typing import BinaryIO, TypeVar
 
-import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 
-from vlmfix.errors import DataError, UsageError
+from vlmfix.errors import DataError, PassingError, UsageError, passing
+from vlmfix.metadata import without_metadata
+from vlmfix.pixels import check_size, check_tiles, rgb, turn
 
 FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "BMP", "GIF")
 """What is read, told by a file's content; its extension does not matter."""
 
+T = TypeVar("T")
+
+BOMBS = (Image.DecompressionBombError, Image.DecompressionBombWarning)
+
+PAUSES = (0.1, 0.5, 0.0)
+"""Seconds after each attempt to open a picture in which trouble that passes may pass."""
 READERS = 2
 AHEAD = 8
 """Pictures that wait, decoded, for the model: it never waits for the disk, and memory stays bounded."""
@@ -64,6 +74,7 @@ def find(folder: Path, *, skip: Path | None = None) -> Iterator[Found]:
 
     Raises:
         DataError: ``folder`` does not exist or cannot be listed.
+        PassingError: A folder below cannot be listed now.
     """
     if folder.is_file():
         yield Found(folder.name, folder)
@@ -85,6 +96,8 @@ def _walk(
     try:
         names = sorted(os.listdir(folder))
     except OSError as error:
+        if trouble := passing(error):
+            raise PassingError(f"cannot list {folder}: {trouble.message}", trouble.hint) from error
         yield Found(prefix.rstrip("/"), folder, f"folder cannot be listed: {error.strerror}")
         return
     for name in names:
@@ -95,7 +108,8 @@ def _walk(
             status = path.stat()
         except OSError as error:
             broken = "broken link" if path.is_symlink() else "cannot be read"
-            yield Found(label, path, f"{broken}: {error.strerror}")
+            # trouble that passes may be over when the file is opened
+            yield Found(label, path, "" if passing(error) else f"{broken}: {error.strerror}")
             continue
         identity = _identity(status)
         if not stat.S_ISDIR(status.st_mode):
@@ -111,37 +125,97 @@ def _identity(status: os.stat_result) -> tuple[int, int]:
     return status.st_dev, status.st_ino
 
 
-def open_picture(path: Path) -> Picture:
+def open_picture(path: str | Path) -> Picture:
     """Decodes one picture file: first frame, turned as EXIF says, RGB, transparency over white.
 
-    Sixteen-bit greys are scaled to eight bits. Colour profiles are not applied.
+    Sixteen-bit greys are scaled to eight bits. Colour profiles are not applied. Metadata that cannot be read say
+    nothing: the picture is then taken as it lies.
 
     Args:
         path: A JPEG, PNG, WebP, TIFF, BMP or GIF file.
 
     Raises:
-        DataError: The file is no such picture, is empty, broken or cut off, or has more pixels than
-            ``PIL.Image.MAX_IMAGE_PIXELS``; the message is the reason alone, without the path.
+        DataError: The file is no such picture, is empty, broken or cut off, is too thin (``vlmfix.pixels.LONGEST``) or
+            has more pixels than ``PIL.Image.MAX_IMAGE_PIXELS``; the message is the reason alone, without the path.
+        PassingError: It cannot be read now, and that is no fault of the file's.
     """
     try:
-        with path.open("rb") as file:
+        with Path(path).open("rb") as file:
             if os.fstat(file.fileno()).st_size == 0:
                 raise DataError("empty file")
-            with Image.open(file, formats=FORMATS) as opened:
-                _check_size(*opened.size)
-                image = _to_rgb(ImageOps.exif_transpose(opened))
+            image = _read(file, _decoded)
             file.seek(0)
             return Picture(image=image, sha256=hashlib.file_digest(file, "sha256").hexdigest())
     except DataError:
         raise
     except UnidentifiedImageError as error:
         raise DataError(f"not a picture ({', '.join(FORMATS)} are read)") from error
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+    except BOMBS as error:
         raise DataError(f"too large: {error}") from error
     except OSError as error:
-        raise DataError(f"cannot be read: {error.strerror or error}") from error
+        raise passing(error) or DataError(f"cannot be read: {error.strerror or error}") from error
     except Exception as error:  # Pillow's decoders raise nearly anything on a damaged file
-        raise DataError(f"broken picture: {type(error).__name__}: {error}") from error
+        raise passing(error) or DataError(f"broken picture: {type(error).__name__}: {error}") from error
+
+
+def begins_like_a_picture(path: Path) -> bool:
+    """Whether a file is a picture as far as its beginning tells: it may be broken further on, or too large."""
+    try:
+        with path.open("rb") as file:
+            _read(file, lambda content: Image.open(content, formats=FORMATS).close())
+            return True
+    except BOMBS:
+        return True
+    except Exception as error:  # Pillow's readers raise nearly anything on a file that is no picture
+        if trouble := passing(error):
+            raise trouble from error
+        return False
+
+
+def _read(file: BinaryIO, read: Callable[[BinaryIO], T]) -> T:
+    """What is read of a picture file; where that fails, of the same file without its metadata."""
+    try:
+        return read(file)
+    except (DataError, *BOMBS):
+        raise
+    except Exception as error:  # of no common kind
+        if passing(error):
+            raise
+        file.seek(0)
+        content = file.read()
+        for exif in (True, False):
+            bare = without_metadata(content, exif=exif)
+            try:
+                return read(BytesIO(bare or b""))
+            except (DataError, *BOMBS):
+                raise
+            except Exception as second:  # it is not the metadata alone, and the first reason is raised below
+                if passing(second):
+                    raise
+                continue
+        raise
+
+
+def _decoded(file: BinaryIO) -> Image.Image:
+    with Image.open(file, formats=FORMATS) as opened:
+        check_size(*opened.size)
+        check_tiles(opened)
+        bits = _png_bits(file)
+        opened.load()  # what is wrong with the pixels shows here, and not where the metadata are read
+        how = turn(opened)
+        image = rgb(opened, bits=bits)
+        image = image.copy() if how is None else image.transpose(how)
+        image.info = {}  # it has been applied, and nobody is to apply it again
+        return image
+
+
+def _png_bits(file: BinaryIO) -> int:
+    """Bits of a sample, which Pillow does not tell of a PNG; 8 for other formats."""
+    place = file.tell()
+    file.seek(0)
+    head = file.read(25)
+    file.seek(place)
+    return head[24] if head.startswith(b"\x89PNG") else 8
 
 
 def named_picture(path: Path) -> Image.Image:
@@ -150,6 +224,7 @@ def named_picture(path: Path) -> Image.Image:
     Raises:
         UsageError: There is no such file.
         DataError: It is no picture; the message begins with the path.
+        PassingError: It cannot be read now; the message begins with the path.
     """
     if not path.exists():
         raise UsageError(f"there is no file {path}", "give a picture")
@@ -157,18 +232,21 @@ def named_picture(path: Path) -> Image.Image:
         return open_picture(path).image
     except DataError as error:
         raise DataError(f"{path}: {error.message}", "give a JPEG, PNG, WebP, TIFF, BMP or GIF file") from error
+    except PassingError as error:
+        raise PassingError(f"{path}: {error.message}", error.hint) from error
 
 
-def read_ahead(files: Iterable[Found]) -> Generator[tuple[Found, Picture | DataError]]:
+def read_ahead(files: Iterable[Found]) -> Generator[tuple[Found, Picture | DataError | PassingError]]:
     """Opens pictures in background threads, a few ahead of the caller, in order; ``close()`` ends the threads.
 
     Args:
         files: What to open; taken one by one as the caller goes on.
 
     Yields:
-        Each file with its picture, or with the error that says why there is none.
+        Each file with its picture, or with the error that says why there is none; trouble that passes has then been
+        waited for.
     """
-    waiting: deque[tuple[Found, Future[Picture | DataError]]] = deque()
+    waiting: deque[tuple[Found, Future[Picture | DataError | PassingError]]] = deque()
     pool = ThreadPoolExecutor(READERS, thread_name_prefix="vlmfix-pictures")
     try:
         for file in files:
@@ -183,39 +261,15 @@ def read_ahead(files: Iterable[Found]) -> Generator[tuple[Found, Picture | DataE
         pool.shutdown(wait=True, cancel_futures=True)
 
 
-def _open_or_error(file: Found) -> Picture | DataError:
+def _open_or_error(file: Found) -> Picture | DataError | PassingError:
     if file.problem:
         return DataError(file.problem)
-    try:
-        return open_picture(file.path)
-    except DataError as error:
-        return error
-
-
-def _check_size(width: int, height: int) -> None:
-    limit = Image.MAX_IMAGE_PIXELS
-    if limit is not None and width * height > limit:
-        raise DataError(f"too large: {width} x {height} pixels, at most {limit} are read")
-    if width * height == 0:
-        raise DataError(f"no pixels: {width} x {height}")
-
-
-def _to_rgb(image: Image.Image) -> Image.Image:
-    if image.mode.startswith("I"):
-        return _from_deep_grey(image)
-    if image.mode == "F":
-        raise DataError("floating-point pixels have no known range; save the picture with 8 or 16 bits")
-    if image.has_transparency_data:
-        colours = image.convert("RGBA")
-        white = Image.new("RGBA", colours.size, "white")
-        return Image.alpha_composite(white, colours).convert("RGB")
-    return image.convert("RGB")
-
-
-def _from_deep_grey(image: Image.Image) -> Image.Image:
-    """Sixteen-bit grey, which Pillow would clip, scaled to eight bits."""
-    values = np.asarray(image)
-    low, high = int(values.min()), int(values.max())
-    if low < 0 or high > 65535:
-        raise DataError(f"grey values from {low} to {high}; 0 to 65535 are read")
-    return Image.fromarray((values // 257).astype(np.uint8)).convert("RGB")
+    for pause in PAUSES:
+        try:
+            return open_picture(file.path)
+        except DataError as error:
+            return error
+        except PassingError as error:
+            trouble = error
+            time.sleep(pause)
+    return trouble

@@ -2,18 +2,29 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
+import math
 import os
+import stat
 import time
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, BinaryIO, Self
 
 from vlmfix.errors import DataError, UsageError
+from vlmfix.files import cannot_write, remove_drafts, replacing
+from vlmfix.shapes import OBJECT, Shape, fault
 
 SHOWN = 80
 """Longest value in a message, in characters."""
+LONGEST_LINE = 1 << 26
+LARGEST_DOCUMENT = 1 << 28
+"""Bytes; no line and no document of results comes near."""
+DEEPEST = 64
+"""Lists and objects within each other; no result nests as deeply."""
 SYNC_SECONDS = 5.0
 """At most this much is lost in a power cut; a killed process loses nothing that was appended."""
 
@@ -21,43 +32,76 @@ SYNC_SECONDS = 5.0
 class JsonLines:
     """A file of JSON objects, one per line, that grows at its end and that one process at a time may hold.
 
-    Opening it takes the file's lock and cuts off a last line that a kill left unfinished. Each line goes
-    out in one write, so that a reader never sees half of one.
+    Opening it takes the file's lock and changes nothing in it: whose it is may show only when it has been read, or from
+    what lies beside it. The first change claims it. Each line goes out in one write, so that a reader never sees half
+    of one.
 
     Args:
         path: The file; made when it is missing. Its folder must exist.
+        shape: What each object must hold.
 
     Raises:
         UsageError: Another process holds the file.
-        DataError: The file cannot be opened.
+        DataError: The file cannot be opened, or is a link, a folder or a device.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, shape: Shape = OBJECT) -> None:
         self.path = path
+        self._shape = shape
+        flags = os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
         try:
-            self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
+            self._file = os.open(path, flags, 0o644)
         except OSError as error:
+            if error.errno == errno.ELOOP:
+                raise DataError(
+                    f"{path} is a link, and nothing is written through links", "put the file itself there"
+                ) from error
             raise DataError(f"cannot open {path}: {error.strerror}", "choose a folder that you may write to") from error
         try:
+            if not stat.S_ISREG(os.fstat(self._file).st_mode):
+                raise DataError(f"cannot open {path}: it is not a file", "remove it, or choose another folder")
+            self._lock()
+        except BaseException:
+            os.close(self._file)
+            raise
+        self._synced = time.monotonic()
+        self._claimed = False
+
+    def _lock(self) -> None:
+        try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if os.fstat(self._file).st_ino != os.stat(path).st_ino:
+            if os.fstat(self._file).st_ino != os.stat(self.path).st_ino:
                 raise FileNotFoundError  # its holder has replaced it since it was opened
         except OSError as error:
-            os.close(self._file)
             raise UsageError(
-                f"another process is writing to {path}", "wait for it to end, or choose another folder"
+                f"another process is writing to {self.path}", "wait for it to end, or choose another folder"
             ) from error
-        self._synced = time.monotonic()
-        os.ftruncate(self._file, _end_of_last_line(self._file))
-        _draft(path).unlink(missing_ok=True)  # of a replacement that a kill has prevented
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether nothing is in the file."""
+        return os.fstat(self._file).st_size == 0
+
+    def claim(self) -> None:
+        """Takes the file for one's own: a last line that a kill left unfinished is cut off.
+
+        Raises:
+            DataError: The file cannot be changed.
+        """
+        try:
+            os.ftruncate(self._file, _end_of_last_line(self._file))
+        except OSError as error:
+            raise cannot_write(self.path, error) from error
+        remove_drafts(self.path.parent, self.path.name)  # of a replacement that a kill has prevented
+        self._claimed = True
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         """The objects in the file, from its start.
 
         Raises:
-            DataError: A line is not a JSON object.
+            DataError: A line is not a JSON object, or lacks what it must hold.
         """
-        return read_lines(self.path)
+        return read_lines(self.path, self._shape)
 
     def append(self, record: Mapping[str, Any]) -> None:
         """Adds one line.
@@ -66,15 +110,17 @@ class JsonLines:
             DataError: The disk is full or gone; the file then ends with the last whole line.
         """
         line = to_json(record).encode() + b"\n"
+        if not self._claimed:
+            self.claim()
         end = os.lseek(self._file, 0, os.SEEK_END)
         try:
             written = os.write(self._file, line)
-            problem = f"wrote {written} of {len(line)} bytes" if written < len(line) else ""
+            if written < len(line):
+                raise OSError(errno.ENOSPC, f"wrote {written} of {len(line)} bytes")
         except OSError as error:
-            problem = str(error.strerror)
-        if problem:
-            os.ftruncate(self._file, end)
-            raise DataError(f"cannot write to {self.path}: {problem}", "free some space and start again")
+            with suppress(OSError):  # what cannot be cut off now is cut off at the next start
+                os.ftruncate(self._file, end)
+            raise cannot_write(self.path, error) from error
         if time.monotonic() - self._synced > SYNC_SECONDS:
             self.sync()
 
@@ -87,29 +133,36 @@ class JsonLines:
         Raises:
             DataError: A line is not a JSON object, or the new file cannot be written; the old one then stays.
         """
-        draft = _draft(self.path)
-        try:
-            with draft.open("wb") as file:
-                file.writelines(to_json(record).encode() + b"\n" for record in self if wanted(record))
-                file.flush()
-                os.fsync(file.fileno())
-            replacement = os.open(draft, os.O_RDWR | os.O_APPEND | os.O_CLOEXEC)
+        with replacing(self.path) as file:
+            file.writelines(to_json(record).encode() + b"\n" for record in self if wanted(record))
+            file.flush()
+            replacement = os.open(file.name, os.O_RDWR | os.O_APPEND | os.O_CLOEXEC)
             fcntl.flock(replacement, fcntl.LOCK_EX)
-            draft.replace(self.path)
-        except OSError as error:
-            raise DataError(f"cannot write {self.path}: {error.strerror}", "free some space and start again") from error
         os.close(self._file)
         self._file = replacement
 
     def sync(self) -> None:
-        """Waits until everything appended is on the disk."""
-        os.fsync(self._file)
+        """Waits until everything appended is on the disk.
+
+        Raises:
+            DataError: The disk is full or gone.
+        """
+        try:
+            os.fsync(self._file)
+        except OSError as error:
+            raise cannot_write(self.path, error) from error
         self._synced = time.monotonic()
 
     def close(self) -> None:
-        """Syncs, and gives the lock back."""
-        self.sync()
-        os.close(self._file)
+        """Syncs, and gives the lock back.
+
+        Raises:
+            DataError: The disk is full or gone.
+        """
+        try:
+            self.sync()
+        finally:
+            os.close(self._file)
 
     def __enter__(self) -> Self:
         return self
@@ -118,28 +171,39 @@ class JsonLines:
         self.close()
 
 
-def read_lines(path: Path) -> Iterator[dict[str, Any]]:
+def read_lines(path: Path, shape: Shape = OBJECT) -> Iterator[dict[str, Any]]:
     """The objects of a JSON-lines file; an unfinished last line, as a kill leaves it, is passed over.
 
     Args:
         path: The file; one that does not exist has no lines.
+        shape: What each object must hold.
 
     Raises:
-        DataError: A finished line is not a JSON object.
+        DataError: The file cannot be read, or a finished line is not a JSON object or lacks what it must hold.
     """
-    if not path.exists():
+    try:
+        with _opened(path) as file:
+            for number, line in enumerate(iter(lambda: file.readline(LONGEST_LINE), b""), start=1):
+                if not line.endswith(b"\n") and len(line) < LONGEST_LINE:
+                    return
+                yield _checked_line(path, number, line, shape)
+    except FileNotFoundError:
         return
-    with path.open("rb") as file:
-        for number, line in enumerate(file, start=1):
-            if not line.endswith(b"\n"):
-                return
-            try:
-                record = json.loads(line)
-            except ValueError as error:
-                raise _bad_line(path, number) from error
-            if not isinstance(record, dict):
-                raise _bad_line(path, number)
-            yield record
+    except OSError as error:
+        raise _cannot_read(path, error) from error
+
+
+def _checked_line(path: Path, number: int, line: bytes, shape: Shape) -> dict[str, Any]:
+    hint = "restore the file, remove that line, or choose another folder"
+    try:
+        record = parse_json(line)
+    except ValueError as error:
+        raise DataError(f"line {number} of {path} is not a JSON object: {error}", hint) from error
+    if not isinstance(record, dict):
+        raise DataError(f"line {number} of {path} is not a JSON object", hint)
+    if wrong := fault(record, shape):
+        raise DataError(f"line {number} of {path}{wrong}", hint)
+    return record
 
 
 def replace_json(path: Path, document: Mapping[str, Any]) -> None:
@@ -148,32 +212,81 @@ def replace_json(path: Path, document: Mapping[str, Any]) -> None:
     Raises:
         DataError: The file cannot be written.
     """
-    draft = _draft(path)
-    try:
-        with draft.open("wb") as file:
-            file.write(to_json(document, indent=2).encode() + b"\n")
-            file.flush()
-            os.fsync(file.fileno())
-        draft.replace(path)
-    except OSError as error:
-        raise DataError(f"cannot write {path}: {error.strerror}", "free some space and start again") from error
+    text = to_json(document, indent=2).encode() + b"\n"
+    with replacing(path) as file:
+        file.write(text)
 
 
-def read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path, shape: Shape = OBJECT) -> dict[str, Any]:
     """Reads a JSON object.
 
+    Args:
+        path: The file.
+        shape: What the object must hold.
+
     Raises:
-        DataError: The file is missing or does not hold a JSON object.
+        DataError: The file is missing, does not hold a JSON object, or the object lacks what it must hold.
+    """
+    hint = "restore the file, or choose another folder"
+    try:
+        with _opened(path) as file:
+            if os.fstat(file.fileno()).st_size > LARGEST_DOCUMENT:
+                raise DataError(f"{path} is too large to be a JSON document of ours", hint)
+            document = parse_json(file.read())
+    except OSError as error:
+        raise _cannot_read(path, error) from error
+    except ValueError as error:
+        raise DataError(f"{path} is not JSON: {error}", hint) from error
+    if not isinstance(document, dict):
+        raise DataError(f"{path} holds no JSON object", hint)
+    if wrong := fault(document, shape):
+        raise DataError(f"{path}{wrong}", hint)
+    return document
+
+
+def parse_json(text: bytes | str) -> Any:  # noqa: ANN401 (what JSON can hold has no name)
+    """Reads JSON as the standard has it, without NaN and infinities.
+
+    Raises:
+        ValueError: The text is something else, or nests more deeply than any result.
     """
     try:
-        document = json.loads(path.read_bytes())
-    except OSError as error:
-        raise DataError(f"cannot read {path}: {error.strerror}", "check the path") from error
-    except ValueError as error:
-        raise DataError(f"{path} is not JSON: {error}", "remove the file, or choose another folder") from error
-    if not isinstance(document, dict):
-        raise DataError(f"{path} holds no JSON object", "remove the file, or choose another folder")
+        document = json.loads(text, parse_constant=_finite, parse_float=_finite)
+    except RecursionError as error:
+        raise ValueError("it nests too deeply") from error
+    if _is_deep(document):
+        raise ValueError("it nests too deeply")
     return document
+
+
+def _opened(path: Path) -> BinaryIO:
+    """Opens a file to read; one that would never end, or that waits for a writer, is refused."""
+    file = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    if not stat.S_ISREG(os.fstat(file).st_mode):
+        os.close(file)
+        raise DataError(f"cannot read {path}: it is not a file", "check the path")
+    return os.fdopen(file, "rb")
+
+
+def _cannot_read(path: Path, error: OSError) -> DataError:
+    return DataError(f"cannot read {path}: {error.strerror or error}", "check the path")
+
+
+def _finite(text: str) -> float:
+    number = float(text)
+    if not math.isfinite(number):
+        raise ValueError(f"{text} is no number of JSON, or too large")
+    return number
+
+
+def _is_deep(document: object) -> bool:
+    level = [document]
+    for _ in range(DEEPEST):
+        objects = (
+            value.values() if isinstance(value, dict) else value for value in level if isinstance(value, dict | list)
+        )
+        level = [inner for held in objects for inner in held if isinstance(inner, dict | list)]
+    return bool(level)
 
 
 def refuse_other(folder: Path, card: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
@@ -195,6 +308,7 @@ def refuse_other(folder: Path, card: Path, before: Mapping[str, Any], now: Mappi
             f"{name} was {shown(first.get(name))}, now {shown(second.get(name))}"
             for name in dict.fromkeys([*second, *first])
             if first.get(name) != second.get(name)
+            and not any(longer.startswith(f"{name}.") for longer in (*first, *second))  # it was empty, and is not
         )
         raise UsageError(
             f"{folder} holds answers made with other settings: {listed}",
@@ -225,15 +339,6 @@ def to_json(value: Any, *, indent: int | None = None) -> str:  # noqa: ANN401 (w
     except UnicodeEncodeError:  # a name from a file system that is not UTF-8 holds lone surrogates
         return json.dumps(value, ensure_ascii=True, indent=indent, allow_nan=False)
     return text
-
-
-def _draft(path: Path) -> Path:
-    """Where the new content of a file is written before it replaces the old."""
-    return path.with_name(f".{path.name}.new")
-
-
-def _bad_line(path: Path, number: int) -> DataError:
-    return DataError(f"line {number} of {path} is not a JSON object", "remove that line, or choose another folder")
 
 
 def _end_of_last_line(file: int, block: int = 1 << 16) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,6 +20,7 @@ class Settings:
         num_beams: Beams; 1 for none, or for as many as the decoder itself says.
         temperature: Sampling temperature; 0 takes the most probable token, or leaves the choice to the decoder.
         seed: Seed of sampling.
+        max_pixels: The most pixels that the processor makes of a picture; None leaves its own limit.
     """
 
     model: str = "tiny"
@@ -30,3 +32,8 @@ class Settings:
     num_beams: int = 1
     temperature: float = 0.0
     seed: int = 0
+    max_pixels: int | None = None
+
+    def loading(self) -> dict[str, Any]:
+        """What a loader is told beside the model, as keyword arguments of ``vlmfix.load``."""
+        return {name: getattr(self, name) for name in ("revision", "device", "dtype", "max_pixels")}

@@ -315,6 +315,14 @@ def test_a_rolled_window_is_refused():
         attention(module, query, key, value, None)
 
 
+def test_a_layer_on_another_device_is_refused():
+    module, elsewhere = Module(), plan(KINDS["bias"], live=LIVE, image=IMAGE)
+    elsewhere.rows = elsewhere.rows.to("meta")
+    setattr(module, PLAN, elsewhere)
+    with pytest.raises(UnsupportedAttentionError, match="layer 4 is on cpu and the model's inputs are on meta"):
+        attention(module, *tensors(T, T), None)
+
+
 def test_another_number_of_rows_is_refused():
     query, key, value = tensors(1, T)
     module = Module()

@@ -11,7 +11,7 @@ from transformers import LlamaConfig
 from tests.contracts.support import batch_of, close, logits, plain, vlm_of
 from tests.decoders.test_locore import site
 from vlmfix.attention.edit import LayerSet
-from vlmfix.decoders import ACT
+from vlmfix.decoders import ACT, parse
 from vlmfix.decoders.act import Calibration, SinkSearch, calibrate, published, read_heads, write_heads
 from vlmfix.errors import IncompatibleDecodersError, UnsupportedAttentionError, UsageError
 
@@ -222,3 +222,12 @@ def test_unlisted_layers_are_not_touched():
     assert only.layers == LayerSet("1")
     assert only.chosen.nonzero().tolist() == [[1, 7]]
     close(logits(vlm, batch, ACT(heads="all", layers="all", sink_threshold=1.0)), plain(vlm, batch))
+
+
+def test_a_preset_does_not_replace_a_threshold_that_was_given():
+    assert ACT(preset="official-code", heads="all").sink_threshold == 0.1
+    assert ACT(heads="all").sink_threshold is None
+    none = parse("act:preset=official-code,heads=all,sink_threshold=none")
+    assert none.sink_threshold is None
+    assert parse(none.spec()) == none == ACT(preset="official-code", heads="all", sink_threshold=None)
+    assert parse("act:preset=official-code,heads=all,sink_threshold=0.15").sink_threshold == 0.15

@@ -6,15 +6,15 @@ import math
 
 import pytest
 import torch
-from transformers import LogitsProcessorList, TextIteratorStreamer
+from transformers import LogitsProcessor, LogitsProcessorList, TextIteratorStreamer
 
 from tests.contracts.support import STRONG, Forced, batch_of, close, crossed, logits, plain, vlm_of
 from tests.tiny import TINY
 from vlmfix.attention.edit import LayerSet
 from vlmfix.decoders import Chain, parse
+from vlmfix.decoders.draws import RowSampler
 from vlmfix.decoders.sgrs import SGRS, Draws, Memory, RejectionLoop, gate
-from vlmfix.errors import IncompatibleDecodersError
-from vlmfix.generation import RowSampler
+from vlmfix.errors import DataError, IncompatibleDecodersError
 from vlmfix.upstream import steps as upstream
 
 ALL = torch.tensor([True])
@@ -443,3 +443,35 @@ def test_self_may_be_left_out_of_history():
     batch = batch_of(vlm)
     without = SGRS(draw="greedy", strictness=1.3, top_k=8, window=3, layers="1:", include_self=False)
     assert not torch.equal(tokens(vlm, batch, without, steps=10), tokens(vlm, batch, STRONG_ONE, steps=10))
+
+
+class Unlucky(LogitsProcessor):
+    """A user's processor with an attribute that a sampler has too."""
+
+    def __init__(self, token):
+        self.token, self.generators = token, ()
+
+    def __call__(self, input_ids, scores):
+        return scores.index_fill(1, torch.tensor([self.token]), float("-inf"))
+
+
+@pytest.mark.parametrize("draw", ["greedy", "sample"])
+def test_a_users_processor_is_no_sampler(draw):
+    vlm = vlm_of("llava")
+    batch = batch_of(vlm)
+    decoder = parse(f"sgrs:strictness=0,top_k=1,draw={draw}")
+    first = int(tokens(vlm, batch, decoder, steps=1)[0, 0])
+    found = tokens(vlm, batch, decoder, steps=4, logits_processor=[Unlucky(first)])
+    assert first not in found
+
+
+@pytest.mark.parametrize("family", ["llava", "qwen2_5_vl"])
+def test_a_prompt_that_ends_with_a_picture_is_refused(family):
+    """Its last token would pass alone, as the placeholder that it is and not as the picture."""
+    vlm = vlm_of(family)
+    batch = batch_of(vlm, [0])
+    image = vlm.family.image_token(vlm.model.config)
+    end = int((batch["input_ids"][0] == image).nonzero()[-1]) + 1
+    cut = {name: value[:, :end] if value.shape[:2] == (1, batch.length) else value for name, value in batch.items()}
+    with parse("sgrs").applied(vlm, cut) as arguments, pytest.raises(DataError, match="a prompt ends with a picture"):
+        vlm.model.generate(**cut, **arguments, max_new_tokens=2)

@@ -18,7 +18,6 @@ class Exam(Task):
     name: ClassVar = "exam"
     better: ClassVar = {"accuracy": "higher", "precision": "higher", "misses": "lower"}
     shifts: ClassVar = ("yes_ratio", "length")
-    outcome: ClassVar = "accuracy"
     max_new_tokens: ClassVar = 8
 
     strict: bool = False

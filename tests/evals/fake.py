@@ -14,7 +14,6 @@ class Says(Task):
     name: ClassVar[str] = "says"
     better: ClassVar = {"accuracy": "higher"}
     shifts: ClassVar = ("length",)
-    outcome: ClassVar[str] = "accuracy"
     max_new_tokens: ClassVar[int] = 4
 
     upper: bool = False

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import copy
+import io
 import json
 import math
+import shutil
+import sys
 
 import numpy as np
 import open_clip
@@ -59,6 +62,38 @@ def pictures(tmp_path_factory):
 @pytest.fixture
 def task(clip_folder, pictures):
     return ClipScore(images=str(pictures), model=f"local-dir:{clip_folder}", batch=2)
+
+
+CODE = {
+    "the tokenizer's": {"hf_tokenizer_name": "own"},
+    "the tokenizer's, by permission of its own": {
+        "hf_tokenizer_name": "own",
+        "tokenizer_kwargs": {"trust_remote_code": True},
+    },
+    "the text model's": {"hf_model_name": "FOLDER", "hf_tokenizer_name": "own"},
+}
+
+
+@pytest.mark.parametrize("what", CODE)
+def test_code_in_a_folder_is_not_run_and_nobody_is_asked(tmp_path, monkeypatch, capsys, clip_folder, what):
+    monkeypatch.setenv("VLMFIX_MARK", str(tmp_path / "mark"))
+    monkeypatch.setattr("sys.stdin", io.StringIO("y\ny\ny\n"))
+    folder = shutil.copytree(clip_folder, tmp_path / "clip")
+    text = {name: str(folder) if value == "FOLDER" else value for name, value in CODE[what].items()}
+    card = json.loads((folder / "open_clip_config.json").read_text())
+    card["model_cfg"]["text_cfg"] = (
+        {"context_length": 20, **text} if "hf_model_name" in text else TINY["text_cfg"] | text
+    )
+    (folder / "open_clip_config.json").write_text(json.dumps(card))
+    known = {"AutoConfig": "own.Own", "AutoModel": "own.Own", "AutoTokenizer": ["own.Own", None]}
+    (folder / "config.json").write_text(json.dumps({"model_type": "own", "auto_map": known}))
+    (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "Own", "auto_map": known}))
+    (folder / "own.py").write_text("import os\nopen(os.environ['VLMFIX_MARK'], 'w').write('x')\nclass Own:\n    pass\n")
+    with pytest.raises(DataError, match="needs Python code of its own, which vlmfix does not run"):
+        ClipScore(model=f"local-dir:{folder}").load()
+    assert not (tmp_path / "mark").exists()
+    assert capsys.readouterr().out == ""
+    assert sys.stdin.read() == "y\ny\ny\n"
 
 
 def sample(number, *references):

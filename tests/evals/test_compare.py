@@ -4,12 +4,12 @@ import json
 from dataclasses import asdict, replace
 
 import pytest
-from scipy import stats
 
 from tests.evals.exam import Exam, answers, exam, samples, written
 from vlmfix.errors import DataError, UsageError
 from vlmfix.evals.compare import compare
 from vlmfix.evals.record import PLAIN, Record, read_run
+from vlmfix.evals.statistics import swap_test
 from vlmfix.evals.tasks import TASKS
 
 DRAWS = 2000
@@ -52,6 +52,44 @@ def test_better_worse_and_neither(comparison):
     assert changes(compare([swapped], draws=DRAWS), "bad")["easy/accuracy"].direction == "worse"
 
 
+def test_a_mark_names_the_shifts_beside_it_that_are_clear():
+    asked = samples()
+    keen = {
+        name: replace(record, answer="yes, indeed")
+        for name, record in answers(asked, {"easy": 0.8, "hard": 0.5}, seed=0).items()
+    }
+    plain = answers(asked, {"easy": 0.8, "hard": 0.5}, seed=0)
+    found = changes(compare([exam(asked=asked, arms={PLAIN: plain, "keen": keen})], draws=DRAWS), "keen")
+    assert found["hard/misses"].direction == "better"
+    assert found["hard/misses"].shifted == ("hard/yes_ratio", "hard/length")
+    assert found["hard/accuracy"].direction == "no clear difference"
+    assert found["hard/accuracy"].shifted == ()
+    good = changes(compare([exam()], draws=DRAWS), "good")
+    assert (good["hard/accuracy"].direction, good["hard/accuracy"].shifted) == ("better", ())
+    (longer,) = (
+        c
+        for c in changes(
+            compare(
+                [
+                    exam(
+                        arms={
+                            PLAIN: plain,
+                            "longer": {
+                                name: replace(record, answer=f"{record.answer} indeed")
+                                for name, record in exam().answers["good"].items()
+                            },
+                        }
+                    )
+                ],
+                draws=DRAWS,
+            ),
+            "longer",
+        ).values()
+        if c.figure == "mean/accuracy"
+    )
+    assert longer.shifted == ("easy/length", "hard/length"), "a mean has none of its own: it has those of its groups"
+
+
 def test_shifts_stand_beside_and_are_not_tested(comparison):
     wordy = changes(comparison, "wordy")
     assert wordy["easy/length"].kind == "shift"
@@ -60,45 +98,66 @@ def test_shifts_stand_beside_and_are_not_tested(comparison):
     assert all(change.p is None for change in wordy.values() if change.kind != "merit")
 
 
-def test_outcomes_of_a_group_are_tested_by_mcnemar_and_the_rest_by_the_bootstrap(comparison):
+def test_all_merits_are_tested_by_swaps_and_corrected_together(comparison):
     run = exam()
-    pairs = [
-        (before.right, after.right)
-        for (sample, before), (_, after) in zip(run.judged(PLAIN), run.judged("good"), strict=True)
-        if sample.group == "easy"
-    ]
-    gained, lost = pairs.count((False, True)), pairs.count((True, False))
-    good = changes(comparison, "good")
-    assert gained + lost < 25
-    assert good["easy/accuracy"].test == "McNemar, exact"
-    assert good["easy/accuracy"].p == pytest.approx(stats.binomtest(gained, gained + lost).pvalue)
-    assert good["hard/accuracy"].test == "McNemar, chi-square"
-    assert {good["mean/accuracy"].test, good["easy/precision"].test} == {"bootstrap"}
-
-
-def test_p_values_are_corrected_over_the_arms_figure_by_figure(comparison):
-    for figure in ("easy/accuracy", "hard/misses"):
-        first, second = sorted(
-            (changes(comparison, arm)[figure] for arm in ("good", "wordy")), key=lambda change: change.p
-        )
-        assert first.corrected == pytest.approx(min(1, 2 * first.p))
-        assert second.corrected == pytest.approx(max(first.corrected, second.p))
+    tallies = {arm: run.task.tally(run.judged(arm)) for arm in run.answers}
+    merits = [f"{group}/{name}" for group in ("easy", "hard") for name in ("accuracy", "precision", "misses")]
+    merits.append("mean/accuracy")
+    for arm in ("good", "wordy"):
+        found = swap_test(run.task.figures, tallies[PLAIN], tallies[arm], merits, draws=DRAWS, seed=0)
+        tested = {name: change for name, change in changes(comparison, arm).items() if change.test}
+        assert tested.keys() == found.keys()
+        for name, change in tested.items():
+            assert (change.test, change.p) == ("swaps", found[name].p)
+            assert change.corrected == min(1, 2 * found[name].corrected), "times two, for two arms"
     alone = compare([exam(arms={name: exam().answers[name] for name in (PLAIN, "good")})], draws=DRAWS)
-    change = changes(alone, "good")["easy/accuracy"]
-    assert change.corrected == change.p
+    assert changes(alone, "good")["hard/misses"].corrected == changes(comparison, "good")["hard/misses"].corrected / 2
 
 
-def test_the_interval_must_leave_out_zero_too():
-    """McNemar takes questions for independent; the interval shows when one unit makes the whole difference."""
-    asked = [replace(sample, unit="one" if int(sample.image[:3]) < 10 else "") for sample in samples(20)]
+def test_an_arm_that_was_not_tested_costs_the_others_nothing():
+    run = exam()
+    before = changes(compare([run], draws=DRAWS), "good")["hard/precision"]
+    run.answers["wordy"].clear()
+    after = changes(compare([run], draws=DRAWS), "good")["hard/precision"]
+    assert after.corrected == before.corrected / 2
+
+
+def test_questions_about_one_unit_are_one_piece_of_evidence():
+    """Forty questions more are right, all of them about one picture in eleven."""
+    asked = [replace(sample, unit="one" if int(sample.image[:3]) < 10 else "") for sample in samples(50)]
     better = answers(asked, {"easy": 1.0, "hard": 1.0}, seed=0)
     wrong = answers(asked, {"easy": 0.0, "hard": 0.0}, seed=0)
     plain = {sample.id: (wrong if sample.unit else better)[sample.id] for sample in asked}
-    found = changes(compare([exam(asked=asked, arms={PLAIN: plain, "one": better})], draws=DRAWS), "one")
-    change = found["easy/accuracy"]
-    assert change.corrected < 1e-5
-    assert change.difference.low == 0 < change.difference.value
-    assert change.direction == "no clear difference"
+    change = changes(compare([exam(asked=asked, arms={PLAIN: plain, "one": better})], draws=DRAWS), "one")[
+        "easy/accuracy"
+    ]
+    assert change.difference.value == pytest.approx(0.2)
+    assert (change.p, change.direction) == (1, "no clear difference")
+
+
+@pytest.mark.parametrize(
+    ("pictures", "direction"), [(6, "too few units to tell"), (29, "too few units to tell"), (30, "better")]
+)
+def test_few_units_get_no_verdict_however_large_the_difference(pictures, direction):
+    asked = samples(pictures)
+    arms = {
+        PLAIN: answers(asked, {"easy": 0.0, "hard": 0.0}, seed=0),
+        "right": answers(asked, {"easy": 1.0, "hard": 1.0}, seed=0),
+    }
+    found = changes(compare([exam(asked=asked, arms=arms)], draws=DRAWS), "right")
+    assert {change.direction for change in found.values() if change.kind == "merit"} == {direction}
+    assert found["easy/accuracy"].difference.low > 0
+
+
+def test_a_group_of_few_pictures_gets_no_verdict_among_others_that_have_many():
+    asked = [sample for sample in samples(60) if sample.group == "hard" or int(sample.image[:3]) < 8]
+    arms = {
+        PLAIN: answers(asked, {"easy": 0.0, "hard": 0.0}, seed=0),
+        "right": answers(asked, {"easy": 1.0, "hard": 1.0}, seed=0),
+    }
+    found = changes(compare([exam(asked=asked, arms=arms)], draws=DRAWS), "right")
+    assert found["easy/accuracy"].direction == "too few units to tell"
+    assert found["hard/accuracy"].direction == found["mean/accuracy"].direction == "better"
 
 
 def test_seeds_reproduce(comparison):
@@ -183,6 +242,20 @@ def test_plain_arms_that_differ_are_told_apart():
     assert changes(comparison, "second/good")["easy/length"].plain.value > 1
 
 
+READING = {"ends": [2], "set_aside": {}, "completed": {}}
+NOTED = {"files": {"vocab.json": "sha256:1"}, "checkpoint": READING}
+
+
+def test_a_run_of_an_earlier_version_is_compared_and_noted():
+    notes = compare([exam("first", **NOTED), exam("second")], draws=DRAWS).notes
+    assert any("earlier vlmfix" in note and note.endswith("act: second.") for note in notes)
+
+
+def test_settings_of_the_checkpoint_that_do_not_act_are_noted():
+    aside = {"checkpoint": READING | {"set_aside": {"repetition_penalty": 1.05}}}
+    assert "repetition_penalty 1.05" in compare([exam("first", **aside)], draws=DRAWS).notes[0]
+
+
 class Other(Exam):
     name = "other"
 
@@ -193,6 +266,8 @@ class Other(Exam):
         ({"task": Other()}, "task is 'exam' and 'other'"),
         ({"task": Exam(strict=True)}, "options.strict is False and True"),
         ({"weights": "sha256:78"}, "weights is 'sha256:77' and 'sha256:78'"),
+        ({"files": {"vocab.json": "sha256:2"}}, "files.vocab.json is 'sha256:1' and 'sha256:2'"),
+        ({"checkpoint": READING | {"ends": [2, 5]}}, "checkpoint.ends is [2] and [2, 5]"),
         ({"commit": "abc"}, "commit is None and 'abc'"),
         ({"revision": "v2"}, "revision is None and 'v2'"),
         ({"dtype": "bfloat16"}, "dtype is 'float32' and 'bfloat16'"),
@@ -207,13 +282,54 @@ class Other(Exam):
             "prompt of easy-0-0 is 'Is there a cat?' and 'Do you see a cat?'",
         ),
         ({"asked": samples()[::-1]}, "order"),
+        (
+            {"asked": [replace(sample, target={"label": "no"}) for sample in samples()]},
+            "truth of easy-0-0 is {'label': 'yes'} and {'label': 'no'}",
+        ),
+        ({"asked": [replace(sample, image="x.png") for sample in samples()]}, "picture of easy-0-0 is '000.png' and"),
+        ({"asked": [replace(sample, unit="all") for sample in samples()]}, "unit of easy-0-0 is '' and 'all'"),
     ],
 )
 def test_runs_that_differ_are_refused_with_both_values(other, said):
     with pytest.raises(UsageError) as refused:
-        compare([exam("first"), exam("second", **other)], draws=DRAWS)
+        compare([exam("first", **NOTED), exam("second", **NOTED | other)], draws=DRAWS)
     assert said in refused.value.message
     assert "first and second" in refused.value.message
+
+
+def seen(run, digests, arms=(PLAIN, "good", "wordy")):
+    """The run with the digests of its pictures."""
+    for arm in arms:
+        for sample in run.samples:
+            digest = digests.get(sample.image, f"sha of {sample.image}")
+            run.answers[arm][sample.id] = replace(run.answers[arm][sample.id], sha256=digest)
+    return run
+
+
+def test_runs_that_saw_other_pictures_are_refused():
+    blurred = {f"{number:03}.png": f"blurred {number}" for number in range(7)}
+    first, second = seen(exam("first"), {}), seen(exam("second"), blurred)
+    with pytest.raises(UsageError) as refused:
+        compare([first, second], draws=DRAWS)
+    assert "first and second cannot be compared" in refused.value.message
+    assert "the contents of 7 of 60 pictures differ: 000.png, 001.png" in refused.value.message
+    assert "004.png and 2 more" in refused.value.message
+    assert compare([first, seen(exam("second"), {})], draws=DRAWS).arms
+    assert compare([first, exam("second")], draws=DRAWS).arms, "nothing is known of what the second saw"
+
+
+def test_only_pictures_that_both_answered_must_be_the_same():
+    first, second = seen(exam("first"), {}), seen(exam("second"), {"000.png": "blurred"})
+    for arm in second.answers.values():
+        for name in [sample.id for sample in second.samples if sample.image == "000.png"]:
+            arm[name] = replace(arm[name], answer=None, failed="NaN")
+    assert compare([first, second], draws=DRAWS).arms
+
+
+def test_an_arm_that_saw_other_pictures_than_its_plain_arm_is_refused():
+    run = seen(seen(exam(), {}), {"003.png": "blurred", "004.png": "blurred too"}, ["good"])
+    with pytest.raises(UsageError, match=r"in run are about several contents of 2 of 60 pictures: 003.png, 004.png"):
+        compare([run], draws=DRAWS)
 
 
 def test_all_that_differs_is_named():
@@ -222,7 +338,8 @@ def test_all_that_differs_is_named():
 
 
 def test_moved_files_other_names_and_branches_are_no_difference():
-    moved = {"data": {"questions": {"file": "renamed.json", "sha256": "12ab"}, "path": "/mnt/exam.json"}}
+    questions = {"file": "renamed.json", "sha256": "12ab", "generation": "the one that a newer version knows"}
+    moved = {"data": {"questions": questions, "path": "/mnt/exam.json"}}
     first = exam("first", commit="abc", revision="main")
     second = exam("second", commit="abc", revision="abc", images="/mnt/pictures", **moved)
     assert len(compare([first, second], draws=DRAWS).arms) == 4

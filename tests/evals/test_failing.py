@@ -5,16 +5,21 @@ import os
 import shutil
 import signal
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
+from PIL import Image
 
 from tests.evals.fake import Says, workload
 from tests.folder.fake import FakeVLM, colour
+from vlmfix import images
 from vlmfix.answering import FAILURES_IN_A_ROW
 from vlmfix.decoders import parse
-from vlmfix.errors import LayoutError, SystematicError
+from vlmfix.errors import LayoutError, PassingError, SystematicError
 from vlmfix.evals import tasks
 from vlmfix.evals.record import read_run
+from vlmfix.evals.reproduce import reproduce
 from vlmfix.evals.runner import evaluate
 from vlmfix.records import read_lines
 from vlmfix.settings import Settings
@@ -173,8 +178,8 @@ def test_asking_again_with_every_question_failing_stops_too(tmp_path):
     assert {arm: len(failed(run, arm)) for arm in run.answers} == {"greedy": 4, "vcd": 4}
 
 
-def killed_at(step, base, out):
-    """Asks again, in a process that dies just before one of the calls that change the folder."""
+def killed_at(step, base, out, pictures=6, retry_failed=True):
+    """Asks, in a process that dies just before one of the calls that change the folder."""
     tasks.TASKS["says"] = Says
     left = [step]
 
@@ -187,11 +192,36 @@ def killed_at(step, base, out):
 
         return counted
 
-    work = workload(base / "in")
-    (base / "in" / "0004.png").write_bytes(b"broken")
+    work = workload(base / "in", pictures)
+    (base / "in" / f"{pictures - 2:04d}.png").write_bytes(b"broken")
     os.write, os.fsync, os.ftruncate = deadly(os.write), deadly(os.fsync), deadly(os.ftruncate)
     Path.replace, Path.unlink = deadly(Path.replace), deadly(Path.unlink)
-    go(out, work, FakeVLM(), retry_failed=True)
+    go(out, work, FakeVLM(), retry_failed=retry_failed)
+
+
+def test_killed_at_every_change_of_the_folder(tmp_path):
+    work, whole = workload(tmp_path / "in", 2), tmp_path / "whole"
+    (tmp_path / "in" / "0000.png").write_bytes(b"broken")
+    go(whole, work, FakeVLM())
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["tests.evals.test_failing"])
+    step, code, complete = 0, -signal.SIGKILL, 0
+    while code == -signal.SIGKILL:
+        out = tmp_path / f"out{step}"
+        process = context.Process(target=killed_at, args=(step, tmp_path, out, 2, False))
+        process.start()
+        process.join()
+        code = process.exitcode
+        complete += files(out) == files(whole)
+        go(out, work, FakeVLM())
+        assert files(out) == files(whole)
+        found = {str(path.relative_to(out)) for path in out.rglob("*") if path.is_file()}
+        assert found == {"card.json", "samples.jsonl", "greedy/answers.jsonl"}
+        assert read_run(out).missing("greedy") == 0
+        step += 1
+    assert code == 0
+    assert complete >= 3  # killed behind the last answer, before or while the card is written
+    assert reproduce(read_run(tmp_path / f"out{step - 2}"), tmp_path / "again", loader=FakeVLM().load).exact
 
 
 def test_killed_while_it_asks_again(tmp_path):
@@ -217,3 +247,48 @@ def test_killed_while_it_asks_again(tmp_path):
         step += 1
     assert code == 0
     assert step > 20
+
+
+@pytest.mark.parametrize("error", [MemoryError(), torch.OutOfMemoryError("CUDA out of memory"), OSError(116, "Stale")])
+def test_trouble_that_passes_is_no_fault_of_the_sample(tmp_path, error):
+    work, out = workload(tmp_path / "in"), tmp_path / "out"
+    vlm = FakeVLM(fails=lambda batch: error if any(shown == colour(2) for shown, _ in batch) else None)
+    with pytest.raises(PassingError, match=r"8 samples are left open, the first a/2/shared: "):
+        go(out, work, vlm, arms=("vcd",))
+    run = read_run(out)
+    assert not failed(run)
+    assert [run.missing(arm) for arm in run.answers] == [4, 4]
+    run = go(out, work, FakeVLM(), arms=("vcd",))
+    assert [run.missing(arm) for arm in run.answers] == [0, 0]
+    assert (run.asked_now, run.answered_now, run.in_vain) == (8, 8, False)
+
+
+def test_pictures_that_cannot_be_opened_now_are_opened_later(tmp_path, monkeypatch):
+    work, out = workload(tmp_path / "in"), tmp_path / "out"
+    real = Image.open
+
+    def opened(file, **options):
+        if Path(file.name).name == "0003.png":
+            raise OSError(24, "Too many open files")
+        return real(file, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Image, "open", opened)
+        patch.setattr(images, "PAUSES", (0.0, 0.0))
+        with pytest.raises(PassingError, match="4 samples are left open"):
+            go(out, work, FakeVLM())
+        patch.setattr(Image, "open", lambda *_, **__: opened(SimpleNamespace(name="0003.png")))
+        with pytest.raises(PassingError, match=r"left open"):
+            go(tmp_path / "other", work, FakeVLM())
+    assert not failed(read_run(out))
+    assert go(out, work, FakeVLM()).missing("greedy") == 0
+
+
+def test_a_start_that_answers_nothing_says_so(tmp_path):
+    work, out = workload(tmp_path / "in"), tmp_path / "out"
+    broken = FakeVLM(fails=lambda batch: LayoutError("strange"))
+    assert go(out, work, broken).in_vain
+    assert go(out, work, broken).in_vain
+    assert not go(out, work, FakeVLM(), retry_failed=True).in_vain
+    assert go(out, work, broken, arms=("vcd",)).in_vain
+    assert not go(out, work, FakeVLM(), arms=("vcd",), retry_failed=True).in_vain

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,7 @@ import pytest
 
 from vlmfix.errors import DataError, UsageError
 from vlmfix.evals.coco import picture_objects
-from vlmfix.evals.pope import SUFFIX, Pope, build, build_lines, read
+from vlmfix.evals.pope import KNOWN, SPLITS, SUFFIX, Pope, build, build_lines, read
 from vlmfix.evals.task import Judged, Sample
 from vlmfix.evals.yesno import PARSERS
 from vlmfix.world.coco import make
@@ -229,11 +230,33 @@ def test_the_file_is_known_by_its_digest(tmp_path: Path, monkeypatch: pytest.Mon
     assert read(path, IMAGES).about["questions"]["random"]["generation"] == "the one"
 
 
+def test_the_published_files_of_every_edition_are_known() -> None:
+    """Editions as published in November 2026, with the splits of each."""
+    named = {}
+    for md5, name in KNOWN.items():
+        assert re.fullmatch(r"[0-9a-f]{32}", md5)
+        named.setdefault(name.partition(" (")[0], []).append(md5)
+    assert all(len(found) == 1 for found in named.values()), "no two files have one name"
+    for data in ("A-OKVQA", "GQA"):
+        for split in SPLITS:
+            assert {f"{data} {split}, by POPE's authors", f"{data} {split}, as shipped with VCD"} <= named.keys()
+    assert {"POPEv2", *(f"RePOPE, COCO {split}" for split in SPLITS)} <= named.keys()
+    assert KNOWN["9736a20ddbcee1f3f3ce5d0226586038"].startswith("RePOPE, COCO random")
+    assert KNOWN["e588f193fdf52eec4b52c3b927747208"].startswith("POPEv2")
+
+
+@pytest.mark.parametrize("label", ["Yes", "YES", " yes\n", "No"])
+def test_labels_may_be_capitalised(tmp_path: Path, label: str) -> None:
+    (tmp_path / "pope.json").write_text(line(1, label=label))
+    (sample,) = read(tmp_path / "pope.json", IMAGES).samples
+    assert sample.target == {"label": label.strip().lower()}
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
         (f"{line(1)}\n{{}}\n", r"line 2 has no image, text, label, question_id"),
-        (f"{line(1)}\n[1]\n", r"line 2: '\[1\]' is not a JSON object"),
+        (f"{line(1)}\n[1]\n", "line 2: a list is not a JSON object"),
         (f"{line(1)}\n{line(2)[:-9]}", "line 2 is not JSON"),
         (f"[{line(1)},\n{line(2)}", "line 2 is not JSON"),
         (f"[\n{line(1)},\n{{\n}}]", "line 3 has no image"),

@@ -1,13 +1,16 @@
 """Several decoders over one workload: order, resume, refusals and failures."""
 
+import json
 import multiprocessing
 import shutil
 import signal
 import time
+from contextlib import suppress
 from dataclasses import replace
 
 import pytest
 import torch
+from PIL import Image
 
 from tests.evals.fake import Says, workload
 from tests.folder.fake import FakeVLM, colour
@@ -16,6 +19,7 @@ from vlmfix.errors import DataError, LayoutError, UsageError, VlmfixError
 from vlmfix.evals import tasks
 from vlmfix.evals.compare import compare
 from vlmfix.evals.record import read_run
+from vlmfix.evals.reproduce import reproduce
 from vlmfix.evals.runner import evaluate
 from vlmfix.evals.score import score
 from vlmfix.evals.task import Sample, Workload
@@ -143,6 +147,47 @@ def test_an_arm_can_be_added(tmp_path):
     assert sum(map(len, vlm.batches)) == 18
     run = go(tmp_path / "out", work, vlm)
     assert list(run.answers) == ["greedy", "vcd:contrast=0.5"]
+
+
+def test_an_arm_is_not_added_where_the_pictures_are_others_meanwhile(tmp_path):
+    work = workload(tmp_path / "in", 9)
+    go(tmp_path / "out", work, FakeVLM())
+    for number in (0, 2, 3, 4, 5, 8):
+        Image.new("RGB", (9, 9), (number, 0, 0)).save(tmp_path / "in" / f"{number:04d}.png")
+    never = FakeVLM(fails=lambda batch: AssertionError("asked"))
+    with pytest.raises(DataError, match=r"6 of 9 pictures in .* 0000.png, 0002.png, .*, 0005.png and 1 more"):
+        go(tmp_path / "out", work, never, arms=("vcd",))
+    assert list(read_json(tmp_path / "out" / "card.json")["arms"]) == ["greedy"]
+    assert go(tmp_path / "out", work, never).missing("greedy") == 0, "nothing is left to ask"
+
+
+def test_a_stopped_run_does_not_go_on_with_other_pictures(tmp_path):
+    work = workload(tmp_path / "in")
+    go(tmp_path / "out", work, FakeVLM())
+    path = tmp_path / "out" / "greedy" / "answers.jsonl"
+    path.write_bytes(b"".join(path.read_bytes().splitlines(keepends=True)[:6]))
+    Image.new("RGB", (9, 9)).save(tmp_path / "in" / "0000.png")
+    with pytest.raises(DataError, match=r"1 of 6 pictures"):
+        go(tmp_path / "out", work, FakeVLM())
+
+
+def test_a_picture_that_could_not_be_opened_may_be_mended(tmp_path):
+    work = workload(tmp_path / "in")
+    whole = (tmp_path / "in" / "0001.png").read_bytes()
+    (tmp_path / "in" / "0001.png").write_bytes(b"broken")
+    assert go(tmp_path / "out", work, FakeVLM()).failed("greedy") == 4
+    (tmp_path / "in" / "0001.png").write_bytes(whole)
+    run = evaluate(tmp_path / "out", Says(), work, Settings(), {}, retry_failed=True, loader=FakeVLM().load)
+    assert run.failed("greedy") == 0
+
+
+def test_the_folder_of_the_pictures_may_be_another_one(tmp_path):
+    work = workload(tmp_path / "in")
+    go(tmp_path / "out", work, FakeVLM())
+    (tmp_path / "in").rename(tmp_path / "moved")
+    run = go(tmp_path / "out", replace(work, images=tmp_path / "moved"), FakeVLM(), arms=("vcd",))
+    assert run.missing("vcd") == 0
+    assert run.card["images"] == str(tmp_path / "moved")
 
 
 @pytest.mark.parametrize(
@@ -371,8 +416,12 @@ def test_changed_samples_are_noticed(tmp_path):
 @pytest.mark.parametrize(
     ("file", "text", "message"),
     [
-        ("samples.jsonl", '{"idd": "1"}\n', "a file in .* was changed: .*idd"),
-        ("greedy/answers.jsonl", '{"idd": "1"}\n', "a line of .*answers.jsonl has no id"),
+        ("samples.jsonl", '{"idd": "1"}\n', "line 1 of .*samples.jsonl has no id, image"),
+        ("greedy/answers.jsonl", '{"idd": "1"}\n', "line 1 of .*answers.jsonl has no id"),
+        ("greedy/answers.jsonl", '{"id": "a/0/shared"}\n', "has neither answer nor failed"),
+        ("greedy/answers.jsonl", '{"id": "z", "answer": "a"}\n', "line 1 .* has the id 'z', which no sample has"),
+        ("greedy/answers.jsonl", '{"id": "a/0/shared", "answer": 1}\n', "answer is 1, not a text"),
+        ("greedy/answers.jsonl", '{"id": "a/0/shared", "answer": "a", "ids": 5}\n', "ids is 5, not a list"),
         ("card.json", '{"format": 1, "task": "says"}', "card.json has no options, samples, arms"),
     ],
 )
@@ -413,3 +462,106 @@ def test_killed_at_any_moment(tmp_path):
 
 def _lines(base):
     return sum(path.read_bytes().count(b"\n") for path in base.glob("out/*/answers.jsonl"))
+
+
+def test_answers_that_no_card_knows_are_not_touched(tmp_path):
+    work, out = workload(tmp_path / "in"), tmp_path / "out"
+    for text in ('{"my": "own"}', "one\ntwo", "\0"):
+        (out / "greedy").mkdir(parents=True, exist_ok=True)
+        (out / "greedy" / "answers.jsonl").write_text(text)
+        with pytest.raises(UsageError, match=r"no card\.json"):
+            go(out, work, FakeVLM())
+        assert (out / "greedy" / "answers.jsonl").read_text() == text
+    (out / "greedy" / "answers.jsonl").unlink()
+    for name in ("samples.jsonl", "results.json", "report.json", "comparison.csv"):
+        (out / name).write_text("precious")
+        with pytest.raises(UsageError, match=f"holds {name} but no card"):
+            go(out, work, FakeVLM())
+        assert (out / name).read_text() == "precious"
+        (out / name).unlink()
+    go(out, work, FakeVLM())
+    (out / "vcd").mkdir()
+    (out / "vcd" / "answers.jsonl").write_text("precious")  # of an arm that the card does not know
+    with pytest.raises(UsageError, match=r"no card\.json says which"):
+        go(out, work, FakeVLM(), arms=("vcd",))
+    assert (out / "vcd" / "answers.jsonl").read_text() == "precious"
+
+
+def test_links_lead_to_no_writing_elsewhere(tmp_path):
+    work, out, elsewhere = workload(tmp_path / "in"), tmp_path / "out", tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    out.mkdir()
+    (elsewhere / "answers.jsonl").write_text("precious")
+    (out / "greedy").symlink_to(elsewhere)
+    with pytest.raises(DataError, match="greedy is a link"):
+        go(out, work, FakeVLM())
+    (out / "greedy").unlink()
+    (out / "greedy").mkdir()
+    (out / "greedy" / "answers.jsonl").symlink_to(elsewhere / "answers.jsonl")
+    with pytest.raises(DataError, match=r"answers\.jsonl is a link"):
+        go(out, work, FakeVLM())
+    (out / "greedy" / "answers.jsonl").unlink()
+    for name in (".card.json.new", ".samples.jsonl.new"):
+        (out / name).symlink_to(elsewhere / "answers.jsonl")
+    go(out, work, FakeVLM())
+    assert [path.name for path in elsewhere.iterdir()] == ["answers.jsonl"]
+    assert (elsewhere / "answers.jsonl").read_text() == "precious"
+
+
+@pytest.mark.parametrize("name", ["x" * 300, "a/" + "y" * 300, "..", "", "a\nb", "caf\udce9", "\ud800"])
+def test_arms_of_any_name_have_a_folder(tmp_path, name):
+    out, work = tmp_path / "out", workload(tmp_path / "in", 1)
+    for _ in range(2):
+        run = evaluate(out, Says(), work, Settings(), {name: VCD()}, loader=FakeVLM().load)
+    assert run.missing(name) == 0
+    assert len(list(out.glob("*/answers.jsonl"))) == 2
+
+
+def test_arms_that_would_share_a_folder_are_refused(tmp_path):
+    work = workload(tmp_path / "in", 1)
+    for names in (("a/b", "a_b"), ("samples.jsonl",)):
+        arms = {name: parse(f"vcd:contrast=0.{number}") for number, name in enumerate(names, start=1)}
+        with pytest.raises(UsageError, match="would share the folder"):
+            evaluate(tmp_path / "out", Says(), work, Settings(), arms, loader=FakeVLM().load)
+
+
+CARD = {
+    "arms": [None, [], "x", 5, {"greedy": None}, {"greedy": {"spec": 5, "parameters": {}}}, {"greedy": {}}],
+    "sessions": [None, {}, [None], [{}], [{"versions": 1}], [{"versions": {"torch": 1}}]],
+    "decoding": [None, {}, "x", {"max_new_tokens": None, "num_beams": 1, "temperature": 0, "seed": 0}],
+    "task": [None, 5, [], {}, "nothing"],
+    "revision": [5, [], {}],
+    "commit": [5],
+    "options": [None, [], {"upper": "no"}, {"lower": True}],
+    "samples": [None, 5],
+    "count": [None, "many"],
+    "data": [None, []],
+    "format": [None, "1", True],
+    "batch_size": [0, "x", 10**400],
+    "images": [5, "\0", "\ud800"],
+}
+
+
+@pytest.mark.parametrize("field", CARD)
+def test_a_damaged_card_is_told_in_words(tmp_path, field):
+    work, out, vlm = workload(tmp_path / "in", 1), tmp_path / "out", FakeVLM()
+    go(out, work, vlm)
+    whole = read_json(out / "card.json")
+    for value in CARD[field]:
+        (out / "card.json").write_text(json.dumps(whole | {field: value}))
+        for step in (
+            lambda: read_run(out),
+            lambda: go(out, work, vlm, arms=("vcd",)),
+        ):
+            with pytest.raises(VlmfixError, match=r"card\.json"):
+                step()
+    (out / "card.json").write_text(json.dumps({name: value for name, value in whole.items() if name != field}))
+    for step in (
+        lambda: score(read_run(out)),
+        lambda: compare([read_run(out)], draws=1000),
+        lambda: reproduce(read_run(out), tmp_path / "again", loader=vlm.load),
+        lambda: go(out, work, vlm, arms=("vcd",)),
+    ):
+        with suppress(VlmfixError):  # what is not needed may be missing; nothing else than a message may be raised
+            step()
+    assert len(vlm.batches) <= 4

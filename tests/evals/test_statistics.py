@@ -7,7 +7,7 @@ import pytest
 from scipy import stats
 
 from vlmfix.evals import statistics
-from vlmfix.evals.statistics import bootstrap, bootstrap_p, holm, interval, mcnemar
+from vlmfix.evals.statistics import bootstrap, interval, swap_test
 from vlmfix.evals.task import Tally, ratio
 
 
@@ -94,63 +94,128 @@ def test_memory_is_bounded_whatever_the_number_of_draws():
 def test_draws_without_a_value_are_left_out_until_they_are_too_many():
     drawn = np.concatenate([np.arange(96.0), np.full(4, np.nan)])
     assert interval(drawn) == pytest.approx((0.025 * 95, 0.975 * 95))
-    assert not np.isnan(bootstrap_p(drawn))
     drawn[:2] = np.nan
     assert np.isnan(interval(drawn)).all()
-    assert np.isnan(bootstrap_p(drawn))
 
 
-def test_a_bootstrap_p_agrees_with_the_interval():
-    assert bootstrap_p(np.arange(1.0, 1000.0)) == pytest.approx(2 / 1000)
-    assert bootstrap_p(np.arange(-9.0, 990.0)) == pytest.approx(2 * (1 + 10) / 1000)
-    assert bootstrap_p(-np.arange(-9.0, 990.0)) == pytest.approx(2 * (1 + 10) / 1000)
-    assert bootstrap_p(np.zeros(1000)) == 1
-    for shift in (0.17, 0.23):
-        drawn = drawn_mean(np.random.default_rng(8).normal(shift, 1, size=100), draws=9999)
-        assert (bootstrap_p(drawn) < 0.05) == (interval(drawn)[0] > 0)
+def swapped(plain, arm, *, figures=mean, draws=4096, seed=0):
+    """P values by figure of two arms, whose values are sums of units."""
+    return swap_test(figures, tally(plain), tally(arm), list(figures(tally(plain).sums())), draws=draws, seed=seed)
 
 
-def test_bootstrap_p_values_are_seldom_small_without_a_difference():
-    generator = np.random.default_rng(9)
-    small = sum(
-        bootstrap_p(drawn_mean(generator.normal(size=80), draws=400, seed=number)) < 0.05 for number in range(300)
+def several(names):
+    """As many figures as names, each the mean of a count of its own."""
+    return lambda sums: {name: ratio(sums[name], sums["n"]) for name in names}
+
+
+def both(**values):
+    """Two tallies of the same units by the names of their counts: what the plain arm has, and what the other."""
+    length = len(next(iter(values.values()))[0])
+    return tuple(
+        Tally(
+            tuple(map(str, range(length))),
+            {"n": np.ones(length)} | {name: np.asarray(pair[side], dtype=float) for name, pair in values.items()},
+        )
+        for side in (0, 1)
     )
-    assert 4 <= small <= 30
 
 
-def outcomes(both, lost, gained, neither):
-    plain = [True] * (both + lost) + [False] * (gained + neither)
-    arm = [True] * both + [False] * lost + [True] * gained + [False] * neither
-    return plain, arm
+def test_one_outcome_in_every_unit_is_tested_as_by_mcnemars_exact_test():
+    plain = [1] * 50 + [0] * 30 + [1] * 2 + [0] * 9
+    arm = [1] * 50 + [0] * 30 + [0] * 2 + [1] * 9
+    expected = stats.binomtest(2, 11, 0.5).pvalue
+    assert swapped(plain, arm)["mean"].p == pytest.approx(expected)
+    assert swapped(arm, plain)["mean"].p == pytest.approx(expected)
+    assert swapped(plain, arm, draws=2000)["mean"].p == pytest.approx(expected, abs=0.02), "2048 swaps are too many"
+    assert swapped(plain, plain)["mean"].p == 1
 
 
-def test_few_discordant_pairs_are_tested_by_the_binomial():
-    result = mcnemar(*outcomes(50, 2, 9, 30))
-    assert (result.lost, result.gained, result.exact) == (2, 9, True)
-    assert result.p == pytest.approx(stats.binomtest(2, 11, 0.5).pvalue)
-    assert result.p == pytest.approx(2 * (1 + 11 + 55) / 2**11)  # choose 0, 1 and 2 of 11, on both sides
-    assert mcnemar(*outcomes(0, 10, 14, 0)).exact
-    assert mcnemar(*outcomes(5, 0, 0, 5)).p == 1
+@pytest.mark.parametrize("units", [1, 2, 6, 10])
+def test_a_handful_of_units_has_no_small_p_value(units):
+    """Whatever happened in them: there are 2^n swaps, and two of them are as large as the largest."""
+    found = swapped(np.zeros(units), np.arange(1, units + 1))["mean"]
+    assert found.p == found.corrected == 2 / 2**units
 
 
-def test_many_discordant_pairs_are_tested_by_chi_square():
-    result = mcnemar(*outcomes(500, 5, 20, 100))
-    assert not result.exact
-    assert result.p == pytest.approx(stats.chi2.sf((20 - 5 - 1) ** 2 / 25, 1))
-    assert result.p == pytest.approx(0.0051, abs=1e-4)
-    assert mcnemar(*outcomes(0, 20, 20, 0)).p == 1
-    many = mcnemar(*outcomes(0, 480, 560, 0))
-    assert many.p == pytest.approx(stats.binomtest(480, 1040).pvalue, rel=0.02)
+def test_what_questions_about_one_picture_share_is_no_evidence():
+    """Ten questions about each of eight pictures, right or wrong together: that is eight outcomes, not eighty."""
+    found = swapped(np.zeros(8), np.array([10.0] * 7 + [0.0]))
+    assert found["mean"].p == pytest.approx(2 / 2**7)
 
 
-def test_outcomes_must_be_pairs():
-    with pytest.raises(ValueError, match="shorter"):
-        mcnemar([True, False], [True])
+def test_p_values_are_small_as_often_as_they_say_for_a_figure_that_is_no_mean():
+    """Pairs of counts whose ratio is the figure; 5 % of 400 is 20, give or take 4."""
+    generator, small = np.random.default_rng(9), 0
+    for number in range(400):
+        hits, size = generator.poisson(2, size=(2, 12)), generator.poisson(4, size=(2, 12)) + 1
+        plain, arm = both(hits=hits, size=size)
+        found = swap_test(
+            lambda sums: {"share": ratio(sums["hits"], sums["size"])}, plain, arm, ["share"], draws=200, seed=number
+        )
+        small += found["share"].p <= 0.05
+    assert 8 <= small <= 32
 
 
-def test_holm_by_hand():
-    # smallest 0.005 * 4; then 0.01 * 3; then 0.03 * 2 and 0.04 * 1, which may not be below the one before
-    assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
-    assert holm([0.6, 0.5]) == [1.0, 1.0]
-    assert holm([0.02]) == [0.02]
-    assert holm([]) == []
+def test_figures_are_corrected_for_what_they_do_not_share():
+    generator = np.random.default_rng(2)
+    gain, none = generator.normal(0.4, 1, size=40), np.zeros(40)
+    alone = swap_test(several(["a"]), *both(a=(none, gain)), ["a"], draws=4000, seed=1)["a"]
+    assert alone.corrected == alone.p
+    same = {name: (none, gain) for name in "abcdef"}
+    found = swap_test(several("abcdef"), *both(**same), list("abcdef"), draws=4000, seed=1)
+    assert {figure.corrected for figure in found.values()} == {alone.p}, "six times the same costs nothing"
+    noise = {name: generator.normal(size=(2, 40)) for name in "bcdef"}
+    found = swap_test(several("abcdef"), *both(a=(none, gain), **noise), list("abcdef"), draws=4000, seed=1)
+    assert alone.p < found["a"].corrected <= 6 * found["a"].p
+    assert found["a"].corrected == pytest.approx(1 - (1 - found["a"].p) ** 6, rel=0.25)
+
+
+def test_the_second_largest_is_compared_with_those_that_are_left():
+    """By hand: one figure differs in all of six units, one in five; the first alone is compared with both."""
+    one, other = both(a=(np.zeros(6), np.ones(6)), b=(np.zeros(6), [1, 1, 1, 1, 1, 0]))
+    found = swap_test(several("ab"), one, other, ["a", "b"], draws=100, seed=0)
+    assert (found["a"].p, found["b"].p) == (2 / 64, 4 / 64)
+    assert found["a"].corrected == 2 / 64, "sizes are counted in spreads, in which six are more than five"
+    assert found["b"].corrected == 4 / 64
+
+
+def test_false_alarms_among_many_figures_are_as_rare_as_among_one():
+    generator, alarms = np.random.default_rng(5), 0
+    names = list("abcdefgh")
+    for number in range(200):
+        values = {name: generator.normal(size=(2, 20)) for name in names}
+        found = swap_test(several(names), *both(**values), names, draws=300, seed=number)
+        alarms += any(figure.corrected <= 0.05 for figure in found.values())
+    assert 3 <= alarms <= 19  # 5 % of 200 is 10, give or take 3
+
+
+def test_a_figure_without_a_value_is_not_tested_and_one_that_can_lose_its_value_is_harder_to_tell():
+    figures = lambda sums: {"share": ratio(sums["hits"], sums["size"]), "n": sums["n"]}  # noqa: E731
+    plain, arm = both(hits=([0, 0], [1, 1]), size=([0, 0], [1, 1]))
+    assert swap_test(figures, plain, arm, [], draws=100, seed=0) == {}
+    assert list(swap_test(figures, plain, arm, ["share", "n"], draws=100, seed=0)) == ["n"]
+    plain, arm = both(hits=([1, 0, 0, 0], [1, 1, 1, 1]), size=([1, 0, 0, 0], [1, 1, 1, 1]))
+    assert swap_test(figures, plain, arm, ["share"], draws=100, seed=0)["share"].p == 1
+
+
+def test_what_no_swap_changes_is_no_difference_however_it_is_rounded():
+    figures = lambda sums: {"sum": (sums["a"] + 0.1) + 0.2 - sums["b"], "b": sums["b"]}  # noqa: E731
+    plain, arm = both(a=([0.1, 0.7], [0.7, 0.1]), b=([0.3, 1.0], [1.0, 0.3]))
+    assert {found.p for found in swap_test(figures, plain, arm, ["sum", "b"], draws=10, seed=0).values()} == {1}
+
+
+def test_swaps_are_the_same_from_seed_to_seed_whatever_the_chunks(monkeypatch):
+    generator = np.random.default_rng(7)
+    plain, arm = generator.random((2, 50))
+    first = swapped(plain, arm, draws=1001)
+    monkeypatch.setattr(statistics, "CHUNK", 333)
+    assert swapped(plain, arm, draws=1001) == first
+    assert swapped(plain, arm, draws=1001, seed=1) != first
+
+
+def test_memory_is_bounded_whatever_the_number_of_swaps():
+    tracemalloc.start()
+    swapped(np.zeros(20_000), np.ones(20_000), draws=1000)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 40e6

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
@@ -45,7 +46,7 @@ class Counted(Task):
         return {name: plain(value) for name, value in self.figures(self.tally(judged).sums()).items()}
 
 
-PICTURES = 40
+PICTURES = 80
 WORK = Workload(
     samples=[Sample(id=f"{n}", image=f"{n}.png", prompt="?") for n in range(PICTURES)],
     images=None,
@@ -125,7 +126,7 @@ def test_the_recipe_says_what_was_done(tmp_path):
     assert (decoder.noise_step, decoder.plausibility) == (500, 0.1)
     assert recipe["model"]["weights"] == "sha256:y"
     assert recipe["split"]["seed"] == 0
-    assert recipe["split"]["tuning"]["pictures"] == recipe["split"]["held-out"]["pictures"] == 20
+    assert recipe["split"]["tuning"]["pictures"] == recipe["split"]["held-out"]["pictures"] == 40
     assert recipe["split"]["tuning"]["digest"] != recipe["split"]["held-out"]["digest"]
     assert recipe["search"]["trials"] == 12
     assert recipe["search"]["tuned"] == ["contrast"]
@@ -230,7 +231,9 @@ def test_what_is_lost_on_the_held_out_split_alone_is_said(tmp_path):
         return {"wrong": float(plain), "named": 10.0, "found": 0.5 if lost else 0.6, "words": 30.0 if lost else 50.0}
 
     found = go(tmp_path / "out", Fake(answer), budget=1)
-    assert found.verdict.endswith("better. It loses more recall and length there than the guards allow.")
+    assert found.verdict.endswith(
+        "better, while length changes too. It loses more recall and length there than the guards allow."
+    )
 
 
 def test_a_decoder_that_breaks_samples_is_not_chosen(tmp_path):
@@ -410,3 +413,35 @@ def test_with_the_real_runner_on_pope(tmp_path):
     again = go(tmp_path / "out", evaluate, spec="vcd:noise_step=500,plausibility=0.1", work=work, task=Pope(), budget=6)
     assert again.trials == found.trials
     assert len(vlm.batches) == batches, "a finished search asks the model nothing"
+
+
+def test_a_damaged_journal_is_told_in_words(tmp_path):
+    whole = tmp_path / "whole"
+    go(whole, Fake(), budget=3)
+    lines = (whole / "trials.journal").read_bytes().splitlines(keepends=True)
+    about = next(number for number, line in enumerate(lines) if b'"about"' in line)
+    damages = [
+        [b"nonsense\n", *lines],
+        [*lines[:3], b"[" * 100_000 + b"\n", *lines[3:]],
+        lines[1:],
+        [*lines[:3], *lines[4:]],
+        [line.replace(b'"about"', b'"abbut"') for line in lines],
+        [line.replace(b'"contrast"', b'"contrasu"') for line in lines],
+        [*lines[:about], lines[about].replace(b'"failed":0', b'"failed":"no"'), *lines[about + 1 :]],
+    ]
+    for number, damaged in enumerate(damages):
+        out = tmp_path / str(number)
+        shutil.copytree(whole, out)
+        (out / "trials.journal").write_bytes(b"".join(damaged))
+        with pytest.raises(DataError, match=r"trials\.journal"):
+            go(out, Fake(), budget=3)
+
+
+def test_files_of_something_else_are_not_touched(tmp_path):
+    for name, text in (("tune.json", '{"my": "own"}'), ("trials.journal", "notes"), ("recipe.toml", "x = 1")):
+        out = tmp_path / name.partition(".")[0]
+        out.mkdir()
+        (out / name).write_text(text)
+        with pytest.raises(UsageError, match=r"tune\.json"):
+            go(out, Fake(), budget=2)
+        assert [(path.name, path.read_text()) for path in out.iterdir()] == [(name, text)]

@@ -99,6 +99,36 @@ OWN = {
     "A dog bed and a bed.": "bed",
     "**Dogs**: two. *Cat*.": "dog, cat",
     "The catcher's mitt is on the bench.": "catcher's mitt=baseball glove, bench",
+    # plurals
+    "Two persons and three computer mouses.": "person, computer mouse=mouse",
+    "Aircrafts over sheeps, luggages and broccolis.": "aircraft=airplane, sheep, luggage=suitcase, broccoli",
+    # hyphens: between the words of an entry, within a word, at the end of a line, and of any kind
+    "A teddy-bear by the fire-hydrant.": "teddy bear, fire hydrant",
+    "Hot-dogs, Traffic-Lights, a STOP-SIGN and a cell-phone.": "hot dog, traffic light, stop sign, cell phone",
+    "A baseball-bat, a tooth-brush, a snow-board and a sky-blue bi-plane.": (
+        "baseball bat, tooth brush=toothbrush, snow board=snowboard, biplane=airplane"
+    ),
+    "A computer-mouse, a golden-retriever and a baby-elephant.": "computer mouse=mouse, golden retriever=dog, elephant",
+    "A teddy\u2010bear, a teddy\u2011bear, a teddy\u2013bear, a teddy\u00adbear, a hy\u00addrant.": (
+        "teddy bear, teddy bear, teddy bear, teddy bear, hydrant=fire hydrant"
+    ),
+    "A fire-\nhydrant and a traffic\n light; a wine_glass.": "fire hydrant, traffic light, wine glass",
+    "A teddy-bear's nose, the fire-hydrants' paint.": "teddy bear, fire hydrant",
+    "**Teddy-bear**: *traffic-light*, _kite_, `fire-hydrant` and 'dogs'.": (
+        "teddy bear, traffic light, kite, fire hydrant, dog"
+    ),
+    # what hyphens join is not each of the words by itself
+    "A dog-friendly, man-made, cat-like, two-person, chair-shaped thing.": "",
+    "Toilet-paper, a bus-stop, a dog-bed, a table-lamp and a bird-feeder.": "",
+    "A train-station with a mouse-pad and a book-shelf.": "",
+    # apostrophes
+    "The catcher\u2019s mitt, the child\u2019s kite, the dogs\u2019 bowls.": (
+        "catcher's mitt=baseball glove, child=person, kite, dog, bowl"
+    ),
+    "\u2018Dogs\u2019 and \u201ccats\u201d, a man's tie, the men's ties.": "dog, cat, man=person, tie, man=person, tie",
+    # what parts words without a blank
+    "A dog\u2014a cat\u2014and a couch/sofa\u2026birds|kites": "dog, cat, couch, sofa=couch, bird, kite",
+    "A dog--a cat, a bus\u2013a train, a cup+fork.": "dog, cat, bus, train, cup, fork",
     # orange
     "An orange cat eats oranges.": "cat, orange",
     "There is an orange in the corner.": "orange",
@@ -172,6 +202,19 @@ def test_words_stand_where_they_are_written() -> None:
         ("Puppies", "dog", 0),
         ("Hot\nDog", "hot dog", 1),
     ]
+
+
+def test_joined_words_stand_where_they_are_written() -> None:
+    text = "Zwei \u2018Teddy\u2011Bears\u2019\u2014a child\u2019s Fire-\nHydrant."
+    read = own_words().read(text).mentions
+    assert [text[m.start : m.end] for m in read] == ["Teddy\u2011Bears", "child", "Fire-\nHydrant"]
+
+
+@pytest.mark.parametrize("text", ["two persons", "a teddy-bear", "the traffic-lights", "a dog/cat", "the child\u2019s"])
+def test_the_original_joins_and_parts_nothing(text: str) -> None:
+    """Its figures are compared with those of papers, so it reads what its authors' code reads."""
+    seen = [mention.word for mention in original_words(SMALL + "teddy bear\ncat\n").read(text).mentions]
+    assert seen == {"two persons": ["person"], "the child\u2019s": ["child"]}.get(text, [])
 
 
 def test_length_counts_phrases_once_and_keeps_the_toilets_seat() -> None:

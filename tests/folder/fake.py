@@ -19,6 +19,7 @@ class FakeVLM:
         )
         config = SimpleNamespace(get_text_config=lambda: text)
         self.model = SimpleNamespace(dtype=torch.float32, config=config)
+        self.reading = {"ends": [2], "set_aside": {}, "completed": {}}
         self.batches = []
         self.options = {}
         self.fails = fails or (lambda batch: None)
@@ -38,8 +39,11 @@ class FakeVLM:
             for colour, prompt in batch
         ]
 
-    def load(self, model, *, revision=None, device="auto", dtype="auto"):
+    def load(self, model, *, revision=None, device="auto", dtype="auto", max_pixels=None):
         return self
+
+    def enlarged(self, picture):
+        return 0
 
 
 def colour(number):

@@ -1,5 +1,6 @@
 """Errors of every question end a run and leave nothing behind; those of single questions are noted, and asked again."""
 
+import errno
 import json
 import multiprocessing
 import os
@@ -12,8 +13,9 @@ import torch
 from PIL import Image
 
 from tests.folder.fake import FakeVLM, colour, draw
+from vlmfix import images
 from vlmfix.answering import FAILURES_IN_A_ROW
-from vlmfix.errors import DataError, LayoutError, SystematicError, UsageError
+from vlmfix.errors import DataError, LayoutError, PassingError, SystematicError, UsageError
 from vlmfix.folder import Questions, run
 from vlmfix.records import read_json, read_lines
 from vlmfix.settings import Settings
@@ -148,7 +150,7 @@ def test_an_odd_picture_that_is_left_over_does_not_block_the_folder(tmp_path):
     assert (answered(out), list(failed(out))) == (names(0, 1, 2, 3), names(4))
 
 
-@pytest.mark.parametrize("error", [DataError("no picture"), LayoutError("row 0"), torch.OutOfMemoryError("no room")])
+@pytest.mark.parametrize("error", [DataError("no picture"), LayoutError("row 0")])
 def test_failures_that_are_known_to_be_the_questions_own_end_no_run(tmp_path, error):
     pictures, out = draw(tmp_path / "in", 30), tmp_path / "out"
     end = go(pictures, out, FakeVLM(fails=lambda batch: error))
@@ -185,8 +187,6 @@ def test_failures_of_both_kinds_keep_their_reasons(tmp_path):
 
 
 def test_waiting_failures_keep_no_pictures(tmp_path, monkeypatch):
-    from vlmfix import images
-
     alive, most = [], []
     open_picture = images.open_picture
 
@@ -331,3 +331,138 @@ def test_killed_while_it_asks_again(tmp_path, retry_again):
         step += 1
     assert code == 0
     assert step > 10
+
+
+# -- trouble that passes
+
+
+def full(*_):
+    raise OSError(errno.EMFILE, "Too many open files")
+
+
+TROUBLE = [
+    MemoryError(),
+    torch.OutOfMemoryError("CUDA out of memory"),
+    RuntimeError("CUDA error: out of memory"),
+    *(OSError(getattr(errno, name), name) for name in ("EMFILE", "ENFILE", "ENOMEM", "EIO", "ESTALE", "ENETDOWN")),
+]
+
+
+@pytest.fixture
+def _no_pauses(monkeypatch):
+    monkeypatch.setattr(images, "PAUSES", (0.0, 0.0))
+
+
+@pytest.mark.parametrize("error", TROUBLE)
+@pytest.mark.parametrize("batch_size", [1, 4])
+def test_trouble_that_passes_is_no_fault_of_the_question(tmp_path, error, batch_size):
+    pictures, out = draw(tmp_path / "in", 6), tmp_path / "out"
+    vlm = FakeVLM(fails=lambda batch: error if any(shown == colour(2) for shown, _ in batch) else None)
+    with pytest.raises(PassingError, match=r"1 questions are left open, the first about 0002.png: ") as stopped:
+        go(pictures, out, vlm, batch_size=batch_size)
+    assert "the same command asks them again" in stopped.value.hint
+    assert (answered(out), failed(out)) == (names(0, 1, 3, 4, 5), {})
+    assert read_json(out / "run.json")["finished"] is False
+    end = go(pictures, out, FakeVLM(), batch_size=batch_size)
+    assert (sorted(answered(out)), failed(out)) == (names(*range(6)), {})
+    assert (end.before, end.done, end.answered, read_json(out / "run.json")["finished"]) == (5, 6, 1, True)
+
+
+def test_trouble_that_is_over_at_once_is_not_seen(tmp_path):
+    pictures, out = draw(tmp_path / "in", 3), tmp_path / "out"
+    vlm = FakeVLM(fails=lambda batch: TROUBLE[1] if len(vlm.batches) == 2 else None)
+    go(pictures, out, vlm, batch_size=1)
+    assert (answered(out), failed(out)) == (names(0, 1, 2), {})
+
+
+@pytest.mark.parametrize("error", TROUBLE)
+def test_trouble_of_every_question_ends_the_run(tmp_path, error):
+    pictures, out, vlm = draw(tmp_path / "in", 30), tmp_path / "out", FakeVLM(fails=lambda batch: error)
+    with pytest.raises(PassingError, match=f"{FAILURES_IN_A_ROW} questions in a row are left open"):
+        go(pictures, out, vlm)
+    assert (answered(out), failed(out)) == ([], {})
+    assert len({shown for batch in vlm.batches for shown, _ in batch}) <= FAILURES_IN_A_ROW
+    go(pictures, out, FakeVLM())
+    assert len(answered(out)) == 30
+
+
+def test_trouble_beside_odd_pictures_costs_neither(tmp_path):
+    pictures, out = draw(tmp_path / "in", 9), tmp_path / "out"
+    strange = odd(1, 4)
+
+    def fails(batch):
+        return MemoryError() if any(shown == colour(5) for shown, _ in batch) else strange(batch)
+
+    with pytest.raises(PassingError):
+        go(pictures, out, FakeVLM(fails=fails), batch_size=1)
+    assert list(failed(out)) == names(1, 4)
+    assert answered(out) == names(0, 2, 3, 6, 7, 8)
+
+
+def test_a_question_that_shows_whether_the_model_works_may_meet_trouble(tmp_path):
+    pictures, out = draw(tmp_path / "in", 4), tmp_path / "out"
+    vlm = FakeVLM(
+        fails=lambda batch: ValueError("odd") if (colour(3), "What?") in batch else vlm.trouble(len(vlm.batches))
+    )
+    vlm.trouble = lambda number: MemoryError() if number > 4 else None
+    with pytest.raises(PassingError, match="out of memory"):
+        go(pictures, out, vlm, batch_size=1)
+    assert (answered(out), failed(out)) == (names(0, 1, 2), {})
+
+
+@pytest.mark.usefixtures("_no_pauses")
+@pytest.mark.parametrize("error", [e for e in TROUBLE if isinstance(e, MemoryError | OSError)])
+def test_pictures_that_cannot_be_opened_now_are_opened_later(tmp_path, monkeypatch, error):
+    pictures, out = draw(tmp_path / "in", 8), tmp_path / "out"
+    (pictures / "broken.png").write_bytes(b"broken")
+    real = Image.open
+
+    def opened(file, **options):
+        if Path(file.name).name in ("0002.png", "0005.png"):
+            raise error
+        return real(file, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Image, "open", opened)
+        with pytest.raises(PassingError, match=r"2 questions are left open, the first about 0002.png"):
+            go(pictures, out, FakeVLM())
+    assert (answered(out), list(failed(out))) == (names(0, 1, 3, 4, 6, 7), ["broken.png"])
+    go(pictures, out, FakeVLM())
+    assert (sorted(answered(out)), list(failed(out))) == (names(*range(8)), ["broken.png"])
+
+
+@pytest.mark.usefixtures("_no_pauses")
+def test_a_network_folder_that_is_away_ends_the_run(tmp_path, monkeypatch):
+    pictures, out = draw(tmp_path / "in", 30), tmp_path / "out"
+    with monkeypatch.context() as patch:
+        patch.setattr(Image, "open", lambda *_, **__: full())
+        with pytest.raises(PassingError, match="8 questions in a row are left open: Too many open files"):
+            go(pictures, out, FakeVLM())
+    assert (answered(out), failed(out)) == ([], {})
+    draw(pictures / "sub", 1)
+    listed = os.listdir
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "listdir", lambda path: full() if Path(path).name == "sub" else listed(path))
+        with pytest.raises(PassingError, match=r"cannot list .*sub: Too many open files"):
+            go(pictures, out, FakeVLM())
+    go(pictures, out, FakeVLM())
+    assert len(answered(out)) == 31
+
+
+def test_trouble_behind_an_error_of_ours_passes_too(tmp_path):
+    pictures, out = draw(tmp_path / "in", 2), tmp_path / "out"
+    behind = DataError("cannot read the profile")
+    behind.__cause__ = OSError(errno.ESTALE, "Stale file handle")
+    with pytest.raises(PassingError, match="Stale file handle"):
+        go(pictures, out, FakeVLM(fails=lambda batch: behind if (colour(1), "What?") in batch else None))
+    assert (answered(out), failed(out)) == (names(0), {})
+
+
+def test_a_start_that_answers_nothing_says_so(tmp_path):
+    pictures, out = draw(tmp_path / "in", 2), tmp_path / "out"
+    assert go(pictures, out, FakeVLM(fails=lambda batch: DataError("no"))).in_vain
+    assert go(pictures, out, FakeVLM()).in_vain  # nothing is left to ask, and nothing is answered
+    assert not go(pictures, out, FakeVLM(), retry_failed=True).in_vain
+    draw(pictures, 3)
+    assert go(pictures, out, FakeVLM(fails=lambda batch: DataError("no"))).in_vain
+    assert not go(pictures, out, FakeVLM()).in_vain

@@ -5,12 +5,14 @@ import os
 import random
 import signal
 import time
+from pathlib import Path
 
 import pytest
 
 from tests.folder.fake import FakeVLM, draw
 from vlmfix.errors import UsageError
 from vlmfix.folder import Questions, run
+from vlmfix.folder.reproduce import reproduce
 from vlmfix.records import read_json, read_lines
 from vlmfix.settings import Settings
 
@@ -78,3 +80,51 @@ def test_two_at_once_are_refused(tmp_path, start):
         process.join()
     work(pictures, out)
     assert len(list(read_lines(out / "answers.jsonl"))) == 2 * COUNT
+
+
+def killed_at(step, pictures, out):
+    """A first start, in a process that dies just before one of the calls that change the folder."""
+    left = [step]
+
+    def deadly(call):
+        def counted(*arguments, **options):
+            if left[0] == 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+            left[0] -= 1
+            return call(*arguments, **options)
+
+        return counted
+
+    os.write, os.fsync, os.ftruncate = deadly(os.write), deadly(os.fsync), deadly(os.ftruncate)
+    Path.replace, Path.unlink = deadly(Path.replace), deadly(Path.unlink)
+    go(pictures, out, FakeVLM())
+
+
+def go(pictures, out, vlm):
+    return run(pictures, out, questions=Questions.text("What?"), settings=Settings(), batch_size=2, loader=vlm.load)
+
+
+def test_killed_at_every_change_of_the_folder(tmp_path):
+    pictures = draw(tmp_path / "in", 3)
+    (pictures / "0001b.png").write_bytes(b"")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["tests.folder.test_kill"])
+    step, code, unfinished = 0, -signal.SIGKILL, 0
+    while code == -signal.SIGKILL:
+        out = tmp_path / f"out{step}"
+        process = context.Process(target=killed_at, args=(step, pictures, out))
+        process.start()
+        process.join()
+        code = process.exitcode
+        complete = len(list(read_lines(out / "answers.jsonl"))) == 3
+        unfinished += complete and not read_json(out / "run.json")["finished"]
+        end = go(pictures, out, FakeVLM())
+        assert (end.totals.answers, end.totals.failed) == (3, 1)
+        assert [record["image"] for record in read_lines(out / "answers.jsonl")] == ["0000.png", "0001.png", "0002.png"]
+        assert sorted(os.listdir(out)) == ["answers.jsonl", "failed.jsonl", "run.json"]
+        card = read_json(out / "run.json")
+        assert (card["finished"], card["totals"]["answers"], card["totals"]["failed"]) == (True, 3, 1)
+        assert reproduce(out, tmp_path / f"again{step}", loader=FakeVLM().load).other == ()
+        step += 1
+    assert code == 0
+    assert unfinished >= 2  # killed behind the last answer, before or while the card is written

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -10,6 +13,7 @@ from tests.contracts.support import PICTURES, PROMPTS, batch_of, vlm_of
 from tests.tiny import TINY
 from vlmfix.errors import DataError, UnsupportedAttentionError
 from vlmfix.heads.grounding import grounding
+from vlmfix.heads.measure import profile
 
 ANSWERS = tuple(TOKENS.tolist())
 
@@ -85,7 +89,7 @@ def test_rows_paint_over_the_picture():
 
 def test_what_cannot_be_measured_is_refused():
     vlm = vlm_of("llava")
-    with pytest.raises(DataError, match="2 pictures, 2 prompts and 1 answers"):
+    with pytest.raises(DataError, match="2 pictures and 1 answers"):
         of(vlm, [[40]])
     with pytest.raises(DataError, match="answer 1 has the tokens"):
         of(vlm, [[40], []])
@@ -100,3 +104,15 @@ def test_the_model_is_left_as_it_was():
     of(vlm)
     assert all(parameter.grad is None and parameter.requires_grad for parameter in vlm.model.parameters())
     assert vlm.model.config.get_text_config()._attn_implementation != "vlmfix"
+
+
+def test_a_template_that_ends_with_the_picture_is_refused():
+    """The prompt's last token passes alone, where it is a placeholder and no picture."""
+    vlm = vlm_of("llava")
+    processor = copy.copy(vlm.processor)
+    processor.chat_template = "{{ messages[0].content[-1].text }}<image>"
+    backwards = replace(vlm, processor=processor)
+    with pytest.raises(DataError, match="a prompt ends with a picture"):
+        grounding(backwards, [PICTURES[0]], "what?", [[5, 6]])
+    with pytest.raises(DataError, match="the prompt ends with a picture"):
+        profile(backwards, PICTURES[0], ["vhd"])

@@ -1,10 +1,15 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+import os
+from types import SimpleNamespace
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import save_file
+from torch import nn
 
 from tests.contracts.support import picture, vlm_of
 from tests.tiny import tiny_vlm
@@ -15,7 +20,7 @@ from vlmfix.heads import measure
 from vlmfix.heads.agreement import agreement
 from vlmfix.heads.measure import profile
 from vlmfix.heads.plot import draw
-from vlmfix.heads.profile import HeadProfile, load_profiles, save_profiles
+from vlmfix.heads.profile import TOLERANCE, HeadProfile, fingerprint, load_profiles, save_profiles
 from vlmfix.heads.profiler import Profiler, State
 
 
@@ -219,3 +224,135 @@ def test_the_plot_is_written(tmp_path):
     assert (tmp_path / "heads.png").stat().st_size > 5_000
     with pytest.raises(DataError, match="cannot write"):
         draw([found], tmp_path / "heads.txt")
+
+
+KINDS = ("q", "k", "v", "o", "gate", "up", "down")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_decoder_with_other_matrices_of_one_kind_is_another(kind):
+    """As fine-tuned ones are: adapters of some projections, merged."""
+    layers = [nn.ModuleDict({name: nn.Linear(4, 4, bias=False) for name in KINDS}) for _ in range(32)]
+    decoder = nn.ModuleDict({"embed": nn.Embedding(8, 4), "layers": nn.ModuleList(layers)})
+    vlm = SimpleNamespace(model=decoder, family=SimpleNamespace(decoder=lambda model: model))
+    before = fingerprint(vlm)
+    for layer in layers:
+        layer[kind].weight.data += 0.1
+    assert not torch.allclose(fingerprint(vlm), before, TOLERANCE, 1e-6)
+
+
+NAN, INF = float("nan"), float("inf")
+
+
+def spoiled(path, tensor=None, card=None):
+    """A file of one profile, in which a tensor or the card was changed."""
+    save_profiles({"made": made(noise=1.0)}, path)
+    with safe_open(path, framework="pt") as file:
+        about, tensors = json.loads(file.metadata()["vlmfix"]), {key: file.get_tensor(key) for key in file.keys()}
+    if tensor is not None:
+        tensor(tensors)
+    if card is not None:
+        card(about["profiles"])
+    save_file(tensors, path, metadata={"vlmfix": json.dumps(about)})
+    return path
+
+
+def changed(name, change):
+    return lambda held: held.update({name: change(held[name])})
+
+
+@pytest.mark.parametrize(
+    ("tensor", "said"),
+    [
+        (changed("made/scores", lambda t: torch.full_like(t, NAN)), "made/scores holds values that are no numbers"),
+        (changed("made/scores", lambda t: t.index_fill(0, torch.tensor([1]), INF)), "made/scores holds values"),
+        (changed("made/scores", lambda t: torch.zeros(3, 3)), r"made/scores has the shape \(3, 3\), not \(3, 8\)"),
+        (changed("made/scores", lambda t: torch.zeros(3)), "made/scores has the shape"),
+        (changed("made/scores", lambda t: torch.zeros(0, 8)), "made/scores has the shape"),
+        (changed("made/scores", lambda t: t.double()), "made/scores is of float64, not float32"),
+        (changed("made/scores", lambda t: t.long()), "made/scores is of int64"),
+        (changed("made/stderr", lambda t: torch.full_like(t, NAN)), "made/stderr holds values"),
+        (changed("made/stderr", lambda t: -t - 1), "made/stderr holds numbers below 0"),
+        (changed("made/stderr", lambda t: t.half()), "made/stderr is of float16"),
+        (changed("fingerprint", lambda t: torch.full_like(t, NAN)), "fingerprint holds values"),
+        (changed("fingerprint", lambda t: t[None]), "fingerprint has the shape"),
+        (changed("fingerprint", lambda t: t.int()), "fingerprint is of int32"),
+        (lambda held: held.pop("made/scores"), "it has no made/scores"),
+        (lambda held: held.pop("made/stderr"), "it has no made/stderr"),
+        (lambda held: held.pop("fingerprint"), "no fingerprint"),
+        (lambda held: held.update({"made/more": torch.zeros(1)}), "holds made/more"),
+        (lambda held: held.update({"other/scores": torch.zeros(1)}), "tensors of other, and no card"),
+        (lambda held: held.update({"made/details/x": torch.tensor([INF])}), "made/details/x holds other values"),
+        (lambda held: held.update({"made/details/x": torch.tensor([True])}), "made/details/x holds other values"),
+    ],
+)
+def test_damaged_tensors_are_refused(tmp_path, tensor, said):
+    with pytest.raises(DataError, match=f"heads.safetensors is damaged: .*{said}.*measure the profile again"):
+        load_profiles(spoiled(tmp_path / "heads.safetensors", tensor))
+
+
+def field(name, value):
+    return lambda cards: cards["made"].update({name: value})
+
+
+@pytest.mark.parametrize(
+    "card",
+    [
+        *(field("layers", value) for value in (2, 0, -3, 3.0, "3", None, 2**60, True)),
+        *(field("heads", value) for value in (4, [8])),
+        *(field("model", value) for value in (None, 5, ["x"])),
+        *(field("pictures", value) for value in (0, "many", None)),
+        *(field("reliability", value) for value in ("high", 1e300, [])),
+        *(field("stable", value) for value in (0, None)),
+        *(field("versions", value) for value in (None, [], {"torch": 2})),
+        *(field("parameters", value) for value in (None, [])),
+        field("seed", -1),
+        field("profiler", "other"),
+        field("more", 1),
+        lambda cards: cards["made"].pop("question"),
+        lambda cards: cards.update({"made": None}),
+        lambda cards: cards.update({"made": []}),
+        lambda cards: cards.clear(),
+    ],
+)
+def test_damaged_cards_are_refused(tmp_path, card):
+    with pytest.raises(DataError, match=r"heads.safetensors is damaged"):
+        load_profiles(spoiled(tmp_path / "heads.safetensors", card=card))
+
+
+def test_a_profile_of_one_picture_has_no_errors_and_is_read(tmp_path):
+    made(count=1).save(tmp_path / "heads.safetensors")
+    assert bool(HeadProfile.load(tmp_path / "heads.safetensors").stderr.isnan().all())
+
+
+def test_metadata_that_is_no_card_is_refused(tmp_path):
+    for text in ("[" * 100_000, '{"format": NaN}', "\ud800", '{"format": "head-profiles", "version": 1}'):
+        save_file({"x": torch.zeros(1)}, tmp_path / "file", metadata={"vlmfix": text.encode(errors="replace").decode()})
+        with pytest.raises(DataError, match="file is"):
+            load_profiles(tmp_path / "file")
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(DataError, match="is not a file"):
+        load_profiles(tmp_path / "pipe")
+
+
+def test_profiles_go_over_profiles_alone(tmp_path):
+    path, found = tmp_path / "heads.safetensors", made()
+    for content in (b"precious", b"\0" * 100):
+        path.write_bytes(content)
+        with pytest.raises(DataError, match="is there and holds no profiles"):
+            found.save(path)
+        assert path.read_bytes() == content
+    save_file({"x": torch.zeros(1)}, path)  # weights
+    before = path.read_bytes()
+    with pytest.raises(DataError, match="is there and holds no profiles"):
+        found.save(path)
+    assert path.read_bytes() == before
+    path.unlink()
+    found.save(spoiled(path, changed("made/scores", lambda t: torch.full_like(t, NAN))))
+    assert torch.equal(HeadProfile.load(path).scores, found.scores)
+    mine = tmp_path / "mine"
+    mine.write_text("precious")
+    path.unlink()
+    (tmp_path / ".heads.safetensors.new").symlink_to(mine)
+    found.save(path)
+    assert mine.read_text() == "precious"

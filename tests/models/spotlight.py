@@ -42,7 +42,7 @@ def embeddings(vlm: Checkpoint, batch: Batch) -> Tensor:
 
     hook = vlm.family.decoder(vlm.model).register_forward_pre_hook(keep, with_kwargs=True)
     try:
-        with _local_vision(vlm), torch.no_grad():
+        with local_vision(vlm), torch.no_grad():
             vlm.model(**batch)
     finally:
         hook.remove()
@@ -50,7 +50,7 @@ def embeddings(vlm: Checkpoint, batch: Batch) -> Tensor:
 
 
 @contextmanager
-def _local_vision(vlm: Checkpoint) -> Iterator[None]:
+def local_vision(vlm: Checkpoint) -> Iterator[None]:
     """Every vision layer adds nothing, so that a feature depends on its own patch alone."""
     decoder = {id(module) for module in vlm.family.decoder(vlm.model).modules()}
     layers = [

@@ -87,7 +87,7 @@ def test_dtype_of_model_and_pixels_agree(saved: Path) -> None:
 def test_prompts_and_pictures_pair_up() -> None:
     vlm = tiny_vlm("llava")
     for prompts, pictures in ((["a"], []), ([], []), (["a"], [[], []])):
-        with pytest.raises(DataError, match="picture lists"):
+        with pytest.raises(DataError, match="pictures and"):
             vlm.encode(prompts, pictures)
 
 

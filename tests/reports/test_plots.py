@@ -7,8 +7,9 @@ import pytest
 from PIL import Image
 
 from tests.evals.exam import exam
-from vlmfix.errors import DataError
+from vlmfix.errors import DataError, UsageError
 from vlmfix.evals.compare import Estimate, compare
+from vlmfix.figures import check_target
 from vlmfix.reports.files import save
 from vlmfix.reports.plots import COLOURS, Point, differences, front, pareto
 
@@ -54,6 +55,37 @@ def test_many_arms_with_long_names_are_told_apart(tmp_path):
     arms = run.answers | {f"vcd:contrast={number},noise_step=400+locore": run.answers["wordy"] for number in range(9)}
     differences(compare([exam(arms=arms)], draws=4400), tmp_path / "plot.png")
     assert all(has(tmp_path / "plot.png", colour) for colour in COLOURS)
+
+
+NASTY = r"$\frac$ 中 <b>" + "\n\x1b[31m\udcff"
+
+
+def test_names_are_drawn_as_they_are(tmp_path):
+    """A broken formula would end the plot, and an arm whose name begins with an underscore would have no key."""
+    run = exam(model=NASTY)
+    group = {"easy": NASTY, "hard": "hard"}
+    found = compare(
+        [
+            replace(
+                run,
+                answers={"greedy": run.answers["greedy"], f"_{NASTY}": run.answers["good"]},
+                card=run.card | {"arms": {name: {"spec": name} for name in ("greedy", f"_{NASTY}")}},
+            )
+        ],
+        draws=1000,
+    )
+    arms = [
+        replace(arm, changes=tuple(replace(c, figure=f"{group.get(c.group, c.group)}/{c.label}") for c in arm.changes))
+        for arm in found.arms
+    ]
+    for ending in ("png", "svg"):
+        differences(replace(found, arms=tuple(arms)), tmp_path / f"plot.{ending}")
+    text = (tmp_path / "plot.svg").read_text()
+    said = r"$\frac$ 中 &lt;b&gt;\n\x1b[31m\udcff"
+    assert text.count(f"<!-- {said} -->") == 5, "the group, in every panel"
+    assert f"<!--  _{said} -->" in text
+    point = [Point(0.7, 0.1, role="chosen", name=NASTY), Point(0.9, 0.2, role="plain", name="greedy")]
+    pareto(point, tmp_path / "p.png", objective="$a$", guard="$b", objective_better="lower", title=NASTY)
 
 
 def test_the_front_holds_what_nothing_beats():
@@ -117,9 +149,59 @@ def test_all_files_are_written_and_a_bad_folder_is_an_error(tmp_path, comparison
     ]
     assert all(path.stat().st_size > 100 for path in (tmp_path / "new").iterdir())
     (tmp_path / "file").write_text("")
-    with pytest.raises(DataError, match="cannot write"):
+    with pytest.raises(DataError, match="cannot make the folder"):
         save(comparison, tmp_path / "file" / "below")
     with pytest.raises(DataError, match="cannot write"):
         differences(comparison, tmp_path / "plot.txt2")
     with pytest.raises(DataError, match="cannot write"):
         differences(comparison, tmp_path / "missing" / "plot.png")
+
+
+def test_files_that_are_of_no_comparison_are_not_touched(tmp_path, comparison):
+    for name in ("comparison.csv", "comparison.md", "comparison.png"):
+        (tmp_path / name).write_text("precious")
+        with pytest.raises(DataError, match="is of no comparison"):
+            save(comparison, tmp_path)
+        assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [(name, "precious")]
+        (tmp_path / name).unlink()
+    mine = tmp_path / "mine"
+    mine.write_text("precious")
+    save(comparison, tmp_path)
+    (tmp_path / "comparison.md").unlink()
+    (tmp_path / "comparison.md").symlink_to(mine)
+    save(comparison, tmp_path)
+    assert mine.read_text() == "precious"
+    assert "|" in (tmp_path / "comparison.md").read_text()
+
+
+def test_a_drawing_goes_over_no_other_file(tmp_path, comparison):
+    for name in ("plot.png", "plot.svg", "plot.pdf"):
+        check_target(tmp_path / name)
+        differences(comparison, tmp_path / name)
+        check_target(tmp_path / name)
+        (tmp_path / name).write_text("precious")
+        with pytest.raises(DataError, match="is there and is no drawing"):
+            check_target(tmp_path / name)
+    with pytest.raises(UsageError, match="ends in none of"):
+        check_target(tmp_path / "plot.txt")
+    with pytest.raises(UsageError, match="there is no folder"):
+        check_target(tmp_path / "missing" / "plot.png")
+
+
+def test_names_are_drawn_as_they_stand(tmp_path, comparison):
+    name = "a$x^{2$\x1b[31m & <b>"
+    arms = tuple(replace(arm, name=name) for arm in comparison.arms)
+    odd = replace(comparison, arms=arms, card=comparison.card | {"model": "m$\\frac$\nn\udce9"})
+    differences(odd, tmp_path / "plot.svg")
+    text = (tmp_path / "plot.svg").read_text()
+    assert r"<!-- a$x^{2$\u001b[31m &amp; &lt;b&gt; -->" in text
+    assert "m$\\frac$\\nn\\udce9" in text
+    pareto(
+        [Point(0.7, 0.1, role="chosen", name="$x^{$")],
+        tmp_path / "pareto.svg",
+        objective="f1",
+        guard="recall",
+        objective_better="higher",
+        title="$y_{$",
+    )
+    assert "$x^{$" in (tmp_path / "pareto.svg").read_text()

@@ -3,12 +3,14 @@ from __future__ import annotations
 import csv
 import io
 import json
+import re
 from dataclasses import asdict, replace
 
 import pytest
 from rich.console import Console
 
 from tests.evals.exam import answers, exam, samples
+from vlmfix.display import rendered
 from vlmfix.evals.compare import Change, Estimate, compare
 from vlmfix.evals.record import PLAIN
 from vlmfix.reports.tables import csv_text, json_text, markdown, sheets, terminal
@@ -109,10 +111,28 @@ def test_long_names_alike_are_folded_and_not_cut(width):
 def test_the_legend_says_how_it_was_done(comparison):
     text = " ".join(" ".join(shown(comparison)).split())
     assert "paired bootstrap over 60 pictures, 2000 draws" in text
-    assert "McNemar's test for accuracy in each group, else bootstrap; Holm-corrected for 3 arms" in text
+    assert "swapped by pictures, corrected for 7 merits (Westfall and Young) and 3 arms (Bonferroni)" in text
+    assert "where nothing differs, at most one comparison in twenty has a mark" in text
     assert "a gain may come from them alone: yes_ratio, length" in text
     alone = compare([exam(arms={name: exam().answers[name] for name in (PLAIN, "good")})], draws=2000)
-    assert "Holm" not in " ".join(shown(alone))
+    assert "Bonferroni" not in " ".join(shown(alone))
+
+
+def test_a_mark_beside_a_clear_shift_has_a_sign_of_it(comparison):
+    assert "†" not in " ".join(shown(comparison))
+    assert "†" not in markdown(comparison)
+    good = next(arm for arm in comparison.arms if arm.name == "good")
+    changed = [replace(c, shifted=("easy/length",)) if c.figure == "easy/accuracy" else c for c in good.changes]
+    shifted = replace(comparison, arms=(replace(good, changes=tuple(changed)),))
+    line = next(line for line in shown(shifted) if line.startswith("good "))
+    assert line.split()[3] == "✓†"
+    assert "†: such a shift is beside it" in " ".join(shown(shifted))
+    assert markdown(shifted).count("✓†") == 1
+    written = {
+        (line["arm"], line["group"], line["figure"]): line for line in csv.DictReader(io.StringIO(csv_text(shifted)))
+    }
+    assert written["good", "easy", "accuracy"]["shifted"] == "easy/length"
+    assert written["good", "hard", "accuracy"]["shifted"] == ""
 
 
 def test_notes_unparsed_answers_and_specifications_are_told():
@@ -145,7 +165,12 @@ def test_markdown_rows_have_as_many_cells_as_the_header(comparison):
 
 def test_the_markdown_caption_says_model_size_decoding_and_correction(comparison):
     caption = markdown(comparison).split("\n\n")[2]
-    for said in ("exam: tiny, float32, up to 8 tokens, 240 samples about 60 pictures.", "Holm", "2000 draws", "Shifts"):
+    for said in (
+        "exam: tiny, float32, up to 8 tokens, 240 samples about 60 pictures.",
+        "Bonferroni",
+        "2000 draws",
+        "Shifts",
+    ):
         assert said in caption
 
 
@@ -179,6 +204,52 @@ def test_a_figure_without_a_value_is_a_dash():
     assert " - - " in line
 
 
+NASTY = "a|b *c* `d` <b>e</b> [f](g) $h$ _i_ ~j~ &amp;\nk\x1b[31m[red]\udcff"
+
+
+@pytest.fixture(scope="module")
+def nasty():
+    """A comparison whose group, arm and model have such a name."""
+    asked = [replace(sample, group=NASTY if sample.group == "easy" else "hard") for sample in samples()]
+    easy = {NASTY: 0.8, "hard": 0.5}
+    arms = {PLAIN: answers(asked, easy, seed=0), NASTY: answers(asked, {NASTY: 0.95, "hard": 0.8}, seed=0)}
+    return compare([exam(asked=asked, arms=arms, model=NASTY)], draws=2000)
+
+
+def test_names_do_nothing_to_the_terminal(nasty):
+    lines = shown(nasty, width=300)
+    assert all(line.isprintable() for line in lines)
+    text = " ".join(lines)
+    assert r"&amp;\nk\u001b[31m[red]\udcff" in text, "neither an escape of the terminal nor markup of rich"
+    assert any(r"[red]\udcff/f" in line or r"[red]\udcff" in line for line in lines)
+    "\n".join(lines).encode()
+
+
+def test_names_are_text_in_markdown(nasty):
+    text = markdown(nasty)
+    text.encode()
+    tables = [part.splitlines() for part in text.split("\n\n")[:-1]]
+    for table in tables:
+        cells = [len(re.split(r"(?<!\\)\|", line)) for line in table]
+        assert len(set(cells)) == 1, "no name begins a cell or a line"
+    row = next(line for line in tables[0] if line.startswith("| a"))
+    group = re.split(r"(?<!\\) \| ", row)[0]
+    assert group == (r"| a\|b \*c\* \`d\` \<b>e\</b> \[f\](g) \$h\$ \_i\_ \~j\~ \&amp;\\nk\\u001b\[31m\[red\]\\udcff")
+    arm = next(line for line in tables[0] if "| `` a" in line)
+    assert r"| `` a\|b *c* `d` <b>e</b> [f](g) $h$ _i_ ~j~ &amp;\nk\u001b[31m[red]\udcff `` |" in arm
+    caption = text.split("\n\n")[-1]
+    assert r"\<b>e\</b>" in caption
+    assert "yes_ratio" in caption, "an underscore within a word is one"
+    assert "p < 0.05" in caption
+
+
+def test_names_are_one_field_of_one_line_in_csv(nasty):
+    lines = csv_text(nasty).splitlines()
+    assert len(lines) == 1 + 2 * len(nasty.plain[0].changes)
+    "\n".join(lines).encode()
+    assert json.loads(json_text(nasty))["arms"][0]["name"] == NASTY, "for programs it is what it is"
+
+
 def change(value, plain, low, high):
     return Change(
         figure="length",
@@ -204,3 +275,33 @@ def test_the_heading_tells_beams_sampling_and_commit():
     said = heading(compare([run], draws=2000))
     assert "org/model (0123456789ab)" in said
     assert "up to 64 tokens, 5 beams, sampling (temperature 0.7, top_p 0.9, seed 3)" in said
+
+
+ODD = "a|b`c[/bold]\x1b[31m*d*\nnext <b> $x$ _y_"
+
+
+def named_oddly(comparison):
+    arms = tuple(
+        replace(arm, name=ODD, changes=tuple(replace(c, figure=f"{ODD}/{c.label}") for c in arm.changes))
+        for arm in comparison.arms
+    )
+    return replace(comparison, arms=arms, card=comparison.card | {"model": ODD})
+
+
+def test_names_are_text_in_the_terminal(comparison):
+    shown = rendered(terminal(named_oddly(comparison)))
+    assert "[/bold]" in shown
+    assert r"\u001b[31m" in shown
+    assert "\x1b" not in shown
+
+
+def test_odd_names_are_text_in_markdown(comparison):
+    lines = markdown(named_oddly(comparison)).splitlines()
+    rows = [line for line in lines if line.startswith("|")]
+    for table in markdown(named_oddly(comparison)).split("\n\n")[:-1]:
+        assert len({len(re.findall(r"(?<!\\)\|", row)) for row in table.splitlines()}) == 1
+    assert any(r"`` a\|b`c[/bold]\u001b[31m*d*\nnext <b> $x$ _y_ ``" in row for row in rows)
+    caption = lines[-1]
+    assert r"a\|b\`c\[/bold\]\\u001b\[31m\*d\*\\nnext \<b> \$x\$ \_y\_" in caption
+    assert "\x1b" not in markdown(named_oddly(comparison))
+    assert markdown(comparison).count("p < ") == 1

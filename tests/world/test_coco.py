@@ -1,3 +1,4 @@
+import errno
 import hashlib
 import json
 import shutil
@@ -116,7 +117,7 @@ def test_goes_on_where_it_was(world: Path, tmp_path: Path):
     kept = folder / "images" / "000000000001.png"
     before = kept.stat().st_mtime_ns
     (folder / "images" / "000000000004.png").unlink()
-    (folder / "images" / ".000000000004.png.part").write_bytes(b"torn")
+    (folder / "images" / ".000000000004.png.vlmfix-0123abcd").write_bytes(b"torn")
     (folder / "pope" / "popular.json").unlink()
     (folder / "annotations" / "instances.json").unlink()
     done = []
@@ -126,7 +127,7 @@ def test_goes_on_where_it_was(world: Path, tmp_path: Path):
     assert digests(folder) == digests(world)
     with Image.open(folder / "images" / "000000000004.png") as picture:
         picture.load()
-    assert not list(folder.rglob("*.part"))
+    assert not list(folder.rglob(".*"))
 
 
 @pytest.mark.parametrize(("count", "seed"), [(7, 11), (6, 12)])
@@ -151,9 +152,46 @@ def test_a_broken_card_is_refused(tmp_path: Path):
 
 
 def test_killed_before_the_card_was_whole(tmp_path: Path):
-    (tmp_path / ".world.json.part").write_text('{"ver')
+    (tmp_path / ".world.json.vlmfix-0123abcd").write_text('{"ver')
     make(tmp_path, count=1, seed=0)
     assert json.loads((tmp_path / "world.json").read_text())["count"] == 1
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_a_card_that_is_none_is_refused(tmp_path: Path):
+    for text in ("[" * 100_000, "[]", "\0", "x" * 100_000):
+        (tmp_path / "world.json").write_text(text)
+        with pytest.raises(DataError, match="another world"):
+            make(tmp_path, count=1, seed=0)
+        assert (tmp_path / "world.json").read_text() == text
+
+
+def test_nothing_is_written_through_links(tmp_path: Path):
+    mine, folder = tmp_path / "mine", tmp_path / "world"
+    mine.write_text("precious")
+    make(folder, count=1, seed=0)
+    for name in (".000000000000.png.part", "000000000000.png"):
+        (folder / "images" / name).unlink(missing_ok=True)
+        (folder / "images" / name).symlink_to(mine if name.startswith(".") else tmp_path / "nowhere")
+    make(folder, count=1, seed=0)
+    assert mine.read_text() == "precious"
+    assert not (tmp_path / "nowhere").exists()
+
+
+def test_a_full_disk_and_a_closed_folder_are_told_in_words(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    for call, said in (
+        (("os", "fsync"), r"cannot write .*world\.json: No space"),
+        (("Path", "mkdir"), "cannot make the folder"),
+    ):
+        with monkeypatch.context() as patch:
+            patch.setattr(f"vlmfix.files.{'.'.join(call)}", full if call[0] == "os" else lambda *_, **__: full())
+            with pytest.raises(DataError, match=said) as told:
+                make(tmp_path / "world", count=1, seed=0)
+            assert told.value.hint == "free some space and start again"
+    make(tmp_path / "world", count=1, seed=0)
 
 
 @pytest.mark.parametrize("count", [0, -3])

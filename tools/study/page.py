@@ -12,6 +12,7 @@ from vlmfix.errors import DataError
 BEGIN, END = "<!-- figures: begin -->", "<!-- figures: end -->"
 TITLE = "# Effects"
 MARKS = {"better": " ✓", "worse": " ✗"}
+SHIFTED = "†"
 NONE = "-"
 CAPTIONS = {"chair_s": "CHAIR_s ↓", "chair_i": "CHAIR_i ↓", "recall": "recall ↑", "length": "length"}
 CHANGED = "other captions than plain"
@@ -84,8 +85,9 @@ def _head(results: Mapping[str, Any]) -> Iterator[str]:
 def _reading(results: Mapping[str, Any]) -> Iterator[str]:
     yield (
         "A cell holds the value and, after the colon, the difference to plain greedy decoding with its 95 % interval: "
-        f"paired bootstrap over pictures, {results['draws']:,} draws or more. ✓ better, ✗ worse: p < 0.05 after Holm's "
-        "correction for all rows of the model, and an interval without zero."
+        f"paired bootstrap over pictures, {results['draws']:,} draws or more. ✓ better, ✗ worse: p < 0.05 when the "
+        "two decoders' results are swapped by pictures, corrected for all merits and for all rows of the model, and an "
+        "interval without zero. †: yes-ratio or length beside it has an interval without zero as well."
     )
 
 
@@ -280,7 +282,8 @@ def _difference(found: Mapping[str, Any]) -> str:
     said = _signed(found["difference"], decimals)
     if found["low"] is not None:
         said += f" [{_signed(found['low'], decimals)}, {_signed(found['high'], decimals)}]"
-    return said + MARKS.get(found["direction"], "")
+    sign = MARKS.get(found["direction"], "")
+    return f"{said}{sign}{SHIFTED}" if found["shifted"] else f"{said}{sign}"
 
 
 def _number(value: float | None) -> str:

@@ -188,7 +188,7 @@ def compared(exam: Exam, arms: Sequence[str]) -> dict[str, Any]:
 
     Args:
         exam: Whose run is read; plain decoding is answered there.
-        arms: By name; what else the run has counts for nothing, neither as a row nor in Holm's correction.
+        arms: By name; what else the run has counts for nothing, neither as a row nor in the number corrected for.
     """
     run = exam.run()
     there = {arm: run.answers[arm] for arm in (PLAIN, *arms) if arm in run.answers}
@@ -216,6 +216,7 @@ def _change(change: Change) -> dict[str, Any]:
         "low": change.difference.low,
         "high": change.difference.high,
         "direction": change.direction,
+        "shifted": bool(change.shifted),
     }
 
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from vlmfix.attention.edit import BiasEdit, OutputEdit, PromptReading, ScoreEdit, Site, WeightEdit
 from vlmfix.attention.rows import Block, Step, chosen, read, total_bias
-from vlmfix.errors import UnsupportedAttentionError
+from vlmfix.errors import UnsupportedAttentionError, WindowError
 from vlmfix.upstream import attention as upstream
 
 NAME = "vlmfix"
@@ -43,6 +43,7 @@ class LayerPlan:
         start: Prompt columns that stand in the cache before the prompt's own pass; see ``session.continued``.
         past: Gives the residual stream that entered the layer at those columns, (B, start, hidden size), when an edit
             reads it.
+        acted: Whether the layer's attention was computed by it since this was last set to False.
     """
 
     layer: int
@@ -52,6 +53,7 @@ class LayerPlan:
     hidden: Tensor | None = None
     start: int = 0
     past: Callable[[], Tensor] | None = None
+    acted: bool = False
 
     @property
     def materialises(self) -> bool:
@@ -96,6 +98,7 @@ def attention(
     if plan is None:
         plain = upstream.sdpa(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs)
         return plain, None
+    plan.acted = True
     _check_window(module, query, key)
     hidden, plan.hidden = plan.hidden, None
     call = Call(
@@ -132,6 +135,11 @@ class Call:
 
 
 def _prefill(plan: LayerPlan, call: Call) -> Tensor:
+    if plan.rows.device != call.query.device:
+        raise UnsupportedAttentionError(
+            f"layer {plan.layer} is on {call.query.device} and the model's inputs are on {plan.rows.device}",
+            "load the model onto one device; on several, vcd, inter, sgrs and beams work, and edits do not",
+        )
     length = plan.start + call.query.shape[2]
     if length < plan.prompt:
         raise UnsupportedAttentionError(
@@ -246,7 +254,7 @@ def _outputs(plan: LayerPlan, sites: list[Site], output: Tensor, own: Tensor | N
 def _check_window(module: nn.Module, query: Tensor, key: Tensor) -> None:
     window = upstream.window(module)
     if window is not None and key.shape[2] >= window:
-        raise UnsupportedAttentionError(
+        raise WindowError(
             f"{key.shape[2]} keys reach the sliding window of {window} in layer {getattr(module, 'layer_idx', '?')}",
             "shorten the prompt, or edit only layers without a window (layers=...)",
         )

@@ -29,7 +29,8 @@ from transformers import Cache
 
 from vlmfix.attention.edit import LayerSet, Rows, Site, WeightEdit
 from vlmfix.attention.session import edited
-from vlmfix.errors import IncompatibleDecodersError
+from vlmfix.attention.windows import check_windows
+from vlmfix.errors import DataError, IncompatibleDecodersError
 from vlmfix.models.checkpoint import Checkpoint
 from vlmfix.models.layout import ImageLayout
 from vlmfix.upstream import cache, steps
@@ -198,6 +199,7 @@ def saliency_steps(
     input_ids: Tensor,
     kwargs: dict[str, Any],
     *,
+    answer: int = 1,
     live: Tensor | None = None,
 ) -> Iterator[SaliencySteps]:
     """Reads the prompt; inside the block tokens pass one by one, the prompt's last one first.
@@ -210,14 +212,25 @@ def saliency_steps(
         layers: Layers to record.
         input_ids: (B, T) prompts, left-padded.
         kwargs: What ``generate`` hands to a ``custom_generate`` for the model.
+        answer: Tokens that may follow the prompt.
         live: (R,) bool, False for contrast rows.
 
     Raises:
+        DataError: A prompt ends with a picture, whose last token cannot pass alone; or prompt and answer fill a sliding
+            window of the layers.
         IncompatibleDecodersError: The cache cannot give back its last token.
         UnsupportedAttentionError: The model's attention cannot be recorded; see ``edited``.
     """
     model: Any = vlm.model
-    filled = _checked(steps.cache_of(model, kwargs), input_ids.shape[1])
+    if bool((input_ids[:, -1] == vlm.family.image_token(model.config)).any()):
+        raise DataError(
+            "a prompt ends with a picture, and saliency begins at its last token, which must be text",
+            "put the question, or the assistant's turn, behind the picture",
+        )
+    length = layout.tokens.shape[1]
+    check_windows(vlm, range(vlm.layers), length)  # a full window cannot give back its last token
+    check_windows(vlm, layers.resolve(vlm.layers), length, answer)
+    filled = _checked(steps.cache_of(model, kwargs), length)
     with torch.no_grad():
         model(**steps.first(model, input_ids, kwargs), return_dict=True)
     cache.drop_last(filled)

@@ -89,10 +89,16 @@ def _edited(
     former = [getattr(owner, PLAN, None) for owner in owners]
     hooks: list[RemovableHandle] = []
     register(NAME, attention)
-    decoder = vlm.family.decoder(vlm.model)
+    decoder, turn = vlm.family.decoder(vlm.model), turn_of(vlm.model)
+
+    def check(decoder: nn.Module, args: tuple[object, ...], kwargs: dict[str, Any]) -> None:
+        if not torch.compiler.is_compiling():  # generate compiles steps over one token alone
+            turn.check()
+            _refuse_continuation(decoder, kwargs)
+
     with switched([decoder, *modules], NAME):
         try:
-            hooks.append(decoder.register_forward_pre_hook(_refuse_continuation, with_kwargs=True))
+            hooks.append(decoder.register_forward_pre_hook(check, with_kwargs=True))
             for layer, plan in plans.items():
                 outer: LayerPlan | None = getattr(modules[layer], PLAN, None)
                 merged = plan if outer is None else _nested(outer, plan)
@@ -106,6 +112,29 @@ def _edited(
                 hook.remove()
             for owner, before in zip(owners, former, strict=True):
                 delattr(owner, PLAN) if before is None else setattr(owner, PLAN, before)
+
+
+class Acting:
+    """Says of the layers with edits at work whether their attention is really computed with them.
+
+    Args:
+        vlm: The model, with the edits at work.
+    """
+
+    def __init__(self, vlm: Checkpoint) -> None:
+        plans = _at_work(vlm)
+        modules = vlm.family.attention_modules(vlm.model)
+        self._modules = {number: modules[number] for number in plans}
+        self.idle()
+
+    def idle(self) -> int | None:
+        """Gives a layer whose attention was not computed by its edits since this was last asked; None without one."""
+        plans = {number: getattr(module, PLAN, None) for number, module in self._modules.items()}
+        idle = [number for number, plan in plans.items() if plan is None or not plan.acted]
+        for plan in plans.values():
+            if plan is not None:
+                plan.acted = False
+        return min(idle, default=None)
 
 
 @contextmanager
@@ -248,13 +277,16 @@ def _remember(layer: nn.Module, args: tuple[object, ...], kwargs: dict[str, Any]
         plan.hidden = hidden if plan.past is None else torch.cat([plan.past(), hidden], dim=1)
 
 
-def _refuse_continuation(decoder: nn.Module, args: tuple[object, ...], kwargs: dict[str, Any]) -> None:
+def _refuse_continuation(decoder: nn.Module, kwargs: dict[str, Any]) -> None:
     """Several new tokens behind a filled cache: their rows would be taken for the prompt's."""
-    if torch.compiler.is_compiling():
-        return  # generate compiles steps over one token alone
     known = names.TextNames.of(decoder)
     inputs, cache = kwargs.get(known.embeds), kwargs.get(known.cache)
-    if inputs is None or inputs.shape[1] == 1 or cache is None:
+    if inputs is None:
+        raise UnsupportedAttentionError(
+            f"{type(decoder).__name__} was called with {', '.join(kwargs)}, and not with embeddings",
+            "edits act on passes of the whole model, which hands embeddings to its text decoder",
+        )
+    if inputs.shape[1] == 1 or cache is None:
         return
     if int(cache.get_seq_length()) > 0:
         raise UnsupportedAttentionError(

@@ -143,7 +143,8 @@ def tower_read(vlm: Checkpoint, readings: Sequence[TowerReading]) -> Iterator[No
         raise UnsupportedAttentionError(f"the vision tower has {count} layers, and no layer {absent[0]}")
     read = {reading.layer % count: modules[reading.layer] for reading in readings}
     former = {number: getattr(module, READINGS, ()) for number, module in read.items()}
-    with turn_of(vlm.model).taken(), switched([vlm.family.tower(vlm.model), *modules], NAME):
+    tower = vlm.family.tower(vlm.model)
+    with turn_of(vlm.model).guarded(tower), switched([tower, *modules], NAME):
         try:
             for reading in readings:
                 module = modules[reading.layer]

@@ -6,7 +6,6 @@ import click
 
 from vlmfix.commands import options
 from vlmfix.errors import UsageError
-from vlmfix.records import to_json
 
 
 @click.command()
@@ -25,7 +24,7 @@ def decoders(names: tuple[str, ...], everything: bool, as_json: bool) -> None:
             raise UsageError(f"unknown decoder {name!r}", f"known decoders: {', '.join(DECODERS)}")
     infos = [describe(DECODERS[name]) for name in names or DECODERS]
     if as_json:
-        click.echo(to_json([info_json(info) for info in infos], indent=2))
+        options.say_json([info_json(info) for info in infos])
     else:
         click.echo(decoder_pages(infos) if names or everything else decoder_table(infos), nl=False)
 
@@ -43,4 +42,7 @@ def doctor(model: str, revision: str | None, as_json: bool) -> None:
 
     with counting("decoders tried") as report:
         diagnosis = diagnose(model, revision=revision, loader=loading, progress=report)
-    click.echo(to_json(diagnosis, indent=2) if as_json else diagnosis_text(diagnosis))
+    if as_json:
+        options.say_json(diagnosis)
+    else:
+        click.echo(diagnosis_text(diagnosis))

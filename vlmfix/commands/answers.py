@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import sys
+from contextlib import closing
 from pathlib import Path
 
 import click
 
 from vlmfix.commands import options
-from vlmfix.errors import UsageError
+from vlmfix.errors import DataError, UsageError
+from vlmfix.parsing import escaped
 from vlmfix.settings import Settings
 
 
@@ -65,9 +68,11 @@ def run(
                 loader=loading,
             )
     except KeyboardInterrupt:
-        click.echo(f"vlmfix: stopped; what is done is in {out}. The same command goes on from there.", err=True)
+        options.say(f"vlmfix: stopped; what is done is in {out}. The same command goes on from there.", err=True)
         click.get_current_context().exit(options.INTERRUPTED)
-    click.echo(summary(end, out), err=True)
+    options.say(summary(end, out), err=True, lines=True)
+    if end.in_vain:
+        click.get_current_context().exit(1)
 
 
 @click.command()
@@ -87,7 +92,7 @@ def ask(picture: Path, question: str, settings: Settings) -> None:
     decoder = parse(settings.decoder)
     check_settings(decoder, settings)
     shown = named_picture(picture)
-    vlm = loading(settings.model, revision=settings.revision, device=settings.device, dtype=settings.dtype)
+    vlm = loading(settings.model, **settings.loading())
     pieces = vlm.stream(
         shown,
         question,
@@ -96,6 +101,18 @@ def ask(picture: Path, question: str, settings: Settings) -> None:
         temperature=settings.temperature,
         seed=settings.seed,
     )
-    for piece in pieces:
-        click.echo(piece, nl=False)
-    click.echo()
+    terminal = sys.stdout.isatty()  # a program that reads the answer gets it as it is
+    with closing(pieces):
+        for piece in pieces:
+            _say(escaped(piece, lines=True) if terminal else piece)
+    _say("\n")
+
+
+def _say(text: str) -> None:
+    """Writes a part of the answer to standard output."""
+    try:
+        click.echo(text, nl=False)
+    except BrokenPipeError:  # whoever read it has left
+        raise
+    except OSError as error:
+        raise DataError(f"cannot write the answer: {error.strerror}", "make room, or write elsewhere") from error

@@ -9,16 +9,19 @@ import click
 
 from vlmfix.commands import options
 from vlmfix.errors import UsageError
-from vlmfix.records import to_json
 
 PATH = click.Path(path_type=Path)
-RULES = {"parser": ("pope", "amber"), "synonyms": ("chair",), "judgements": ("hallusion",)}
+RULES = {"parser": ("pope", "amber"), "questions": ("pope",), "synonyms": ("chair",), "judgements": ("hallusion",)}
 """Which benchmarks have rules that can be changed afterwards."""
 
 
 @click.command()
 @click.argument("folder", type=PATH)
 @click.option("--parser", help="POPE, AMBER: read the answers with another published parser.")
+@click.option(
+    "--questions", type=PATH, help="POPE: the same questions with other truths, such as RePOPE's; with --out."
+)
+@click.option("--out", type=PATH, help="With --questions: folder for a run of them; FOLDER stays as it is.")
 @click.option("--synonyms", type=PATH, help="CHAIR: word table in the format of the original synonyms.txt.")
 @click.option("--judgements", type=PATH, multiple=True, help="HallusionBench: judgements made elsewhere.")
 @click.option("--json", "as_json", is_flag=True, help="Print the comparison as JSON.")
@@ -27,6 +30,8 @@ def score(
     *,
     folder: Path,
     parser: str | None,
+    questions: Path | None,
+    out: Path | None,
     synonyms: Path | None,
     judgements: tuple[Path, ...],
     as_json: bool,
@@ -37,9 +42,17 @@ def score(
     from vlmfix.evals.score import score as score_run
 
     run = read_run(folder)
-    for name, given in (("parser", parser), ("synonyms", synonyms), ("judgements", judgements)):
+    for name, given in zip(RULES, (parser, questions, synonyms, judgements), strict=True):
         if given and run.task.name not in RULES[name]:
             raise UsageError(f"--{name} does not go with {run.task.name}", f"{folder} is a run of {run.task.name}")
+    if (questions is None) is not (out is None):
+        raise UsageError("--questions and --out go together", "other truths make another run, with a folder of its own")
+    if questions is not None and out is not None:
+        from vlmfix.evals import pope
+        from vlmfix.evals.score import answered_before
+
+        workload = pope.read(questions, Path(run.card["images"]), suffix=run.card["data"]["suffix"])
+        run, folder = answered_before(run, workload, out), out
     samples, changed = None, dict[str, Any]()
     if parser is not None:
         changed = {"parser": parser}
@@ -79,18 +92,35 @@ def compare(*, folders: tuple[Path, ...], out: Path | None, draws: int, seed: in
 @click.command()
 @click.argument("folder", type=PATH)
 @click.option("--out", type=PATH, help="Folder of the second run.  [default: FOLDER/again]")
+@click.option("--images", type=PATH, help="Folder of the pictures.  [default: where they were]")
+@click.option("--model", help="Directory of the model.  [default: where it was]")
+@click.option("--prompts", type=PATH, help="File of the prompts, of what vlmfix run wrote.  [default: where it was]")
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @options.debug
-def reproduce(*, folder: Path, out: Path | None, device: str, as_json: bool) -> None:
+def reproduce(
+    *,
+    folder: Path,
+    out: Path | None,
+    images: Path | None,
+    model: str | None,
+    prompts: Path | None,
+    device: str,
+    as_json: bool,
+) -> None:
     """Run what is in FOLDER again from its card, and say what differs: an evaluation, or what vlmfix run wrote.
 
-    The exit code is 0 when every answer is the same, of an evaluation in every token, else 1.
+    Pictures, weights and prompts must be those of the run; its digests tell, wherever they lie now. The exit code is 0
+    when every answer is the same, of an evaluation in every token, else 1.
     """
     options.quieten()
     if (folder / "run.json").exists():
-        _answer_again(folder, out or folder / "again", device, as_json)
+        _answer_again(
+            folder, out or folder / "again", as_json, images=images, model=model, prompts=prompts, device=device
+        )
         return
+    if prompts is not None:
+        raise UsageError(f"{folder} is an evaluation, which keeps its questions itself", "leave --prompts out")
     from vlmfix.display import counting, loading
     from vlmfix.evals.record import read_run
     from vlmfix.evals.reproduce import reproduce as again
@@ -108,31 +138,34 @@ def reproduce(*, folder: Path, out: Path | None, device: str, as_json: bool) -> 
         return loading(*model, **how)
 
     with counting("answers") as report:
-        found = again(run, second, device=device, report=report, loader=load)
+        found = again(run, second, images=images, model=model, device=device, report=report, loader=load)
     if not asked:
-        click.echo(f"vlmfix: {second} was complete before; remove it to run once more", err=True)
+        options.say(f"vlmfix: {second} was complete before; remove it to run once more", err=True)
     score_run(found.run)
-    click.echo(to_json(reproduction_json(found), indent=2) if as_json else reproduction_text(found, folder), nl=as_json)
+    if as_json:
+        options.say_json(reproduction_json(found))
+    else:
+        options.say(reproduction_text(found, folder), nl=False, lines=True)
     if not found.exact:
         click.get_current_context().exit(1)
 
 
-def _answer_again(folder: Path, out: Path, device: str, as_json: bool) -> None:
+def _answer_again(folder: Path, out: Path, as_json: bool, **where: Any) -> None:
     from vlmfix.display import loading, run_display
     from vlmfix.folder.reproduce import reproduce as again
 
     with run_display() as report:
-        found = again(folder, out, device=device, report=report, loader=loading)
+        found = again(folder, out, **where, report=report, loader=loading)
     same = found.answers - len(found.other)
     if as_json:
         about = {"exact": not found.other, "answers": found.answers, "other": found.other, "facts": found.facts}
-        click.echo(to_json(about, indent=2))
+        options.say_json(about)
     else:
-        click.echo(f"{folder}: {same} of {found.answers} answers are the same; the second run is in {out}")
+        options.say(f"{folder}: {same} of {found.answers} answers are the same; the second run is in {out}")
         for image, prompt in found.other[:5]:
-            click.echo(f"  differs: {image}: {prompt}")
+            options.say(f"  differs: {image}: {prompt}")
         for name, (before, now) in found.facts.items():
-            click.echo(f"  {name} changed: {before or 'none'} -> {now or 'none'}")
+            options.say(f"  {name} changed: {before or 'none'} -> {now or 'none'}")
     if found.other:
         click.get_current_context().exit(1)
 
@@ -146,5 +179,8 @@ def tell(runs: list[Any], out: Path, *, as_json: bool, draws: int = 10_000, seed
 
     comparison = compare_runs(runs, draws=draws, seed=seed)
     written = save(comparison, out)
-    click.echo(tables.json_text(comparison) if as_json else rendered(tables.terminal(comparison)), nl=as_json)
-    click.echo(f"vlmfix: the same in {', '.join(map(str, written))}", err=True)
+    if as_json:
+        options.say(tables.json_text(comparison), lines=True)
+    else:
+        click.echo(rendered(tables.terminal(comparison)), nl=False)
+    options.say(f"vlmfix: the same in {', '.join(map(str, written))}", err=True)

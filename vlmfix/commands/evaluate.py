@@ -287,7 +287,7 @@ def clipscore(
         prompt=benchmark.PROMPT if prompt is None else prompt,
         skip=plan.out,
     )
-    click.echo(f"vlmfix: loading CLIP {clip}", err=True)
+    options.say(f"vlmfix: loading CLIP {clip}", err=True)
     task.load()  # what is wrong with it is said now, not after the last answer
     _run(task, workload, plan)
 
@@ -315,13 +315,15 @@ def _run(task: Any, workload: Any, plan: Plan, longest: int | None = None) -> No
                 loader=loading,
             )
     except KeyboardInterrupt:
-        click.echo(f"vlmfix: stopped; what is done is in {plan.out}. The same command goes on from there.", err=True)
+        options.say(f"vlmfix: stopped; what is done is in {plan.out}. The same command goes on from there.", err=True)
         click.get_current_context().exit(options.INTERRUPTED)
     for arm, records in run.answers.items():
         if failed := [record for record in records.values() if record.failed]:
             first = f"{failed[0].id}: {failed[0].failed}"
-            click.echo(f"vlmfix: {arm}: {len(failed)} of {len(records)} samples failed; the first, {first}", err=True)
+            options.say(f"vlmfix: {arm}: {len(failed)} of {len(records)} samples failed; the first, {first}", err=True)
     tell([score_run(run)], plan.out, as_json=plan.as_json)
+    if run.in_vain:
+        click.get_current_context().exit(1)
 
 
 def _arms(specs: tuple[str, ...]) -> dict[str, Any]:

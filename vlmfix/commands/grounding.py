@@ -41,21 +41,22 @@ def grounding(
     """
     if not question.strip() or (answer is not None and not answer.strip()):
         raise UsageError("the question or the answer is empty", "write some words")
-    if plot is not None and not plot.parent.is_dir():
-        raise UsageError(f"there is no folder {plot.parent}", "make it, or write elsewhere")
     options.quieten()
+    if plot is not None:
+        from vlmfix.figures import check_target
+
+        check_target(plot)
     from vlmfix.attention.edit import LayerSet
     from vlmfix.decoders import parse
     from vlmfix.display import loading
     from vlmfix.generation import check_settings
     from vlmfix.heads.grounding import grounding as measure
     from vlmfix.images import named_picture
-    from vlmfix.records import to_json
 
     decoder, chosen = parse(settings.decoder), LayerSet(layers)
     check_settings(decoder, settings)
     shown = named_picture(picture)
-    vlm = loading(settings.model, revision=settings.revision, device=settings.device, dtype=settings.dtype)
+    vlm = loading(settings.model, **settings.loading())
     judged: str | tuple[int, ...] = answer or ""
     if answer is None:
         said = vlm.generate(
@@ -70,15 +71,15 @@ def grounding(
     (found,) = measure(vlm, [shown], question, [judged], layers=chosen)
     rows = [_row(found, place) for place in range(len(found.tokens))]
     if as_json:
-        click.echo(to_json({"question": question, "answer": answer, "layers": layers, "tokens": rows}, indent=2))
+        options.say_json({"question": question, "answer": answer, "layers": layers, "tokens": rows})
     else:
-        click.echo(answer)
+        options.say(answer, lines=True)
         click.echo(_table(rows), nl=False)
     if plot is not None:
         from vlmfix.reports.grounding import draw
 
         draw(found, shown, vlm.layout(vlm.encode([question], [[shown]])), plot)
-        click.echo(f"vlmfix: drawn in {plot}", err=True)
+        options.say(f"vlmfix: drawn in {plot}", err=True)
 
 
 def _row(found: Any, place: int) -> dict[str, Any]:  # noqa: ANN401 (its class needs torch, which comes late)

@@ -9,6 +9,8 @@ from typing import Any
 
 import click
 
+from vlmfix.parsing import escaped
+from vlmfix.records import to_json
 from vlmfix.settings import Settings
 
 INTERRUPTED = 130
@@ -60,6 +62,11 @@ _OPTIONS = {
     "seed": click.option(
         "--seed", default=0, show_default=True, type=click.IntRange(0, 2**63 - 1), help="Seed of sampling."
     ),
+    "max_pixels": click.option(
+        "--max-pixels",
+        type=click.IntRange(min=1),
+        help="Most pixels that a Qwen-VL processor makes of a picture.  [default: its own]",
+    ),
 }
 
 
@@ -99,6 +106,23 @@ def _rows(value: str) -> int | None:
 def batch_size(help: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """The option ``--batch-size``: a number of rows, or auto, which becomes None."""
     return click.option("--batch-size", type=_rows, default="auto", show_default=True, metavar="auto|N", help=help)
+
+
+def say(text: str, *, err: bool = False, nl: bool = True, lines: bool = False) -> None:
+    """Prints a text that holds names, answers or messages from elsewhere; their control characters are shown.
+
+    Args:
+        text: What is said; what ``rendered`` and the like have made for the terminal is printed as it is instead.
+        err: Prints it on the standard error.
+        nl: Ends the line.
+        lines: Says that the text has lines of its own.
+    """
+    click.echo(escaped(text, lines=lines), err=err, nl=nl)
+
+
+def say_json(value: Any) -> None:  # noqa: ANN401 (what JSON can hold has no name)
+    """Prints JSON."""
+    say(to_json(value, indent=2), lines=True)
 
 
 def quieten() -> None:

@@ -14,7 +14,7 @@ import click
 
 from vlmfix.commands import options
 from vlmfix.errors import UsageError
-from vlmfix.records import to_json
+from vlmfix.parsing import escaped
 from vlmfix.settings import Settings
 
 PATH = click.Path(path_type=Path)
@@ -66,16 +66,20 @@ def profile(
         return
     if names is None or images is None or out is None:
         raise UsageError("--profiler, --images and --out are needed", "or use: vlmfix profile show FILE, diff A B")
-    for file in (out, plot):
-        if file is not None and not file.parent.is_dir():
-            raise UsageError(f"there is no folder {file.parent}", "make it, or write elsewhere")
+    if not out.parent.is_dir():
+        raise UsageError(f"there is no folder {out.parent}", "make it, or write elsewhere")
     options.quieten()
     from vlmfix.display import counting, loading
     from vlmfix.heads.measure import QUESTION
     from vlmfix.heads.measure import profile as measure
-    from vlmfix.heads.profile import load_profiles, save_profiles
+    from vlmfix.heads.profile import load_profiles, refuse_foreign, save_profiles
     from vlmfix.heads.profilers import profilers_of
 
+    refuse_foreign(out)
+    if plot is not None:
+        from vlmfix.figures import check_target
+
+        check_target(plot)
     chosen = profilers_of([name.strip() for name in names.split(",")])
     files = _shuffled(images, seed)
     shown: list[str] = []
@@ -83,7 +87,7 @@ def profile(
         files = _annotated(files, chosen, shown, instances, captions)
     total = len(files) if count is None else min(count, len(files))
     kept = load_profiles(out) if add and out.exists() else {}
-    vlm = loading(settings.model, revision=settings.revision, device=settings.device, dtype=settings.dtype)
+    vlm = loading(settings.model, **settings.loading())
     for held in kept.values():
         held.check(vlm)
     with counting("pictures") as report, closing(_opened(files, shown)) as pictures:
@@ -102,7 +106,7 @@ def profile(
 
         draw(list(found.values()), plot)
     _show(found, 10)
-    click.echo(f"vlmfix: profiles in {out}" + (f", drawn in {plot}" if plot else ""), err=True)
+    options.say(f"vlmfix: profiles in {out}" + (f", drawn in {plot}" if plot else ""), err=True)
 
 
 @profile.command()
@@ -118,7 +122,7 @@ def show(*, file: Path, name: str | None, count: int, as_json: bool) -> None:
 
     found = load_profiles(file) if name is None else {name: HeadProfile.load(file, name)}
     if as_json:
-        click.echo(to_json({key: _json(part, count) for key, part in found.items()}, indent=2))
+        options.say_json({key: _json(part, count) for key, part in found.items()})
     else:
         _show(found, count)
 
@@ -143,7 +147,7 @@ def diff(*, left: Path, right: Path, name: str | None, count: int, as_json: bool
         raise UsageError(f"there is no {name or 'common'} profile in both files", held)
     found = {key: agreement(first[key], second[key], count=count) for key in both}
     if as_json:
-        click.echo(to_json({key: asdict(part) for key, part in found.items()}, indent=2))
+        options.say_json({key: asdict(part) for key, part in found.items()})
         return
     from rich.table import Table
 
@@ -154,7 +158,7 @@ def diff(*, left: Path, right: Path, name: str | None, count: int, as_json: bool
         table.add_column(title, justify="left" if title == "profiler" else "right")
     for key, part in found.items():
         correlation = "-" if part.correlation is None else f"{part.correlation:.3f}"
-        table.add_row(key, str(part.count), f"{part.overlap:.3f}", f"{part.chance:.3f}", correlation)
+        table.add_row(escaped(key), str(part.count), f"{part.overlap:.3f}", f"{part.chance:.3f}", correlation)
     click.echo(rendered(table), nl=False)
 
 
@@ -208,7 +212,7 @@ def _annotated(
     if not known:
         raise DataError(f"none of {len(files)} files has annotations", "give the annotations of these pictures")
     if len(known) < len(files):
-        click.echo(f"vlmfix: {len(files) - len(known)} files have no annotations and are left out", err=True)
+        options.say(f"vlmfix: {len(files) - len(known)} files have no annotations and are left out", err=True)
 
     def words(number: int, caption: str) -> list[Word]:
         found = Chair().mentions(truths[shown[number]], caption)
@@ -220,13 +224,15 @@ def _annotated(
 
 def _opened(files: list[Any], shown: list[str]) -> Generator[Any]:
     """The pictures among some files, whose names are added to ``shown``; the others are named on stderr."""
-    from vlmfix.errors import DataError
+    from vlmfix.errors import DataError, PassingError
     from vlmfix.images import read_ahead
 
     with closing(read_ahead(files)) as opened:
         for file, picture in opened:
+            if isinstance(picture, PassingError):
+                raise PassingError(f"{file.path}: {picture.message}", picture.hint)
             if isinstance(picture, DataError):
-                click.echo(f"vlmfix: {file.name} is left out: {picture.message}", err=True)
+                options.say(f"vlmfix: {file.name} is left out: {picture.message}", err=True)
             else:
                 shown.append(file.name)
                 yield picture.image
@@ -243,8 +249,8 @@ def _show(found: dict[str, Any], count: int) -> None:
         card, heads = profile.card, profile.top(min(count, profile.scores.numel()))
         reliable = "unknown" if card.reliability is None else f"{card.reliability:.3f}"
         parts += [
-            f"{name}: {card.model or card.model_type}, {card.pictures} pictures, reliability of the ranking {reliable}"
-            + (" (stable)" if card.stable else "")
+            f"{escaped(name)}: {escaped(card.model or card.model_type)}, {card.pictures} pictures, "
+            f"reliability of the ranking {reliable}" + (" (stable)" if card.stable else "")
         ]
         table = Table(box=None, pad_edge=False)
         for title in ("rank", "layer", "head", "score", "standard error"):
@@ -253,7 +259,7 @@ def _show(found: dict[str, Any], count: int) -> None:
             score, error = (float(part[layer, head]) for part in (profile.scores, profile.stderr))
             table.add_row(str(rank), str(layer), str(head), f"{score:.4g}", "-" if error != error else f"{error:.2g}")
         parts.append(table)
-        parts += [f"{key}: {_listed(value)}" for key, value in profile.details.items() if value.dim() == 1]
+        parts += [f"{escaped(key)}: {_listed(value)}" for key, value in profile.details.items() if value.dim() == 1]
         parts.append("")
     click.echo(rendered(*parts), nl=False)
 

@@ -119,7 +119,7 @@ def _evaluator(task: Any, settings: Settings, batch_size: int | None) -> Any:  #
 
     def run(arms: Any, workload: Any, folder: Path) -> Any:  # noqa: ANN401
         *_, newest = arms
-        click.echo(f"vlmfix: {folder.name}: {newest}", err=True)
+        options.say(f"vlmfix: {folder.name}: {newest}", err=True)
         return evaluate(
             folder,
             task,
@@ -159,6 +159,6 @@ def _show(found: Any, out: Path, max_recall_loss: float) -> None:  # noqa: ANN40
     )
     if found.held_out is not None:
         click.echo(rendered(tables.terminal(found.held_out)), nl=False)
-    click.echo(found.verdict)
+    options.say(found.verdict)
     written = f"{found.recipe} and pareto.png" if found.recipe else f"no recipe; the trials are in {out}/pareto.png"
-    click.echo(f"vlmfix: {written}", err=True)
+    options.say(f"vlmfix: {written}", err=True)

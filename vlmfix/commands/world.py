@@ -27,7 +27,7 @@ def make(directory: Path, count: int, seed: int) -> None:
 
     with counting("scenes") as report:
         coco.make(directory, count=count, seed=seed, progress=lambda done: report(done, count))
-    click.echo(f"vlmfix: {count} scenes in {directory}", err=True)
+    options.say(f"vlmfix: {count} scenes in {directory}", err=True)
 
 
 @click.command()
@@ -46,4 +46,4 @@ def demo(out: Path, decoder: str, seed: int) -> None:
 
     comparison = demonstrate(out, decoder=decoder, seed=seed, loader=loading)
     click.echo(comparison_text(comparison), nl=False)
-    click.echo(f"vlmfix: the same with the pictures: {out / 'index.html'}", err=True)
+    options.say(f"vlmfix: the same with the pictures: {out / 'index.html'}", err=True)

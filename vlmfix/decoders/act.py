@@ -12,7 +12,7 @@ from torch import Tensor
 
 from vlmfix.attention.edit import LayerSet, PromptReading, Rows, Site, WeightEdit
 from vlmfix.decoders.base import Decoder, DecodingPlan, Source
-from vlmfix.decoders.parameters import Value, parameter
+from vlmfix.decoders.parameters import PRESETS_OWN, Value, parameter
 from vlmfix.errors import IncompatibleDecodersError, UnsupportedAttentionError, UsageError
 from vlmfix.heads.sinks import first_token
 from vlmfix.models.checkpoint import Checkpoint
@@ -109,7 +109,12 @@ class ACT(Decoder):
         5.0, float, low=0, high=1e6, search=(1.0, 20.0), log=True, help="alpha_s, the threshold times the prompt length"
     )
     sink_threshold: float | None = parameter(
-        None, float, low=0, high=1, optional=True, help="theta, a fixed threshold; none: sink_factor / prompt length"
+        PRESETS_OWN,
+        float,
+        low=0,
+        high=1,
+        optional=True,
+        help="theta, a fixed threshold; none: sink_factor / prompt length",
     )
     spared: str = parameter(None, str, choices=("first-token", "first-sink"), help="what is never a sink")
     spared_tail: int = parameter(None, int, low=0, high=10**6, help="columns at the prompt's end that are never sinks")

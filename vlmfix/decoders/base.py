@@ -18,15 +18,17 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from vlmfix.attention.edit import AttentionEdit
-from vlmfix.attention.session import edited
+from vlmfix.attention.session import Acting, edited
 from vlmfix.decoders.branches import Contrast
-from vlmfix.decoders.parameters import Value, ranges, written
+from vlmfix.decoders.parameters import PRESETS_OWN, Value, ranges, written
 from vlmfix.decoders.prefix import prompts_of, shared_prefixes
 from vlmfix.decoders.refined import PictureMemo, Refined
 from vlmfix.decoders.stack import stack_layout, stacked
 from vlmfix.decoders.strategy import Strategy
-from vlmfix.errors import IncompatibleDecodersError, UsageError
+from vlmfix.decoders.watch import Watch, longest_prompts
+from vlmfix.errors import DataError, IncompatibleDecodersError, UsageError
 from vlmfix.models.checkpoint import Checkpoint
+from vlmfix.models.context import room_for_answers
 from vlmfix.models.layout import Batch, ImageLayout
 from vlmfix.models.turns import turn_of
 
@@ -72,6 +74,11 @@ class DecodingPlan:
     beams: bool = True
     compiles: bool = True
 
+    @property
+    def plain(self) -> bool:
+        """Whether it leaves the model as it is."""
+        return not self.edits and not self.contrasts and self.loop is None
+
     def merged(self, other: DecodingPlan) -> DecodingPlan:
         """Both plans at work: this one first.
 
@@ -101,7 +108,8 @@ class Decoder(ABC):
         beams: Whether beam search works.
         compiles: Whether compiled decoding works.
         refines: Whether it changes the pictures before they are encoded.
-        presets: Named sets of parameters; a parameter left at None takes the preset's value.
+        presets: Named sets of parameters. A parameter takes the preset's value when it is left at its default: None, or
+            ``PRESETS_OWN`` for one of which None is a value.
     """
 
     name: ClassVar[str]
@@ -114,10 +122,11 @@ class Decoder(ABC):
     presets: ClassVar[Mapping[str, Mapping[str, Value]]] = {}
 
     def __post_init__(self) -> None:
-        for name, value in self._preset().items():
-            if getattr(self, name) is None:
-                object.__setattr__(self, name, value)
+        preset = self._preset()
         for name, allowed in ranges(type(self)).items():
+            open_to_preset = PRESETS_OWN if allowed.optional else None
+            if getattr(self, name) is open_to_preset:
+                object.__setattr__(self, name, preset.get(name))
             object.__setattr__(self, name, allowed.check(self.name, name, getattr(self, name)))
 
     def _preset(self) -> Mapping[str, Value]:
@@ -212,27 +221,55 @@ class Decoder(ABC):
 
         Raises:
             UsageError: ``num_beams`` is not what the decoder itself asks for.
-            IncompatibleDecodersError: The method cannot act on this model, these inputs or beam search.
+            IncompatibleDecodersError: The method cannot act on this model, these inputs or beam search. Inside the
+                block: the model's ``generate`` is called with other inputs, by another thread, or does not run through
+                what the method has put to work.
+            DataError: A prompt is longer than the model's context, or than a sliding window in which edits act. Inside
+                the block, an answer may get longer than such a window; where the context is full, a row ends.
         """
+        with self.at_work(vlm, batch, num_beams=num_beams) as (arguments, _):
+            yield arguments
+
+    @contextmanager
+    def at_work(
+        self, vlm: Checkpoint, batch: Mapping[str, Tensor], *, num_beams: int = 1
+    ) -> Iterator[tuple[dict[str, Any], Watch]]:
+        """Does what ``applied`` does, and yields beside the arguments what the calls inside the block are held to."""
         num_beams = Strategy(num_beams=num_beams).combined(self.strategy).num_beams
         batch = Batch.of(batch)
         with ExitStack() as block:
             block.enter_context(turn_of(vlm.model).taken())
+            room_for_answers(vlm, batch.lengths)  # before anything is computed
             layout = vlm.layout(batch)
             plan = self.plan(vlm, batch, layout)
             if num_beams > 1 and not plan.beams:
                 raise IncompatibleDecodersError(f"{self.spec()} does not work with beam search", "use num_beams=1")
+            if batch.length == 1 and not plan.plain:
+                raise DataError("the prompts have one token, which is taken for a generated one", "ask a question")
             layout = layout.expand(num_beams) if num_beams > 1 else layout
             branches = [branch for contrast in plan.contrasts for branch in contrast.branches]
-            live = None
+            stack = live = None
             if plan.contrasts:
                 stack = block.enter_context(stacked(vlm, batch, plan.contrasts, beams=num_beams))
                 layout, live = stack_layout(layout, stack)
             block.enter_context(edited(vlm, layout, plan.edits, live=live))
+            watch = Watch(
+                vlm=vlm,
+                decoder=self.spec(),
+                batch=batch,
+                beams=num_beams,
+                prompt=layout.tokens.shape[1],
+                lengths=longest_prompts(batch, stack, num_beams),
+                layers=frozenset[int]().union(*(edit.layers.resolve(vlm.layers) for edit in plan.edits)),
+                acting=Acting(vlm) if plan.edits else None,
+                stack=stack,
+                plain=plan.plain,
+            )
+            block.enter_context(watch.watching())
             prompts = prompts_of(vlm, batch, branches, beams=num_beams)
             if prompts is not None:
                 block.enter_context(shared_prefixes(vlm, prompts))
-            yield _arguments(plan) | (self.strategy.arguments() if self.strategy else {})
+            yield _arguments(plan) | (self.strategy.arguments() if self.strategy else {}), watch
 
 
 def _arguments(plan: DecodingPlan) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from vlmfix.decoders.zerotuning import ZeroTuning
 from vlmfix.errors import UsageError
 from vlmfix.models.checkpoint import Checkpoint
 from vlmfix.models.layout import Batch
+from vlmfix.upstream import defaults
 
 Measure = Callable[[Decoder], Sequence[float]]
 """One number per sample for a decoder; higher is better."""
@@ -58,7 +59,7 @@ def certainty(vlm: Checkpoint, batches: Sequence[Batch]) -> Measure:
     def measure(decoder: Decoder) -> list[float]:
         found: list[float] = []
         for batch in batches:
-            with decoder.applied(vlm, batch) as arguments:
+            with decoder.applied(vlm, batch) as arguments, defaults.undisturbed(model):
                 output = model.generate(
                     **batch,
                     **arguments,

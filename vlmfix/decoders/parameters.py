@@ -50,6 +50,9 @@ Value = bool | int | float | str | LayerSet | HeadList | tuple[int, ...] | None
 """What a decoder's parameter can hold."""
 UNWRITABLE = re.compile(r"[,\n\r]|\+(?=\s*[a-zA-Z@])|^\s|\s$|^(?i:none)?$")
 """Texts that a specification could not be read back from, or that mean something else there."""
+PRESETS_OWN: Any = object()
+"""Default of an optional parameter that presets set: what the preset says, or None where it says nothing. A None that
+was given is a value of such a parameter, and no preset replaces it."""
 WRITABLE = "no comma, line break, + before a letter or white space around it, and neither nothing nor none"
 
 

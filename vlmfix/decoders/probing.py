@@ -19,14 +19,16 @@ from transformers import PreTrainedModel
 from vlmfix.attention.edit import LayerSet, Rows, Site, WeightEdit
 from vlmfix.attention.saliency import SCALE, saliency_steps, token_loss
 from vlmfix.attention.session import edited
+from vlmfix.attention.windows import check_windows
 from vlmfix.decoders.base import Greedy
 from vlmfix.decoders.encoding import encoded_once, repeats_pictures
 from vlmfix.errors import UnsupportedAttentionError
 from vlmfix.models.checkpoint import Checkpoint
+from vlmfix.models.context import room_for_answers
 from vlmfix.models.layout import Batch
+from vlmfix.models.turns import turn_of
+from vlmfix.upstream import defaults
 from vlmfix.upstream.features import handed_over
-
-GREEDILY = {"do_sample": False, "num_beams": 1, "temperature": None, "top_p": None, "top_k": None}
 
 
 def generation_inputs(vlm: Checkpoint, batch: Batch) -> dict[str, Any]:
@@ -115,19 +117,23 @@ def attention_maps(vlm: Checkpoint, batch: Batch, layers: LayerSet, *, steps: in
 
     Raises:
         UnsupportedAttentionError: A layer does not exist, or its attention cannot be read.
+        DataError: A prompt is longer than the model's context, or with its answer than a sliding window of the layers.
     """
     read = existing_layers(layers, vlm.layers)
     chosen = LayerSet("/".join(map(str, read)))
+    check_windows(vlm, read, batch.length, steps)
     reader = NewestRows(layers=chosen, read=read, prompt=batch.length, stop=steps == 1)
     model: Any = vlm.model
-    with edited(vlm, vlm.layout(batch), (reader,)), Greedy().applied(vlm, batch) as arguments:
-        options = {**GREEDILY, **arguments, "max_new_tokens": steps, "disable_compile": True}
+    with edited(vlm, vlm.layout(batch), (reader,)), Greedy().at_work(vlm, batch) as (arguments, watch):
+        options = arguments | {"max_new_tokens": steps, "disable_compile": True}
         try:
-            sequences = model.generate(**generation_inputs(vlm, batch), **options)
+            with defaults.undisturbed(model):
+                sequences = model.generate(**generation_inputs(vlm, batch), **options)
         except _Enough:
             return list(reader.maps())
     lengths = _answer_lengths(model, sequences[:, batch.length :])
-    return [found[:length] for found, length in zip(reader.maps(), lengths, strict=True)]
+    room = lengths if watch.room is None else watch.room.tolist()
+    return [found[: min(each)] for found, *each in zip(reader.maps(), lengths, room, strict=True)]
 
 
 def image_attention(vlm: Checkpoint, batch: Batch, layers: LayerSet, *, steps: int = 1) -> list[Tensor]:
@@ -138,9 +144,7 @@ def image_attention(vlm: Checkpoint, batch: Batch, layers: LayerSet, *, steps: i
 
 def _answer_lengths(model: PreTrainedModel, answers: Tensor) -> list[int]:
     """Number of tokens of each answer, its end token included and what fills it up left out."""
-    config: Any = model.generation_config
-    ends = torch.tensor(config.eos_token_id if config.eos_token_id is not None else [], device=answers.device)
-    ended = torch.isin(answers, ends)  # (B, S)
+    ended = torch.isin(answers, torch.tensor(defaults.ends(model), device=answers.device))  # (B, S)
     return (answers.shape[1] - (ended.int().cumsum(dim=1) - ended.int() > 0).sum(dim=1)).tolist()
 
 
@@ -167,11 +171,12 @@ def attention_gradients(vlm: Checkpoint, batch: Batch, layers: LayerSet) -> list
     """
     read = existing_layers(layers, vlm.layers)
     chosen = LayerSet("/".join(map(str, read)))
+    room_for_answers(vlm, batch.lengths)
     layout, model = vlm.layout(batch), vlm.model
     found: list[Tensor] = []
 
     def once(model: PreTrainedModel, input_ids: Tensor, **kwargs: Any) -> Tensor:
-        with saliency_steps(vlm, layout, chosen, input_ids, kwargs) as passes, torch.enable_grad():
+        with saliency_steps(vlm, layout, chosen, input_ids, kwargs, answer=1) as passes, torch.enable_grad():
             passes.advance(input_ids)
             weights = [passes.recorder.seen[layer] for layer in read]  # (B, H, 1, T) each
             logits = passes.newest[0]  # (B, V)
@@ -182,8 +187,8 @@ def attention_gradients(vlm: Checkpoint, batch: Batch, layers: LayerSet) -> list
         return input_ids
 
     generate: Any = model.generate
-    options = {**GREEDILY, "max_new_tokens": 1, "disable_compile": True}
-    generate(**generation_inputs(vlm, batch), **options, custom_generate=once)
+    with turn_of(model).taken(), defaults.undisturbed(model):
+        generate(**generation_inputs(vlm, batch), max_new_tokens=1, disable_compile=True, custom_generate=once)
     return list(torch.stack(found, dim=1))  # (N, T) each
 
 
@@ -212,8 +217,9 @@ def pixel_gradients(vlm: Checkpoint, batch: Batch) -> Tensor:
     Returns:
         A tensor like ``pixel_values``, float32, on the CPU.
     """
+    room_for_answers(vlm, batch.lengths)
     model: Any = vlm.model
-    with _frozen(vlm.model), torch.enable_grad():
+    with turn_of(model).taken(), _frozen(model), torch.enable_grad():
         pixels = batch["pixel_values"].detach().clone().requires_grad_()
         inputs = {**batch, "pixel_values": pixels}
         logits = model(**inputs, use_cache=False, logits_to_keep=1, return_dict=True).logits[:, -1].float()

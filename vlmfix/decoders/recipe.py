@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tomllib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,8 @@ from typing import Any
 import tomli_w
 
 from vlmfix.errors import DataError
+from vlmfix.files import replacing
+from vlmfix.parsing import UnreadableError, told, toml_of
 
 FORMAT = 1
 """Of the file; raised when an older reader could not understand it."""
@@ -29,13 +30,13 @@ def read_recipe(path: Path) -> dict[str, Any]:
         DataError: The file is missing, is not TOML, is of a later format or has no decoder.
     """
     try:
-        recipe = tomllib.loads(path.read_text(encoding="utf-8"))
+        recipe = toml_of(path.read_bytes())
     except OSError as error:
         raise DataError(f"cannot read the recipe {path}: {error.strerror}", "check the path after @") from error
-    except ValueError as error:
-        raise DataError(f"the recipe {path} is not TOML: {error}", HINT) from error
+    except UnreadableError as error:
+        raise DataError(f"the recipe {path} {error.problem}", HINT) from error
     if recipe.get("format", FORMAT) != FORMAT:
-        raise DataError(f"the recipe {path} has format {recipe['format']!r}", f"this version reads format {FORMAT}")
+        raise DataError(f"the recipe {path} has format {told(recipe['format'])}", f"this version reads format {FORMAT}")
     if not isinstance(recipe.get("decoder"), str):
         raise DataError(f"the recipe {path} has no decoder", HINT)
     return recipe
@@ -53,12 +54,9 @@ def write_recipe(path: Path, decoder: str, about: Mapping[str, Any]) -> None:
         DataError: The file cannot be written.
     """
     recipe = {"format": FORMAT, "decoder": decoder, **_without_none(about)}
-    draft = path.with_name(f".{path.name}.new")
-    try:
-        draft.write_text(f"# Use it with --decoder @{path.name}\n{tomli_w.dumps(recipe)}", encoding="utf-8")
-        draft.replace(path)
-    except OSError as error:
-        raise DataError(f"cannot write {path}: {error.strerror}", "choose a folder that you may write to") from error
+    text = f"# Use it with --decoder @{path.name}\n{tomli_w.dumps(recipe)}"
+    with replacing(path) as file:
+        file.write(text.encode())
 
 
 def _without_none(values: Mapping[str, Any]) -> dict[str, Any]:

@@ -134,13 +134,15 @@ class Refined:
 class PictureMemo:
     """What was computed from pictures alone, kept for further questions about them; the oldest entries go first.
 
-    It belongs to one model with its weights as they are: call ``clear`` after changing them.
+    It belongs to one model with its weights as they are.
 
     Attributes:
         room: Most entries.
+        weights: What the entries were computed with.
     """
 
     room: int = 64
+    weights: Hashable = None
     _entries: OrderedDict[Hashable, Any] = field(default_factory=OrderedDict, repr=False)
 
     def recall(self, keys: Sequence[Hashable], compute: Callable[[list[int]], Sequence[Any]]) -> list[Any]:
@@ -163,6 +165,13 @@ class PictureMemo:
     def clear(self) -> None:
         """Forgets everything."""
         self._entries.clear()
+
+    def of(self, weights: Hashable) -> PictureMemo:
+        """The same memo, which has forgotten what other weights had computed."""
+        if weights != self.weights:
+            self.clear()
+            self.weights = weights
+        return self
 
 
 def digest(pictures: Sequence[Image.Image]) -> str:

@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, ClassVar, Protocol, runtime_checkable
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -17,6 +17,7 @@ from vlmfix.attention.edit import LayerSet
 from vlmfix.attention.saliency import SaliencySteps, after_picture, mean_over, saliency_steps, scoring_layers
 from vlmfix.decoders.base import Decoder, DecodingPlan, Source
 from vlmfix.decoders.branches import picture_counts
+from vlmfix.decoders.draws import RowSampler
 from vlmfix.decoders.parameters import Value, parameter
 from vlmfix.decoders.stack import STACK, stack_layout
 from vlmfix.errors import IncompatibleDecodersError
@@ -143,16 +144,6 @@ class SGRS(Decoder):
         return DecodingPlan(loop=loop, beams=False, compiles=False)
 
 
-@runtime_checkable
-class Drawing(Protocol):
-    """A processor that samples: it adds Gumbel noise to scores, from one generator per row."""
-
-    generators: Sequence[torch.Generator]
-
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        """(B, V) scores with noise."""
-
-
 @dataclass(frozen=True, eq=False)
 class Candidates:
     """The tokens that each row may take, in the order in which they are drawn; k is ``top_k`` or the vocabulary.
@@ -211,7 +202,8 @@ class RejectionLoop:
         kept: dict[str, list[Tensor]] = {"scores": [], "logits": []}
         if token_streamer is not None:
             token_streamer.put(input_ids.cpu())
-        with self._steps(model, input_ids, kwargs) as (steps, start):
+        answer = config.max_length - input_ids.shape[1]
+        with self._steps(model, input_ids, kwargs, answer) as (steps, start):
             while not bool(ended.all()):
                 logits = steps.advance(input_ids)
                 scores, candidates = draws(input_ids, logits)
@@ -233,7 +225,7 @@ class RejectionLoop:
 
     @contextmanager
     def _steps(
-        self, model: PreTrainedModel, input_ids: Tensor, kwargs: dict[str, Any]
+        self, model: PreTrainedModel, input_ids: Tensor, kwargs: dict[str, Any], answer: int
     ) -> Iterator[tuple[SaliencySteps, Tensor]]:
         """The passes, and (B,) the first column of each row's history."""
         layout, live = self.layout, None
@@ -243,7 +235,7 @@ class RejectionLoop:
         if self.settings.scope == "generated":
             start = torch.full_like(start, layout.tokens.shape[1])
         layers = self.settings.layers or scoring_layers(self.vlm.layers)
-        with saliency_steps(self.vlm, layout, layers, input_ids, kwargs, live=live) as steps:
+        with saliency_steps(self.vlm, layout, layers, input_ids, kwargs, answer=answer, live=live) as steps:
             yield steps, start
 
     def _chosen(
@@ -343,8 +335,8 @@ class Draws:
         self, settings: SGRS, processors: Sequence[LogitsProcessor], seeds: Sequence[int], *, sampling: bool
     ) -> None:
         self.settings, self.sampling = settings, sampling
-        self.drawing = [processor for processor in processors if isinstance(processor, Drawing)]
-        self.processors = [processor for processor in processors if not isinstance(processor, Drawing)]
+        self.drawing = [processor for processor in processors if isinstance(processor, RowSampler)]
+        self.processors = [processor for processor in processors if not isinstance(processor, RowSampler)]
         self.generators = [torch.Generator().manual_seed(seed) for seed in seeds]
         if settings.draw == "greedy" and (sampling or self.drawing):
             raise IncompatibleDecodersError(

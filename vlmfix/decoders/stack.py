@@ -52,6 +52,7 @@ class Stack:
         features: What the pictures of each branch became, None where the branch has none or shares the clean ones.
         shares: Which branches share the clean rows' features.
         types: Under each name in ``TYPES`` that the clean batch has, (N*B, T') of the branches.
+        passed: Whether a pass went through the stack since this was last set to False.
     """
 
     forward: Callable[..., Any]
@@ -66,6 +67,7 @@ class Stack:
     features: tuple[Features | None, ...]
     shares: tuple[bool, ...]
     types: dict[str, Tensor]
+    passed: bool = False
 
     @property
     def copies(self) -> int:
@@ -201,6 +203,7 @@ def _forward(model: PreTrainedModel, stack: Stack, reordered: list[caches.Reorde
     else:
         _decode(stack, kwargs)
     output = stack.forward(**kwargs)
+    stack.passed = True
     return _fused(stack, output)
 
 
@@ -246,8 +249,16 @@ def _decode(stack: Stack, kwargs: dict[str, Any]) -> None:
     kwargs[names.positions] = _repeat(positions, copies, -2) + stack.shift
     if isinstance(mask, dict):
         kwargs[names.mask] = {name: _decode_mask(stack, part, cache) for name, part in mask.items()}
+    elif mask is None and cache is not None and not caches.is_static(cache):
+        kwargs[names.mask] = _seen(stack, cache)  # the model tells layers with a sliding window from others
     else:
         kwargs[names.mask] = _decode_mask(stack, mask, cache)
+
+
+def _seen(stack: Stack, cache: Cache) -> Tensor:
+    """(B', tokens with the new one) what is real among them; what was generated is."""
+    answer = stack.mask.new_ones(stack.mask.shape[0], caches.length(cache) + 1 - stack.length)
+    return torch.cat([stack.mask, answer], dim=1)
 
 
 def _decode_mask(stack: Stack, mask: Tensor | None, cache: Cache | None) -> Tensor:
@@ -259,6 +270,8 @@ def _decode_mask(stack: Stack, mask: Tensor | None, cache: Cache | None) -> Tens
     if mask.dim() == 2:
         tail = mask[:, stack.prompt :].repeat(stack.copies, 1)
         return torch.cat([stack.mask, tail.to(stack.mask.dtype)], dim=1)
+    if cache is not None and not caches.is_static(cache):  # layers with a sliding window hold the last K tokens
+        return _seen(stack, cache).bool()[:, None, None, -mask.shape[-1] :]
     wide = mask.repeat(stack.copies, 1, 1, 1)  # (B', 1, 1, K) of a static cache
     prompt = stack.mask.bool()[:, None, None, :]  # (B', 1, 1, T)
     return torch.cat([prompt, wide[..., stack.length :]], dim=-1)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from vlmfix.asked import number, whole
 from vlmfix.errors import UsageError
 
 
@@ -26,8 +27,9 @@ class Strategy:
     top_p: float = 1.0
 
     def __post_init__(self) -> None:
-        if self.num_beams < 1:
-            raise UsageError(f"num_beams={self.num_beams} is not allowed", "num_beams is at least 1")
+        object.__setattr__(self, "num_beams", whole("num_beams", self.num_beams, 1))
+        object.__setattr__(self, "temperature", number("temperature", self.temperature))
+        object.__setattr__(self, "top_p", number("top_p", self.top_p))
         if not 0 <= self.temperature <= 100 or not 0 < self.top_p <= 1:
             given = f"temperature={self.temperature}, top_p={self.top_p}"
             raise UsageError(f"{given} are not allowed", "temperature is in [0, 100], top_p in (0, 1]")

@@ -6,6 +6,7 @@ rounded to one decimal where that script rounds.
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -15,11 +16,11 @@ from typing import Any, ClassVar, Literal, get_args
 import numpy as np
 
 from vlmfix.errors import DataError, UsageError
-from vlmfix.evals.coco import some
 from vlmfix.evals.inputs import Entry, Source, read_source
 from vlmfix.evals.nouns import Vocabulary, installed_language
 from vlmfix.evals.task import Judged, Numbers, Sample, Task, Verdict, Workload, ratio
 from vlmfix.evals.yesno import PARSERS, Reading
+from vlmfix.parsing import is_text, some, told
 
 Part = Literal["all", "generative", "discriminative"]
 
@@ -89,7 +90,6 @@ class Amber(Task):
         "amber_score": "higher",
     }
     shifts: ClassVar = ("no_ratio", "length")
-    outcome: ClassVar = "accuracy"
     max_new_tokens: ClassVar = 512
 
     parser: str = EXACT
@@ -287,7 +287,7 @@ def rules(folder: Path, *, parser: str = EXACT) -> Amber:
         if not entry.fields or not all(_is_words(words) for words in entry.fields.values()):
             raise DataError(f"{association} is no association list", "give AMBER's: an object of lists of words")
         related = entry.fields
-    words = [] if safe is None else read_source(safe).text.split("\n")
+    words = [] if safe is None else read_source(safe).lines()
     return Amber(parser=parser, association=related, safe=[word.strip() for word in words if word.strip()])
 
 
@@ -374,9 +374,9 @@ def _truths(source: Source) -> dict[int, tuple[str, dict[str, Any]]]:
         entry.require("id", "type", "truth")
         number, kind, truth = (entry.fields[name] for name in ("id", "type", "truth"))
         if type(number) is not int or number in found:
-            raise DataError(f"{entry.where}: id {number!r} is no whole number, or stands twice", "check the file")
-        if kind not in GROUPS:
-            raise DataError(f"{entry.where}: type is {kind!r}", f"known are {', '.join(GROUPS)}")
+            raise DataError(f"{entry.where}: id {told(number)} is no whole number, or stands twice", "check the file")
+        if not isinstance(kind, str) or kind not in GROUPS:
+            raise DataError(f"{entry.where}: type is {told(kind)}", f"known are {', '.join(GROUPS)}")
         if GROUPS[kind] == DESCRIPTIONS:
             hallu = entry.fields.get("hallu")
             if not _is_words(truth) or not _is_words(hallu):
@@ -385,7 +385,7 @@ def _truths(source: Source) -> dict[int, tuple[str, dict[str, Any]]]:
         elif truth in ("yes", "no"):
             found[number] = GROUPS[kind], {"label": truth}
         else:
-            raise DataError(f"{entry.where}: truth is {truth!r}", "a question's truth is yes or no")
+            raise DataError(f"{entry.where}: truth is {told(truth)}", "a question's truth is yes or no")
     return found
 
 
@@ -395,7 +395,7 @@ def _sample(entry: Entry, group: str, target: dict[str, Any], suffix: str) -> Sa
 
 
 def _is_words(value: object) -> bool:
-    return isinstance(value, list) and all(isinstance(word, str) for word in value)
+    return isinstance(value, list) and all(map(is_text, value))
 
 
 def _query_files(folder: Path) -> list[Path]:
@@ -410,4 +410,4 @@ def _query_files(folder: Path) -> list[Path]:
 
 def _find(folder: Path, name: str) -> Path | None:
     places = (folder / between / name for between in ("", "query", "data", "data/query"))
-    return next((place for place in places if place.is_file()), None)
+    return next((place for place in places if os.path.isfile(place)), None)

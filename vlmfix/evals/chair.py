@@ -6,6 +6,7 @@ found by the same function as those of the answer.
 
 from __future__ import annotations
 
+import os
 import random
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -15,10 +16,11 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from vlmfix.errors import DataError, UsageError
-from vlmfix.evals.coco import AnnotatedPicture, Annotations, Progress, read_annotations, some
+from vlmfix.evals.coco import AnnotatedPicture, Annotations, Progress, read_annotations
 from vlmfix.evals.inputs import read_source
 from vlmfix.evals.task import Judged, Numbers, Sample, Task, Verdict, Workload, plain, ratio
 from vlmfix.evals.words import Mention, words_of
+from vlmfix.parsing import DIGITS, some
 
 QUARTERS = 4
 FREQUENT = 20
@@ -67,7 +69,6 @@ class Chair(Task):
         "f1": "higher",
     }
     shifts: ClassVar = ("length",)
-    outcome: ClassVar = "chair_s"
     max_new_tokens: ClassVar = PROTOCOLS["chair-512"].max_new_tokens
 
     synonyms: str | None = None
@@ -265,13 +266,13 @@ def _drawn(annotations: Annotations, count: int | None, seed: int) -> list[Annot
 
 def _listed(annotations: Annotations, path: Path) -> tuple[list[AnnotatedPicture], dict[str, Any]]:
     source = read_source(path)
-    lines = [line.strip() for line in source.text.splitlines() if line.strip()]
+    lines = [line.strip() for line in source.lines() if line.strip()]
     if not lines:
         raise DataError(f"{path} lists no picture", "write one file name or image id per line")
     by_name: dict[str, AnnotatedPicture] = {}
     for picture in annotations.pictures.values():
         by_name |= {picture.file: picture, Path(picture.file).name: picture}
-    found = [by_name.get(line) or (annotations.pictures.get(int(line)) if line.isdecimal() else None) for line in lines]
+    found = [by_name.get(line) or _numbered(annotations, line) for line in lines]
     unknown = [line for line, picture in zip(lines, found, strict=True) if picture is None]
     if unknown:
         raise DataError(
@@ -285,11 +286,16 @@ def _listed(annotations: Annotations, path: Path) -> tuple[list[AnnotatedPicture
     return chosen, source.about()
 
 
+def _numbered(annotations: Annotations, line: str) -> AnnotatedPicture | None:
+    """The picture that has a line for its image id; a number of thousands of digits is none's."""
+    return annotations.pictures.get(int(line)) if line.isdecimal() and len(line) <= DIGITS else None
+
+
 def _refuse_incomplete(chosen: Sequence[AnnotatedPicture], images: Path) -> None:
     """Find missing pictures and missing captions before a model is loaded."""
     if not images.is_dir():
         raise DataError(f"there is no folder {images}", "give the folder of the pictures")
-    missing = [picture.file for picture in chosen if not (images / picture.file).is_file()]
+    missing = [picture.file for picture in chosen if not os.path.isfile(images / picture.file)]
     if missing:
         raise DataError(
             f"{len(missing)} of {len(chosen)} pictures are not in {images}: {some(missing)}",

@@ -6,10 +6,12 @@ Hessel et al., "CLIPScore: A Reference-free Evaluation Metric for Image Captioni
 from __future__ import annotations
 
 import hashlib
+import io
 import random
+import sys
 import textwrap
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import closing
+from contextlib import closing, contextmanager, redirect_stdout
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import islice
@@ -20,11 +22,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from vlmfix.errors import DataError, UsageError
+from vlmfix.errors import DataError, PassingError, UsageError
 from vlmfix.evals.coco import read_index
 from vlmfix.evals.inputs import read_source
 from vlmfix.evals.task import Judged, Numbers, Sample, Task, Verdict, Workload, plain, ratio
-from vlmfix.images import FORMATS, Found, find, read_ahead
+from vlmfix.images import Found, begins_like_a_picture, find, read_ahead
 
 PREFIX = "A photo depicts "
 """Stands before every caption and every reference."""
@@ -32,6 +34,8 @@ WEIGHT = 2.5
 """w of the paper: stretches cosines, which hardly exceed 0.4, to about [0, 1]."""
 PROMPT = "Please describe this image in one sentence."
 """Short on purpose: CLIP reads no more than 77 tokens."""
+CODE = "trust_remote_code"
+"""The option of transformers under which code of a model's folder is run; it is never given."""
 LONGEST_REASON = 200
 """Characters of open_clip's own words in a message; it lists all models that it knows."""
 Item = TypeVar("Item")
@@ -217,10 +221,13 @@ class Clip:
         try:
             import open_clip  # takes seconds, and every evaluation imports this module
 
-            net, transform = open_clip.create_model_from_pretrained(model, pretrained=weights, device=device)
-            tokenizer = open_clip.get_tokenizer(model)
+            with _nobody_asked():
+                net, transform = open_clip.create_model_from_pretrained(model, pretrained=weights, device=device)
+                tokenizer = _tokenizer(open_clip.get_tokenizer, model)
         except Exception as error:  # open_clip and what it reads weights with raise nearly anything
             reason = textwrap.shorten(str(error) or type(error).__name__, LONGEST_REASON)
+            if CODE in str(error):
+                reason = "it needs Python code of its own, which vlmfix does not run"
             raise DataError(
                 f"no CLIP model {model}{f' with weights {weights}' if weights else ''}: {reason}",
                 "without a network give a weights file (--clip-weights FILE), or a folder (--clip local-dir:FOLDER); "
@@ -253,6 +260,8 @@ class Clip:
             for files in _batches(opened, self.batch):
                 inputs = []
                 for file, picture in files:
+                    if isinstance(picture, PassingError):
+                        raise PassingError(f"{file.path}: {picture.message}", picture.hint)
                     if isinstance(picture, DataError):
                         raise DataError(f"{file.path}: {picture.message}", "give the pictures that were asked about")
                     inputs.append(self.transform(picture.image))
@@ -285,6 +294,31 @@ class Clip:
     def _encoded(self, encode: Callable[[Tensor], Tensor], inputs: Tensor) -> Tensor:
         with torch.inference_mode():
             return encode(inputs.to(self.device)).double().cpu()  # (n, D)
+
+
+def _tokenizer(get: Callable[..., Any], model: str) -> Any:  # noqa: ANN401 (open_clip has no types)
+    """A model's tokenizer, without code of its own, which its configuration could let in.
+
+    Tokenizers of transformers take the option that says so, open_clip's own do not know it.
+    """
+    try:
+        return get(model, **{CODE: False})
+    except TypeError as error:
+        if f"unexpected keyword argument '{CODE}'" not in str(error):
+            raise
+        return get(model)
+
+
+@contextmanager
+def _nobody_asked() -> Iterator[None]:
+    """Lets nothing ask on standard input inside the block: transformers, below open_clip, asks about code there."""
+    before = sys.stdin
+    sys.stdin = io.StringIO()
+    try:
+        with redirect_stdout(io.StringIO()):  # the question
+            yield
+    finally:
+        sys.stdin = before
 
 
 def _batches(items: Iterable[Item], size: int) -> Iterator[tuple[Item, ...]]:
@@ -324,7 +358,7 @@ def read(
     about: dict[str, Any] = {"prompt": prompt, "captions": None, "list": None, "count": count, "seed": None}
     if listed is not None:
         source = read_source(listed)
-        names = [line.strip() for line in source.text.splitlines() if line.strip()]
+        names = [line.strip() for line in source.lines() if line.strip()]
         about["list"] = source.about()
     else:
         names, about["passed_over"] = _pictures(images, skip)
@@ -353,13 +387,5 @@ def read(
 def _pictures(folder: Path, skip: Path | None) -> tuple[list[str], int]:
     """Names of the files that begin like a picture, and how many do not."""
     files = list(find(folder, skip=skip))
-    names = [file.name for file in files if not file.problem and _begins_like_a_picture(file.path)]
+    names = [file.name for file in files if not file.problem and begins_like_a_picture(file.path)]
     return names, len(files) - len(names)
-
-
-def _begins_like_a_picture(path: Path) -> bool:
-    try:
-        with Image.open(path, formats=FORMATS):
-            return True
-    except Exception:  # Pillow's readers raise nearly anything on a file that is no picture
-        return False

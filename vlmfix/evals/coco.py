@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import gzip
 import hashlib
 import json
@@ -10,13 +11,14 @@ import os
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
 import ijson
 
 from vlmfix.errors import DataError
+from vlmfix.files import make_folder, replacing
+from vlmfix.parsing import is_text, some, told
 
 Kind = Literal["instances", "captions"]
 Progress = Callable[[int, int], None]
@@ -25,7 +27,6 @@ Progress = Callable[[int, int], None]
 FORMAT = 1
 """Of the index; raised when an older index must not be used."""
 BLOCK = 1 << 16
-SHOWN = 5
 
 _WANTED: Mapping[Kind, Mapping[str, Mapping[str, type]]] = {
     "instances": {
@@ -38,7 +39,9 @@ _WANTED: Mapping[Kind, Mapping[str, Mapping[str, type]]] = {
         "annotations": {"image_id": int, "caption": str},
     },
 }
-_SCALARS = frozenset({"string", "number", "boolean", "null"})
+LIST, ENTRY, DEEPEST = 2, 3, 64
+"""Levels: of a list of entries, of an entry in it, and the deepest that is read; COCO's own files have six."""
+_OPENING, _CLOSING = frozenset({"start_map", "start_array"}), frozenset({"end_map", "end_array"})
 _LOG = logging.getLogger(__name__)
 
 
@@ -145,12 +148,6 @@ def read_annotations(
     return Annotations(pictures, sources)
 
 
-def some(values: Sequence[object]) -> str:
-    """The first few of many values, and how many more there are."""
-    text = ", ".join(str(value) for value in islice(values, SHOWN))
-    return f"{text} and {len(values) - SHOWN} more" if len(values) > SHOWN else text
-
-
 def read_index(path: Path, kind: Kind, *, progress: Progress | None = None) -> Index:
     """What one annotation file says, from the cache when the file is the one that was read before.
 
@@ -228,7 +225,9 @@ class _Metered:
     def read(self, count: int = -1) -> bytes:
         block = self._file.read(count)
         self.hash.update(block)
-        self._done += len(block)
+        first, self._done = not self._done, self._done + len(block)
+        if first:
+            block = block.removeprefix(codecs.BOM_UTF8)
         if self._progress is not None and block:
             self._progress(self._done, self._size)
         return block
@@ -266,29 +265,51 @@ def _build(path: Path, file: _Metered, kind: Kind) -> Index:
 
 
 def _entries(path: Path, file: _Metered, kind: Kind) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The wanted fields of the wanted lists, in whatever order the file has them."""
+    """The wanted fields of the wanted lists, in whatever order the file has them.
+
+    ``ijson.parse`` would keep the names of all levels for every event of a block, which takes memory by the square of
+    the depth; so the levels are counted here, and a file that nests deeply ends with the first block.
+    """
     wanted = _WANTED[kind]
-    fields = {f"{section}.item.{key}": key for section, keys in wanted.items() for key in keys}
-    items = {f"{section}.item": section for section in wanted}
     missing = set(wanted)
     entry: dict[str, Any] = {}
+    section = key = ""
+    depth = 0
     try:
-        for prefix, event, value in ijson.parse(file, buf_size=BLOCK, use_float=True):
-            if prefix in fields:
-                if event in _SCALARS:
-                    entry[fields[prefix]] = value
-            elif prefix in items:
-                if event == "end_map":
-                    section = items[prefix]
+        for event, value in ijson.basic_parse(file, buf_size=BLOCK, use_float=True):
+            if event in _OPENING:
+                depth += 1
+                if depth == 1 and event == "start_array":
+                    raise _bad(path, "it holds a list")
+                if depth == LIST and event == "start_array":
+                    missing.discard(section)
+                elif depth == LIST:
+                    section = ""  # an object where a list is wanted
+                elif depth == ENTRY and event == "start_array" and section in wanted:
+                    raise _bad(path, f"{section!r} holds a list, which is no object")
+                elif depth > DEEPEST:
+                    raise _bad(path, f"it nests deeper than {DEEPEST} levels")
+            elif event in _CLOSING:
+                if depth == ENTRY and section in wanted:
                     _check(path, section, entry, wanted[section])
                     yield section, entry
                     entry = {}
-                elif event in _SCALARS:
-                    raise _bad(path, f"{items[prefix]!r} holds {value!r}, which is no object")
-            elif event == "start_array":
-                missing.discard(prefix)
-                if not prefix:
-                    raise _bad(path, "it holds a list")
+                depth -= 1
+            elif depth > ENTRY:
+                continue
+            elif event == "map_key":
+                if depth == 1:
+                    section = value
+                elif depth == ENTRY:
+                    key = value
+            elif depth == ENTRY and section in wanted and key in wanted[section]:
+                if key in entry:
+                    raise _bad(path, f"in an entry of {section!r} {key!r} stands twice")
+                entry[key] = value
+            elif depth == LIST and section in wanted:
+                raise _bad(path, f"{section!r} holds {told(value)}, which is no object")
+    except UnicodeDecodeError as error:
+        raise _bad(path, f"it is not UTF-8 text: {error.reason}") from error
     except ijson.JSONError as error:
         said = error.args[0] if error.args else ""
         words = said.decode(errors="replace") if isinstance(said, bytes) else str(said)  # the parser in C gives bytes
@@ -299,8 +320,8 @@ def _entries(path: Path, file: _Metered, kind: Kind) -> Iterator[tuple[str, dict
 
 def _check(path: Path, section: str, entry: Mapping[str, Any], keys: Mapping[str, type]) -> None:
     for key, kind in keys.items():
-        if type(entry.get(key)) is not kind:
-            found = f"{key!r} is {entry[key]!r}" if key in entry else f"there is no {key!r}"
+        if type(entry.get(key)) is not kind or (kind is str and not is_text(entry[key])):
+            found = f"{key!r} is {told(entry[key])}" if key in entry else f"there is no {key!r}"
             wanted = "a whole number" if kind is int else "text"
             raise _bad(path, f"in an entry of {section!r} {found}; {wanted} is needed")
 
@@ -338,7 +359,7 @@ def _load(cached: Path, path: Path, source: Mapping[str, Any]) -> Index | None:
         files = {int(number): str(name) for number, name, _ in document["pictures"]}
         told = {int(number): list(map(str, texts)) for number, _, texts in document["pictures"] if texts}
         return Index(path, str(document["sha256"]), files, told)
-    except (OSError, EOFError, zlib.error, ValueError, KeyError, TypeError):
+    except (OSError, EOFError, zlib.error, ValueError, KeyError, TypeError, RecursionError):
         return None
 
 
@@ -350,10 +371,9 @@ def _store(cached: Path, source: Mapping[str, Any], index: Index) -> None:
         "sha256": index.sha256,
         "pictures": [[number, name, index.told.get(number, ())] for number, name in index.files.items()],
     }
-    draft = cached.with_name(f".{cached.name}.{os.getpid()}")
     try:
-        cached.parent.mkdir(parents=True, exist_ok=True)
-        draft.write_bytes(gzip.compress(json.dumps(document).encode(), compresslevel=3))
-        draft.replace(cached)
-    except OSError as error:
-        _LOG.warning("cannot keep an index of %s in %s: %s", index.path, cached.parent, error.strerror)
+        make_folder(cached.parent)
+        with replacing(cached) as file:
+            file.write(gzip.compress(json.dumps(document).encode(), compresslevel=3))
+    except DataError as error:
+        _LOG.warning("cannot keep an index of %s: %s", index.path, error.message)

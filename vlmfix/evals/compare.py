@@ -2,27 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from vlmfix.card import reading_notes
 from vlmfix.errors import DataError, UsageError
-from vlmfix.evals.comparable import fact_notes, refuse_incomparable, strategy_notes, version_notes
+from vlmfix.evals.comparable import fact_notes, older_notes, refuse_incomparable, strategy_notes, version_notes
 from vlmfix.evals.record import PLAIN, EvalRun
-from vlmfix.evals.statistics import bootstrap, bootstrap_p, holm, interval, mcnemar
+from vlmfix.evals.statistics import Tested, bootstrap, interval, swap_test
 from vlmfix.evals.task import Judged, Numbers, Task
 from vlmfix.evals.task import plain as finite
 
 ALPHA = 0.05
 """A difference is called better or worse when its corrected p value is below this and its interval leaves out zero."""
 FEW_UNITS = 30
-"""Below this many units a comparison says that its intervals are too narrow."""
+"""Below this many units a figure is called neither better nor worse: its interval is too narrow."""
 MIN_DRAWS = 1000
 DRAWS_PER_ARM = 400
-"""A bootstrap p value is never below 2 / (draws + 1); with fewer draws Holm's correction alone could hide an effect."""
+"""A p value is never below 1 / draws; with fewer draws the correction for the arms alone could hide an effect."""
+TEST = "swaps"
 
-Direction = Literal["better", "worse", "no clear difference", ""]
+Direction = Literal["better", "worse", "no clear difference", "too few units to tell", ""]
 
 
 @dataclass(frozen=True)
@@ -39,6 +41,11 @@ class Estimate:
     low: float | None
     high: float | None
 
+    @property
+    def leaves_out_zero(self) -> bool:
+        """Whether zero is outside of the interval; False without an interval."""
+        return self.low is not None and self.high is not None and not self.low <= 0 <= self.high
+
 
 @dataclass(frozen=True)
 class Change:
@@ -52,11 +59,13 @@ class Change:
         plain: The plain arm's.
         arm: The arm's.
         difference: Arm minus plain, with the interval of the paired difference.
-        test: ``McNemar, exact``, ``McNemar, chi-square`` or ``bootstrap``; empty when not tested.
+        test: ``swaps``, see :func:`vlmfix.evals.statistics.swap_test`; empty when not tested.
         p: The test's p value.
-        corrected: The same after Holm's correction over the arms, figure by figure.
-        direction: Better or worse when ``corrected`` is below 0.05 and the interval leaves out zero; empty when not
-            tested.
+        corrected: The same, corrected for all merits of all arms.
+        direction: Better or worse when ``corrected`` is below 0.05, the interval leaves out zero and the figure is
+            about 30 units or more; empty when not tested.
+        shifted: For what is better or worse, the shifts beside it whose intervals leave out zero: it may come from
+            them alone.
     """
 
     figure: str
@@ -69,6 +78,7 @@ class Change:
     p: float | None = None
     corrected: float | None = None
     direction: Direction = ""
+    shifted: tuple[str, ...] = ()
 
     @property
     def group(self) -> str:
@@ -117,7 +127,7 @@ class Comparison:
     Attributes:
         task: Name of the benchmark.
         card: What all runs share: options, data, count and digest of the samples, model, revision, commit, weights,
-            dtype, decoding.
+            files, how the checkpoint was read, dtype, max_pixels, decoding.
         unit: What the bootstrap draws, in the plural.
         draws: Of the bootstrap.
         seed: Of the bootstrap.
@@ -139,14 +149,15 @@ class Comparison:
 def compare(runs: Sequence[EvalRun], *, draws: int = 10_000, seed: int = 0) -> Comparison:
     """Compare every arm with the plain arm of its own folder.
 
-    Intervals are 95 % percentile intervals of a bootstrap over units, the same draws for both arms. The figure of
-    single outcomes (``Task.outcome``) is tested within each group by McNemar's test, every other merit by the
-    bootstrap. P values are corrected for the number of arms (Holm), separately for each figure.
+    Intervals are 95 % percentile intervals of a bootstrap over units, the same draws for both arms. Merits are tested
+    by swapping the two arms' results unit by unit. P values are corrected for all merits of an arm (Westfall and Young)
+    and for the number of arms (Bonferroni): where no arm differs from its plain arm, at most one comparison in twenty
+    calls anything better or worse.
 
     Args:
         runs: Runs of the same samples by the same model with the same settings; their arms may be unfinished.
-        draws: Of the bootstrap; 1000 or more, and 400 or more for each arm.
-        seed: Of the bootstrap.
+        draws: Of the bootstrap, and swaps of the test; 1000 or more, and 400 or more for each arm.
+        seed: Of both.
 
     Raises:
         UsageError: The runs differ in what must be equal, have no plain arm, or ``draws`` is too small.
@@ -177,9 +188,11 @@ def compare(runs: Sequence[EvalRun], *, draws: int = 10_000, seed: int = 0) -> C
     by_run = list(zip(runs, names, strict=True))
     strategies = [note for run, known in by_run for note in strategy_notes(run, known)]
     facts = [note for run, known in by_run for note in fact_notes(run, known)]
-    about = [*version_notes(runs, labels), *facts, *_few_units(arms or found)]
+    read = reading_notes(runs[0].card.get("checkpoint"))
+    about = [*version_notes(runs, labels), *older_notes(runs, labels), *read, *facts, *_few_units(arms or found)]
     notes = [*differing, *strategies, *_unfinished(found), *about]
-    shared = ("options", "data", "count", "samples", "model", "revision", "commit", "weights", "dtype", "decoding")
+    made_by = ("model", "revision", "commit", "weights", "files", "checkpoint", "dtype", "max_pixels", "decoding")
+    shared = ("options", "data", "count", "samples", *made_by)
     return Comparison(
         task=runs[0].task.name,
         card={name: runs[0].card.get(name) for name in shared},
@@ -240,7 +253,10 @@ def _failures(runs: Sequence[EvalRun]) -> str:
 
 def _few_units(arms: Sequence[Arm]) -> Iterator[str]:
     if (fewest := min(arm.units for arm in arms if arm.units)) < FEW_UNITS:
-        yield f"Only {fewest} units to draw from: with fewer than {FEW_UNITS} the intervals are too narrow."
+        yield (
+            f"Only {fewest} units to draw from: with fewer than {FEW_UNITS} the intervals are too narrow, and no "
+            "figure is called better or worse."
+        )
 
 
 def _arms(run: EvalRun, draws: int, seed: int) -> Iterator[Arm]:
@@ -281,20 +297,27 @@ def _changes(
     values = {arm: task.figures(tally.sums()) for arm, tally in tallies.items()}
     drawn = bootstrap(task.figures, tallies, draws=draws, seed=seed)
     plain = {name: _estimate(value, drawn[PLAIN][name]) for name, value in values[PLAIN].items()}
+    few = _few(judged[PLAIN])
     found: dict[str, tuple[Change, ...]] = {}
-    for arm, answered in judged.items():
-        changes = []
-        for name, value in values[arm].items():
-            differences = drawn[arm][name] - drawn[PLAIN][name]
-            change = Change(
-                figure=name,
-                kind="other",
-                better="",
-                plain=plain[name],
-                arm=_estimate(value, drawn[arm][name]),
-                difference=_estimate(value - values[PLAIN][name], differences),
+    for arm in judged:
+        changes = [
+            _sorted(
+                Change(
+                    figure=name,
+                    kind="other",
+                    better="",
+                    plain=plain[name],
+                    arm=_estimate(value, drawn[arm][name]),
+                    difference=_estimate(value - values[PLAIN][name], drawn[arm][name] - drawn[PLAIN][name]),
+                ),
+                task,
             )
-            changes.append(_tested(_sorted(change, task), task, judged[PLAIN], answered, differences))
+            for name, value in values[arm].items()
+        ]
+        if arm != PLAIN:
+            names = [change.figure for change in changes if change.kind == "merit"]
+            tested = swap_test(task.figures, tallies[PLAIN], tallies[arm], names, draws=draws, seed=seed)
+            changes = [_tested(change, tested, few=few(change.group)) for change in changes]
         found[arm] = tuple(changes)
     return found
 
@@ -312,49 +335,48 @@ def _sorted(change: Change, task: Task) -> Change:
     return replace(change, kind="shift") if change.label in task.shifts else change
 
 
-def _tested(change: Change, task: Task, plain: Sequence[Judged], arm: Sequence[Judged], differences: Numbers) -> Change:
-    """With the p value, when it is a merit of another arm than the plain one."""
-    if change.kind != "merit" or change.difference.value is None or plain is arm:
+def _few(judged: Sequence[Judged]) -> Callable[[str], bool]:
+    """Says of a group of figures whether its units are too few; a group that no sample has is about all of them."""
+    units: dict[str, set[str]] = {}
+    for sample, _ in judged:
+        units.setdefault(sample.group, set()).add(sample.drawn_as())
+    every = set().union(*units.values())
+    return lambda group: len(units.get(group, every)) < FEW_UNITS
+
+
+def _tested(change: Change, tested: Mapping[str, Tested], *, few: bool) -> Change:
+    """With the p values, where it was tested."""
+    if change.figure not in tested:
         return change
-    outcomes = _outcomes(change.group, plain, arm) if change.label == task.outcome else []
-    if not outcomes:
-        return replace(change, test="bootstrap", p=finite(bootstrap_p(differences)))
-    result = mcnemar(*zip(*outcomes, strict=True))
-    return replace(change, test=f"McNemar, {'exact' if result.exact else 'chi-square'}", p=result.p)
-
-
-def _outcomes(group: str, plain: Sequence[Judged], arm: Sequence[Judged]) -> list[tuple[bool, bool]]:
-    """Whether the plain arm and the other one are right, for each sample of a group that has such an outcome."""
-    return [
-        (before.right, after.right)
-        for (sample, before), (_, after) in zip(plain, arm, strict=True)
-        if sample.group == group and before.right is not None and after.right is not None
-    ]
+    found = tested[change.figure]
+    direction: Direction = "too few units to tell" if few else "no clear difference"
+    return replace(change, test=TEST, p=found.p, corrected=found.corrected, direction=direction)
 
 
 def _corrected(arms: Sequence[Arm]) -> list[Arm]:
-    """With p values corrected over the arms, figure by figure, and the direction that follows."""
-    families: dict[str, list[float]] = {}
-    for arm in arms:
-        for change in arm.changes:
-            if change.p is not None:
-                families.setdefault(change.figure, []).append(change.p)
-    corrected = {figure: iter(holm(family)) for figure, family in families.items()}
+    """With p values corrected for the number of arms as well, and the direction that follows."""
+    count = sum(any(change.test for change in arm.changes) for arm in arms)
     return [
         replace(
             arm,
-            changes=tuple(
-                change if change.p is None else _directed(replace(change, corrected=next(corrected[change.figure])))
-                for change in arm.changes
-            ),
+            changes=tuple(_directed(change, arm.changes, count) if change.test else change for change in arm.changes),
         )
         for arm in arms
     ]
 
 
-def _directed(change: Change) -> Change:
-    value, low, high = change.difference.value, change.difference.low, change.difference.high
-    clear = change.corrected is not None and change.corrected < ALPHA
-    if value is None or low is None or high is None or not clear or low <= 0 <= high:
-        return replace(change, direction="no clear difference")
-    return replace(change, direction="better" if (value > 0) == (change.better == "higher") else "worse")
+def _directed(change: Change, beside: Sequence[Change], arms: int) -> Change:
+    corrected = min(1.0, (change.corrected or 0.0) * arms)
+    change = replace(change, corrected=corrected)
+    difference = change.difference
+    if change.direction == "too few units to tell" or corrected >= ALPHA or not difference.leaves_out_zero:
+        return change
+    direction: Direction = "better" if ((difference.value or 0.0) > 0) == (change.better == "higher") else "worse"
+    return replace(change, direction=direction, shifted=_shifted(change, beside))
+
+
+def _shifted(change: Change, beside: Sequence[Change]) -> tuple[str, ...]:
+    """The shifts of the figure's group, or of all groups where it has none, whose intervals leave out zero."""
+    shifts = [other for other in beside if other.kind == "shift"]
+    own = [shift for shift in shifts if shift.group == change.group]
+    return tuple(shift.figure for shift in own or shifts if shift.difference.leaves_out_zero)

@@ -18,6 +18,7 @@ from vlmfix.errors import DataError, UsageError
 from vlmfix.evals.inputs import Entry, read_source
 from vlmfix.evals.task import Judged, Numbers, Sample, Tally, Task, Verdict, Workload, plain, ratio
 from vlmfix.evals.yesno import PARSERS, Reading
+from vlmfix.parsing import told
 
 WRONG, RIGHT, UNCLEAR = 0, 1, 2
 """Judgements, as the official files hold them."""
@@ -43,7 +44,6 @@ class Hallusion(Task):
     name: ClassVar = "hallusion"
     better: ClassVar = {"aAcc": "higher", "fAcc": "higher", "qAcc": "higher", "easy": "higher", "hard": "higher"}
     shifts: ClassVar = ("yes_ratio", "length")
-    outcome: ClassVar = "aAcc"
     max_new_tokens: ClassVar = 128
 
     judged_by: str = "string"
@@ -148,12 +148,13 @@ def judged_before(samples: Sequence[Sample], judgements: Sequence[Path]) -> list
     for path in judgements:
         for entry in read_source(path).entries():
             entry.require(*IDENTITY, ANSWER, JUDGEMENT)
-            name, said, judgement = _name(entry, *IDENTITY), entry.fields[ANSWER], str(entry.fields[JUDGEMENT])
+            name, said, judgement = _name(entry, *IDENTITY), entry.fields[ANSWER], entry.identity(JUDGEMENT)
             if name not in found:
                 raise DataError(f"{entry.where} is about {name}, which is no question of this run", "give its own file")
             if not isinstance(said, str) or judgement not in ("0", "1", "2"):
                 raise DataError(
-                    f"{entry.where}: the judgement is {judgement!r} of {said!r}", "it must be 0, 1 or 2 of a text"
+                    f"{entry.where}: the judgement is {told(judgement)} of {told(said)}",
+                    "it must be 0, 1 or 2 of a text",
                 )
             found[name][said.strip()] = int(judgement)
     return [replace(sample, target={**sample.target, "judgements": found[sample.id]}) for sample in samples]
@@ -163,12 +164,14 @@ def _check(entry: Entry) -> None:
     entry.require(*IDENTITY, "visual_input", "question", "gt_answer")
     entry.text("question")
     for name, allowed in (("category", ("VD", "VS")), ("visual_input", ("0", "1", "2")), ("gt_answer", ("0", "1"))):
-        if str(entry.fields[name]) not in allowed:
-            raise DataError(f"{entry.where}: {name} is {entry.fields[name]!r}", f"it must be {' or '.join(allowed)}")
+        if entry.identity(name) not in allowed:
+            raise DataError(
+                f"{entry.where}: {name} is {told(entry.fields[name])}", f"it must be {' or '.join(allowed)}"
+            )
 
 
 def _name(entry: Entry, *fields: str) -> str:
-    return "/".join(str(entry.fields[field]) for field in fields)
+    return "/".join(entry.identity(field) for field in fields)
 
 
 def _groups(entry: Entry) -> dict[str, str]:

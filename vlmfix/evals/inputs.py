@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-import json
+import os
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -11,8 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from vlmfix.errors import DataError
+from vlmfix.parsing import UnreadableError, is_text, json_at, text_of, told
 
 SPACE = re.compile(r"\s*")
+SHAPE = "give JSON lines or a JSON array, as published"
 
 
 @dataclass(frozen=True)
@@ -44,9 +46,18 @@ class Entry:
             DataError: It holds something else, or nothing.
         """
         value = self.fields[name]
-        if not isinstance(value, str) or not value.strip():
-            raise DataError(f"{self.where}: {name} is {value!r}, not a text", "check the file")
+        if not isinstance(value, str) or not value.strip() or not is_text(value):
+            raise DataError(f"{self.where}: {name} is {told(value)}, not a text", "check the file")
         return value
+
+    def identity(self, name: str) -> str:
+        """A field that tells this object from others: a whole number or text, as text.
+
+        Raises:
+            DataError: It holds something else.
+        """
+        value = self.fields[name]
+        return str(value) if type(value) is int else self.text(name)
 
 
 @dataclass(frozen=True)
@@ -77,31 +88,35 @@ class Source:
         """
         start = _skip(self.text, 0)
         if array := self.text.startswith("[", start):
-            self._parse(json.loads)
             start = _skip(self.text, start + 1)
-        decoder = json.JSONDecoder()
+            if self.text.startswith("]", start):
+                return
         line, counted = 1, 0
-        while start < len(self.text) and not (array and self.text[start] == "]"):
+        while array or start < len(self.text):
+            fields, end = self._parse(start)
             line, counted = line + self.text.count("\n", counted, start), start
             where = f"{self.path}, line {line}"
-            fields, end = self._parse(decoder.raw_decode, start)
             if not isinstance(fields, dict):
-                raise DataError(f"{where}: {str(fields)[:40]!r} is not a JSON object", "check the file")
+                raise DataError(f"{where}: {told(fields)} is not a JSON object", "check the file")
             yield Entry(where, fields)
             start = _skip(self.text, end)
-            if array and self.text[start] == ",":
+            if array:
+                if not self.text.startswith(",", start):
+                    break
                 start = _skip(self.text, start + 1)
+        if array and self.text[start:].rstrip() != "]":
+            line = 1 + self.text.count("\n", 0, start)
+            raise DataError(f"{self.path}, line {line} is not JSON: the array has to go on or to end there", SHAPE)
 
-    def _parse(self, parse: Any, *start: int) -> Any:  # noqa: ANN401 (what JSON can hold has no name)
+    def lines(self) -> list[str]:
+        """The lines of the file, without their ends; what only some programs take for the end of a line is none."""
+        return self.text.split("\n")
+
+    def _parse(self, start: int) -> tuple[Any, int]:
         try:
-            return parse(self.text, *start)
-        except json.JSONDecodeError as error:
-            raise DataError(
-                f"{self.path}, line {error.lineno} is not JSON: {error.msg}",
-                "give JSON lines or a JSON array, as published",
-            ) from error
-        except RecursionError as error:
-            raise DataError(f"{self.path} nests too deeply to be a question file", "check the file") from error
+            return json_at(self.text, start)
+        except UnreadableError as error:
+            raise DataError(f"{self.path}, line {error.line} {error.problem}", SHAPE) from error
 
 
 def read_source(path: Path) -> Source:
@@ -123,9 +138,9 @@ def source(path: Path, raw: bytes) -> Source:
         DataError: They are not UTF-8 text.
     """
     try:
-        text = raw.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path} is not UTF-8 text: {error.reason}", "give the file as published") from error
+        text = text_of(raw)
+    except UnreadableError as error:
+        raise DataError(f"{path}, line {error.line} {error.problem}", "give the file as published") from error
     md5 = hashlib.md5(raw, usedforsecurity=False).hexdigest()
     return Source(path, text, md5, hashlib.sha256(raw).hexdigest())
 
@@ -136,9 +151,9 @@ def files_of(path: Path, suffixes: Sequence[str]) -> list[Path]:
     Raises:
         DataError: There is none.
     """
-    if path.is_file():
+    if os.path.isfile(path):
         return [path]
-    if not path.is_dir():
+    if not os.path.isdir(path):
         raise DataError(f"there is no {path}", "check the path")
     found = sorted(file for file in path.iterdir() if file.suffix in suffixes and not file.name.startswith("."))
     if not found:

@@ -7,6 +7,7 @@ scored too.
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,7 @@ from vlmfix.errors import DataError
 from vlmfix.evals.inputs import Source, read_source
 from vlmfix.evals.task import Judged, Numbers, Sample, Tally, Task, Verdict, Workload, plain, ratio
 from vlmfix.evals.yesno import PARSERS, Reading
+from vlmfix.parsing import told
 
 HALLUCINATION = ("existence", "count", "position", "color")
 PERCEPTION = (*HALLUCINATION, "posters", "celebrity", "scene", "landmark", "artwork", "OCR")
@@ -36,7 +38,6 @@ class Mme(Task):
     name: ClassVar = "mme"
     better: ClassVar = {"acc": "higher", "acc_plus": "higher", "score": "higher"}
     shifts: ClassVar = ("yes_ratio", "length")
-    outcome: ClassVar = "acc"
     max_new_tokens: ClassVar = 128
 
     def judge(self, sample: Sample, answer: str) -> Verdict:
@@ -165,7 +166,7 @@ def _files(folder: Path, task: str) -> list[Path]:
         apart = folder / task / "questions_answers_YN"
         return sorted((apart if apart.is_dir() else folder / task).glob("*.txt"))
     single = folder / f"{task}.txt"
-    return [single] if single.is_file() else []
+    return [single] if os.path.isfile(single) else []
 
 
 def _samples(task: str, sources: Sequence[Source], images: Path, *, single: bool) -> list[Sample]:
@@ -205,7 +206,7 @@ def _lines(source: Source, *, single: bool) -> Iterator[tuple[str, str, str]]:
         DataError: A line has another shape.
     """
     shape = "picture, question and truth" if single else "question and truth"
-    for number, line in enumerate(source.text.splitlines(), start=1):
+    for number, line in enumerate(source.lines(), start=1):
         if not line.strip():
             continue
         parts = [part.strip() for part in line.split("\t")]
@@ -214,7 +215,7 @@ def _lines(source: Source, *, single: bool) -> Iterator[tuple[str, str, str]]:
             raise DataError(f"{where} has {len(parts)} parts between tabs", f"it needs {shape}")
         picture, question, label = parts[:3] if single else (source.path.stem, *parts)
         if label.lower() not in ("yes", "no"):
-            raise DataError(f"{where}: the truth is {label!r}", "it must be Yes or No")
+            raise DataError(f"{where}: the truth is {told(label)}", "it must be Yes or No")
         yield picture, question, label.lower()
 
 
@@ -222,4 +223,4 @@ def _image(images: Path, task: str, picture: str, *, named: bool) -> str:
     """Path of a picture below the folder of pictures: the first place where it is, or else the first one there is."""
     names = [picture] if named else [f"{picture}{suffix}" for suffix in SUFFIXES]
     places = [f"{place}{name}" for place in (f"{task}/", f"{task}/images/", "") for name in names]
-    return next((place for place in places if (images / place).is_file()), places[0])
+    return next((place for place in places if os.path.isfile(images / place)), places[0])

@@ -17,6 +17,7 @@ from vlmfix.errors import DataError, UsageError
 from vlmfix.evals.inputs import Entry, Source, files_of, read_source, source
 from vlmfix.evals.task import Judged, Numbers, Sample, Task, Verdict, Workload, plain, ratio
 from vlmfix.evals.yesno import PARSERS, Reading, has_word
+from vlmfix.parsing import told
 from vlmfix.world import pope as rule
 from vlmfix.world.pope import SPLITS
 
@@ -36,8 +37,25 @@ KNOWN = {
     "b3f9df71709d436462611d7e88ce1447": "COCO adversarial, first release",
     "196378cf4eed618c51a814dba75ba410": "COCO popular, as shipped with VCD",
     "18fb002e51fc2fb8bff4ccd4469661b2": "COCO adversarial, as shipped with VCD (57 questions with imange)",
+    "fefaa62a6a849aa5d219c0dfc8fbbdac": "A-OKVQA random, by POPE's authors",
+    "a2ead7d2a8e19ad7b570f3bcfd1d279a": "A-OKVQA popular, by POPE's authors",
+    "93a94c763f52c9108678616e92ce47ac": "A-OKVQA adversarial, by POPE's authors",
+    "fb7febb7630ea7c16870ed744e81815d": "GQA random, by POPE's authors",
+    "d70bdec01a590524073e371819566c7d": "GQA popular, by POPE's authors",
+    "c92e5e77da5ecec97e3f626580d7e8ad": "GQA adversarial, by POPE's authors",
+    "f3096df532efd2d9b6d472a07a67c1f8": "A-OKVQA random, as shipped with VCD",
+    "d8ea7a741e0b043cd365c97b4b586a8e": "A-OKVQA popular, as shipped with VCD",
+    "b110000c34a3b768995cfdfb77ae6d98": "A-OKVQA adversarial, as shipped with VCD",
+    "2d41cf60dde63a52d6d93ba088eb6a93": "GQA random, as shipped with VCD",
+    "68eeb1b64295b5900dd970bd9544f113": "GQA popular, as shipped with VCD",
+    "6b7860069bcc85069e91424c72fd8255": "GQA adversarial, as shipped with VCD",
+    "e588f193fdf52eec4b52c3b927747208": "POPEv2 (1000 questions)",
+    "9736a20ddbcee1f3f3ce5d0226586038": "RePOPE, COCO random (2774 of current POPE, 144 labels turned)",
+    "0e7869000daab1e1ebf10c99206c0ef8": "RePOPE, COCO popular (2727 of current POPE, 178 labels turned)",
+    "d6c8a054d0f99d813e3abc9610ee5b82": "RePOPE, COCO adversarial (2684 of current POPE, 172 labels turned)",
 }
-"""Published files by the md5 of their bytes."""
+"""Published files by the md5 of their bytes. RePOPE leaves out POPE's questions whose label nobody can tell, and turns
+labels that are wrong, most of them from yes to no; pictures and questions are the same."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,7 +74,6 @@ class Pope(Task):
         "f1": "higher",
     }
     shifts: ClassVar = ("yes_ratio", "length")
-    outcome: ClassVar = "accuracy"
     max_new_tokens: ClassVar = 128
 
     parser: str = OFFICIAL
@@ -258,7 +275,7 @@ def _samples(split: str, file: Source, suffix: str) -> list[Sample]:
         sample = _sample(split, entry, number, suffix)
         if sample.id in found:
             raise DataError(
-                f"{entry.where} repeats the question_id {entry.fields['question_id']}",
+                f"{entry.where} repeats the question_id {told(entry.fields['question_id'])}",
                 "ids must be unique within a file",
             )
         found[sample.id] = sample
@@ -274,9 +291,9 @@ def _sample(split: str, entry: Entry, number: int, suffix: str) -> Sample:
     image, question, label = (entry.text(name) for name in names[:3])
     label = label.strip().lower()
     if label not in ("yes", "no"):
-        raise DataError(f"{entry.where}: the label is {label!r}", "it must be yes or no")
+        raise DataError(f"{entry.where}: the label is {told(label)}", "it must be yes or no")
     return Sample(
-        id=f"{split}/{number if second else entry.fields['question_id']}",
+        id=f"{split}/{number if second else entry.identity('question_id')}",
         image=image.lstrip("/"),  # POPEv2 writes paths from the root of its own disk
         prompt=question + suffix,
         target={"label": label},

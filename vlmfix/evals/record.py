@@ -3,23 +3,84 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from dataclasses import fields as fields_of
 from functools import cache
-from pathlib import Path
-from typing import Any
+from pathlib import Path, PurePath
+from typing import Any, get_type_hints
 
-from vlmfix.errors import DataError
+from vlmfix.errors import DataError, UsageError
 from vlmfix.evals.task import Judged, Sample, Task
 from vlmfix.evals.tasks import TASKS
-from vlmfix.records import read_json, read_lines, to_json
+from vlmfix.files import plain_name, replacing
+from vlmfix.parsing import some
+from vlmfix.records import read_json, read_lines, shown, to_json
+from vlmfix.shapes import (
+    COUNT,
+    FLAG,
+    NUMBER,
+    OBJECT,
+    PATH,
+    SEED,
+    SIZE,
+    TEXT,
+    Shape,
+    fault,
+    fields,
+    list_of,
+    mapping_of,
+)
 
 FORMAT = 1
 """Of the folder; raised when an older reader could not understand it."""
 CARD, SAMPLES, ANSWERS = "card.json", "samples.jsonl", "answers.jsonl"
 RESULTS, REPORT = "results.json", "report.json"
-NEEDED = ("format", "task", "options", "samples", "arms", "data", "count", "model", "decoding")
-"""What a card must say for its answers to be scored."""
+COMPARISON = ("comparison.csv", "comparison.md", "comparison.png")
+"""What a comparison leaves: table, text and plot."""
+ARM = fields({"spec": TEXT, "parameters": OBJECT}, {"strategy": TEXT, "facts": mapping_of(TEXT)})
+SESSION = fields({"versions": mapping_of(TEXT.or_null())}, {"arms": OBJECT})
+DECODING = fields({"max_new_tokens": SIZE, "num_beams": SIZE, "temperature": NUMBER, "seed": SEED})
+SCORABLE = fields(
+    {
+        "format": COUNT,
+        "task": TEXT,
+        "options": OBJECT,
+        "samples": TEXT,
+        "arms": mapping_of(ARM),
+        "data": OBJECT,
+        "count": COUNT,
+        "model": TEXT,
+        "decoding": DECODING,
+    },
+    {
+        "images": PATH.or_null(),
+        "revision": TEXT.or_null(),
+        "commit": TEXT.or_null(),
+        "weights": TEXT,
+        "dtype": TEXT,
+        "batch_size": SIZE,
+        "sessions": list_of(SESSION),
+    },
+)
+"""What a card must say for its answers to be scored, and what it may say besides."""
+SAMPLE = fields({"id": TEXT, "image": TEXT.or_null(), "prompt": TEXT, "target": OBJECT, "group": TEXT, "unit": TEXT})
+LINE = fields(
+    {"id": TEXT},
+    {"answer": TEXT.or_null(), "ids": list_of(COUNT), "finish": TEXT, "failed": TEXT, "sha256": TEXT},
+)
+"""One line of an arm's answers."""
+OPTIONS: Mapping[Any, Shape] = {
+    str: TEXT,
+    str | None: TEXT.or_null(),
+    bool: FLAG,
+    int: COUNT,
+    Sequence[str]: list_of(TEXT),
+    Mapping[str, Sequence[str]]: mapping_of(list_of(TEXT)),
+}
+"""What an option of a benchmark may be, by the type of its field."""
+NAMES = ("file", "generation")
+"""Keys of a card that call a file something; a digest beside them says which it is."""
 PLAIN = "greedy"
 """Name of the plain arm, which every run has."""
 
@@ -32,7 +93,7 @@ class Record:
         id: The sample's.
         answer: What the model said, raw; None when it failed.
         ids: Generated token ids, the end token included.
-        finish: ``eos`` or ``length``; empty when it failed.
+        finish: ``eos``, ``length`` or ``context``; empty when it failed.
         failed: Why there is no answer; empty when there is one.
         sha256: Hex digest of the picture's file; empty when there is none.
     """
@@ -55,6 +116,8 @@ class EvalRun:
         task: The rules of scoring that the run was made with.
         samples: What was asked, in order.
         answers: For each arm the records by sample id; an unfinished arm lacks some.
+        asked_now: Samples that the start which gave this run has written, over all arms; 0 for one that was only read.
+        answered_now: Those of them that have an answer.
     """
 
     folder: Path
@@ -62,6 +125,14 @@ class EvalRun:
     task: Task
     samples: list[Sample]
     answers: dict[str, dict[str, Record]]
+    asked_now: int = 0
+    answered_now: int = 0
+
+    @property
+    def in_vain(self) -> bool:
+        """Whether every sample of the start failed, or all of some arm."""
+        empty = any(found and all(record.failed for record in found.values()) for found in self.answers.values())
+        return empty or (self.asked_now > 0 and self.answered_now == 0)
 
     def judged(self, arm: str) -> list[Judged]:
         """Samples of an arm that have an answer, with their verdicts, in order."""
@@ -78,6 +149,26 @@ class EvalRun:
         """Their raw answers, in the same order."""
         found = self.answers[arm]
         return [found[sample.id].answer or "" for sample in self.answered(arm)]
+
+    def pictures(self) -> dict[str, str]:
+        """Digests of the pictures that some arm has an answer about, by their names.
+
+        Raises:
+            UsageError: A picture had several contents, in several arms or in one.
+        """
+        found: dict[str, dict[str, None]] = {}
+        for sample in self.samples:
+            for arm in self.answers:
+                record = self.answers[arm].get(sample.id)
+                if sample.image is not None and record is not None and record.sha256 and not record.failed:
+                    found.setdefault(sample.image, {})[record.sha256] = None
+        if several := [name for name, digests in found.items() if len(digests) > 1]:
+            raise UsageError(
+                f"the answers in {self.folder} are about several contents of {len(several)} of {len(found)} pictures: "
+                f"{some(several)}",
+                "answers about other pictures cannot be compared; run it again with another --out",
+            )
+        return {name: next(iter(digests)) for name, digests in found.items()}
 
     def failed(self, arm: str) -> int:
         """Samples of an arm that failed."""
@@ -96,30 +187,59 @@ def read_run(folder: Path) -> EvalRun:
     """
     if not (folder / CARD).exists():
         raise DataError(f"{folder} holds no {CARD}", "give a folder that vlmfix eval wrote")
-    card = read_json(folder / CARD)
-    if lacking := [name for name in NEEDED if name not in card]:
-        raise DataError(f"{folder / CARD} has no {', '.join(lacking)}", "give a folder that vlmfix eval wrote")
+    card = read_json(folder / CARD, SCORABLE)
     if card["format"] != FORMAT or card["task"] not in TASKS:
         raise DataError(
             f"{folder / CARD} has format {card['format']!r} and task {card['task']!r}",
             f"this version reads format {FORMAT}",
         )
-    try:
-        samples = [Sample(**line) for line in read_lines(folder / SAMPLES)]
-        task = TASKS[card["task"]](**card["options"])
-    except TypeError as error:
-        raise DataError(f"a file in {folder} was changed: {error}", "restore it, or run again") from error
+    task = _task(folder / CARD, card)
+    samples = [_sample(folder, line) for line in read_lines(folder / SAMPLES, SAMPLE)]
     if digest(samples) != card["samples"]:
         raise DataError(f"{folder / SAMPLES} is not what the run asked", "restore the file, or run again")
-    arms = {name: _records(folder / arm_folder(name) / ANSWERS) for name in card["arms"]}
+    ids = {sample.id for sample in samples}
+    arms: dict[str, dict[str, Record]] = {}
+    for name in card["arms"]:
+        path = folder / arm_folder(name) / ANSWERS
+        arms[name] = {line["id"]: record(line) for line in checked(path, read_lines(path, LINE), ids)}
     return EvalRun(folder, card, task, samples, arms)
 
 
-def _records(path: Path) -> dict[str, Record]:
+def _sample(folder: Path, line: Mapping[str, Any]) -> Sample:
     try:
-        return {line["id"]: record(line) for line in read_lines(path)}
-    except KeyError as error:
-        raise DataError(f"a line of {path} has no id", "restore the file, or run again") from error
+        return Sample(**line)
+    except TypeError as error:
+        raise DataError(
+            f"a line of {folder / SAMPLES} is no sample: {error}", "restore the file, or run again"
+        ) from error
+
+
+def _task(path: Path, card: Mapping[str, Any]) -> Task:
+    """The rules of scoring that a card says."""
+    kind, options = TASKS[card["task"]], card["options"]
+    hints = get_type_hints(kind)
+    known = {field.name: OPTIONS[hints[field.name]] for field in fields_of(kind)}
+    wrong = fault(options, fields({}, known))
+    if strange := sorted(options.keys() - known.keys()):
+        wrong = f" has {', '.join(strange)}, which {kind.name} does not know"
+    if wrong:
+        raise DataError(f"the options in {path}{wrong}", "restore the file, or run again")
+    return kind(**options)
+
+
+def checked(path: Path, lines: Iterable[dict[str, Any]], ids: set[str]) -> Iterator[dict[str, Any]]:
+    """The lines of an arm's answers, as long as they are answers to a run's samples.
+
+    Raises:
+        DataError: A line is about no sample, or holds neither an answer nor a failure.
+    """
+    hint = "restore the file, remove that line, or run again"
+    for number, line in enumerate(lines, start=1):
+        if line["id"] not in ids:
+            raise DataError(f"line {number} of {path} has the id {shown(line['id'])}, which no sample has", hint)
+        if line.get("answer") is None and not line.get("failed"):
+            raise DataError(f"line {number} of {path} has neither answer nor failed", hint)
+        yield line
 
 
 def write_samples(folder: Path, samples: Sequence[Sample]) -> None:
@@ -128,14 +248,8 @@ def write_samples(folder: Path, samples: Sequence[Sample]) -> None:
     Raises:
         DataError: The file cannot be written.
     """
-    draft = folder / f".{SAMPLES}.new"
-    try:
-        draft.write_text("".join(f"{to_json(asdict(sample))}\n" for sample in samples), encoding="utf-8")
-        draft.replace(folder / SAMPLES)
-    except OSError as error:
-        raise DataError(
-            f"cannot write {folder / SAMPLES}: {error.strerror}", "free some space and start again"
-        ) from error
+    with replacing(folder / SAMPLES) as file:
+        file.writelines(f"{to_json(asdict(sample))}\n".encode() for sample in samples)
 
 
 def record(line: dict[str, Any]) -> Record:
@@ -150,10 +264,24 @@ def record(line: dict[str, Any]) -> Record:
     )
 
 
+def without_names(value: Any) -> Any:  # noqa: ANN401 (any JSON value)
+    """What a card says without absolute paths, file names and what a version calls a published file.
+
+    A moved or renamed file is the same data, and so is one that only a newer version knows: digests stand beside them.
+    """
+    if isinstance(value, Mapping):
+        return {key: without_names(inner) for key, inner in value.items() if key not in NAMES and not _is_path(inner)}
+    return value
+
+
+def _is_path(value: object) -> bool:
+    return isinstance(value, str) and PurePath(value).is_absolute()
+
+
 @cache
 def arm_folder(name: str) -> str:
-    """Folder of an arm: its name, with what a file name cannot hold taken out."""
-    return name.replace("/", "_")
+    """Folder of an arm: its name, as far as a file can have it; see ``plain_name``."""
+    return plain_name(name)
 
 
 def digest(samples: Sequence[Sample]) -> str:

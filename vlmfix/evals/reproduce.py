@@ -3,17 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from vlmfix.card import changed_facts, weights_digest
+from vlmfix.card import changed_facts, changed_reading, model_again
 from vlmfix.decoders import parse
-from vlmfix.errors import DataError
-from vlmfix.evals.record import PLAIN, EvalRun, Record
-from vlmfix.evals.runner import Report, evaluate
-from vlmfix.evals.task import Workload
+from vlmfix.errors import DataError, UsageError
+from vlmfix.evals.record import CARD, SESSION, EvalRun, Record
+from vlmfix.evals.runner import Report, check, evaluate, refuse_changed
+from vlmfix.evals.task import Task, Workload
 from vlmfix.generation import VLM, load
 from vlmfix.settings import Settings
+from vlmfix.shapes import PATH, SIZE, TEXT, fault, fields, list_of
+
+REPEATABLE = fields(
+    {
+        "images": PATH.or_null(),
+        "revision": TEXT.or_null(),
+        "commit": TEXT.or_null(),
+        "weights": TEXT,
+        "dtype": TEXT,
+        "batch_size": SIZE,
+        "sessions": list_of(SESSION, least=1),
+    }
+)
+"""What a card must say, beside what scoring needs, for the run to be made again."""
 
 
 @dataclass(frozen=True)
@@ -43,14 +57,12 @@ class Reproduction:
         versions: Packages whose version was another one in the second run: name to (before, then).
         facts: What decoders depend on beside parameters and was another in the second run, such as a profile's digest:
             ``arm.fact`` to (before, now); runs of versions that kept none are left out.
-        pictures: Pictures whose files have another content now.
     """
 
     run: EvalRun
     arms: dict[str, Difference]
     versions: dict[str, tuple[str | None, str]]
     facts: dict[str, tuple[str | None, str | None]]
-    pictures: tuple[str, ...]
 
     @property
     def exact(self) -> bool:
@@ -62,45 +74,52 @@ def reproduce(
     run: EvalRun,
     out: Path,
     *,
+    images: Path | None = None,
+    model: str | None = None,
     device: str = "auto",
     report: Report = lambda done, total: None,
     loader: Callable[..., VLM] = load,
 ) -> Reproduction:
     """Ask every question of a run again, with the same model, decoders, settings and batches.
 
+    Whether pictures and weights are those of the run is looked at before the model is loaded.
+
     Args:
         run: A finished run.
         out: Folder for the second run; one that was begun is gone on with.
+        images: Folder of the pictures; None for where they were.
+        model: Directory of the model; None for where it was.
         device: Where to run; another kind of device rounds differently, and single tokens may change.
         report: Called with the samples done and their total.
         loader: Loads the model.
 
     Raises:
-        DataError: The run is unfinished, the model's weights are not those of the run, or pictures are missing.
+        UsageError: ``model`` is given for a model of the Hub, or ``images`` for a run without pictures.
+        DataError: The run is unfinished, the model's weights or pictures are not those of the run, or pictures are
+            missing.
     """
     card = run.card
+    if wrong := fault(card, REPEATABLE):
+        raise DataError(f"{run.folder / CARD}{wrong}", "restore the file, or run again")
     if unfinished := [arm for arm in run.answers if run.missing(arm)]:
         raise DataError(
             f"{run.folder} is unfinished: {', '.join(unfinished)}", "finish it with the command in its card"
         )
-    if card["commit"] is None and (found := weights_digest(card["model"], None)) != card["weights"]:
-        raise DataError(
-            f"the weights of {card['model']} are not those of the run: {found}, then {card['weights']}",
-            "put the former weights back",
-        )
+    workload = Workload(samples=run.samples, images=_images(run, images), about=card["data"])
+    check(workload)
+    refuse_changed(run.folder, workload, run.pictures())
     settings = Settings(
-        model=card["model"],
+        model=model_again(card, model),
         revision=card["commit"] or card["revision"],
         device=device,
         dtype=card["dtype"],
+        max_pixels=card.get("max_pixels"),
         **card["decoding"],
     )
     again = evaluate(
         out,
-        run.task,
-        Workload(
-            samples=run.samples, images=None if card["images"] is None else Path(card["images"]), about=card["data"]
-        ),
+        _moved(run.task, images),
+        workload,
         settings,
         {arm: parse(about["spec"]) for arm, about in card["arms"].items()},
         batch_size=card["batch_size"],
@@ -113,9 +132,24 @@ def reproduce(
         again,
         arms={arm: _difference(run, again, arm) for arm in run.answers},
         versions={name: (before.get(name), now) for name, now in then.items() if before.get(name) != now},
-        facts=_changed_facts(run, again),
-        pictures=_changed_pictures(run, again),
+        facts=_changed_facts(run, again) | changed_reading(run.card, again.card),
     )
+
+
+def _images(run: EvalRun, elsewhere: Path | None) -> Path | None:
+    """Where the pictures of a run are now."""
+    if run.card["images"] is None:
+        if elsewhere is not None:
+            raise UsageError(f"the questions of {run.folder} go without pictures", "leave --images out")
+        return None
+    return Path(run.card["images"]) if elsewhere is None else elsewhere
+
+
+def _moved(task: Task, images: Path | None) -> Task:
+    """The task with the folder that it takes pictures from itself, where it is one that does."""
+    if images is None or "images" not in task.options():
+        return task
+    return replace(task, **{"images": str(images.resolve())})
 
 
 def _changed_facts(first: EvalRun, second: EvalRun) -> dict[str, tuple[str | None, str | None]]:
@@ -124,12 +158,6 @@ def _changed_facts(first: EvalRun, second: EvalRun) -> dict[str, tuple[str | Non
         for arm, about in first.card["arms"].items()
         for name, values in changed_facts(about.get("facts"), second.card["arms"][arm].get("facts")).items()
     }
-
-
-def _changed_pictures(first: EvalRun, second: EvalRun) -> tuple[str, ...]:
-    before, now = first.answers[PLAIN], second.answers[PLAIN]
-    changed = (s.image for s in first.samples if s.image and before[s.id].sha256 != now[s.id].sha256)
-    return tuple(dict.fromkeys(changed))
 
 
 def _difference(first: EvalRun, second: EvalRun, arm: str) -> Difference:

@@ -8,6 +8,7 @@ cut off is answered again as a whole, and nothing that depends on the clock stan
 from __future__ import annotations
 
 import itertools
+import os
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -18,25 +19,44 @@ from pathlib import Path, PurePath
 from typing import Any
 
 from vlmfix.answering import Answerer, Question, fitting_batch
-from vlmfix.card import device_name, peak_memory, plain, versions, weights_digest
+from vlmfix.card import (
+    changed_pictures,
+    device_name,
+    model_files,
+    peak_memory,
+    plain,
+    refuse_older_card,
+    versions,
+    weights_digest,
+)
 from vlmfix.decoders import Decoder, Greedy
-from vlmfix.errors import DataError, UsageError
-from vlmfix.evals.coco import some
+from vlmfix.errors import DataError, PassingError, UsageError
 from vlmfix.evals.record import (
     ANSWERS,
     CARD,
+    COMPARISON,
     FORMAT,
+    LINE,
     PLAIN,
+    REPORT,
+    RESULTS,
+    SAMPLES,
+    SCORABLE,
     EvalRun,
     arm_folder,
+    checked,
     digest,
     read_run,
+    without_names,
     write_samples,
 )
 from vlmfix.evals.task import Sample, Task, Workload
+from vlmfix.files import make_folder, remove_drafts
 from vlmfix.generation import VLM, Answer, check_settings, load
 from vlmfix.images import Found, Picture, open_picture, read_ahead
-from vlmfix.records import JsonLines, read_json, refuse_other, replace_json
+from vlmfix.models.checkpoint import EMBEDDED
+from vlmfix.parsing import some
+from vlmfix.records import JsonLines, read_json, read_lines, refuse_other, replace_json
 from vlmfix.settings import Settings
 
 CARD_SECONDS = 30.0
@@ -101,8 +121,10 @@ def evaluate(
         UsageError: The folder holds another run, another process writes there, or a decoder cannot act on the model or
             contradicts the settings.
         IncompatibleDecodersError: The settings ask for beams and a decoder does not work with them.
-        DataError: There is no sample, two share an id, or pictures are missing or not in the folder.
+        DataError: There is no sample, two share an id, or pictures are missing, not in the folder or not those that
+            the folder has answers about.
         SystematicError: Every question fails; nothing is recorded about those that failed in the end.
+        PassingError: Trouble of the machine left samples open, which the next start asks; nothing is recorded of them.
     """
     check(workload)
     if not isinstance(arms.get(PLAIN, Greedy()), Greedy):
@@ -113,7 +135,8 @@ def evaluate(
     with _Folder(out, task, workload, settings, arms, command, retry_failed=retry_failed) as folder:
         left = {arm: folder.left(arm) for arm in arms}
         if any(left.values()):
-            vlm = loader(settings.model, revision=settings.revision, device=settings.device, dtype=settings.dtype)
+            refuse_changed(out, workload, folder.pictures())
+            vlm = loader(settings.model, **settings.loading())
             _refuse_idle(vlm, settings.model, arms)
             folder.begin(vlm, settings, arms, batch_size)
             total = len(workload.samples) * len(arms)
@@ -123,7 +146,8 @@ def evaluate(
                 for _ in folder.work(arm, answerer, workload, vlm):
                     report(next(done), total)
             folder.save()
-    return read_run(out)
+            folder.refuse_open()
+    return replace(read_run(out), asked_now=folder.asked, answered_now=folder.answered)
 
 
 def check(workload: Workload) -> None:
@@ -147,11 +171,32 @@ def check(workload: Workload) -> None:
             f"{len(outside)} of {len(names)} pictures have names that lead out of {workload.images}: {some(outside)}",
             "name pictures as they lie below the folder; links in the folder are followed",
         )
-    missing = [name for name in names if not _path(workload, name).is_file()]
+    missing = [name for name in names if not os.path.isfile(_path(workload, name))]
     if missing:
         raise DataError(
             f"{len(missing)} of {len(names)} pictures are not in {workload.images}: {some(missing)}",
             "give the folder that holds them with --images",
+        )
+
+
+def refuse_changed(out: Path, workload: Workload, known: Mapping[str, str]) -> None:
+    """Make sure that the pictures are those that a run's answers are about.
+
+    Args:
+        out: The run's folder, for the message.
+        workload: What is asked, with the folder of the pictures.
+        known: Digests of the pictures that the run has answers about, by name.
+
+    Raises:
+        DataError: Some have another content.
+    """
+    names = dict.fromkeys(sample.image for sample in workload.samples if sample.image is not None)
+    files = {name: _path(workload, name) for name in names}
+    if changed := changed_pictures(files, known):
+        raise DataError(
+            f"{len(changed)} of {len(files)} pictures in {workload.images} are not those that the answers in {out} are "
+            f"about: {some(changed)}",
+            "give the folder of the same pictures with --images, or choose another --out",
         )
 
 
@@ -160,6 +205,16 @@ def _refuse_idle(vlm: VLM, model: str, arms: Mapping[str, Decoder]) -> None:
     for name, decoder in arms.items():
         if reason := decoder.check(vlm):
             raise UsageError(f"{name} cannot act on {model}: {reason}", "leave that decoder out")
+
+
+def _refuse_shared_folders(arms: Iterable[str]) -> None:
+    """Refuses arms whose answers would lie in one place, or in that of another file of the run."""
+    taken = dict.fromkeys((CARD, SAMPLES, RESULTS, REPORT), "a file of the run")
+    for name in arms:
+        folder = arm_folder(name)
+        if folder in taken:
+            raise UsageError(f"the arm {name} and {taken[folder]} would share the folder {folder}", "rename the arm")
+        taken[folder] = f"the arm {name}"
 
 
 def _path(workload: Workload, name: str) -> Path:
@@ -196,15 +251,23 @@ class _Folder:
         self._retry_failed = retry_failed
         self._questions = _questions(workload.samples)
         self._saved = 0.0
-        try:
-            out.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise DataError(f"cannot make the folder {out}: {error.strerror}", "choose another --out") from error
+        self._left_open: list[tuple[str, PassingError]] = []
+        self.asked = self.answered = 0
+        """Samples that this start has written, and those of them that have an answer."""
+        ids = {sample.id for sample in workload.samples}
+        _refuse_shared_folders(arms)
+        make_folder(out)
         with ExitStack() as opened:
             # the lock comes first: nothing in the folder is read or written by two processes
-            self._files = {arm: opened.enter_context(JsonLines(self._arm(arm))) for arm in arms}
+            self._files = {arm: opened.enter_context(JsonLines(self._arm(arm), LINE)) for arm in arms}
             self._claim(task, workload, settings, arms, command)
-            self._done = {arm: {line["id"] for line in file if self._stays(line)} for arm, file in self._files.items()}
+            self._done = {
+                arm: {line["id"] for line in checked(file.path, file, ids) if self._stays(line)}
+                for arm, file in self._files.items()
+            }
+            for file in self._files.values():
+                file.claim()
+            remove_drafts(out, CARD, SAMPLES)
             self._open = opened.pop_all()
 
     def _stays(self, line: Mapping[str, Any]) -> bool:
@@ -212,10 +275,9 @@ class _Folder:
 
     def _arm(self, arm: str) -> Path:
         folder = self._out / arm_folder(arm)
-        try:
-            folder.mkdir(exist_ok=True)
-        except OSError as error:
-            raise DataError(f"cannot make the folder {folder}: {error.strerror}", "choose another --out") from error
+        if folder.is_symlink():
+            raise DataError(f"{folder} is a link, and nothing is written through links", "choose another --out")
+        make_folder(folder)
         return folder / ANSWERS
 
     def _claim(
@@ -237,23 +299,46 @@ class _Folder:
             "images": None if workload.images is None else str(workload.images.resolve()),
             "model": settings.model,
             "revision": settings.revision,
+            "max_pixels": settings.max_pixels,
             "decoding": decoding(settings),
         }
         named = {name: _about(decoder) for name, decoder in arms.items()}
         path = self._out / CARD
         if path.exists():
-            self._card = read_json(path)
-            refuse_other(self._out, path, self._card, known)
+            self._card = read_json(path, SCORABLE)
+            moved = self._moved(known)
+            data = {name: without_names(known[name]) for name in ("options", "data")}
+            refuse_other(
+                self._out, path, self._card, {name: v for name, v in known.items() if name not in (*data, *moved)}
+            )
+            refuse_other(self._out, path, {name: without_names(self._card[name]) for name in data}, data)
+            self._card |= moved | {"options": known["options"]}
             former = self._card["arms"]
             both = {name: about for name, about in named.items() if name in former}
             before = {name: {key: former[name].get(key) for key in about} for name, about in both.items()}
             refuse_other(self._out, path, before, both)
+            self._refuse_strange_answers(named.keys() - former.keys())
             former |= {name: about for name, about in named.items() if name not in former}
-        elif any(file.path.stat().st_size for file in self._files.values()):
-            raise UsageError(f"{self._out} holds answers but no {CARD}", "choose another --out")
         else:
+            self._refuse_strange_answers(arms)
+            if strange := [name for name in (SAMPLES, RESULTS, REPORT, *COMPARISON) if (self._out / name).exists()]:
+                raise UsageError(f"{self._out} holds {', '.join(strange)} but no {CARD}", "choose another --out")
             self._card = known | {"arms": named, "command": command, "sessions": []}
         self._samples = workload.samples
+
+    def _refuse_strange_answers(self, arms: Iterable[str]) -> None:
+        """Refuses answers of arms that no card knows."""
+        if strange := [self._files[arm].path for arm in arms if not self._files[arm].is_empty]:
+            raise UsageError(f"{strange[0]} holds answers but no {CARD} says which", "choose another --out")
+
+    def _moved(self, known: Mapping[str, Any]) -> dict[str, Any]:
+        """What says where something is, and may be another place: digests say whether it is the same."""
+        moved = {"images": known["images"]}
+        model, card = known["model"], self._card
+        if model != card["model"] and card.get("commit") is None and EMBEDDED.get(model, Path(model)).is_dir():
+            if weights_digest(model, None) == card.get("weights"):
+                moved["model"] = model
+        return moved
 
     @property
     def batch_size(self) -> int:
@@ -264,26 +349,37 @@ class _Folder:
         """Samples of an arm without a record."""
         return sum(len(asked.samples) for asked in self._questions) - len(self._done[arm])
 
+    def pictures(self) -> dict[str, str]:
+        """Digests of the pictures that the folder has answers about, of whatever arm."""
+        lines = (line for arm in self._card["arms"] for line in read_lines(self._out / arm_folder(arm) / ANSWERS))
+        return {line["image"]: line["sha256"] for line in lines if "answer" in line and "sha256" in line}
+
     def begin(self, vlm: VLM, settings: Settings, arms: Mapping[str, Decoder], batch_size: int | None) -> None:
         """Notes that a model starts to work on the folder."""
         fitting = min(fitting_batch(vlm, decoder) for decoder in arms.values())
         found = {
             "weights": weights_digest(settings.model, vlm.revision),
+            "files": model_files(settings.model, vlm.revision),
+            "checkpoint": vlm.reading,
             "commit": vlm.revision,
             "dtype": str(vlm.model.dtype).removeprefix("torch."),
             "batch_size": batch_size or self._card.get("batch_size") or fitting,
         }
+        if self._card["sessions"]:
+            refuse_older_card(self._out, self._card)
         before = {name: self._card[name] for name in found if name in self._card}
         refuse_other(self._out, self._out / CARD, before, {name: found[name] for name in before})
         self._card |= found
         self._note_facts({name: decoder.facts(vlm) for name, decoder in arms.items()})
-        self._card["sessions"].append({"started": _now(), "device": device_name(vlm.device), "versions": versions()})
+        self._card.setdefault("sessions", []).append(
+            {"started": _now(), "device": device_name(vlm.device), "versions": versions()}
+        )
         self._device = vlm.device
         if self._retry_failed:
             for file in self._files.values():
                 file.keep(self._stays)
+        self.save()  # first: samples without a card would be taken for somebody else's
         write_samples(self._out, self._samples)
-        self.save()
 
     def _note_facts(self, facts: Mapping[str, dict[str, str]]) -> None:
         """Keeps the facts of arms that begin and compares those of arms that go on; a card of old may have none."""
@@ -306,11 +402,16 @@ class _Folder:
             shown = _shown(open_batches, pictures)
             for settled in answerer(shown, lambda: self._answered_question(arm, workload)):
                 for asked, outcome in settled:
+                    if isinstance(outcome, PassingError):
+                        self._left_open += [(sample.id, outcome) for sample in asked.samples if sample.id not in done]
+                        continue
                     for sample in asked.samples:
                         line = _line(sample, asked.sha256, outcome)
                         if sample.id not in done:
                             self._files[arm].append(line)
                             done.add(sample.id)
+                            self.asked += 1
+                            self.answered += "failed" not in line
                             yield
                         tokens += len(line.get("ids", ()))
                 self._note(arm, tokens, time.perf_counter() - started)
@@ -322,10 +423,19 @@ class _Folder:
             if any(sample.id in answered for sample in asked.samples):
                 try:
                     image = None if asked.image is None else open_picture(_path(workload, asked.image)).image
-                except DataError:  # broken since it was answered
+                except (DataError, PassingError):  # broken since it was answered, or not to be had now
                     continue
                 return Question(image, asked.prompt)
         return None
+
+    def refuse_open(self) -> None:
+        """Raises when trouble of the machine has left samples open."""
+        if self._left_open:
+            name, trouble = self._left_open[0]
+            raise PassingError(
+                f"{len(self._left_open)} samples are left open, the first {name}: {trouble.message}",
+                f"the same command asks them again; {trouble.hint}",
+            )
 
     def _note(self, arm: str, tokens: int, seconds: float) -> None:
         timing = {"tokens": tokens, "seconds": round(seconds, 3)}
@@ -347,10 +457,10 @@ class _Folder:
 
 
 def _shown(
-    batches: Iterable[Sequence[_Asked]], pictures: Iterator[tuple[Found, Picture | DataError]]
-) -> Iterator[list[tuple[_Asked, Question | str]]]:
+    batches: Iterable[Sequence[_Asked]], pictures: Iterator[tuple[Found, Picture | DataError | PassingError]]
+) -> Iterator[list[tuple[_Asked, Question | str | PassingError]]]:
     """Batches with the pictures that they ask about, which come in the order of first mention."""
-    shown: dict[str, Picture | DataError] = {}
+    shown: dict[str, Picture | DataError | PassingError] = {}
     for batch in batches:
         needed = {asked.image for asked in batch if asked.image is not None}
         shown = {name: picture for name, picture in shown.items() if name in needed}
@@ -360,7 +470,11 @@ def _shown(
         yield [_question(asked, None if asked.image is None else shown[asked.image]) for asked in batch]
 
 
-def _question(asked: _Asked, picture: Picture | DataError | None) -> tuple[_Asked, Question | str]:
+def _question(
+    asked: _Asked, picture: Picture | DataError | PassingError | None
+) -> tuple[_Asked, Question | str | PassingError]:
+    if isinstance(picture, PassingError):
+        return asked, picture
     if isinstance(picture, DataError):
         return asked, str(picture)
     if picture is None:

@@ -4,11 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
-from vlmfix.evals.record import CARD, REPORT, RESULTS, EvalRun, digest, write_samples
-from vlmfix.evals.task import Sample
-from vlmfix.records import replace_json
+from vlmfix.errors import DataError, UsageError
+from vlmfix.evals.record import (
+    ANSWERS,
+    CARD,
+    REPORT,
+    RESULTS,
+    EvalRun,
+    arm_folder,
+    digest,
+    read_run,
+    write_samples,
+)
+from vlmfix.evals.task import Sample, Workload
+from vlmfix.parsing import some
+from vlmfix.records import read_lines, replace_json, to_json
 
 
 def score(run: EvalRun, *, samples: Sequence[Sample] | None = None, **options: str | bool | None) -> EvalRun:
@@ -40,7 +53,7 @@ def score(run: EvalRun, *, samples: Sequence[Sample] | None = None, **options: s
             "failed": run.failed(arm),
             "missing": run.missing(arm),
             "unparsed": sum(not verdict.parsed for _, verdict in judged),
-            "cut": sum(record.finish == "length" for record in run.answers[arm].values()),
+            "cut": sum(record.finish in ("length", "context") for record in run.answers[arm].values()),
             **run.task.details(judged, run.texts(arm)),
         }
     head = {name: run.card[name] for name in ("task", "options", "data", "count", "model", "decoding")}
@@ -51,3 +64,44 @@ def score(run: EvalRun, *, samples: Sequence[Sample] | None = None, **options: s
     pictures = list(dict.fromkeys(sample.image for sample in run.samples if sample.image is not None))
     replace_json(run.folder / REPORT, head | {"arms": report, "pictures": pictures})
     return run
+
+
+def answered_before(run: EvalRun, workload: Workload, out: Path) -> EvalRun:
+    """Make a run of questions with other truths from the answers that a run has to them.
+
+    Args:
+        run: A run that was asked these questions, and perhaps more, which are then left out.
+        workload: The questions with their truths, by the run's ids, such as those of RePOPE for a run of POPE.
+        out: Folder of the new run; made when it is missing.
+
+    Raises:
+        UsageError: The folder is not empty.
+        DataError: Some of the questions were not asked, or the folder cannot be written.
+    """
+    asked = {sample.id: (sample.image, sample.prompt) for sample in run.samples}
+    if strangers := [sample.id for sample in workload.samples if asked.get(sample.id) != (sample.image, sample.prompt)]:
+        raise DataError(
+            f"{len(strangers)} of {len(workload.samples)} questions were not asked in {run.folder}: {some(strangers)}",
+            "give files whose questions, pictures and numbers are those of the run; only their truths may be others",
+        )
+    wanted = {sample.id for sample in workload.samples}
+    card = run.card | {
+        "data": dict(workload.about),
+        "samples": digest(workload.samples),
+        "count": len(workload.samples),
+        "answers_from": str(run.folder.resolve()),
+    }
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        if any(out.iterdir()):
+            raise UsageError(f"{out} is not empty", "choose another --out")
+        write_samples(out, workload.samples)
+        for arm in run.answers:
+            lines = read_lines(run.folder / arm_folder(arm) / ANSWERS)
+            kept = "".join(f"{to_json(line)}\n" for line in lines if line["id"] in wanted)
+            (out / arm_folder(arm)).mkdir()
+            (out / arm_folder(arm) / ANSWERS).write_text(kept, encoding="utf-8")
+    except OSError as error:
+        raise DataError(f"cannot write to {out}: {error.strerror}", "choose another --out") from error
+    replace_json(out / CARD, card)
+    return read_run(out)

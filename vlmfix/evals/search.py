@@ -24,7 +24,8 @@ from optuna.trial import FrozenTrial, TrialState
 from vlmfix.decoders import DECODERS, Chain, Decoder
 from vlmfix.decoders.parameters import Range, Value, ranges
 from vlmfix.decoders.spec import Part, read_parts
-from vlmfix.errors import UsageError
+from vlmfix.errors import DataError, UsageError
+from vlmfix.files import cannot_write
 from vlmfix.records import JsonLines
 
 DIGITS = 3
@@ -191,37 +192,68 @@ def search(
 
     Raises:
         UsageError: Another process searches with the file.
+        DataError: The file was damaged, or cannot be written.
     """
     distributions = {label: axis.distribution() for label, axis in space.axes.items()}
-    with JsonLines(journal), _quiet():  # which takes the lock and cuts off a line that a kill left unfinished
-        journal.with_name(f"{journal.name}.lock").unlink(missing_ok=True)  # Optuna's own, left by a kill
-        study = optuna.create_study(
-            storage=JournalStorage(JournalFileBackend(str(journal))),
-            study_name=NAME,
-            direction="maximize" if better == "higher" else "minimize",
-            load_if_exists=True,
-        )
+    try:
+        with JsonLines(journal) as lines, _quiet():
+            lines.claim()
+            journal.with_name(f"{journal.name}.lock").unlink(missing_ok=True)  # Optuna's own, left by a kill
+            study = _study(journal, lines, distributions, "maximize" if better == "higher" else "minimize")
+            while (done := len(_finished(study))) < budget:
+                if done == 0 and not study.get_trials(states=(TrialState.WAITING,)):
+                    study.enqueue_trial(space.defaults())
+                study.sampler = optuna.samplers.TPESampler(seed=_seed(seed, done))
+                asked = study.ask(distributions)
+                measured = measure(_readable(asked.params))
+                for name, value in measured.constraints.items():
+                    asked.set_constraint(name, value)
+                asked.set_user_attr("about", dict(measured.about))
+                study.tell(asked, measured.value)
+            return [
+                Tried(
+                    chosen=_readable(trial.params),
+                    value=float(trial.value or 0.0),
+                    feasible=all(value <= 0 for value in trial.constraints.values()),
+                    about=trial.user_attrs["about"],
+                )
+                for trial in _finished(study)
+            ]
+    except OSError as error:
+        raise cannot_write(journal, error) from error
+
+
+def _study(
+    journal: Path,
+    lines: JsonLines,
+    distributions: Mapping[str, BaseDistribution],
+    direction: Literal["maximize", "minimize"],
+) -> optuna.Study:
+    """The search in a journal, which is begun when it is empty.
+
+    Raises:
+        DataError: The journal was damaged.
+    """
+    hint = "restore the file, or choose another folder"
+    for _ in lines:  # says which line is not JSON
+        pass
+    try:
+        storage = JournalStorage(JournalFileBackend(str(journal)))
+        if lines.is_empty:
+            study = optuna.create_study(storage=storage, study_name=NAME, direction=direction)
+        else:
+            study = optuna.load_study(storage=storage, study_name=NAME)
+        finished = _finished(study)
         for trial in study.get_trials(states=(TrialState.RUNNING,)):
-            study.tell(trial.number, state=TrialState.FAIL)  # cut off by a kill; the same is asked for again below
-        while (done := len(_finished(study))) < budget:
-            if done == 0 and not study.get_trials(states=(TrialState.WAITING,)):
-                study.enqueue_trial(space.defaults())
-            study.sampler = optuna.samplers.TPESampler(seed=_seed(seed, done))
-            asked = study.ask(distributions)
-            measured = measure(_readable(asked.params))
-            for name, value in measured.constraints.items():
-                asked.set_constraint(name, value)
-            asked.set_user_attr("about", dict(measured.about))
-            study.tell(asked, measured.value)
-        return [
-            Tried(
-                chosen=_readable(trial.params),
-                value=float(trial.value or 0.0),
-                feasible=all(value <= 0 for value in trial.constraints.values()),
-                about=trial.user_attrs["about"],
-            )
-            for trial in _finished(study)
-        ]
+            study.tell(trial.number, state=TrialState.FAIL)  # cut off by a kill; the same is asked for again
+    except OSError:
+        raise
+    except Exception as error:  # Optuna raises nearly anything on lines that do not follow from each other
+        raise DataError(f"{journal} is damaged: {type(error).__name__}: {error}", hint) from error
+    for trial in finished:
+        if trial.params.keys() != distributions.keys() or not isinstance(trial.user_attrs.get("about"), dict):
+            raise DataError(f"{journal} is damaged: trial {trial.number} is not of this search", hint)
+    return study
 
 
 def _finished(study: optuna.Study) -> list[FrozenTrial]:

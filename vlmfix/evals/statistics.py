@@ -1,8 +1,8 @@
-"""Paired statistics: bootstrap intervals over units, McNemar's test, Holm's correction.
+"""Paired statistics over units: bootstrap intervals, and tests that swap what two arms gave.
 
-A unit, usually a picture with every question about it, is what is drawn with replacement. Questions about one picture
-are not independent, so drawing questions would give intervals that are too narrow; and every arm sees the same draws,
-so what makes a picture hard for all arms cancels in their differences.
+A unit, usually a picture with every question about it, is what is drawn with replacement, and what is swapped.
+Questions about one picture are not independent, so taking them by themselves would find differences where there are
+none; and every arm sees the same draws, so what makes a picture hard for all arms cancels in their differences.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from scipy import stats
 
 from vlmfix.evals.task import Numbers, Tally
 
@@ -19,8 +18,10 @@ LEVEL = 0.95
 """Share of the draws that an interval holds."""
 UNDEFINED = 0.05
 """Largest share of draws without a value with which an interval is still given."""
-EXACT_BELOW = 25
-"""Number of discordant pairs from which McNemar's test takes the chi-square distribution."""
+ROUNDING = 1e-9
+"""Relative; two differences that are so near are equal."""
+NOTHING = 1e-12
+"""A spread that is no larger is rounding."""
 CHUNK = 1 << 20
 """Drawn units held at a time; bounds the memory (about 24 bytes each), and does not change the draws."""
 
@@ -46,16 +47,9 @@ def bootstrap(
     Returns:
         For each arm its figures, each of shape (R,); NaN in a draw in which the figure has no value.
     """
-    units = dict.fromkeys(unit for tally in tallies.values() for unit in tally.units)
-    place = {unit: number for number, unit in enumerate(units)}
-    names = list(dict.fromkeys(name for tally in tallies.values() for name in tally.counts))
-    counts = np.zeros((len(units), len(tallies), len(names)))  # (U, arms, counts)
-    for arm, tally in enumerate(tallies.values()):
-        rows = [place[unit] for unit in tally.units]
-        for name, values in tally.counts.items():
-            counts[rows, arm, names.index(name)] = values
-    flat = counts.reshape(len(units), -1)  # (U, arms * counts)
-    sums = np.concatenate([times @ flat for times in _times_drawn(len(units), draws, seed)])  # (R, arms * counts)
+    counts, names = _counts(tallies)
+    flat = counts.reshape(len(counts), -1)  # (U, arms * counts)
+    sums = np.concatenate([times @ flat for times in _times_drawn(len(counts), draws, seed)])  # (R, arms * counts)
     sums = sums.reshape(draws, len(tallies), len(names))  # (R, arms, counts)
     return {
         arm: dict(figures({name: sums[:, number, column] for column, name in enumerate(names)}))
@@ -95,26 +89,6 @@ def interval(drawn: Numbers) -> tuple[float, float]:
     return float(low), float(high)
 
 
-def bootstrap_p(differences: Numbers) -> float:
-    """Two-sided p value of no difference: the level at which the percentile interval just touches zero.
-
-    It is 2 (1 + k) / (R + 1), at most 1, where k draws lie on the rarer side of zero or on zero itself (Efron and
-    Tibshirani 1993, section 15.4). It therefore says the same as the interval, and is as approximate: with few units
-    both are too optimistic. It is never below 2 / (R + 1).
-
-    Args:
-        differences: The difference in each draw, (R,).
-
-    Returns:
-        The p value; NaN where :func:`interval` gives none.
-    """
-    kept = _with_value(differences)
-    if kept is None:
-        return float("nan")
-    rarer = min(int((kept <= 0).sum()), int((kept >= 0).sum()))
-    return min(1.0, 2 * (1 + rarer) / (kept.size + 1))
-
-
 def _with_value(drawn: Numbers) -> Numbers | None:
     """Draws that have a value, unless too many have none."""
     kept = drawn[np.isfinite(drawn)]
@@ -122,61 +96,115 @@ def _with_value(drawn: Numbers) -> Numbers | None:
 
 
 @dataclass(frozen=True)
-class McNemar:
-    """Result of McNemar's test.
+class Tested:
+    """Two-sided p values of no difference.
 
     Attributes:
-        gained: Samples that only the arm has right.
-        lost: Samples that only the plain arm has right.
-        p: Two-sided p value.
-        exact: True for the binomial distribution, False for the chi-square distribution.
+        p: Of the figure by itself.
+        corrected: Corrected for all figures that were tested together.
     """
 
-    gained: int
-    lost: int
     p: float
-    exact: bool
+    corrected: float
 
 
-def mcnemar(plain: Sequence[bool], arm: Sequence[bool]) -> McNemar:
-    """Test whether two arms are right equally often on the same samples (McNemar 1947, Psychometrika 12).
+def swap_test(
+    figures: Figures, plain: Tally, arm: Tally, names: Sequence[str], *, draws: int, seed: int
+) -> dict[str, Tested]:
+    """Test whether two arms differ, by swapping their results in units that are chosen by chance.
 
-    Only discordant pairs count: d of them, whose gains and losses differ by g. Below d = 25 the p value is that of the
-    exact binomial test with probability 1/2; from there on that of chi-square with one degree of freedom at
-    max(0, g - 1)^2 / d, which has Edwards' continuity correction (1948, Psychometrika 13). Samples are taken to be
-    independent; where several share a picture, read it together with the bootstrap interval.
+    Where the arms do not differ, it is chance which of a unit's two results is whose. The p value of a figure is the
+    share of swaps after which its difference is at least as large, to either side, as it was measured (Edgington and
+    Onghena 2007, *Randomization Tests*, chapter 5). That holds for any figure and any number of units, whatever
+    questions about one picture have in common; with one yes or no in every unit it is McNemar's exact test. Units in
+    which both arms have the same counts tell nothing. With d others there are 2^d swaps, all of which are looked at
+    when they are no more than ``draws``, so that no p value is below 2 / 2^d.
 
-    Args:
-        plain: Outcomes of the plain arm.
-        arm: Outcomes of the other arm on the same samples in the same order.
-    """
-    pairs = list(zip(plain, arm, strict=True))
-    gained = sum(after and not before for before, after in pairs)
-    lost = sum(before and not after for before, after in pairs)
-    discordant = gained + lost
-    if discordant == 0:
-        return McNemar(gained, lost, 1.0, exact=True)
-    if discordant < EXACT_BELOW:
-        return McNemar(gained, lost, float(stats.binomtest(gained, discordant).pvalue), exact=True)
-    statistic = max(0, abs(gained - lost) - 1) ** 2 / discordant
-    return McNemar(gained, lost, float(stats.chi2.sf(statistic, df=1)), exact=False)
-
-
-def holm(p_values: Sequence[float]) -> list[float]:
-    """Correct p values for their number (Holm 1979, Scandinavian Journal of Statistics 6).
-
-    The chance of any false alarm in the family then stays below the level that is asked for. The k-th smallest of m
-    is multiplied by m - k + 1; a corrected value is never below that of a smaller one, nor above 1.
+    The correction is Westfall and Young's (1993, *Resampling-Based Multiple Testing*, section 2.8): every difference
+    is divided by its spread over the swaps, and the largest of a swap is compared with the largest that was measured,
+    then the largest but one with those that are left, and so on. The chance of any false alarm among the figures is the
+    level that is asked for, and figures that say nearly the same cost nearly nothing.
 
     Args:
-        p_values: The p values of one family, in any order.
+        figures: Turns sums of counts into figures.
+        plain: Counts by unit of the plain arm.
+        arm: Counts by unit of the other arm; a unit or a count that one of them lacks is zero there.
+        names: The figures to test together.
+        draws: The largest number of swaps that are looked at; the first of them swaps nothing.
+        seed: Of the swaps.
 
     Returns:
-        The corrected values in the same order.
+        The p values by figure; a figure without a value in one of the arms is left out. A swap after which a figure has
+        no value counts against a difference.
     """
-    count, worst = len(p_values), 0.0
-    corrected = [0.0] * count
-    for rank, index in enumerate(sorted(range(count), key=lambda number: p_values[number])):
-        worst = max(worst, min(1.0, (count - rank) * p_values[index]))
-        corrected[index] = worst
-    return corrected
+    if not names:
+        return {}
+    counts, known = _counts({"plain": plain, "arm": arm})  # (U, 2, counts)
+    changed = counts[:, 1] - counts[:, 0]
+    changed = changed[changed.any(axis=1)]  # (d, counts)
+    before, after = counts.sum(axis=0)
+    parts = []
+    for swapped in _swaps(len(changed), draws, seed):
+        moved = swapped @ changed  # (r, counts)
+        former, latter = (
+            figures({name: sums[:, column] for column, name in enumerate(known)})
+            for sums in (before + moved, after - moved)
+        )
+        parts.append(np.stack([latter[name] - former[name] for name in names], axis=1))  # (r, F)
+    differences = np.concatenate(parts)  # (R, F)
+    there = np.flatnonzero(np.isfinite(differences[0]))
+    sizes = _sizes(differences[:, there])
+    reached = sizes >= sizes[0] * (1 - ROUNDING)
+    corrected = _stepped_down(sizes)
+    return {
+        names[int(column)]: Tested(float(reached[:, number].mean()), float(corrected[number]))
+        for number, column in enumerate(there)
+    }
+
+
+def _counts(tallies: Mapping[str, Tally]) -> tuple[Numbers, list[str]]:
+    """Counts of several arms, (U, arms, counts), and the names of the counts; zero where an arm lacks one."""
+    units = dict.fromkeys(unit for tally in tallies.values() for unit in tally.units)
+    place = {unit: number for number, unit in enumerate(units)}
+    names = list(dict.fromkeys(name for tally in tallies.values() for name in tally.counts))
+    counts = np.zeros((len(units), len(tallies), len(names)))
+    for arm, tally in enumerate(tallies.values()):
+        rows = [place[unit] for unit in tally.units]
+        for name, values in tally.counts.items():
+            counts[rows, arm, names.index(name)] = values
+    return counts, names
+
+
+def _swaps(units: int, draws: int, seed: int) -> Iterator[Numbers]:
+    """Which units are swapped, (r, U) of 0 and 1 for r swaps at a time; all of them where they are not too many."""
+    every = 2**units <= draws
+    count = 2**units if every else draws
+    generator = np.random.default_rng(seed)
+    rows = max(1, CHUNK // max(1, units))
+    for start in range(0, count, rows):
+        numbers = np.arange(start, min(start + rows, count))
+        if every:
+            swapped = (numbers[:, None] >> np.arange(units)) & 1
+        else:
+            swapped = generator.integers(2, size=(len(numbers), units), dtype=np.int8)
+            swapped[numbers == 0] = 0
+        yield swapped.astype(np.float64)
+
+
+def _sizes(differences: Numbers) -> Numbers:
+    """Sizes of differences in units of their spread over the swaps, (R, F); infinite where there is no value."""
+    known = np.isfinite(differences)
+    squares = np.where(known, differences, 0.0) ** 2
+    spread = np.sqrt(squares.sum(axis=0) / known.sum(axis=0))
+    spread = np.where(spread > NOTHING, spread, np.inf)  # what no swap changes differs by rounding alone
+    return np.where(known, np.abs(differences) / spread, np.inf)
+
+
+def _stepped_down(sizes: Numbers) -> Numbers:
+    """P values of all figures together, (F,), of sizes whose first row was measured, (R, F)."""
+    order = np.argsort(sizes[0], kind="stable")
+    largest = np.maximum.accumulate(sizes[:, order], axis=1)  # of a figure and of those with smaller differences
+    shares = (largest >= largest[0] * (1 - ROUNDING)).mean(axis=0)
+    found = np.empty(len(order))
+    found[order] = np.maximum.accumulate(shares[::-1])[::-1]
+    return found

@@ -49,7 +49,7 @@ class Verdict:
 
     Attributes:
         counts: Numbers that add up over samples, such as ``{"tp": 1, "answers": 1}``.
-        right: Outcome of the sample for McNemar's test; None when the benchmark has no such outcome.
+        right: Whether the answer is right; None when the benchmark has no such outcome.
         parsed: False when the answer could not be read; how it counts then is the benchmark's rule.
         note: What was understood, for people: "yes", or the words that are not in the picture.
     """
@@ -104,15 +104,12 @@ class Task(ABC):
         name: Name on the command line.
         better: For each figure that is a merit, which way is better; keyed by the last part of its name.
         shifts: Figures that a difference must be read with (yes-ratio, length), keyed like ``better``.
-        outcome: Figure whose per-sample outcome is ``Verdict.right``; empty when there is none. It is the share of
-            right samples, or of wrong ones when lower is better.
         max_new_tokens: Longest answer unless the user says otherwise.
     """
 
     name: ClassVar[str]
     better: ClassVar[Mapping[str, Literal["higher", "lower"]]]
     shifts: ClassVar[tuple[str, ...]] = ()
-    outcome: ClassVar[str] = ""
     max_new_tokens: ClassVar[int]
 
     def options(self) -> dict[str, Any]:

@@ -21,8 +21,10 @@ from vlmfix.evals.record import PLAIN, EvalRun, digest
 from vlmfix.evals.runner import decoding
 from vlmfix.evals.search import Measured, Space, Tried, search
 from vlmfix.evals.task import Task, Workload, plain
+from vlmfix.files import is_draft, make_folder, remove_drafts
 from vlmfix.records import read_json, refuse_other, replace_json
 from vlmfix.settings import Settings
+from vlmfix.shapes import COUNT, NUMBER, fault, fields
 
 FORMAT = 1
 """Of the folder; raised when an older search could not be gone on with."""
@@ -32,6 +34,9 @@ OBJECTIVES: Mapping[str, str] = {"pope": "mean/f1", "chair": "chair_i"}
 """For each benchmark the figure that is tuned; which way is better is the benchmark's to say."""
 DIGITS = 12
 """Decimals of a guard; what is lost beyond them is rounding."""
+
+OUTCOME = fields({"value": NUMBER.or_null(), "recall": NUMBER.or_null(), "length": NUMBER.or_null(), "failed": COUNT})
+"""What the journal holds of a trial."""
 
 Evaluate = Callable[[Mapping[str, Decoder], Workload, Path], EvalRun]
 """Runs arms over a workload into a folder, resumes what is there, and adds arms to those that the folder has."""
@@ -196,6 +201,9 @@ def tune(
         return Measured(value or 0.0, guards.constraints(found, before), asdict(found))
 
     tried = search(space, out / JOURNAL, measure, better=better, budget=budget, seed=seed)
+    for number, one in enumerate(tried):
+        if wrong := fault(one.about, OUTCOME):
+            raise DataError(f"{out / JOURNAL} is damaged: trial {number}{wrong}", "restore the file, or start anew")
     trials = [_trial(space, one) for one in tried]
     best = _best(trials, before, better)
     if best is None:
@@ -263,21 +271,24 @@ def _claim(out: Path, spec: str, workload: Workload, task: Task, settings: Setti
         "samples": digest(workload.samples),
         "model": settings.model,
         "revision": settings.revision,
+        "max_pixels": settings.max_pixels,
         "decoding": decoding(settings),
         "seed": seed,
         "guards": asdict(guards),
     }
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise DataError(f"cannot make the folder {out}: {error.strerror}", "choose another --out") from error
+    make_folder(out)
     begun = (out / TUNING / RUN).exists() or (out / JOURNAL).exists()  # else no model has answered anything
-    if (out / CARD).exists() and begun:
-        refuse_other(out, out / CARD, read_json(out / CARD), card)
-    elif not (out / CARD).exists() and any(out.iterdir()):
+    if (out / CARD).exists():
+        former = read_json(out / CARD)
+        if not begun and former.keys() != card.keys():
+            raise UsageError(f"{out / CARD} is not of a search", "choose another --out")
+        if begun:
+            refuse_other(out, out / CARD, former, card)
+            return
+    elif not all(is_draft(path) for path in out.iterdir()):
         raise UsageError(f"{out} is not empty and holds no {CARD}", "choose another --out")
-    else:
-        replace_json(out / CARD, card)
+    remove_drafts(out, CARD)
+    replace_json(out / CARD, card)
 
 
 def _outcome(run: EvalRun, arm: str, figure: str) -> Outcome:
@@ -323,7 +334,9 @@ def _verdict(comparison: Comparison, figure: str, broken: Sequence[str]) -> str:
         said = f"On the held-out split {figure} has no value that could be compared."
     else:
         interval = f"[{difference.low:+.4f}, {difference.high:+.4f}]"
-        said = f"On the held-out split {figure} changes by {difference.value:+.4f} {interval}: {change.direction}."
+        found = f"{difference.value:+.4f} {interval}: {change.direction}"
+        shifts = f", while {', '.join(change.shifted)} changes too" if change.shifted else ""
+        said = f"On the held-out split {figure} changes by {found}{shifts}."
     return f"{said} It loses more {' and '.join(broken)} there than the guards allow." if broken else said
 
 
@@ -344,7 +357,7 @@ def _about_split(tuning: Workload, held_out: Workload, seed: int) -> dict[str, A
 def _about(found: Tuned, chosen: Trial, after: EvalRun, guards: Guards, spec: str) -> dict[str, Any]:
     """What the recipe says of itself."""
     card = after.card
-    model = ("model", "revision", "commit", "weights", "dtype", "decoding")
+    model = ("model", "revision", "commit", "weights", "files", "checkpoint", "dtype", "max_pixels", "decoding")
     return {
         "date": datetime.now(UTC).replace(microsecond=0),
         "model": {name: card.get(name) for name in model},
@@ -379,6 +392,7 @@ def _about_held_out(comparison: Comparison) -> dict[str, Any]:
                 "low": change.difference.low,
                 "high": change.difference.high,
                 "direction": change.direction or None,
+                "shifted": list(change.shifted),
             }
             for change in arm.changes
         },

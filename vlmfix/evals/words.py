@@ -2,17 +2,19 @@
 
 Both tables go through the same steps: lower case, sentences, tokens, a normal form for each token, phrases, and a node
 word (the category) for each word that is left. With the original table the normal form is pattern.en's singular, which
-turns "bus" into "bu", and phrases have two words; with ours it undoes the plurals of the table's own words, and
-phrases are as long as they are.
+turns "bus" into "bu", and phrases have two words; with ours it undoes the plurals of the table's own words, phrases are
+as long as they are, and their words may be joined by hyphens.
 """
 
 from __future__ import annotations
 
+import re
 import tomllib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,19 @@ from vlmfix.evals.inputs import read_source
 from vlmfix.world.categories import CATEGORIES
 
 Phrase = tuple[str, ...]
+
+HYPHENS = "-_\N{SOFT HYPHEN}\N{HYPHEN}\N{NON-BREAKING HYPHEN}\N{MINUS SIGN}"
+"""What joins words with our own table."""
+DASHED = re.compile(r"(\w+)[\N{FIGURE DASH}\N{EN DASH}](\w+)")
+"""Words with a short dash between them: a hyphen in a phrase, else what parts a sentence."""
+PARTING = re.compile("[/|+=\N{MIDDLE DOT}\N{BULLET}\N{HORIZONTAL ELLIPSIS}\N{ZERO WIDTH SPACE}]")
+"""What parts words with our own table, and not for the tokenizer."""
+APOSTROPHE = re.compile(
+    r"(?<=\w)[\N{RIGHT SINGLE QUOTATION MARK}\N{MODIFIER LETTER APOSTROPHE}\N{FULLWIDTH APOSTROPHE}](?=\w)"
+)
+"""Apostrophes within a word; the same mark at its end is a closing quotation mark as well."""
+AROUND = "*_#~`'\"\N{LEFT SINGLE QUOTATION MARK}\N{RIGHT SINGLE QUOTATION MARK}"
+"""Marks around a word, such as those of Markdown."""
 
 
 @dataclass(frozen=True)
@@ -92,18 +107,22 @@ class Words:
             phrase hides its parts. The longest phrase wins, from left to right.
         nodes: For each word of the table its category.
         colours: Which words may be colours.
+        joints: Marks that join the words of a phrase into one token; a joined token that is no phrase, such as
+            "dog-friendly", stays whole, and names nothing.
+        spaced: Marks of a text that are read as others of the same length, such as a long dash as a blank.
     """
 
     normal: Callable[[str], str]
     phrases: Mapping[Phrase, str]
     nodes: Mapping[str, str]
     colours: Colours = Colours()
+    joints: str = ""
+    spaced: Callable[[str], str] = str
 
     def read(self, text: str) -> Reading:
         """Find every mention in a text."""
-        raw = tokens(text)
-        normal = [self.normal(token.text) for token in raw]
-        merged = list(self._merge(normal))  # word, first token, last token
+        raw = tokens(self.spaced(text))
+        merged = list(self._merge([self._parts(token.text) for token in raw]))  # word, first token, last token
         length = len(merged)
         if {"toilet", "seat"} <= {word for word, _, _ in merged}:
             merged = [entry for entry in merged if entry[0] != "seat"]  # the seat of a toilet is no chair
@@ -120,18 +139,30 @@ class Words:
         """Categories that any of several texts names."""
         return {mention.node for text in texts for mention in self.read(text).mentions}
 
-    def _merge(self, normal: Sequence[str]) -> Iterable[tuple[str, int, int]]:
+    def _parts(self, token: str) -> Phrase:
+        """A token's words in normal form: one, unless hyphens join several."""
+        for joint in self.joints:
+            token = token.replace(joint, " ")
+        words = token.split() if self.joints else [token]
+        return tuple(filter(None, map(self.normal, words))) or (token,)
+
+    def _merge(self, parts: Sequence[Phrase]) -> Iterable[tuple[str, int, int]]:
         longest = max(map(len, self.phrases), default=1)
         at = 0
-        while at < len(normal):
-            for size in range(min(longest, len(normal) - at), 1, -1):
-                word = self.phrases.get(tuple(normal[at : at + size]))
+        while at < len(parts):
+            for size in range(min(longest, len(parts) - at), 0, -1):
+                phrase = tuple(chain.from_iterable(parts[at : at + size]))
+                word = self.phrases.get(phrase) if len(phrase) > 1 else None
                 if word is not None:
                     break
             else:
-                word, size = normal[at], 1
+                word, size = self._alone(parts[at]), 1
             yield word, at, at + size - 1
             at += size
+
+    def _alone(self, parts: Phrase) -> str:
+        """What a token says that is part of no phrase: its word, or that which its words give without hyphens."""
+        return parts[0] if len(parts) == 1 else self.normal("".join(parts))
 
     def _is_colour(self, raw: Sequence[Token], at: int) -> bool:
         around = [token.text for token in raw]
@@ -199,11 +230,11 @@ def own_words() -> Words:
     nodes: dict[str, str] = {}
 
     def add(entry: str) -> str:
-        singular, plural = _both_numbers(entry)
+        singular, *more = _numbers(entry)
         if len(_split(singular)) == 1:
-            plurals[plural] = singular
+            plurals.update(dict.fromkeys(more, singular))
         else:
-            phrases.update({_split(singular): singular, _split(plural): singular})
+            phrases.update(dict.fromkeys(map(_split, (singular, *more)), singular))
         return singular
 
     for name, entries in table["objects"].items():
@@ -215,9 +246,22 @@ def own_words() -> Words:
             phrases |= {(young, *_split(word)): word for young in table["young"]["words"]}
     for entry in table["nothing"]["phrases"]:
         add(entry)
-    phrases = {tuple(plurals.get(token, token) for token in phrase): word for phrase, word in phrases.items()}
+
+    def normal(token: str) -> str:
+        bare = token.strip(AROUND)
+        return plurals.get(bare, bare)
+
+    phrases = {tuple(map(normal, phrase)): word for phrase, word in phrases.items()}
     colours = Colours(**{name: frozenset(found) for name, found in table["colours"].items()})
-    return Words(lambda token: plurals.get(bare := token.strip("*_#"), bare), phrases, nodes, colours)
+
+    def hyphenated(words: re.Match[str]) -> str:
+        phrase = tuple(normal(word.lower()) for word in words.groups())
+        return "-".join(words.groups()) if phrase in phrases else words[0]
+
+    def spaced(text: str) -> str:
+        return DASHED.sub(hyphenated, APOSTROPHE.sub("'", PARTING.sub(" ", text)))
+
+    return Words(normal, phrases, nodes, colours, HYPHENS, spaced)
 
 
 def original_words(text: str) -> Words:
@@ -230,7 +274,7 @@ def original_words(text: str) -> Words:
     Raises:
         DataError: The text is no such table.
     """
-    lines = [line.strip() for line in text.splitlines()]
+    lines = [line.strip() for line in text.split("\n")]
     rows = [[word.removeprefix(" ") for word in line.split(",")] for line in lines if line]
     if not rows:
         raise DataError("the table of synonyms is empty", "give the original scorer's synonyms.txt")
@@ -268,9 +312,10 @@ def _singular(token: str) -> str:
     return str(singularize(token))
 
 
-def _both_numbers(entry: str) -> tuple[str, str]:
-    singular, _, plural = entry.partition("/")
-    return singular, plural or _plural(singular)
+def _numbers(entry: str) -> list[str]:
+    """The singular, and the plurals that are written out or the regular one."""
+    singular, *plurals = entry.split("/")
+    return [singular, *(plurals or [_plural(singular)])]
 
 
 def _plural(word: str) -> str:

@@ -11,10 +11,10 @@ from typing import Any
 
 from PIL import Image
 
-from vlmfix.answering import Answerer, Question
-from vlmfix.card import device_name, peak_memory, plain, versions, weights_digest
+from vlmfix.answering import Answerer, Outcome, Question
+from vlmfix.card import device_name, model_files, peak_memory, plain, versions, weights_digest
 from vlmfix.decoders import Decoder, parse
-from vlmfix.errors import DataError, UsageError
+from vlmfix.errors import DataError, PassingError, UsageError
 from vlmfix.folder.maps import MapFolder
 from vlmfix.folder.output import OutputFolder, Totals
 from vlmfix.folder.questions import Questions
@@ -31,6 +31,7 @@ class Progress:
         total: Questions altogether: pictures times prompts.
         before: Of these, dealt with by earlier starts.
         done: Dealt with so far, earlier starts included.
+        answered: Answered by this start.
         totals: What the output folder amounts to.
         batch_size: Rows per batch at present.
     """
@@ -38,8 +39,14 @@ class Progress:
     total: int
     before: int
     done: int
+    answered: int
     totals: Totals
     batch_size: int
+
+    @property
+    def in_vain(self) -> bool:
+        """Whether every question of this start failed, or no question of the folder has ever been answered."""
+        return self.totals.answers == 0 or (self.done > self.before and self.answered == 0)
 
 
 @dataclass(frozen=True)
@@ -86,6 +93,7 @@ def run(
         DataError: The pictures' folder or ``out`` cannot be used.
         UnsupportedModelError: The model cannot be used.
         SystematicError: Every question fails; nothing is noted about those that failed in the end.
+        PassingError: Trouble of the machine left questions open, which the next start asks; nothing is noted of them.
     """
     if not pictures.exists():
         raise UsageError(f"there is no {pictures}", "give a picture, or a folder with pictures")
@@ -103,10 +111,10 @@ def run(
     with ExitStack() as opened:
         known = _known_settings(pictures, questions, settings, decoder)
         output = opened.enter_context(OutputFolder(out, known, retry_failed=retry_failed))
-        maps = None if save_maps is None else opened.enter_context(MapFolder(save_maps))
+        maps = None if save_maps is None else opened.enter_context(MapFolder(save_maps, known))
         job = _Job(files, questions, output, maps, report)
         if job.left():
-            vlm = loader(settings.model, revision=settings.revision, device=settings.device, dtype=settings.dtype)
+            vlm = loader(settings.model, **settings.loading())
             job.work(vlm, decoder, settings, batch_size)
         else:
             output.conclude()
@@ -149,6 +157,8 @@ class _Job:
         self._maps = maps
         self._report = report
         self._batch_size = 1
+        self._answered = 0
+        self._open: list[tuple[str, PassingError]] = []
         self._paths = {file.name: file.path for file in files if not file.problem}
         self._shown: dict[str, Image.Image] = {}
         self._total = sum(len(questions.about_picture(file.name)) for file in files)
@@ -165,17 +175,18 @@ class _Job:
         return sum(len(self._open_prompts(file.name)) for file in self._files)
 
     def progress(self) -> Progress:
-        return Progress(self._total, self._before, self._done, self._output.totals, self._batch_size)
+        return Progress(self._total, self._before, self._done, self._answered, self._output.totals, self._batch_size)
 
     def work(self, vlm: VLM, decoder: Decoder, settings: Settings, batch_size: int | None) -> None:
         """Deals with everything that is left."""
         self._vlm = vlm
         answerer = Answerer(vlm, decoder, settings, batch_size)
         self._batch_size = answerer.rows
-        weights = weights_digest(settings.model, vlm.revision)
         self._output.begin(
             {
-                "weights": weights,
+                "weights": weights_digest(settings.model, vlm.revision),
+                "files": model_files(settings.model, vlm.revision),
+                "checkpoint": vlm.reading,
                 "commit": vlm.revision,
                 "dtype": str(vlm.model.dtype).removeprefix("torch."),
                 "decoder_facts": decoder.facts(vlm),
@@ -195,26 +206,39 @@ class _Job:
                     for sample, outcome in settled:
                         self._write(sample, outcome)
                     self._batch_size = answerer.rows
-                    self._step(len(settled))
-            finished = True
+                    self._step(sum(not isinstance(outcome, PassingError) for _, outcome in settled))
+            finished = not self._open
         finally:
             self._output.save(finished=finished, peak_memory=peak_memory(vlm.device))
+        if self._open:
+            image, trouble = self._open[0]
+            raise PassingError(
+                f"{len(self._open)} questions are left open, the first about {image}: {trouble.message}",
+                f"the same command asks them again; {trouble.hint}",
+            )
 
     def _batches(
-        self, pictures: Iterable[tuple[Found, Picture | DataError]], answerer: Answerer
-    ) -> Iterator[list[tuple[_Sample, Question]]]:
+        self, pictures: Iterable[tuple[Found, Picture | DataError | PassingError]], answerer: Answerer
+    ) -> Iterator[list[tuple[_Sample, Question | PassingError]]]:
         samples = self._samples(pictures)
         while batch := list(itertools.islice(samples, answerer.rows)):
             # kept apart from the samples, which wait with their failures where the pictures would fill the memory
-            self._shown = {sample.image: picture for sample, picture in batch}
-            yield [(sample, Question(picture, sample.prompt)) for sample, picture in batch]
+            self._shown = {sample.image: shown for sample, shown in batch if not isinstance(shown, PassingError)}
+            yield [
+                (sample, shown if isinstance(shown, PassingError) else Question(shown, sample.prompt))
+                for sample, shown in batch
+            ]
 
-    def _samples(self, pictures: Iterable[tuple[Found, Picture | DataError]]) -> Iterator[tuple[_Sample, Image.Image]]:
+    def _samples(
+        self, pictures: Iterable[tuple[Found, Picture | DataError | PassingError]]
+    ) -> Iterator[tuple[_Sample, Image.Image | PassingError]]:
         for file, picture in pictures:
             prompts = self._open_prompts(file.name)
             if isinstance(picture, DataError):
                 self._output.fail(file.name, str(picture))
                 self._step(len(prompts))
+            elif isinstance(picture, PassingError):
+                yield from ((_Sample(file.name, "", prompt), picture) for prompt in prompts)
             else:
                 yield from ((_Sample(file.name, picture.sha256, prompt), picture.image) for prompt in prompts)
 
@@ -224,7 +248,7 @@ class _Job:
             if image in self._paths:
                 try:
                     return Question(open_picture(self._paths[image]).image, prompt)
-                except DataError:  # broken since it was answered
+                except (DataError, PassingError):  # broken since it was answered, or not to be had now
                     continue
         return None
 
@@ -234,13 +258,17 @@ class _Job:
             self._output.save(finished=False, peak_memory=peak_memory(self._vlm.device))
         self._report(self.progress())
 
-    def _write(self, sample: _Sample, outcome: Answer | str) -> None:
+    def _write(self, sample: _Sample, outcome: Outcome) -> None:
+        if isinstance(outcome, PassingError):
+            self._open.append((sample.image, outcome))
+            return
         if isinstance(outcome, str):
             self._output.fail(sample.image, outcome, prompt=sample.prompt)
             return
         if self._maps is not None and outcome.refined is not None:
             self._maps.save(sample.image, self._shown[sample.image], sample.prompt, outcome.refined)
         self._output.answer(_record(sample, outcome))
+        self._answered += 1
 
 
 def _record(sample: _Sample, answer: Answer) -> dict[str, Any]:

@@ -10,10 +10,24 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Self
 
-from vlmfix.errors import DataError, UsageError
+from vlmfix.card import refuse_older_card
+from vlmfix.errors import UsageError
+from vlmfix.files import make_folder, remove_drafts
 from vlmfix.records import JsonLines, read_json, refuse_other, replace_json
+from vlmfix.shapes import COUNT, DURATION, FLAG, OBJECT, TEXT, fields, list_of
 
 ANSWERS, FAILED, CARD = "answers.jsonl", "failed.jsonl", "run.json"
+ANSWER = fields({"image": TEXT, "prompt": TEXT, "answer": TEXT, "tokens": COUNT, "seconds": DURATION})
+FAILURE = fields({"image": TEXT, "reason": TEXT}, {"prompt": TEXT})
+RUN = fields(
+    {
+        "settings": OBJECT,
+        "started": TEXT,
+        "finished": FLAG,
+        "sessions": list_of(fields({"peak_memory": COUNT}), least=1),
+    }
+)
+"""What the files of a run must hold for it to be gone on with."""
 
 CARD_SECONDS = 30.0
 """The run card is at most this old while the run goes on."""
@@ -55,35 +69,29 @@ class OutputFolder:
         """(image, prompt) pairs that have an answer or failed."""
         self.unreadable: set[str] = set()
         """Pictures that could not be opened."""
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise DataError(f"cannot make the folder {folder}: {error.strerror}", "choose another --out") from error
+        make_folder(folder)
         with ExitStack() as opened:
-            self._answers = opened.enter_context(JsonLines(folder / ANSWERS))
-            self._failed = opened.enter_context(JsonLines(folder / FAILED))
+            self._answers = opened.enter_context(JsonLines(folder / ANSWERS, ANSWER))
+            self._failed = opened.enter_context(JsonLines(folder / FAILED, FAILURE))
+            self._card = self._card_of(settings)  # nothing is changed before the card has shown whose the folder is
             self._read_back()
-            self._card = self._card_of(settings)
+            self._answers.claim()
+            self._failed.claim()
+            remove_drafts(folder, CARD)
             self._files = opened.pop_all()
         self._saved = 0.0
 
     def _read_back(self) -> None:
-        try:
-            for record in self._answers:
-                self._count(record)
-            for record in self._failed:
-                if self._retry_failed:
-                    continue
-                self.totals.failed += 1
-                if "prompt" in record:
-                    self.done.add((record["image"], record["prompt"]))
-                else:
-                    self.unreadable.add(record["image"])
-        except KeyError as error:
-            raise DataError(
-                f"{self.folder} holds lines without the field {error}",
-                "they are not a run's; choose another --out",
-            ) from error
+        for record in self._answers:
+            self._count(record)
+        for record in self._failed:
+            if self._retry_failed:
+                continue
+            self.totals.failed += 1
+            if "prompt" in record:
+                self.done.add((record["image"], record["prompt"]))
+            else:
+                self.unreadable.add(record["image"])
 
     def _count(self, record: Mapping[str, Any]) -> None:
         self.done.add((record["image"], record["prompt"]))
@@ -94,10 +102,10 @@ class OutputFolder:
     def _card_of(self, settings: Mapping[str, Any]) -> dict[str, Any]:
         path = self.folder / CARD
         if path.exists():
-            card = read_json(path)
+            card = read_json(path, RUN)
             refuse_other(self.folder, path, card["settings"], settings)
             return card
-        if any(file.path.stat().st_size for file in (self._answers, self._failed)):
+        if not (self._answers.is_empty and self._failed.is_empty):
             raise UsageError(f"{self.folder} holds answers but no {CARD}", "choose another --out")
         return {"settings": dict(settings), "started": _now(), "sessions": []}
 
@@ -111,6 +119,8 @@ class OutputFolder:
         Raises:
             UsageError: The folder's answers were made with other weights, another precision or another profile.
         """
+        if self._card["sessions"]:
+            refuse_older_card(self.folder, self._card["settings"])
         known = {name: value for name, value in self._card["settings"].items() if name in settings}
         refuse_other(self.folder, self.folder / CARD, known, {name: settings[name] for name in known})
         if not self._card["sessions"]:  # what an earlier start did not note cannot be known of its answers

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Self
 
 from vlmfix.errors import UsageError
+from vlmfix.parsing import UnreadableError, some, text_of
 
 DESCRIBE = "Please describe this image in detail."
 """Asked when nothing else is."""
@@ -87,10 +88,8 @@ class Questions:
         """
         missing = sorted(set(self.named).difference(names))
         if missing:
-            more = f" and {len(missing) - SHOWN} more" if len(missing) > SHOWN else ""
             raise UsageError(
-                f"the prompts name {len(missing)} pictures that are not in the folder: "
-                f"{', '.join(missing[:SHOWN])}{more}",
+                f"the prompts name {len(missing)} pictures that are not in the folder: {some(missing, shown=SHOWN)}",
                 "write each path relative to the folder, with forward slashes",
             )
 
@@ -99,22 +98,22 @@ def _read(path: Path) -> tuple[list[tuple[int, str, str]], str]:
     """(line, image or "", prompt) of each row, and the digest of the file."""
     try:
         raw = path.read_bytes()
-        text = raw.decode("utf-8-sig")
+        text = text_of(raw)
     except OSError as error:
         raise UsageError(f"cannot read {path}: {error.strerror}", "give a CSV file") from error
-    except UnicodeDecodeError as error:
-        raise UsageError(f"{path} is not UTF-8 text: {error.reason}", "save it as CSV in UTF-8") from error
+    except UnreadableError as error:
+        raise UsageError(f"{path}, line {error.line} {error.problem}", "save it as CSV in UTF-8") from error
     reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
     try:
         columns = reader.fieldnames or []
         if sorted(columns) not in (["prompt"], ["image", "prompt"]):
             raise UsageError(
-                f"{path} has the columns {', '.join(columns) or '(none)'}",
+                f"{path} has the columns {some(columns) or '(none)'}",
                 "the first line must be prompt or image,prompt",
             )
         rows = [_row(path, reader.line_num, row, "image" in columns) for row in reader]
     except csv.Error as error:
-        raise UsageError(f"{path}, line {reader.line_num}: {error}", "write it as standard CSV") from error
+        raise UsageError(f"{path}, line {reader.reader.line_num}: {error}", "write it as standard CSV") from error
     if not rows:
         raise UsageError(f"{path} has no prompt", "write one prompt per line under the header")
     return rows, hashlib.sha256(raw).hexdigest()

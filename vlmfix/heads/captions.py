@@ -12,10 +12,13 @@ from typing import Any
 import torch
 from transformers import DynamicCache
 
+from vlmfix.attention.windows import check_windows
 from vlmfix.errors import DataError
 from vlmfix.heads.last_step import LastStep
 from vlmfix.heads.profiler import Work
 from vlmfix.heads.wording import decoded
+from vlmfix.models.context import room_for_answers
+from vlmfix.upstream import defaults
 from vlmfix.upstream.cache import handed_over
 from vlmfix.upstream.text import TextInputs, watched
 
@@ -81,28 +84,27 @@ def tell(work: Work, longest: int) -> Told:
     Args:
         work: The batch.
         longest: Longest answer in tokens, at least 1.
+
+    Raises:
+        DataError: Prompt and answer may be longer than the model's context, or than a sliding window.
     """
     model: Any = work.vlm.model
+    room_for_answers(work.vlm, work.batch.lengths, wanted=longest)
+    check_windows(work.vlm, range(work.layers), work.batch.length, longest)
     cache = DynamicCache()
     steps: list[TextInputs] = []
 
     def remember(inputs: TextInputs) -> None:
         steps.append(inputs.last())  # not the whole prompt
 
-    with watched(work.vlm.family.decoder(model), remember):
+    with watched(work.vlm.family.decoder(model), remember), defaults.undisturbed(model):
         sequences = model.generate(
             **work.batch,
             **handed_over(model, cache),
             max_new_tokens=longest,
-            do_sample=False,
-            num_beams=1,
-            temperature=None,
-            top_p=None,
-            top_k=None,
             disable_compile=True,
         )
-    ends = model.generation_config.eos_token_id
-    ends = [] if ends is None else [ends] if isinstance(ends, int) else list(ends)
+    ends = defaults.ends(model)
     answers = sequences[:, work.batch.length :].tolist()
     lengths = [next((n + 1 for n, token in enumerate(row) if token in ends), len(row)) for row in answers]
     tokens = tuple(tuple(row[:length]) for row, length in zip(answers, lengths, strict=True))

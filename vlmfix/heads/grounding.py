@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,12 +13,15 @@ from torch import Tensor
 from torch.nn.functional import pad
 from transformers import PreTrainedModel
 
+from vlmfix.asked import pictures_of, questions_of
 from vlmfix.attention.edit import LayerSet
 from vlmfix.attention.saliency import mean_over, saliency_steps
 from vlmfix.errors import DataError
 from vlmfix.models.checkpoint import Checkpoint
+from vlmfix.models.context import room_for_answers
 from vlmfix.models.layout import ImageLayout
 from vlmfix.models.turns import turn_of
+from vlmfix.upstream.defaults import undisturbed
 from vlmfix.upstream.steps import handed
 
 
@@ -80,26 +84,25 @@ def grounding(
 
     Raises:
         DataError: The numbers of pictures, prompts and answers differ, an answer is empty or a token is none of the
-            model's.
+            model's, or prompt and answer are longer than the model's context or than a sliding window of ``layers``.
         IncompatibleDecodersError: The prompt fills a sliding window.
         UnsupportedAttentionError: The model's attention is not plain softmax attention, or has none of ``layers``.
     """
-    shown = [[one] if isinstance(one, Image.Image) else list(one) for one in pictures]
-    asked = [prompts] * len(shown) if isinstance(prompts, str) else list(prompts)
-    if len(asked) != len(shown) or len(answers) != len(shown):
-        raise DataError(
-            f"{len(shown)} pictures, {len(asked)} prompts and {len(answers)} answers", "give one answer per picture"
-        )
+    shown = pictures_of(pictures)
+    asked = questions_of(prompts, len(shown))
+    if isinstance(answers, str) or len(answers) != len(shown):
+        given = "one text as" if isinstance(answers, str) else f"{len(answers)}"
+        raise DataError(f"{len(shown)} pictures and {given} answers", "give a list with one answer per picture")
     ids = [_ids(vlm, answer, number) for number, answer in enumerate(answers)]
     batch = vlm.encode(asked, shown)
     layout = vlm.layout(batch)
     chosen = LayerSet(layers) if isinstance(layers, str) else layers
     replay = Replay(vlm=vlm, layout=layout, layers=chosen, answers=ids)
     model: Any = vlm.model
-    plain = {"do_sample": False, "num_beams": 1, "temperature": None, "top_p": None, "top_k": None}
-    options = {"max_new_tokens": max(map(len, ids)), "disable_compile": True, **plain}
-    with turn_of(model).taken():
-        model.generate(**batch, **options, custom_generate=replay)
+    for length, own in zip(batch.lengths, ids, strict=True):
+        room_for_answers(vlm, length[None], wanted=len(own))
+    with turn_of(model).taken(), undisturbed(model):
+        model.generate(**batch, max_new_tokens=max(map(len, ids)), disable_compile=True, custom_generate=replay)
     return [_grounding(vlm, layout, ids[row], row, torch.stack(replay.rows[row])) for row in range(len(ids))]
 
 
@@ -130,7 +133,7 @@ class Replay:
         tokens = tokens.to(input_ids.device)  # (B, longest)
         total = input_ids.shape[1] + longest - 1
         self.rows = [[] for _ in lengths]
-        with saliency_steps(self.vlm, self.layout, self.layers, input_ids, kwargs) as steps:
+        with saliency_steps(self.vlm, self.layout, self.layers, input_ids, kwargs, answer=longest) as steps:
             for place in range(longest):
                 steps.advance(input_ids)
                 running = torch.tensor([place < length for length in lengths], device=input_ids.device)
@@ -168,8 +171,14 @@ def _grounding(vlm: Checkpoint, layout: ImageLayout, ids: Sequence[int], row: in
 def _ids(vlm: Checkpoint, answer: str | Sequence[int], number: int) -> list[int]:
     if isinstance(answer, str):
         answer = vlm.processor.tokenizer(answer, add_special_tokens=False)["input_ids"]
-    ids = [int(token) for token in answer]
     size = vlm.model.config.get_text_config().vocab_size
+    try:
+        given: Any = answer
+        ids = [operator.index(token) for token in given]
+    except TypeError as error:
+        raise DataError(
+            f"answer {number} is neither text nor token ids: {error}", "give Answer.ids or a text"
+        ) from error
     if not ids or not all(0 <= token < size for token in ids):
         raise DataError(
             f"answer {number} has the tokens {ids[:10]}", f"an answer has one token at least, each in [0, {size})"

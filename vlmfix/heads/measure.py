@@ -13,6 +13,7 @@ from itertools import islice
 from PIL import Image
 
 import vlmfix
+from vlmfix.asked import pictures_of, whole
 from vlmfix.attention.session import bare
 from vlmfix.errors import DataError, UsageError
 from vlmfix.heads.moments import LOOK_EVERY, STABLE, Halves, Tally
@@ -20,6 +21,7 @@ from vlmfix.heads.profile import HeadProfile, ProfileCard, fingerprint
 from vlmfix.heads.profiler import Profiler, State, Work, run_pass
 from vlmfix.heads.profilers import profilers_of
 from vlmfix.models.checkpoint import Checkpoint
+from vlmfix.models.context import room_for_answers
 from vlmfix.models.turns import turn_of
 
 QUESTION = "Please describe this image in detail."
@@ -62,11 +64,13 @@ def profile(
         UnsupportedModelError: The model lacks what a profiler measures.
         DataError: There is no picture, or none of which a profiler can say something.
     """
-    if batch_size < 1 or seed < 0 or not question.strip():
-        given = f"batch_size={batch_size}, seed={seed}, question={question!r}"
-        raise UsageError(f"{given} are not allowed", "batch_size is at least 1, seed at least 0, question has words")
+    batch_size, seed = whole("batch_size", batch_size, 1), whole("seed", seed, 0, 2**63 - 1)
+    if not isinstance(question, str) or not question.strip():
+        raise UsageError(f"question={question!r} is not allowed", "a question is a text that has words")
+    if isinstance(profilers, str):
+        raise UsageError(f"profilers is the text {profilers!r}", f"give a list: [{profilers!r}]")
     chosen = profilers_of(profilers)
-    with bare(vlm):
+    with bare(vlm), turn_of(vlm.model).guarded(vlm.family.decoder(vlm.model)):
         run = _Run(vlm, chosen, question, seed)
         for batch in _batches(pictures, batch_size):
             run.add(batch)
@@ -95,11 +99,13 @@ class _Run:
         """Shows a batch of pictures to every profiler."""
         vlm = self._vlm
         batch = vlm.encode([self._question] * len(pictures), [[picture] for picture in pictures])
+        room_for_answers(vlm, batch.lengths)
+        if bool((batch["input_ids"][:, -1] == vlm.family.image_token(vlm.model.config)).any()):
+            raise DataError("the prompt ends with a picture", "use a chat template that puts the question behind it")
         work = Work(vlm, batch, vlm.layout(batch), first=self.shown, seed=self._seed)
-        with turn_of(vlm.model).taken():
-            ran = run_pass(work, self._states)
-            for number, state in enumerate(self._states):
-                self._halves[number] = self._halves[number].added(state.scores(work, ran))
+        ran = run_pass(work, self._states)
+        for number, state in enumerate(self._states):
+            self._halves[number] = self._halves[number].added(state.scores(work, ran))
         for picture in pictures:
             self._digest.update(f"{picture.mode} {picture.size}".encode() + picture.tobytes())
         before, self.shown = self.shown, self.shown + len(pictures)
@@ -154,6 +160,14 @@ def _reliable(halves: Halves[Tally]) -> bool:
 
 
 def _batches(pictures: Iterable[Image.Image], size: int) -> Iterator[list[Image.Image]]:
-    rest = iter(pictures)
+    """Pictures, a few at a time; they may come from anything to go through, and be more than memory holds."""
+    one = isinstance(pictures, Image.Image | str | bytes) or hasattr(pictures, "shape")
+    if one or not isinstance(pictures, Iterable):
+        pictures_of(pictures)  # says what is wrong
+    rest, shown = iter(pictures), 0
     while batch := list(islice(rest, size)):
-        yield batch
+        rows = pictures_of(batch, first=shown)
+        if many := [place for place, row in enumerate(rows, shown) if len(row) != 1]:
+            raise DataError(f"pictures[{many[0]}] is a list", "profilers are shown one picture at a time")
+        yield [picture for (picture,) in rows]
+        shown += len(batch)

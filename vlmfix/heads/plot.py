@@ -10,9 +10,10 @@ from matplotlib.colors import CenteredNorm, Normalize
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from vlmfix.errors import DataError
+from vlmfix.figures import literally, write
 from vlmfix.heads.profile import HeadProfile
 from vlmfix.heads.profilers import PROFILERS
+from vlmfix.parsing import escaped
 
 PANEL, DPI = 4.6, 130
 """Inches of a panel's side, and dots per inch."""
@@ -20,6 +21,7 @@ ACROSS = 3
 """Panels side by side."""
 
 
+@literally()
 def draw(profiles: Sequence[HeadProfile], path: Path) -> None:
     """Draws one map per profile: a cell per head, layers from the bottom up, with a colour bar of its own.
 
@@ -41,11 +43,9 @@ def draw(profiles: Sequence[HeadProfile], path: Path) -> None:
     for axis in axes[len(profiles) :]:
         axis.set_visible(False)
     first = profiles[0].card
-    figure.suptitle(f"{first.model or first.model_type}: {first.layers} layers of {first.heads} heads", fontsize=11)
-    try:
-        figure.savefig(path)
-    except (OSError, ValueError) as error:
-        raise DataError(f"cannot write {path}: {error}", "choose another file; PNG, PDF and SVG are written") from error
+    model = escaped(first.model or first.model_type)
+    figure.suptitle(f"{model}: {first.layers} layers of {first.heads} heads", fontsize=11)
+    write(figure, path)
 
 
 def _map(figure: Figure, axis: Axes, profile: HeadProfile) -> None:
@@ -56,7 +56,7 @@ def _map(figure: Figure, axis: Axes, profile: HeadProfile) -> None:
         scores, origin="lower", aspect="auto", interpolation="nearest", cmap="RdBu_r" if signed else "YlGnBu", norm=norm
     )
     known = PROFILERS.get(card.profiler)
-    axis.set_title(f"{card.profiler}, {card.pictures} pictures", fontsize=10)
+    axis.set_title(f"{escaped(card.profiler)}, {card.pictures} pictures", fontsize=10)
     axis.set_xlabel("head", fontsize=9)
     axis.set_ylabel("layer", fontsize=9)
     for side in (axis.xaxis, axis.yaxis):

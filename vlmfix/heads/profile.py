@@ -5,10 +5,9 @@ Shape letters (``docs/notation.md``): L layers, H query heads.
 
 from __future__ import annotations
 
-import json
-import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
+from dataclasses import fields as fields_of
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +17,16 @@ from safetensors.torch import save
 from torch import Tensor
 
 from vlmfix.errors import DataError, ProfileMismatchError, UsageError
+from vlmfix.files import replacing
 from vlmfix.models.checkpoint import Checkpoint
-from vlmfix.records import to_json
+from vlmfix.records import parse_json, to_json
+from vlmfix.shapes import FLAG, NUMBER, OBJECT, SEED, SIZE, TEXT, fault, fields, mapping_of
+from vlmfix.upstream.wrappers import present
 
 KEY, FORMAT, VERSION = "vlmfix", "head-profiles", 1
 """The metadata entry of a file that holds the cards, and what it says about itself."""
+FINGERPRINT = "fingerprint"
+HINT = "give a file that vlmfix profile wrote"
 MATRICES, ENTRIES = 32, 8
 """Weight matrices, and entries of each, that a model is told apart by."""
 TOLERANCE = 0.01
@@ -67,6 +71,29 @@ class ProfileCard:
     reliability: float | None
     stable: bool
     versions: Mapping[str, str]
+
+
+CARD_FIELDS = {known.name for known in fields_of(ProfileCard)}
+CARD = fields(
+    {
+        "profiler": TEXT,
+        "parameters": OBJECT,
+        "model": TEXT,
+        "revision": TEXT.or_null(),
+        "model_type": TEXT,
+        "dtype": TEXT,
+        "layers": SIZE,
+        "heads": SIZE,
+        "question": TEXT,
+        "pictures": SIZE,
+        "data": TEXT,
+        "seed": SEED,
+        "reliability": NUMBER.or_null(),
+        "stable": FLAG,
+        "versions": mapping_of(TEXT),
+    }
+)
+"""What a card in a file must say."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -160,58 +187,133 @@ def save_profiles(profiles: Mapping[str, HeadProfile], path: Path) -> None:
 
     Raises:
         UsageError: There is no profile, or they are of different models.
-        DataError: The file cannot be written.
+        DataError: The file cannot be written, or holds something else than profiles.
     """
     every = list(profiles.values())
     if not every or not all(torch.equal(part.fingerprint, every[0].fingerprint) for part in every):
         raise UsageError(f"{len(every)} profiles cannot share a file", "give profiles of one model")
-    tensors = {"fingerprint": every[0].fingerprint}
+    tensors = {FINGERPRINT: every[0].fingerprint}
     for name, part in profiles.items():
         tensors |= {f"{name}/scores": part.scores, f"{name}/stderr": part.stderr}
         tensors |= {f"{name}/details/{key}": value for key, value in part.details.items()}
     cards = {name: asdict(part.card) for name, part in profiles.items()}
     about = to_json({"format": FORMAT, "version": VERSION, "profiles": cards})
     content = save({key: value.contiguous() for key, value in tensors.items()}, metadata={KEY: about})
-    draft = path.with_name(f".{path.name}.new")
-    try:
-        draft.write_bytes(content)
-        os.replace(draft, path)
-    except OSError as error:
-        raise DataError(f"cannot write {path}: {error.strerror}", "choose another file") from error
+    refuse_foreign(path)
+    with replacing(path) as file:
+        file.write(content)
 
 
 def load_profiles(path: Path) -> dict[str, HeadProfile]:
     """Reads all profiles of a file, by profiler.
 
     Raises:
-        DataError: The file cannot be read, or is no profile.
+        DataError: The file cannot be read, is no profile, or was damaged: a card or a tensor is not what it should be.
     """
-    hint = "give a file that vlmfix profile wrote"
+    about, tensors = _read(path)
+    cards = about["profiles"]
+    owners = {key.split("/")[0] for key in tensors} - {FINGERPRINT}
+    if strange := sorted(owners - cards.keys()):
+        raise _damaged(path, f"it holds tensors of {', '.join(strange)}, and no card of them")
+    found = {name: _profile(path, name, card, tensors) for name, card in cards.items()}
+    if wrong := _wrong(tensors[FINGERPRINT], (tensors[FINGERPRINT].numel(),)):
+        raise _damaged(path, f"{FINGERPRINT} {wrong}")
+    return found
+
+
+def refuse_foreign(path: Path) -> None:
+    """Refuses to write profiles over a file that holds something else.
+
+    Raises:
+        DataError: There is such a file, with content that is not of profiles.
+    """
+    if path.exists() and (not path.is_file() or path.stat().st_size):
+        try:
+            _about(path)
+        except DataError as error:
+            raise DataError(
+                f"{path} is there and holds no profiles", "choose another file, or remove that one"
+            ) from error
+
+
+def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """What a file says of itself, and its tensors."""
+    about = _about(path)
+    if wrong := fault(about, fields({"profiles": mapping_of(CARD)})):
+        raise _damaged(path, f"its card{wrong}")
     try:
         with safe_open(path, framework="pt") as file:
-            about = json.loads((file.metadata() or {}).get(KEY, "{}"))
             tensors = {key: file.get_tensor(key) for key in file.keys()}
-    except OSError as error:
-        raise DataError(f"cannot read {path}: {error.strerror or error}", hint) from error
-    except (SafetensorError, ValueError) as error:
-        raise DataError(f"{path} is no profile: {error}", hint) from error
-    if not isinstance(about, dict) or (about.get("format"), about.get("version")) != (FORMAT, VERSION):
-        raise DataError(f"{path} is no profile of version {VERSION}", hint)
+    except (OSError, SafetensorError) as error:
+        raise DataError(f"cannot read {path}: {error}", HINT) from error
+    if not about["profiles"] or FINGERPRINT not in tensors:
+        raise _damaged(path, f"it holds no profile, or no {FINGERPRINT}")
+    return about, tensors
+
+
+def _about(path: Path) -> dict[str, Any]:
+    """What a file of profiles says of itself.
+
+    Raises:
+        DataError: The file cannot be read, or is no file of profiles.
+    """
+    if path.exists() and not path.is_file():
+        raise DataError(f"cannot read {path}: it is not a file", HINT)
     try:
-        return {name: _profile(name, card, tensors) for name, card in about["profiles"].items()}
-    except (KeyError, TypeError, AttributeError) as error:
-        raise DataError(f"{path} is damaged: {error}", "measure the profile again") from error
+        with safe_open(path, framework="pt") as file:
+            about = parse_json((file.metadata() or {}).get(KEY, "{}"))
+    except OSError as error:
+        raise DataError(f"cannot read {path}: {error.strerror or error}", HINT) from error
+    except (SafetensorError, ValueError) as error:
+        raise DataError(f"{path} is no profile: {error}", HINT) from error
+    if not isinstance(about, dict) or (about.get("format"), about.get("version")) != (FORMAT, VERSION):
+        raise DataError(f"{path} is no profile of version {VERSION}", HINT)
+    return about
 
 
-def _profile(name: str, card: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> HeadProfile:
-    start = f"{name}/details/"
+def _profile(path: Path, name: str, card: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> HeadProfile:
+    if (strange := sorted(card.keys() - CARD_FIELDS)) or card["profiler"] != name:
+        about = f"has {', '.join(strange)} besides" if strange else f"is of {card['profiler']}"
+        raise _damaged(path, f"the card of {name} {about}")
+    shape = (card["layers"], card["heads"])
+    needed, start = (f"{name}/scores", f"{name}/stderr"), f"{name}/details/"
+    details = {key: tensor for key, tensor in tensors.items() if key.startswith(start)}
+    for key in needed:
+        if key not in tensors:
+            raise _damaged(path, f"it has no {key}")
+    if strange := sorted({key for key in tensors if key.startswith(f"{name}/")} - details.keys() - {*needed}):
+        raise _damaged(path, f"it holds {', '.join(strange)}, which is nothing of a profile")
+    scores, stderr = (tensors[key] for key in needed)
+    unknown = card["pictures"] == 1  # one picture has no standard error
+    if wrong := _wrong(scores, shape):
+        raise _damaged(path, f"{needed[0]} {wrong}")
+    if wrong := _wrong(stderr.nan_to_num() if unknown and stderr.is_floating_point() else stderr, shape):
+        raise _damaged(path, f"{needed[1]} {wrong}")
+    if bool((stderr < 0).any()):
+        raise _damaged(path, f"{needed[1]} holds numbers below 0")
+    for key, tensor in details.items():
+        if not tensor.is_floating_point() or bool(tensor.isinf().any()):
+            raise _damaged(path, f"{key} holds other values than numbers")
     return HeadProfile(
-        scores=tensors[f"{name}/scores"],
-        stderr=tensors[f"{name}/stderr"],
+        scores=scores,
+        stderr=stderr,
         card=ProfileCard(**card),
-        fingerprint=tensors["fingerprint"],
-        details={key.removeprefix(start): value for key, value in tensors.items() if key.startswith(start)},
+        fingerprint=tensors[FINGERPRINT],
+        details={key.removeprefix(start): value for key, value in details.items()},
     )
+
+
+def _wrong(tensor: Tensor, shape: tuple[int, ...]) -> str | None:
+    """What is wrong with a tensor that should hold finite float32 numbers in some shape."""
+    if tensor.dtype != torch.float32:
+        return f"is of {str(tensor.dtype).removeprefix('torch.')}, not float32"
+    if tuple(tensor.shape) != shape or not tensor.numel():
+        return f"has the shape {tuple(tensor.shape)}, not {shape}"
+    return None if bool(tensor.isfinite().all()) else "holds values that are no numbers"
+
+
+def _damaged(path: Path, why: str) -> DataError:
+    return DataError(f"{path} is damaged: {why}", "measure the profile again")
 
 
 def fingerprint(vlm: Checkpoint) -> Tensor:
@@ -220,9 +322,19 @@ def fingerprint(vlm: Checkpoint) -> Tensor:
     Returns:
         (n,) float32 on the CPU, at most ``MATRICES * ENTRIES`` entries of matrices spread over the decoder.
     """
-    matrices = [weight for weight in vlm.family.decoder(vlm.model).parameters() if weight.dim() > 1]
-    chosen = [matrices[number * len(matrices) // MATRICES] for number in range(min(MATRICES, len(matrices)))]
-    entries = [matrix.detach().flatten()[_places(matrix.numel(), matrix.device)].float().cpu() for matrix in chosen]
+    matrices = [
+        (module, name)
+        for module in vlm.family.decoder(vlm.model).modules()
+        for name, weight in module.named_parameters(recurse=False)
+        if weight.dim() > 1
+    ]
+    step = max(1, len(matrices) // MATRICES)
+    # Without the shift, a decoder of 32 layers would show the same matrix of each, and no other could tell two apart.
+    places = [number * len(matrices) // MATRICES + number % step for number in range(min(MATRICES, len(matrices)))]
+    entries: list[Tensor] = []
+    for module, name in (matrices[place] for place in places):
+        with present(module, name) as matrix:
+            entries.append(matrix.detach().flatten()[_places(matrix.numel(), matrix.device)].float().cpu())
     return torch.cat(entries)
 
 

@@ -7,7 +7,7 @@ Source: Kang et al., "See What You Are Told: Visual Attention Sink in Large Mult
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from weakref import WeakKeyDictionary
@@ -20,6 +20,7 @@ from vlmfix.attention.edit import Site, WeightEdit
 from vlmfix.attention.session import bare, edited
 from vlmfix.models.checkpoint import Checkpoint
 from vlmfix.models.layout import Batch
+from vlmfix.upstream.wrappers import weights_of
 
 TABLE: dict[tuple[str, int, int, int], tuple[int, ...]] = {
     ("llama", 4096, 32, 32): (1415, 2533),
@@ -107,11 +108,11 @@ class _FirstMass(WeightEdit):
         return weights
 
 
-_MASSES: WeakKeyDictionary[nn.Module, Tensor] = WeakKeyDictionary()
+_MASSES: WeakKeyDictionary[nn.Module, dict[Hashable, Tensor]] = WeakKeyDictionary()
 
 
 def first_token_mass(vlm: Checkpoint) -> Tensor:
-    """How much attention each head gives to the first token, by a probe of 8 short prompts, once per model.
+    """How much attention each head gives to the first token, by a probe of 8 short prompts, once per model and weights.
 
     Returns:
         (L, H) float32 on the CPU, in [0, 1]: mean over the prompt's text rows behind the picture.
@@ -119,15 +120,17 @@ def first_token_mass(vlm: Checkpoint) -> Tensor:
     Raises:
         UnsupportedAttentionError: The model's attention is not plain softmax attention.
     """
-    if vlm.model not in _MASSES:
+    found = _MASSES.setdefault(vlm.family.decoder(vlm.model), {})
+    weights = weights_of(vlm.model)
+    if weights not in found:
         probe = _FirstMass()
         for number, question in enumerate(QUESTIONS):
             batch = vlm.encode([question], [[random_picture(number)]])
             with torch.no_grad(), bare(vlm), edited(vlm, vlm.layout(batch), (probe,)):
                 vlm.model(**batch)
         layers = [torch.stack(probe.found[layer]).mean(dim=0) for layer in sorted(probe.found)]
-        _MASSES[vlm.model] = torch.stack(layers).float().cpu()
-    return _MASSES[vlm.model]
+        found[weights] = torch.stack(layers).float().cpu()
+    return found[weights]
 
 
 def tabulated_sinks(vlm: Checkpoint) -> tuple[int, ...]:
@@ -137,11 +140,11 @@ def tabulated_sinks(vlm: Checkpoint) -> tuple[int, ...]:
     return TABLE.get(key, ())
 
 
-_REPORTS: WeakKeyDictionary[nn.Module, dict[float, SinkReport]] = WeakKeyDictionary()
+_REPORTS: WeakKeyDictionary[nn.Module, dict[Hashable, SinkReport]] = WeakKeyDictionary()
 
 
 def find_sinks(vlm: Checkpoint, *, threshold: float) -> SinkReport:
-    """Finds a model's sink dimensions by a probe of 16 short prompts, once per model.
+    """Finds a model's sink dimensions by a probe of 16 short prompts, once per model and weights.
 
     The probe compares the first token with all others in layers L/4 to 3L/4: dimensions in which it is massive (see
     ``least_massive``) and the others are not, at most four.
@@ -150,10 +153,11 @@ def find_sinks(vlm: Checkpoint, *, threshold: float) -> SinkReport:
         vlm: The model.
         threshold: tau, for the share of image tokens that count as visual sinks.
     """
-    reports = _REPORTS.setdefault(vlm.model, {})
-    if threshold not in reports:
-        reports[threshold] = _probe(vlm, threshold)
-    return reports[threshold]
+    reports = _REPORTS.setdefault(vlm.family.decoder(vlm.model), {})
+    key = (threshold, weights_of(vlm.model))
+    if key not in reports:
+        reports[key] = _probe(vlm, threshold)
+    return reports[key]
 
 
 def _probe(vlm: Checkpoint, threshold: float) -> SinkReport:
@@ -194,7 +198,7 @@ def random_picture(seed: int) -> Image.Image:
 def _middle_layers(vlm: Checkpoint, batch: Batch) -> Tensor:
     layers = vlm.family.layers(vlm.model)
     middle = range(len(layers) // 4, max(3 * len(layers) // 4, len(layers) // 4 + 1))
-    with _entering([layers[number] for number in middle]) as states:
+    with bare(vlm), _entering([layers[number] for number in middle]) as states:
         vlm.model(**batch)
     stack = torch.stack([state[0].float() for state in states])  # (layers, T, hidden size)
     return stack * (stack.square().mean(dim=-1, keepdim=True) + 1e-6).rsqrt()

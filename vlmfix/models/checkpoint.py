@@ -2,39 +2,45 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
 import torch
 from PIL import Image
-from safetensors import SafetensorError
 from torch import Tensor
-from transformers import (
-    AutoModelForImageTextToText,
-    AutoProcessor,
-    PreTrainedModel,
-    ProcessorMixin,
-)
+from transformers import PreTrainedModel, ProcessorMixin
 
-from vlmfix.errors import DataError, LayoutError, UnsupportedModelError, UsageError
+from vlmfix.asked import pictures_of, questions_of, whole
+from vlmfix.errors import (
+    DataError,
+    LayoutError,
+    SystematicError,
+    UnsupportedModelError,
+    UpstreamError,
+    UsageError,
+    VlmfixError,
+)
+from vlmfix.models import loading
 from vlmfix.models.families import family_of
 from vlmfix.models.family import Family
 from vlmfix.models.layout import Batch, ImageLayout
 from vlmfix.models.repeats import process_once
-from vlmfix.upstream import hub
+from vlmfix.upstream import defaults, features, hub
 from vlmfix.upstream.contracts import check_model
 from vlmfix.upstream.names import PROCESSED
 from vlmfix.upstream.versions import missing
+from vlmfix.upstream.wrappers import device_of
 
 EMBEDDED = {name: Path(__file__).parent.parent / "world" / "assets" / name for name in ("tiny", "tiny-qwen")}
 """Models that come with the package, by name."""
 
-_WHAT_LOADS = "give 'tiny', 'tiny-qwen', a Hub id such as llava-hf/llava-1.5-7b-hf, or a directory with config.json"
-
 HEADS = "heads.safetensors"
 """File in a model's folder that profiles of its heads are looked for in; it holds no weights."""
+
+GROWN = 4
+"""How many times its own pixels make a picture one that grows: a photograph padded to a square is none."""
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -44,11 +50,12 @@ class Checkpoint:
     """A vision-language model as transformers loaded it, with what vlmfix must know about it.
 
     Attributes:
-        model: The stock transformers model, in eval mode.
-        processor: Its processor, unchanged.
+        model: The stock transformers model. While it answers it is in eval mode, whatever it is in between.
+        processor: Its processor, with what ``completed`` says and the limit on pixels that was asked for.
         family: Where its attention and its image tokens are.
         name: What it was loaded by.
         revision: Commit of the Hub snapshot, or None for a local directory.
+        completed: What the checkpoint's files leave out and its other files have: name -> value.
     """
 
     model: PreTrainedModel
@@ -56,9 +63,18 @@ class Checkpoint:
     family: Family
     name: str = ""
     revision: str | None = None
+    completed: Mapping[str, Any] = field(default_factory=dict)
 
     @classmethod
-    def load(cls, model: str | Path, *, revision: str | None = None, device: str = "auto", dtype: str = "auto") -> Self:
+    def load(
+        cls,
+        model: str | Path,
+        *,
+        revision: str | None = None,
+        device: str = "auto",
+        dtype: str = "auto",
+        max_pixels: int | None = None,
+    ) -> Self:
         """Loads a checkpoint through stock transformers classes.
 
         Args:
@@ -67,39 +83,45 @@ class Checkpoint:
             device: ``auto`` (the GPU when there is one), or a torch device such as ``cpu`` or ``cuda:1``.
             dtype: ``auto`` (the checkpoint's own on a GPU, float32 on the CPU), ``float32``, ``bfloat16`` or
                 ``float16``.
+            max_pixels: The most pixels that the processor makes of a picture, for Qwen-VL; None leaves its own limit.
 
         Raises:
             UnsupportedModelError: The model's family is not one that vlmfix knows.
-            DataError: There is no such checkpoint, or it cannot be read.
+            DataError: There is no such checkpoint, a file of it cannot be read, or its files do not fit each other.
+            SystematicError: It cannot take a picture in.
             UpstreamError: The installed transformers hands masks over in an unknown way.
-            UsageError: Unknown device or dtype.
+            UsageError: Unknown device or dtype, or a limit on pixels that the processor does not know or cannot keep.
         """
         path = str(EMBEDDED.get(str(model), model))
         place = _device(device)
         kind = _dtype(dtype, place)
-        try:
-            config = _config(path, revision)
-            family = family_of(str(config["model_type"]))
-            processor = AutoProcessor.from_pretrained(path, revision=revision)
-            loading: Any = AutoModelForImageTextToText.from_pretrained(
-                path, revision=revision, dtype=kind, device_map=place, output_loading_info=True
-            )
-        except (OSError, ValueError, SafetensorError) as error:
-            raise DataError(f"cannot load model {str(model)!r}: {_first_line(error)}", _WHAT_LOADS) from error
-        loaded, report = loading
-        if missing := sorted(report["missing_keys"]):
-            raise DataError(
-                f"model {str(model)!r} lacks {len(missing)} weights, {missing[0]} among them",
-                "download it again; transformers would go on with random numbers instead",
-            )
+        config = loading.configuration(path, revision)
+        family = family_of(str(config["model_type"]))
+        described = loading.described(path, revision, config)
+        processor = limited(family, loading.processor(path, revision), max_pixels)
+        loaded = loading.model(path, revision, described, dtype=kind, place=place).eval()
         check_model(loaded, family.decoder(loaded))
-        commit = hub.commit(path, revision)
-        return cls(model=loaded.eval(), processor=processor, family=family, name=str(model), revision=commit)
+        processor, completed = family.completed(loaded, processor)
+        completed |= completed_tokens(loaded, processor, family.image_token(loaded.config))
+        vlm = cls(
+            model=loaded,
+            processor=processor,
+            family=family,
+            name=str(model),
+            revision=hub.commit(path, revision),
+            completed=completed,
+        )
+        vlm.try_out()
+        return vlm
 
     @property
     def device(self) -> torch.device:
-        """Where the inputs go."""
-        return self.model.device
+        """Where the inputs go: to the embeddings, or where accelerate brings those when it keeps them elsewhere.
+
+        Raises:
+            UnsupportedModelError: The weights were never loaded.
+        """
+        return device_of(self.model)
 
     @property
     def layers(self) -> int:
@@ -119,10 +141,92 @@ class Checkpoint:
         """
         return hub.folder(str(self.model.config.name_or_path), self.revision)
 
+    @property
+    def reading(self) -> dict[str, Any]:
+        """How vlmfix reads the checkpoint's settings, in JSON values.
+
+        ``ends`` are the tokens that end an answer, ``set_aside`` the generation settings of the checkpoint that would
+        change an answer and do not act, ``completed`` what its files leave out and its other files have.
+        """
+        aside = defaults.set_aside(self.model)
+        return {"ends": defaults.ends(self.model), "set_aside": aside, "completed": dict(self.completed)}
+
+    def try_out(self) -> None:
+        """Makes sure that the processor's files fit the model: a picture becomes as many tokens as the prompt has.
+
+        A checkpoint without a chat template is not tried: it may still decode inputs that are made elsewhere.
+
+        Raises:
+            DataError: They do not fit.
+            SystematicError: Taking a picture in fails with an error of another library.
+            UnsupportedModelError: The chat template cannot be used.
+        """
+        if self._template() is None:
+            return
+        picture = Image.new("RGB", (84, 56), (128, 128, 128))
+        hint = "processor_config.json, preprocessor_config.json and config.json must belong to the same checkpoint"
+        with loading.few_steps():
+            silent = self.render("?", 1) == self.render("?", 0)
+        if silent:
+            raise UnsupportedModelError(
+                f"the chat template of {self._called} writes nothing where a picture stands",
+                "put chat_template.jinja of the checkpoint that it was made from into its folder",
+            )
+        try:
+            with torch.no_grad():
+                batch = self.encode(["?"], [[picture]])
+                shown = int(self.layout(batch).tokens.sum()) and int(self._marked(batch).sum())
+                made = sum(features.sizes(features.encoded(self.model, batch)))
+        except LayoutError as error:
+            raise DataError(f"the processor of {self._called} does not fit its model: {error.message}", hint) from error
+        except UpstreamError:  # something has another name in this transformers: the decoders that need it say so
+            return
+        except VlmfixError:
+            raise
+        except loading.MEMORY as error:
+            raise loading.too_large(self._called, error) from error
+        except Exception as error:  # processors and towers raise nearly anything at files that do not fit
+            said = loading.words(error)
+            odd = loading.odd_settings(self.processor)
+            raise SystematicError(f"{self._called} cannot take a picture in{odd}: {said}", hint) from error
+        if shown != made:
+            raise DataError(
+                f"the processor of {self._called} does not fit its model: it writes {shown} image tokens for a picture "
+                f"that becomes {made}",
+                hint,
+            )
+
+    @property
+    def _called(self) -> str:
+        return self.name or type(self.model).__name__
+
+    def _marked(self, batch: Batch) -> Tensor:
+        """(B, T) bool: the tokens that stand for parts of pictures, newlines among them."""
+        return batch["input_ids"] == self.family.image_token(self.model.config)
+
+    def _template(self) -> str | None:
+        """The chat template: the processor's, or else the tokenizer's; the one called ``default`` of several.
+
+        Raises:
+            UnsupportedModelError: There are several, and none is called so.
+        """
+        for holder in (self.processor, self.processor.tokenizer):
+            found = getattr(holder, "chat_template", None)
+            if isinstance(found, str):
+                return found
+            if isinstance(found, Mapping) and found:
+                if "default" not in found:
+                    raise UnsupportedModelError(
+                        f"{self._called} has the chat templates {', '.join(sorted(found))} and none is called default",
+                        "save the one to use as chat_template.jinja in its folder",
+                    )
+                return str(found["default"])
+        return None
+
     def encode(
         self,
-        prompts: Sequence[str | None],
-        pictures: Sequence[Sequence[Image.Image]],
+        prompts: str | Sequence[str | None],
+        pictures: Sequence[Image.Image | Sequence[Image.Image]],
         *,
         system: str | None = None,
     ) -> Batch:
@@ -131,40 +235,65 @@ class Checkpoint:
         The image processor sees pictures that several rows share, the same objects in the same order, once.
 
         Args:
-            prompts: B questions; may be empty, or None for a user turn without any text.
-            pictures: B sequences of RGB pictures; a row may have none, one or several.
+            prompts: One question for all, or B questions; may be empty, or None for a user turn without any text.
+            pictures: B pictures, or B lists of them, which may be empty; the right way up: EXIF's orientation is not
+                looked at. What is not RGB becomes RGB as in a file.
             system: System message; None keeps the template's own.
 
         Raises:
-            DataError: ``prompts`` and ``pictures`` differ in length, or there is no row.
+            DataError: ``prompts`` and ``pictures`` differ in length, there is no row, something else than questions and
+                pictures is among them, or the processor would make too large a picture of one.
             UnsupportedModelError: The processor has no chat template.
             UpstreamError: The processor returns its tensors under other names.
         """
-        if len(prompts) != len(pictures) or not prompts:
-            raise DataError(
-                f"{len(prompts)} prompts and {len(pictures)} picture lists",
-                "give one list of pictures per prompt",
-            )
-        texts = [self.render(prompt, len(row), system=system) for prompt, row in zip(prompts, pictures, strict=True)]
-        whole, sources = process_once(self.family, self.model, self.processor, texts, pictures)
-        if absent := [name for name in PROCESSED if name not in whole and (name != "pixel_values" or any(pictures))]:
+        rows = pictures_of(pictures)
+        asked = questions_of(prompts, len(rows), silent=True)
+        self._check_enlarged(rows)
+        texts = [self.render(prompt, len(row), system=system) for prompt, row in zip(asked, rows, strict=True)]
+        processed, sources = process_once(self.family, self.model, self.processor, texts, rows)
+        if absent := [name for name in PROCESSED if name not in processed and (name != "pixel_values" or any(rows))]:
             raise missing(f"{type(self.processor).__name__} returns no {' and '.join(absent)}")
-        inputs = {name: self._placed(value) for name, value in whole.items() if isinstance(value, Tensor)}
+        inputs = {name: self._placed(value) for name, value in processed.items() if isinstance(value, Tensor)}
         repeated = {name: inputs[name][source.to(self.device)] for name, source in sources.items()}
         return Batch(
             inputs={**inputs, **repeated},
-            prompts=tuple(prompts),
-            pictures=tuple(tuple(row) for row in pictures),
-            sizes=tuple(tuple((picture.height, picture.width) for picture in row) for row in pictures),
+            prompts=tuple(asked),
+            pictures=tuple(tuple(row) for row in rows),
+            sizes=tuple(tuple((picture.height, picture.width) for picture in row) for row in rows),
             system=system,
         )
 
+    def enlarged(self, picture: Image.Image, together: int = 1) -> int:
+        """Pixels of the largest picture that the processor makes of one; see ``Family.enlarged``."""
+        return self.family.enlarged(self.processor, (picture.height, picture.width), together)
+
+    def _check_enlarged(self, rows: Sequence[Sequence[Image.Image]]) -> None:
+        """Refuses pictures that the processor makes more of than may be read from a file, alone or all of them."""
+        limit, grown = Image.MAX_IMAGE_PIXELS, {}
+        for picture, together in ((picture, len(row)) for row in rows for picture in row):
+            made = self.enlarged(picture, together)
+            if limit is not None and made > limit:
+                raise DataError(
+                    f"too large: the processor makes {made} pixels of {picture.width} x {picture.height}, at most "
+                    f"{limit} are allowed",
+                    "make the picture smaller, or cut a part out of it",
+                )
+            if made > GROWN * picture.width * picture.height:
+                grown[id(picture)] = made
+        if limit is not None and sum(grown.values()) > limit:
+            raise DataError(
+                f"too large: the processor makes {sum(grown.values())} pixels of {len(grown)} small pictures together, "
+                f"at most {limit} are allowed",
+                "show fewer at once",
+            )
+
     def render(self, prompt: str | None, pictures: int, *, system: str | None = None) -> str:
         """The chat template's text for one question about ``pictures`` pictures, ready for the answer."""
-        if getattr(self.processor, "chat_template", None) is None:
+        template = self._template()
+        if template is None:
             raise UnsupportedModelError(
-                f"the processor of {self.name or type(self.model).__name__} has no chat template",
-                "use a checkpoint in transformers format, such as the llava-hf conversions",
+                f"{self._called} has no chat template, neither with its processor nor with its tokenizer",
+                "put chat_template.jinja of the checkpoint that it was made from into its folder",
             )
         content = [{"type": "image"}] * pictures
         if prompt is not None:
@@ -172,7 +301,22 @@ class Checkpoint:
         messages: list[dict[str, Any]] = [{"role": "user", "content": content}]
         if system is not None:
             messages.insert(0, {"role": "system", "content": [{"type": "text", "text": system}]})
-        return str(self.processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+        try:
+            text = self.processor.apply_chat_template(
+                messages, chat_template=template, tokenize=False, add_generation_prompt=True
+            )
+        except Exception as error:  # whatever a template does, and it is a program
+            raise UnsupportedModelError(
+                f"the chat template of {self._called} fails: {loading.words(error)}",
+                "put chat_template.jinja of the checkpoint that it was made from into its folder",
+            ) from error
+        asked = len(prompt or "") + len(system or "")
+        if len(text) > loading.LONGEST_TEXT + loading.LONGEST_TEXT * asked // 1000:
+            raise UnsupportedModelError(
+                f"the chat template of {self._called} makes {len(text)} characters of a question of {asked}",
+                "put chat_template.jinja of the checkpoint that it was made from into its folder",
+            )
+        return str(text)
 
     def layout(self, batch: Batch) -> ImageLayout:
         """Which prompt token shows which part of which picture.
@@ -181,7 +325,7 @@ class Checkpoint:
             LayoutError: The number of image tokens and of places in the pictures differ.
         """
         ids = batch["input_ids"]
-        marked = ids == self.family.image_token(self.model.config)
+        marked = self._marked(batch)
         places = self.family.patches(self.model, self.processor, batch) if bool(marked.any()) else [[]] * batch.rows
         boxes = torch.full((*ids.shape, 4), float("nan"))
         image = torch.full(ids.shape, -1, dtype=torch.long)
@@ -213,15 +357,13 @@ class Checkpoint:
         return value.to(self.model.dtype) if value.is_floating_point() else value
 
 
-def _config(path: str, revision: str | None) -> dict[str, Any]:
-    """What config.json says, a model type at least; what is plainly a path is never asked of the Hub."""
-    local = Path(path).is_absolute() or path.startswith(".") or path.count("/") > 1
-    if local and not Path(path).is_dir():
-        raise DataError(f"there is no directory {path!r}", _WHAT_LOADS)
-    config = hub.settings(path, revision)
-    if "model_type" not in config:
-        raise DataError(f"{path!r} has no config.json with a model_type", _WHAT_LOADS)
-    return config
+def limited(family: Family, processor: ProcessorMixin, max_pixels: int | None) -> ProcessorMixin:
+    """The processor, or a copy of it with a limit on the pixels of a picture.
+
+    Raises:
+        UsageError: The limit is no whole number above 0, or the processor does not know such a limit or cannot keep it.
+    """
+    return processor if max_pixels is None else family.limited(processor, whole("max_pixels", max_pixels, 1))
 
 
 def _device(name: str) -> torch.device:
@@ -244,5 +386,46 @@ def _dtype(name: str, device: torch.device) -> torch.dtype | str:
     return DTYPES[name]
 
 
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+def completed_tokens(model: PreTrainedModel, processor: ProcessorMixin, picture: int) -> dict[str, Any]:
+    """Makes the tokens that end and fill up rows usable, in a model and a tokenizer that were just loaded.
+
+    A padding token that is missing, that the model has no embedding of, or that is the image token, is no matter of
+    answers: it is masked in prompts, and stands behind an answer's end. Without an end token in the generation
+    settings, the tokenizer's ends answers.
+
+    Args:
+        model: The model.
+        processor: Its processor.
+        picture: The token that stands for one image patch.
+
+    Returns:
+        What was put in: name -> value.
+
+    Raises:
+        DataError: A token is not one of the model's.
+    """
+    tokenizer, config = processor.tokenizer, model.generation_config
+    size = len(model.get_input_embeddings().get_parameter("weight"))
+    added: dict[str, Any] = {}
+    if not _tokens(config, "eos_token_id", size) and tokenizer.eos_token_id is not None:
+        config.eos_token_id = added["eos_token_id"] = tokenizer.eos_token_id
+    ends = _tokens(config, "eos_token_id", size)
+    if tokenizer.pad_token_id in (None, picture) or tokenizer.pad_token_id >= size:
+        if tokenizer.eos_token is None or tokenizer.eos_token_id >= size:
+            raise DataError("the tokenizer has no padding token", "name pad_token in tokenizer_config.json")
+        tokenizer.pad_token = added["pad_token"] = tokenizer.eos_token
+    if _tokens(config, "pad_token_id", size) in ([], [picture]):
+        config.pad_token_id = added["pad_token_id"] = ends[0] if ends else tokenizer.pad_token_id
+    return added
+
+
+def _tokens(config: Any, name: str, size: int) -> list[int]:  # noqa: ANN401 (its settings have no types)
+    """The tokens that a generation setting names, each one of the model's."""
+    value = getattr(config, name)
+    found = [] if value is None else list(value) if isinstance(value, list | tuple) else [value]
+    if odd := [token for token in found if type(token) is not int or not 0 <= token < size]:
+        raise DataError(
+            f"generation_config.json: {name} {odd[0]!r} is no token of the model, which has 0 to {size - 1}",
+            loading.COMPLETE,
+        )
+    return found

@@ -12,6 +12,7 @@ from PIL import Image
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel, ProcessorMixin
 
+from vlmfix.errors import UsageError
 from vlmfix.models.layout import Batch
 
 
@@ -87,6 +88,46 @@ class Family(ABC):
             return_tensors="pt",
         )
         return dict(inputs)
+
+    def completed(self, model: PreTrainedModel, processor: ProcessorMixin) -> tuple[ProcessorMixin, dict[str, Any]]:
+        """The processor with settings that its files leave out and the model's configuration has.
+
+        Args:
+            model: The model.
+            processor: Its processor; it is left as it was found.
+
+        Returns:
+            The processor, a copy where something is added, and what was added: name -> value. The default adds nothing.
+        """
+        return processor, {}
+
+    def limited(self, processor: ProcessorMixin, pixels: int) -> ProcessorMixin:
+        """A copy of the processor that makes at most so many pixels of a picture.
+
+        Args:
+            processor: The model's processor; it is left as it was found.
+            pixels: Height times width, at least 1.
+
+        Raises:
+            UsageError: The processor has no such limit, or always makes more.
+        """
+        raise UsageError(
+            f"max_pixels={pixels}: processors of {self.title} have no limit on the pixels of a picture",
+            "leave it out; Qwen2-VL, Qwen2.5-VL and Qwen3-VL have one",
+        )
+
+    def enlarged(self, processor: ProcessorMixin, size: tuple[int, int], together: int) -> int:
+        """Pixels of the largest picture that the processor makes of one on its way to patches or tiles.
+
+        Args:
+            processor: The model's processor; only its settings are read.
+            size: (height, width) of the picture in pixels.
+            together: Pictures in its row.
+
+        Returns:
+            0 where the processor's settings bound them whatever the picture, the default.
+        """
+        return 0
 
     def sharing(self, processor: ProcessorMixin) -> Any:  # noqa: ANN401 (its parts are to be replaced)
         """A copy of the processor that takes an image processor which returns less than all pictures of the rows."""

@@ -68,6 +68,11 @@ class Batch(Mapping[str, Tensor]):
         mask = self.inputs.get("attention_mask")
         return torch.ones_like(self.inputs["input_ids"]) if mask is None else mask
 
+    @property
+    def lengths(self) -> Tensor:
+        """(B,) int64, real tokens of each row's prompt."""
+        return self.attention_mask.bool().sum(dim=1)
+
     def with_inputs(self, **changed: Tensor) -> Batch:
         """The same batch with some input tensors replaced."""
         return replace(self, inputs={**self.inputs, **changed})

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
+from copy import copy
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -48,9 +51,44 @@ class Llava(Family):
             pictures.append(_with_class(_grid(lines, columns, window), extra))
         return by_row(batch, self.image_token(model.config), pictures)
 
+    def completed(self, model: PreTrainedModel, processor: ProcessorMixin) -> tuple[ProcessorMixin, dict[str, Any]]:
+        """The vision tower's patches and class tokens; see ``Family.completed``."""
+        return with_patches(self, model, processor)
+
+    def enlarged(self, processor: ProcessorMixin, size: tuple[int, int], together: int) -> int:
+        """The picture padded to a square, or scaled by its shorter edge, before it is cropped; see ``Family.enlarged``.
+
+        Raises:
+            LayoutError: The image processor resizes by a rule that is not known here.
+        """
+        if not isinstance(processor, LlavaProcessor):
+            return 0
+        square, target = _rule(processor)
+        padded = (max(size), max(size)) if square else (0, 0)
+        return max(math.prod(padded), math.prod(_resized(padded if square else size, target)))
+
     def per_token(self, model: PreTrainedModel, inputs: Mapping[str, Tensor], patches: Sequence[Tensor]) -> Tensor:
         """Each token is one patch; see ``Family.per_token``."""
         return without_first(model, torch.cat(list(patches))).flatten()
+
+
+def with_patches(
+    family: Family, model: PreTrainedModel, processor: ProcessorMixin
+) -> tuple[ProcessorMixin, dict[str, Any]]:
+    """What a LLaVA processor must know of the vision tower; files from before transformers 4.46 do not say it.
+
+    Without a number of class tokens a processor counts none, which with a class token is one token too few.
+    """
+    config, holder = model.config, copy(processor)
+    known = {
+        "patch_size": config.vision_config.patch_size,
+        "vision_feature_select_strategy": config.vision_feature_select_strategy,
+        "num_additional_image_tokens": family.class_tokens(model),
+    }
+    added = {name: value for name, value in known.items() if value and not getattr(processor, name, True)}
+    for name, value in added.items():
+        setattr(holder, name, value)
+    return (holder, added) if added else (processor, {})
 
 
 def without_first(model: PreTrainedModel, patches: Tensor) -> Tensor:
@@ -92,9 +130,7 @@ def _window(
         x0, y0, x1, y1 as fractions of the picture, below 0 or above 1 where it is padded; None when it
         depends on an unknown size.
     """
-    settings = processor.image_processor
-    square = bool(settings.do_pad) and hasattr(settings, "pad_to_square")
-    target = dict(settings.size) if settings.do_resize else {}
+    square, target = _rule(processor)
     if size is None and (square or "height" not in target):
         return None
     height, width = size or shown  # stretched to a fixed size: any will do
@@ -103,6 +139,13 @@ def _window(
     y0, y1 = _stretch(height, padded[0], resized[0], shown[0], covered[0])
     x0, x1 = _stretch(width, padded[1], resized[1], shown[1], covered[1])
     return x0, y0, x1, y1
+
+
+def _rule(processor: LlavaProcessor) -> tuple[bool, dict[str, int]]:
+    """Whether the image processor pads to a square first, and the ``size`` that it resizes to; empty for none."""
+    settings = processor.image_processor
+    square = bool(settings.do_pad) and hasattr(settings, "pad_to_square")
+    return square, dict(settings.size) if settings.do_resize else {}
 
 
 def _resized(size: tuple[int, int], target: Mapping[str, int]) -> tuple[int, int]:

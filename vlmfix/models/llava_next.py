@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,7 +13,7 @@ from vlmfix.models.anyres import anyres
 from vlmfix.models.family import Family, by_row
 from vlmfix.models.grid import cells
 from vlmfix.models.layout import Batch
-from vlmfix.models.llava import without_first
+from vlmfix.models.llava import with_patches, without_first
 from vlmfix.upstream.geometry import packed, tile_count
 
 
@@ -38,6 +39,10 @@ class LlavaNext(Family):
             large = anyres((height, width), canvases=config.image_grid_pinpoints, tile=tile, patch=patch)
             pictures.append(torch.cat([base, large]))  # (n, 4)
         return by_row(batch, self.image_token(config), pictures)
+
+    def completed(self, model: PreTrainedModel, processor: ProcessorMixin) -> tuple[ProcessorMixin, dict[str, Any]]:
+        """The vision tower's patches and class tokens; see ``Family.completed``."""
+        return with_patches(self, model, processor)
 
     def per_token(self, model: PreTrainedModel, inputs: Mapping[str, Tensor], patches: Sequence[Tensor]) -> Tensor:
         """The model's own packing of tiles, for values in place of features; see ``Family.per_token``."""

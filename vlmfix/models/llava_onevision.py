@@ -36,6 +36,10 @@ class LlavaOneVision(Family):
         ]
         return by_row(batch, self.image_token(model.config), pictures)
 
+    def enlarged(self, processor: ProcessorMixin, size: tuple[int, int], together: int) -> int:
+        """The square that a picture beside others is padded to; see ``Family.enlarged``."""
+        return max(size) ** 2 if together > 1 else 0
+
     def per_token(self, model: PreTrainedModel, inputs: Mapping[str, Tensor], patches: Sequence[Tensor]) -> Tensor:
         """The model's own packing of tiles, for values in place of features; see ``Family.per_token``.
 

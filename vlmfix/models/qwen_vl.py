@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from copy import copy
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, ProcessorMixin
 
+from vlmfix.errors import UsageError
 from vlmfix.models.family import Family, by_row
 from vlmfix.models.grid import cells
 from vlmfix.models.layout import Batch
@@ -30,6 +33,24 @@ class QwenVL(Family):
         grids = (batch["image_grid_thw"][:, 1:] // merge).tolist()
         pictures = [cells(rows, columns) for rows, columns in grids]
         return by_row(batch, self.image_token(model.config), pictures)
+
+    def limited(self, processor: ProcessorMixin, pixels: int) -> ProcessorMixin:
+        """Sets what older files call ``max_pixels`` and newer ones ``size["longest_edge"]``; see ``Family.limited``."""
+        settings = processor.image_processor
+        least = settings.size["shortest_edge"]
+        if pixels < least:
+            raise UsageError(
+                f"max_pixels={pixels} is below the {least} pixels that this processor makes at least",
+                f"give {least} or more",
+            )
+        limited = copy(processor)
+        limited.image_processor = copy(settings)
+        limited.image_processor.size = replace(settings.size, longest_edge=pixels)
+        return limited
+
+    def enlarged(self, processor: ProcessorMixin, size: tuple[int, int], together: int) -> int:
+        """The picture's own pixels, up to the limit; see ``Family.enlarged``."""
+        return min(size[0] * size[1], int(processor.image_processor.size["longest_edge"]))
 
     def tower(self, model: PreTrainedModel) -> nn.Module:
         """The vision tower; these models call it ``visual``."""

@@ -9,10 +9,11 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from PIL import Image
 
-from vlmfix.errors import DataError
+from vlmfix.figures import literally, write
 from vlmfix.heads.grounding import Grounding
 from vlmfix.heads.wording import FUNCTION_WORDS
 from vlmfix.models.layout import ImageLayout
+from vlmfix.parsing import escaped
 
 MAPS, DPI = 6, 100
 """Tokens whose patches are shown, and dots per inch."""
@@ -24,6 +25,7 @@ STRIPS = (("picture", "#0072B2"), ("prompt", "#009E73"), ("preceding", "#D55E00"
 """What has a strip, and its colour (Okabe and Ito's)."""
 
 
+@literally()
 def draw(found: Grounding, picture: Image.Image, layout: ImageLayout, path: Path) -> None:
     """Draws the scores of an answer, and where in the picture its best-grounded content words look.
 
@@ -56,10 +58,7 @@ def draw(found: Grounding, picture: Image.Image, layout: ImageLayout, path: Path
         axis.imshow(small)
         axis.imshow(heat.numpy(), cmap="magma", alpha=0.6, vmin=0.0)
         axis.set_title(_labels(found)[place], fontsize=9)
-    try:
-        figure.savefig(path)
-    except (OSError, ValueError) as error:
-        raise DataError(f"cannot write {path}: {error}", "choose another file; PNG, PDF and SVG are written") from error
+    write(figure, path)
 
 
 def _best(found: Grounding, count: int) -> list[int]:
@@ -81,4 +80,4 @@ def _strip(axis: Axes, scores: torch.Tensor, name: str, colour: str, marked: lis
 
 
 def _labels(found: Grounding) -> list[str]:
-    return [text.strip() or repr(text)[1:-1] for text in found.texts]
+    return [escaped(text.strip()) or repr(text)[1:-1] for text in found.texts]

@@ -13,9 +13,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from vlmfix.errors import DataError
 from vlmfix.evals.compare import Arm, Change, Comparison
-from vlmfix.reports.words import heading, leaves_out_zero
+from vlmfix.figures import literally, write
+from vlmfix.parsing import escaped
+from vlmfix.reports.words import SIGNS, heading
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 """Okabe and Ito's, which people who see colours differently can tell apart; markers tell the arms apart as well."""
@@ -37,6 +38,7 @@ SHADE, GRID = "#e8f1ea", "#dddddd"
 Side = Literal["higher", "lower"]
 
 
+@literally()
 def differences(comparison: Comparison, path: Path) -> None:
     """Draw every merit and shift of every arm as its difference to the plain arm, with its 95 % interval.
 
@@ -64,23 +66,23 @@ def differences(comparison: Comparison, path: Path) -> None:
         _panel(axis, label, groups, len(comparison.arms))
     for axis in axes[len(panels) :]:
         axis.set_visible(False)
-    plain = " or ".join(arm.name for arm in comparison.plain)
+    plain = " or ".join(escaped(arm.name) for arm in comparison.plain)
     reading = f"Differences to {plain} with 95 % intervals; filled: a clear difference, hollow: none"
-    figure.suptitle(f"{heading(comparison)}\n{reading}", fontsize=10)
+    figure.suptitle(f"{escaped(heading(comparison))}\n{escaped(reading)}", fontsize=10)
     columns = max(1, LEGEND // (max(len(arm.name) for arm in comparison.arms) + 8))
     figure.legend(handles=_keys(comparison.arms), loc="outside lower center", ncols=columns, frameon=False, fontsize=9)
-    _save(figure, path)
+    write(figure, path)
 
 
 def _panel(axis: Axes, label: str, groups: Mapping[str, Sequence[tuple[int, Change]]], arms: int) -> None:
     """The differences of one figure, group by group from top to bottom."""
     ticks: dict[str, float] = {}
     for place, (group, found) in enumerate(groups.items()):
-        ticks[group] = -place * (arms + 1) - (arms - 1) / 2
+        ticks[escaped(group)] = -place * (arms + 1) - (arms - 1) / 2
         for number, change in found:
             _mark(axis, -place * (arms + 1) - number, change, number)
     better = next(change.better for found in groups.values() for _, change in found)
-    axis.set_yticks(list(ticks.values()), list(ticks), fontsize=9)
+    axis.set_yticks(list(ticks.values()), [escaped(group) for group in ticks], fontsize=9)
     axis.set_ylim(-len(groups) * (arms + 1) + 0.5, 1.0)
     axis.tick_params(axis="y", length=0)
     axis.tick_params(axis="x", labelsize=8)
@@ -108,7 +110,7 @@ def _mark(axis: Axes, height: float, change: Change, number: int) -> None:
     difference, colour = change.difference, _colour(number)
     ends, value = (np.array(found, dtype=float) for found in ([difference.low, difference.high], [difference.value]))
     axis.plot(ends, [height, height], color=colour, linewidth=1.6)  # None becomes NaN, which is not drawn
-    clear = change.direction in ("better", "worse") if change.kind == "merit" else leaves_out_zero(difference)
+    clear = change.direction in SIGNS if change.kind == "merit" else difference.leaves_out_zero
     axis.plot(
         value,
         [height],
@@ -121,7 +123,9 @@ def _mark(axis: Axes, height: float, change: Change, number: int) -> None:
 
 
 def _keys(arms: Sequence[Arm]) -> list[Line2D]:
-    return [Line2D([], [], color=_colour(n), marker=_marker(n), label=arm.name) for n, arm in enumerate(arms)]
+    names = [escaped(arm.name) for arm in arms]
+    names = [f" {name}" if name.startswith("_") else name for name in names]  # such a name would be left out
+    return [Line2D([], [], color=_colour(n), marker=_marker(n), label=name) for n, name in enumerate(names)]
 
 
 def _colour(number: int) -> str:
@@ -190,7 +194,7 @@ def _name(axis: Axes, point: Point) -> None:
     """Writes a point's name towards the middle of the plot."""
     left = point.guard < sum(axis.get_xlim()) / 2
     axis.annotate(
-        textwrap.fill(point.name.replace(",", ", "), NAME),
+        textwrap.fill(escaped(point.name).replace(",", ", "), NAME),
         (point.guard, point.objective),
         xytext=(9 if left else -9, 8),
         textcoords="offset points",
@@ -199,6 +203,7 @@ def _name(axis: Axes, point: Point) -> None:
     )
 
 
+@literally()
 def pareto(
     points: Sequence[Point],
     path: Path,
@@ -241,16 +246,9 @@ def pareto(
         _name(axis, point)
     axis.set_xlabel(f"{guard} ({arrows[guard_better]})")
     axis.set_ylabel(f"{objective} ({arrows[objective_better]})")
-    axis.set_title(title, fontsize=10, loc="left")
+    axis.set_title(escaped(title), fontsize=10, loc="left")
     axis.spines[["top", "right"]].set_visible(False)
     axis.grid(color=GRID, linewidth=0.6)
     axis.set_axisbelow(True)
     axis.legend(frameon=False, fontsize=9)
-    _save(figure, path)
-
-
-def _save(figure: Figure, path: Path) -> None:
-    try:
-        figure.savefig(path)
-    except (OSError, ValueError) as error:
-        raise DataError(f"cannot write {path}: {error}", "choose another file; PNG, PDF and SVG are written") from error
+    write(figure, path)

@@ -6,8 +6,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from vlmfix.evals.coco import some
 from vlmfix.evals.reproduce import Reproduction
+from vlmfix.parsing import escaped, some
 
 
 def reproduction_text(found: Reproduction, folder: Path) -> str:
@@ -15,17 +15,15 @@ def reproduction_text(found: Reproduction, folder: Path) -> str:
     lines = []
     for arm, difference in found.arms.items():
         same = f"{difference.same} of {difference.samples} answers have the same tokens"
-        lines.append(f"{arm}: {same}" + (f"; others: {', '.join(difference.first)}" if difference.first else ""))
+        lines.append(f"{arm}: {same}" + (f"; others: {some(difference.first)}" if difference.first else ""))
         lines += [f"  {name}: {before:.4f}, now {now:.4f}" for name, (before, now) in difference.figures.items()]
     if found.versions:
         changed = ", ".join(f"{name} {before} -> {now}" for name, (before, now) in found.versions.items())
         lines.append(f"versions that changed: {changed}")
     lines += [f"{name} changed: {before or 'none'} -> {now or 'none'}" for name, (before, now) in found.facts.items()]
-    if found.pictures:
-        lines.append(f"pictures that changed: {some(found.pictures)}")
     verdict = "reproduced, token for token" if found.exact else "not the same"
     lines.append(f"{folder}: {verdict}; the second run is in {found.run.folder}")
-    return "\n".join(lines) + "\n"
+    return "\n".join(escaped(line) for line in lines) + "\n"
 
 
 def reproduction_json(found: Reproduction) -> dict[str, Any]:
@@ -35,5 +33,4 @@ def reproduction_json(found: Reproduction) -> dict[str, Any]:
         "arms": {arm: asdict(difference) for arm, difference in found.arms.items()},
         "versions": found.versions,
         "facts": found.facts,
-        "pictures": found.pictures,
     }

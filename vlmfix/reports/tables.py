@@ -14,14 +14,15 @@ from rich.table import Table
 from rich.text import Text
 
 from vlmfix.evals.compare import Arm, Change, Comparison, Estimate
+from vlmfix.parsing import escaped
 from vlmfix.records import to_json
 from vlmfix.reports.words import (
     ARROWS,
-    MARKS,
     difference_text,
     heading,
     interval_text,
     legend,
+    mark,
     own_interval_text,
     value_text,
 )
@@ -32,7 +33,9 @@ NAME = 14
 """Least columns of an arm's name in the terminal."""
 LONG = 40
 """Characters from which on an arm's name is shortened in the terminal."""
-STYLES = {"better": "green", "worse": "red", "no clear difference": "", "": ""}
+MARKUP = re.compile(r"[\\`*\[\]|~$]|<(?=[A-Za-z/!?])|&(?=#?\w+;)|(?<!\w)_|_(?!\w)")
+"""What would be taken for Markdown or HTML."""
+STYLES = {"better": "green", "worse": "red"}
 
 
 @dataclass(frozen=True)
@@ -94,13 +97,13 @@ def sheets(comparison: Comparison) -> list[Sheet]:
 
 
 def _sheet(arms: Sequence[Arm], figures: Sequence[Change], *, by_group: bool) -> Sheet:
-    titles = {c.figure: f"{c.label if by_group else c.figure}{ARROWS[c.better]}" for c in figures}
+    titles = {c.figure: escaped(f"{c.label if by_group else c.figure}{ARROWS[c.better]}") for c in figures}
     found = []
     for group in dict.fromkeys(change.group if by_group else "" for change in figures):
         for arm in arms:
             changes = (c for c in arm.changes if c.figure in titles and (c.group == group or not by_group))
             if cells := {titles[change.figure]: change for change in changes}:
-                found.append(Row(group, arm, cells))
+                found.append(Row(escaped(group), arm, cells))
     merits, shifts = (
         list(dict.fromkeys(titles[c.figure] for c in figures if c.kind == kind)) for kind in ("merit", "shift")
     )
@@ -115,14 +118,14 @@ class Shown:
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         labels = _labels([arm.name for arm in (*self.comparison.plain, *self.comparison.arms)])
-        yield Text(heading(self.comparison), style="bold")
+        yield Text(escaped(heading(self.comparison)), style="bold")
         for sheet in sheets(self.comparison):
             yield ""
             yield from _tables(sheet, labels, options.max_width)
         yield ""
-        short = [f"{label} stands for {name}." for name, label in labels.items() if label != name]
+        short = [f"{label} stands for {escaped(name)}." for name, label in labels.items() if label != escaped(name)]
         for line in (*short, *legend(self.comparison)):
-            yield Text(line)
+            yield Text(escaped(line))
 
 
 def terminal(comparison: Comparison) -> Shown:
@@ -139,7 +142,7 @@ def _labels(names: Sequence[str]) -> dict[str, str]:
     """What the terminal calls arms: a long specification is called by its decoders, where no other arm is."""
     short = {name: re.sub(r":[^+]*", "", name) if len(name) >= LONG else name for name in names}
     taken = Counter([*short.values(), *names])
-    return {name: label if label == name or taken[label] == 1 else name for name, label in short.items()}
+    return {name: escaped(label if label == name or taken[label] == 1 else name) for name, label in short.items()}
 
 
 def _tables(sheet: Sheet, labels: Mapping[str, str], width: int) -> Iterator[Table]:
@@ -152,13 +155,15 @@ def _tables(sheet: Sheet, labels: Mapping[str, str], width: int) -> Iterator[Tab
         table = Table(box=None, padding=(0, 1, 0, 0), pad_edge=False)
         table.add_column("", max_width=room, overflow="fold")
         for title in titles:
-            table.add_column(title, min_width=CELL - 1)
+            table.add_column(Text(title), min_width=CELL - 1)
         group = ""
         for row in sheet.rows:
             if row.group != group:
                 group = row.group
-                table.add_row(Text(group, style="bold"))
-            table.add_row(_folded(labels[row.arm.name], room), *(_cell(row, row.cells.get(title)) for title in titles))
+                table.add_row(Text(escaped(group), style="bold"))
+            table.add_row(
+                _folded(escaped(labels[row.arm.name]), room), *(_cell(row, row.cells.get(title)) for title in titles)
+            )
         yield table
 
 
@@ -168,9 +173,8 @@ def _cell(row: Row, change: Change | None) -> Text:
     value = value_text(change, change.arm.value)
     if row.is_plain:
         return Text(f"{value}\n{own_interval_text(change, space='')}")
-    mark = MARKS[change.direction]
-    lines = f"{value} {difference_text(change)} {mark}".rstrip() + f"\n{interval_text(change, space='')}"
-    return Text(lines, style=STYLES[change.direction])
+    lines = f"{value} {difference_text(change)} {mark(change)}".rstrip() + f"\n{interval_text(change, space='')}"
+    return Text(lines, style=STYLES.get(change.direction, ""))
 
 
 def _folded(name: str, width: int) -> Text:
@@ -186,20 +190,33 @@ def _folded(name: str, width: int) -> Text:
 def markdown(comparison: Comparison) -> str:
     """Tables for a README or a paper, with a caption that says what was measured and how."""
     tables = [_markdown_table(sheet) for sheet in sheets(comparison)]
-    return "\n\n".join([*tables, " ".join([f"{heading(comparison)}.", *legend(comparison)])]) + "\n"
+    caption = _escaped(" ".join([f"{heading(comparison)}.", *legend(comparison)]))
+    return "\n\n".join([*tables, caption]) + "\n"
 
 
 def _markdown_table(sheet: Sheet) -> str:
     grouped = any(row.group for row in sheet.rows)
     titles = [*sheet.merits, *sheet.shifts]
-    lines = [["group"] * grouped + ["arm", *titles], ["---"] * (grouped + 1 + len(titles))]
+    lines = [["group"] * grouped + ["arm", *map(_escaped, titles)], ["---"] * (grouped + 1 + len(titles))]
     group = ""
     for row in sheet.rows:
-        name = f"`{row.arm.name}`".replace("|", "\\|")
-        cells = [name, *(_markdown_cell(row, row.cells.get(title)) for title in titles)]
-        lines.append([row.group if row.group != group else ""] * grouped + cells)
+        cells = [_code(row.arm.name), *(_markdown_cell(row, row.cells.get(title)) for title in titles)]
+        lines.append([_escaped(row.group) if row.group != group else ""] * grouped + cells)
         group = row.group
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+
+def _escaped(text: str) -> str:
+    """Text as text in Markdown, also in a table's cell; an underscore within a word means nothing there."""
+    return MARKUP.sub(r"\\\g<0>", escaped(text))
+
+
+def _code(text: str) -> str:
+    """Text as code in a table's cell, between more backticks than it has in a row."""
+    text = escaped(text)
+    fence = "`" * (1 + max(map(len, re.findall("`+", text)), default=0))
+    space = " " if "`" in text else ""
+    return f"{fence}{space}{text}{space}{fence}".replace("|", "\\|")
 
 
 def _markdown_cell(row: Row, change: Change | None) -> str:
@@ -208,8 +225,7 @@ def _markdown_cell(row: Row, change: Change | None) -> str:
     value = value_text(change, change.arm.value)
     if row.is_plain:
         return f"{value}<br>{own_interval_text(change)}"
-    mark = MARKS[change.direction]
-    return f"{value}<br>{difference_text(change)} {interval_text(change)} {mark}".rstrip()
+    return f"{value}<br>{difference_text(change)} {interval_text(change)} {mark(change)}".rstrip()
 
 
 def csv_text(comparison: Comparison) -> str:
@@ -232,11 +248,11 @@ def _line(comparison: Comparison, arm: Arm, change: Change) -> dict[str, str | i
     }
     return {
         "task": comparison.task,
-        "folder": arm.folder,
-        "arm": arm.name,
-        "spec": arm.spec,
-        "plain_arm": arm.plain,
-        "group": change.group,
+        "folder": escaped(arm.folder),
+        "arm": escaped(arm.name),
+        "spec": escaped(arm.spec),
+        "plain_arm": escaped(arm.plain),
+        "group": escaped(change.group),
         "figure": change.label,
         "kind": change.kind,
         "better": change.better,
@@ -246,6 +262,7 @@ def _line(comparison: Comparison, arm: Arm, change: Change) -> dict[str, str | i
             for end, value in (("", estimate.value), ("_low", estimate.low), ("_high", estimate.high))
         },
         "direction": change.direction,
+        "shifted": " ".join(change.shifted),
         "test": change.test,
         "p": change.p,
         "p_corrected": change.corrected,

@@ -5,11 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from vlmfix.evals.compare import ALPHA, Change, Comparison, Estimate
+from vlmfix.evals.compare import ALPHA, FEW_UNITS, Change, Comparison
+from vlmfix.parsing import escaped
 
 NONE = "-"
 """Stands for a figure without a value."""
-MARKS = {"better": "✓", "worse": "✗", "no clear difference": "", "": ""}
+SIGNS = {"better": "✓", "worse": "✗"}
+SHIFTED = "†"
+"""Behind a sign whose shift is clear as well."""
 ARROWS = {"higher": " ↑", "lower": " ↓", "": ""}
 LARGE = 10.0
 """From here on a figure is no share, and one decimal is enough."""
@@ -50,16 +53,17 @@ def _decimals(change: Change) -> int:
     return 1 if any(value is not None and abs(value) >= LARGE for value in values) else 3
 
 
-def leaves_out_zero(estimate: Estimate) -> bool:
-    """Whether zero is outside of the interval; False without an interval."""
-    return estimate.low is not None and estimate.high is not None and not estimate.low <= 0 <= estimate.high
+def mark(change: Change) -> str:
+    """The sign of what is better or worse, with that of a shift that it may come from; empty for all else."""
+    sign = SIGNS.get(change.direction, "")
+    return f"{sign}{SHIFTED}" if sign and change.shifted else sign
 
 
 def heading(comparison: Comparison) -> str:
     """What was measured, in one line."""
     card = comparison.card
     counted = f"{card['count']} samples about {_units(comparison)} {comparison.unit}"
-    return f"{comparison.task}: {_model(card)}, {card['dtype']}, {_decoding(card['decoding'])}, {counted}"
+    return escaped(f"{comparison.task}: {_model(card)}, {card['dtype']}, {_decoding(card['decoding'])}, {counted}")
 
 
 def _model(card: Mapping[str, Any]) -> str:
@@ -87,24 +91,27 @@ def _units(comparison: Comparison) -> str:
 
 def legend(comparison: Comparison) -> list[str]:
     """How intervals and tests were made, what the marks mean and what else a reader must know, in sentences."""
+    return [escaped(sentence) for sentence in _legend(comparison)]
+
+
+def _legend(comparison: Comparison) -> list[str]:
     plain = comparison.plain[0].name if len(comparison.plain) == 1 else "the plain arm of the same run"
     changes = [change for arm in comparison.arms for change in arm.changes]
-    tested = [change for change in changes if change.test.startswith("McNemar")]
-    each = " in each group" if any(change.group for change in tested) else ""
-    labels = ", ".join(dict.fromkeys(change.label for change in tested))
-    tests = f"McNemar's test for {labels}{each}, else bootstrap" if labels else "bootstrap"
-    arms = len(comparison.arms)
-    corrected = f"; Holm-corrected for {arms} arms, figure by figure" if arms > 1 else ""
+    merits = len({change.figure for change in changes if change.test})
+    arms = f" and {len(comparison.arms)} arms (Bonferroni)" if len(comparison.arms) > 1 else ""
     shifts = ", ".join(dict.fromkeys(change.label for change in changes if change.kind == "shift"))
+    shifted = any(change.shifted for change in changes)
     drawn = f"bootstrap over {_units(comparison)} {comparison.unit}, {comparison.draws} draws"
     if not comparison.arms:
         return [f"In brackets: 95 % intervals, {drawn}.", *_unparsed(comparison), *comparison.notes]
     return [
         f"In brackets: 95 % intervals, of the value for {plain}, else of the difference to it; paired {drawn}.",
-        f"{MARKS['better']} better, {MARKS['worse']} worse: p < {ALPHA} and an interval without zero; "
-        "no mark: no clear difference.",
-        f"p: {tests}{corrected}.",
+        f"{SIGNS['better']} better, {SIGNS['worse']} worse: p < {ALPHA}, an interval without zero, and {FEW_UNITS} "
+        f"{comparison.unit} or more; no mark: no clear difference.",
+        f"p: the two arms' results swapped by {comparison.unit}, corrected for {merits} merits (Westfall and Young)"
+        f"{arms}; where nothing differs, at most one comparison in twenty has a mark.",
         *([f"Shifts, not merits; a gain may come from them alone: {shifts}."] if shifts else []),
+        *([f"{SHIFTED}: such a shift is beside it, with an interval without zero."] if shifted else []),
         *_unparsed(comparison),
         *(f"{a.name} is {a.spec}." for a in (*comparison.plain, *comparison.arms) if not a.name.endswith(a.spec)),
         *comparison.notes,

@@ -103,6 +103,10 @@ def check_mathematics(module: nn.Module) -> None:
 
 
 def window(module: nn.Module) -> int | None:
-    """Number of keys that an attention module looks back, itself included; None without a limit."""
-    found: int | None = getattr(module, "sliding_window", None)
+    """Number of keys that an attention module looks back, itself included; None without a limit.
+
+    A module says it itself, or, where all layers have one (Mistral), its configuration does.
+    """
+    owner = module if hasattr(module, "sliding_window") else getattr(module, "config", None)
+    found: int | None = getattr(owner, "sliding_window", None)
     return found

@@ -25,7 +25,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor, nn
 
 from vlmfix.errors import VlmfixError
-from vlmfix.upstream import attention, cache, features, geometry, names, positions, steps, text
+from vlmfix.upstream import attention, cache, defaults, features, geometry, names, positions, steps, text, wrappers
 from vlmfix.upstream.versions import installed, logger, missing, remedy, untested
 
 library: Any = transformers
@@ -430,6 +430,21 @@ def _decoding_loop(bench: Bench) -> None:
         _require(torch.equal(found, bench.generate(model, prompt, 3)), "single steps give other tokens than generate")
 
 
+def _generation_settings(bench: Bench) -> None:
+    model, own = bench.llava, bench.llava.generation_config
+    expected = bench.generate(model, bench.prompt, 3)
+    settings = {"suppress_tokens": expected[:, 8:].flatten().tolist(), "top_k": 3}
+    model.generation_config = library.GenerationConfig(pad_token_id=PAD, eos_token_id=END, **settings)
+    try:
+        said = defaults.set_aside(model)
+        _require(said == settings, "settings of a checkpoint are not told from those that do nothing")
+        with defaults.undisturbed(model):
+            found = bench.generate(model, bench.prompt, 3)
+    finally:
+        model.generation_config = own
+    _require(torch.equal(found, expected), "settings of a checkpoint reach generate all the same")
+
+
 def _rotary(bench: Bench) -> None:
     _require(not positions.grows(bench.decoder), "a plain rotary embedding is taken for one that grows")
     module, rope = nn.Module(), {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}
@@ -484,6 +499,27 @@ def _memory_errors(bench: Bench) -> None:
     _require(issubclass(torch.AcceleratorError, RuntimeError), "torch.AcceleratorError is no RuntimeError")
 
 
+def _wrappers(bench: Bench) -> None:
+    from accelerate.hooks import AlignDevicesHook, add_hook_to_module
+
+    kept = nn.Embedding(4, 2)
+    weight = kept.weight.detach().clone()
+    add_hook_to_module(kept, AlignDevicesHook(execution_device="cpu", offload=True))
+    owner: Any = nn.Module()
+    owner.get_input_embeddings = lambda: kept
+    _require(
+        kept.weight.is_meta and wrappers.device_of(owner).type == "cpu", "offloaded weights do not say their place"
+    )
+    with wrappers.present(kept, "weight") as found:
+        _close(found, weight, "offloaded weights are not brought back")
+    before = wrappers.weights_of(bench.decoder)
+    with torch.no_grad():
+        next(bench.decoder.parameters()).add_(0)
+    _require(wrappers.weights_of(bench.decoder) != before, "weights do not show that they were written to")
+    _require(hasattr(nn.Module(), "_compiled_call_impl"), "modules do not show whether they were compiled")
+    _require(hasattr(torch.compiler, "set_stance"), "compiled code cannot be run as it is written")
+
+
 def _module(family: str, name: str) -> Any:  # noqa: ANN401 (a module's class)
     return getattr(import_module(f"transformers.models.{family}.modeling_{family}"), name)
 
@@ -501,9 +537,11 @@ CONTRACTS = (
     Contract("sliding windows of a cache", ("sgrs", "vicrop", "grounding", "shared beginnings"), _sliding_cache),
     Contract("static cache", (*BRANCHES, *EDITS), _static_cache),
     Contract("loops of another's", ("sgrs", "vicrop", "grounding"), _decoding_loop),
+    Contract("generation settings", (EVERYTHING,), _generation_settings),
     Contract("rotary embeddings", ("shared beginnings",), _rotary),
     Contract("geometry of tiles", ("every decoder on LLaVA-NeXT, LLaVA-OneVision, InternVL, Qwen2.5-VL",), _geometry),
     Contract("processors", (EVERYTHING, "repeated pictures"), _processor),
+    Contract("wrappers around models", (EVERYTHING,), _wrappers),
     Contract("errors of memory", ("smaller batches when memory runs out",), _memory_errors),
 )
 """Everything that is relied on."""

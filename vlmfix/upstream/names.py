@@ -115,6 +115,16 @@ def name_of(kind: type[Any], value: str) -> str:
     return name
 
 
+def handed(value: str, given: Mapping[str, Any]) -> Any:  # noqa: ANN401 (of any kind)
+    """What a call was given for a value under one of its known names; None when it was given nothing.
+
+    Args:
+        value: A key of ``KNOWN``.
+        given: The arguments by name.
+    """
+    return next((given[name] for name in KNOWN[value] if given.get(name) is not None), None)
+
+
 def hidden(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
     """The residual stream that a layer was called with, (B, Q, hidden size).
 

@@ -15,6 +15,8 @@ OFFSETS = "rope_deltas"
 """Attribute of some models in which a prompt's positions leave what the next ones are counted from."""
 GROWING = frozenset({"dynamic", "longrope"})
 """Rotary embeddings whose frequencies depend on the length of the pass."""
+STRETCHING = frozenset({"linear", "dynamic", "yarn"})
+"""Rotary embeddings that take ``factor`` times as many tokens as the model was trained with."""
 
 
 def prompt_positions(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> Tensor:
@@ -41,6 +43,20 @@ def prompt_positions(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> Te
     if hasattr(base, OFFSETS):
         setattr(base, OFFSETS, former)
     return positions.expand(*positions.shape[:-2], ids.shape[0], -1)
+
+
+def context(decoder: nn.Module) -> int | None:
+    """Tokens that a text decoder takes, prompt and answer together; None when its configuration names no limit.
+
+    ``max_position_embeddings`` says it, but where the one rotary embedding is stretched by a factor: that number may
+    then be the one of training. Where kinds of layers have an embedding each (Gemma 3), it is the stretched one.
+    """
+    config: Any = decoder.config
+    named: int | None = getattr(config, "max_position_embeddings", None)
+    rope = getattr(config, "rope_parameters", None) or {}
+    if named is None or rope.get("rope_type") not in STRETCHING:
+        return named
+    return max(named, int((rope.get("factor") or 1.0) * (rope.get("original_max_position_embeddings") or named)))
 
 
 def grows(decoder: nn.Module) -> bool:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Iterable, Iterator
 from itertools import chain
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any
 from PIL import Image
 
 from vlmfix.errors import DataError
+from vlmfix.files import is_draft, make_folder, remove_drafts, replacing
 from vlmfix.world import pope
 from vlmfix.world.captions import references
 from vlmfix.world.categories import CATEGORIES, DRAWN, category
@@ -21,7 +21,8 @@ from vlmfix.world.scenes import CANVAS, Placed, Scene, scene
 VERSION = 1  # of the world: any change of a pixel or an annotation raises it
 CAPTIONS = 5
 CARD = "world.json"
-_PART = ".part"  # a file that is still being written
+CARD_SIZE = 1 << 16
+"""Bytes; no card comes near."""
 
 
 def make(directory: Path, *, count: int, seed: int, progress: Callable[[int], None] | None = None) -> None:
@@ -39,7 +40,7 @@ def make(directory: Path, *, count: int, seed: int, progress: Callable[[int], No
         progress: Called with the number of pictures that exist, after each one.
 
     Raises:
-        DataError: The count is not positive, or the folder holds something else than this world.
+        DataError: The count is not positive, the folder holds something else than this world, or it cannot be written.
     """
     if count < 1:
         raise DataError(f"{count} scenes are too few", hint="draw 1 or more")
@@ -48,9 +49,8 @@ def make(directory: Path, *, count: int, seed: int, progress: Callable[[int], No
         path = directory / "images" / image_name(index)
         if not path.exists():
             picture = render([scene(seed, index)])[0].permute(1, 2, 0).contiguous()  # (512, 512, 3)
-            part = _part(path)
-            Image.fromarray(picture.numpy()).save(part, format="PNG", compress_level=4)
-            os.replace(part, path)
+            with replacing(path) as file:
+                Image.fromarray(picture.numpy()).save(file, format="PNG", compress_level=4)
         if progress is not None:
             progress(index + 1)
     _annotate(directory, count, seed)
@@ -79,21 +79,32 @@ def _claim(directory: Path, card: dict[str, int]) -> None:
     """
     if directory.exists() and not directory.is_dir():
         raise DataError(f"{directory} is a file", hint="name a folder")
-    directory.mkdir(parents=True, exist_ok=True)
+    make_folder(directory)
     path = directory / CARD
     if path.exists():
-        try:
-            found = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError:
-            found = None
+        found = _read(path)
         if found != card:
             raise DataError(f"{directory} holds another world: {found}, not {card}", hint="name an empty or new folder")
-    elif any(entry != _part(path) for entry in directory.iterdir()):
+    elif not all(is_draft(entry) for entry in directory.iterdir()):
         raise DataError(f"{directory} is not empty and holds no {CARD}", hint="name an empty or new folder")
     else:
         _write(path, [json.dumps(card, indent=2), "\n"])
-    for name in ("images", "annotations", "pope"):
-        (directory / name).mkdir(exist_ok=True)
+    for folder in (directory, *(directory / name for name in ("images", "annotations", "pope"))):
+        make_folder(folder)
+        remove_drafts(folder)
+
+
+def _read(path: Path) -> dict[str, int] | None:
+    """What a world's card says; None when the file is none."""
+    if not path.is_file() or path.stat().st_size > CARD_SIZE:
+        return None
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise DataError(f"cannot read {path}: {error.strerror}", hint="check the path") from error
+    except (ValueError, RecursionError):
+        return None
+    return found if isinstance(found, dict) else None
 
 
 def _annotate(directory: Path, count: int, seed: int) -> None:
@@ -179,13 +190,7 @@ def _text(value: object) -> str:
     return json.dumps(value, separators=(",", ":"))
 
 
-def _part(path: Path) -> Path:
-    return path.with_name(f".{path.name}{_PART}")
-
-
 def _write(path: Path, pieces: Iterable[str]) -> None:
     """Write a file as a whole or not at all, with the same bytes on every system."""
-    part = _part(path)
-    with part.open("w", encoding="utf-8", newline="\n") as file:
-        file.writelines(pieces)
-    os.replace(part, path)
+    with replacing(path) as file:
+        file.writelines(piece.encode() for piece in pieces)

@@ -17,6 +17,7 @@ def change(value, difference, direction=""):
         "low": difference - 0.01,
         "high": difference + 0.01,
         "direction": direction,
+        "shifted": False,
     }
 
 
@@ -135,7 +136,7 @@ def test_the_page_shows_the_stages_that_are_asked_for():
     assert [stage for stage in told if "| `beam+vcd` | chosen | `beam+vcd:contrast=0.3` |" in told[stage]] == ["tuned"]
     assert "The goal is reached by `beam+vcd` (tuned" in told["tuned"]
     assert [stage for stage in told if "### Time" in told[stage]] == ["speed"]
-    assert [stage for stage in told if "Holm" in told[stage]] == ["small", "defaults", "tuned"]
+    assert [stage for stage in told if "swapped by pictures" in told[stage]] == ["small", "defaults", "tuned"]
 
 
 def test_the_page_keeps_what_people_wrote(tmp_path):

@@ -1,0 +1,32 @@
+"""Draws of tokens with a generator per row, so that a row's draw does not depend on its neighbours.
+
+Shape letters (``docs/notation.md``): B rows, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from transformers import LogitsProcessor
+
+
+class RowSampler(LogitsProcessor):
+    """Sampling by the Gumbel-max rule with a generator per row, so that a row's draw is its own.
+
+    The most probable token of ``log p + Gumbel noise`` is distributed as ``p``. Greedy search then picks it.
+
+    Args:
+        seeds: One seed per row.
+        device: Where the scores are.
+    """
+
+    def __init__(self, seeds: Sequence[int], device: torch.device) -> None:
+        self.generators = [torch.Generator(device).manual_seed(seed) for seed in seeds]
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """Adds a draw of Gumbel noise to (B, V) scores."""
+        draws = torch.stack([torch.rand(scores.shape[1], generator=g, device=scores.device) for g in self.generators])
+        tiny = torch.finfo(torch.float32).tiny
+        return scores - (-(draws.clamp(min=tiny).log())).clamp(min=tiny).log()
