@@ -16,7 +16,7 @@ from tests.tiny.text import DECODER, drawn
 from vlmfix.answering import Answerer, Question
 from vlmfix.attention.windows import narrowest
 from vlmfix.decoders import DECODERS, DecodingPlan, Greedy, parse
-from vlmfix.decoders.branches import Contrast, with_instruction
+from vlmfix.decoding.branches import Contrast, with_instruction
 from vlmfix.doctor import met, tried
 from vlmfix.errors import DataError, WindowError
 from vlmfix.generation import VLM

@@ -16,7 +16,7 @@ from tests.contracts.support import STRONG, batch_of, method_of, picture
 from tests.tiny import tiny_vlm
 from vlmfix.attention.tower import TowerReading, tower_read
 from vlmfix.decoders import parse
-from vlmfix.decoders.encoding import encoded_once
+from vlmfix.decoding.encoding import encoded_once
 from vlmfix.errors import UnsupportedModelError
 from vlmfix.heads.grounding import grounding
 from vlmfix.heads.measure import profile

@@ -31,9 +31,9 @@ from transformers import (
 
 from vlmfix.asked import pictures_of, questions_of, whole
 from vlmfix.decoders import Decoder, Strategy, parse
-from vlmfix.decoders.draws import RowSampler
 from vlmfix.decoders.probing import generation_inputs
 from vlmfix.decoders.refined import PictureMemo, Refined
+from vlmfix.decoding.draws import RowSampler
 from vlmfix.errors import IncompatibleDecodersError, UsageError
 from vlmfix.models.checkpoint import Checkpoint, limited
 from vlmfix.models.families import family_of

@@ -11,7 +11,7 @@ from tests.contracts.support import batch_of, vlm_of
 from tests.tiny import TINY
 from vlmfix.attention import tower
 from vlmfix.attention.tower import TowerReading, tower_read
-from vlmfix.decoders.encoding import encoded
+from vlmfix.decoding.encoding import encoded
 from vlmfix.errors import UnsupportedAttentionError
 from vlmfix.upstream.attention import register, switched, unregister
 

@@ -8,7 +8,7 @@ import torch
 from tests.contracts.support import NEUTRAL, STRONG, Forced, batch_of, close, crossed, logits, method_of, plain, vlm_of
 from tests.tiny import TINY
 from vlmfix.decoders import Chain, DecodingPlan, Greedy
-from vlmfix.decoders.draws import RowSampler
+from vlmfix.decoding.draws import RowSampler
 from vlmfix.errors import IncompatibleDecodersError
 from vlmfix.upstream import steps
 

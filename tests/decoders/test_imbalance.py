@@ -15,10 +15,10 @@ from tests.decoders.test_locore import site
 from tests.heads.made import made_profile
 from tests.tiny import TINY
 from vlmfix.decoders import Chain, Imbalance, parse
-from vlmfix.decoders.encoding import encoded
 from vlmfix.decoders.imbalance import TokenGain, largest, outliers, relative_sensitivity, select, share_of
 from vlmfix.decoders.significance import Significance
 from vlmfix.decoders.vit import load_vit
+from vlmfix.decoding.encoding import encoded
 from vlmfix.errors import DataError, IncompatibleDecodersError, ProfileMismatchError, UsageError
 from vlmfix.models.layout import Batch
 

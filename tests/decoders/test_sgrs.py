@@ -12,8 +12,8 @@ from tests.contracts.support import STRONG, Forced, batch_of, close, crossed, lo
 from tests.tiny import TINY
 from vlmfix.attention.edit import LayerSet
 from vlmfix.decoders import Chain, parse
-from vlmfix.decoders.draws import RowSampler
 from vlmfix.decoders.sgrs import SGRS, Draws, Memory, RejectionLoop, gate
+from vlmfix.decoding.draws import RowSampler
 from vlmfix.errors import DataError, IncompatibleDecodersError
 from vlmfix.upstream import steps as upstream
 

@@ -11,7 +11,7 @@ import torch
 
 from tests.models.spotlight import embeddings, painted, plain
 from tests.tiny import TINY, tiny_vlm
-from vlmfix.decoders.encoding import encoded
+from vlmfix.decoding.encoding import encoded
 from vlmfix.models.grid import merged
 from vlmfix.upstream.names import hidden
 

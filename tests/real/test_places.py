@@ -7,7 +7,7 @@ import torch
 
 from tests.models.spotlight import local_vision, painted, plain
 from tests.real.published import PUBLISHED
-from vlmfix.decoders.encoding import encoded
+from vlmfix.decoding.encoding import encoded
 from vlmfix.models.layout import Batch
 from vlmfix.upstream.names import hidden
 from vlmfix.upstream.positions import prompt_positions

@@ -5,7 +5,7 @@ from __future__ import annotations
 from vlmfix.decoders import spec as _spec
 from vlmfix.decoders.act import ACT
 from vlmfix.decoders.adhh import ADHH
-from vlmfix.decoders.base import Chain, Decoder, DecodingPlan, Greedy, Source
+from vlmfix.decoders.base import Chain, Decoder, Greedy, Source
 from vlmfix.decoders.beam import Beam
 from vlmfix.decoders.carve import CARVE
 from vlmfix.decoders.gift import GIFT
@@ -17,12 +17,13 @@ from vlmfix.decoders.sample import Sample
 from vlmfix.decoders.sgrs import SGRS
 from vlmfix.decoders.spec import DecoderInfo, Parameter, describe
 from vlmfix.decoders.spin import SPIN
-from vlmfix.decoders.strategy import Strategy
 from vlmfix.decoders.var import VAR
 from vlmfix.decoders.vcd import VCD
 from vlmfix.decoders.vhr import VHR
 from vlmfix.decoders.vicrop import ViCrop
 from vlmfix.decoders.zerotuning import ZeroTuning
+from vlmfix.decoding.plan import DecodingPlan
+from vlmfix.decoding.strategy import Strategy
 
 DECODERS: dict[str, type[Decoder]] = {
     decoder.name: decoder

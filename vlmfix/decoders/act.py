@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from vlmfix.attention.edit import LayerSet, PromptReading, Rows, Site, WeightEdit
-from vlmfix.decoders.base import Decoder, DecodingPlan, Source
+from vlmfix.decoders.base import Decoder, Source
 from vlmfix.decoders.parameters import PRESETS_OWN, Value, parameter
+from vlmfix.decoding.plan import DecodingPlan
 from vlmfix.errors import IncompatibleDecodersError, UnsupportedAttentionError, UsageError
 from vlmfix.heads.sinks import first_token
 from vlmfix.models.checkpoint import Checkpoint

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from vlmfix.attention.edit import LayerSet, Rows, Site, WeightEdit
-from vlmfix.decoders.base import Decoder, DecodingPlan, Source
+from vlmfix.decoders.base import Decoder, Source
 from vlmfix.decoders.parameters import HeadList, parameter
 from vlmfix.decoders.profiled import profile_facts, profile_for, why_no_profile
+from vlmfix.decoding.plan import DecodingPlan
 from vlmfix.errors import IncompatibleDecodersError, UsageError
 from vlmfix.models.checkpoint import Checkpoint
 from vlmfix.models.layout import Batch, ImageLayout

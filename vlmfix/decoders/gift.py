@@ -12,10 +12,11 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from vlmfix.attention.edit import LayerSet, Rows, Site, WeightEdit
-from vlmfix.decoders.base import Decoder, DecodingPlan, Source
+from vlmfix.decoders.base import Decoder, Source
 from vlmfix.decoders.gaze import GazeReading, deepest, most, per_row, read_apart, shift_peak
 from vlmfix.decoders.parameters import Value, parameter
 from vlmfix.decoders.question import INSTALL, MODEL, RULES, asked, has_tagger, rule_in_words
+from vlmfix.decoding.plan import DecodingPlan
 from vlmfix.errors import IncompatibleDecodersError, UnsupportedAttentionError
 from vlmfix.models.checkpoint import Checkpoint
 from vlmfix.models.layout import Batch, ImageLayout

@@ -11,11 +11,12 @@ import torch
 from torch import Tensor
 
 from vlmfix.attention.edit import LayerSet, Rows, ScoreEdit, Site
-from vlmfix.decoders.base import Decoder, DecodingPlan, Source
+from vlmfix.decoders.base import Decoder, Source
 from vlmfix.decoders.parameters import Value, parameter
 from vlmfix.decoders.profiled import profile_facts, profile_for, why_no_profile
 from vlmfix.decoders.significance import Significance, no_class_token, of_tower, of_vit, too_shallow
 from vlmfix.decoders.vit import load_vit
+from vlmfix.decoding.plan import DecodingPlan
 from vlmfix.errors import IncompatibleDecodersError, UsageError, VlmfixError
 from vlmfix.models.checkpoint import Checkpoint
 from vlmfix.models.layout import Batch, ImageLayout

@@ -9,11 +9,12 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from vlmfix.decoders.base import Decoder, DecodingPlan, Source
-from vlmfix.decoders.branches import Branch, Contrast, with_pixels, without_question
+from vlmfix.decoders.base import Decoder, Source
 from vlmfix.decoders.noise import row_noise
 from vlmfix.decoders.parameters import parameter
 from vlmfix.decoders.plausibility import cut
+from vlmfix.decoding.branches import Branch, Contrast, with_pixels, without_question
+from vlmfix.decoding.plan import DecodingPlan
 from vlmfix.models.checkpoint import Checkpoint
 from vlmfix.models.layout import Batch, ImageLayout
 

@@ -21,7 +21,7 @@ from vlmfix.attention.saliency import SCALE, saliency_steps, token_loss
 from vlmfix.attention.session import edited
 from vlmfix.attention.windows import check_windows
 from vlmfix.decoders.base import Greedy
-from vlmfix.decoders.encoding import encoded_once, repeats_pictures
+from vlmfix.decoding.encoding import encoded_once, repeats_pictures
 from vlmfix.errors import UnsupportedAttentionError
 from vlmfix.models.checkpoint import Checkpoint
 from vlmfix.models.context import room_for_answers

@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from vlmfix.decoders.base import Decoder, DecodingPlan, Source
+from vlmfix.decoders.base import Decoder, Source
 from vlmfix.decoders.parameters import parameter
-from vlmfix.decoders.strategy import Strategy
+from vlmfix.decoding.plan import DecodingPlan
+from vlmfix.decoding.strategy import Strategy
 from vlmfix.models.checkpoint import Checkpoint
 from vlmfix.models.layout import Batch, ImageLayout
 

@@ -15,11 +15,12 @@ from transformers import GenerationConfig, LogitsProcessor, PreTrainedModel
 
 from vlmfix.attention.edit import LayerSet
 from vlmfix.attention.saliency import SaliencySteps, after_picture, mean_over, saliency_steps, scoring_layers
-from vlmfix.decoders.base import Decoder, DecodingPlan, Source
-from vlmfix.decoders.branches import picture_counts
-from vlmfix.decoders.draws import RowSampler
+from vlmfix.decoders.base import Decoder, Source
 from vlmfix.decoders.parameters import Value, parameter
-from vlmfix.decoders.stack import STACK, stack_layout
+from vlmfix.decoding.branches import picture_counts
+from vlmfix.decoding.draws import RowSampler
+from vlmfix.decoding.plan import DecodingPlan
+from vlmfix.decoding.stack import STACK, stack_layout
 from vlmfix.errors import IncompatibleDecodersError
 from vlmfix.models.checkpoint import Checkpoint
 from vlmfix.models.layout import Batch, ImageLayout

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from vlmfix.attention.tower import TowerReading, TowerRows, tower_read
-from vlmfix.decoders.encoding import distinct, first_rows
 from vlmfix.decoders.vit import load_vit
+from vlmfix.decoding.encoding import distinct, first_rows
 from vlmfix.errors import IncompatibleDecodersError, LayoutError
 from vlmfix.models.checkpoint import Checkpoint
 from vlmfix.models.layout import Batch, ImageLayout

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from vlmfix.attention.edit import AttentionEdit, LayerSet, Rows, ScoreEdit, Site, WeightEdit
-from vlmfix.decoders.base import Decoder, DecodingPlan, Source
+from vlmfix.decoders.base import Decoder, Source
 from vlmfix.decoders.parameters import Value, parameter
+from vlmfix.decoding.plan import DecodingPlan
 from vlmfix.models.checkpoint import Checkpoint
 from vlmfix.models.layout import Batch, ImageLayout
 

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from vlmfix.attention.edit import LayerSet, Site, WeightEdit
-from vlmfix.decoders.base import Decoder, DecodingPlan, Source
+from vlmfix.decoders.base import Decoder, Source
 from vlmfix.decoders.parameters import Value, parameter
+from vlmfix.decoding.plan import DecodingPlan
 from vlmfix.errors import IncompatibleDecodersError, UnsupportedAttentionError, UsageError
 from vlmfix.heads.sinks import find_sinks, least_massive, scaled_threshold, sink_strength, tabulated_sinks
 from vlmfix.models.checkpoint import Checkpoint

@@ -10,11 +10,12 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from vlmfix.decoders.base import Decoder, DecodingPlan, Source
-from vlmfix.decoders.branches import Contrast, with_pixels
+from vlmfix.decoders.base import Decoder, Source
 from vlmfix.decoders.noise import row_noise
 from vlmfix.decoders.parameters import Value, parameter
 from vlmfix.decoders.plausibility import cut
+from vlmfix.decoding.branches import Contrast, with_pixels
+from vlmfix.decoding.plan import DecodingPlan
 from vlmfix.models.checkpoint import Checkpoint
 from vlmfix.models.layout import Batch, ImageLayout
 

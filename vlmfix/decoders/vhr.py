@@ -14,10 +14,11 @@ from torch.nn.functional import pad
 from vlmfix.attention.edit import LayerSet, OutputEdit, Rows, Site
 from vlmfix.attention.probe import LastOutputs
 from vlmfix.attention.session import bare, edited
-from vlmfix.decoders.base import Decoder, DecodingPlan, Source
-from vlmfix.decoders.branches import TOKENS
+from vlmfix.decoders.base import Decoder, Source
 from vlmfix.decoders.parameters import Value, parameter
 from vlmfix.decoders.profiled import profile_facts, profile_for, why_no_profile
+from vlmfix.decoding.branches import TOKENS
+from vlmfix.decoding.plan import DecodingPlan
 from vlmfix.errors import IncompatibleDecodersError, UnsupportedAttentionError, UsageError
 from vlmfix.heads.vhd import without_image_tokens
 from vlmfix.models.checkpoint import Checkpoint

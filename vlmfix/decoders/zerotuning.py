@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from vlmfix.attention.edit import BiasEdit, LayerSet, Rows, Site
-from vlmfix.decoders.base import Decoder, DecodingPlan, Source
+from vlmfix.decoders.base import Decoder, Source
 from vlmfix.decoders.parameters import Value, parameter
+from vlmfix.decoding.plan import DecodingPlan
 from vlmfix.errors import IncompatibleDecodersError, UnsupportedAttentionError
 from vlmfix.heads.sinks import first_token, first_token_mass
 from vlmfix.models.checkpoint import Checkpoint

@@ -15,7 +15,6 @@ from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor
 
 from vlmfix.decoding.loop import broken
 from vlmfix.decoding.running import Running
@@ -102,7 +101,13 @@ def search(call: Running, *, samples: int, beams: int, ends: Collection[int], li
 
 
 def _grow(
-    one: Search, candidates: Iterable[tuple[float, int]], vocabulary: int, ends: Collection[int], step: int, *, last: bool
+    one: Search,
+    candidates: Iterable[tuple[float, int]],
+    vocabulary: int,
+    ends: Collection[int],
+    step: int,
+    *,
+    last: bool,
 ) -> list[tuple[float, int, int]]:
     """Lets a sample's answers grow by a token.
 

@@ -59,7 +59,7 @@ class Passes:
         self._cache.reorder_cache(rows)
         self._mask, self._next = self._mask[rows], self._next[..., rows, :]
 
-    def _logits(self, ids: Tensor, positions: Tensor, **given: Any) -> Tensor:  # noqa: ANN401 (families differ)
+    def _logits(self, ids: Tensor, positions: Tensor, **given: Any) -> Tensor:
         names = self._names
         given |= {names.ids: ids, names.positions: positions, names.mask: self._mask, names.cache: self._cache}
         output = self._model(**given, use_cache=True, logits_to_keep=1, return_dict=True)

@@ -1,6 +1,7 @@
 """The rows of one call: the samples, and below them other ways to ask, as one left-padded batch.
 
-Shape letters (``docs/notation.md``): B samples, N branches, R = (1 + N) * B rows in branch-major order, T prompt tokens.
+Shape letters (``docs/notation.md``): B samples, N branches, R = (1 + N) * B rows in branch-major order, T prompt
+tokens.
 """
 
 from __future__ import annotations
@@ -12,8 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from vlmfix.decoders.branches import Branch
-from vlmfix.decoders.encoding import encoded_once
+from vlmfix.decoding.branches import Branch
+from vlmfix.decoding.encoding import encoded_once
 from vlmfix.models.checkpoint import Checkpoint
 from vlmfix.models.layout import Batch, ImageLayout
 from vlmfix.upstream.features import Features, joined
@@ -103,7 +104,7 @@ def rows_of(vlm: Checkpoint, batch: Batch, branches: Sequence[Branch]) -> Rows:
 
 
 def _features(vlm: Checkpoint, batch: Batch, branches: Sequence[Branch]) -> Features | None:
-    """The features of all rows' pictures; ways to ask that show the same tensor of pixels share one run of the tower."""
+    """The features of all rows' pictures; those that show one tensor of pixels share one run of the tower."""
     shown = [batch, *(batch if branch.same_pictures else branch.batch for branch in branches)]
     made: dict[int, Features] = {}
     for part in shown:

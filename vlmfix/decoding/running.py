@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from vlmfix.attention.session import AtWork, edited
-from vlmfix.decoders.base import DecodingPlan
-from vlmfix.decoders.branches import Contrast
-from vlmfix.decoders.prefix import Prompts, prompts_of, shared_prefixes
+from vlmfix.decoding.branches import Contrast
 from vlmfix.decoding.passes import Passes
+from vlmfix.decoding.plan import DecodingPlan
+from vlmfix.decoding.prefix import Prompts, prompts_of, shared_prefixes
 from vlmfix.decoding.rows import rows_of
 from vlmfix.models.checkpoint import Checkpoint
 from vlmfix.models.layout import Batch, ImageLayout

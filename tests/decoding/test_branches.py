@@ -12,14 +12,14 @@ from tests.attention.test_session import snapshot
 from tests.contracts.support import STRONG, Forced, batch_of, close, logits, method_of, plain, vlm_of
 from tests.tiny import TINY
 from vlmfix.decoders import Chain, DecodingPlan, Greedy, parse
-from vlmfix.decoders.branches import (
+from vlmfix.decoding.branches import (
     Contrast,
     with_instruction,
     with_pixels,
     without_picture,
     without_question,
 )
-from vlmfix.decoders.stack import stacked
+from vlmfix.decoding.stack import stacked
 from vlmfix.errors import DataError, IncompatibleDecodersError
 from vlmfix.upstream.positions import OFFSETS
 

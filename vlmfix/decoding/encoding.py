@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from vlmfix.decoders.branches import picture_counts
+from vlmfix.decoding.branches import picture_counts
 from vlmfix.models import repeats
 from vlmfix.models.checkpoint import Checkpoint
 from vlmfix.models.layout import Batch

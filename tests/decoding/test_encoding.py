@@ -10,7 +10,7 @@ import torch
 
 from tests.contracts.support import PICTURES, picture, vlm_of
 from tests.tiny import TINY
-from vlmfix.decoders.encoding import encoded, encoded_once, repeats_pictures
+from vlmfix.decoding.encoding import encoded, encoded_once, repeats_pictures
 
 ONE, (TWO, THREE) = PICTURES[0][0], PICTURES[1]
 ROWS = [[ONE], [TWO, THREE], [ONE], [], [ONE], [TWO, THREE], [TWO], []]

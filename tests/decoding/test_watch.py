@@ -14,7 +14,7 @@ from tests.contracts.support import PICTURES, PROMPTS, STRONG, batch_of, close, 
 from tests.tiny import tiny_vlm
 from vlmfix.attention.tower import TowerReading, tower_read
 from vlmfix.decoders import parse
-from vlmfix.decoders.encoding import encoded_once
+from vlmfix.decoding.encoding import encoded_once
 from vlmfix.errors import DataError, IncompatibleDecodersError
 from vlmfix.generation import VLM, wrap
 from vlmfix.heads.measure import profile

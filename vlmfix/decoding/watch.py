@@ -25,7 +25,7 @@ from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria,
 
 from vlmfix.attention.session import Acting
 from vlmfix.attention.windows import check_windows
-from vlmfix.decoders.stack import Stack
+from vlmfix.decoding.stack import Stack
 from vlmfix.errors import IncompatibleDecodersError
 from vlmfix.models.checkpoint import Checkpoint
 from vlmfix.models.context import room_for_answers

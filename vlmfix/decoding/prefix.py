@@ -28,8 +28,8 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 from vlmfix.attention.session import continued, first_edited, recorded
-from vlmfix.decoders.branches import Branch
-from vlmfix.decoders.encoding import first_rows, repeats_pictures
+from vlmfix.decoding.branches import Branch
+from vlmfix.decoding.encoding import first_rows, repeats_pictures
 from vlmfix.errors import UpstreamError
 from vlmfix.models.checkpoint import Checkpoint
 from vlmfix.models.layout import Batch

@@ -21,8 +21,8 @@ import torch
 from torch import Tensor
 from transformers import Cache, PreTrainedModel
 
-from vlmfix.decoders.branches import Branch, Contrast
-from vlmfix.decoders.encoding import encoded_once
+from vlmfix.decoding.branches import Branch, Contrast
+from vlmfix.decoding.encoding import encoded_once
 from vlmfix.errors import IncompatibleDecodersError
 from vlmfix.models.checkpoint import Checkpoint
 from vlmfix.models.layout import Batch, ImageLayout
