@@ -528,7 +528,9 @@ def test_a_full_device_is_one_line():
             [sys.executable, "-m", "vlmfix", "--version"], stdout=full, stderr=subprocess.PIPE, text=True, check=False
         )
     assert done.returncode == 1
-    assert done.stderr == "vlmfix: cannot write: No space left on device\nhint: make room, or write elsewhere\n"
+    assert done.stderr == (
+        "vlmfix: cannot write the output: No space left on device\nhint: free some space, or write elsewhere\n"
+    )
 
 
 def test_a_reader_that_leaves_is_no_error():
@@ -598,6 +600,8 @@ def test_what_doctor_finds_is_text():
             "untested": [],
             "contracts": [],
             "ways": {"vcd": {"plain": "[/why]", "beams": None}},
+            "reach": {"vcd": None},
+            "checkpoint": {"ends": [2], "set_aside": {"[b]": "[/b]"}, "completed": {}},
         }
     )
     assert r"m[/x]\u001b: LLaVA" in shown

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import contextmanager
+from dataclasses import replace
 
 import pytest
 import torch
@@ -25,9 +26,8 @@ def profiled(tmp_path_factory):
     made = profile(vlm, [picture(1, (40, 60))], ["image-mass"])["image-mass"]
     scores = torch.stack([torch.arange(8.0), -torch.arange(8.0), torch.zeros(8)])
     path = tmp_path_factory.mktemp("heads") / "heads.safetensors"
-    save_profiles(
-        {"patching": HeadProfile(scores, scores.abs(), made.card, made.fingerprint), "image-mass": made}, path
-    )
+    patching = HeadProfile(scores, scores.abs(), replace(made.card, profiler="patching"), made.fingerprint)
+    save_profiles({"patching": patching, "image-mass": made}, path)
     return str(path)
 
 
@@ -127,7 +127,7 @@ def test_what_it_cannot_do_is_said(profiled, tmp_path):
     with pytest.raises(UsageError, match="heads are given"):
         parse(f"ph3:heads=L0H1,profile={profiled}")
     made = HeadProfile.load(tmp_path.joinpath(profiled), "image-mass")
-    empty = {"patching": HeadProfile(-made.scores.abs(), made.stderr, made.card, made.fingerprint)}
+    empty = {"patching": replace(made, scores=-made.scores.abs(), card=replace(made.card, profiler="patching"))}
     save_profiles(empty, tmp_path / "context")
     assert PH3(profile=str(tmp_path / "context")).check(vlm) == "no head of the profile is a memory head"
     for model, file, kind in ((vlm, "missing", DataError), (vlm_of("qwen2_vl"), profiled, ProfileMismatchError)):

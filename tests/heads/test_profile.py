@@ -202,7 +202,7 @@ def test_wrong_use_is_refused():
     with pytest.raises(UsageError, match="batch_size=0"):
         profile(vlm, [PICTURE], ["vhd"], batch_size=0)
     with pytest.raises(UsageError, match="cannot share a file"):
-        save_profiles({}, None)
+        save_profiles({}, "heads.safetensors")
 
 
 def test_agreement():

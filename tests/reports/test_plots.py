@@ -81,7 +81,7 @@ def test_names_are_drawn_as_they_are(tmp_path):
     for ending in ("png", "svg"):
         differences(replace(found, arms=tuple(arms)), tmp_path / f"plot.{ending}")
     text = (tmp_path / "plot.svg").read_text()
-    said = r"$\frac$ 中 &lt;b&gt;\n\x1b[31m\udcff"
+    said = r"$\frac$ 中 &lt;b&gt;\n\u001b[31m\udcff"
     assert text.count(f"<!-- {said} -->") == 5, "the group, in every panel"
     assert f"<!--  _{said} -->" in text
     point = [Point(0.7, 0.1, role="chosen", name=NASTY), Point(0.9, 0.2, role="plain", name="greedy")]

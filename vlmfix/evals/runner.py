@@ -42,6 +42,7 @@ from vlmfix.evals.record import (
     RESULTS,
     SAMPLES,
     SCORABLE,
+    SESSION,
     EvalRun,
     arm_folder,
     checked,
@@ -58,6 +59,7 @@ from vlmfix.models.checkpoint import EMBEDDED
 from vlmfix.parsing import some
 from vlmfix.records import JsonLines, read_json, read_lines, refuse_other, replace_json
 from vlmfix.settings import Settings
+from vlmfix.shapes import fault, fields, list_of
 
 CARD_SECONDS = 30.0
 """The card is at most this old while the run goes on."""
@@ -306,6 +308,8 @@ class _Folder:
         path = self._out / CARD
         if path.exists():
             self._card = read_json(path, SCORABLE)
+            if wrong := fault(self._card, fields({"sessions": list_of(SESSION)})):
+                raise DataError(f"{path}{wrong}", "restore the file, or choose another --out")
             moved = self._moved(known)
             data = {name: without_names(known[name]) for name in ("options", "data")}
             refuse_other(

@@ -17,7 +17,7 @@ from vlmfix.records import JsonLines, read_json, refuse_other, replace_json
 from vlmfix.shapes import COUNT, DURATION, FLAG, OBJECT, TEXT, fields, list_of
 
 ANSWERS, FAILED, CARD = "answers.jsonl", "failed.jsonl", "run.json"
-ANSWER = fields({"image": TEXT, "prompt": TEXT, "answer": TEXT, "tokens": COUNT, "seconds": DURATION})
+ANSWER = fields({"image": TEXT, "prompt": TEXT, "answer": TEXT, "tokens": COUNT, "seconds": DURATION}, {"sha256": TEXT})
 FAILURE = fields({"image": TEXT, "reason": TEXT}, {"prompt": TEXT})
 RUN = fields(
     {

@@ -146,7 +146,8 @@ def _refuse_other_pictures(folder: Path, pictures: Path, out: Path) -> None:
     """Finds before the model is loaded whether the pictures are those that the run was shown."""
     if not pictures.exists():
         raise DataError(f"there is no {pictures} with the pictures", "give the folder that they are in with --images")
-    known = {line["image"]: line["sha256"] for line in read_lines(folder / ANSWERS)}
+    lines = read_lines(folder / ANSWERS, ANSWER)
+    known = {line["image"]: line["sha256"] for line in lines if "sha256" in line}
     files = {file.name: file.path for file in find(pictures, skip=out)}
     if missing := [name for name in known if name not in files]:
         raise DataError(

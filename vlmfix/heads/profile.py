@@ -155,7 +155,7 @@ class HeadProfile:
             raise _mismatch(card, f"weights of {card.model}", f"other weights ({vlm.name})")
 
     @classmethod
-    def load(cls, path: Path, name: str | None = None) -> HeadProfile:
+    def load(cls, path: str | Path, name: str | None = None) -> HeadProfile:
         """Reads one profile of a file.
 
         Args:
@@ -173,12 +173,12 @@ class HeadProfile:
             raise DataError(f"{path} holds the profiles {held}, not {name or 'one alone'}", "name one of them")
         return profiles[name]
 
-    def save(self, path: Path) -> None:
+    def save(self, path: str | Path) -> None:
         """Writes the profile to a file of its own; see ``save_profiles``."""
         save_profiles({self.card.profiler: self}, path)
 
 
-def save_profiles(profiles: Mapping[str, HeadProfile], path: Path) -> None:
+def save_profiles(profiles: Mapping[str, HeadProfile], path: str | Path) -> None:
     """Writes profiles of one model to one file: tensors by safetensors, the cards as JSON in its metadata.
 
     Args:
@@ -189,7 +189,7 @@ def save_profiles(profiles: Mapping[str, HeadProfile], path: Path) -> None:
         UsageError: There is no profile, or they are of different models.
         DataError: The file cannot be written, or holds something else than profiles.
     """
-    every = list(profiles.values())
+    path, every = Path(path), list(profiles.values())
     if not every or not all(torch.equal(part.fingerprint, every[0].fingerprint) for part in every):
         raise UsageError(f"{len(every)} profiles cannot share a file", "give profiles of one model")
     tensors = {FINGERPRINT: every[0].fingerprint}
@@ -204,12 +204,13 @@ def save_profiles(profiles: Mapping[str, HeadProfile], path: Path) -> None:
         file.write(content)
 
 
-def load_profiles(path: Path) -> dict[str, HeadProfile]:
+def load_profiles(path: str | Path) -> dict[str, HeadProfile]:
     """Reads all profiles of a file, by profiler.
 
     Raises:
         DataError: The file cannot be read, is no profile, or was damaged: a card or a tensor is not what it should be.
     """
+    path = Path(path)
     about, tensors = _read(path)
     cards = about["profiles"]
     owners = {key.split("/")[0] for key in tensors} - {FINGERPRINT}
