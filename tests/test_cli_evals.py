@@ -242,7 +242,7 @@ def test_an_error_of_every_sample_is_a_failure_of_the_run(world, tmp_path, vlmfi
 
     command = (*pope(world), "--out", tmp_path / "out")
     with monkeypatch.context() as patch:
-        patch.setattr("vlmfix.generation.VLM._generated", broken)
+        patch.setattr("vlmfix.generation.VLM._found", broken)
         code, printed, told = vlmfix(*command)
     assert (code, printed) == (1, "")
     *_, message, hint = told.splitlines()

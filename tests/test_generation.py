@@ -41,14 +41,18 @@ def test_an_answer_that_ends_and_one_that_is_cut(monkeypatch):
 
 
 def broken_head(vlm, *, row, step):
-    """From a step on, the scores of one row are partly not numbers; removed by the caller."""
+    """From a step on, the scores of one row are partly not numbers; removed by the caller.
+
+    In the prompt's pass it is the second row, for beams come after it; a row that has ended is there no more.
+    """
     calls = []
 
     def spoil(module, args, output):
         calls.append(None)
         output = output.clone()
-        if len(calls) > step:
-            output[row, :, 7] = float("nan")
+        own = row if len(calls) > 1 else 1
+        if len(calls) > step and own < len(output):
+            output[own, :, 7] = float("nan")
         return output
 
     return vlm.model.lm_head.register_forward_hook(spoil)

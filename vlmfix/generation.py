@@ -8,8 +8,7 @@ import logging
 import math
 import threading
 import time
-from collections.abc import Generator, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -24,16 +23,18 @@ from transformers import (
     ProcessorMixin,
     StoppingCriteria,
     StoppingCriteriaList,
-    TemperatureLogitsWarper,
     TextIteratorStreamer,
-    TopPLogitsWarper,
 )
 
 from vlmfix.asked import pictures_of, questions_of, whole
 from vlmfix.decoders import Decoder, Strategy, parse
 from vlmfix.decoders.probing import generation_inputs
 from vlmfix.decoders.refined import PictureMemo, Refined
-from vlmfix.decoding.draws import RowSampler
+from vlmfix.decoding.beams import search
+from vlmfix.decoding.choice import Choice, Drawn, MostProbable
+from vlmfix.decoding.draws import drawing
+from vlmfix.decoding.loop import decode
+from vlmfix.decoding.running import Running, running
 from vlmfix.errors import IncompatibleDecodersError, UsageError
 from vlmfix.models.checkpoint import Checkpoint, limited
 from vlmfix.models.families import family_of
@@ -140,14 +141,9 @@ class VLM(Checkpoint):
         with turn_of(self.model).taken():
             started = time.perf_counter()
             request, refined = self._refined(request)
-            with self._prepared(request) as (batch, arguments, room):
-                watch = NumberWatch(batch.length)
-                arguments["logits_processor"] = LogitsProcessorList([watch, *arguments.get("logits_processor", ())])
-                sequences = self._generated(batch, arguments)
-        fresh = sequences[:, batch.length :].tolist()
+            found = self._found(request)
         seconds = (time.perf_counter() - started) / len(rows)
-        answers = zip(fresh, watch.steps(len(rows)), room, refined, strict=True)
-        return [replace(self._answer(ids, broken, most, seconds), refined=look) for ids, broken, most, look in answers]
+        return [replace(self._answer(said, seconds), refined=look) for said, look in zip(found, refined, strict=True)]
 
     def refine(
         self, pictures: Sequence[Shown], prompts: str | Sequence[str], *, decoder: Decoder | str
@@ -220,19 +216,15 @@ class VLM(Checkpoint):
             given = "a stream inside a block that has put a decoder to work on the same model"
             raise IncompatibleDecodersError(given, "leave the block first, or name the decoder in stream(...)")
         left = threading.Event()
-        streamer = TextIteratorStreamer(_tokenizer(self.processor), skip_prompt=True, skip_special_tokens=True)
+        streamer = TextIteratorStreamer(_tokenizer(self.processor), skip_special_tokens=True)
         failure: list[BaseException] = []
 
         def work() -> None:
             try:
                 with turn.taken():
                     refined, _ = self._refined(request)
-                    with self._prepared(refined) as (batch, arguments, (room,)):
-                        arguments["stopping_criteria"] = StoppingCriteriaList([_Left(left)])
-                        # transformers hands its own streamer to no loop, so a loop takes it under another name
-                        name = "token_streamer" if "custom_generate" in arguments else "streamer"
-                        said = self._generated(batch, {**arguments, name: streamer})[0, batch.length :].tolist()
-                    if self._answer(said, (), room, 0.0).finish == "context":
+                    (said,) = self._found(refined, streamer, left)
+                    if self._answer(said, 0.0).finish == "context":
                         logger.warning("vlmfix: the model's context is full, which cut the answer")
             except BaseException as error:  # handed to the caller's thread
                 failure.append(error)
@@ -267,46 +259,113 @@ class VLM(Checkpoint):
         rows = [refined.pictures for refined in found]
         return replace(request, rows=rows, decoder=request.decoder.decoding), found
 
-    @contextmanager
-    def _prepared(self, request: _Request) -> Iterator[tuple[Batch, dict[str, Any], Sequence[int]]]:
-        """The inputs and ``generate`` arguments of a request and each row's ``room``, with its decoder at work."""
-        batch = self.encode(request.prompts, request.rows)
-        beams = request.strategy.num_beams
-        own: dict[str, Any] = {"max_new_tokens": request.max_new_tokens, **Strategy(num_beams=beams).arguments()}
-        if request.static_cache:
-            own["cache_implementation"] = "static"
-        with request.decoder.at_work(self, batch, num_beams=beams) as (given, watch):
-            arguments = given | own  # a decoder that samples lets transformers draw, here every row draws for itself
-            if request.strategy.temperature > 0:
-                arguments["logits_processor"] = LogitsProcessorList(_sampling(request, self.device))
-            most, room = request.max_new_tokens, [] if watch.room is None else watch.room.tolist()
-            yield batch, arguments, [left if left < most else most + 1 for left in room or [most] * batch.rows]
-
-    @torch.no_grad()
-    def _generated(self, batch: Batch, arguments: dict[str, Any]) -> Tensor:
-        model: Any = self.model
-        with defaults.undisturbed(model):
-            sequences: Tensor = model.generate(**generation_inputs(self, batch), **arguments)
-        return sequences
-
-    def _answer(self, ids: Sequence[int], broken: Sequence[int], room: int, seconds: float) -> Answer:
-        """The answer of one row.
+    def _found(
+        self, request: _Request, streamer: TextIteratorStreamer | None = None, left: threading.Event | None = None
+    ) -> list[_Found]:
+        """What the model says to a request.
 
         Args:
-            ids: Generated tokens, filled up behind the end token, or behind where the context is full.
-            broken: Steps, from 0, whose scores were not numbers.
-            room: Tokens at which the model's context cuts it; more than ``max_new_tokens`` where it does not.
-            seconds: Its share of the time.
+            request: The request, with the pictures that the model is to see.
+            streamer: Gets the tokens of the one answer as they come, and is told its end.
+            left: Set when nobody reads any more.
         """
-        ids = ids[:room]
+        batch, method, beams = self.encode(request.prompts, request.rows), request.decoder, request.strategy.num_beams
+        layout, plan = method.planned(self, batch, num_beams=beams)
+        shadowed = "generate" in vars(self.model)  # by a block of ``applied`` around this call, or by whoever
+        if plan.loop is not None or request.static_cache or shadowed:
+            with method.at_work(self, batch, num_beams=beams, planned=(layout, plan)) as (given, watch):
+                return self._generated(request, batch, given, watch.room, streamer, left)
+        limit, name = request.max_new_tokens, method.spec()
+        with running(self, batch, layout, plan, limit=limit, name=name, reorders=beams > 1) as call:
+            if beams > 1:
+                found = search(call, beams, defaults.ends(self.model))
+                said = [_Found(one.answer, one.broken) for one in found]
+            else:
+                said = self._decoded(call, request, streamer, left)
+        return [replace(one, full=len(one.ids) == room < limit) for one, room in zip(said, call.room, strict=True)]
+
+    def _decoded(
+        self, call: Running, request: _Request, streamer: TextIteratorStreamer | None, left: threading.Event | None
+    ) -> list[_Found]:
+        """The answers of our own loop."""
+        ids: list[list[int]] = [[] for _ in request.rows]
+        broken: list[list[int]] = [[] for _ in request.rows]
+        strategy = request.strategy
+        choice: Choice = MostProbable()
+        if strategy.temperature > 0:
+            seeds = _row_seeds(request)
+            choice = Drawn(seeds, self.device, temperature=strategy.temperature, top_p=strategy.top_p)
+        for step, said in enumerate(decode(call, choice, defaults.ends(self.model))):
+            for sample, token, odd in zip(said.samples, said.tokens, said.broken, strict=True):
+                ids[sample].append(token)
+                broken[sample] += [step] * odd
+            if streamer is not None:
+                streamer.put(torch.tensor(said.tokens))
+            if left is not None and left.is_set():
+                break
+        if streamer is not None:
+            streamer.end()
+        return [_Found(tuple(own), steps) for own, steps in zip(ids, broken, strict=True)]
+
+    @torch.no_grad()
+    def _generated(
+        self,
+        request: _Request,
+        batch: Batch,
+        given: dict[str, Any],
+        room: Tensor | None,
+        streamer: TextIteratorStreamer | None,
+        left: threading.Event | None,
+    ) -> list[_Found]:
+        """The answers of the model's own ``generate``: with a decoder's loop, a static cache, or in another's block."""
+        model: Any = self.model
+        watch, most = NumberWatch(batch.length), request.max_new_tokens
+        own: dict[str, Any] = {"max_new_tokens": most, **Strategy(num_beams=request.strategy.num_beams).arguments()}
+        processors: list[LogitsProcessor] = [watch]
+        if request.strategy.temperature > 0:  # a decoder that samples lets transformers draw, here each row does
+            kind = {"temperature": request.strategy.temperature, "top_p": request.strategy.top_p}
+            shaping, sampler = drawing(_row_seeds(request), self.device, **kind)
+            processors += [*shaping, sampler]
+        own["logits_processor"] = LogitsProcessorList(processors)
+        if request.static_cache:
+            own["cache_implementation"] = "static"
+        if left is not None:
+            own["stopping_criteria"] = StoppingCriteriaList([_Left(left)])
+        if streamer is not None:
+            streamer.skip_prompt = True  # which transformers, and loops, put first
+            # transformers hands its own streamer to no loop, so a loop takes it under another name
+            own["token_streamer" if "custom_generate" in given else "streamer"] = streamer
+        with defaults.undisturbed(model):
+            sequences: Tensor = model.generate(**generation_inputs(self, batch), **given | own)
+        cut = [most] * batch.rows if room is None else room.clamp(max=most).tolist()
+        answers = zip(sequences[:, batch.length :].tolist(), watch.steps(batch.rows), cut, strict=True)
+        return [_Found(tuple(ids[:end]), broken, full=len(ids) >= end < most) for ids, broken, end in answers]
+
+    def _answer(self, said: _Found, seconds: float) -> Answer:
+        """The answer of one row, whose batch took so many seconds for each."""
         ends = defaults.ends(self.model)
-        last = next((place for place, token in enumerate(ids) if token in ends), None)
-        own = tuple(ids if last is None else ids[: last + 1])
+        last = next((place for place, token in enumerate(said.ids) if token in ends), None)
+        own = said.ids if last is None else said.ids[: last + 1]
         text = str(_tokenizer(self.processor).decode(list(own), skip_special_tokens=True)).strip()
-        finish: Finish = "eos" if last is not None else "context" if len(own) == room else "length"
-        if any(step < len(own) for step in broken):  # a row that has ended still runs, and what it says is dropped
+        finish: Finish = "eos" if last is not None else "context" if said.full else "length"
+        if any(step < len(own) for step in said.broken):  # a row that has ended may still run
             finish = "nan"
         return Answer(text=text, tokens=len(own), finish=finish, seconds=seconds, ids=own)
+
+
+@dataclass(frozen=True)
+class _Found:
+    """What the model said in one row.
+
+    Attributes:
+        ids: Generated tokens; what fills them up behind an end token may stand there.
+        broken: Steps, from 0, whose scores were not numbers.
+        full: Whether the model's context left less room than was asked for.
+    """
+
+    ids: tuple[int, ...]
+    broken: Sequence[int]
+    full: bool = False
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -432,14 +491,8 @@ class NumberWatch(LogitsProcessor):
         return [[place for place, flag in zip(places, flags, strict=True) if flag[row]] for row in range(samples)]
 
 
-def _sampling(request: _Request, device: torch.device) -> list[LogitsProcessor]:
-    warpers: list[LogitsProcessor] = []
-    if request.strategy.temperature != 1:
-        warpers.append(TemperatureLogitsWarper(request.strategy.temperature))
-    if request.strategy.top_p < 1:
-        warpers.append(TopPLogitsWarper(request.strategy.top_p))
-    seeds = [_row_seed(request.seed, prompt, row) for prompt, row in zip(request.prompts, request.rows, strict=True)]
-    return [*warpers, RowSampler(seeds, device)]
+def _row_seeds(request: _Request) -> list[int]:
+    return [_row_seed(request.seed, prompt, row) for prompt, row in zip(request.prompts, request.rows, strict=True)]
 
 
 def _row_seed(seed: int, prompt: str, pictures: Sequence[Image.Image]) -> int:

@@ -7,7 +7,8 @@ import copy
 import pytest
 import torch
 
-from tests.contracts.support import STRONG, batch_of, close, logits, vlm_of
+from tests.contracts.support import STRONG, batch_of, close, logits, method_of, vlm_of
+from vlmfix.decoding.running import running
 from vlmfix.generation import VLM
 
 pytestmark = pytest.mark.gpu
@@ -43,6 +44,35 @@ def nearness(family: str, name: str, seed: int) -> float:
     got = logits(rounded, batch_of(rounded), STRONG[name], steps=1)
     assert got.isfinite().all()
     return float(torch.cosine_similarity(got.float(), want, dim=-1).min())
+
+
+@pytest.mark.parametrize("family", ["llava", "qwen2_5_vl", "qwen3_vl", "internvl", "gemma3"])
+@pytest.mark.parametrize("name", [name for name, spec in STRONG.items() if method_of(spec).compiles])
+@torch.no_grad()
+def test_recorded_steps_give_the_scores_of_others(family, name, monkeypatch):
+    """Also when a row leaves, which has the step recorded anew, and when it stays in the recording unread."""
+    vlm, method = on_gpu(family, torch.float32), method_of(STRONG[name])
+    batch = batch_of(vlm, [0, 1, 0, 1])
+    layout = vlm.layout(batch)
+    tokens = torch.arange(5, 5 + 4 * 16, device="cuda").view(16, 4)
+
+    def scores(after):
+        monkeypatch.setattr("vlmfix.decoding.passes.AFTER", after)
+        lines, found = torch.arange(4, device="cuda"), []
+        plan = method.plan(vlm, batch, layout)
+        with running(vlm, batch, layout, plan, limit=18, name=method.spec()) as call:
+            call.prompt()
+            for step, column in enumerate(tokens):
+                if step in (6, 10):  # one of four leaves, then one of three
+                    kept = torch.arange(len(lines) - 1, device="cuda")
+                    call.keep(kept)
+                    lines = lines[kept]
+                found.append(call.token(column[lines]))
+        assert call._passes.recorded == (after < 16 and family != "gemma3")
+        return found
+
+    for one, other in zip(scores(2), scores(99), strict=True):
+        close(one, other, 2e-3)
 
 
 # advice of inductor's, and its placeholder of a graph, whose warning it swallows unless warnings are errors

@@ -14,7 +14,8 @@ STEPS = 3
 
 def at_work(vlm, batch: Batch, spec):
     layout = vlm.layout(batch)
-    return running(vlm, batch, layout, method_of(spec).plan(vlm, batch, layout))
+    method = method_of(spec)
+    return running(vlm, batch, layout, method.plan(vlm, batch, layout), limit=STEPS, name=method.spec())
 
 
 @torch.no_grad()
@@ -67,6 +68,5 @@ def test_a_call_leaves_the_model_as_it_was():
     batch = vlm.encode(PROMPTS, PICTURES)
     before = [sorted(module.__dict__) for module in vlm.model.modules()]
     with pytest.raises(ZeroDivisionError), at_work(vlm, batch, STRONG["chain"]) as call:
-        call.prompt()
-        raise ZeroDivisionError
+        call.prompt(1 / 0)
     assert [sorted(module.__dict__) for module in vlm.model.modules()] == before

@@ -177,22 +177,52 @@ class Decoder(ABC):
         with self.at_work(vlm, batch, num_beams=num_beams) as (arguments, _):
             yield arguments
 
+    def planned(self, vlm: Checkpoint, batch: Batch, *, num_beams: int = 1) -> tuple[ImageLayout, DecodingPlan]:
+        """Plans one call, and finds what no call can do.
+
+        Args:
+            vlm: The model, which the calling thread has.
+            batch: B samples.
+            num_beams: Beams of the search; 1 without one.
+
+        Returns:
+            The samples' layout, and the plan.
+
+        Raises:
+            IncompatibleDecodersError: The method cannot act on this model, these inputs or beam search.
+            DataError: A prompt is longer than the model's context, or is a single token.
+        """
+        room_for_answers(vlm, batch.lengths)  # before anything is computed
+        layout = vlm.layout(batch)
+        plan = self.plan(vlm, batch, layout)
+        if num_beams > 1 and not plan.beams:
+            raise IncompatibleDecodersError(f"{self.spec()} does not work with beam search", "use num_beams=1")
+        if batch.length == 1 and not plan.plain:
+            raise DataError("the prompts have one token, which is taken for a generated one", "ask a question")
+        return layout, plan
+
     @contextmanager
     def at_work(
-        self, vlm: Checkpoint, batch: Mapping[str, Tensor], *, num_beams: int = 1
+        self,
+        vlm: Checkpoint,
+        batch: Mapping[str, Tensor],
+        *,
+        num_beams: int = 1,
+        planned: tuple[ImageLayout, DecodingPlan] | None = None,
     ) -> Iterator[tuple[dict[str, Any], Watch]]:
-        """Does what ``applied`` does, and yields beside the arguments what the calls inside the block are held to."""
+        """Does what ``applied`` does, and yields beside the arguments what the calls inside the block are held to.
+
+        Args:
+            vlm: See ``applied``.
+            batch: See there.
+            num_beams: See there.
+            planned: What ``planned`` made of them; None to make it.
+        """
         num_beams = Strategy(num_beams=num_beams).combined(self.strategy).num_beams
         batch = Batch.of(batch)
         with ExitStack() as block:
             block.enter_context(turn_of(vlm.model).taken())
-            room_for_answers(vlm, batch.lengths)  # before anything is computed
-            layout = vlm.layout(batch)
-            plan = self.plan(vlm, batch, layout)
-            if num_beams > 1 and not plan.beams:
-                raise IncompatibleDecodersError(f"{self.spec()} does not work with beam search", "use num_beams=1")
-            if batch.length == 1 and not plan.plain:
-                raise DataError("the prompts have one token, which is taken for a generated one", "ask a question")
+            layout, plan = planned or self.planned(vlm, batch, num_beams=num_beams)
             layout = layout.expand(num_beams) if num_beams > 1 else layout
             branches = [branch for contrast in plan.contrasts for branch in contrast.branches]
             stack = live = None

@@ -57,46 +57,46 @@ class Search:
         return self.ended[0][0]
 
 
-def search(call: Running, *, samples: int, beams: int, ends: Collection[int], limit: int) -> list[Search]:
+def search(call: Running, beams: int, ends: Collection[int]) -> list[Search]:
     """Searches for the best answers.
 
     Args:
         call: The samples at work.
-        samples: Number of samples.
         beams: Answers that grow side by side, at least 2.
-        ends: Tokens that end an answer.
-        limit: Longest answer in tokens, at least 1.
+        ends: Tokens that end an answer; one that has no room for more tokens ends too.
 
     Returns:
         What was found for each sample.
     """
+    samples = len(call.room)
     every = [Search(number, beams) for number in range(samples)]
     scores = call.prompt()  # (B, V), from here on (B * beams, V)
     call.keep(torch.arange(samples, device=scores.device).repeat_interleave(beams), width=beams)
     sums = scores.new_zeros(samples, 1)  # (B, beams)
-    going = every
-    for step in range(1, limit + 1):
+    going, step = every, 0
+    while going:
+        step += 1
         for place, odd in enumerate(broken(scores)):
             searched = going[place * len(going) // len(scores)]
             searched.broken += [step - 1] * odd
-        totals = scores.log_softmax(dim=-1).unflatten(0, (len(going), -1)) + sums[..., None]  # (B, beams, V)
+        totals = scores.log_softmax(dim=-1).view(len(going), -1, scores.shape[-1]) + sums[..., None]  # (B, beams, V)
         # Each beam ends in as many ways as there are end tokens: so many candidates leave enough to go on with.
         count = min(max(2, 1 + len(ends)) * beams, totals[0].numel())
         values, places = totals.flatten(1).topk(count)  # (B, C)
         lines, tokens, kept, stay = [], [], [], []
         for row, one in enumerate(going):
             candidates = zip(values[row].tolist(), places[row].tolist(), strict=True)
-            grown = _grow(one, candidates, totals.shape[-1], ends, step, last=step == limit)
-            if step < limit and not one.is_done(grown[0][0] / step):
+            last = step == call.room[one.number]
+            grown = _grow(one, candidates, totals.shape[-1], ends, step, last=last)
+            if not last and not one.is_done(grown[0][0] / step):
                 stay.append(one)
                 lines += [row * beams + beam for _, beam, _ in grown]
                 tokens += [token for _, _, token in grown]
                 kept.append([total for total, _, _ in grown])
-        if not stay:
-            break
-        call.keep(torch.tensor(lines, device=scores.device), width=beams)
         going, sums = stay, torch.tensor(kept, device=scores.device)
-        scores = call.token(torch.tensor(tokens, device=scores.device))
+        if going:
+            call.keep(torch.tensor(lines, device=scores.device), width=beams)
+            scores = call.token(torch.tensor(tokens, device=scores.device))
     return every
 
 

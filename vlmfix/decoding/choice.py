@@ -10,7 +10,8 @@ from typing import Protocol
 
 import torch
 from torch import Tensor
-from transformers import TopPLogitsWarper
+
+from vlmfix.decoding.draws import drawing
 
 
 class Choice(Protocol):
@@ -35,9 +36,7 @@ class MostProbable:
 
 
 class Drawn:
-    """Draws by the Gumbel-max rule with a generator per sample, so that a draw does not depend on its neighbours.
-
-    The most probable token of ``log p + Gumbel noise`` is distributed as ``p``.
+    """Draws by the Gumbel-max rule with a generator per sample; see ``RowSampler``.
 
     Args:
         seeds: One seed per sample.
@@ -47,20 +46,15 @@ class Drawn:
     """
 
     def __init__(self, seeds: Sequence[int], device: torch.device, *, temperature: float, top_p: float) -> None:
-        self._generators = [torch.Generator(device).manual_seed(seed) for seed in seeds]
-        self._temperature = temperature
-        self._nucleus = TopPLogitsWarper(top_p) if top_p < 1 else None
+        self._shaping, self._sampler = drawing(seeds, device, temperature=temperature, top_p=top_p)
 
     def __call__(self, scores: Tensor) -> Tensor:
         """(B,) int64 tokens from (B, V) float32 scores."""
-        if self._temperature != 1:
-            scores = scores / self._temperature
-        if self._nucleus is not None:
-            scores = self._nucleus(torch.empty(0, dtype=torch.long), scores)
-        draws = torch.stack([torch.rand(scores.shape[1], generator=g, device=scores.device) for g in self._generators])
-        tiny = torch.finfo(torch.float32).tiny
-        return (scores - (-(draws.clamp(min=tiny).log())).clamp(min=tiny).log()).argmax(dim=-1)
+        said = torch.empty(len(scores), 0, dtype=torch.long, device=scores.device)  # neither reads it
+        for processor in (*self._shaping, self._sampler):
+            scores = processor(said, scores)
+        return scores.argmax(dim=-1)
 
     def keep(self, samples: Tensor) -> None:
         """Goes on with the generators of some of the samples, (S,) int64 numbers of the present ones."""
-        self._generators = [self._generators[number] for number in samples.tolist()]
+        self._sampler.keep(samples)

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from transformers import LogitsProcessor
+from transformers import LogitsProcessor, TemperatureLogitsWarper, TopPLogitsWarper
 
 
 class RowSampler(LogitsProcessor):
@@ -30,3 +30,26 @@ class RowSampler(LogitsProcessor):
         draws = torch.stack([torch.rand(scores.shape[1], generator=g, device=scores.device) for g in self.generators])
         tiny = torch.finfo(torch.float32).tiny
         return scores - (-(draws.clamp(min=tiny).log())).clamp(min=tiny).log()
+
+    def keep(self, rows: Tensor) -> None:
+        """Goes on with the generators of some of the rows, (R,) int64 numbers of the present ones."""
+        self.generators = [self.generators[number] for number in rows.tolist()]
+
+
+def drawing(
+    seeds: Sequence[int], device: torch.device, *, temperature: float, top_p: float
+) -> tuple[list[LogitsProcessor], RowSampler]:
+    """Makes what turns scores into scores of which the greatest is a draw: what shapes them first, then what draws.
+
+    Args:
+        seeds: One seed per row.
+        device: Where the scores are.
+        temperature: Above 0; scores are divided by it.
+        top_p: Nucleus of the draw, in (0, 1].
+    """
+    shaping: list[LogitsProcessor] = []
+    if temperature != 1:
+        shaping.append(TemperatureLogitsWarper(temperature))
+    if top_p < 1:
+        shaping.append(TopPLogitsWarper(top_p))
+    return shaping, RowSampler(seeds, device)

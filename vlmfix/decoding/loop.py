@@ -6,6 +6,7 @@ A sample that has ended leaves with its branches, so that a long answer does not
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
@@ -32,27 +33,25 @@ class Said:
     broken: Sequence[bool]
 
 
-def decode(call: Running, choice: Choice, *, samples: int, ends: Collection[int], limit: int) -> Iterator[Said]:
+def decode(call: Running, choice: Choice, ends: Collection[int]) -> Iterator[Said]:
     """Decodes step by step.
 
     Args:
         call: The samples at work.
         choice: How tokens are chosen.
-        samples: Number of samples.
         ends: Tokens that end an answer.
-        limit: Longest answer in tokens, at least 1.
 
     Yields:
-        The tokens of each step; a sample's last is one of ``ends``, or its ``limit``-th.
+        The tokens of each step; a sample's last is one of ``ends``, or the last that it has room for.
     """
-    going = list(range(samples))
+    going = list(range(len(call.room)))
     scores = call.prompt()  # (B, V)
-    for step in range(limit):
+    for step in itertools.count(1):
         tokens = choice(scores)
         said = tokens.tolist()
         yield Said(tuple(going), said, broken(scores))
-        stay = [place for place, token in enumerate(said) if token not in ends]
-        if not stay or step == limit - 1:
+        stay = [n for n, token in enumerate(said) if token not in ends and step < call.room[going[n]]]
+        if not stay:
             return
         if len(stay) < len(going):
             lines = torch.tensor(stay, device=tokens.device)

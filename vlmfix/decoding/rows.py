@@ -49,6 +49,11 @@ class Rows:
         """T."""
         return int(self.ids.shape[1])
 
+    @property
+    def longest(self) -> Tensor:
+        """(B,) real tokens of the longest among each sample's prompt and those of its branches."""
+        return self.mask.view(self.copies, self.samples, -1).sum(dim=-1).amax(dim=0)
+
     def layout(self, clean: ImageLayout) -> tuple[ImageLayout, Tensor | None]:
         """The layout of all rows, and which of them are samples, (R,) bool; None when all are.
 

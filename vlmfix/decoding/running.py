@@ -14,13 +14,17 @@ import torch
 from torch import Tensor
 
 from vlmfix.attention.session import AtWork, edited
+from vlmfix.attention.windows import check_windows
 from vlmfix.decoding.branches import Contrast
 from vlmfix.decoding.passes import Passes
 from vlmfix.decoding.plan import DecodingPlan
 from vlmfix.decoding.prefix import Prompts, prompts_of, shared_prefixes
 from vlmfix.decoding.rows import rows_of
+from vlmfix.decoding.watch import idle
 from vlmfix.models.checkpoint import Checkpoint
+from vlmfix.models.context import room_for_answers
 from vlmfix.models.layout import Batch, ImageLayout
+from vlmfix.models.turns import turn_of
 
 
 class Running:
@@ -28,31 +32,38 @@ class Running:
 
     Args:
         vlm: The model, with the edits at work on it.
-        passes: The passes over all rows.
+        passes: The model's passes over them and their branches.
+        copies: 1 + N.
         work: The edits.
         contrasts: The rules that fuse the branches' logits, in order.
         alike: Which prompts begin alike and share that, or None.
-        copies: 1 + N.
+        room: Longest answer of each sample in tokens; the shorter of what was asked for and what the context leaves.
+        name: How the decoder is written, for messages.
+
+    Attributes:
+        room: See there.
     """
 
     def __init__(
         self,
         vlm: Checkpoint,
         passes: Passes,
+        copies: int,
         work: AtWork,
         contrasts: Sequence[Contrast],
         alike: Prompts | None,
-        copies: int,
+        room: Sequence[int],
+        name: str,
     ) -> None:
+        self.room = room
         self._vlm, self._passes, self._work, self._contrasts = vlm, passes, work, tuple(contrasts)
-        self._alike, self._copies, self._lines, self._width = alike, copies, 0, 1
+        self._alike, self._copies, self._lines, self._width = alike, copies, len(room), 1
+        self._name = name
 
     def prompt(self) -> Tensor:
         """The scores that follow each prompt, (B, V) float32."""
         with shared_prefixes(self._vlm, self._alike) if self._alike else nullcontext():
-            logits = self._passes.prompt()
-        self._lines = len(logits) // self._copies
-        return self._scores(logits)
+            return self._scores(self._passes.prompt())
 
     def token(self, tokens: Tensor) -> Tensor:
         """The scores that follow one more token of each line, (L, V) float32; ``tokens`` (L,) int64."""
@@ -73,25 +84,51 @@ class Running:
         self._lines, self._width = len(lines), width
 
     def _scores(self, logits: Tensor) -> Tensor:
-        return fused(self._contrasts, logits.unflatten(0, (self._copies, -1)))
+        if (layer := self._work.idle()) is not None and not self._passes.recorded:
+            raise idle(self._name, f"attention of layer {layer} was computed without it")
+        return fused(self._contrasts, logits.view(self._copies, self._lines, -1))
 
 
 @contextmanager
-def running(vlm: Checkpoint, batch: Batch, layout: ImageLayout, plan: DecodingPlan) -> Iterator[Running]:
+def running(
+    vlm: Checkpoint,
+    batch: Batch,
+    layout: ImageLayout,
+    plan: DecodingPlan,
+    *,
+    limit: int,
+    name: str,
+    reorders: bool = False,
+) -> Iterator[Running]:
     """Puts a plan to work on the samples of a batch inside the block; the model is then as it was.
 
     Args:
-        vlm: The model.
+        vlm: The model; other threads that use it wait.
         batch: B samples.
         layout: Where their image tokens are.
         plan: What the decoder does; one without a loop of its own.
+        limit: Longest answer in tokens, at least 1.
+        name: How the decoder is written, for messages.
+        reorders: Whether rows will change their order, as beams do; no step is then recorded.
+
+    Raises:
+        DataError: A prompt, or that of a branch, leaves no room for an answer in the model's context; or prompt and
+            answer fill a sliding window in which edits act.
+        UnsupportedAttentionError: The edits cannot act on the model's attention.
     """
     branches = [branch for contrast in plan.contrasts for branch in contrast.branches]
-    rows = rows_of(vlm, batch, branches)
-    wide, live = rows.layout(layout)
-    with edited(vlm, wide, plan.edits, live=live) as work:
-        alike = prompts_of(vlm, batch, branches)
-        yield Running(vlm, Passes(vlm, rows), work, plan.contrasts, alike, rows.copies)
+    with turn_of(vlm.model).taken(), torch.no_grad():
+        rows = rows_of(vlm, batch, branches)
+        left = room_for_answers(vlm, rows.longest)
+        room = [limit] * batch.rows if left is None else left.clamp(max=limit).tolist()
+        layers = frozenset[int]().union(*(edit.layers.resolve(vlm.layers) for edit in plan.edits))
+        check_windows(vlm, layers, rows.length, max(room))
+        wide, live = rows.layout(layout)
+        with edited(vlm, wide, plan.edits, live=live) as work:
+            recorded = plan.compiles and not reorders
+            passes = Passes(vlm, rows, max(room), work.held if recorded else None)
+            alike = prompts_of(vlm, batch, branches)
+            yield Running(vlm, passes, rows.copies, work, plan.contrasts, alike, room, name)
 
 
 def fused(contrasts: Sequence[Contrast], logits: Tensor) -> Tensor:

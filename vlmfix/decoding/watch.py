@@ -144,16 +144,10 @@ class Watch:
         self.steps += 1
         if self.stack is not None:
             if not self.stack.passed:
-                raise self._idle("the model's pass went round its branches")
+                raise idle(self.decoder, "the model's pass went round its branches")
             self.stack.passed = False
         if self.acting is not None and (layer := self.acting.idle()) is not None:
-            raise self._idle(f"attention of layer {layer} was computed without it")
-
-    def _idle(self, what: str) -> IncompatibleDecodersError:
-        return IncompatibleDecodersError(
-            f"{self.decoder} did not act: {what}",
-            "hand vlmfix.wrap the model whose generate runs, with the modules that transformers gave it",
-        )
+            raise idle(self.decoder, f"attention of layer {layer} was computed without it")
 
     def _generated(self, original: Callable[..., Any], given: dict[str, Any]) -> Any:  # noqa: ANN401
         ids = given.get("inputs")
@@ -220,6 +214,14 @@ class Watch:
         own, prompt = self.batch["input_ids"].repeat_interleave(self.beams, dim=0), ids[:, : self.batch.length]
         if own.shape == prompt.shape and not _same(own, prompt):
             raise self._unplanned("their tokens are others, or in another order")
+
+
+def idle(decoder: str, what: str) -> IncompatibleDecodersError:
+    """The error of a decoder that did not act, and what went round it."""
+    return IncompatibleDecodersError(
+        f"{decoder} did not act: {what}",
+        "hand vlmfix.wrap the model whose generate runs, with the modules that transformers gave it",
+    )
 
 
 def longest_prompts(batch: Batch, stack: Stack | None, beams: int) -> Tensor:

@@ -196,3 +196,43 @@ def _window(layer: Any) -> int | None:  # noqa: ANN401 (cache layers differ)
 def fresh(model: PreTrainedModel) -> DynamicCache:
     """An empty dynamic cache with the layers, windows included, that the model's text decoder has."""
     return DynamicCache(config=model.config.get_text_config(decoder=True))
+
+
+def preallocated(model: PreTrainedModel, cache: Cache, capacity: int) -> StaticCache:
+    """A static cache with the keys and values of a dynamic one, and room for more.
+
+    Args:
+        model: The model.
+        cache: A dynamic cache without sliding layers.
+        capacity: Tokens that it holds.
+    """
+    static = StaticCache(config=model.config.get_text_config(decoder=True), max_cache_len=capacity)
+    for number, (keys, values) in enumerate(keys_and_values(cache)):
+        fill(static, number, keys, values)
+    return static
+
+
+def counters(cache: StaticCache) -> list[Tensor]:
+    """The tensors in which the layers of a filled static cache count their tokens, and which a pass changes.
+
+    Raises:
+        UpstreamError: They count otherwise.
+    """
+    found = [getattr(layer, "cumulative_length", None) for layer in list[Any](cache.layers)]
+    known = [counter for counter in found if isinstance(counter, Tensor)]
+    if len(known) < len(found):
+        raise missing("layers of a static cache have no tensor cumulative_length, so its steps are not recorded")
+    return known
+
+
+def shortened(model: PreTrainedModel, cache: StaticCache, rows: Tensor, tokens: int) -> DynamicCache:
+    """A dynamic cache with the first tokens of some rows of a static one, (R,) int64."""
+    dynamic = fresh(model)
+    for number, (keys, values) in enumerate(keys_and_values(cache)):
+        fill(dynamic, number, keys[rows, :, :tokens], values[rows, :, :tokens])
+    return dynamic
+
+
+def has_windows(cache: Cache) -> bool:
+    """Whether some layer of a dynamic cache keeps its last tokens alone."""
+    return any(bool(layer.is_sliding) for layer in list[Any](cache.layers))
