@@ -1,0 +1,66 @@
+"""Damaged text files: read, or refused by a line that names the file, which stays as it is with its neighbours."""
+
+from __future__ import annotations
+
+import shutil
+from types import SimpleNamespace
+
+import pytest
+from hypothesis import strategies as st
+
+from tests.folder.fake import draw
+from tests.fuzz.bounds import bounded
+from tests.fuzz.messages import names, one_line
+from tests.fuzz.mutations import damages
+from tests.fuzz.texts import FORMATS, PICTURES
+from vlmfix.errors import VlmfixError
+from vlmfix.evals import amber
+
+SECONDS, MEMORY = 10, 300
+
+
+@pytest.fixture(autouse=True)
+def _surroundings(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    plain = SimpleNamespace(nouns=str.split, similarity=lambda one, other: float(one == other))
+    monkeypatch.setattr(amber, "installed_language", lambda: plain)
+
+
+def contents(folder):
+    return {path: path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_damaged_files(name, rounds, tmp_path, capfd):
+    format, folder = FORMATS[name], tmp_path / "files"
+    draw(tmp_path / "pictures", PICTURES)
+    folder.mkdir()
+    format.make(folder)
+    format.read(folder)  # whole, it is read
+    shutil.rmtree(folder)
+    folder.mkdir()
+    format.make(folder)
+    whole = tmp_path / "whole"
+    folder.rename(whole)
+
+    def check(file, damage):
+        shutil.rmtree(folder, ignore_errors=True)
+        shutil.copytree(whole, folder, symlinks=True)
+        path = folder / file
+        path.write_bytes(damage(path.read_bytes(), path.suffix))
+        before, problem = contents(folder), None
+        with bounded(seconds=SECONDS, mebibytes=MEMORY):
+            try:
+                format.read(folder)
+            except VlmfixError as error:
+                problem = error
+        capfd.readouterr()
+        if problem is not None:
+            one_line(problem)
+            names(problem, path.name, tmp_path)
+        if problem is not None or not format.writes:
+            after = contents(folder)
+            changed = [str(path) for path in before if after.get(path) != before[path]]
+            assert not changed, f"changed: {changed}, {problem}"
+
+    rounds(check, suite=format.suite, file=st.sampled_from(format.damaged), damage=damages())
