@@ -22,12 +22,14 @@ class Command:
         arguments: What stands behind ``vlmfix``; ``{base}`` is a folder of inputs, ``{out}`` the folder to write.
         begun: A file of the folder that says whose it is; empty where the folder belongs to nobody.
         before: Command lines that have come to their end in the folder.
+        places: Steps at which the suite strikes; `make fuzz` does at all.
     """
 
     name: str
     arguments: str
     begun: str = ""
     before: tuple[str, ...] = ()
+    places: int = 2
 
 
 RUN = "run {base}/in --out {out} --prompts {base}/asked.csv --batch-size 3"
@@ -40,14 +42,14 @@ PROFILE = "profile --images {base}/drawn --out {out}/heads --plot {out}/heads.pn
 COMMANDS = {
     command.name: command
     for command in (
-        Command("run", RUN, "run.json"),
+        Command("run", RUN, "run.json", places=5),
         Command("run --retry-failed", f"{RUN} --retry-failed", "run.json", (RUN,)),
         Command("eval", EVAL, "card.json"),
         Command("eval --retry-failed", f"{EVAL} --retry-failed", "card.json", (EVAL,)),
         Command("tune", TUNE, "tune.json"),
         Command("profile", PROFILE),
         Command("profile --add", f"{PROFILE} --profiler vhd --add", "", (PROFILE,)),
-        Command("world make", "world make {out} --count 2", "world.json"),
+        Command("world make", "world make {out} --count 2", "world.json", places=3),
     )
 }
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import re
 
-LONGEST = 3000
-"""Characters; lists of known decoders and parameters are long, a message never holds a whole file."""
+LONGEST = 4100
+"""Characters of a message and its hint, which may list all decoders; neither holds a whole file."""
 STEERING = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
 
 

@@ -82,11 +82,11 @@ def _content(path):
     return content
 
 
-def chosen(steps, everywhere):
-    """(step, fault) to try: every fault at every step, or one at the first and the last steps and at some between."""
-    if everywhere:
+def chosen(steps, places):
+    """(step, fault) to try: every fault at every step, or one at each of some that are spread over them."""
+    if places == len(steps):
         return [(at, fault) for at, step in enumerate(steps) for fault in faults(step)]
-    spread = sorted({0, len(steps) // 3, 2 * len(steps) // 3, len(steps) - 1})
+    spread = [(2 * number + 1) * len(steps) // (2 * places) for number in range(places)]
     return [(at, faults(steps[at])[turn % len(faults(steps[at]))]) for turn, at in enumerate(spread)]
 
 
@@ -107,7 +107,7 @@ def test_every_step(victim, tmp_path, name, rounds):
     assert code == 0, said
     wanted = finished(whole)
     struck, wrong = 0, []
-    for at, fault in chosen(steps, rounds.long):
+    for at, fault in chosen(steps, len(steps) if rounds.long else command.places):
         struck += 1
         try:
             strike(victim, command, begun, whole, wanted, fault, at)

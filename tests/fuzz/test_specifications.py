@@ -17,7 +17,20 @@ from vlmfix.settings import Settings
 STRANGE = (
     *("", " ", "none", "None", "nan", "inf", "-inf", "1e400", "-1", "0", "1", "true", "FALSE", "0x10", "1_0", "٣", "½"),
     *("9" * 5000, "1e-400", "a,b", "a+b", "a+ @b", "@x.toml", "x=y", ":", "a\nb", "\0", "\x1b[31m", "\ud800", "all"),
-    *("2:-1", "5/8", "-", "-:", ":-", "::", "9" * 30, "L0H0", "L1H2/L1H2", "L٣H٣", "L0H" + "9" * 5000, "~nobody/x"),
+    *(
+        "2:-1",
+        "5/8",
+        "-",
+        "-:",
+        ":-",
+        "::",
+        "9" * 30,
+        "L0H0",
+        "L1H2/L1H2",
+        "L٣H٣",
+        "L0H" + "9" * 5000,
+        "~no-one-here/x",
+    ),
 )
 JOINTS = ("+", " + ", ":", "=", ",", "@", "/", "\n", "é")
 
@@ -78,7 +91,7 @@ def test_specifications(rounds):
                 value = part.parameters()[name]
                 assert allowed.check(part.name, name, value) == value
 
-    rounds(check, suite=700, spec=specifications())
+    rounds(check, suite=250, spec=specifications())
 
 
 def test_values_out_of_bounds(rounds):
@@ -143,5 +156,5 @@ def test_what_is_taken_decodes_or_says_why_not(rounds):
             assert len(answer.ids) in (1, 2)
 
     rounds(
-        check, suite=60, spec=st.lists(parts(), min_size=1, max_size=2).map("+".join), beams=st.sampled_from([1, 1, 2])
+        check, suite=40, spec=st.lists(parts(), min_size=1, max_size=2).map("+".join), beams=st.sampled_from([1, 1, 2])
     )
