@@ -45,10 +45,10 @@ COMMANDS = {
         Command("run", RUN, "run.json", places=5),
         Command("run --retry-failed", f"{RUN} --retry-failed", "run.json", (RUN,)),
         Command("eval", EVAL, "card.json"),
-        Command("eval --retry-failed", f"{EVAL} --retry-failed", "card.json", (EVAL,)),
+        Command("eval --retry-failed", f"{EVAL} --retry-failed", "card.json", (EVAL,), places=1),
         Command("tune", TUNE, "tune.json"),
         Command("profile", PROFILE),
-        Command("profile --add", f"{PROFILE} --profiler vhd --add", "", (PROFILE,)),
+        Command("profile --add", f"{PROFILE} --profiler vhd --add", "", (PROFILE,), places=1),
         Command("world make", "world make {out} --count 2", "world.json", places=3),
     )
 }

@@ -63,7 +63,7 @@ def test_whole_pictures(tmp_path):
 
 
 def header(path):
-    """The size that a file says it has; none where Pillow alone would not open it for what it tells beside the pixels."""
+    """The size that a file says it has; none where Pillow alone cannot read what stands beside the pixels."""
     try:
         with warnings.catch_warnings(action="ignore"), Image.open(path, formats=FORMATS) as opened:
             return opened.size
