@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import gzip
+import json
 import shutil
 from types import SimpleNamespace
 
 import pytest
 from hypothesis import strategies as st
 
+from tests.evals.test_coco import TOLD
 from tests.folder.fake import draw
 from tests.fuzz.bounds import bounded
 from tests.fuzz.messages import names, one_line
-from tests.fuzz.mutations import damages
+from tests.fuzz.mutations import WHOLE, Damage, changes, damages
 from tests.fuzz.texts import FORMATS, PICTURES
 from vlmfix.errors import VlmfixError
-from vlmfix.evals import amber
+from vlmfix.evals import amber, coco
 
 SECONDS, MEMORY = 10, 300
 
@@ -64,3 +67,26 @@ def test_damaged_files(name, rounds, tmp_path, capfd):
             assert not changed, f"changed: {changed}, {problem}"
 
     rounds(check, suite=format.suite, file=st.sampled_from(format.damaged), damage=damages())
+
+
+def test_damaged_indexes(rounds, tmp_path):
+    """Whatever has become of the index in the cache, an annotation file is read: from there, or as if there were none."""
+    path = tmp_path / "captions.json"
+    path.write_text(json.dumps(TOLD))
+    whole = coco.read_index(path, "captions")
+    (cached,) = (tmp_path / "cache" / "vlmfix" / "coco").iterdir()
+    packed = cached.read_bytes()
+
+    def check(damage, inside):
+        text = damage(gzip.decompress(packed) if inside else packed, ".json" if inside else "")
+        cached.write_bytes(gzip.compress(text) if inside else text)
+        with bounded(seconds=SECONDS, mebibytes=MEMORY):
+            found = coco.read_index(path, "captions")
+        assert all(isinstance(number, int) and isinstance(file, str) for number, file in found.files.items())
+        assert all(isinstance(number, int) and set(map(type, told)) <= {str} for number, told in found.told.items())
+        cached.unlink()
+        assert coco.read_index(path, "captions") == whole
+
+    plain = changes().map(lambda how: Damage(tuple(how))) | st.sampled_from(list(WHOLE)).map(Damage)
+    drawn = st.tuples(damages(), st.just(True)) | st.tuples(plain, st.just(False))
+    rounds(lambda drawn: check(*drawn), suite=60, drawn=drawn)
