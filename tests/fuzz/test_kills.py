@@ -83,17 +83,18 @@ def _content(path):
 
 
 def chosen(steps, places):
-    """(step, fault) to try: every fault at every step, or one at each of some that are spread over them."""
+    """(step, fault) to try: a kill and another fault at every step, or one fault at each of some that are spread."""
     if places == len(steps):
-        return [(at, fault) for at, step in enumerate(steps) for fault in faults(step)]
+        return [(at, fault) for at, step in enumerate(steps) for fault in ("kill", other(step, at))]
     spread = [(2 * number + 1) * len(steps) // (2 * places) for number in range(places)]
-    return [(at, faults(steps[at])[turn % len(faults(steps[at]))]) for turn, at in enumerate(spread)]
+    return [(at, "kill" if turn % 2 else other(steps[at], turn)) for turn, at in enumerate(spread)]
 
 
-def faults(step):
-    """What can go wrong at a step: only what needs room meets a full disk, and only a write can be half done."""
-    kinds = {"write": ("torn", "full", "kill", "io"), "open": ("kill", "full", "io"), "mkdir": ("kill", "full", "io")}
-    return kinds.get(step.split()[0], ("kill", "io"))
+def other(step, turn):
+    """A fault in turn: only what needs room meets a full disk, and only a write can be half done."""
+    kinds = {"write": ("torn", "full", "io"), "open": ("full", "io"), "mkdir": ("full", "io")}
+    found = kinds.get(step.split()[0], ("io",))
+    return found[turn % len(found)]
 
 
 @pytest.mark.parametrize("name", COMMANDS)
