@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 
-from PIL import Image
+from PIL import _imaging
 
 
 def silence() -> None:
@@ -12,7 +12,7 @@ def silence() -> None:
 
     This holds for the whole process. A Pillow that was built without libtiff has nothing to silence.
     """
-    library = ctypes.CDLL(Image.core.__file__)  # finds what Pillow's own module is linked with
+    library = ctypes.CDLL(_imaging.__file__)  # finds what Pillow's own module is linked with
     for name in ("TIFFSetErrorHandler", "TIFFSetWarningHandler"):
         install = getattr(library, name, None)
         if install is not None:
