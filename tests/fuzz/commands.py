@@ -33,6 +33,7 @@ class Command:
 
 
 RUN = "run {base}/in --out {out} --prompts {base}/asked.csv --batch-size 3"
+MAPS = "run {base}/in --out {out}/out --save-maps {out}/maps --batch-size 3 --decoder vicrop"
 EVAL = "eval pope --questions {base}/pope --images {base}/in --out {out} --decoder vcd --batch-size 3"
 TUNE = (
     "tune vcd:noise_step=500,plausibility=0.1 --task pope --questions {base}/pope --images {base}/in --out {out} "
@@ -44,6 +45,7 @@ COMMANDS = {
     for command in (
         Command("run", RUN, "run.json", places=5),
         Command("run --retry-failed", f"{RUN} --retry-failed", "run.json", (RUN,)),
+        Command("run --save-maps", MAPS, "out/run.json", places=4),
         Command("eval", EVAL, "card.json"),
         Command("eval --retry-failed", f"{EVAL} --retry-failed", "card.json", (EVAL,), places=1),
         Command("tune", TUNE, "tune.json"),
@@ -74,8 +76,11 @@ def ready():
     """Imports everything, loads the models, and gives the command line as a function of its arguments."""
     from dataclasses import replace
 
+    import numpy as np
+
     from vlmfix import cli, display, load
     from vlmfix.decoders import VCD
+    from vlmfix.decoders.refined import Look, PictureMap, Refined
 
     class Quick(FakeVLM):
         """Fails with one picture; says yes to all when plain, and tells right from wrong with enough contrast."""
@@ -84,9 +89,19 @@ def ready():
             decoder = options["decoder"]
             strong = isinstance(decoder, VCD) and decoder.contrast > 0.3
             return [
-                replace(answer, text="No, there is none." if strong and "cat" in prompt else "Yes, there is one.")
-                for answer, prompt in zip(super().generate(pictures, prompts, **options), prompts, strict=True)
+                replace(
+                    answer,
+                    text="No, there is none." if strong and "cat" in prompt else "Yes, there is one.",
+                    refined=refined(shown) if decoder.refines else None,
+                )
+                for answer, shown, prompt in zip(
+                    super().generate(pictures, prompts, **options), pictures, prompts, strict=True
+                )
             ]
+
+    def refined(shown):
+        look = Look(picture=shown.crop((0, 0, 3, 2)), box=(0.25, 0.5, 0.75, 1.0), map=PictureMap(np.eye(4)))
+        return Refined((shown, look.picture), (look,))
 
     odd = colour(2)
     quick = Quick(fails=lambda batch: ValueError("odd") if any(shown == odd for shown, _ in batch) else None)

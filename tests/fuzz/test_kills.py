@@ -75,6 +75,8 @@ def _content(path):
     if path.suffix == ".journal":  # Optuna's, of all that was begun; what it holds shows in the trials' answers
         return None
     content = path.read_bytes()
+    if path.name == "maps.jsonl":  # what was cut off stands there again
+        return set(content.splitlines())
     if path.name in ("card.json", "run.json"):
         return {name: value for name, value in json.loads(content).items() if name not in TIMES}
     if path.name == "recipe.toml":
