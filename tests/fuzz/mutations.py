@@ -237,7 +237,7 @@ class Damage:
             return changed(content, list(self.how))
         if suffix == ".safetensors":
             return _with_header(content, self.how)
-        change = edited if suffix in (".json", ".jsonl", ".journal") else refilled
+        change = edited if suffix in (".json", ".jsonl") else refilled
         return change(content.decode(), self.how).encode("utf-8", "surrogatepass")
 
 

@@ -72,8 +72,6 @@ def finished(folder):
 
 
 def _content(path):
-    if path.suffix == ".journal":  # Optuna's, of all that was begun; what it holds shows in the trials' answers
-        return None
     content = path.read_bytes()
     if path.name == "maps.jsonl":  # what was cut off stands there again
         return set(content.splitlines())
@@ -107,7 +105,7 @@ def test_every_step(victim, tmp_path, name, rounds):
         assert victim.start(arguments, begun)[0] == 0
     shutil.copytree(begun, whole)
     code, steps, said = victim.start(command.arguments, whole)
-    assert code == 0, said
+    assert code in (0, 1), said  # 1 where every question that was left has failed
     wanted = finished(whole)
     struck, wrong = 0, []
     for at, fault in chosen(steps, len(steps) if rounds.long else command.places):
@@ -139,7 +137,7 @@ def strike(victim, command, begun, out, wanted, fault, at):
     if not command.begun or (out / command.begun).exists():
         notes.write_bytes(NOTES)
     code, _, said = victim.start(command.arguments, out)
-    assert code == 0, f"the second start ended with {code}: {said}"
+    assert code in (0, 1), f"the second start ended with {code}: {said}"
     if notes.exists():
         assert notes.read_bytes() == NOTES, "a file of somebody else was changed"
         notes.unlink()

@@ -275,7 +275,7 @@ FORMATS = {
         Format("evaluation", evaluation, evaluate_in, EVALUATION, writes=True),
         Format("evaluation, scored", evaluation, read_evaluation, EVALUATION, writes=True, suite=30),
         Format("evaluation, again", evaluation, reproduce_evaluation, EVALUATION, suite=30),
-        Format("search", search, search, ("out/tune.json", "out/trials.journal"), writes=True, suite=30),
+        Format("search", search, search, ("out/tune.json", "out/trials.jsonl"), writes=True, suite=30),
         Format("world", drawn, drawn, ("world.json",), writes=True),
     )
 }

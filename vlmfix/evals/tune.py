@@ -26,9 +26,9 @@ from vlmfix.records import read_json, refuse_other, replace_json
 from vlmfix.settings import Settings
 from vlmfix.shapes import COUNT, NUMBER, fault, fields
 
-FORMAT = 1
+FORMAT = 2
 """Of the folder; raised when an older search could not be gone on with."""
-CARD, JOURNAL, RECIPE = "tune.json", "trials.journal", "recipe.toml"
+CARD, JOURNAL, RECIPE = "tune.json", "trials.jsonl", "recipe.toml"
 TUNING, HELD_OUT = "tuning", "held-out"
 OBJECTIVES: Mapping[str, str] = {"pope": "mean/f1", "chair": "chair_i"}
 """For each benchmark the figure that is tuned; which way is better is the benchmark's to say."""
