@@ -76,6 +76,7 @@ def test_planning_twice_gives_independent_state(spec):
         (f"locore:layers={'9' * 5000}", "layers '9+ ... 9+' are not understood"),
         (f"adhh:heads=L0H{'9' * 5000}", "heads 'L0H9+ ... 9+' are not understood"),
         ("@~no-one-here/x.toml", "~no-one-here/x.toml: there is no such home folder"),
+        ("@a\0b.toml", r"'a.x00b.toml' is no path"),
         ("vcd:noise_step=1\n2", r"noise_step=1\\n2 is not allowed"),
         ("var:sink_dims=a", "sink_dims=a is not allowed.*integers"),
         ("", "unknown decoder ''"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import re
 import resource
 import signal
 import sys
@@ -15,6 +16,10 @@ from pathlib import Path
 
 STATUS, RESET, HANDLES = Path("/proc/self/status"), Path("/proc/self/clear_refs"), Path("/proc/self/fd")
 LINUX = sys.platform == "linux"
+
+
+PANIC = re.compile(rb"\n?thread '.*' (\(\d+\) )?panicked at .*\n.*\n(note: run with .*\n)?")
+"""What a reader written in Rust says before its error can be handled."""
 
 
 class TooSlow(BaseException):
@@ -78,7 +83,7 @@ def _no_words():
             os.dup2(kept, 2)
             os.close(kept)
         said.seek(0)
-        words = said.read()
+        words = PANIC.sub(b"", said.read())
     assert not words, f"on standard error: {words[:200]!r}"
 
 

@@ -158,8 +158,10 @@ def path_of(text: str) -> Path:
     """The path that a parameter names; ``~`` and ``~NAME`` at its beginning stand for a home folder.
 
     Raises:
-        UsageError: There is no such home.
+        UsageError: There is no such home, or no file can have that name.
     """
+    if "\0" in text:
+        raise UsageError(f"{text!r} is no path", "write the path of a file")
     try:
         return Path(text).expanduser()
     except RuntimeError as error:
