@@ -24,12 +24,10 @@ from vlmfix.decoders.parameters import Range, Value, ranges
 from vlmfix.decoders.spec import Part, read_parts
 from vlmfix.errors import DataError, UsageError
 from vlmfix.records import JsonLines
-from vlmfix.shapes import NUMBER, OBJECT, fields, mapping_of
+from vlmfix.shapes import NUMBER, OBJECT, Shape, fields, mapping_of
 
 DIGITS = 3
 """Significant digits of the numbers that are tried, so that people can read and write them."""
-TRIAL = fields({"parameters": OBJECT, "value": NUMBER, "constraints": mapping_of(NUMBER), "about": OBJECT})
-"""What a line of the journal holds."""
 
 
 @dataclass(frozen=True)
@@ -178,6 +176,7 @@ def search(
     better: Literal["higher", "lower"],
     budget: int,
     seed: int,
+    about: Shape = OBJECT,
 ) -> list[Tried]:
     """Try values with the tree-structured Parzen estimator until a file holds as many trials as asked for.
 
@@ -191,6 +190,7 @@ def search(
         better: Which way the value is better.
         budget: Finished trials in the end, those in the file included.
         seed: Of every draw.
+        about: What a trial's ``about`` must hold.
 
     Returns:
         The finished trials of the file, in order.
@@ -199,7 +199,8 @@ def search(
         UsageError: Another process searches with the file.
         DataError: The file was damaged, or cannot be written.
     """
-    with JsonLines(journal, TRIAL) as lines, _quiet():
+    shape = fields({"parameters": OBJECT, "value": NUMBER, "constraints": mapping_of(NUMBER), "about": about})
+    with JsonLines(journal, shape) as lines, _quiet():
         trials = [_checked(space, journal, number, line) for number, line in enumerate(lines, start=1)]
         lines.claim()
         while len(trials) < budget:
