@@ -4,8 +4,8 @@ import os
 import struct
 import threading
 import tracemalloc
-from contextlib import suppress
 import zlib
+from contextlib import suppress
 
 import numpy as np
 import pytest
