@@ -1,4 +1,4 @@
-# make demo | make test | make lint | make effects; each installs the locked versions into .venv first.
+# make demo | make test | make fuzz | make lint | make effects; each installs the locked versions into .venv first.
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
@@ -10,7 +10,7 @@ PIP     = $(PYTHON) -m pip --python $(1)/bin/python install -qq --disable-pip-ve
 COMPILE := .venv-lock/bin/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --upgrade \
 	--no-header --no-annotate --no-emit-index-url --no-emit-find-links --constraint requirements/held.txt
 
-.PHONY: demo test test-tools lint format effects lock test-floor test-newest clean
+.PHONY: demo test test-tools fuzz lint format effects lock test-floor test-newest clean
 
 demo: $(VENV)/installed
 	@$(BIN)/vlmfix demo
@@ -21,6 +21,10 @@ test: $(VENV)/installed
 # The trainer and the study beside the package.
 test-tools: $(VENV)/installed
 	$(OFFLINE) $(BIN)/python -m pytest -n $(JOBS) -m tools tests/tools
+
+# docs/reliability.md; so many minutes for each check, and the seed of a round to have it again: make fuzz FUZZ_SEED=N.
+fuzz: $(VENV)/installed
+	FUZZ_MINUTES=$(or $(FUZZ_MINUTES),2) FUZZ_SEED=$(FUZZ_SEED) $(OFFLINE) $(BIN)/python -m pytest -n $(JOBS) tests/fuzz $(ARGS)
 
 lint: $(VENV)/installed
 	$(BIN)/ruff format --check .

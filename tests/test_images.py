@@ -3,7 +3,9 @@ import io
 import os
 import struct
 import threading
+import tracemalloc
 import zlib
+from contextlib import suppress
 
 import numpy as np
 import pytest
@@ -461,3 +463,17 @@ def test_reading_ahead_ends_when_the_caller_does(tmp_path):
     next(reading)
     reading.close()
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("vlmfix-pictures")]
+
+
+def test_a_damaged_length_asks_for_no_more_than_the_file_has(tmp_path):
+    path = save(tmp_path / "a.png")
+    content = path.read_bytes()
+    place = content.index(b"IDAT") - 4
+    path.write_bytes(content[:place] + b"\x70\0\0\0" + content[place + 4 :])
+    tracemalloc.start()
+    try:
+        with suppress(DataError):
+            open_picture(path)
+        assert tracemalloc.get_traced_memory()[1] < 10_000_000
+    finally:
+        tracemalloc.stop()

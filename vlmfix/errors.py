@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import errno
 
+from vlmfix.parsing import escaped
+
+LONGEST = 2000
+"""Characters of a message; of a longer one the middle is left out."""
 PASSING = {
     getattr(errno, name)
     for name in (
@@ -16,8 +20,16 @@ PASSING = {
 """What goes wrong with a machine, a disk or a network, whatever file is opened."""
 
 
+def one_line(text: str) -> str:
+    """A message on one line of bounded length, whatever names and values from elsewhere it holds."""
+    line, half = escaped(text), LONGEST // 2
+    return line if len(line) <= LONGEST else f"{line[:half]} ... {line[-half:]}"
+
+
 class VlmfixError(Exception):
     """A problem that the caller can repair.
+
+    Both texts become one line each (``one_line``), since the values in them may come from anywhere.
 
     Args:
         message: What is wrong, with the offending value and what is allowed.
@@ -25,9 +37,8 @@ class VlmfixError(Exception):
     """
 
     def __init__(self, message: str, hint: str = "") -> None:
-        super().__init__(message)
-        self.message = message
-        self.hint = hint
+        self.message, self.hint = one_line(message), one_line(hint)
+        super().__init__(self.message)
 
     def __str__(self) -> str:
         return f"{self.message} ({self.hint})" if self.hint else self.message

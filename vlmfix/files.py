@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import hashlib
 import os
 import secrets
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
@@ -36,17 +37,20 @@ def make_folder(folder: Path) -> None:
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[BinaryIO]:
+def replacing(path: Path, *, tidied: bool = False) -> Iterator[BinaryIO]:
     """Hands out a draft, which takes the file's place when all of it is on the disk.
 
     The draft has a name that no file has, so nothing else is written to, wherever links lead. Where ``path`` is a link,
-    the link is replaced and not what it leads to.
+    the link is replaced and not what it leads to. Drafts of the same file that a kill has left are removed, those that
+    somebody is writing are not.
 
     Args:
         path: The file; its folder must exist.
+        tidied: Says that the folder's only writer has removed such drafts: one that writes thousands of files need not
+            look through all of them each time.
 
     Yields:
-        The draft, empty, to be written.
+        The draft, empty, to be written; locked against other processes.
 
     Raises:
         DataError: The file cannot be written, or is a device or a folder; what was there stays.
@@ -56,7 +60,10 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
         if path.exists() and not path.is_file():
             raise DataError(f"cannot write {path}: it is not a file", "choose another name")
         try:
-            with draft.open("xb") as file:
+            if not tidied:
+                _remove_abandoned(path)
+            with draft.open("x+b") as file:
+                fcntl.flock(file, fcntl.LOCK_EX)
                 yield file
                 file.flush()
                 os.fsync(file.fileno())
@@ -66,6 +73,16 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
             raise
     except OSError as error:
         raise cannot_write(path, error) from error
+
+
+def _remove_abandoned(path: Path) -> None:
+    """Removes the drafts of a file that no process holds."""
+    start = f".{path.name[:SHORT]}{DRAFT}"
+    for draft in path.parent.iterdir():
+        if draft.name.startswith(start) and is_draft(draft) and draft.is_file():
+            with suppress(FileNotFoundError, BlockingIOError), draft.open("rb") as file:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                draft.unlink()
 
 
 def remove_drafts(folder: Path, *names: str) -> None:

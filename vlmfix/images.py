@@ -10,7 +10,7 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from io import BytesIO
+from io import BufferedReader, BytesIO
 from pathlib import Path
 from typing import BinaryIO, TypeVar
 
@@ -140,7 +140,7 @@ def open_picture(path: str | Path) -> Picture:
         PassingError: It cannot be read now, and that is no fault of the file's.
     """
     try:
-        with Path(path).open("rb") as file:
+        with Path(path).open("rb", buffering=0) as raw, _Clamped(raw) as file:
             if os.fstat(file.fileno()).st_size == 0:
                 raise DataError("empty file")
             image = _read(file, _decoded)
@@ -158,10 +158,18 @@ def open_picture(path: str | Path) -> Picture:
         raise passing(error) or DataError(f"broken picture: {type(error).__name__}: {error}") from error
 
 
+class _Clamped(BufferedReader):
+    """A file that is never asked for more bytes than it has: a damaged one names lengths of gigabytes."""
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        left = max(0, os.fstat(self.fileno()).st_size - self.tell())
+        return super().read(left if size is None or size < 0 else min(size, left))
+
+
 def begins_like_a_picture(path: Path) -> bool:
     """Whether a file is a picture as far as its beginning tells: it may be broken further on, or too large."""
     try:
-        with path.open("rb") as file:
+        with path.open("rb", buffering=0) as raw, _Clamped(raw) as file:
             _read(file, lambda content: Image.open(content, formats=FORMATS).close())
             return True
     except BOMBS:

@@ -136,8 +136,8 @@ class JsonLines:
         with replacing(self.path) as file:
             file.writelines(to_json(record).encode() + b"\n" for record in self if wanted(record))
             file.flush()
-            replacement = os.open(file.name, os.O_RDWR | os.O_APPEND | os.O_CLOEXEC)
-            fcntl.flock(replacement, fcntl.LOCK_EX)
+            replacement = os.dup(file.fileno())  # with the lock that the draft has from its beginning
+            fcntl.fcntl(replacement, fcntl.F_SETFL, os.O_APPEND)
         os.close(self._file)
         self._file = replacement
 

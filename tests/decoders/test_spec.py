@@ -12,7 +12,7 @@ from vlmfix.attention.edit import LayerSet
 from vlmfix.decoders import DECODERS, INTER, VAR, VCD, Chain, Greedy, LocoRE, describe, parse
 from vlmfix.decoders.parameters import parameter, ranges
 from vlmfix.decoders.spec import parse as read_spec
-from vlmfix.errors import UsageError, VlmfixError
+from vlmfix.errors import DataError, UsageError, VlmfixError
 
 
 def test_parsing():
@@ -70,6 +70,14 @@ def test_planning_twice_gives_independent_state(spec):
         ("var:preset=code", r"preset='code' is not allowed.*paper \| official-code"),
         ("locore:mode=half", "mode='half' is not allowed"),
         ("locore:layers=2-5", "layers '2-5' are not understood"),
+        ("locore:layers=-:", "layers '-:' are not understood"),
+        ("locore:layers=1/:-", "layers '1/:-' are not understood"),
+        ("locore:layers=\u0663", "layers '\u0663' are not understood"),
+        (f"locore:layers={'9' * 5000}", "layers '9+ ... 9+' are not understood"),
+        (f"adhh:heads=L0H{'9' * 5000}", "heads 'L0H9+ ... 9+' are not understood"),
+        ("@~no-one-here/x.toml", "~no-one-here/x.toml: there is no such home folder"),
+        ("@a\0b.toml", r"'a.x00b.toml' is no path"),
+        ("vcd:noise_step=1\n2", r"noise_step=1\\n2 is not allowed"),
         ("var:sink_dims=a", "sink_dims=a is not allowed.*integers"),
         ("", "unknown decoder ''"),
         ("greedy:x=1", "parameters of greedy: none"),
@@ -136,6 +144,24 @@ def test_a_chain_of_nothing_is_refused():
 def test_errors_are_one_family():
     assert issubclass(UsageError, VlmfixError)
     assert str(UsageError("what", "do")) == "what (do)"
+
+
+def test_an_error_is_one_line_whatever_it_quotes():
+    error = UsageError("no 'a\nb\x1b[31m\udcff'", "try\r\nanother")
+    assert (error.message, error.hint) == (r"no 'a\nb\u001b[31m\udcff'", r"try\r\nanother")
+    assert str(error) == f"{error.message} ({error.hint})"
+    assert error.args == (error.message,)
+    long = UsageError(f"no {'x' * 100_000} there").message
+    assert len(long) < 2100
+    assert long.startswith("no xxx")
+    assert long.endswith("xxx there")
+
+
+def test_a_recipe_is_named_whatever_is_wrong_with_its_decoder(tmp_path):
+    for decoder in ("vdc", "greedy+carve"):
+        (tmp_path / "r.toml").write_text(f'decoder = "{decoder}"')
+        with pytest.raises(DataError, match=r"r\.toml: (unknown decoder|carve refines)"):
+            parse(f"@{tmp_path / 'r.toml'}")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

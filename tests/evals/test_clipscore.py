@@ -294,6 +294,10 @@ def test_a_list(folder, tmp_path):
     listed = tmp_path / "list.txt"
     listed.write_text("0002.png\n\ndeep/b.jpg\n")
     workload = read(folder, listed=listed)
+    twice = tmp_path / "twice.txt"
+    twice.write_text("0002.png\n0002.png\n")
+    with pytest.raises(DataError, match=r"twice\.txt lists 1 pictures more than once: 0002\.png"):
+        read(folder, listed=twice)
     assert [s.image for s in workload.samples] == ["0002.png", "deep/b.jpg"]
     assert workload.about["list"]["file"] == "list.txt"
 

@@ -123,6 +123,10 @@ def test_the_file_is_read_once(pair: tuple[Path, Path], cache: Path) -> None:
         lambda data: gzip.compress(b"[]"),
         lambda data: gzip.compress(gzip.decompress(data).replace(b'"format": 1', b'"format": 0')),
         lambda data: gzip.compress(gzip.decompress(data).replace(b'"pictures": [[', b'"pictures": [[3, ')),
+        lambda data: gzip.compress(gzip.decompress(data).replace(b'"pictures": [[9,', b'"pictures": [[1e400,')),
+        lambda data: gzip.compress(gzip.decompress(data).replace(b'"pictures": [[9,', b'"pictures": [["9",')),
+        lambda data: gzip.compress(gzip.decompress(data).replace(b'"nine.jpg"', b"null")),
+        lambda data: gzip.compress(gzip.decompress(data).replace(b'["person"]', b'"person"')),
     ],
 )
 def test_a_spoilt_index_is_made_anew(pair: tuple[Path, Path], cache: Path, spoil: Any) -> None:
@@ -130,6 +134,7 @@ def test_a_spoilt_index_is_made_anew(pair: tuple[Path, Path], cache: Path, spoil
     (index,) = cache.iterdir()
     whole = index.read_bytes()
     index.write_bytes(spoil(whole))
+    assert index.read_bytes() != whole
     assert read_index(pair[0], "instances") == first
     assert gzip.decompress(index.read_bytes()) == gzip.decompress(whole)
 
@@ -223,7 +228,7 @@ def test_captions_of_other_pictures_are_refused(tmp_path: Path, pair: tuple[Path
     with pytest.raises(DataError, match="8 image ids are only in the captions: 20, 21, 22, 23, 24 and 3 more"):
         read_annotations(pair[0], other)
     renamed = write(tmp_path / "d.json", json.dumps(TOLD).replace("four", "vier"))
-    with pytest.raises(DataError, match=r"picture 4 is four.jpg and vier.jpg"):
+    with pytest.raises(DataError, match=r"picture 4 is 'four.jpg' and 'vier.jpg'"):
         read_annotations(pair[0], renamed)
 
 

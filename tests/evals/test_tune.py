@@ -160,9 +160,8 @@ def test_a_killed_search_goes_on_as_if_it_had_not_been(tmp_path, whole, dies_aft
     killed = Fake(dies_after=dies_after)
     with pytest.raises(KeyboardInterrupt):
         go(tmp_path / "out", killed, budget=14)
-    with (tmp_path / "out" / "trials.journal").open("ab") as journal:
-        journal.write(b'{"op_code":')
-    (tmp_path / "out" / "trials.journal.lock").symlink_to("trials.journal")
+    with (tmp_path / "out" / "trials.jsonl").open("ab") as journal:
+        journal.write(b'{"parameters":')
     resumed = Fake()
     found = go(tmp_path / "out", resumed, budget=14)
     assert found.trials == whole.trials
@@ -418,27 +417,29 @@ def test_with_the_real_runner_on_pope(tmp_path):
 def test_a_damaged_journal_is_told_in_words(tmp_path):
     whole = tmp_path / "whole"
     go(whole, Fake(), budget=3)
-    lines = (whole / "trials.journal").read_bytes().splitlines(keepends=True)
-    about = next(number for number, line in enumerate(lines) if b'"about"' in line)
+    lines = (whole / "trials.jsonl").read_bytes().splitlines(keepends=True)
     damages = [
         [b"nonsense\n", *lines],
-        [*lines[:3], b"[" * 100_000 + b"\n", *lines[3:]],
-        lines[1:],
-        [*lines[:3], *lines[4:]],
-        [line.replace(b'"about"', b'"abbut"') for line in lines],
-        [line.replace(b'"contrast"', b'"contrasu"') for line in lines],
-        [*lines[:about], lines[about].replace(b'"failed":0', b'"failed":"no"'), *lines[about + 1 :]],
+        [*lines[:2], b"[" * 100_000 + b"\n", *lines[2:]],
+        [lines[0], b"{}\n"],
+        [lines[0].replace(b'"about"', b'"abbut"')],
+        [lines[0].replace(b'"contrast"', b'"contrasu"')],
+        [lines[0].replace(b'"contrast": 1.0', b'"contrast": true')],
+        [lines[0].replace(b'"contrast": 1.0', b'"contrast": 1e9')],
+        [lines[0].replace(b'"failed": 0', b'"failed": "no"'), *lines[1:]],
     ]
+    assert lines not in damages
+    assert lines[:1] not in damages
     for number, damaged in enumerate(damages):
         out = tmp_path / str(number)
         shutil.copytree(whole, out)
-        (out / "trials.journal").write_bytes(b"".join(damaged))
-        with pytest.raises(DataError, match=r"trials\.journal"):
+        (out / "trials.jsonl").write_bytes(b"".join(damaged))
+        with pytest.raises(DataError, match=r"trials\.jsonl"):
             go(out, Fake(), budget=3)
 
 
 def test_files_of_something_else_are_not_touched(tmp_path):
-    for name, text in (("tune.json", '{"my": "own"}'), ("trials.journal", "notes"), ("recipe.toml", "x = 1")):
+    for name, text in (("tune.json", '{"my": "own"}'), ("trials.jsonl", "notes"), ("recipe.toml", "x = 1")):
         out = tmp_path / name.partition(".")[0]
         out.mkdir()
         (out / name).write_text(text)

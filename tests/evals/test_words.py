@@ -268,7 +268,7 @@ def test_a_table_from_a_file(tmp_path: Path) -> None:
     path.write_text(SMALL)
     assert words_of(read_synonyms(path)).nodes["stool"] == "chair"
     path.write_text("")
-    with pytest.raises(DataError, match="is empty"):
+    with pytest.raises(DataError, match=r"synonyms\.txt: the table of synonyms is empty"):
         read_synonyms(path)
     with pytest.raises(DataError, match=r"cannot read .*none"):
         read_synonyms(tmp_path / "none")

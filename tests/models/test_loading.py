@@ -157,6 +157,14 @@ def test_a_damaged_file_is_named(folder: Path, name: str, text: str) -> None:
     assert name in refused(folder) or (name, text) == ("processor_config.json", '{"version": 5}')
 
 
+def test_a_tokenizer_that_panics_is_refused_like_any_other(folder: Path) -> None:
+    path = folder / "tokenizer.json"
+    document = json.loads(path.read_text())
+    document["post_processor"]["single"][0]["SpecialToken"]["id"] = "x"
+    path.write_text(json.dumps(document))
+    assert "a tokenizer or another reader gave up: no entry found for key" in refused(folder)
+
+
 def test_entries_of_qwen_are_named_too(qwen: Path) -> None:
     assert "config.json (vision_config.depth is null)" in refused(
         changed(qwen, "config.json", {"vision_config.depth": None})

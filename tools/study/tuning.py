@@ -23,7 +23,7 @@ from vlmfix.evals.search import Measured, Space, Tried, search
 from vlmfix.evals.tune import Guards, Outcome, arm_name
 from vlmfix.records import read_json, refuse_other, replace_json
 
-CARD, JOURNAL, RUNS, FOUND = "search.json", "trials.journal", "runs", "found.json"
+CARD, JOURNAL, RUNS, FOUND = "search.json", "trials.jsonl", "runs", "found.json"
 CHAIR, POPE, SMALL = "chair", "pope", "small"
 """The exams by name."""
 SMALL_FIGURE = f"{GROUP}/accuracy"

@@ -21,6 +21,10 @@ row, which the kernel recomputes (give such an edit ``blockwise``, or all of att
 every row without picking it out, which is for output edits, for which nothing is recomputed."""
 
 
+LAYERS = re.compile(r"-?[0-9]{1,9}|(-?[0-9]{1,9})?:(-?[0-9]{1,9})?")
+"""A layer, or a slice of them."""
+
+
 @dataclass(frozen=True)
 class LayerSet:
     """Decoder layers, written like Python slices: ``all``, ``2:-1``, ``9:15``, ``5``, or several joined by ``/``.
@@ -35,12 +39,10 @@ class LayerSet:
     spec: str = "all"
 
     def __post_init__(self) -> None:
-        if self.spec != "all" and not re.fullmatch(r"-?\d+|(-?\d*:-?\d*)(/.+)?|-?\d+(/.+)?", self.spec):
-            raise UsageError(f"layers {self.spec!r} are not understood", "write all, 2:-1, 9:15, 5 or 2:5/8/-1")
         if self.spec != "all":
             for part in self.spec.split("/"):
-                if not re.fullmatch(r"-?\d+|-?\d*:-?\d*", part):
-                    raise UsageError(f"layers {self.spec!r}: {part!r} is not understood", "write 5 or 2:-1")
+                if not LAYERS.fullmatch(part):
+                    raise UsageError(f"layers {self.spec!r} are not understood", "write all, 2:-1, 9:15, 5 or 2:5/8/-1")
 
     def __str__(self) -> str:
         return self.spec

@@ -57,9 +57,9 @@ def score(
     if parser is not None:
         changed = {"parser": parser}
     if synonyms is not None:
-        from vlmfix.evals.inputs import read_source
+        from vlmfix.evals.words import read_synonyms
 
-        changed = {"synonyms": read_source(synonyms).text}
+        changed = {"synonyms": read_synonyms(synonyms)}
     if judgements:
         from vlmfix.evals.hallusion import judged_before
 

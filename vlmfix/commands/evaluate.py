@@ -182,9 +182,9 @@ def chair(
     """CHAIR: objects in captions that are not in the picture."""
     from vlmfix.display import reading
     from vlmfix.evals import chair as benchmark
-    from vlmfix.evals.inputs import read_source
+    from vlmfix.evals.words import read_synonyms
 
-    table = None if synonyms is None else read_source(synonyms).text
+    table = None if synonyms is None else read_synonyms(synonyms)
     with reading("annotations") as report:
         workload = benchmark.read(
             instances,

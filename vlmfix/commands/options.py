@@ -126,11 +126,14 @@ def say_json(value: Any) -> None:  # noqa: ANN401 (what JSON can hold has no nam
 
 
 def quieten() -> None:
-    """Keeps third-party chatter off the terminal: warnings, the bar of transformers' loading, the Hub's retries."""
+    """Keeps others' chatter off the terminal: warnings, libtiff, transformers' bar of loading, the Hub's retries."""
     warnings.simplefilter("ignore")
     from huggingface_hub.utils import logging as hub_logging
     from transformers import logging as transformers_logging
 
+    from vlmfix.upstream import libtiff
+
     hub_logging.set_verbosity_error()
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
+    libtiff.silence()

@@ -7,10 +7,13 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from vlmfix.attention.edit import LayerSet
 from vlmfix.errors import UsageError
+
+HEADS = re.compile(r"L[0-9]{1,9}H[0-9]{1,9}(/L[0-9]{1,9}H[0-9]{1,9})*")
 
 
 @dataclass(frozen=True)
@@ -27,7 +30,7 @@ class HeadList:
     spec: str
 
     def __post_init__(self) -> None:
-        if not re.fullmatch(r"L\d+H\d+(/L\d+H\d+)*", self.spec):
+        if not HEADS.fullmatch(self.spec):
             raise UsageError(f"heads {self.spec!r} are not understood", "write layers and heads such as L16H29/L26H9")
         if len(set(self.pairs)) < len(self.pairs):
             raise UsageError(f"heads {self.spec!r} name a head twice", "name each once")
@@ -40,7 +43,7 @@ class HeadList:
     @property
     def pairs(self) -> tuple[tuple[int, int], ...]:
         """(layer, head) of each, in order."""
-        return tuple((int(layer), int(head)) for layer, head in re.findall(r"L(\d+)H(\d+)", self.spec))
+        return tuple((int(layer), int(head)) for layer, head in re.findall(r"L([0-9]+)H([0-9]+)", self.spec))
 
     def __str__(self) -> str:
         return self.spec
@@ -149,6 +152,20 @@ def parameter(default: Value, kind: type, **limits: Any) -> Any:  # noqa: ANN401
 def ranges(decoder: type) -> dict[str, Range]:
     """The declared parameters of a decoder class, in order."""
     return {f.name: f.metadata["range"] for f in dataclasses.fields(decoder) if "range" in f.metadata}
+
+
+def path_of(text: str) -> Path:
+    """The path that a parameter names; ``~`` and ``~NAME`` at its beginning stand for a home folder.
+
+    Raises:
+        UsageError: There is no such home, or no file can have that name.
+    """
+    if "\0" in text:
+        raise UsageError(f"{text!r} is no path", "write the path of a file")
+    try:
+        return Path(text).expanduser()
+    except RuntimeError as error:
+        raise UsageError(f"{text}: there is no such home folder", "write the path out, or ./~ for a file") from error
 
 
 def written(value: Value) -> str:

@@ -17,6 +17,7 @@ from weakref import WeakKeyDictionary
 
 from torch import nn
 
+from vlmfix.decoders.parameters import path_of
 from vlmfix.errors import DataError, VlmfixError
 from vlmfix.heads.profile import HeadProfile, load_profiles
 from vlmfix.models.checkpoint import HEADS, Checkpoint
@@ -103,7 +104,7 @@ def profile_facts(vlm: Checkpoint, decoder: str, profiler: str, file: str | None
 def profile_file(vlm: Checkpoint, file: str | None) -> Path | None:
     """The file that is read: the one that is named, or ``heads.safetensors`` in the model's folder if it is there."""
     if file is not None:
-        return Path(file).expanduser()
+        return path_of(file)
     beside = None if vlm.folder is None else vlm.folder / HEADS
     return beside if beside is not None and beside.is_file() else None
 

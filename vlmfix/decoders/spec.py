@@ -5,12 +5,11 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
 from vlmfix.decoders.base import Chain, Decoder
-from vlmfix.decoders.parameters import Value, ranges
+from vlmfix.decoders.parameters import Value, path_of, ranges
 from vlmfix.decoders.recipe import read_recipe
-from vlmfix.errors import DataError, UsageError
+from vlmfix.errors import DataError, UsageError, VlmfixError
 
 PART = re.compile(r"(@.*?\.toml\s*(?=\+|$)|.*?)(?:\+(?=\s*[a-zA-Z@])|$)", re.DOTALL)
 """A part of a chain and the ``+`` after it; the path of a recipe may hold a ``+``, and so may a number."""
@@ -86,14 +85,14 @@ def read_parts(spec: str, decoders: Mapping[str, type[Decoder]]) -> tuple[Part, 
 
 
 def _recipe(name: str, decoders: Mapping[str, type[Decoder]]) -> tuple[Part, ...]:
-    path = Path(name).expanduser()
+    path = path_of(name)
     spec = read_recipe(path)["decoder"]
     if "@" in spec:
         raise DataError(f"{path}: its decoder {spec!r} names a recipe", "write the decoder's parameters out")
     try:
         parse(spec, decoders)  # so that a value out of range is reported with the file's name too
         return read_parts(spec, decoders)
-    except UsageError as error:
+    except VlmfixError as error:
         raise DataError(f"{path}: {error.message}", error.hint) from error
 
 

@@ -10,7 +10,6 @@ import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,6 +17,7 @@ from PIL import Image
 from torch import Tensor
 
 from vlmfix.attention.tower import TowerReading
+from vlmfix.decoders.parameters import path_of
 from vlmfix.errors import DataError, UpstreamError
 from vlmfix.upstream import vit as upstream
 
@@ -98,7 +98,7 @@ def load_vit(name: str, device: torch.device) -> ViT:
         DataError: There is no such model, it cannot be read, or its class token's attention cannot.
         UpstreamError: The installed timm does not show what is read.
     """
-    folder = Path(name).expanduser()
+    folder = path_of(name)
     try:
         model = upstream.load(name, folder)
     except (OSError, RuntimeError, ValueError, KeyError) as error:

@@ -363,8 +363,11 @@ def _refuse_unscorable(folder: Path, descriptions: Sequence[Sample]) -> None:
             "descriptions are scored with AMBER's word lists; the discriminative part needs none",
         )
     language = installed_language()
-    for sample in descriptions:
-        words.vocabulary().describe("", sample.target["truth"], sample.target["hallu"], language)
+    try:
+        for sample in descriptions:
+            words.vocabulary().describe("", sample.target["truth"], sample.target["hallu"], language)
+    except DataError as error:
+        raise DataError(f"{folder}: {error.message}", error.hint) from error
 
 
 def _truths(source: Source) -> dict[int, tuple[str, dict[str, Any]]]:

@@ -244,8 +244,12 @@ def read(
         about |= {"count": count, "seed": None if count is None else seed}
     about["prompt"] = PROTOCOLS[protocol].prompt if prompt is None else prompt
     _refuse_incomplete(chosen, images)
-    for picture in chosen:
-        _truth(synonyms, picture.objects, ())
+    try:
+        for picture in chosen:
+            _truth(synonyms, picture.objects, ())
+    except DataError as error:
+        named = ", ".join(annotations.sources["instances"]["file"])
+        raise DataError(f"{named}: {error.message}", error.hint) from error
     return Workload(samples=[_sample(picture, about["prompt"]) for picture in chosen], images=images, about=about)
 
 

@@ -10,6 +10,7 @@ import io
 import random
 import sys
 import textwrap
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, redirect_stdout
 from dataclasses import dataclass, field
@@ -27,6 +28,7 @@ from vlmfix.evals.coco import read_index
 from vlmfix.evals.inputs import read_source
 from vlmfix.evals.task import Judged, Numbers, Sample, Task, Verdict, Workload, plain, ratio
 from vlmfix.images import Found, begins_like_a_picture, find, read_ahead
+from vlmfix.parsing import some
 
 PREFIX = "A photo depicts "
 """Stands before every caption and every reference."""
@@ -359,6 +361,10 @@ def read(
     if listed is not None:
         source = read_source(listed)
         names = [line.strip() for line in source.lines() if line.strip()]
+        if twice := [name for name, times in Counter(names).items() if times > 1]:
+            raise DataError(
+                f"{listed} lists {len(twice)} pictures more than once: {some(twice)}", "list each picture once"
+            )
         about["list"] = source.about()
     else:
         names, about["passed_over"] = _pictures(images, skip)

@@ -134,7 +134,7 @@ def read_annotations(
     }
     files = {kind: {n: file for index in found for n, file in index.files.items()} for kind, found in by_kind.items()}
     told = {kind: {n: text for index in found for n, text in index.told.items()} for kind, found in by_kind.items()}
-    _same_pictures(files["instances"], files["captions"])
+    _same_pictures(by_kind, files)
     pictures = {
         number: AnnotatedPicture(
             number, file, tuple(told["instances"].get(number, ())), tuple(told["captions"].get(number, ()))
@@ -195,21 +195,24 @@ def _indexes(paths: Path | Sequence[Path], kind: Kind, progress: Progress | None
     return found
 
 
-def _same_pictures(instances: Mapping[int, str], captions: Mapping[int, str]) -> None:
-    """Raise unless both are about the same pictures."""
-    for one, other, names in ((instances, captions, "instances"), (captions, instances, "captions")):
+def _same_pictures(indexes: Mapping[str, Sequence[Index]], files: Mapping[str, Mapping[int, str]]) -> None:
+    """Raise unless instances and captions are about the same pictures.
+
+    Args:
+        indexes: Of the files of either kind.
+        files: For either kind the pictures' file names by image id.
+    """
+    instances, captions = files["instances"], files["captions"]
+    given = (f"the {kind} in {some([index.path for index in found])}" for kind, found in indexes.items())
+    problem = f"{' and '.join(given)} do not match"
+    hint = "give the instances and captions files of the same pictures"
+    for one, other, kind in ((instances, captions, "instances"), (captions, instances, "captions")):
         alone = sorted(one.keys() - other.keys())
         if alone:
-            raise DataError(
-                f"instances and captions do not match: {len(alone)} image ids are only in the {names}: {some(alone)}",
-                "give the instances and captions files of the same pictures",
-            )
+            raise DataError(f"{problem}: {len(alone)} image ids are only in the {kind}: {some(alone)}", hint)
     for number, file in instances.items():
         if captions[number] != file:
-            raise DataError(
-                f"instances and captions do not match: picture {number} is {file} and {captions[number]}",
-                "give the instances and captions files of the same pictures",
-            )
+            raise DataError(f"{problem}: picture {number} is {file!r} and {captions[number]!r}", hint)
 
 
 class _Metered:
@@ -356,9 +359,16 @@ def _load(cached: Path, path: Path, source: Mapping[str, Any]) -> Index | None:
             document = json.load(file)
         if document["format"] != FORMAT or document["source"] != source:
             return None
-        files = {int(number): str(name) for number, name, _ in document["pictures"]}
-        told = {int(number): list(map(str, texts)) for number, _, texts in document["pictures"] if texts}
-        return Index(path, str(document["sha256"]), files, told)
+        pictures, sha256 = document["pictures"], document["sha256"]
+        whole = all(
+            type(number) is int and isinstance(name, str) and isinstance(texts, list) and set(map(type, texts)) <= {str}
+            for number, name, texts in pictures
+        )
+        if not whole or not isinstance(sha256, str):
+            return None
+        files = {number: name for number, name, _ in pictures}
+        told = {number: list(texts) for number, _, texts in pictures if texts}
+        return Index(path, sha256, files, told)
     except (OSError, EOFError, zlib.error, ValueError, KeyError, TypeError, RecursionError):
         return None
 

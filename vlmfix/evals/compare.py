@@ -178,12 +178,15 @@ def compare(runs: Sequence[EvalRun], *, draws: int = 10_000, seed: int = 0) -> C
     plain = {arm.name: arm for arm in sorted(found, key=lambda arm: arm.compared) if arm.name == arm.plain}
     arms = [arm for arm in found if arm.name != arm.plain]
     if not any(arm.compared for arm in arms or found):
+        folders = " and ".join(str(run.folder) for run in runs)
         if not any(arm.missing for arm in found):
             raise DataError(
-                f"no sample is answered by both an arm and its plain arm: {_failures(runs)}",
+                f"no sample in {folders} is answered by both an arm and its plain arm: {_failures(runs)}",
                 "the reasons are in answers.jsonl; repair what failed and start again with --retry-failed",
             )
-        raise DataError("no sample is answered by both an arm and its plain arm yet", "let vlmfix eval go on first")
+        raise DataError(
+            f"no sample in {folders} is answered by both an arm and its plain arm yet", "let vlmfix eval go on first"
+        )
     samples = runs[0].samples
     by_run = list(zip(runs, names, strict=True))
     strategies = [note for run, known in by_run for note in strategy_notes(run, known)]

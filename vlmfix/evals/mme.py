@@ -182,7 +182,7 @@ def _samples(task: str, sources: Sequence[Source], images: Path, *, single: bool
     for picture, asked in questions.items():
         if len(asked) != QUESTIONS:
             raise DataError(
-                f"MME's {task} has {len(asked)} questions about {picture}, not {QUESTIONS}",
+                f"{sources[0].path.parent}: MME's {task} has {len(asked)} questions about {picture}, not {QUESTIONS}",
                 "give the files as published",
             )
     return [

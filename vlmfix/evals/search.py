@@ -17,20 +17,17 @@ from optuna.distributions import (
     FloatDistribution,
     IntDistribution,
 )
-from optuna.storages import JournalStorage
-from optuna.storages.journal import JournalFileBackend
-from optuna.trial import FrozenTrial, TrialState
+from optuna.trial import create_trial
 
 from vlmfix.decoders import DECODERS, Chain, Decoder
 from vlmfix.decoders.parameters import Range, Value, ranges
 from vlmfix.decoders.spec import Part, read_parts
 from vlmfix.errors import DataError, UsageError
-from vlmfix.files import cannot_write
 from vlmfix.records import JsonLines
+from vlmfix.shapes import NUMBER, OBJECT, Shape, fields, mapping_of
 
 DIGITS = 3
 """Significant digits of the numbers that are tried, so that people can read and write them."""
-NAME = "tune"
 
 
 @dataclass(frozen=True)
@@ -56,6 +53,12 @@ class Axis:
             first, last = (int(end) for end in self.allowed.search)
             return IntDistribution(first, last, log=self.allowed.log)
         return CategoricalDistribution(self.allowed.search)
+
+    def tried(self, value: object) -> bool:
+        """Whether a value, as a file holds it, is one that the search tries, of the right type."""
+        if self.allowed.kind in (int, float):
+            return type(value) is self.allowed.kind and self.holds(value)
+        return any(type(value) is type(word) and value == word for word in self.allowed.search)
 
     def holds(self, value: Value) -> bool:
         """Whether the search may try a value."""
@@ -173,6 +176,7 @@ def search(
     better: Literal["higher", "lower"],
     budget: int,
     seed: int,
+    about: Shape = OBJECT,
 ) -> list[Tried]:
     """Try values with the tree-structured Parzen estimator until a file holds as many trials as asked for.
 
@@ -181,11 +185,12 @@ def search(
 
     Args:
         space: What is searched.
-        journal: Optuna's file; one that is there is gone on with.
+        journal: A file of JSON lines, one a finished trial; one that is there is gone on with.
         measure: Tries values; called once a trial.
         better: Which way the value is better.
         budget: Finished trials in the end, those in the file included.
         seed: Of every draw.
+        about: What a trial's ``about`` must hold.
 
     Returns:
         The finished trials of the file, in order.
@@ -194,70 +199,74 @@ def search(
         UsageError: Another process searches with the file.
         DataError: The file was damaged, or cannot be written.
     """
-    distributions = {label: axis.distribution() for label, axis in space.axes.items()}
-    try:
-        with JsonLines(journal) as lines, _quiet():
-            lines.claim()
-            journal.with_name(f"{journal.name}.lock").unlink(missing_ok=True)  # Optuna's own, left by a kill
-            study = _study(journal, lines, distributions, "maximize" if better == "higher" else "minimize")
-            while (done := len(_finished(study))) < budget:
-                if done == 0 and not study.get_trials(states=(TrialState.WAITING,)):
-                    study.enqueue_trial(space.defaults())
-                study.sampler = optuna.samplers.TPESampler(seed=_seed(seed, done))
-                asked = study.ask(distributions)
-                measured = measure(_readable(asked.params))
-                for name, value in measured.constraints.items():
-                    asked.set_constraint(name, value)
-                asked.set_user_attr("about", dict(measured.about))
-                study.tell(asked, measured.value)
-            return [
-                Tried(
-                    chosen=_readable(trial.params),
-                    value=float(trial.value or 0.0),
-                    feasible=all(value <= 0 for value in trial.constraints.values()),
-                    about=trial.user_attrs["about"],
-                )
-                for trial in _finished(study)
-            ]
-    except OSError as error:
-        raise cannot_write(journal, error) from error
+    shape = fields({"parameters": OBJECT, "value": NUMBER, "constraints": mapping_of(NUMBER), "about": about})
+    with JsonLines(journal, shape) as lines, _quiet():
+        trials = [_checked(space, journal, number, line) for number, line in enumerate(lines, start=1)]
+        lines.claim()
+        while len(trials) < budget:
+            parameters = _next(space, trials, better, _seed(seed, len(trials)))
+            measured = measure(_readable(parameters))
+            line = {
+                "parameters": parameters,
+                "value": measured.value,
+                "constraints": dict(measured.constraints),
+                "about": dict(measured.about),
+            }
+            lines.append(line)
+            trials.append(line)
+    return [
+        Tried(
+            chosen=_readable(line["parameters"]),
+            value=float(line["value"]),
+            feasible=all(value <= 0 for value in line["constraints"].values()),
+            about=line["about"],
+        )
+        for line in trials
+    ]
 
 
-def _study(
-    journal: Path,
-    lines: JsonLines,
-    distributions: Mapping[str, BaseDistribution],
-    direction: Literal["maximize", "minimize"],
-) -> optuna.Study:
-    """The search in a journal, which is begun when it is empty.
+def _checked(space: Space, journal: Path, number: int, line: dict[str, Any]) -> dict[str, Any]:
+    """A line of a journal, if it is of this search.
 
     Raises:
-        DataError: The journal was damaged.
+        DataError: It is not.
     """
-    hint = "restore the file, or choose another folder"
-    for _ in lines:  # says which line is not JSON
-        pass
-    try:
-        storage = JournalStorage(JournalFileBackend(str(journal)))
-        if lines.is_empty:
-            study = optuna.create_study(storage=storage, study_name=NAME, direction=direction)
-        else:
-            study = optuna.load_study(storage=storage, study_name=NAME)
-        finished = _finished(study)
-        for trial in study.get_trials(states=(TrialState.RUNNING,)):
-            study.tell(trial.number, state=TrialState.FAIL)  # cut off by a kill; the same is asked for again
-    except OSError:
-        raise
-    except Exception as error:  # Optuna raises nearly anything on lines that do not follow from each other
-        raise DataError(f"{journal} is damaged: {type(error).__name__}: {error}", hint) from error
-    for trial in finished:
-        if trial.params.keys() != distributions.keys() or not isinstance(trial.user_attrs.get("about"), dict):
-            raise DataError(f"{journal} is damaged: trial {trial.number} is not of this search", hint)
-    return study
+    parameters = line["parameters"]
+    if parameters.keys() != space.axes.keys():
+        wrong = f"the parameters {', '.join(parameters) or '(none)'}, not {', '.join(space.axes)}"
+    else:
+        odd = (f"{name}={parameters[name]!r}" for name, axis in space.axes.items() if not axis.tried(parameters[name]))
+        wrong = next(odd, "")
+    if wrong:
+        raise DataError(
+            f"line {number} of {journal} is not of this search: it has {wrong}",
+            "restore the file, or choose another folder",
+        )
+    return line
 
 
-def _finished(study: optuna.Study) -> list[FrozenTrial]:
-    return study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+def _next(
+    space: Space, trials: Sequence[Mapping[str, Any]], better: Literal["higher", "lower"], seed: int
+) -> dict[str, Any]:
+    """What is tried after some trials."""
+    distributions = {label: axis.distribution() for label, axis in space.axes.items()}
+    study = optuna.create_study(
+        direction="maximize" if better == "higher" else "minimize", sampler=optuna.samplers.TPESampler(seed=seed)
+    )
+    study.add_trials(
+        [
+            create_trial(
+                params=line["parameters"],
+                distributions=distributions,
+                value=line["value"],
+                constraints=line["constraints"],
+            )
+            for line in trials
+        ]
+    )
+    if not trials:
+        study.enqueue_trial(space.defaults())
+    return dict(study.ask(distributions).params)
 
 
 def _seed(seed: int, number: int) -> int:

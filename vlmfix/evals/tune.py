@@ -24,11 +24,11 @@ from vlmfix.evals.task import Task, Workload, plain
 from vlmfix.files import is_draft, make_folder, remove_drafts
 from vlmfix.records import read_json, refuse_other, replace_json
 from vlmfix.settings import Settings
-from vlmfix.shapes import COUNT, NUMBER, fault, fields
+from vlmfix.shapes import COUNT, NUMBER, fields
 
-FORMAT = 1
+FORMAT = 2
 """Of the folder; raised when an older search could not be gone on with."""
-CARD, JOURNAL, RECIPE = "tune.json", "trials.journal", "recipe.toml"
+CARD, JOURNAL, RECIPE = "tune.json", "trials.jsonl", "recipe.toml"
 TUNING, HELD_OUT = "tuning", "held-out"
 OBJECTIVES: Mapping[str, str] = {"pope": "mean/f1", "chair": "chair_i"}
 """For each benchmark the figure that is tuned; which way is better is the benchmark's to say."""
@@ -200,10 +200,7 @@ def tune(
         value = before.value if found.value is None else found.value
         return Measured(value or 0.0, guards.constraints(found, before), asdict(found))
 
-    tried = search(space, out / JOURNAL, measure, better=better, budget=budget, seed=seed)
-    for number, one in enumerate(tried):
-        if wrong := fault(one.about, OUTCOME):
-            raise DataError(f"{out / JOURNAL} is damaged: trial {number}{wrong}", "restore the file, or start anew")
+    tried = search(space, out / JOURNAL, measure, better=better, budget=budget, seed=seed, about=OUTCOME)
     trials = [_trial(space, one) for one in tried]
     best = _best(trials, before, better)
     if best is None:

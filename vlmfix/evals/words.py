@@ -212,7 +212,10 @@ def read_synonyms(path: Path) -> str:
         DataError: The file cannot be read, or is no such table.
     """
     text = read_source(path).text
-    words_of(text)
+    try:
+        words_of(text)
+    except DataError as error:
+        raise DataError(f"{path}: {error.message}", error.hint) from error
     return text
 
 

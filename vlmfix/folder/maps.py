@@ -93,12 +93,12 @@ class MapFolder:
             "shown": f"{stem}.png",
         }
         self._make_parent(stem)
-        with replacing(self.folder / f"{stem}.png") as file:
+        with replacing(self.folder / f"{stem}.png", tidied=True) as file:
             look.picture.save(file, format="PNG")
         if look.map is not None:
-            with replacing(self.folder / f"{stem}.map.png") as file:
+            with replacing(self.folder / f"{stem}.map.png", tidied=True) as file:
                 overlay(picture, look).save(file, format="PNG")
-            with replacing(self.folder / f"{stem}.map.npy") as file:
+            with replacing(self.folder / f"{stem}.map.npy", tidied=True) as file:
                 np.save(file, look.map.values)
             record |= {"map": f"{stem}.map.npy", "map_box": [round(edge, 6) for edge in look.map.box]}
         self._index.append({**record, "problem": look.problem} if look.problem else record)

@@ -27,7 +27,7 @@ from vlmfix.models.families import family_of
 from vlmfix.models.family import Family
 from vlmfix.models.layout import Batch, ImageLayout
 from vlmfix.models.repeats import process_once
-from vlmfix.upstream import defaults, features, hub
+from vlmfix.upstream import defaults, features, hub, panics
 from vlmfix.upstream.contracts import check_model
 from vlmfix.upstream.names import PROCESSED
 from vlmfix.upstream.versions import missing
@@ -250,7 +250,8 @@ class Checkpoint:
         asked = questions_of(prompts, len(rows), silent=True)
         self._check_enlarged(rows)
         texts = [self.render(prompt, len(row), system=system) for prompt, row in zip(asked, rows, strict=True)]
-        processed, sources = process_once(self.family, self.model, self.processor, texts, rows)
+        with panics.as_errors():
+            processed, sources = process_once(self.family, self.model, self.processor, texts, rows)
         if absent := [name for name in PROCESSED if name not in processed and (name != "pixel_values" or any(rows))]:
             raise missing(f"{type(self.processor).__name__} returns no {' and '.join(absent)}")
         inputs = {name: self._placed(value) for name, value in processed.items() if isinstance(value, Tensor)}

@@ -25,7 +25,7 @@ from transformers import (
 )
 
 from vlmfix.errors import DataError, VlmfixError
-from vlmfix.upstream import hub
+from vlmfix.upstream import hub, panics
 
 WHAT_LOADS = "give 'tiny', 'tiny-qwen', a Hub id such as llava-hf/llava-1.5-7b-hf, or a directory with config.json"
 COMPLETE = "take this file from the checkpoint as it was published, or save the model anew with save_pretrained"
@@ -200,7 +200,8 @@ def _told(path: str, where: Any = "", hint: str = "") -> Iterator[None]:  # noqa
         hint: What to do about it.
     """
     try:
-        yield
+        with panics.as_errors():
+            yield
     except VlmfixError:
         raise
     except MEMORY as error:

@@ -49,7 +49,7 @@ def make(directory: Path, *, count: int, seed: int, progress: Callable[[int], No
         path = directory / "images" / image_name(index)
         if not path.exists():
             picture = render([scene(seed, index)])[0].permute(1, 2, 0).contiguous()  # (512, 512, 3)
-            with replacing(path) as file:
+            with replacing(path, tidied=True) as file:
                 Image.fromarray(picture.numpy()).save(file, format="PNG", compress_level=4)
         if progress is not None:
             progress(index + 1)
