@@ -22,7 +22,8 @@ from tests.contracts.support import (
 )
 from tests.tiny import TINY
 from vlmfix.attention.session import continued, edited, first_edited
-from vlmfix.decoders import Greedy, base, prefix
+from vlmfix.decoders import Greedy, base
+from vlmfix.decoding import prefix
 from vlmfix.errors import UnsupportedAttentionError
 from vlmfix.upstream import features, names
 from vlmfix.upstream.cache import handed_over

@@ -176,8 +176,9 @@ def saying(model, *scores):
 
     def force(module, args, logits):
         logits = torch.full_like(logits, -100.0)
+        there = scores[-len(logits) :]  # the first row is the first to end, and then gone
         for row in range(len(logits)):  # a row may have several beams
-            for token, score in scores[row * len(scores) // len(logits)].items():
+            for token, score in there[row * len(there) // len(logits)].items():
                 logits[row, ..., token] = score
         return logits
 

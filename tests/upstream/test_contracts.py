@@ -20,6 +20,7 @@ from vlmfix.upstream.contracts import CONTRACTS, Bench, Contract, examined, firs
 OTHERWISE = {
     "everything",
     "shared beginnings",
+    "recorded steps",
     "repeated pictures",
     "smaller batches when memory runs out",
     "every decoder on LLaVA-NeXT, LLaVA-OneVision, InternVL, Qwen2.5-VL",

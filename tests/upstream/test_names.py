@@ -69,7 +69,7 @@ def test_beginnings_that_can_no_longer_be_shared_are_told_once_and_the_answers_s
     ask = {"pictures": [shown, shown], "prompts": ["a cat?", "and a dog?"], "max_new_tokens": 3}
     expected = [answer.ids for answer in vlm.generate(**ask)]
     say_once.cache_clear()
-    monkeypatch.setitem(names.KNOWN, "cache", ("under_another_name",))
+    monkeypatch.setitem(names.KNOWN, "embeds", ("under_another_name",))
     for _ in range(2):
         assert [answer.ids for answer in vlm.generate(**ask)] == expected
     (record,) = caplog.records

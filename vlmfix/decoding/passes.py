@@ -17,8 +17,7 @@ from vlmfix.decoding.rows import Rows
 from vlmfix.errors import UpstreamError
 from vlmfix.models.checkpoint import Checkpoint
 from vlmfix.upstream import cache as caches
-from vlmfix.upstream.features import handed_over
-from vlmfix.upstream.names import ModelNames
+from vlmfix.upstream.names import name_of
 from vlmfix.upstream.versions import say_once
 
 
@@ -34,7 +33,8 @@ class Passes:
 
     def __init__(self, vlm: Checkpoint, rows: Rows, room: int, held: Callable[[], object] | None) -> None:
         self._model: Any = vlm.model
-        self._names = ModelNames.of(vlm.model)
+        taken = ("ids", "positions", "mask", "cache")
+        self._names = [name_of(type(vlm.model), value) for value in taken]
         self._rows = rows
         self._held = held if rows.ids.is_cuda else None
         self._left, self._steps = room, 0
@@ -51,8 +51,7 @@ class Passes:
     def prompt(self) -> Tensor:
         """The logits that follow each prompt, (R, V) float32."""
         rows = self._rows
-        pictures = {} if rows.features is None else handed_over(self._model, rows.features)
-        return self._logits(rows.ids, rows.positions, self._mask, self._cache, **rows.types, **pictures)
+        return self._logits(rows.ids, rows.positions, self._mask, self._cache, **rows.types, **rows.pictures)
 
     def token(self, tokens: Tensor) -> Tensor:
         """The logits that follow a further token of each row, (R, V) float32.
@@ -97,8 +96,7 @@ class Passes:
         self._held, self._cache = held, None  # its keys and values stand in the recorded step's own cache
 
     def _logits(self, ids: Tensor, positions: Tensor, mask: Tensor, cache: object, **given: Any) -> Tensor:
-        names = self._names
-        given |= {names.ids: ids, names.positions: positions, names.mask: mask, names.cache: cache}
+        given |= dict(zip(self._names, (ids, positions, mask, cache), strict=True))
         output = self._model(**given, use_cache=True, logits_to_keep=1, return_dict=True)
         logits: Tensor = output.logits[:, -1].float()
         return logits

@@ -6,19 +6,20 @@ tokens.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
 from vlmfix.decoding.branches import Branch
-from vlmfix.decoding.encoding import encoded_once
+from vlmfix.decoding.encoding import encoded_once, repeats_pictures
 from vlmfix.models.checkpoint import Checkpoint
 from vlmfix.models.layout import Batch, ImageLayout
-from vlmfix.upstream.features import Features, joined
-from vlmfix.upstream.names import TYPES
+from vlmfix.upstream.features import Features, handed_over, joined
+from vlmfix.upstream.names import PIXELS, TYPES
 from vlmfix.upstream.positions import prompt_positions
 
 
@@ -33,7 +34,8 @@ class Rows:
         mask: (R, T) int64, 1 where a token is real.
         positions: (R, T) or (3 or 4, R, T) int64.
         types: (R, T) each, under the names in ``TYPES`` that the samples have.
-        features: What all pictures became, row after row; None without a picture.
+        pictures: Arguments of the model for all pictures, row after row: what they became, or the pixels themselves
+            where no picture stands for several rows.
     """
 
     samples: int
@@ -42,7 +44,7 @@ class Rows:
     mask: Tensor
     positions: Tensor
     types: dict[str, Tensor]
-    features: Features | None
+    pictures: Mapping[str, Any]
 
     @property
     def length(self) -> int:
@@ -104,12 +106,14 @@ def rows_of(vlm: Checkpoint, batch: Batch, branches: Sequence[Branch]) -> Rows:
             for name in TYPES
             if name in batch
         },
-        features=_features(vlm, batch, branches),
+        pictures=_pictures(vlm, batch, branches),
     )
 
 
-def _features(vlm: Checkpoint, batch: Batch, branches: Sequence[Branch]) -> Features | None:
-    """The features of all rows' pictures; those that show one tensor of pixels share one run of the tower."""
+def _pictures(vlm: Checkpoint, batch: Batch, branches: Sequence[Branch]) -> Mapping[str, Any]:
+    """The arguments for all rows' pictures; rows that show one tensor of pixels share one run of the tower."""
+    if not branches and not repeats_pictures(batch):
+        return {name: batch[name] for name in PIXELS if name in batch}
     shown = [batch, *(batch if branch.same_pictures else branch.batch for branch in branches)]
     made: dict[int, Features] = {}
     for part in shown:
@@ -117,4 +121,4 @@ def _features(vlm: Checkpoint, batch: Batch, branches: Sequence[Branch]) -> Feat
         if pixels is not None and id(pixels) not in made:
             made[id(pixels)] = encoded_once(vlm, part)
     present = [made[id(part["pixel_values"])] for part in shown if "pixel_values" in part]
-    return joined(present) if present else None
+    return handed_over(vlm.model, joined(present)) if present else {}

@@ -410,6 +410,9 @@ def _static_cache(bench: Bench) -> None:
     capacity = widths[0]
     _require(found[-1] == (True, (capacity, capacity)), "a static cache does not show its capacity")
     _require(torch.equal(tokens, bench.generate(model, bench.prompt, 3)), "a static cache gives other tokens")
+    dynamic = cache.returned(model, model(**bench.prompt, use_cache=True, return_dict=True))
+    counted = cache.counters(cache.preallocated(model, dynamic, capacity))
+    _require([int(count) for count in counted] == [cache.length(dynamic)] * len(counted), "a static cache counts amiss")
 
 
 def _decoding_loop(bench: Bench) -> None:
@@ -525,17 +528,17 @@ def _module(family: str, name: str) -> Any:  # noqa: ANN401 (a module's class)
 
 
 CONTRACTS = (
-    Contract("cache argument", (*BRANCHES, "sgrs", "profile", "grounding", "shared beginnings"), _cache_argument),
+    Contract("cache argument", (EVERYTHING, "shared beginnings"), _cache_argument),
     Contract("attention function", (*EDITS, "sgrs", "profile", "grounding"), _attention_function),
     Contract("attention masks", (*EDITS, *BRANCHES, "sgrs", "profile", "grounding"), _masks),
     Contract("bias on attention scores", ("locore", "zerotuning"), _position_bias),
     Contract("signs of other mathematics", (*EDITS, "sgrs", "profile", "grounding"), _other_mathematics),
     Contract("residual stream", ("var", "gift", "profile"), _residual_stream),
     Contract("features of pictures", (*BRANCHES, "repeated pictures"), _picture_features),
-    Contract("positions of the prompt", (*BRANCHES, "vhr"), _prompt_positions),
+    Contract("positions of the prompt", (EVERYTHING,), _prompt_positions),
     Contract("layers of a cache", ("sgrs", "vicrop", "profile", "grounding", "shared beginnings"), _cache_layers),
     Contract("sliding windows of a cache", ("sgrs", "vicrop", "grounding", "shared beginnings"), _sliding_cache),
-    Contract("static cache", (*BRANCHES, *EDITS), _static_cache),
+    Contract("static cache", (*BRANCHES, *EDITS, "recorded steps"), _static_cache),
     Contract("loops of another's", ("sgrs", "vicrop", "grounding"), _decoding_loop),
     Contract("generation settings", (EVERYTHING,), _generation_settings),
     Contract("rotary embeddings", ("shared beginnings",), _rotary),
