@@ -183,7 +183,7 @@ def test_a_folder_of_answers_is_reproduced_where_its_pictures_prompts_and_model_
     assert not (tmp_path / "third").exists()
     (tmp_path / "moved" / "000000000001.png").unlink()
     code, _, told = vlmfix("reproduce", out, *every)
-    assert (code, f"1 of {SCENES} pictures are not in" in told) == (1, True)
+    assert (code, f"1 of {SCENES} pictures of" in told) == (1, True)
     (tmp_path / "renamed.csv").write_text("prompt\nIs there a cat?\n")
     code, _, told = vlmfix("reproduce", out, *every)
     assert (code, "renamed.csv has other prompts than the run" in told) == (1, True)

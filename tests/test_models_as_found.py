@@ -23,6 +23,13 @@ from vlmfix.heads.measure import profile
 from vlmfix.heads.sinks import find_sinks
 
 PICTURE = picture(4, (48, 60))
+pytestmark = [
+    # torch 2.12 says it of itself when something is compiled
+    pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning"),
+    # transformers before 5.24 says it of every model that is offloaded
+    pytest.mark.filterwarnings("ignore:You are calling .generate:UserWarning"),
+]
+
 KINDS = ("greedy", "spin", "vcd", "gift", "sgrs", "beam", "carve", "vicrop:method=grad-att")
 """One decoder of each kind: none, an edit, a branch, a reading of states, a loop, beams, and two that probe."""
 

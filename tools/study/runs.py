@@ -75,11 +75,11 @@ class Exam:
 
 
 @lru_cache(maxsize=2)
-def loaded(model: str, *, revision: str | None, device: str, dtype: str) -> VLM:
+def loaded(model: str, **how: Any) -> VLM:
     """A model, kept for the next job of the process."""
     chatter: Any = transformers_logging
     chatter.disable_progress_bar()
-    return load(model, revision=revision, device=device, dtype=dtype)
+    return load(model, **how)
 
 
 def answered(exam: Exam, arms: Mapping[str, Decoder], clock: Clock) -> EvalRun:

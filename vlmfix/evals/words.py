@@ -28,8 +28,10 @@ HYPHENS = "-_\N{SOFT HYPHEN}\N{HYPHEN}\N{NON-BREAKING HYPHEN}\N{MINUS SIGN}"
 """What joins words with our own table."""
 DASHED = re.compile(r"(\w+)[\N{FIGURE DASH}\N{EN DASH}](\w+)")
 """Words with a short dash between them: a hyphen in a phrase, else what parts a sentence."""
-PARTING = re.compile("[/|+=\N{MIDDLE DOT}\N{BULLET}\N{HORIZONTAL ELLIPSIS}\N{ZERO WIDTH SPACE}]")
-"""What parts words with our own table, and not for the tokenizer."""
+PARTING = re.compile(
+    "[/|+=\N{MIDDLE DOT}\N{BULLET}\N{HORIZONTAL ELLIPSIS}\N{ZERO WIDTH SPACE}\N{EM DASH}\N{HORIZONTAL BAR}]|-{2,}"
+)
+"""What parts words with our own table, and not for every version of the tokenizer."""
 APOSTROPHE = re.compile(
     r"(?<=\w)[\N{RIGHT SINGLE QUOTATION MARK}\N{MODIFIER LETTER APOSTROPHE}\N{FULLWIDTH APOSTROPHE}](?=\w)"
 )
@@ -259,10 +261,10 @@ def own_words() -> Words:
 
     def hyphenated(words: re.Match[str]) -> str:
         phrase = tuple(normal(word.lower()) for word in words.groups())
-        return "-".join(words.groups()) if phrase in phrases else words[0]
+        return ("-" if phrase in phrases else " ").join(words.groups())
 
     def spaced(text: str) -> str:
-        return DASHED.sub(hyphenated, APOSTROPHE.sub("'", PARTING.sub(" ", text)))
+        return DASHED.sub(hyphenated, APOSTROPHE.sub("'", PARTING.sub(lambda mark: " " * len(mark[0]), text)))
 
     return Words(normal, phrases, nodes, colours, HYPHENS, spaced)
 

@@ -97,7 +97,7 @@ def reproduce(
     if not card["finished"]:
         raise DataError(f"{folder} is unfinished", "finish it with the command that began it")
     before, session = card["settings"], card["sessions"][-1]
-    questions = _questions(before, session["prompts_file"], prompts)
+    questions = _questions(folder, before, session["prompts_file"], prompts)
     pictures = Path(before["pictures"]) if images is None else images
     _refuse_other_pictures(folder, pictures, out)
     settings = Settings(
@@ -128,30 +128,36 @@ def reproduce(
     return Repeated(out, len(first), other, facts)
 
 
-def _questions(settings: dict[str, str | None], prompts: str | None, elsewhere: Path | None) -> Questions:
+def _questions(folder: Path, settings: dict[str, str | None], prompts: str | None, elsewhere: Path | None) -> Questions:
     if prompts is None:
         if elsewhere is not None:
             raise UsageError("the run had one prompt for every picture, and no file", "leave --prompts out")
-        return Questions.text(settings["prompt"] or "")
+        if not settings["prompt"]:
+            raise DataError(f"{folder / CARD} says neither what was asked nor from which file", "restore the file")
+        return Questions.text(settings["prompt"])
     path = Path(prompts) if elsewhere is None else elsewhere
     if not path.exists():
-        raise DataError(f"there is no {path} with the prompts", "give the file that they are in now with --prompts")
+        raise DataError(
+            f"there is no {path} with the prompts of {folder}", "give the file that they are in now with --prompts"
+        )
     questions = Questions.file(path)
     if questions.about["prompts"] != settings["prompts"]:
-        raise DataError(f"{path} has other prompts than the run", "put the former file back")
+        raise DataError(f"{path} has other prompts than the run in {folder}", "put the former file back")
     return questions
 
 
 def _refuse_other_pictures(folder: Path, pictures: Path, out: Path) -> None:
     """Finds before the model is loaded whether the pictures are those that the run was shown."""
     if not pictures.exists():
-        raise DataError(f"there is no {pictures} with the pictures", "give the folder that they are in with --images")
+        raise DataError(
+            f"there is no {pictures} with the pictures of {folder}", "give the folder that they are in with --images"
+        )
     lines = read_lines(folder / ANSWERS, ANSWER)
     known = {line["image"]: line["sha256"] for line in lines if "sha256" in line}
     files = {file.name: file.path for file in find(pictures, skip=out)}
     if missing := [name for name in known if name not in files]:
         raise DataError(
-            f"{len(missing)} of {len(known)} pictures are not in {pictures}: {some(missing)}",
+            f"{len(missing)} of {len(known)} pictures of {folder} are not in {pictures}: {some(missing)}",
             "give the folder that holds them with --images",
         )
     if changed := changed_pictures(files, known):
