@@ -138,7 +138,7 @@ def _prefill(plan: LayerPlan, call: Call) -> Tensor:
     if plan.rows.device != call.query.device:
         raise UnsupportedAttentionError(
             f"layer {plan.layer} is on {call.query.device} and the model's inputs are on {plan.rows.device}",
-            "load the model onto one device; on several, vcd, inter, sgrs and beams work, and edits do not",
+            "load the model onto one device, which edits of attention need",
         )
     length = plan.start + call.query.shape[2]
     if length < plan.prompt:
