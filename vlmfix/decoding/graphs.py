@@ -11,6 +11,7 @@ Shape letters (``docs/notation.md``): R rows that go on, G rows in the recorded 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -20,6 +21,38 @@ from vlmfix.upstream import cache as caches
 
 AFTER = 4
 """Steps that are not recorded: recording costs about as much as three, and short answers end before it pays."""
+
+
+ROOM = 256
+"""Most tokens that a recording has room for: memory for a long answer is taken as it grows."""
+
+
+class Replay(Protocol):
+    """What was recorded."""
+
+    def replay(self) -> None:
+        """Runs it once more."""
+
+
+def captured(once: Callable[[], Tensor], device: torch.device) -> tuple[Replay, Tensor]:
+    """Runs a step once, and records it.
+
+    Args:
+        once: The step; it reads and writes the same memory whenever it is called.
+        device: Where it runs.
+
+    Returns:
+        The recording, and what its latest run returned.
+    """
+    aside = torch.cuda.Stream(device)
+    aside.wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.stream(aside):  # what libraries set up at their first call must not be recorded
+        once()
+    torch.cuda.current_stream(device).wait_stream(aside)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        result = once()  # recorded, and not run
+    return graph, result
 
 
 class Recorded:
@@ -51,7 +84,7 @@ class Recorded:
     ) -> None:
         rows, seen = mask.shape
         self.rows = torch.arange(rows, device=mask.device)
-        self.tokens = seen
+        self.tokens, self._capacity = seen, seen + room
         self._model, self._held = model, held
         self._cache = caches.preallocated(model, cache, seen + room)
         self._real = torch.ones(rows, seen + room, dtype=torch.bool, device=mask.device)
@@ -70,16 +103,14 @@ class Recorded:
 
         counts = [*caches.counters(self._cache), self._positions, self._column]
         before = [count.clone() for count in counts]
-        aside = torch.cuda.Stream(mask.device)
-        aside.wait_stream(torch.cuda.current_stream(mask.device))
-        with torch.cuda.stream(aside):  # what libraries set up at their first call must not be recorded
-            once()
-        torch.cuda.current_stream(mask.device).wait_stream(aside)
-        self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph):
-            self._logits = once()  # recorded, and not run
+        self._graph, self._logits = captured(once, mask.device)
         for count, value in zip(counts, before, strict=True):
             count.copy_(value)  # what the first run wrote behind the last token is written over
+
+    @property
+    def full(self) -> bool:
+        """Whether no further token has room."""
+        return self.tokens == self._capacity
 
     def token(self, tokens: Tensor) -> Tensor:
         """The logits that follow a further token of each row that goes on, (R, V) float32; ``tokens`` (R,) int64."""

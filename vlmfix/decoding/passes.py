@@ -12,13 +12,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vlmfix.decoding.graphs import AFTER, Recorded
+from vlmfix.decoding.graphs import AFTER, ROOM, Recorded
 from vlmfix.decoding.rows import Rows
 from vlmfix.errors import UpstreamError
 from vlmfix.models.checkpoint import Checkpoint
 from vlmfix.upstream import cache as caches
 from vlmfix.upstream.names import name_of
 from vlmfix.upstream.versions import say_once
+
+RECORDING = ("cuda",)
+"""Kinds of devices on which steps are recorded."""
 
 
 class Passes:
@@ -36,7 +39,7 @@ class Passes:
         taken = ("ids", "positions", "mask", "cache")
         self._names = [name_of(type(vlm.model), value) for value in taken]
         self._rows = rows
-        self._held = held if rows.ids.is_cuda else None
+        self._held = held if rows.ids.device.type in RECORDING else None
         self._left, self._steps = room, 0
         self._recorded: Recorded | None = None
         self._cache: Any = caches.fresh(vlm.model)
@@ -60,6 +63,8 @@ class Passes:
             tokens: (R,) int64.
         """
         self._left, self._steps = self._left - 1, self._steps + 1
+        if self._recorded is not None and self._recorded.full:
+            self._go_on_unrecorded(self._recorded)
         if self._recorded is None and self._held is not None and self._steps > AFTER and self._left > AFTER:
             self._record()
         if self._recorded is not None:
@@ -76,20 +81,22 @@ class Passes:
         """
         if self._recorded is not None:
             if not self._recorded.keep(rows):
-                self._cache, self._mask, self._next = self._recorded.given_back()
-                self._recorded = None
+                self._go_on_unrecorded(self._recorded)
             return
         self._cache.reorder_cache(rows)
         self._mask, self._next = self._mask[rows], self._next[..., rows, :]
+
+    def _go_on_unrecorded(self, recorded: Recorded) -> None:
+        self._cache, self._mask, self._next = recorded.given_back()
+        self._recorded = None
 
     def _record(self) -> None:
         held, self._held = self._held, None
         if held is None or caches.has_windows(self._cache):
             return
+        room = min(self._left + 1, ROOM)
         try:
-            self._recorded = Recorded(
-                self._model, self._logits, self._cache, self._mask, self._next, self._left + 1, held()
-            )
+            self._recorded = Recorded(self._model, self._logits, self._cache, self._mask, self._next, room, held())
         except (UpstreamError, RuntimeError) as error:
             say_once(f"decoding steps are not recorded as CUDA graphs, which costs time: {error}")
             return
