@@ -156,7 +156,7 @@ def model_again(card: Mapping[str, Any], elsewhere: str | None = None) -> str:
             )
         return str(card["model"])
     name = str(card["model"] if elsewhere is None else elsewhere)
-    if not EMBEDDED.get(name, Path(name)).is_dir():
+    if not os.path.isdir(EMBEDDED.get(name, name)):
         raise DataError(f"the model's directory {name} is not there", "give the directory that it is in with --model")
     refuse_other_model(name, card)
     return name

@@ -565,3 +565,12 @@ def test_a_damaged_card_is_told_in_words(tmp_path, field):
         with suppress(VlmfixError):  # what is not needed may be missing; nothing else than a message may be raised
             step()
     assert len(vlm.batches) <= 4
+
+
+def test_a_card_with_unknown_decoding_is_not_made_again(tmp_path):
+    work, out = workload(tmp_path / "in", 1), tmp_path / "out"
+    go(out, work, FakeVLM())
+    card = read_json(out / "card.json")
+    (out / "card.json").write_text(json.dumps(card | {"decoding": card["decoding"] | {"unknown": 1}}))
+    with pytest.raises(DataError, match=r"card\.json: decoding has unknown"):
+        reproduce(read_run(out), tmp_path / "again", loader=FakeVLM().load)

@@ -514,3 +514,12 @@ def test_files_that_are_no_files_are_told_in_words(tmp_path):
                 step()
         (out / name).unlink()
         (out / name).write_bytes(kept)
+
+
+def test_a_folder_name_that_none_can_have_is_told(tmp_path):
+    pictures, out, vlm = draw(tmp_path / "in", 1), tmp_path / "out", FakeVLM()
+    go(pictures, out, vlm)
+    card = read_json(out / "run.json")
+    (out / "run.json").write_text(json.dumps(card | {"settings": card["settings"] | {"pictures": "x" * 5000}}))
+    with pytest.raises(DataError, match="with the pictures of"):
+        reproduce(out, tmp_path / "again", loader=FakeVLM().load)

@@ -243,7 +243,7 @@ def read(
         chosen = _drawn(annotations, count, seed)
         about |= {"count": count, "seed": None if count is None else seed}
     about["prompt"] = PROTOCOLS[protocol].prompt if prompt is None else prompt
-    _refuse_incomplete(chosen, images)
+    _refuse_incomplete(chosen, images, captions)
     try:
         for picture in chosen:
             _truth(synonyms, picture.objects, ())
@@ -295,7 +295,7 @@ def _numbered(annotations: Annotations, line: str) -> AnnotatedPicture | None:
     return annotations.pictures.get(int(line)) if line.isdecimal() and len(line) <= DIGITS else None
 
 
-def _refuse_incomplete(chosen: Sequence[AnnotatedPicture], images: Path) -> None:
+def _refuse_incomplete(chosen: Sequence[AnnotatedPicture], images: Path, captions: Path | Sequence[Path]) -> None:
     """Find missing pictures and missing captions before a model is loaded."""
     if not images.is_dir():
         raise DataError(f"there is no folder {images}", "give the folder of the pictures")
@@ -307,7 +307,8 @@ def _refuse_incomplete(chosen: Sequence[AnnotatedPicture], images: Path) -> None
         )
     silent = [picture.id for picture in chosen if not picture.captions]
     if silent:
+        files = some([captions] if isinstance(captions, Path) else captions)
         raise DataError(
-            f"{len(silent)} of {len(chosen)} pictures have no reference caption: {some(silent)}",
+            f"{len(silent)} of {len(chosen)} pictures have no reference caption in {files}: {some(silent)}",
             "their ground truth would lack objects; list other pictures, or give the captions",
         )

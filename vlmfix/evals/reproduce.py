@@ -13,6 +13,7 @@ from vlmfix.evals.record import CARD, SESSION, EvalRun, Record
 from vlmfix.evals.runner import Report, check, evaluate, refuse_changed
 from vlmfix.evals.task import Task, Workload
 from vlmfix.generation import VLM, load
+from vlmfix.parsing import some
 from vlmfix.settings import Settings
 from vlmfix.shapes import PATH, SIZE, TEXT, fault, fields, list_of
 
@@ -28,6 +29,10 @@ REPEATABLE = fields(
     }
 )
 """What a card must say, beside what scoring needs, for the run to be made again."""
+
+
+DECODED = frozenset({"max_new_tokens", "num_beams", "temperature", "seed"})
+"""What a card says of decoding."""
 
 
 @dataclass(frozen=True)
@@ -101,6 +106,11 @@ def reproduce(
     card = run.card
     if wrong := fault(card, REPEATABLE):
         raise DataError(f"{run.folder / CARD}{wrong}", "restore the file, or run again")
+    if strange := sorted(card["decoding"].keys() - DECODED):
+        raise DataError(
+            f"{run.folder / CARD}: decoding has {some(strange)}, which this version does not know",
+            "restore the file, or use the vlmfix that wrote it",
+        )
     if unfinished := [arm for arm in run.answers if run.missing(arm)]:
         raise DataError(
             f"{run.folder} is unfinished: {', '.join(unfinished)}", "finish it with the command in its card"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -136,7 +137,7 @@ def _questions(folder: Path, settings: dict[str, str | None], prompts: str | Non
             raise DataError(f"{folder / CARD} says neither what was asked nor from which file", "restore the file")
         return Questions.text(settings["prompt"])
     path = Path(prompts) if elsewhere is None else elsewhere
-    if not path.exists():
+    if not os.path.exists(path):
         raise DataError(
             f"there is no {path} with the prompts of {folder}", "give the file that they are in now with --prompts"
         )
@@ -148,7 +149,7 @@ def _questions(folder: Path, settings: dict[str, str | None], prompts: str | Non
 
 def _refuse_other_pictures(folder: Path, pictures: Path, out: Path) -> None:
     """Finds before the model is loaded whether the pictures are those that the run was shown."""
-    if not pictures.exists():
+    if not os.path.exists(pictures):  # unlike a path's own method, it also knows names that no file can have
         raise DataError(
             f"there is no {pictures} with the pictures of {folder}", "give the folder that they are in with --images"
         )
