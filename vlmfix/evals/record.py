@@ -10,7 +10,7 @@ from functools import cache
 from pathlib import Path, PurePath
 from typing import Any, get_type_hints
 
-from vlmfix.errors import DataError, UsageError
+from vlmfix.errors import DataError, UsageError, VlmfixError
 from vlmfix.evals.task import Judged, Sample, Task
 from vlmfix.evals.tasks import TASKS
 from vlmfix.files import plain_name, replacing
@@ -60,6 +60,7 @@ SCORABLE = fields(
         "weights": TEXT,
         "dtype": TEXT,
         "batch_size": SIZE,
+        "max_pixels": SIZE.or_null(),
         "sessions": list_of(SESSION),
     },
 )
@@ -224,7 +225,10 @@ def _task(path: Path, card: Mapping[str, Any]) -> Task:
         wrong = f" has {', '.join(strange)}, which {kind.name} does not know"
     if wrong:
         raise DataError(f"the options in {path}{wrong}", "restore the file, or run again")
-    return kind(**options)
+    try:
+        return kind(**options)
+    except VlmfixError as error:
+        raise DataError(f"{path}: {error.message}", error.hint) from error
 
 
 def checked(path: Path, lines: Iterable[dict[str, Any]], ids: set[str]) -> Iterator[dict[str, Any]]:

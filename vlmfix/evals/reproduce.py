@@ -116,7 +116,10 @@ def reproduce(
             f"{run.folder} is unfinished: {', '.join(unfinished)}", "finish it with the command in its card"
         )
     workload = Workload(samples=run.samples, images=_images(run, images), about=card["data"])
-    check(workload)
+    try:
+        check(workload)
+    except DataError as error:
+        raise DataError(f"{run.folder}: {error.message}", error.hint) from error
     refuse_changed(run.folder, workload, run.pictures())
     settings = Settings(
         model=model_again(card, model),

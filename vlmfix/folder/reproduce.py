@@ -38,7 +38,7 @@ FINISHED = fields(
                 "temperature": NUMBER,
                 "seed": SEED,
             },
-            {"decoder_facts": mapping_of(TEXT)},
+            {"decoder_facts": mapping_of(TEXT), "max_pixels": SIZE.or_null()},
         ),
         "sessions": list_of(fields({"prompts_file": PATH.or_null(), "batch_size": SIZE}), least=1),
     }
@@ -137,9 +137,9 @@ def _questions(folder: Path, settings: dict[str, str | None], prompts: str | Non
             raise DataError(f"{folder / CARD} says neither what was asked nor from which file", "restore the file")
         return Questions.text(settings["prompt"])
     path = Path(prompts) if elsewhere is None else elsewhere
-    if not os.path.exists(path):
+    if not os.path.isfile(path):
         raise DataError(
-            f"there is no {path} with the prompts of {folder}", "give the file that they are in now with --prompts"
+            f"there is no file {path} with the prompts of {folder}", "give the file that they are in now with --prompts"
         )
     questions = Questions.file(path)
     if questions.about["prompts"] != settings["prompts"]:
