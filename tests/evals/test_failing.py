@@ -11,6 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
+from tests.deadly import die_at
 from tests.evals.fake import Says, workload
 from tests.folder.fake import FakeVLM, colour
 from vlmfix import images
@@ -181,21 +182,9 @@ def test_asking_again_with_every_question_failing_stops_too(tmp_path):
 def killed_at(step, base, out, pictures=6, retry_failed=True):
     """Asks, in a process that dies just before one of the calls that change the folder."""
     tasks.TASKS["says"] = Says
-    left = [step]
-
-    def deadly(call):
-        def counted(*arguments, **options):
-            if left[0] == 0:
-                os.kill(os.getpid(), signal.SIGKILL)
-            left[0] -= 1
-            return call(*arguments, **options)
-
-        return counted
-
     work = workload(base / "in", pictures)
     (base / "in" / f"{pictures - 2:04d}.png").write_bytes(b"broken")
-    os.write, os.fsync, os.ftruncate = deadly(os.write), deadly(os.fsync), deadly(os.ftruncate)
-    Path.replace, Path.unlink = deadly(Path.replace), deadly(Path.unlink)
+    die_at(step)
     go(out, work, FakeVLM(), retry_failed=retry_failed)
 
 

@@ -12,6 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
+from tests.deadly import die_at
 from tests.folder.fake import FakeVLM, colour, draw
 from vlmfix import images
 from vlmfix.answering import FAILURES_IN_A_ROW
@@ -291,19 +292,7 @@ def test_failures_without_a_card_are_not_touched(tmp_path):
 
 def killed_at(step, pictures, out):
     """Asks again, in a process that dies just before one of the calls that change the folder."""
-    left = [step]
-
-    def deadly(call):
-        def counted(*arguments, **options):
-            if left[0] == 0:
-                os.kill(os.getpid(), signal.SIGKILL)
-            left[0] -= 1
-            return call(*arguments, **options)
-
-        return counted
-
-    os.write, os.fsync, os.ftruncate = deadly(os.write), deadly(os.fsync), deadly(os.ftruncate)
-    Path.replace, Path.unlink = deadly(Path.replace), deadly(Path.unlink)
+    die_at(step)
     go(pictures, out, FakeVLM(), retry_failed=True)
 
 

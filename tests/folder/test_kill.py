@@ -5,10 +5,10 @@ import os
 import random
 import signal
 import time
-from pathlib import Path
 
 import pytest
 
+from tests.deadly import die_at
 from tests.folder.fake import FakeVLM, draw
 from vlmfix.errors import UsageError
 from vlmfix.folder import Questions, run
@@ -84,19 +84,7 @@ def test_two_at_once_are_refused(tmp_path, start):
 
 def killed_at(step, pictures, out):
     """A first start, in a process that dies just before one of the calls that change the folder."""
-    left = [step]
-
-    def deadly(call):
-        def counted(*arguments, **options):
-            if left[0] == 0:
-                os.kill(os.getpid(), signal.SIGKILL)
-            left[0] -= 1
-            return call(*arguments, **options)
-
-        return counted
-
-    os.write, os.fsync, os.ftruncate = deadly(os.write), deadly(os.fsync), deadly(os.ftruncate)
-    Path.replace, Path.unlink = deadly(Path.replace), deadly(Path.unlink)
+    die_at(step)
     go(pictures, out, FakeVLM())
 
 
