@@ -81,13 +81,6 @@ class AtWork:
         """What the edits know of the present rows: alive as long as somebody has it."""
         return [plan.steps for plan in self.plans.values()]
 
-    def idle(self) -> int | None:
-        """Gives a layer whose attention was not computed by its edits since this was last asked; None without one."""
-        idle = [number for number, plan in self.plans.items() if not plan.acted]
-        for plan in self.plans.values():
-            plan.acted = False
-        return min(idle, default=None)
-
 
 def _edited(
     vlm: Checkpoint, layout: ImageLayout, edits: Sequence[AttentionEdit], live: Tensor | None

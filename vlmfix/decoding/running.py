@@ -13,7 +13,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from vlmfix.attention.session import AtWork, edited
+from vlmfix.attention.session import Acting, AtWork, edited
 from vlmfix.attention.windows import check_windows
 from vlmfix.decoding.branches import Contrast
 from vlmfix.decoding.passes import Passes
@@ -58,7 +58,7 @@ class Running:
         self.room = room
         self._vlm, self._passes, self._work, self._contrasts = vlm, passes, work, tuple(contrasts)
         self._alike, self._copies, self._lines, self._width = alike, copies, len(room), 1
-        self._name = name
+        self._acting, self._name = Acting(vlm), name
 
     def prompt(self) -> Tensor:
         """The scores that follow each prompt, (B, V) float32."""
@@ -84,7 +84,7 @@ class Running:
         self._lines, self._width = len(lines), width
 
     def _scores(self, logits: Tensor) -> Tensor:
-        if (layer := self._work.idle()) is not None and not self._passes.recorded:
+        if (layer := self._acting.idle()) is not None and not self._passes.recorded:
             raise idle(self._name, f"attention of layer {layer} was computed without it")
         return fused(self._contrasts, logits.view(self._copies, self._lines, -1))
 

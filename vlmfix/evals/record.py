@@ -40,7 +40,18 @@ COMPARISON = ("comparison.csv", "comparison.md", "comparison.png")
 """What a comparison leaves: table, text and plot."""
 ARM = fields({"spec": TEXT, "parameters": OBJECT}, {"strategy": TEXT, "facts": mapping_of(TEXT)})
 SESSION = fields({"versions": mapping_of(TEXT.or_null())}, {"arms": OBJECT})
-DECODING = fields({"max_new_tokens": SIZE, "num_beams": SIZE, "temperature": NUMBER, "seed": SEED})
+DECODED = {"max_new_tokens": SIZE, "num_beams": SIZE, "temperature": NUMBER, "seed": SEED}
+"""What a card says of decoding."""
+DECODING = fields(DECODED)
+MADE_BY = {
+    "images": PATH.or_null(),
+    "revision": TEXT.or_null(),
+    "commit": TEXT.or_null(),
+    "weights": TEXT,
+    "dtype": TEXT,
+    "batch_size": SIZE,
+}
+"""What a card says of the model and the pictures that made its answers."""
 SCORABLE = fields(
     {
         "format": COUNT,
@@ -53,16 +64,7 @@ SCORABLE = fields(
         "model": TEXT,
         "decoding": DECODING,
     },
-    {
-        "images": PATH.or_null(),
-        "revision": TEXT.or_null(),
-        "commit": TEXT.or_null(),
-        "weights": TEXT,
-        "dtype": TEXT,
-        "batch_size": SIZE,
-        "max_pixels": SIZE.or_null(),
-        "sessions": list_of(SESSION),
-    },
+    MADE_BY | {"max_pixels": SIZE.or_null(), "sessions": list_of(SESSION)},
 )
 """What a card must say for its answers to be scored, and what it may say besides."""
 SAMPLE = fields({"id": TEXT, "image": TEXT.or_null(), "prompt": TEXT, "target": OBJECT, "group": TEXT, "unit": TEXT})

@@ -9,30 +9,16 @@ from pathlib import Path
 from vlmfix.card import changed_facts, changed_reading, model_again
 from vlmfix.decoders import parse
 from vlmfix.errors import DataError, UsageError
-from vlmfix.evals.record import CARD, SESSION, EvalRun, Record
+from vlmfix.evals.record import CARD, DECODED, MADE_BY, SESSION, EvalRun, Record
 from vlmfix.evals.runner import Report, check, evaluate, refuse_changed
 from vlmfix.evals.task import Task, Workload
 from vlmfix.generation import VLM, load
 from vlmfix.parsing import some
 from vlmfix.settings import Settings
-from vlmfix.shapes import PATH, SIZE, TEXT, fault, fields, list_of
+from vlmfix.shapes import fault, fields, list_of
 
-REPEATABLE = fields(
-    {
-        "images": PATH.or_null(),
-        "revision": TEXT.or_null(),
-        "commit": TEXT.or_null(),
-        "weights": TEXT,
-        "dtype": TEXT,
-        "batch_size": SIZE,
-        "sessions": list_of(SESSION, least=1),
-    }
-)
+REPEATABLE = fields(MADE_BY | {"sessions": list_of(SESSION, least=1)})
 """What a card must say, beside what scoring needs, for the run to be made again."""
-
-
-DECODED = frozenset({"max_new_tokens", "num_beams", "temperature", "seed"})
-"""What a card says of decoding."""
 
 
 @dataclass(frozen=True)
@@ -106,7 +92,7 @@ def reproduce(
     card = run.card
     if wrong := fault(card, REPEATABLE):
         raise DataError(f"{run.folder / CARD}{wrong}", "restore the file, or run again")
-    if strange := sorted(card["decoding"].keys() - DECODED):
+    if strange := sorted(card["decoding"].keys() - DECODED.keys()):
         raise DataError(
             f"{run.folder / CARD}: decoding has {some(strange)}, which this version does not know",
             "restore the file, or use the vlmfix that wrote it",
