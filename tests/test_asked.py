@@ -17,7 +17,7 @@ from vlmfix.asked import pictures_of
 from vlmfix.decoders import parse
 from vlmfix.errors import DataError, UsageError
 from vlmfix.generation import check_settings
-from vlmfix.heads.grounding import grounding
+from vlmfix.insight.grounding import grounding
 from vlmfix.settings import Settings
 
 ONE = picture(1, (40, 60))

@@ -9,7 +9,7 @@ from PIL import Image
 
 import vlmfix as package
 from vlmfix.commands import options
-from vlmfix.heads.grounding import grounding
+from vlmfix.insight.grounding import grounding
 from vlmfix.models.checkpoint import EMBEDDED
 from vlmfix.world import coco
 

@@ -20,8 +20,8 @@ from vlmfix.decoding.branches import Contrast, with_instruction
 from vlmfix.doctor import met, tried
 from vlmfix.errors import DataError, WindowError
 from vlmfix.generation import VLM
-from vlmfix.heads.grounding import grounding
 from vlmfix.heads.measure import profile
+from vlmfix.insight.grounding import grounding
 from vlmfix.settings import Settings
 from vlmfix.upstream import attention
 from vlmfix.upstream.positions import context

@@ -18,9 +18,9 @@ from vlmfix.attention.tower import TowerReading, tower_read
 from vlmfix.decoders import parse
 from vlmfix.decoding.encoding import encoded_once
 from vlmfix.errors import UnsupportedModelError
-from vlmfix.heads.grounding import grounding
 from vlmfix.heads.measure import profile
-from vlmfix.heads.sinks import find_sinks
+from vlmfix.insight.grounding import grounding
+from vlmfix.insight.sinks import find_sinks
 
 PICTURE = picture(4, (48, 60))
 pytestmark = [

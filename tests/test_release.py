@@ -14,7 +14,7 @@ from hatchling.builders.sdist import SdistBuilder
 from vlmfix.models.checkpoint import EMBEDDED
 
 ROOT = Path(__file__).parent.parent
-CALLED_FROM_PYTHON = {"vlmfix.decoders.calibration", "vlmfix.decoders.complexity"}
+CALLED_FROM_PYTHON = {"vlmfix.decoders.attention.calibration", "vlmfix.decoders.picture.complexity"}
 """Modules that no command leads to: `act` sends people to the first, the second is CARVE's analysis."""
 LEFT_OUT = {"vlmfix/world/assets/tiny/training.log", "vlmfix/world/assets/tiny-qwen/training.log"}
 

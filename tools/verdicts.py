@@ -17,12 +17,12 @@ from pathlib import Path
 
 import numpy as np
 
-from vlmfix.evals.amber import DESCRIPTIONS, Amber
-from vlmfix.evals.chair import Chair
-from vlmfix.evals.compare import Comparison, compare
-from vlmfix.evals.hallusion import Hallusion
-from vlmfix.evals.mme import HALLUCINATION, Mme
-from vlmfix.evals.pope import Pope
+from vlmfix.evals.benchmarks.amber import DESCRIPTIONS, Amber
+from vlmfix.evals.benchmarks.chair import Chair
+from vlmfix.evals.benchmarks.hallusion import Hallusion
+from vlmfix.evals.benchmarks.mme import HALLUCINATION, Mme
+from vlmfix.evals.benchmarks.pope import Pope
+from vlmfix.evals.comparison.compare import Comparison, compare
 from vlmfix.evals.record import PLAIN, EvalRun, Record
 from vlmfix.evals.task import Judged, Sample, Task, Verdict
 from vlmfix.world.pope import SPLITS

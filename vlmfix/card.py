@@ -18,8 +18,8 @@ import psutil
 import torch
 
 import vlmfix
-from vlmfix.decoders.parameters import Value, written
 from vlmfix.errors import DataError, UsageError
+from vlmfix.language.parameters import Value, written
 from vlmfix.models.checkpoint import EMBEDDED, HEADS
 from vlmfix.records import to_json
 

@@ -15,8 +15,8 @@ import torch
 
 from tests.contracts.support import PROMPTS, Forced, batch_of, close, crossed, logits, vlm_of
 from vlmfix.decoders import ACT, ADHH, SPIN, VAR, LocoRE, ZeroTuning
-from vlmfix.decoders.gift import GIFT
-from vlmfix.decoders.vhr import VHR
+from vlmfix.decoders.attention.gift import GIFT
+from vlmfix.decoders.attention.vhr import VHR
 from vlmfix.upstream.attention import register, switched, unregister
 from vlmfix.upstream.names import hidden
 

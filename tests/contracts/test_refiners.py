@@ -13,7 +13,7 @@ from tests.contracts.test_reference import Slow, installed, same
 from tests.tiny import TINY
 from vlmfix.attention.edit import LayerSet
 from vlmfix.decoders import CARVE, Chain, Greedy, ViCrop, parse
-from vlmfix.decoders.probing import attention_maps
+from vlmfix.decoders.picture.probing import attention_maps
 from vlmfix.errors import IncompatibleDecodersError, UnsupportedAttentionError
 
 REFINERS = {

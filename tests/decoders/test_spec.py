@@ -10,9 +10,9 @@ import pytest
 from tests.contracts.support import STRONG, batch_of, vlm_of
 from vlmfix.attention.edit import LayerSet
 from vlmfix.decoders import DECODERS, INTER, VAR, VCD, Chain, Greedy, LocoRE, describe, parse
-from vlmfix.decoders.parameters import parameter, ranges
 from vlmfix.decoders.spec import parse as read_spec
 from vlmfix.errors import DataError, UsageError, VlmfixError
+from vlmfix.language.parameters import parameter, ranges
 
 
 def test_parsing():

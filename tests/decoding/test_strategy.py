@@ -9,7 +9,7 @@ from PIL import ImageOps
 from tests.contracts.support import PICTURES, PROMPTS, batch_of, unlike, vlm_of
 from vlmfix.decoders import Beam, Chain, Sample, Strategy, parse
 from vlmfix.decoders.base import Refiner
-from vlmfix.decoders.refined import Refined
+from vlmfix.decoders.picture.refined import Refined
 from vlmfix.errors import IncompatibleDecodersError, UsageError
 from vlmfix.folder import Questions, run
 from vlmfix.generation import check_settings

@@ -13,7 +13,7 @@ from tests.folder.fake import FakeVLM
 from vlmfix.decoders import DECODERS, VCD, parse
 from vlmfix.errors import UsageError
 from vlmfix.evals import tasks
-from vlmfix.evals.compare import compare
+from vlmfix.evals.comparison.compare import compare
 from vlmfix.evals.record import read_run
 from vlmfix.evals.reproduce import reproduce
 from vlmfix.evals.runner import evaluate

@@ -17,7 +17,7 @@ from tests.folder.fake import FakeVLM, colour
 from vlmfix.decoders import VCD, parse
 from vlmfix.errors import DataError, LayoutError, UsageError, VlmfixError
 from vlmfix.evals import tasks
-from vlmfix.evals.compare import compare
+from vlmfix.evals.comparison.compare import compare
 from vlmfix.evals.record import read_run
 from vlmfix.evals.reproduce import reproduce
 from vlmfix.evals.runner import evaluate

@@ -7,7 +7,7 @@ import pytest
 from tests.folder.fake import FakeVLM, draw
 from vlmfix.decoders import parse
 from vlmfix.errors import DataError, UsageError
-from vlmfix.evals import pope
+from vlmfix.evals.benchmarks import pope
 from vlmfix.evals.record import read_run
 from vlmfix.evals.runner import evaluate
 from vlmfix.evals.score import answered_before, score

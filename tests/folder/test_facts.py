@@ -30,7 +30,7 @@ def words(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
 
 
 def told(patch: pytest.MonkeyPatch, rule: str) -> None:
-    patch.setattr("vlmfix.decoders.gift.rule_in_words", lambda _: rule)
+    patch.setattr("vlmfix.decoders.attention.gift.rule_in_words", lambda _: rule)
 
 
 def test_a_run_goes_on_with_the_same_and_not_with_others(tmp_path: Path, words: pytest.MonkeyPatch) -> None:

@@ -9,7 +9,7 @@ from PIL import Image
 from tests.contracts.support import vlm_of
 from tests.folder.fake import FakeVLM, draw
 from tests.folder.test_job import never_loaded
-from vlmfix.decoders.refined import Look, PictureMap, Refined
+from vlmfix.decoders.picture.refined import Look, PictureMap, Refined
 from vlmfix.errors import DataError, UsageError
 from vlmfix.folder import Questions, run
 from vlmfix.folder.maps import MapFolder, overlay

@@ -80,7 +80,7 @@ def ready():
 
     from vlmfix import cli, display, load
     from vlmfix.decoders import VCD
-    from vlmfix.decoders.refined import Look, PictureMap, Refined
+    from vlmfix.decoders.picture.refined import Look, PictureMap, Refined
 
     class Quick(FakeVLM):
         """Fails with one picture; says yes to all when plain, and tells right from wrong with enough contrast."""

@@ -9,9 +9,9 @@ from tests.fuzz.messages import names, one_line
 from tests.fuzz.mutations import changed, changes
 from vlmfix.attention.edit import LayerSet
 from vlmfix.decoders import DECODERS, Chain, parse
-from vlmfix.decoders.parameters import HeadList, Value, ranges, written
 from vlmfix.errors import VlmfixError
 from vlmfix.generation import check_settings
+from vlmfix.language.parameters import HeadList, Value, ranges, written
 from vlmfix.settings import Settings
 
 STRANGE = (

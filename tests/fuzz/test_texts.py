@@ -10,14 +10,14 @@ from types import SimpleNamespace
 import pytest
 from hypothesis import strategies as st
 
-from tests.evals.test_coco import TOLD
+from tests.evals.benchmarks.test_coco import TOLD
 from tests.folder.fake import draw
 from tests.fuzz.bounds import bounded
 from tests.fuzz.messages import names, one_line
 from tests.fuzz.mutations import WHOLE, Damage, changes, damages
 from tests.fuzz.texts import FORMATS, PICTURES
 from vlmfix.errors import VlmfixError
-from vlmfix.evals import amber, coco
+from vlmfix.evals.benchmarks import amber, coco
 
 SECONDS, MEMORY = 10, 300
 SCORES = ("results.json", "report.json")

@@ -8,25 +8,25 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from tests.evals.test_coco import INSTANCES, TOLD
-from tests.evals.test_hallusion import items
-from tests.evals.test_tune import Fake
-from tests.evals.test_tune import go as tune
+from tests.evals.benchmarks.test_coco import INSTANCES, TOLD
+from tests.evals.benchmarks.test_hallusion import items
+from tests.evals.tuning.test_tune import Fake
+from tests.evals.tuning.test_tune import go as tune
 from tests.folder.fake import FakeVLM
 from tests.heads.made import made_profile
 from vlmfix import folder as job
 from vlmfix import load
 from vlmfix.commands import profile as profile_command
 from vlmfix.decoders import parse
-from vlmfix.decoders.recipe import read_recipe, write_recipe
-from vlmfix.evals import amber, chair, clipscore, coco, hallusion, mme, pope, words
-from vlmfix.evals.compare import compare
+from vlmfix.evals.benchmarks import amber, chair, clipscore, coco, hallusion, mme, pope, words
+from vlmfix.evals.comparison.compare import compare
 from vlmfix.evals.record import read_run
 from vlmfix.evals.reproduce import reproduce as evaluate_again
 from vlmfix.evals.runner import check, evaluate
 from vlmfix.evals.score import score
 from vlmfix.folder.reproduce import reproduce as run_again
 from vlmfix.heads.profile import load_profiles, save_profiles
+from vlmfix.language.recipe import read_recipe, write_recipe
 from vlmfix.models.checkpoint import EMBEDDED, Checkpoint
 from vlmfix.settings import Settings
 from vlmfix.world import coco as world

@@ -7,10 +7,11 @@ from transformers import DynamicCache
 from tests.contracts.support import HeadGain, vlm_of
 from tests.heads.asked import PICTURES, QUESTION, SHOWN, alone
 from vlmfix.attention.session import edited
-from vlmfix.heads.localization import Localization
 from vlmfix.heads.measure import profile
-from vlmfix.heads.profiler import State, Work, run_pass
+from vlmfix.heads.profiler import State, run_pass
 from vlmfix.heads.profilers import PROFILERS
+from vlmfix.heads.profilers.localization import Localization
+from vlmfix.insight.work import Work
 
 
 @pytest.mark.parametrize("family", ["llava", "qwen2_vl", "gemma3"])
@@ -85,7 +86,7 @@ def test_little_memory_means_fewer_copies_and_the_same_scores(monkeypatch):
     passes = []
     hook = vlm.family.decoder(vlm.model).register_forward_pre_hook(lambda *args: passes.append(1))
     try:
-        monkeypatch.setattr("vlmfix.heads.last_step.MEMORY", 1)
+        monkeypatch.setattr("vlmfix.insight.last_step.MEMORY", 1)
         scarce = profile(vlm, PICTURES[:1], ["ablation"])["ablation"].scores
     finally:
         hook.remove()

@@ -26,17 +26,18 @@ from tests.heads.planted import (
 from vlmfix.attention.probe import LastOutputs
 from vlmfix.attention.session import edited
 from vlmfix.errors import DataError
-from vlmfix.heads import retrieval
-from vlmfix.heads.ablation import Ablation
-from vlmfix.heads.captions import Labels, Word
-from vlmfix.heads.last_step import LastStep
-from vlmfix.heads.localization import Localization
 from vlmfix.heads.measure import QUESTION, profile
-from vlmfix.heads.non_sink import NonSink
-from vlmfix.heads.patching import Patching, effects
-from vlmfix.heads.profiler import Work, run_pass
-from vlmfix.heads.retrieval import Retrieval
-from vlmfix.heads.vhd import without_image_tokens
+from vlmfix.heads.profiler import run_pass
+from vlmfix.heads.profilers import retrieval
+from vlmfix.heads.profilers.ablation import Ablation
+from vlmfix.heads.profilers.localization import Localization
+from vlmfix.heads.profilers.non_sink import NonSink
+from vlmfix.heads.profilers.patching import Patching, effects
+from vlmfix.heads.profilers.retrieval import Retrieval
+from vlmfix.heads.profilers.vhd import without_image_tokens
+from vlmfix.insight.captions import Labels, Word
+from vlmfix.insight.last_step import LastStep
+from vlmfix.insight.work import Work
 
 PICTURES = [picture(1, (40, 60)), picture(2, (60, 40))]
 

@@ -12,15 +12,15 @@ import torch
 from tests.contracts.support import unlike, vlm_of
 from tests.heads.asked import PICTURES, QUESTION, SHOWN, alone
 from tests.tiny import TINY
-from vlmfix.heads.ablation import Ablation
-from vlmfix.heads.captions import Labels, Word
 from vlmfix.heads.measure import profile
 from vlmfix.heads.moments import rank_correlation
-from vlmfix.heads.non_sink import NonSink
-from vlmfix.heads.patching import Patching
-from vlmfix.heads.retrieval import ASKED, WORDS, Retrieval
-from vlmfix.heads.sink_tokens import SinkTokens, label
-from vlmfix.heads.sinks import sink_strength
+from vlmfix.heads.profilers.ablation import Ablation
+from vlmfix.heads.profilers.non_sink import NonSink
+from vlmfix.heads.profilers.patching import Patching
+from vlmfix.heads.profilers.retrieval import ASKED, WORDS, Retrieval
+from vlmfix.heads.profilers.sink_tokens import SinkTokens, label
+from vlmfix.insight.captions import Labels, Word
+from vlmfix.insight.sinks import sink_strength
 from vlmfix.models.layout import Batch
 
 CONTENT = ("7", "red")

@@ -9,18 +9,18 @@ import torch
 
 from tests.contracts.support import picture, vlm_of
 from vlmfix.errors import LayoutError, UnsupportedModelError, UsageError
-from vlmfix.heads import patching
-from vlmfix.heads.ablation import Ablation
-from vlmfix.heads.gaze_shift import gaze_shift
-from vlmfix.heads.localization import Localization, elbow, selected, spatial_entropy
 from vlmfix.heads.measure import profile
-from vlmfix.heads.non_sink import NonSink
-from vlmfix.heads.patching import Patching
-from vlmfix.heads.profiler import Work
-from vlmfix.heads.retrieval import Retrieval
-from vlmfix.heads.sink_tokens import SinkTokens, active_range, label
-from vlmfix.heads.vhd import without_image_tokens
-from vlmfix.heads.wording import Tail, decoded, question_columns
+from vlmfix.heads.profilers import patching
+from vlmfix.heads.profilers.ablation import Ablation
+from vlmfix.heads.profilers.localization import Localization, elbow, selected, spatial_entropy
+from vlmfix.heads.profilers.non_sink import NonSink
+from vlmfix.heads.profilers.patching import Patching
+from vlmfix.heads.profilers.retrieval import Retrieval
+from vlmfix.heads.profilers.sink_tokens import SinkTokens, active_range, label
+from vlmfix.heads.profilers.vhd import without_image_tokens
+from vlmfix.insight.gaze import gaze_shift
+from vlmfix.insight.wording import Tail, decoded, question_columns
+from vlmfix.insight.work import Work
 
 
 def a_map(*lines):

@@ -8,7 +8,7 @@ from PIL import Image
 
 from tests.evals.exam import exam
 from vlmfix.errors import DataError, UsageError
-from vlmfix.evals.compare import Estimate, compare
+from vlmfix.evals.comparison.compare import Estimate, compare
 from vlmfix.figures import check_target
 from vlmfix.reports.files import save
 from vlmfix.reports.plots import COLOURS, Point, differences, front, pareto

@@ -11,7 +11,7 @@ from rich.console import Console
 
 from tests.evals.exam import answers, exam, samples
 from vlmfix.display import rendered
-from vlmfix.evals.compare import Change, Estimate, compare
+from vlmfix.evals.comparison.compare import Change, Estimate, compare
 from vlmfix.evals.record import PLAIN
 from vlmfix.reports.tables import csv_text, json_text, markdown, sheets, terminal
 from vlmfix.reports.words import difference_text, heading, interval_text, value_text

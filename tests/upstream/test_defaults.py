@@ -9,12 +9,12 @@ from transformers import CompileConfig, GenerationConfig, WatermarkingConfig
 
 from tests.contracts.support import PICTURES, PROMPTS, batch_of, vlm_of
 from tests.tiny import tiny_vlm
-from vlmfix.decoders.calibration import certainty
-from vlmfix.decoders.vcd import VCD
+from vlmfix.decoders.attention.calibration import certainty
+from vlmfix.decoders.logits.vcd import VCD
 from vlmfix.generation import VLM
-from vlmfix.heads.captions import tell
-from vlmfix.heads.grounding import grounding
-from vlmfix.heads.profiler import Work
+from vlmfix.insight.captions import tell
+from vlmfix.insight.grounding import grounding
+from vlmfix.insight.work import Work
 from vlmfix.upstream import defaults
 
 ODD: dict[str, Any] = {

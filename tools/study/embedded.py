@@ -26,8 +26,8 @@ from tools.training.questions import (
     where_exchange,
     window,
 )
-from vlmfix.evals.chair import Chair
-from vlmfix.evals.pope import Pope
+from vlmfix.evals.benchmarks.chair import Chair
+from vlmfix.evals.benchmarks.pope import Pope
 from vlmfix.evals.task import Sample
 from vlmfix.generation import VLM, load
 from vlmfix.world.captions import absent

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 
 from tools.study.small import Elsewhere
 from vlmfix.decoders import DECODERS, Chain, Decoder, parse
-from vlmfix.decoders.parameters import ranges, written
 from vlmfix.errors import UsageError
 from vlmfix.evals.record import PLAIN
-from vlmfix.evals.search import Space
+from vlmfix.evals.tuning.search import Space
+from vlmfix.language.parameters import ranges, written
 
 CHAINS = (
     "vcd+vhr",

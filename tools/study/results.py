@@ -11,7 +11,7 @@ from tools.study.runs import Exam
 from tools.study.study import PROBLEMS, TIMES, Study, found, survey
 from tools.study.tuning import CHAIR, POPE, SMALL, Found, Limits
 from vlmfix.decoders import parse
-from vlmfix.evals.compare import DRAWS_PER_ARM, Arm, Change, Comparison, compare
+from vlmfix.evals.comparison.compare import DRAWS_PER_ARM, Arm, Change, Comparison, compare
 from vlmfix.evals.record import CARD, PLAIN, EvalRun, Record
 from vlmfix.records import read_json
 

@@ -14,7 +14,7 @@ from PIL import Image
 from tools.study.runs import loaded
 from vlmfix.card import device_name
 from vlmfix.decoders import Decoder, Greedy
-from vlmfix.evals.chair import PROTOCOLS
+from vlmfix.evals.benchmarks.chair import PROTOCOLS
 from vlmfix.generation import VLM
 from vlmfix.records import read_json, replace_json
 from vlmfix.settings import Settings

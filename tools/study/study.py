@@ -18,7 +18,7 @@ from tools.study.speed import time_arm
 from tools.study.tuning import CHAIR, FOUND, POPE, SMALL, Found, Hunt, hunt
 from vlmfix.decoders import Decoder, parse
 from vlmfix.errors import VlmfixError
-from vlmfix.evals import chair, pope
+from vlmfix.evals.benchmarks import chair, pope
 from vlmfix.evals.task import Task, Workload
 from vlmfix.generation import VLM
 from vlmfix.records import read_json, replace_json

@@ -15,12 +15,12 @@ from tools.study.runs import Exam, answered, copy_plain, figures
 from tools.study.small import GROUP
 from vlmfix.card import versions
 from vlmfix.decoders import Decoder, parse
-from vlmfix.decoders.parameters import Value
-from vlmfix.decoders.recipe import write_recipe
 from vlmfix.errors import UsageError, VlmfixError
 from vlmfix.evals.record import PLAIN, EvalRun
-from vlmfix.evals.search import Measured, Space, Tried, search
-from vlmfix.evals.tune import Guards, Outcome, arm_name
+from vlmfix.evals.tuning.search import Measured, Space, Tried, search
+from vlmfix.evals.tuning.tune import Guards, Outcome, arm_name
+from vlmfix.language.parameters import Value
+from vlmfix.language.recipe import write_recipe
 from vlmfix.records import read_json, refuse_other, replace_json
 
 CARD, JOURNAL, RUNS, FOUND = "search.json", "trials.jsonl", "runs", "found.json"

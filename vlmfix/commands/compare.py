@@ -48,7 +48,7 @@ def score(
     if (questions is None) is not (out is None):
         raise UsageError("--questions and --out go together", "other truths make another run, with a folder of its own")
     if questions is not None and out is not None:
-        from vlmfix.evals import pope
+        from vlmfix.evals.benchmarks import pope
         from vlmfix.evals.score import answered_before
 
         workload = pope.read(questions, Path(run.card["images"]), suffix=run.card["data"]["suffix"])
@@ -57,11 +57,11 @@ def score(
     if parser is not None:
         changed = {"parser": parser}
     if synonyms is not None:
-        from vlmfix.evals.words import read_synonyms
+        from vlmfix.evals.benchmarks.words import read_synonyms
 
         changed = {"synonyms": read_synonyms(synonyms)}
     if judgements:
-        from vlmfix.evals.hallusion import judged_before
+        from vlmfix.evals.benchmarks.hallusion import judged_before
 
         samples, changed = judged_before(run.samples, judgements), {"judged_by": "file"}
     tell([score_run(run, samples=samples, **changed)], folder, as_json=as_json)
@@ -173,7 +173,7 @@ def _answer_again(folder: Path, out: Path, as_json: bool, **where: Any) -> None:
 def tell(runs: list[Any], out: Path, *, as_json: bool, draws: int = 10_000, seed: int = 0) -> None:
     """Compares runs, writes the comparison's files and prints it."""
     from vlmfix.display import rendered
-    from vlmfix.evals.compare import compare as compare_runs
+    from vlmfix.evals.comparison.compare import compare as compare_runs
     from vlmfix.reports import tables
     from vlmfix.reports.files import save
 

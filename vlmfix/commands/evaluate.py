@@ -141,8 +141,8 @@ def pope(
     if questions is not None and sample_seed is not None:
         raise UsageError("--sample-seed does not go with --questions", "the questions of a file are asked as they are")
     from vlmfix.display import reading
-    from vlmfix.evals import coco
-    from vlmfix.evals import pope as benchmark
+    from vlmfix.evals.benchmarks import coco
+    from vlmfix.evals.benchmarks import pope as benchmark
 
     suffix = benchmark.SUFFIX if suffix is None else suffix
     task = benchmark.Pope(parser=parser)
@@ -181,8 +181,8 @@ def chair(
 ) -> None:
     """CHAIR: objects in captions that are not in the picture."""
     from vlmfix.display import reading
-    from vlmfix.evals import chair as benchmark
-    from vlmfix.evals.words import read_synonyms
+    from vlmfix.evals.benchmarks import chair as benchmark
+    from vlmfix.evals.benchmarks.words import read_synonyms
 
     table = None if synonyms is None else read_synonyms(synonyms)
     with reading("annotations") as report:
@@ -219,7 +219,7 @@ def chair(
 @_planned
 def amber(*, questions: Path, images: Path, part: str, suffix: str, parser: str, plan: Plan) -> None:
     """AMBER: descriptions, and yes/no about existence, attributes and relations."""
-    from vlmfix.evals import amber as benchmark
+    from vlmfix.evals.benchmarks import amber as benchmark
 
     _run(benchmark.rules(questions, parser=parser), benchmark.read(questions, images, part=part, suffix=suffix), plan)
 
@@ -230,7 +230,7 @@ def amber(*, questions: Path, images: Path, part: str, suffix: str, parser: str,
 @_planned
 def mme(*, questions: Path, images: Path | None, plan: Plan) -> None:
     """MME: two yes/no questions a picture; the hallucination subset and whatever other tasks are there."""
-    from vlmfix.evals import mme as benchmark
+    from vlmfix.evals.benchmarks import mme as benchmark
 
     _run(benchmark.Mme(), benchmark.read(questions, images), plan)
 
@@ -244,7 +244,7 @@ def hallusion(*, questions: Path, images: Path, plan: Plan) -> None:
 
     Judgements made elsewhere come in afterwards: vlmfix eval score DIR --judgements FILE.
     """
-    from vlmfix.evals import hallusion as benchmark
+    from vlmfix.evals.benchmarks import hallusion as benchmark
 
     _run(benchmark.Hallusion(), benchmark.read(questions, images), plan)
 
@@ -275,7 +275,7 @@ def clipscore(
     plan: Plan,
 ) -> None:
     """CLIPScore of captions, for pictures without annotations."""
-    from vlmfix.evals import clipscore as benchmark
+    from vlmfix.evals.benchmarks import clipscore as benchmark
 
     task = benchmark.ClipScore(images=str(images.resolve()), model=clip, pretrained=clip_weights)
     workload = benchmark.read(

@@ -50,8 +50,8 @@ def grounding(
     from vlmfix.decoders import parse
     from vlmfix.display import loading
     from vlmfix.generation import check_settings
-    from vlmfix.heads.grounding import grounding as measure
     from vlmfix.images import named_picture
+    from vlmfix.insight.grounding import grounding as measure
 
     decoder, chosen = parse(settings.decoder), LayerSet(layers)
     check_settings(decoder, settings)

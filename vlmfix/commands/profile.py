@@ -185,11 +185,11 @@ def _annotated(
     """
     from vlmfix.display import reading
     from vlmfix.errors import DataError
-    from vlmfix.evals.chair import Chair
-    from vlmfix.evals.coco import read_annotations
+    from vlmfix.evals.benchmarks.chair import Chair
+    from vlmfix.evals.benchmarks.coco import read_annotations
     from vlmfix.evals.task import Sample
-    from vlmfix.heads.ablation import Ablation
-    from vlmfix.heads.captions import Labels, Word
+    from vlmfix.heads.profilers.ablation import Ablation
+    from vlmfix.insight.captions import Labels, Word
 
     places = [place for place, profiler in enumerate(profilers) if isinstance(profiler, Ablation)]
     if not (places and instances and captions):

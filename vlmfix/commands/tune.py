@@ -65,7 +65,7 @@ def tune(
     if count is not None and benchmark != "chair":
         raise UsageError(f"--task {benchmark} does not take --count", "all questions of its files are asked")
     options.quieten()
-    from vlmfix.evals import tune as tuning
+    from vlmfix.evals.tuning import tune as tuning
 
     if questions is not None:
         task, workload = _pope(questions, images)
@@ -90,7 +90,7 @@ def tune(
 
 
 def _pope(questions: Path, images: Path) -> tuple[Any, Any]:
-    from vlmfix.evals import pope
+    from vlmfix.evals.benchmarks import pope
 
     return pope.Pope(), pope.read(questions, images)
 
@@ -99,7 +99,7 @@ def _chair(
     instances: tuple[Path, ...], captions: tuple[Path, ...], images: Path, count: int | None, seed: int
 ) -> tuple[Any, Any]:
     from vlmfix.display import reading
-    from vlmfix.evals import chair
+    from vlmfix.evals.benchmarks import chair
 
     with reading("annotations") as report:
         return chair.Chair(), chair.read(instances, captions, images, count=count, seed=seed, progress=report)

@@ -3,25 +3,25 @@
 from __future__ import annotations
 
 from vlmfix.decoders import spec as _spec
-from vlmfix.decoders.act import ACT
-from vlmfix.decoders.adhh import ADHH
+from vlmfix.decoders.attention.act import ACT
+from vlmfix.decoders.attention.adhh import ADHH
+from vlmfix.decoders.attention.gift import GIFT
+from vlmfix.decoders.attention.imbalance import Imbalance
+from vlmfix.decoders.attention.locore import LocoRE
+from vlmfix.decoders.attention.ph3 import PH3
+from vlmfix.decoders.attention.spin import SPIN
+from vlmfix.decoders.attention.var import VAR
+from vlmfix.decoders.attention.vhr import VHR
+from vlmfix.decoders.attention.zerotuning import ZeroTuning
 from vlmfix.decoders.base import Chain, Decoder, Greedy, Source
-from vlmfix.decoders.beam import Beam
-from vlmfix.decoders.carve import CARVE
-from vlmfix.decoders.gift import GIFT
-from vlmfix.decoders.imbalance import Imbalance
-from vlmfix.decoders.inter import INTER
-from vlmfix.decoders.locore import LocoRE
-from vlmfix.decoders.ph3 import PH3
-from vlmfix.decoders.sample import Sample
-from vlmfix.decoders.sgrs import SGRS
+from vlmfix.decoders.choice.beam import Beam
+from vlmfix.decoders.choice.sample import Sample
+from vlmfix.decoders.logits.inter import INTER
+from vlmfix.decoders.logits.sgrs import SGRS
+from vlmfix.decoders.logits.vcd import VCD
+from vlmfix.decoders.picture.carve import CARVE
+from vlmfix.decoders.picture.vicrop import ViCrop
 from vlmfix.decoders.spec import DecoderInfo, Parameter, describe
-from vlmfix.decoders.spin import SPIN
-from vlmfix.decoders.var import VAR
-from vlmfix.decoders.vcd import VCD
-from vlmfix.decoders.vhr import VHR
-from vlmfix.decoders.vicrop import ViCrop
-from vlmfix.decoders.zerotuning import ZeroTuning
 from vlmfix.decoding.plan import DecodingPlan
 from vlmfix.decoding.strategy import Strategy
 

@@ -17,14 +17,14 @@ from PIL import Image
 from torch import Tensor
 
 from vlmfix.attention.session import Acting, edited
-from vlmfix.decoders.parameters import PRESETS_OWN, Value, ranges, written
-from vlmfix.decoders.refined import PictureMemo, Refined
+from vlmfix.decoders.picture.refined import PictureMemo, Refined
 from vlmfix.decoding.plan import DecodingPlan
 from vlmfix.decoding.prefix import prompts_of, shared_prefixes
 from vlmfix.decoding.stack import stack_layout, stacked
 from vlmfix.decoding.strategy import Strategy
 from vlmfix.decoding.watch import Watch, longest_prompts
 from vlmfix.errors import DataError, IncompatibleDecodersError, UsageError
+from vlmfix.language.parameters import PRESETS_OWN, Value, ranges, written
 from vlmfix.models.checkpoint import Checkpoint
 from vlmfix.models.context import room_for_answers
 from vlmfix.models.layout import Batch, ImageLayout

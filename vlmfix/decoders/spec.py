@@ -7,9 +7,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from vlmfix.decoders.base import Chain, Decoder
-from vlmfix.decoders.parameters import Value, path_of, ranges
-from vlmfix.decoders.recipe import read_recipe
 from vlmfix.errors import DataError, UsageError, VlmfixError
+from vlmfix.language.parameters import Value, path_of, ranges
+from vlmfix.language.recipe import read_recipe
 
 PART = re.compile(r"(@.*?\.toml\s*(?=\+|$)|.*?)(?:\+(?=\s*[a-zA-Z@])|$)", re.DOTALL)
 """A part of a chain and the ``+`` after it; the path of a recipe may hold a ``+``, and so may a number."""

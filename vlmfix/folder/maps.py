@@ -13,7 +13,7 @@ import cv2
 import numpy as np
 from PIL import Image
 
-from vlmfix.decoders.refined import Look, Refined, pixel_box
+from vlmfix.decoders.picture.refined import Look, Refined, pixel_box
 from vlmfix.errors import DataError, UsageError
 from vlmfix.files import make_folder, plain_name, remove_drafts, replacing
 from vlmfix.records import JsonLines, read_json, refuse_other, replace_json

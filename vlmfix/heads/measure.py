@@ -18,8 +18,9 @@ from vlmfix.attention.session import bare
 from vlmfix.errors import DataError, UsageError
 from vlmfix.heads.moments import LOOK_EVERY, STABLE, Halves, Tally
 from vlmfix.heads.profile import HeadProfile, ProfileCard, fingerprint
-from vlmfix.heads.profiler import Profiler, State, Work, run_pass
+from vlmfix.heads.profiler import Profiler, State, run_pass
 from vlmfix.heads.profilers import profilers_of
+from vlmfix.insight.work import Work
 from vlmfix.models.checkpoint import Checkpoint
 from vlmfix.models.context import room_for_answers
 from vlmfix.models.turns import turn_of

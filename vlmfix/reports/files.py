@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from vlmfix.errors import DataError
-from vlmfix.evals.compare import Comparison
+from vlmfix.evals.comparison.compare import Comparison
 from vlmfix.evals.record import COMPARISON
 from vlmfix.files import cannot_write, make_folder, replacing
 from vlmfix.reports.plots import differences

@@ -10,8 +10,8 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from vlmfix.figures import literally, write
-from vlmfix.heads.grounding import Grounding
-from vlmfix.heads.wording import FUNCTION_WORDS
+from vlmfix.insight.grounding import Grounding
+from vlmfix.insight.wording import FUNCTION_WORDS
 from vlmfix.models.layout import ImageLayout
 from vlmfix.parsing import escaped
 

@@ -13,7 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from vlmfix.evals.compare import Arm, Change, Comparison
+from vlmfix.evals.comparison.compare import Arm, Change, Comparison
 from vlmfix.figures import literally, write
 from vlmfix.parsing import escaped
 from vlmfix.reports.words import SIGNS, heading

@@ -13,7 +13,7 @@ from rich.console import Console, ConsoleOptions, RenderResult
 from rich.table import Table
 from rich.text import Text
 
-from vlmfix.evals.compare import Arm, Change, Comparison, Estimate
+from vlmfix.evals.comparison.compare import Arm, Change, Comparison, Estimate
 from vlmfix.parsing import escaped
 from vlmfix.records import to_json
 from vlmfix.reports.words import (

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from vlmfix.evals.compare import ALPHA, FEW_UNITS, Change, Comparison
+from vlmfix.evals.comparison.compare import ALPHA, FEW_UNITS, Change, Comparison
 from vlmfix.parsing import escaped
 
 NONE = "-"

@@ -22,14 +22,14 @@ from tools.study.runs import Exam, answer_arm, answer_plain, copy_plain, take_in
 from tools.study.small import Elsewhere, questions
 from tools.study.tuning import Found, Hunt, hunt
 from vlmfix.decoders import CARVE, DECODERS, Greedy, ViCrop, parse
-from vlmfix.decoders.recipe import read_recipe
-from vlmfix.decoders.refined import PictureMap, PictureMemo
+from vlmfix.decoders.picture.refined import PictureMap, PictureMemo
 from vlmfix.errors import IncompatibleDecodersError, UsageError
 from vlmfix.evals import tasks
-from vlmfix.evals.compare import compare
+from vlmfix.evals.comparison.compare import compare
 from vlmfix.evals.record import CARD, PLAIN
-from vlmfix.evals.search import Measured
+from vlmfix.evals.tuning.search import Measured
 from vlmfix.generation import Answer
+from vlmfix.language.recipe import read_recipe
 from vlmfix.records import read_json, replace_json
 from vlmfix.settings import Settings
 from vlmfix.world.scenes import scene

@@ -1,0 +1,477 @@
+"""SGRS: the gate against its specification's cases, and the loop on models of every family."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from transformers import LogitsProcessor, LogitsProcessorList, TextIteratorStreamer
+
+from tests.contracts.support import STRONG, Forced, batch_of, close, crossed, logits, plain, vlm_of
+from tests.tiny import TINY
+from vlmfix.attention.edit import LayerSet
+from vlmfix.decoders import Chain, parse
+from vlmfix.decoders.logits.sgrs import SGRS, Draws, Memory, RejectionLoop, gate
+from vlmfix.decoding.draws import RowSampler
+from vlmfix.errors import DataError, IncompatibleDecodersError
+from vlmfix.upstream import steps as upstream
+
+ALL = torch.tensor([True])
+NEUTRAL = SGRS(draw="greedy", strictness=1e-6)
+"""Scores everything and rejects nothing."""
+STRONG_ONE = SGRS(draw="greedy", strictness=1.3, top_k=8, window=3, layers="1:")
+
+
+def judge(saliency, threshold, *, tries=3, logp=None, judged=ALL):
+    """The gate on one row with given saliency scores in the order of trial; also the places that were asked about."""
+    asked = []
+
+    def score(place, wanted):
+        asked.append(place)
+        return torch.tensor([saliency[place]])
+
+    logp = torch.tensor([logp or [-float(k) for k in range(len(saliency))]])
+    picked, found = gate(logp, torch.tensor([threshold], dtype=torch.float64), judged, tries, score)
+    return picked.item(), found.item(), asked
+
+
+def test_the_first_good_candidate_is_taken_and_equality_is_good():
+    assert judge([0.1, 0.5, 0.9], 0.5)[::2] == (1, [0, 1])
+    assert judge([0.1, 0.4, 0.9], 0.5)[::2] == (2, [0, 1, 2])
+
+
+def test_after_all_tries_the_best_of_all_candidates_is_taken_and_each_was_scored_once():
+    picked, found, asked = judge([0.1, 0.1, 0.1, 0.3, 0.2], 0.6)
+    assert (picked, asked) == (3, [0, 1, 2, 3, 4])
+    assert found == pytest.approx(0.3)
+    # The first that is good enough but was drawn behind the tries is not preferred to the best.
+    assert judge([0.1, 0.1, 0.1, 0.7, 0.9], 0.6)[0] == 4
+
+
+def test_tries_beyond_the_candidates_change_nothing():
+    for saliency in ([0.1, 0.2, 0.7, 0.1], [0.1, 0.3, 0.2, 0.1]):
+        assert judge(saliency, 0.6, tries=4) == judge(saliency, 0.6, tries=9)
+
+
+def test_among_equal_scores_the_more_probable_is_taken():
+    assert judge([0.1, 0.1, 0.1], 0.6, logp=[-3.0, -1.0, -2.0])[0] == 1
+
+
+def test_a_score_that_is_no_number_is_a_rejection():
+    nan = float("nan")
+    assert judge([nan, 0.2], 0.0)[::2] == (1, [0, 1])
+    assert judge([nan, nan], 0.0, logp=[-2.0, -1.0])[0] == 1
+
+
+def test_zero_scores_are_never_rejected_at_the_start():
+    assert judge([0.0, 0.0], 0.0)[::2] == (0, [0])
+
+
+def test_forbidden_tokens_are_never_tried():
+    assert judge([0.1, 0.2, 0.9], 0.6, logp=[-1.0, -2.0, -math.inf])[::2] == (1, [0, 1])
+
+
+def test_rows_are_judged_on_their_own():
+    saliency = torch.tensor([[0.1, 0.9, 0.0], [0.9, 0.0, 0.0], [0.1, 0.1, 0.1], [0.1, 0.2, 0.3]])
+    wanted_at = []
+
+    def score(place, wanted):
+        wanted_at.append(wanted.tolist())
+        return saliency[:, place]
+
+    judged = torch.tensor([True, True, False, True])
+    thresholds = torch.tensor([0.5, 0.5, 0.5, 0.5], dtype=torch.float64)
+    picked, found = gate(torch.zeros(4, 3), thresholds, judged, 2, score)
+    assert picked.tolist() == [1, 0, 0, 2]
+    assert wanted_at == [[True, True, False, True], [True, False, False, True], [False, False, False, True]]
+    assert found[2].isnan()
+
+
+def test_more_strictness_never_means_fewer_rejections():
+    torch.manual_seed(0)
+    for _ in range(50):
+        saliency, recent = torch.rand(5).tolist(), torch.rand(1).item()
+        rejected = [len(judge(saliency, strictness * recent, tries=5)[2]) for strictness in (0.0, 0.3, 0.6, 0.9, 1.5)]
+        assert rejected == sorted(rejected)
+
+
+def test_thresholds_of_the_specification():
+    scores = [0.30, 0.20, 0.25, 0.10, 0.15, 0.20]
+    for window, threshold in ((5, 0.108), (6, 0.120), (0, 0.120), (1, 0.120)):
+        memory = Memory(SGRS(window=window), 2)
+        memory.scores = [scores, []]
+        got = memory.thresholds(torch.device("cpu"))
+        torch.testing.assert_close(got, torch.tensor([threshold, 0.0], dtype=torch.float64))
+
+
+def test_the_memory_keeps_scores_of_judged_rows_only():
+    memory = Memory(SGRS(), 3)
+    memory.add(torch.tensor([0.5, 0.4, float("nan")]), torch.tensor([True, False, True]))
+    assert memory.scores == [[0.5], [], []]
+
+
+def test_presets():
+    assert (SGRS().scope, SGRS().query_row) == ("post_image", "predictor")
+    assert SGRS(preset="semantic").scope == "generated"
+    assert SGRS(preset="official-code").query_row == "candidate"
+    assert SGRS().judges
+    assert not any(method.judges for method in (SGRS(preset="official-code"), SGRS(strictness=0.0), SGRS(top_k=1)))
+
+
+# --- draws
+
+
+def test_draws_are_without_replacement_by_what_is_left():
+    """The joint distribution of the first two draws, against the product of renormalised probabilities."""
+    from scipy.stats import chisquare
+
+    probabilities = torch.tensor([0.4, 0.3, 0.2, 0.05, 0.05], dtype=torch.float64)
+    draws = Draws(SGRS(top_k=3), LogitsProcessorList(), [5], sampling=False)
+    count, pairs = 6000, {}
+    for _ in range(count):
+        first, second, _ = draws(None, probabilities.log()[None])[1].tokens[0].tolist()
+        pairs[first, second] = pairs.get((first, second), 0) + 1
+    p = (probabilities[:3] / probabilities[:3].sum()).tolist()
+    expected = {(i, j): count * p[i] * p[j] / (1 - p[i]) for i in range(3) for j in range(3) if i != j}
+    assert set(pairs) == set(expected)
+    assert chisquare([pairs[k] for k in expected], list(expected.values())).pvalue > 1e-3
+
+
+@pytest.mark.parametrize("who", ["vlmfix", "transformers", "own"])
+def test_candidates_are_the_most_probable_tokens_whoever_draws(who):
+    torch.manual_seed(0)
+    processors = LogitsProcessorList([RowSampler([1], torch.device("cpu"))] if who == "vlmfix" else [])
+    draws = Draws(SGRS(top_k=4), processors, [1], sampling=who == "transformers")
+    scores = torch.randn(1, 50)
+    orders = set()
+    for _ in range(40):
+        got, candidates = draws(None, scores)
+        assert torch.equal(got, scores)
+        assert set(candidates.tokens[0].tolist()) == set(scores[0].topk(4).indices.tolist())
+        torch.testing.assert_close(scores.gather(1, candidates.tokens), candidates.scores)
+        orders.add(tuple(candidates.tokens[0].tolist()))
+    assert len(orders) > 5
+
+
+def test_greedy_draws_refuse_a_generate_that_samples():
+    vlm = vlm_of("llava")
+    batch = batch_of(vlm, [0])
+    for options in ({"temperature": 0.7}, {}):
+        if options:
+            with pytest.raises(IncompatibleDecodersError, match="draw=greedy"):
+                vlm.generate([batch.pictures[0]], "what?", decoder=NEUTRAL, max_new_tokens=2, **options)
+        else:
+            with NEUTRAL.applied(vlm, batch) as arguments, pytest.raises(IncompatibleDecodersError, match="draw=gr"):
+                vlm.model.generate(**batch, **arguments, do_sample=True, max_new_tokens=2)
+
+
+def test_the_vocabulary_may_be_smaller_than_the_candidates():
+    draws = Draws(SGRS(top_k=9, draw="greedy"), LogitsProcessorList(), [0], sampling=False)
+    assert draws(None, torch.tensor([[0.0, 2.0, 1.0]]))[1].tokens.tolist() == [[1, 2, 0]]
+
+
+# --- the loop
+
+
+def tokens(vlm, batch, decoder, *, steps=5, **options):
+    """(B, steps) what was generated; no row ends early."""
+    options = {"do_sample": False, "max_new_tokens": steps, "min_new_tokens": steps} | options
+    with decoder.applied(vlm, batch) as arguments:
+        sequences = vlm.model.generate(
+            **batch, **arguments, suppress_tokens=[vlm.family.image_token(vlm.model.config)], **options
+        )
+    return sequences[:, batch.length :]
+
+
+@pytest.mark.parametrize("family", TINY)
+def test_a_gate_that_rejects_nothing_is_greedy_search(family):
+    vlm = vlm_of(family)
+    batch = batch_of(vlm)
+    close(logits(vlm, batch, NEUTRAL), plain(vlm, batch))
+    assert torch.equal(tokens(vlm, batch, SGRS(top_k=1)), tokens(vlm, batch, parse("greedy")))
+
+
+@pytest.mark.parametrize("family", TINY)
+@pytest.mark.parametrize(
+    "method", [STRONG_ONE, SGRS(top_k=8, strictness=1.3, draw_seed=3, layers="1:")], ids=["greedy", "sample"]
+)
+def test_a_padded_batch_equals_each_row_alone(family, method):
+    vlm = vlm_of(family)
+    together = tokens(vlm, batch_of(vlm), method)
+    for row in (0, 1):
+        assert torch.equal(together[row], tokens(vlm, batch_of(vlm, [row]), method)[0])
+
+
+def slow_sgrs(vlm, batch, method, steps):
+    """Algorithm 1 with greedy draws, one row, on the full T x T computation without a cache."""
+    from tests.attention.test_saliency import Graph, decoded
+    from tests.contracts.test_reference import installed
+
+    prompt, image = batch.length, batch["input_ids"][0] == vlm.family.image_token(vlm.model.config)
+    begin = int(vlm.layout(batch).tokens[0].nonzero()[-1]) + 1 if method.scope == "post_image" else prompt
+    ends = vlm.model.generation_config.eos_token_id
+    withheld = [vlm.family.image_token(vlm.model.config), *([ends] if isinstance(ends, int) else ends)]
+    assert image.any()
+
+    def run(input_ids, kwargs):
+        from transformers.utils import ModelOutput
+
+        graph, history, said = Graph(), [], []
+        with installed(vlm, graph):
+            for place in range(steps):
+                with torch.enable_grad():
+                    inputs = upstream.whole(vlm.model, input_ids, kwargs, first=place == 0)
+                    scores = vlm.model(**inputs, return_dict=True).logits[0, -1].double()
+                allowed = scores.detach().clone()
+                allowed[withheld] = -math.inf
+                candidates = allowed.topk(method.top_k).indices
+                layers = [graph.attention[layer] for layer in (1, 2)]
+
+                def score(token, scores=scores, layers=layers):
+                    with torch.enable_grad():
+                        loss = -scores.log_softmax(0)[token]
+                    total = 0.0
+                    for a, g in zip(layers, torch.autograd.grad(loss, layers, retain_graph=True), strict=True):
+                        row = (a * g)[0, :, -1].abs().sum(0)
+                        row = row / row.norm().clamp(min=1e-9)
+                        total += float(row[begin:].mean()) / len(layers)
+                    return total
+
+                if begin >= input_ids.shape[1]:
+                    token = candidates[0]
+                else:
+                    recent = history[-method.window :]
+                    tau = method.strictness * sum(recent) / len(recent) if recent else 0.0
+                    seen = {}
+                    for token in candidates[: method.tries]:
+                        seen[int(token)] = score(token)
+                        if seen[int(token)] >= tau:
+                            break
+                    else:
+                        seen |= {int(token): score(token) for token in candidates[method.tries :]}
+                        token = torch.tensor(max(seen, key=seen.get))
+                    history.append(seen[int(token)])
+                said.append(int(token))
+                input_ids = torch.cat([input_ids, torch.tensor([[int(token)]])], dim=1)
+                kwargs = vlm.model._update_model_kwargs_for_generation(ModelOutput(), kwargs)
+        return said
+
+    return decoded(vlm, batch, run, use_cache=False)
+
+
+@pytest.mark.parametrize("family", TINY)
+@pytest.mark.parametrize("scope", ["post_image", "generated"])
+def test_the_loop_says_what_the_slow_algorithm_says(family, scope):
+    vlm = vlm_of(family)
+    method = SGRS(draw="greedy", strictness=1.3, top_k=8, window=3, layers="1:", scope=scope)
+    for row in (0, 1):
+        batch = batch_of(vlm, [row])
+        assert tokens(vlm, batch, method, steps=6)[0].tolist() == slow_sgrs(vlm, batch, method, 6)
+
+
+def test_a_text_streamer_yields_the_answer():
+    vlm = vlm_of("llava")
+    batch = batch_of(vlm, [0])
+    streamer = TextIteratorStreamer(vlm.processor.tokenizer, skip_prompt=True)
+    said = tokens(vlm, batch, STRONG_ONE, token_streamer=streamer)
+    assert "".join(streamer) == vlm.processor.tokenizer.decode(said[0])
+
+
+def test_strictness_rejects():
+    vlm = vlm_of("llava")
+    batch = batch_of(vlm)
+    assert not torch.equal(tokens(vlm, batch, STRONG_ONE, steps=8), tokens(vlm, batch, NEUTRAL, steps=8))
+
+
+@pytest.mark.parametrize("scope", ["post_image", "generated"])
+def test_official_code_is_sampling_from_the_best_five(scope):
+    """Whatever the strictness: no score differs from zero, so the first draw stands."""
+    vlm = vlm_of("llava")
+    batch = batch_of(vlm)
+    method = SGRS(preset="official-code", scope=scope, strictness=50.0)
+    said = tokens(vlm, batch, method, steps=6)
+    raw = logits(vlm, batch, logits_processor=[Forced(said, batch.length)], steps=6)  # (steps, B, V)
+    raw[..., [vlm.family.image_token(vlm.model.config), vlm.model.generation_config.eos_token_id]] = -math.inf
+    layout = vlm.layout(batch)
+    loop = method.plan(vlm, batch, layout).loop
+    assert isinstance(loop, RejectionLoop)
+    draws = Draws(method, LogitsProcessorList(), loop.seeds, sampling=False)
+    for step in range(6):
+        candidates = draws(None, raw[step])[1]
+        assert candidates.tokens[:, 0].tolist() == said[:, step].tolist()
+        assert candidates.tokens.shape == (2, 5)
+    assert not torch.equal(said, tokens(vlm, batch, SGRS(preset="official-code", draw_seed=1), steps=6))
+
+
+def test_seeds_are_the_rows_own():
+    vlm = vlm_of("llava_next")
+    batch = batch_of(vlm)
+    seeds = SGRS().plan(vlm, batch, vlm.layout(batch)).loop.seeds
+    assert len(set(seeds)) == 2
+    for row in (0, 1):
+        alone = batch_of(vlm, [row])
+        assert SGRS().plan(vlm, alone, vlm.layout(alone)).loop.seeds == [seeds[row]]
+    assert SGRS(draw_seed=1).plan(vlm, batch, vlm.layout(batch)).loop.seeds != seeds
+
+
+@pytest.mark.parametrize(
+    ("family", "name"),
+    crossed(STRONG, families=["llava", "gemma3", "qwen3_vl", "internvl"], pair=["llava", "qwen3_vl"]),
+)
+def test_a_chain_gives_the_logits_of_its_other_parts(family, name):
+    """Edits and branches act in the prompt's pass, in the step back and behind it, on either side of the gate."""
+    vlm = vlm_of(family)
+    batch = batch_of(vlm)
+    other = parse(STRONG[name]) if isinstance(STRONG[name], str) else STRONG[name]
+    both = [Chain(decoders=pair) for pair in ((other, STRONG_ONE), (STRONG_ONE, other))]
+    said = [tokens(vlm, batch, chain, steps=4) for chain in both]
+    assert torch.equal(*said)
+    forced = logits(vlm, batch, STRONG[name], steps=4, logits_processor=[Forced(said[0], batch.length)])
+    got = logits(vlm, batch, both[0], steps=4)
+    close(got, forced)
+
+
+def test_saliency_is_that_of_the_edited_attention():
+    from tests.attention.test_saliency import decoded
+    from vlmfix.attention.saliency import saliency_steps
+
+    vlm = vlm_of("llava")
+    batch = batch_of(vlm)
+    layout = vlm.layout(batch)
+
+    def run(input_ids, kwargs):
+        with saliency_steps(vlm, layout, LayerSet("0"), input_ids, kwargs) as steps:
+            steps.advance(input_ids)
+            return steps.recorder.seen[0].sum(-1)
+
+    with parse("locore:mode=post,strength=4").applied(vlm, batch):
+        assert (decoded(vlm, batch, run) > 1.01).any()
+
+
+def test_beams_static_caches_and_several_sequences_are_refused():
+    vlm = vlm_of("llava")
+    batch = batch_of(vlm)
+    with pytest.raises(IncompatibleDecodersError, match="does not work with beam search"):
+        vlm.generate([[batch.pictures[0][0]]], "what?", decoder=SGRS(), num_beams=2)
+    with pytest.raises(IncompatibleDecodersError, match="dynamic cache"):
+        vlm.generate([[batch.pictures[0][0]]], "what?", decoder=SGRS(), static_cache=True)
+    with pytest.raises(IncompatibleDecodersError, match="num_return_sequences"):
+        tokens(vlm, batch, SGRS(), do_sample=True, num_return_sequences=2)
+    with pytest.raises(IncompatibleDecodersError, match="decoding loop"):
+        Chain(decoders=(SGRS(), SGRS())).plan(vlm, batch, vlm.layout(batch))
+
+
+def test_a_finished_row_stays_finished_and_does_not_disturb_the_other():
+    vlm = vlm_of("llava")
+    batch = batch_of(vlm)
+    pad, end = vlm.model.generation_config.pad_token_id, vlm.model.generation_config.eos_token_id
+
+    class FirstRowEnds:
+        def __call__(self, input_ids, scores):
+            scores = scores.index_fill(1, torch.tensor([end]), float("-inf"))
+            if input_ids.shape[1] - batch.length == 1:
+                scores[0] = float("-inf")
+                scores[0, end] = 0.0
+            return scores
+
+    with STRONG_ONE.applied(vlm, batch) as arguments:
+        fresh = vlm.model.generate(
+            **batch, **arguments, max_new_tokens=6, do_sample=False, logits_processor=[FirstRowEnds()]
+        )[:, batch.length :]
+    assert fresh[0, 1] == end
+    assert (fresh[0, 2:] == pad).all()
+    with STRONG_ONE.applied(vlm, batch_of(vlm, [1])) as arguments:
+        alone = vlm.model.generate(
+            **batch_of(vlm, [1]), **arguments, max_new_tokens=6, min_new_tokens=6, do_sample=False
+        )[0, -6:]
+    assert fresh[1].tolist() == alone.tolist()
+
+
+def test_answers_do_not_depend_on_neighbours_and_seeds_matter():
+    vlm = vlm_of("llava")
+    pictures, prompts = [list(row) for row in batch_of(vlm).pictures], list(batch_of(vlm).prompts)
+    for options in ({"temperature": 1.3, "seed": 7}, {}):
+        method = SGRS(strictness=1.2)
+        run = {"decoder": method, "max_new_tokens": 5, **options}
+        together = vlm.generate(pictures, prompts, **run)
+        alone = [vlm.generate([p], [q], **run)[0] for p, q in zip(pictures, prompts, strict=True)]
+        assert [a.ids for a in together] == [a.ids for a in alone]
+        assert [a.ids for a in vlm.generate(pictures, prompts, **run)] == [a.ids for a in together]
+        other = {**run, "seed": 8} if options else {**run, "decoder": SGRS(strictness=1.2, draw_seed=8)}
+        assert [a.ids for a in vlm.generate(pictures, prompts, **other)] != [a.ids for a in together]
+
+
+def test_transformers_own_sampling_works():
+    vlm = vlm_of("llava")
+    batch = batch_of(vlm)
+    drawn = tokens(vlm, batch, SGRS(strictness=1.0), do_sample=True, top_k=1)
+    assert torch.equal(drawn, tokens(vlm, batch, parse("greedy")))
+    torch.manual_seed(0)
+    one = tokens(vlm, batch, SGRS(strictness=1.0), do_sample=True)
+    assert not torch.equal(one, tokens(vlm, batch, SGRS(strictness=1.0), do_sample=True))
+    torch.manual_seed(0)
+    assert torch.equal(one, tokens(vlm, batch, SGRS(strictness=1.0), do_sample=True))
+
+
+def test_committed_tokens_are_streamed():
+    vlm = vlm_of("llava")
+    batch = batch_of(vlm, [0])
+    pieces = []
+
+    class Streamer:
+        def put(self, value):
+            pieces.append(value.tolist())
+
+        def end(self):
+            pieces.append("end")
+
+    said = tokens(vlm, batch, STRONG_ONE, token_streamer=Streamer())
+    assert pieces.pop(0) == batch["input_ids"].tolist()
+    assert pieces == [[token] for token in said[0].tolist()] + ["end"]
+
+
+def test_a_row_without_a_picture_has_the_whole_prompt_as_history():
+    vlm = vlm_of("llava")
+    batch = vlm.encode(["what is here?", "hello there"], [batch_of(vlm).pictures[0], ()])
+    alone = vlm.encode(["hello there"], [()])
+    assert torch.equal(tokens(vlm, batch, STRONG_ONE)[1], tokens(vlm, alone, STRONG_ONE)[0])
+
+
+def test_self_may_be_left_out_of_history():
+    vlm = vlm_of("llava")
+    batch = batch_of(vlm)
+    without = SGRS(draw="greedy", strictness=1.3, top_k=8, window=3, layers="1:", include_self=False)
+    assert not torch.equal(tokens(vlm, batch, without, steps=10), tokens(vlm, batch, STRONG_ONE, steps=10))
+
+
+class Unlucky(LogitsProcessor):
+    """A user's processor with an attribute that a sampler has too."""
+
+    def __init__(self, token):
+        self.token, self.generators = token, ()
+
+    def __call__(self, input_ids, scores):
+        return scores.index_fill(1, torch.tensor([self.token]), float("-inf"))
+
+
+@pytest.mark.parametrize("draw", ["greedy", "sample"])
+def test_a_users_processor_is_no_sampler(draw):
+    vlm = vlm_of("llava")
+    batch = batch_of(vlm)
+    decoder = parse(f"sgrs:strictness=0,top_k=1,draw={draw}")
+    first = int(tokens(vlm, batch, decoder, steps=1)[0, 0])
+    found = tokens(vlm, batch, decoder, steps=4, logits_processor=[Unlucky(first)])
+    assert first not in found
+
+
+@pytest.mark.parametrize("family", ["llava", "qwen2_5_vl"])
+def test_a_prompt_that_ends_with_a_picture_is_refused(family):
+    """Its last token would pass alone, as the placeholder that it is and not as the picture."""
+    vlm = vlm_of(family)
+    batch = batch_of(vlm, [0])
+    image = vlm.family.image_token(vlm.model.config)
+    end = int((batch["input_ids"][0] == image).nonzero()[-1]) + 1
+    cut = {name: value[:, :end] if value.shape[:2] == (1, batch.length) else value for name, value in batch.items()}
+    with parse("sgrs").applied(vlm, cut) as arguments, pytest.raises(DataError, match="a prompt ends with a picture"):
+        vlm.model.generate(**cut, **arguments, max_new_tokens=2)

@@ -1,0 +1,318 @@
+"""ACT: takes attention away from sinks within the input, in heads that were found to be better off without them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import ClassVar, Self
+
+import torch
+from torch import Tensor
+
+from vlmfix.attention.edit import LayerSet, PromptReading, Rows, Site, WeightEdit
+from vlmfix.decoders.base import Decoder, Source
+from vlmfix.decoding.plan import DecodingPlan
+from vlmfix.errors import IncompatibleDecodersError, UnsupportedAttentionError, UsageError
+from vlmfix.insight.sinks import first_token
+from vlmfix.language.parameters import PRESETS_OWN, Value, parameter
+from vlmfix.models.checkpoint import Checkpoint
+from vlmfix.models.layout import Batch, ImageLayout
+
+Heads = frozenset[tuple[int, int]]
+"""Pairs of layer and query head."""
+
+LISTS: dict[str, str] = {
+    "classification": (
+        "2:2,8,12,13,16,17,20,25 3:0,1,2,10,24,28 4:1,3,4,9,10,11,15,19,23,25,27,30 5:0,1,3,8,9,12,13,14,19,22 "
+        "6:1,11,13,15,17,18,20,21,22,25,28,31 7:7,8,18,24,25 8:0,2,5,6,7,8,26 9:0,6,7,10,11,15,17,20,21,29 "
+        "10:1,4,19,22,23,25,26,27,31 11:6,8,10,12,14,15,17,18,21,26,27,28 12:0,4,6,11,21,24,25,27 13:1,4,9,21,25,26,27 "
+        "14:0,1,4,7,9,12,13,15,19,21,24 15:6,9,12,17,19,21,24,25,26 16:0,29 17:0,15,19,24,29,30 18:7,12,22,23 "
+        "19:2,15,16,21,30 20:1,2,5,9,10,15,20,27,29 21:17,20,24,29 22:2,3,5,6,13,15,25 23:5,6,16 24:1,3,5,13,20 "
+        "25:17,24 26:9,14,19,20 27:2,29 29:2,14,15,25 30:2"
+    ),
+    "multiple-choice": (
+        "2:8,13,17,20 3:1 4:23,27,30 5:0,1,9,10,13,17,27 6:1,11,22,31 8:2,6 9:0,7,10,15,20 10:19,22,23,25,26 "
+        "11:8,10,12,14,15,17,18,26 12:0,6,31 13:8,9,21,26 14:0,13,15 15:12,21,24 16:31 17:24,30 18:7,17 19:30 "
+        "20:15,29 21:20 22:2,6 24:18,20 26:6,14,19 27:29 28:13 29:2,15 31:4,31"
+    ),
+}
+"""Calibrated heads of Llama-2-7B-chat that the authors released, as layer:heads."""
+LISTED = ("llama", 4096, 32, 32)
+"""Whose they are: the text model's type, hidden size, layers and key/value heads; LLaVA-1.5-7B has such a one."""
+NAMED = re.compile(r"L(\d+)H(\d+)")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ACT(Decoder):
+    """Attention Calibration Technique: sinks other than the first token hurt in many heads; shrink them there.
+
+    In a chosen head, with attention A over the N tokens of the prompt, ``avg[j]`` is the mean of column j over the rows
+    that can see it. The sinks S are the keys with ``avg[j]`` above a threshold, but for the first token. Then in every
+    row of the prompt and while decoding ``A[i, j] * kept_fraction`` for j in S, and the freed mass goes to all keys
+    outside S in proportion to what they have, the first token included. Rows keep their sums. S is chosen per head and
+    per question, from the prompt, and stays while decoding.
+
+    Args:
+        preset: ``paper`` (threshold 5 / N; the first token is spared) or ``official-code`` (threshold 0.1; the first
+            sink is spared, whether it is the first token or not; columns at the end count).
+        kept_fraction: beta in [0, 1]; 1 is the plain model.
+        sink_factor: alpha_s >= 0; the threshold is alpha_s / N. Read only when ``sink_threshold`` is none.
+        sink_threshold: theta in [0, 1], a threshold for prompts of any length; none: ``sink_factor`` / N.
+            The released code has 0.1, and 0.15 for free answers (MT-Bench).
+        spared: What is never a sink: the ``first-token`` or the ``first-sink``.
+        spared_tail: Columns at the prompt's end that are never sinks: few rows can see them, and the last one's mean
+            is one number.
+        heads: ``L2H8/L2H13`` and so on, ``all``, ``classification`` or ``multiple-choice`` (the authors' lists for
+            Llama-2-7B-chat); None takes ``classification`` on a model with LLaMA-2-7B's shape. Other models have no
+            published list, and the method says so: which heads are better off is found with labels, once, by
+            ``calibration.search_heads``.
+        layers: Layers to act in; listed heads outside are left alone. Of 32 the authors use 2 to 30.
+        rows: Rows of the prompt that are edited and averaged over: ``prompt``, every one as the authors do, or
+            ``text``, those behind a picture (this package's choice, for speed: prefill recomputes little then, and
+            questions about one picture share it; a row without a picture is left alone).
+
+    *Source*: Yu, Wang, Fu, Shi, Shaikh, Lin, "Unveiling and Harnessing Hidden Attention Sinks", ICML 2024, arXiv
+    2406.15765; code GATECH-EIC/ACT at a267af7.
+
+    *Differs*: the authors' models are text models; here image tokens are rows like any other, and can be sinks. In
+    decoding the released code takes the one query for the first row and sets its attention to the first token to 1, so
+    that the row sums to more than 1; here, in both presets, the sinks of the prompt shrink as in any other row. That
+    code edits the first sample of a batch alone. ``spared_tail`` is 3 in preset ``paper``, this package's choice.
+
+    *Cost*: one pass per token. Prefill materialises all of attention, in blocks of rows that hold at most 2**25
+    weights; long prompts, of several blocks, twice: to find the sinks and to shrink them. Questions about one picture
+    read it anew. Decoding materialises one row per head. Beams and compiled decoding work.
+
+    Example:
+        >>> ACT(heads="L2H8/L3H1").kept_fraction
+        0.4
+    """
+
+    name: ClassVar[str] = "act"
+    source: ClassVar[Source] = Source(
+        title="Attention Calibration Technique",
+        year=2024,
+        arxiv="2406.15765",
+        code="https://github.com/GATECH-EIC/ACT",
+    )
+    acts_on: ClassVar[str] = "attention weights"
+    presets: ClassVar[Mapping[str, Mapping[str, Value]]] = {
+        "paper": {"spared": "first-token", "spared_tail": 3},
+        "official-code": {"sink_threshold": 0.1, "spared": "first-sink", "spared_tail": 0},
+    }
+
+    preset: str = parameter("paper", str, choices=("paper", "official-code"), help="named set of parameters")
+    kept_fraction: float = parameter(
+        0.4, float, low=0, high=1, search=(0.0, 0.9), help="beta, share of its weight that a sink keeps"
+    )
+    sink_factor: float = parameter(
+        5.0, float, low=0, high=1e6, search=(1.0, 20.0), log=True, help="alpha_s, the threshold times the prompt length"
+    )
+    sink_threshold: float | None = parameter(
+        PRESETS_OWN,
+        float,
+        low=0,
+        high=1,
+        optional=True,
+        help="theta, a fixed threshold; none: sink_factor / prompt length",
+    )
+    spared: str = parameter(None, str, choices=("first-token", "first-sink"), help="what is never a sink")
+    spared_tail: int = parameter(None, int, low=0, high=10**6, help="columns at the prompt's end that are never sinks")
+    heads: str | None = parameter(
+        None, str, optional=True, help="L2H8/L2H13, all, or a published list; none: the one for the model"
+    )
+    layers: LayerSet = parameter("2:-1", LayerSet, help="layers to act in")
+    rows: str = parameter(
+        "prompt", str, choices=("prompt", "text"), help="rows of the prompt to act on; text: those behind a picture"
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.heads is not None and self.heads != "all" and self.heads not in LISTS:
+            read_heads(self.heads)
+
+    def plan(self, vlm: Checkpoint, batch: Batch, layout: ImageLayout) -> DecodingPlan:
+        """A search for sinks and an edit, in the layers that have chosen heads."""
+        if reason := self.check(vlm):
+            raise IncompatibleDecodersError(f"act cannot act: {reason}", "give heads=L2H8/L2H13, or heads=all")
+        count, heads = vlm.layers, vlm.heads
+        chosen = torch.zeros(count, heads, dtype=torch.bool, device=vlm.device)  # (L, H)
+        for layer, head in self._chosen(vlm):
+            chosen[layer, head] = True
+        layers = LayerSet("/".join(map(str, sorted({layer for layer, _ in self._chosen(vlm)}))))
+        reading, edit = (SinkSearch, Calibration) if self.rows == "prompt" else (TextSinkSearch, TextCalibration)
+        search = reading(
+            layers=layers,
+            factor=self.sink_factor,
+            threshold=self.sink_threshold,
+            first_sink=self.spared == "first-sink",
+            tail=self.spared_tail,
+        )
+        return DecodingPlan(edits=(search, edit(layers=layers, search=search, chosen=chosen, kept=self.kept_fraction)))
+
+    def check(self, vlm: Checkpoint) -> str | None:
+        """Whether heads are known for the model, and exist in the layers to act in."""
+        if self.heads is None and not _is_listed(vlm):
+            return (
+                "no calibrated heads are published for this model; find them with labelled questions "
+                "(vlmfix.decoders.attention.calibration.search_heads)"
+            )
+        count, heads = vlm.layers, vlm.heads
+        outside = sorted((layer, head) for layer, head in self._named(vlm) if layer >= count or head >= heads)
+        if outside:
+            return f"heads {write_heads(outside)} are outside the model's {count} layers of {heads} heads"
+        if not self._chosen(vlm):
+            return f"none of its heads are in layers {self.layers} of the model's {count}"
+        return None
+
+    def _named(self, vlm: Checkpoint) -> Heads:
+        if self.heads == "all":
+            count, heads = vlm.layers, vlm.heads
+            return frozenset((layer, head) for layer in range(count) for head in range(heads))
+        name = self.heads or "classification"
+        return published(name) if name in LISTS else read_heads(name)
+
+    def _chosen(self, vlm: Checkpoint) -> Heads:
+        layers = self.layers.resolve(vlm.layers)
+        return frozenset((layer, head) for layer, head in self._named(vlm) if layer in layers)
+
+
+def read_heads(text: str) -> Heads:
+    """Reads ``L2H8/L2H13``.
+
+    Raises:
+        UsageError: It is not of that form.
+    """
+    found = [NAMED.fullmatch(part) for part in text.split("/")]
+    pairs = frozenset((int(match[1]), int(match[2])) for match in found if match)
+    if not all(found):
+        known = " | ".join(("all", *LISTS))
+        raise UsageError(f"act: heads={text!r} is not allowed", f"allowed: {known}, or heads such as L2H8/L2H13")
+    return pairs
+
+
+def write_heads(heads: Heads | list[tuple[int, int]]) -> str:
+    """Heads as ``read_heads`` reads them, in order."""
+    return "/".join(f"L{layer}H{head}" for layer, head in sorted(heads))
+
+
+def published(name: str) -> Heads:
+    """One of the authors' lists."""
+    rows = [row.split(":") for row in LISTS[name].split()]
+    return frozenset((int(layer), int(head)) for layer, heads in rows for head in heads.split(","))
+
+
+def _is_listed(vlm: Checkpoint) -> bool:
+    config = vlm.model.config.get_text_config()
+    return LISTED == (config.model_type, config.hidden_size, config.num_hidden_layers, config.num_key_value_heads)
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class SinkSearch(PromptReading):
+    """Averages the columns of one call's prompt, layer by layer.
+
+    Attributes:
+        factor: alpha_s.
+        threshold: theta, or None for alpha_s / N.
+        first_sink: Spare the first sink, not the first token.
+        tail: Columns at the prompt's end that are never sinks.
+        sums: Layer number -> (B, H, T), attention to each key summed over the rows that can see it.
+        counts: Layer number -> (B, T), how many rows these are.
+    """
+
+    rows: ClassVar[Rows] = "prompt"
+    blockwise: ClassVar[bool] = True
+
+    factor: float
+    threshold: float | None
+    first_sink: bool
+    tail: int
+    sums: dict[int, Tensor] = field(default_factory=dict)
+    counts: dict[int, Tensor] = field(default_factory=dict)
+
+    def read(self, site: Site, weights: Tensor) -> None:
+        """Adds the rows of a block."""
+        counted = site.acts & (site.queries >= first_token(site)[:, None]) & (site.queries < site.prompt)  # (B, R)
+        seen = weights[..., : site.prompt]  # (B, H, R, T)
+        sums = (counted[:, None, None].to(seen.dtype) @ seen).squeeze(2)  # (B, H, T); what is not seen has no weight
+        counts = (site.allowed[:, 0, :, : site.prompt] & counted[:, :, None]).sum(dim=1)  # (B, T)
+        if site.block > 0:
+            sums, counts = self.sums[site.layer] + sums, self.counts[site.layer] + counts
+        self.sums[site.layer], self.counts[site.layer] = sums, counts
+
+    def sinks(self, site: Site) -> Tensor:
+        """(B, H, T) bool, the sinks of the prompt in a layer that was read."""
+        first = first_token(site)[:, None]  # (B, 1)
+        mean = self.sums[site.layer] / self.counts[site.layer].clamp(min=1)[:, None]  # (B, H, T)
+        threshold = self.factor / (site.prompt - first) if self.threshold is None else self.threshold
+        sink = mean > torch.as_tensor(threshold, device=mean.device).view(-1, 1, 1)
+        key = torch.arange(site.prompt, device=mean.device)
+        sink = sink & (key < site.prompt - self.tail)
+        return sink & (sink.cumsum(dim=-1) > 1) if self.first_sink else sink & (key != first)[:, None]
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class TextSinkSearch(SinkSearch):
+    """The same over the text rows behind a picture."""
+
+    rows: ClassVar[Rows] = "text"
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Calibration(WeightEdit):
+    """The edit of one call; it remembers the sinks of that call's prompt.
+
+    Attributes:
+        search: What stands before it among the edits and finds the sinks.
+        chosen: (L, H) bool, heads to calibrate.
+        kept: beta.
+        sinks: Layer number -> (B, H, T) bool, filled in prefill; generated tokens are never sinks.
+    """
+
+    rows: ClassVar[Rows] = "prompt"
+    blockwise: ClassVar[bool] = True
+
+    search: SinkSearch
+    chosen: Tensor
+    kept: float
+    sinks: dict[int, Tensor] = field(default_factory=dict)
+
+    def weights(self, site: Site, weights: Tensor) -> Tensor:
+        """(B, H, R, K), calibrated in the chosen heads."""
+        if site.prefill and site.block == 0:
+            self.sinks[site.layer] = self.search.sinks(site) & self.chosen[site.layer, :, None]
+        if site.layer not in self.sinks:
+            raise UnsupportedAttentionError("a token came before its prompt", "let generate read the prompt itself")
+        sink = self.sinks[site.layer]  # (B, H, T)
+        sink = torch.nn.functional.pad(sink, (0, weights.shape[-1] - site.prompt))  # (B, H, K)
+        return calibrate(weights, sink, kept=self.kept)
+
+    def of_rows(self, rows: Tensor, samples: Tensor) -> Self:
+        """With the sinks of the rows that go on."""
+        return replace(self, sinks={layer: sinks[rows] for layer, sinks in self.sinks.items()})
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class TextCalibration(Calibration):
+    """The same in the text rows behind a picture."""
+
+    rows: ClassVar[Rows] = "text"
+
+
+def calibrate(weights: Tensor, sink: Tensor, *, kept: float) -> Tensor:
+    """Shrinks sinks and hands what they lose to the other keys, in proportion to what these have.
+
+    Args:
+        weights: (B, H, R, K) attention, rows sum to 1.
+        sink: (B, H, K) bool.
+        kept: beta, share of its weight that a sink keeps.
+
+    Returns:
+        (B, H, R, K) with the same row sums; a row whose keys are all sinks is unchanged.
+    """
+    surplus = weights @ sink[..., None].to(weights.dtype)  # (B, H, R, 1)
+    total = weights @ (~sink)[..., None].to(weights.dtype)  # (B, H, R, 1)
+    gain = 1 + (1 - kept) * surplus / torch.where(total > 0, total, 1.0)
+    loss = 1 - (1 - kept) * (total > 0).to(weights.dtype)
+    return weights * torch.where(sink[:, :, None], loss, gain)

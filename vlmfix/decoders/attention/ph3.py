@@ -1,0 +1,145 @@
+"""PH3: silences the heads that speak from memory, so that the model speaks from the picture."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from vlmfix.attention.edit import LayerSet, OutputEdit, Rows, Site
+from vlmfix.decoders.attention.profiled import profile_facts, profile_for, why_no_profile
+from vlmfix.decoders.base import Decoder, Source
+from vlmfix.decoding.plan import DecodingPlan
+from vlmfix.errors import IncompatibleDecodersError, UsageError
+from vlmfix.language.parameters import HeadList, parameter
+from vlmfix.models.checkpoint import Checkpoint
+from vlmfix.models.layout import Batch, ImageLayout
+
+PROFILER = "patching"
+
+
+@dataclass(frozen=True, kw_only=True)
+class PH3(Decoder):
+    """Pruning heads found by path patching: some recall what the model knows by heart, some fetch what it is shown.
+
+    A ``patching`` profile scores each head by how far it speaks for the model's answer from memory against its answer
+    from the picture: above 0 for a memory head, below 0 for a context head. The outputs of the strongest heads of one
+    group, before the output projection, are multiplied by 0, at all positions and steps. Query heads are pruned each
+    for itself, also where several share keys and values.
+
+    Args:
+        group: Heads to prune: ``memory``, so that the model speaks from the picture, or ``context``.
+        share: k in [0, 1], how many heads to prune as a share of all the model's heads, rounded down but at least one;
+            never more than the group has. The usual grid is 0.01, 0.03, 0.05, 0.07, 0.09 and 0.15, chosen on other
+            pictures than those that are reported. At 0 the model is plain.
+        heads: Prune these heads instead, such as ``L16H29/L26H9``; ``group`` and ``share`` then say nothing.
+        profile: File with a ``patching`` profile (``vlmfix profile --profiler patching --prompt ...``); None takes the
+            one that lies in the model's folder.
+
+    *Source*: "Cutting Off the Head Ends the Conflict: A Mechanism for Interpreting and Mitigating Knowledge Conflicts
+    in Language Models", Findings of ACL 2024, arXiv 2402.18154; code jinzhuoran/MConflict, which was not to be had.
+
+    *Differs*: the paper is about text models; the picture stands for its context here, and the language prior for its
+    memory. That there are two groups of heads, and that pruning one steers the model to the other, is the paper's; its
+    formula for the score, and its grid for k, were not to be found, and path patching as it is usually done stands for
+    them (``vlmfix/heads/profilers/patching.py``). A row without a picture keeps all heads.
+
+    *Cost*: one pass per token; attention stays as it is. Questions about one picture do not share the pass over their
+    prompts' beginning. Beams and compiled decoding work.
+
+    Example:
+        >>> PH3(share=0.03).spec()
+        'ph3:group=memory,share=0.03,heads=none,profile=none'
+    """
+
+    name: ClassVar[str] = "ph3"
+    source: ClassVar[Source] = Source(
+        title="Cutting Off the Head Ends the Conflict",
+        year=2024,
+        arxiv="2402.18154",
+        code="https://github.com/jinzhuoran/MConflict",
+    )
+    acts_on: ClassVar[str] = "head outputs"
+
+    group: str = parameter("memory", str, choices=("memory", "context"), help="which heads to prune")
+    share: float = parameter(
+        0.05, float, low=0, high=1, search=(0.01, 0.15), help="k, pruned heads as a share of all heads"
+    )
+    heads: HeadList | None = parameter(None, HeadList, optional=True, help="heads to prune; none: those of the profile")
+    profile: str | None = parameter(
+        None, str, optional=True, help="file with a patching profile; none: heads.safetensors of the model"
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.heads is not None and self.profile is not None:
+            raise UsageError("ph3: heads are given, so the profile is not read", "give one of heads and profile")
+
+    def plan(self, vlm: Checkpoint, batch: Batch, layout: ImageLayout) -> DecodingPlan:
+        """One edit of all rows, or none when no head is pruned or no row has a picture."""
+        if reason := self.check(vlm):
+            raise IncompatibleDecodersError(f"ph3 cannot act: {reason}", "give heads=L16H29/L26H9, or profile=FILE")
+        pruned = torch.zeros(vlm.layers, vlm.heads, dtype=torch.bool, device=vlm.device)  # (L, H)
+        for layer, head in self.chosen(vlm):
+            pruned[layer, head] = True
+        if not bool(pruned.any()) or not bool(layout.tokens.any()):
+            return DecodingPlan()
+        layers = LayerSet("/".join(str(layer) for layer, some in enumerate(pruned.any(dim=1).tolist()) if some))
+        return DecodingPlan(edits=(Pruning(layers=layers, pruned=pruned),))
+
+    def check(self, vlm: Checkpoint) -> str | None:
+        """Whether heads are known for the model, and exist in it."""
+        if self.heads is None:
+            if self.share == 0:
+                return None
+            if reason := why_no_profile(vlm, self.name, PROFILER, self.profile):
+                return f"{reason}; add a --prompt that the model answers otherwise when it does not see the picture"
+        layers, heads = vlm.layers, vlm.heads
+        outside = [pair for pair in self.chosen(vlm) if pair[0] >= layers or pair[1] >= heads]
+        if outside:
+            return f"heads {HeadList.of(outside)} are outside the model's {layers} layers of {heads} heads"
+        return None if self.chosen(vlm) else f"no head of the profile is a {self.group} head"
+
+    def facts(self, vlm: Checkpoint) -> dict[str, str]:
+        """The profile, when heads come from one."""
+        return {} if self.heads is not None else profile_facts(vlm, self.name, PROFILER, self.profile)
+
+    def chosen(self, vlm: Checkpoint) -> tuple[tuple[int, int], ...]:
+        """(layer, head) of the heads to prune, strongest first; none when the method knows no heads of the model.
+
+        Raises:
+            DataError: The profile cannot be read.
+            ProfileMismatchError: It was measured on another model.
+        """
+        if self.heads is not None:
+            return self.heads.pairs
+        if self.share == 0:
+            return ()
+        profile = profile_for(vlm, self.name, PROFILER, self.profile)
+        if profile is None:
+            return ()
+        scores = profile.scores if self.group == "memory" else -profile.scores
+        count = max(1, math.floor(self.share * scores.numel() + 1e-9))  # 0.07 of 100 is 7 whatever the last digit says
+        order = scores.flatten().sort(descending=True, stable=True).indices[:count].tolist()
+        pairs = [divmod(place, scores.shape[1]) for place in order]
+        return tuple(pair for pair in pairs if float(scores[pair]) > 0)
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Pruning(OutputEdit):
+    """Switches heads off in rows that have a picture.
+
+    Attributes:
+        pruned: (L, H) bool, the heads.
+    """
+
+    pruned: Tensor
+    rows: ClassVar[Rows] = "all"
+
+    def output(self, site: Site, output: Tensor) -> Tensor:
+        """(B, R, H, D)."""
+        shown = site.image_keys.any(dim=1)[:, None, None, None]  # (B, 1, 1, 1)
+        return torch.where(shown & self.pruned[site.layer, :, None], 0.0, output)

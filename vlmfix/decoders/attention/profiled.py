@@ -1,0 +1,115 @@
+"""Head profiles that decoders read: from a file that is named, or from the one that lies beside the model's weights.
+
+A decoder that reads one declares
+
+    profile: str | None = parameter(None, str, optional=True, help=...)
+
+A file's name cannot hold a comma, a ``+`` before a letter or a line break, because specifications are written with
+them; ``Range.check`` refuses such a name. A leading ``~`` is the home directory, and a relative name is looked for in
+the working directory.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from weakref import WeakKeyDictionary
+
+from torch import nn
+
+from vlmfix.errors import DataError, VlmfixError
+from vlmfix.heads.profile import HeadProfile, load_profiles
+from vlmfix.language.parameters import path_of
+from vlmfix.models.checkpoint import HEADS, Checkpoint
+
+_State = tuple[Path, int, int]
+"""A file: its path, when it was changed, its size."""
+_READ: WeakKeyDictionary[nn.Module, dict[_State, dict[str, HeadProfile]]] = WeakKeyDictionary()
+
+
+def profile_for(vlm: Checkpoint, decoder: str, profiler: str, file: str | None) -> HeadProfile | None:
+    """The profile that a decoder reads, measured on this model; a file is read once until it changes.
+
+    Args:
+        vlm: The model.
+        decoder: The decoder's name, for messages.
+        profiler: What was measured, such as ``vhd``.
+        file: A file that ``vlmfix profile`` wrote; None takes ``heads.safetensors`` in the model's folder.
+
+    Returns:
+        The profile; None when no file is named and the model's folder has none, or none of that profiler.
+
+    Raises:
+        DataError: The file cannot be read or is no profile, or the one that was named lacks that profiler.
+        ProfileMismatchError: It was measured on another model.
+    """
+    path = profile_file(vlm, file)
+    if path is None:
+        return None
+    try:
+        about = path.stat()
+    except OSError as error:
+        raise DataError(
+            f"{decoder}: cannot read the profile {path}: {error.strerror}", how_to_measure(vlm, profiler)
+        ) from error
+    known = _READ.setdefault(vlm.model, {})
+    state = (path.resolve(), about.st_mtime_ns, about.st_size)
+    if state not in known:
+        found = load_profiles(path)
+        for held in found.values():
+            held.check(vlm)
+        known[state] = found
+    if file is not None and profiler not in known[state]:
+        raise DataError(
+            f"{decoder} reads the profile {profiler}, and {path} holds {', '.join(known[state])}",
+            how_to_measure(vlm, profiler),
+        )
+    return known[state].get(profiler)
+
+
+def why_no_profile(vlm: Checkpoint, decoder: str, profiler: str, file: str | None) -> str | None:
+    """Why a decoder has no profile to read, in one sentence with the command that makes one; None when it has one.
+
+    Args:
+        vlm: The model.
+        decoder: The decoder's name.
+        profiler: What must have been measured.
+        file: The file that was named, or None.
+    """
+    try:
+        if profile_for(vlm, decoder, profiler, file) is not None:
+            return None
+    except VlmfixError as error:
+        return str(error)
+    return f"it has no {profiler} profile of the model; {how_to_measure(vlm, profiler)}, and give profile={HEADS}"
+
+
+def profile_facts(vlm: Checkpoint, decoder: str, profiler: str, file: str | None) -> dict[str, str]:
+    """What a run card says of the profile that a decoder reads; empty when it reads none.
+
+    The digest is SHA-256 of the scores, (L, H) float32 in order of layers: what else a file holds, such as another
+    profile that was added, changes no answer.
+
+    Raises:
+        DataError: As ``profile_for``.
+        ProfileMismatchError: As ``profile_for``.
+    """
+    path, profile = profile_file(vlm, file), profile_for(vlm, decoder, profiler, file)
+    if path is None or profile is None:
+        return {}
+    digest = hashlib.sha256(profile.scores.float().contiguous().numpy().tobytes()).hexdigest()
+    return {"profile": f"{profiler} in {path.name}", "profile_digest": f"sha256:{digest}"}
+
+
+def profile_file(vlm: Checkpoint, file: str | None) -> Path | None:
+    """The file that is read: the one that is named, or ``heads.safetensors`` in the model's folder if it is there."""
+    if file is not None:
+        return path_of(file)
+    beside = None if vlm.folder is None else vlm.folder / HEADS
+    return beside if beside is not None and beside.is_file() else None
+
+
+def how_to_measure(vlm: Checkpoint, profiler: str) -> str:
+    """The command that makes a profile."""
+    model = vlm.name or "MODEL"
+    return f"measure one: vlmfix profile --model {model} --profiler {profiler} --images DIR --out {HEADS}"

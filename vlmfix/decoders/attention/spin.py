@@ -1,0 +1,188 @@
+"""SPIN: silences, token by token, the heads that look at the picture least."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import ClassVar, NamedTuple
+
+import torch
+from torch import Tensor
+
+from vlmfix.attention.edit import AttentionEdit, LayerSet, Rows, ScoreEdit, Site, WeightEdit
+from vlmfix.decoders.base import Decoder, Source
+from vlmfix.decoding.plan import DecodingPlan
+from vlmfix.language.parameters import Value, parameter
+from vlmfix.models.checkpoint import Checkpoint
+from vlmfix.models.layout import Batch, ImageLayout
+
+
+class Settings(NamedTuple):
+    """What the authors ran on one model."""
+
+    kept_share: float
+    suppression: float
+    layers: LayerSet
+
+
+ELSEWHERE = Settings(kept_share=0.95, suppression=0.0, layers=LayerSet("all"))
+"""The defaults of the released program, for models that it was not run on."""
+SETTINGS: dict[tuple[str, int, int, int], Settings] = {
+    ("llama", 4096, 32, 32): Settings(kept_share=0.95, suppression=0.08, layers=LayerSet("all")),
+    ("llama", 5120, 40, 40): Settings(kept_share=0.9, suppression=0.0, layers=LayerSet("0:20")),
+}
+"""By the text model's type, hidden size, layers and key/value heads: LLaVA-1.5-7B on captions, and 13B."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SPIN(Decoder):
+    """Image-guided head suppression: heads that hardly look at the picture speak from language; turn them down.
+
+    In every layer, at the row that predicts and at every generated token, head h gets
+
+    - ``paper``: ``u[h] = sum over image keys of a[h]``, its attention to the picture after the softmax;
+    - ``official-code``: ``u[h] = sum over image keys of z[h]``, the scaled scores before it.
+
+    The ``floor(kept_share * H)`` heads with the largest u keep their output, the others' output, before the output
+    projection, is multiplied by ``suppression``. Prompt rows before the last are never edited. Query heads are ranked
+    each for itself, also where several share keys and values.
+
+    Args:
+        preset: How heads are ranked, ``paper`` or ``official-code``; the two choose different heads.
+        kept_share: r in [0, 1], share of heads that keep their output; None takes the authors' value for the model
+            (LLaVA-1.5-7B on captions 0.95, on POPE they give 0.8; LLaVA-1.5-13B 0.9; elsewhere 0.95).
+        suppression: alpha_s in [0, 1], factor on the other heads; None takes the authors' value for the model
+            (LLaVA-1.5-7B on captions 0.08, on POPE they give 0.1; elsewhere 0).
+        layers: Layers to act in; None takes the authors' for the model (LLaVA-1.5-13B the first 20; elsewhere all).
+
+    *Source*: "SPIN", EMNLP 2025, arXiv 2505.16411; code YUECHE77/SPIN.
+
+    *Differs*: the paper ranks heads by their attention, its code by their scores: both are here, as presets. The gates
+    of the code are a monotone function of u and are left out. Its switch is on whenever it is named, ``False``
+    included, and it serves no grouped queries; neither is reproduced. The authors' Qwen-VL-Chat (r 0.7 in the first
+    20 of 32 layers) is another model than Qwen2-VL and its successors, which therefore take the general defaults. A
+    row without a picture is left as it is.
+
+    *Cost*: one pass per token. One row of attention per head is materialised, in prefill and in decoding. Beams and
+    compiled decoding work.
+
+    Example:
+        >>> SPIN(kept_share=0.8, suppression=0.1).spec()
+        'spin:preset=paper,kept_share=0.8,suppression=0.1,layers=none'
+    """
+
+    name: ClassVar[str] = "spin"
+    source: ClassVar[Source] = Source(
+        title="Image-Guided Head Suppression",
+        year=2025,
+        arxiv="2505.16411",
+        code="https://github.com/YUECHE77/SPIN",
+    )
+    acts_on: ClassVar[str] = "head outputs"
+    presets: ClassVar[Mapping[str, Mapping[str, Value]]] = {"paper": {}, "official-code": {}}
+
+    preset: str = parameter("paper", str, choices=("paper", "official-code"), help="how heads are ranked")
+    kept_share: float | None = parameter(
+        None,
+        float,
+        low=0,
+        high=1,
+        optional=True,
+        search=(0.5, 0.99),
+        help="r, share of heads that keep their output; none: the authors' for the model",
+    )
+    suppression: float | None = parameter(
+        None,
+        float,
+        low=0,
+        high=1,
+        optional=True,
+        search=(0.0, 0.9),
+        help="alpha_s, factor on the other heads; none: the authors' for the model",
+    )
+    layers: LayerSet | None = parameter(
+        None, LayerSet, optional=True, help="layers to act in; none: the authors' for the model"
+    )
+
+    def plan(self, vlm: Checkpoint, batch: Batch, layout: ImageLayout) -> DecodingPlan:
+        """One edit of the rows that predict."""
+        own = self.settings(vlm)
+        kind = {"paper": ByAttention, "official-code": ByScores}[self.preset]
+        return DecodingPlan(edits=(kind(layers=own.layers, share=own.kept_share, factor=own.suppression),))
+
+    def settings(self, vlm: Checkpoint) -> Settings:
+        """What the method runs with on a model: what was given, and the authors' values for the rest."""
+        config = vlm.model.config.get_text_config()
+        key = (config.model_type, config.hidden_size, config.num_hidden_layers, config.num_key_value_heads)
+        theirs = SETTINGS.get(key, ELSEWHERE)
+        return Settings(
+            kept_share=theirs.kept_share if self.kept_share is None else self.kept_share,
+            suppression=theirs.suppression if self.suppression is None else self.suppression,
+            layers=theirs.layers if self.layers is None else self.layers,
+        )
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Suppression(AttentionEdit):
+    """What both rankings share.
+
+    A factor on a head's attention weights is the same factor on its output, so the edit works on the weights.
+
+    Attributes:
+        share: r.
+        factor: alpha_s.
+    """
+
+    share: float
+    factor: float
+    rows: ClassVar[Rows] = "last"
+
+    def gains(self, site: Site, looks: Tensor) -> Tensor:
+        """Factor of each head.
+
+        Args:
+            site: Where; a row without a picture keeps all heads.
+            looks: (B, H, R, K), what is summed over the image keys.
+
+        Returns:
+            (B, H, R, 1), 1 for heads that are kept and alpha_s for the others.
+        """
+        image = site.image_keys[:, None, None, :]  # (B, 1, 1, K)
+        sums = torch.where(image, looks, 0.0).sum(dim=-1)  # (B, H, R)
+        rank = sums.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
+        kept = (rank < kept_heads(self.share, site.heads)) | ~image.any(dim=-1)
+        return torch.where(kept, 1.0, self.factor)[..., None]
+
+
+def kept_heads(share: float, heads: int) -> int:
+    """floor(share * heads), with 0.7 of 10 being 7 whatever the last binary digit says."""
+    return math.floor(share * heads + 1e-9)
+
+
+class ByAttention(Suppression, WeightEdit):
+    """``paper``: ranked by attention to the picture."""
+
+    def weights(self, site: Site, weights: Tensor) -> Tensor:
+        """(B, H, R, K)."""
+        return weights * self.gains(site, weights)
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class ByScores(Suppression, ScoreEdit, WeightEdit):
+    """``official-code``: ranked by the scores, which stay as they are.
+
+    Attributes:
+        ranked: Layer number -> (B, H, R, 1) factors, between the scores and the weights of one call.
+    """
+
+    ranked: dict[int, Tensor] = field(default_factory=dict)
+
+    def scores(self, site: Site, scores: Tensor) -> Tensor:
+        """The same scores."""
+        self.ranked[site.layer] = self.gains(site, scores)
+        return scores
+
+    def weights(self, site: Site, weights: Tensor) -> Tensor:
+        """(B, H, R, K)."""
+        return weights * self.ranked.pop(site.layer)

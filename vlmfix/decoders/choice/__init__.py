@@ -1,0 +1,1 @@
+"""Ways to choose tokens, by the names of decoders."""

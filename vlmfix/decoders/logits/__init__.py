@@ -1,0 +1,1 @@
+"""Methods that contrast or reject tokens by their logits."""

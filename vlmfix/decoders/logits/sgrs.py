@@ -1,0 +1,396 @@
+"""SGRS: throws out candidate tokens that owe too little to what was said before, and draws again."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig, LogitsProcessor, PreTrainedModel
+
+from vlmfix.attention.edit import LayerSet
+from vlmfix.attention.saliency import SaliencySteps, after_picture, mean_over, saliency_steps, scoring_layers
+from vlmfix.decoders.base import Decoder, Source
+from vlmfix.decoding.branches import picture_counts
+from vlmfix.decoding.draws import RowSampler
+from vlmfix.decoding.plan import DecodingPlan
+from vlmfix.decoding.stack import STACK, stack_layout
+from vlmfix.errors import IncompatibleDecodersError
+from vlmfix.language.parameters import Value, parameter
+from vlmfix.models.checkpoint import Checkpoint
+from vlmfix.models.layout import Batch, ImageLayout
+from vlmfix.upstream.steps import BaseStreamer, GenerateDecoderOnlyOutput, handed
+
+
+@dataclass(frozen=True, kw_only=True)
+class SGRS(Decoder):
+    """Saliency-Guided Rejection Sampling: a token must owe the text before it about as much as recent tokens did.
+
+    At every step tokens are drawn one after the other, without replacement, from the ``top_k`` most probable ones. For
+    a drawn token c, with the attention A (H, K) of the row that predicts it and ``loss = -log softmax(logits)[c]``::
+
+        S = mean over heads |A * d loss / d A|,  Sbar = S / ||S||_2      (K,) per layer
+        score(c) = mean over layers, mean over history keys of Sbar        in [0, 1 / sqrt(number of keys)]
+        tau = strictness * mean of the last ``window`` committed scores    0 before the first
+
+    The first of at most ``tries`` tokens with ``score >= tau`` is committed; when all are rejected, the one of the
+    ``top_k`` with the highest score, and among equals the more probable. History is what stands behind the picture, up
+    to and with the predicting row (``post_image``), or the answer alone (``generated``, where the first token has none
+    and is committed as drawn, without a score). Each row of a batch has scores, draws and rejections of its own.
+
+    Draws are those of ``generate`` when it samples (``temperature > 0`` or ``do_sample=True``, whose temperature and
+    nucleus then shape the candidates). Otherwise they are this decoder's: ``sample`` at temperature 1, as published,
+    or ``greedy``, always the most probable token that is left.
+
+    In a chain the other methods act in every pass, wherever the gate is named: saliency is that of the attention that
+    they left, of the logits that they fused. ``sgrs+locore`` is the paper's full method.
+
+    Args:
+        preset: ``paper`` (the method), ``semantic`` (history is the answer alone, as the paper's prose has it and its
+            equation has not), or ``official-code`` (the released script: it reads the attention row of the candidate
+            itself, which no loss depends on, so every score is 0, nothing is ever rejected and what remains is
+            sampling from the ``top_k``).
+        strictness: alpha >= 0; 0 rejects nothing.
+        top_k: K >= 1, candidates per step; 1 is greedy search.
+        tries: R >= 1, draws before the best candidate is taken; from ``top_k`` on, all are tried.
+        window: W >= 0, committed scores in the mean; 0 takes all. The paper's formula counts one more.
+        scope: Which keys count as history.
+        include_self: The predicting row's own key, the token just before, counts as history.
+        query_row: ``predictor``, or the released script's ``candidate``.
+        layers: Layers of the score; None is the released script's 6:9 (the paper: "middle-to-deep"), and for a model
+            with fewer than nine layers the same share of its depth (not in the paper).
+        draw: How this decoder draws while ``generate`` does not sample.
+        draw_seed: Seed of its draws, together with the row's tokens and pixels.
+
+    *Source*: "Hallucination Begins Where Saliency Drops", ICLR 2026, arXiv 2601.20279, sec. 3, eq. 6-7, algorithm 1;
+    code zhangbaijin/LVLMs-Saliency at 05c0d0d, ``do_reject_sample.py``.
+
+    *Differs*: the paper names no value for K, R and W and no layers; these are the released script's. Its "row P" is
+    the row that predicts P, because a causal model gives row P no gradient. The norm is the script's, over the row; the
+    matrix norm that the paper prints would need every row. A row counts as zero only when it is: the script's smallest
+    norm of 1e-9 would make the scores of nearly certain tokens vanish and reject them. Without history a score would be
+    1 in the script and raise the threshold for W tokens; here it is left out.
+
+    *Cost*: one pass per token with the graph of one row kept, and one backward pass per tried candidate (for the whole
+    batch, ``top_k`` at most); the prompt's last token passes twice. Memory is linear in the prompt. No beams, no
+    compiled decoding, no static cache. ``official-code``, ``strictness=0`` and ``top_k=1`` need no backward pass.
+
+    Example:
+        >>> SGRS(preset="semantic").scope
+        'generated'
+    """
+
+    name: ClassVar[str] = "sgrs"
+    source: ClassVar[Source] = Source(
+        title="Saliency-Guided Rejection Sampling",
+        year=2026,
+        arxiv="2601.20279",
+        code="https://github.com/zhangbaijin/LVLMs-Saliency",
+    )
+    acts_on: ClassVar[str] = "choice of tokens"
+    beams: ClassVar[bool] = False
+    compiles: ClassVar[bool] = False
+    presets: ClassVar[Mapping[str, Mapping[str, Value]]] = {
+        "paper": {"scope": "post_image", "query_row": "predictor"},
+        "semantic": {"scope": "generated", "query_row": "predictor"},
+        "official-code": {"scope": "post_image", "query_row": "candidate"},
+    }
+
+    preset: str = parameter(
+        "paper", str, choices=("paper", "semantic", "official-code"), help="named set of parameters"
+    )
+    strictness: float = parameter(
+        0.6, float, low=0, high=100, search=(0.05, 1.2), log=True, help="alpha, least score as a share of recent ones"
+    )
+    top_k: int = parameter(5, int, low=1, high=1000, search=(1, 10), help="K, candidates per step")
+    tries: int = parameter(3, int, low=1, high=1000, search=(1, 5), help="R, draws before the best score is taken")
+    window: int = parameter(5, int, low=0, high=10**6, search=(1, 20), log=True, help="W, recent scores; 0: all")
+    scope: str = parameter(
+        None,
+        str,
+        choices=("post_image", "generated"),
+        search=("post_image", "generated"),
+        help="which keys count as history",
+    )
+    include_self: bool = parameter(True, bool, help="the predicting row's own key counts as history")
+    query_row: str = parameter(
+        None, str, choices=("predictor", "candidate"), help="row of attention that is read; candidate reads zeros"
+    )
+    layers: LayerSet | None = parameter(
+        None, LayerSet, optional=True, help="layers of the score; none: 6:9, or the same share of a shallow model"
+    )
+    draw: str = parameter(
+        "sample",
+        str,
+        choices=("sample", "greedy"),
+        search=("sample", "greedy"),
+        help="order of candidates when generate does not sample",
+    )
+    draw_seed: int = parameter(0, int, low=0, high=2**31 - 1, help="seed of the draws")
+
+    @property
+    def judges(self) -> bool:
+        """Whether a score can reject anything; without it nothing is computed."""
+        return self.query_row == "predictor" and self.strictness > 0 and self.top_k > 1
+
+    def plan(self, vlm: Checkpoint, batch: Batch, layout: ImageLayout) -> DecodingPlan:
+        """A decoding loop."""
+        seeds = _row_seeds(vlm, batch, self.draw_seed)
+        loop = RejectionLoop(vlm=vlm, layout=layout, settings=self, seeds=seeds)
+        return DecodingPlan(loop=loop, beams=False, compiles=False)
+
+
+@dataclass(frozen=True, eq=False)
+class Candidates:
+    """The tokens that each row may take, in the order in which they are drawn; k is ``top_k`` or the vocabulary.
+
+    Attributes:
+        tokens: (B, k) int64.
+        scores: (B, k) their processed scores, -inf for tokens that are forbidden; these stand last.
+    """
+
+    tokens: Tensor
+    scores: Tensor
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class RejectionLoop:
+    """The decoding loop of one call; see transformers' ``custom_generate``.
+
+    Attributes:
+        vlm: The model.
+        layout: Layout of the prompts, without branches.
+        settings: The method.
+        seeds: A seed per row, for draws of its own.
+    """
+
+    vlm: Checkpoint
+    layout: ImageLayout
+    settings: SGRS
+    seeds: Sequence[int]
+
+    def __call__(
+        self, model: PreTrainedModel, input_ids: Tensor, token_streamer: BaseStreamer | None = None, **kwargs: Any
+    ) -> Tensor | GenerateDecoderOnlyOutput:
+        """Generates.
+
+        Args:
+            model: The model.
+            input_ids: (B, T) prompts.
+            token_streamer: Gets the prompt and then every committed token. Transformers hands ``streamer`` to no loop
+                of another's, so ``generate`` takes it under this name.
+            **kwargs: Processors, stopping criteria, configuration, and what the model takes.
+
+        Raises:
+            IncompatibleDecodersError: ``draw=greedy`` while ``generate`` samples, rows that are not the batch's, or a
+                cache that cannot step back.
+        """
+        processors, stops, config = handed(kwargs)
+        rows, device = len(self.seeds), input_ids.device
+        if input_ids.shape[0] != rows:
+            raise IncompatibleDecodersError(
+                f"sgrs was planned for {rows} rows, generate runs {input_ids.shape[0]}",
+                "use num_return_sequences=1 and repeat rows in the batch instead",
+            )
+        draws = Draws(self.settings, processors, self.seeds, sampling=bool(config.do_sample))
+        memory = Memory(self.settings, rows)
+        ended = torch.zeros(rows, dtype=torch.bool, device=device)
+        kept: dict[str, list[Tensor]] = {"scores": [], "logits": []}
+        if token_streamer is not None:
+            token_streamer.put(input_ids.cpu())
+        answer = config.max_length - input_ids.shape[1]
+        with self._steps(model, input_ids, kwargs, answer) as (steps, start):
+            while not bool(ended.all()):
+                logits = steps.advance(input_ids)
+                scores, candidates = draws(input_ids, logits)
+                tokens = self._chosen(steps, start, candidates, ~ended, memory)  # (B,)
+                tokens = torch.where(ended, _padding(config), tokens)
+                input_ids = torch.cat([input_ids, tokens[:, None]], dim=1)
+                ended = ended | stops(input_ids, scores)
+                kept["scores"].append(scores)
+                kept["logits"].append(logits)
+                if token_streamer is not None:
+                    token_streamer.put(tokens.cpu())
+        if token_streamer is not None:
+            token_streamer.end()
+        if not config.return_dict_in_generate:
+            return input_ids
+        output: dict[str, Any] = {name: tuple(kept[name]) for name in kept if getattr(config, f"output_{name}")}
+        output["sequences"] = input_ids
+        return GenerateDecoderOnlyOutput(**output)
+
+    @contextmanager
+    def _steps(
+        self, model: PreTrainedModel, input_ids: Tensor, kwargs: dict[str, Any], answer: int
+    ) -> Iterator[tuple[SaliencySteps, Tensor]]:
+        """The passes, and (B,) the first column of each row's history."""
+        layout, live = self.layout, None
+        if hasattr(model, STACK):  # a method of the chain has branches, which make prompts longer
+            layout, live = stack_layout(layout, getattr(model, STACK))
+        start = after_picture(layout)[: len(self.seeds)]
+        if self.settings.scope == "generated":
+            start = torch.full_like(start, layout.tokens.shape[1])
+        layers = self.settings.layers or scoring_layers(self.vlm.layers)
+        with saliency_steps(self.vlm, layout, layers, input_ids, kwargs, answer=answer, live=live) as steps:
+            yield steps, start
+
+    def _chosen(
+        self, steps: SaliencySteps, start: Tensor, candidates: Candidates, running: Tensor, memory: Memory
+    ) -> Tensor:
+        """(B,) the committed tokens; their scores go to the memory."""
+        if not self.settings.judges:
+            return candidates.tokens[:, 0]
+        length = steps.length
+        column = torch.arange(length, device=start.device)
+        history = (column >= start[:, None]) & (column < length - (not self.settings.include_self))  # (B, K)
+        judged = running & history.any(dim=1)
+
+        def score(place: int, wanted: Tensor) -> Tensor:
+            return mean_over(steps.saliency(candidates.tokens[:, place], wanted), history)
+
+        picked, scores = gate(candidates.scores, memory.thresholds(start.device), judged, self.settings.tries, score)
+        memory.add(scores, judged)
+        return candidates.tokens.gather(1, picked[:, None])[:, 0]
+
+
+def gate(
+    scores: Tensor, thresholds: Tensor, judged: Tensor, tries: int, score: Callable[[int, Tensor], Tensor]
+) -> tuple[Tensor, Tensor]:
+    """Tries the candidates of every row in order, until one is good enough or the tries are used up.
+
+    Args:
+        scores: (B, k) log-probabilities of the candidates up to a constant, in the order of trial; -inf stands last.
+        thresholds: (B,) tau.
+        judged: (B,) bool; elsewhere the first candidate is taken.
+        tries: R.
+        score: Given a place in the order and the rows that want it, (B,) bool, returns (B,) saliency scores. No
+            candidate is asked about twice.
+
+    Returns:
+        (B,) int64 place of the committed candidate, and (B,) float64 its saliency score, NaN where none was computed.
+    """
+    found = torch.full(scores.shape, float("nan"), dtype=torch.float64, device=scores.device)  # (B, k)
+    picked = torch.zeros_like(judged, dtype=torch.long)
+    rejected = judged
+    for place in range(scores.shape[1]):
+        wanted = rejected & (scores[:, place] > float("-inf"))
+        if not bool(wanted.any()):
+            break
+        found[:, place] = torch.where(wanted, score(place, wanted).double(), float("nan"))
+        if place < tries:  # behind it, the rest is only looked at for the best
+            accepted = wanted & (found[:, place] >= thresholds)
+            picked = torch.where(accepted, place, picked)
+            rejected = rejected & ~accepted
+    known = found.nan_to_num(nan=-1.0)  # a score that is not a number is worse than any
+    best = known == known.amax(dim=1, keepdim=True)
+    picked = torch.where(rejected, torch.where(best, scores, float("-inf")).argmax(dim=1), picked)
+    return picked, found.gather(1, picked[:, None])[:, 0]
+
+
+class Memory:
+    """The saliency scores that committed tokens had, row by row.
+
+    Args:
+        settings: The method.
+        rows: B.
+    """
+
+    def __init__(self, settings: SGRS, rows: int) -> None:
+        self.settings = settings
+        self.scores: list[list[float]] = [[] for _ in range(rows)]
+
+    def thresholds(self, device: torch.device) -> Tensor:
+        """(B,) float64 tau; 0 without a score."""
+        recent = [scores[-self.settings.window :] for scores in self.scores]  # -0 takes all
+        values = [self.settings.strictness * sum(scores) / len(scores) if scores else 0.0 for scores in recent]
+        return torch.tensor(values, dtype=torch.float64, device=device)
+
+    def add(self, scores: Tensor, rows: Tensor) -> None:
+        """Remembers (B,) scores of the given (B,) rows; what is not a number is left out."""
+        for own, score, judged in zip(self.scores, scores.tolist(), rows.tolist(), strict=True):
+            if judged and not math.isnan(score):
+                own.append(score)
+
+
+class Draws:
+    """Which tokens are candidates and in which order they are drawn.
+
+    The order of scores with Gumbel noise is that of draws without replacement, each from what is left.
+
+    Args:
+        settings: The method.
+        processors: All processors of ``generate``; those that sample give the order and not the candidates.
+        seeds: A seed per row.
+        sampling: Whether ``generate`` was told to sample by transformers' own draw.
+
+    Raises:
+        IncompatibleDecodersError: ``draw=greedy`` while ``generate`` samples.
+    """
+
+    def __init__(
+        self, settings: SGRS, processors: Sequence[LogitsProcessor], seeds: Sequence[int], *, sampling: bool
+    ) -> None:
+        self.settings, self.sampling = settings, sampling
+        self.drawing = [processor for processor in processors if isinstance(processor, RowSampler)]
+        self.processors = [processor for processor in processors if not isinstance(processor, RowSampler)]
+        self.generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        if settings.draw == "greedy" and (sampling or self.drawing):
+            raise IncompatibleDecodersError(
+                "sgrs: draw=greedy takes the most probable token first, but generate was told to sample",
+                "use draw=sample, or neither temperature nor do_sample",
+            )
+
+    def __call__(self, input_ids: Tensor, logits: Tensor) -> tuple[Tensor, Candidates]:
+        """(B, V) processed scores without noise, and the candidates among them."""
+        scores = logits
+        for processor in self.processors:
+            scores = processor(input_ids, scores)
+        top = scores.topk(min(self.settings.top_k, scores.shape[1]), dim=1)
+        order = self._noisy(input_ids, scores, top.values, top.indices).argsort(dim=1, descending=True, stable=True)
+        return scores, Candidates(top.indices.gather(1, order), top.values.gather(1, order))
+
+    def _noisy(self, input_ids: Tensor, scores: Tensor, values: Tensor, tokens: Tensor) -> Tensor:
+        """(B, k) values of the candidates, with the noise of whoever draws."""
+        if self.drawing:
+            for processor in self.drawing:
+                scores = processor(input_ids, scores)
+            return scores.gather(1, tokens)
+        if self.sampling:
+            return values + _gumbel(torch.rand_like(values))
+        if self.settings.draw == "greedy":
+            return values
+        uniform = torch.stack([torch.rand(values.shape[1], generator=one) for one in self.generators])
+        return values + _gumbel(uniform.to(values.device))
+
+
+def _gumbel(uniform: Tensor) -> Tensor:
+    tiny = torch.finfo(uniform.dtype).tiny
+    return -(-uniform.clamp(min=tiny).log()).clamp(min=tiny).log()
+
+
+def _padding(config: GenerationConfig) -> int:
+    """What stands behind a row's end, as in transformers: the padding token, or else the first end token."""
+    ends = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
+    return int(ends[0] or 0) if config.pad_token_id is None else int(config.pad_token_id)
+
+
+def _row_seeds(vlm: Checkpoint, batch: Batch, seed: int) -> list[int]:
+    """A seed for each row, made of its tokens and pixels and not of its neighbours."""
+    digests = [hashlib.sha256(seed.to_bytes(8, "little")) for _ in range(batch.rows)]
+    for digest, ids, mask in zip(digests, batch["input_ids"].cpu(), batch.attention_mask.bool().cpu(), strict=True):
+        digest.update(ids[mask].numpy().tobytes())
+    pixels = batch.get("pixel_values")
+    if pixels is not None:
+        owners = vlm.family.pixel_rows(vlm.model, batch, picture_counts(vlm, batch)).to(pixels.device)
+        for row, digest in enumerate(digests):
+            mine = pixels[owners == row].to(torch.bfloat16)  # rounded, so that the precision changes no draw
+            if mine.dim() == 5:  # (n, tiles, channels, height, width), filled up with empty tiles to the batch's most
+                mine = mine.flatten(0, 1)
+                mine = mine[(mine != 0).flatten(1).any(dim=1)]
+            digest.update(mine.cpu().contiguous().view(torch.int16).numpy().tobytes())
+    return [int.from_bytes(digest.digest()[:7], "little") for digest in digests]

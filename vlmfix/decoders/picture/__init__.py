@@ -1,0 +1,1 @@
+"""Methods that change which pictures the model sees."""

@@ -1,0 +1,1 @@
+"""The benchmarks, one per file, and the words that they count."""

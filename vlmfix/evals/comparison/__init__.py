@@ -1,0 +1,1 @@
+"""Statistics of runs, and comparisons between them."""

@@ -1,0 +1,1 @@
+"""How a decoder's parameters are declared, checked and written, and the recipes that hold them."""
