@@ -74,7 +74,7 @@ def plan(edits, *, live, image):
     which = torch.ones(B, 3, dtype=torch.bool)
     which[1:, 1] = False
     keys, text = (nn.functional.pad(mask, (0, HEADROOM)) for mask in (image, ~image))
-    steps = tuple(Step(edit, which, live, keys, text) for edit in edits)
+    steps = tuple(Step(edit, which, live, keys, text, torch.arange(T + HEADROOM)[None] >= T) for edit in edits)
     return LayerPlan(layer=4, rows=rows, prompt=T, steps=steps)
 
 
@@ -289,7 +289,8 @@ def test_prefill_memory_grows_with_the_prompt_and_not_with_its_square():
         image[:, 1:-10] = True
         rows = torch.arange(length - 10, length)
         module = Module()
-        step = Step(Weights(), torch.ones(1, 10, dtype=torch.bool), torch.ones(1, dtype=torch.bool), image, ~image)
+        every = torch.ones(1, 10, dtype=torch.bool)
+        step = Step(Weights(), every, torch.ones(1, dtype=torch.bool), image, ~image, torch.zeros_like(image))
         setattr(module, PLAN, LayerPlan(layer=0, rows=rows, prompt=length, steps=(step,)))
         query, key = torch.randn(1, H, length, D), torch.randn(1, G, length, D)
         with Largest() as largest:

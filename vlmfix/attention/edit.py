@@ -9,12 +9,15 @@ from __future__ import annotations
 import re
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
-from typing import ClassVar, Literal, Self
+from typing import ClassVar, Literal
 
 from torch import Tensor
+from torch.nn.functional import pad
 
-from vlmfix.errors import UsageError
+from vlmfix.errors import UnsupportedAttentionError, UsageError
 
+Memory = dict[str, Tensor]
+"""What an edit has learned in one layer from the prompt, by names of its own."""
 Rows = Literal["text", "last", "prompt", "all"]
 """Query rows of the prompt that an edit touches: the text after a picture; only the row that predicts; every token's
 row, which the kernel recomputes (give such an edit ``blockwise``, or all of attention stands in memory at once); or
@@ -77,10 +80,13 @@ class Site:
             what the pass's last row may see, (1 or B, 1, 1, K).
         image_keys: (B, K) bool, image patches.
         text_keys: (B, K) bool, prompt text: no image, no padding, no generated token.
+        answer_keys: (1, K) bool, keys behind the prompt: generated tokens, and what a static cache has room for.
         acts: (B, R) bool, rows that the edit changes; elsewhere its result is thrown away.
         live: (N,) int64, rows of the batch that are no contrast rows; beams of one sample stand side by side.
         block: In prefill, number of the block of query rows that these R are, from 0; see ``AttentionEdit.blockwise``.
         hidden: (B, Q, hidden size) residual stream that enters the layer, when the edit asked for it.
+        memory: What the edit has learned in this layer from the prompt, by names of its own: tensors with one entry for
+            each of the B rows. Filled in prefill, read in decoding, where rows that have ended are taken out.
     """
 
     layer: int
@@ -91,18 +97,35 @@ class Site:
     allowed: Tensor
     image_keys: Tensor
     text_keys: Tensor
+    answer_keys: Tensor
     acts: Tensor
     live: Tensor
     block: int = 0
     hidden: Tensor | None = None
+    memory: Memory = field(default_factory=dict)
 
     @property
     def predicting(self) -> int:
-        """In prefill, where the prompt's last row stands among the R; rows of generated tokens come after it.
+        """The index of the prompt's last row among the R edited rows, of which generated tokens come after it.
 
-        It means nothing to a ``blockwise`` edit.
+        It means something in prefill alone, and not to a ``blockwise`` edit.
         """
         return self.queries.shape[1] - 1 - (self.allowed.shape[-1] - self.prompt)
+
+    def learned(self, name: str) -> Tensor:
+        """Gives what the edit has learned from the prompt.
+
+        Raises:
+            UnsupportedAttentionError: The prompt did not pass before.
+        """
+        if name not in self.memory:
+            raise UnsupportedAttentionError("a token came before its prompt", "let generate read the prompt itself")
+        return self.memory[name]
+
+    def over_keys(self, values: Tensor, *, fill: float = 0) -> Tensor:
+        """Widens (..., T) values of the prompt's tokens to all keys, (..., K); ``fill`` stands at the later ones."""
+        later = self.image_keys.shape[1] - values.shape[-1]
+        return pad(values, (0, later), value=fill) if later else values
 
     def spread(self, values: Tensor) -> Tensor:
         """Hands what is known of the samples out to the rows of the pass: every beam gets its sample's.
@@ -129,24 +152,19 @@ class AttentionEdit:
     Class attributes:
         rows: Rows of the prompt that it acts on; it acts on all rows of generated tokens.
         blockwise: Whether the prompt's rows may come in several blocks, one after the other, so that memory grows with
-            the keys and not with their square. What such an edit does to a row may depend on that row, and on what a
-            reading before it has learned: readings see all blocks before the next edit sees the first.
+            the keys and not with their square. Such an edit may use only the row that it edits, and what a reading
+            before it has learned: a reading sees all blocks before the next edit sees the first.
         needs_hidden: Whether it reads the residual stream.
+
+    Attributes:
+        memory: Layer number -> ``Site.memory``, as it was when the prompt had passed.
     """
 
     layers: LayerSet = field(default_factory=LayerSet)
+    memory: dict[int, Memory] = field(default_factory=dict, init=False, repr=False)
     rows: ClassVar[Rows] = "text"
     blockwise: ClassVar[bool] = False
     needs_hidden: ClassVar[bool] = False
-
-    def of_rows(self, rows: Tensor, samples: Tensor) -> Self:
-        """The edit of a call in which some samples have ended; one that remembers nothing of rows stays as it is.
-
-        Args:
-            rows: (R,) int64, the rows of the present pass that go on, contrast rows included.
-            samples: (S,) int64, the samples among the present ones that go on.
-        """
-        return self
 
 
 class BiasEdit(AttentionEdit, ABC):

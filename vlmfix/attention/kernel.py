@@ -230,9 +230,11 @@ def _site(plan: LayerPlan, step: Step, call: Call, length: int, queries: Tensor,
         allowed=allowed,
         image_keys=step.image_keys[:, :length],
         text_keys=step.text_keys[:, :length],
+        answer_keys=step.answer_keys[:, :length],
         acts=acts,
         live=step.live_rows,
         hidden=call.hidden,
+        memory=step.memory,
     )
 
 

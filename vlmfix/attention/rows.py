@@ -12,7 +12,16 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor, nn
 
-from vlmfix.attention.edit import AttentionEdit, BiasEdit, OutputEdit, PromptReading, ScoreEdit, Site, WeightEdit
+from vlmfix.attention.edit import (
+    AttentionEdit,
+    BiasEdit,
+    Memory,
+    OutputEdit,
+    PromptReading,
+    ScoreEdit,
+    Site,
+    WeightEdit,
+)
 
 BLOCK = 1 << 25
 """Attention weights that a block of rows holds at most: 128 MiB in float32, a few times over."""
@@ -28,6 +37,8 @@ class Step:
         live: (B,) bool, rows of the batch that it edits; False for contrast rows.
         image_keys: (B, T + ``HEADROOM``) bool; generated keys are False.
         text_keys: (B, T + ``HEADROOM``) bool.
+        answer_keys: (1, T + ``HEADROOM``) bool.
+        memory: What the edit has learned here from the prompt; see ``Site.memory``.
         mixed: Whether some rows are not live, so that edited and plain rows must be told apart.
         live_rows: (N,) int64, which rows are live.
     """
@@ -37,22 +48,19 @@ class Step:
     live: Tensor
     image_keys: Tensor
     text_keys: Tensor
+    answer_keys: Tensor
+    memory: Memory = field(default_factory=dict)
     mixed: bool = True
     live_rows: Tensor = field(init=False)
 
     def __post_init__(self) -> None:
         self.live_rows = self.live.nonzero().squeeze(1)
 
-    def of_rows(self, edit: AttentionEdit, pick: Callable[[Tensor], Tensor]) -> Step:
-        """The step of a call that goes on with some of its rows.
-
-        Args:
-            edit: The edit of these rows.
-            pick: Takes them out of a tensor with one entry per row.
-        """
+    def of_rows(self, pick: Callable[[Tensor], Tensor]) -> Step:
+        """The step of a call that goes on with some of its rows, which ``pick`` takes out of a tensor of all rows."""
         return replace(
             self,
-            edit=edit,
+            memory={name: pick(values) for name, values in self.memory.items()},
             prompt_rows=pick(self.prompt_rows),
             live=pick(self.live),
             image_keys=pick(self.image_keys),

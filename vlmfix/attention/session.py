@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -59,23 +59,17 @@ class AtWork:
 
     plans: Mapping[int, LayerPlan]
 
-    def keep(self, rows: Tensor, samples: Tensor) -> None:
-        """Goes on with some of the rows; the prompt must have passed.
-
-        Args:
-            rows: (R,) int64, the rows of the present pass that go on, contrast rows included.
-            samples: (S,) int64, the samples among the present ones that go on.
-        """
-        edits = {step.edit: step.edit.of_rows(rows, samples) for plan in self.plans.values() for step in plan.steps}
-        masks: dict[Tensor, Tensor] = {}  # those of keys are shared by all layers, and stay so
+    def keep(self, rows: Tensor) -> None:
+        """Goes on with some of the rows of the present pass, (R,) int64; the prompt must have passed."""
+        picked: dict[Tensor, Tensor] = {}  # masks of keys are shared by all layers, and stay so
 
         def pick(values: Tensor) -> Tensor:
-            if values not in masks:
-                masks[values] = values[rows]
-            return masks[values]
+            if values not in picked:
+                picked[values] = values[rows]
+            return picked[values]
 
         for plan in self.plans.values():
-            plan.steps = tuple(step.of_rows(edits[step.edit], pick) for step in plan.steps)
+            plan.steps = tuple(step.of_rows(pick) for step in plan.steps)
 
     def held(self) -> object:
         """What the edits know of the present rows: alive as long as somebody has it."""
@@ -239,11 +233,15 @@ def _plans(
             )
     masks = {edit: _prompt_rows(edit, layout) for edit in edits}
     image, text = layout.image_keys(length + HEADROOM), layout.text_keys(length + HEADROOM)
+    answer = (torch.arange(length + HEADROOM, device=live.device) >= length)[None]  # (1, T + HEADROOM)
     plans: dict[int, LayerPlan] = {}
     for layer in sorted(frozenset().union(*wanted.values())):
         here = [edit for edit in edits if layer in wanted[edit]]
         union = torch.stack([masks[edit] & live[:, None] for edit in here]).any(0).any(0).nonzero().squeeze(1)
-        steps = tuple(Step(edit, masks[edit][:, union], live, image, text, mixed) for edit in here)
+        steps = tuple(
+            Step(edit, masks[edit][:, union], live, image, text, answer, edit.memory.setdefault(layer, {}), mixed)
+            for edit in here
+        )
         plans[layer] = LayerPlan(layer=layer, rows=union, prompt=length, steps=steps)
     return plans
 
@@ -269,7 +267,7 @@ def _nested(outer: LayerPlan, inner: LayerPlan) -> LayerPlan:
         for step in plan.steps:
             wide = torch.zeros(step.live.shape[0], len(rows), dtype=torch.bool, device=rows.device)
             wide[:, torch.searchsorted(rows, plan.rows)] = step.prompt_rows
-            yield Step(step.edit, wide, step.live, step.image_keys, step.text_keys, step.mixed)
+            yield replace(step, prompt_rows=wide)
 
     return LayerPlan(outer.layer, rows, inner.prompt, (*spread(outer), *spread(inner)))
 

@@ -77,9 +77,8 @@ class Running:
             width: Lines that each sample has from now on.
         """
         rows = (lines + self._lines * torch.arange(self._copies, device=lines.device)[:, None]).flatten()  # (R',)
-        samples = lines[::width] // self._width
         self._passes.keep(rows)
-        self._work.keep(rows, samples)
+        self._work.keep(rows)
         self._contrasts = tuple(replace(contrast, rows=contrast.rows[lines]) for contrast in self._contrasts)
         self._lines, self._width = len(lines), width
 

@@ -14,7 +14,7 @@ from vlmfix.errors import UsageError
 
 
 def site(queries, *, keys, prompt, image=(), text=(), rows=1):
-    """One row of batch whose picture and text stand at the given keys."""
+    """One row of batch whose picture and text stand at the given keys, in a pass over prompt and answer."""
     image_keys, text_keys = (torch.zeros(rows, keys, dtype=torch.bool) for _ in range(2))
     image_keys[:, list(image)] = True
     text_keys[:, list(text)] = True
@@ -22,11 +22,12 @@ def site(queries, *, keys, prompt, image=(), text=(), rows=1):
         layer=0,
         heads=2,
         prompt=prompt,
-        prefill=False,
+        prefill=True,
         queries=torch.tensor([queries]),
         allowed=torch.ones(1, 1, len(queries), keys, dtype=torch.bool),
         image_keys=image_keys,
         text_keys=text_keys,
+        answer_keys=(torch.arange(keys) >= prompt)[None],
         acts=torch.ones(rows, len(queries), dtype=torch.bool),
         live=torch.arange(rows),
     )

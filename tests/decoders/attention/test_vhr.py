@@ -139,12 +139,12 @@ def test_a_gain_is_one_on_the_heads_columns_of_the_output_projection():
     for alpha in (0.0, 2.5):
         edit, method = planned(vlm, batch, VHR(alpha=alpha, layers="1:"))
         got = logits(vlm, batch, method)
-        weights = {layer: vlm.family.attention_modules(vlm.model)[layer].o_proj.weight for layer in edit.heads}
+        weights = {layer: vlm.family.attention_modules(vlm.model)[layer].o_proj.weight for layer in edit.memory}
         former = {layer: weight.detach().clone() for layer, weight in weights.items()}
         try:
             with torch.no_grad():
-                for layer, heads in edit.heads.items():
-                    columns = heads[0].repeat_interleave(8)
+                for layer, memory in edit.memory.items():
+                    columns = memory["heads"][0].repeat_interleave(8)
                     assert columns.sum() == 32
                     weights[layer][:, columns] *= alpha
             close(got, plain(vlm, batch))
@@ -161,7 +161,7 @@ class Watch(LogitsProcessor):
         self.edit, self.seen = edit, []
 
     def __call__(self, input_ids, scores):
-        self.seen.append(dict(self.edit.heads))
+        self.seen.append({layer: memory["heads"] for layer, memory in self.edit.memory.items()})
         return scores
 
 
@@ -176,7 +176,7 @@ def test_heads_are_chosen_once_and_anew_for_every_prompt():
         logits(vlm, batch, decoder, logits_processor=[watch, Forced(torch.tensor([tokens]), batch.length)])
         assert len(watch.seen) == 3
         assert all(after[layer] is watch.seen[0][layer] for after in watch.seen for layer in range(3))
-        chosen.append(torch.cat(list(edit.heads.values())))
+        chosen.append(torch.cat([memory["heads"] for memory in edit.memory.values()]))
     assert torch.equal(chosen[0], chosen[1])
     assert not torch.equal(chosen[0], chosen[2])
 
@@ -328,5 +328,5 @@ def test_the_default_measures_while_the_prompt_is_read():
     batch = batch_of(vlm)
     (edit,) = VHR().plan(vlm, batch, vlm.layout(batch)).edits
     assert isinstance(edit, DivergentHeads)
-    assert edit.heads == {}
+    assert edit.memory == {}
     assert {layer: tuple(blind.shape) for layer, blind in edit.blind.items()} == {1: (2, 8, 8), 2: (2, 8, 8)}

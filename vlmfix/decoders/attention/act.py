@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
-from typing import ClassVar, Self
+from dataclasses import dataclass, field
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -13,7 +13,7 @@ from torch import Tensor
 from vlmfix.attention.edit import LayerSet, PromptReading, Rows, Site, WeightEdit
 from vlmfix.decoders.base import Decoder, Source
 from vlmfix.decoding.plan import DecodingPlan
-from vlmfix.errors import IncompatibleDecodersError, UnsupportedAttentionError, UsageError
+from vlmfix.errors import IncompatibleDecodersError, UsageError
 from vlmfix.insight.sinks import first_token
 from vlmfix.language.parameters import PRESETS_OWN, Value, parameter
 from vlmfix.models.checkpoint import Checkpoint
@@ -261,13 +261,12 @@ class TextSinkSearch(SinkSearch):
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Calibration(WeightEdit):
-    """The edit of one call; it remembers the sinks of that call's prompt.
+    """Calibrates attention in one call; it remembers the sinks of that call's prompt, (B, H, T) bool.
 
     Attributes:
         search: What stands before it among the edits and finds the sinks.
         chosen: (L, H) bool, heads to calibrate.
         kept: beta.
-        sinks: Layer number -> (B, H, T) bool, filled in prefill; generated tokens are never sinks.
     """
 
     rows: ClassVar[Rows] = "prompt"
@@ -276,21 +275,13 @@ class Calibration(WeightEdit):
     search: SinkSearch
     chosen: Tensor
     kept: float
-    sinks: dict[int, Tensor] = field(default_factory=dict)
 
     def weights(self, site: Site, weights: Tensor) -> Tensor:
         """(B, H, R, K), calibrated in the chosen heads."""
         if site.prefill and site.block == 0:
-            self.sinks[site.layer] = self.search.sinks(site) & self.chosen[site.layer, :, None]
-        if site.layer not in self.sinks:
-            raise UnsupportedAttentionError("a token came before its prompt", "let generate read the prompt itself")
-        sink = self.sinks[site.layer]  # (B, H, T)
-        sink = torch.nn.functional.pad(sink, (0, weights.shape[-1] - site.prompt))  # (B, H, K)
+            site.memory["sinks"] = self.search.sinks(site) & self.chosen[site.layer, :, None]
+        sink = site.over_keys(site.learned("sinks"))  # (B, H, K); generated tokens are never sinks
         return calibrate(weights, sink, kept=self.kept)
-
-    def of_rows(self, rows: Tensor, samples: Tensor) -> Self:
-        """With the sinks of the rows that go on."""
-        return replace(self, sinks={layer: sinks[rows] for layer, sinks in self.sinks.items()})
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)

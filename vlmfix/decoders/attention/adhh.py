@@ -195,4 +195,4 @@ def text_behind(site: Site) -> Tensor:
     """
     key = torch.arange(site.image_keys.shape[1], device=site.image_keys.device)  # (K,)
     picture = torch.where(site.image_keys, key, -1).amax(dim=1, keepdim=True)  # (B, 1)
-    return (site.text_keys | (key >= site.prompt)) & (key > picture) & (picture >= 0)
+    return (site.text_keys | site.answer_keys) & (key > picture) & (picture >= 0)

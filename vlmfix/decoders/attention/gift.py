@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
-from typing import ClassVar, NamedTuple, Self
+from dataclasses import dataclass
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
 from vlmfix.attention.edit import LayerSet, Rows, Site, WeightEdit
 from vlmfix.decoders.base import Decoder, Source
 from vlmfix.decoding.plan import DecodingPlan
-from vlmfix.errors import IncompatibleDecodersError, UnsupportedAttentionError
+from vlmfix.errors import IncompatibleDecodersError
 from vlmfix.insight.gaze import GazeReading, deepest, most, per_row, read_apart, shift_peak
 from vlmfix.insight.question import INSTALL, MODEL, RULES, asked, has_tagger, rule_in_words
 from vlmfix.language.parameters import Value, parameter
@@ -207,6 +206,8 @@ def _kind(vlm: Checkpoint) -> tuple[str, str, int, int]:
 class Enhancement(WeightEdit):
     """Raises attention of the rows that predict; it remembers the map of one call's prompt.
 
+    That is ``gain`` (B, T) float32, 1 but on image patches, and ``question`` (B, T) bool.
+
     Attributes:
         reading: Where the map comes from when the same pass takes it.
         known: (samples, T) map that was taken before, or None.
@@ -216,7 +217,6 @@ class Enhancement(WeightEdit):
         clip: Deviations at which the map is clipped.
         image_heads: Share of heads that look harder at the picture.
         question_heads: Share of heads that look harder at the question.
-        learned: Filled in prefill: ``gain`` (B, T) float32, 1 but on image patches, and ``question`` (B, T) bool.
     """
 
     reading: GazeReading
@@ -227,35 +227,27 @@ class Enhancement(WeightEdit):
     clip: float
     image_heads: float
     question_heads: float
-    learned: dict[str, Tensor] = field(default_factory=dict)
     rows: ClassVar[Rows] = "last"
 
     def weights(self, site: Site, weights: Tensor) -> Tensor:
         """(B, H, R, K), raised in the heads that look at the picture and at the question."""
         if site.prefill:
             self._learn(site)
-        if not self.learned:
-            raise UnsupportedAttentionError("a token came before its prompt", "let generate read the prompt itself")
-        later = (0, weights.shape[-1] - site.prompt)
         return enhance(
             weights,
             site.image_keys,
-            pad(self.learned["question"], later),  # (B, K)
-            pad(self.learned["gain"], later, value=1.0),  # (B, K)
+            site.over_keys(site.learned("question")),  # (B, K)
+            site.over_keys(site.learned("gain"), fill=1),  # (B, K)
             beta=self.beta,
             image_heads=self.image_heads,
             question_heads=self.question_heads,
         )
 
-    def of_rows(self, rows: Tensor, samples: Tensor) -> Self:
-        """With the map of the rows that go on."""
-        return replace(self, learned={name: values[rows] for name, values in self.learned.items()})
-
     def _learn(self, site: Site) -> None:
         image = site.image_keys[:, : site.prompt]  # (B, T)
         saliency = self.reading.saliency() if self.known is None else per_row(site, self.known)
-        self.learned["gain"] = gains(saliency[:, : site.prompt], image, alpha=self.alpha, clip=self.clip)
-        self.learned["question"] = per_row(site, self.question)
+        site.memory["gain"] = gains(saliency[:, : site.prompt], image, alpha=self.alpha, clip=self.clip)
+        site.memory["question"] = per_row(site, self.question)
 
 
 def gains(saliency: Tensor, image: Tensor, *, alpha: float, clip: float) -> Tensor:

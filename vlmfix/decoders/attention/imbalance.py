@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
-from typing import ClassVar, NamedTuple, Self
+from dataclasses import dataclass
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -280,12 +280,9 @@ class TokenGain(ScoreEdit):
 
     def scores(self, site: Site, scores: Tensor) -> Tensor:
         """(B, H, R, K)."""
-        gain = site.spread(self.gains)[:, None, None, :]  # (B, 1, 1, T)
+        if site.prefill:
+            site.memory["gains"] = site.spread(self.gains)  # (B, T)
+        gain = site.over_keys(site.learned("gains"))[:, None, None, :]  # (B, 1, 1, K)
         if self.heads is not None:
-            gain = gain * self.heads[site.layer][None, :, None, None]  # (B, H, 1, T)
-        prompt, rest = scores[..., : site.prompt], scores[..., site.prompt :]
-        return torch.cat([prompt + gain * prompt.abs(), rest], dim=-1)
-
-    def of_rows(self, rows: Tensor, samples: Tensor) -> Self:
-        """With the gains of the samples that go on."""
-        return replace(self, gains=self.gains[samples])
+            gain = gain * self.heads[site.layer][None, :, None, None]  # (B, H, 1, K)
+        return scores + gain * scores.abs()

@@ -130,7 +130,9 @@ class Local(AttentionEdit):
         """(B, 1, R, K) bool, the boosted keys of each query."""
         key = torch.arange(site.allowed.shape[-1], device=site.queries.device)
         query = site.queries[:, None, :, None]  # (1 or B, 1, R, 1)
-        start = self._start(site, key)[:, None, None, None]  # (B, 1, 1, 1)
+        if site.prefill:
+            site.memory["start"] = self._start(site, key)
+        start = site.learned("start")[:, None, None, None]  # (B, 1, 1, 1)
         return (key >= start) & (key >= query - self.size) & (key < query)
 
     def _start(self, site: Site, key: Tensor) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import ClassVar, NamedTuple
 
 import torch
@@ -170,19 +170,13 @@ class ByAttention(Suppression, WeightEdit):
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class ByScores(Suppression, ScoreEdit, WeightEdit):
-    """``official-code``: ranked by the scores, which stay as they are.
-
-    Attributes:
-        ranked: Layer number -> (B, H, R, 1) factors, between the scores and the weights of one call.
-    """
-
-    ranked: dict[int, Tensor] = field(default_factory=dict)
+    """``official-code``: ranked by the scores, which stay as they are."""
 
     def scores(self, site: Site, scores: Tensor) -> Tensor:
         """The same scores."""
-        self.ranked[site.layer] = self.gains(site, scores)
+        site.memory["gains"] = self.gains(site, scores)  # (B, H, R, 1), until the weights of the same pass
         return scores
 
     def weights(self, site: Site, weights: Tensor) -> Tensor:
         """(B, H, R, K)."""
-        return weights * self.ranked.pop(site.layer)
+        return weights * site.memory.pop("gains")

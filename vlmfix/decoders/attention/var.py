@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
-from typing import ClassVar, Self
+from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -12,7 +12,7 @@ from torch import Tensor
 from vlmfix.attention.edit import LayerSet, Site, WeightEdit
 from vlmfix.decoders.base import Decoder, Source
 from vlmfix.decoding.plan import DecodingPlan
-from vlmfix.errors import IncompatibleDecodersError, UnsupportedAttentionError, UsageError
+from vlmfix.errors import IncompatibleDecodersError, UsageError
 from vlmfix.insight.sinks import find_sinks, least_massive, scaled_threshold, sink_strength, tabulated_sinks
 from vlmfix.language.parameters import Value, parameter
 from vlmfix.models.checkpoint import Checkpoint
@@ -160,7 +160,7 @@ def _without_first_two(layers: LayerSet, count: int) -> LayerSet:
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Redistribution(WeightEdit):
-    """The edit of one call; it remembers the sinks of that call's prompt.
+    """Redistributes attention in one call; it remembers the sinks of that call's prompt, (B, T) bool.
 
     Attributes:
         dims: Sink dimensions.
@@ -168,7 +168,6 @@ class Redistribution(WeightEdit):
         moved: m.
         ratio: rho.
         mass: Smallest image mass.
-        sinks: Layer number -> (B, T) bool, filled in prefill; generated tokens are never sinks.
     """
 
     dims: tuple[int, ...]
@@ -176,7 +175,6 @@ class Redistribution(WeightEdit):
     moved: float
     ratio: float
     mass: float
-    sinks: dict[int, Tensor] = field(default_factory=dict)
     needs_hidden: ClassVar[bool] = True
 
     def weights(self, site: Site, weights: Tensor) -> Tensor:
@@ -184,16 +182,9 @@ class Redistribution(WeightEdit):
         if site.prefill:
             if site.hidden is None:
                 raise RuntimeError("the residual stream was not recorded")
-            self.sinks[site.layer] = sink_strength(site.hidden[:, : site.prompt], self.dims) > self.threshold
-        if site.layer not in self.sinks:
-            raise UnsupportedAttentionError("a token came before its prompt", "let generate read the prompt itself")
-        sink = self.sinks[site.layer]  # (B, T)
-        sink = torch.nn.functional.pad(sink, (0, weights.shape[-1] - site.prompt))  # (B, K)
+            site.memory["sinks"] = sink_strength(site.hidden[:, : site.prompt], self.dims) > self.threshold
+        sink = site.over_keys(site.learned("sinks"))  # (B, K); generated tokens are never sinks
         return redistribute(weights, site.image_keys, sink, moved=self.moved, ratio=self.ratio, mass=self.mass)
-
-    def of_rows(self, rows: Tensor, samples: Tensor) -> Self:
-        """With the sinks of the rows that go on."""
-        return replace(self, sinks={layer: sinks[rows] for layer, sinks in self.sinks.items()})
 
 
 def redistribute(weights: Tensor, image: Tensor, sink: Tensor, *, moved: float, ratio: float, mass: float) -> Tensor:

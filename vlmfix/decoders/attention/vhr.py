@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar, Self
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -18,7 +18,7 @@ from vlmfix.decoders.attention.profiled import profile_facts, profile_for, why_n
 from vlmfix.decoders.base import Decoder, Source
 from vlmfix.decoding.branches import TOKENS
 from vlmfix.decoding.plan import DecodingPlan
-from vlmfix.errors import IncompatibleDecodersError, UnsupportedAttentionError, UsageError
+from vlmfix.errors import IncompatibleDecodersError, UsageError
 from vlmfix.heads.profilers.vhd import without_image_tokens
 from vlmfix.language.parameters import Value, parameter
 from vlmfix.models.checkpoint import Checkpoint
@@ -215,11 +215,9 @@ class Reinforcement(OutputEdit):
 
     Attributes:
         gain: alpha.
-        heads: Layer number -> (B, H) bool, filled in prefill.
     """
 
     gain: float
-    heads: dict[int, Tensor] = field(default_factory=dict)
     rows: ClassVar[Rows] = "all"
 
     @abstractmethod
@@ -229,14 +227,8 @@ class Reinforcement(OutputEdit):
     def output(self, site: Site, output: Tensor) -> Tensor:
         """(B, Q, H, D), reinforced."""
         if site.prefill:
-            self.heads[site.layer] = self.chosen(site, output)
-        if site.layer not in self.heads:
-            raise UnsupportedAttentionError("a token came before its prompt", "let generate read the prompt itself")
-        return torch.where(self.heads[site.layer][:, None, :, None], output * self.gain, output)
-
-    def of_rows(self, rows: Tensor, samples: Tensor) -> Self:
-        """With the heads of the rows that go on."""
-        return replace(self, heads={layer: heads[rows] for layer, heads in self.heads.items()})
+            site.memory["heads"] = self.chosen(site, output)  # (B, H)
+        return torch.where(site.learned("heads")[:, None, :, None], output * self.gain, output)
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -320,7 +312,7 @@ def _chosen_together(
     model: Any = vlm.model
     with bare(vlm), edited(vlm, vlm.layout(both), [edit]):
         model(**both, use_cache=False, logits_to_keep=1)
-    return {layer: heads.chunk(2)[0] for layer, heads in edit.heads.items()}
+    return {layer: memory["heads"].chunk(2)[0] for layer, memory in edit.memory.items()}
 
 
 def _stacked(vlm: Checkpoint, batch: Batch, blind: Batch) -> Batch:
