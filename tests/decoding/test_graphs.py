@@ -8,6 +8,7 @@ import torch
 from tests.contracts.support import STRONG, batch_of, close, crossed, method_of, vlm_of
 from tests.tiny import TINY
 from vlmfix.attention.kernel import PLAN
+from vlmfix.decoding.graphs import forget
 from vlmfix.decoding.running import running
 
 STEPS = 16
@@ -17,20 +18,34 @@ COMPILES = {name: spec for name, spec in STRONG.items() if method_of(spec).compi
 class Again:
     """A recording that runs the step.
 
-    Like a graph it writes its result where the first one stands, and edits know in it what they knew at first.
+    Like a graph it writes its result where the first one stands, and finds the edits of the call that it was made in.
     """
 
-    def __init__(self, once, plans):
+    def __init__(self, once):
         self.once, self.result = once, once()
-        self.steps = [(plan, plan.steps) for plan in plans]
+        self.plans = [(owner, plan, plan and plan.steps) for owner, plan in planned()]
 
     def replay(self):
-        present = [plan.steps for plan, _ in self.steps]
-        for plan, steps in self.steps:
-            plan.steps = steps
+        present = [(owner, plan, plan and plan.steps) for owner, plan in planned()]
+        put(self.plans)
         self.result.copy_(self.once())
-        for (plan, _), steps in zip(self.steps, present, strict=True):
+        put(present)
+
+
+def planned():
+    """The attention modules of the tiny models, with what is planned in them."""
+    owners = [module for family in TINY for module in vlm_of(family).family.attention_modules(vlm_of(family).model)]
+    return [(owner, getattr(owner, PLAN, None)) for owner in owners]
+
+
+def put(plans):
+    """Puts plans, with their steps, where they belong."""
+    for owner, plan, steps in plans:
+        if plan is not None:
             plan.steps = steps
+            setattr(owner, PLAN, plan)
+        elif getattr(owner, PLAN, None) is not None:
+            delattr(owner, PLAN)
 
 
 @pytest.fixture
@@ -38,23 +53,25 @@ def recording(monkeypatch):
     """Lets a CPU record, counted."""
     made = []
 
-    def captured(once, device):
-        owners = [module for family in TINY for module in vlm_of(family).family.attention_modules(vlm_of(family).model)]
-        plans = [plan for owner in owners if (plan := getattr(owner, PLAN, None)) is not None]
-        made.append(Again(once, plans))
+    def captured(once, device, pool):
+        made.append(Again(once))
         return made[-1], made[-1].result
 
-    monkeypatch.setattr("vlmfix.decoding.passes.RECORDING", ("cpu",))
+    monkeypatch.setattr("vlmfix.decoding.running.RECORDING", ("cpu",))
     monkeypatch.setattr("vlmfix.decoding.graphs.captured", captured)
-    return made
+    yield made
+    for family in TINY:
+        forget(vlm_of(family).model)
 
 
 @torch.no_grad()
-def scores(vlm, method, monkeypatch, *, after, room=256):
+def scores(vlm, method, monkeypatch, *, recorded, room=256, keys=512, shown=(0, 1, 0, 1)):
     """Scores of four rows, of which one leaves and then another, while given tokens pass."""
-    monkeypatch.setattr("vlmfix.decoding.passes.AFTER", after)
+    monkeypatch.setattr("vlmfix.decoding.running.RECORDING", ("cpu",) if recorded else ())
+    monkeypatch.setattr("vlmfix.decoding.graphs.ROOM", room)
     monkeypatch.setattr("vlmfix.decoding.passes.ROOM", room)
-    batch = batch_of(vlm, [0, 1, 0, 1])
+    monkeypatch.setattr("vlmfix.decoding.graphs.KEYS", keys)
+    batch = batch_of(vlm, shown)
     layout = vlm.layout(batch)
     tokens = torch.arange(5, 5 + 4 * STEPS).view(STEPS, 4)
     lines, found = torch.arange(4), []
@@ -72,30 +89,53 @@ def scores(vlm, method, monkeypatch, *, after, room=256):
 
 @pytest.mark.parametrize(("family", "name"), crossed(COMPILES))
 def test_recorded_steps_give_the_scores_of_others(family, name, recording, monkeypatch):
+    """In the call that records them, and in later ones with other pictures and longer prompts."""
     vlm, method = vlm_of(family), method_of(STRONG[name])
-    recorded = scores(vlm, method, monkeypatch, after=2)
-    made, windows = len(recording), family == "gemma3"
-    for one, other in zip(recorded, scores(vlm, method, monkeypatch, after=99), strict=True):
-        close(one, other)
-    assert made == (0 if windows else 2), "once, and anew when half of the rows have left"
-    assert len(recording) == made
+    for shown in ((0, 1, 0, 1), (1, 1, 1, 1)):
+        for one, other in zip(
+            scores(vlm, method, monkeypatch, recorded=True, shown=shown),
+            scores(vlm, method, monkeypatch, recorded=False, shown=shown),
+            strict=True,
+        ):
+            close(one, other)
+    assert len(recording) == (0 if family == "gemma3" else 2), "four rows, and two when half of them have left"
 
 
-@pytest.mark.parametrize("room", [1, 3, 5])
+def test_a_recording_serves_later_calls_and_what_has_changed_none(recording, monkeypatch):
+    vlm, method = vlm_of("llava"), method_of(STRONG["var"])
+    for expected in (2, 2):  # four rows, and two when half of them have left
+        scores(vlm, method, monkeypatch, recorded=True)
+        assert len(recording) == expected
+    scores(
+        vlm,
+        method_of(STRONG["var"].replace("moved_fraction=1", "moved_fraction=0.5")),
+        monkeypatch,
+        recorded=True,
+    )
+    assert len(recording) == 4, "another parameter is another step"
+    with torch.no_grad():
+        vlm.model.lm_head.weight.mul_(1)
+    scores(vlm, method, monkeypatch, recorded=True)
+    assert len(recording) == 6, "weights were written to"
+    assert forget(vlm.model)
+    assert not forget(vlm.model)
+
+
+@pytest.mark.parametrize("room", [1, 3])
 def test_a_recording_that_is_full_is_made_anew(room, recording, monkeypatch):
     vlm, method = vlm_of("qwen2_5_vl"), method_of(STRONG["chain"])
-    recorded = scores(vlm, method, monkeypatch, after=2, room=room)
+    recorded = scores(vlm, method, monkeypatch, recorded=True, room=room, keys=4)
     assert len(recording) >= 3
-    for one, other in zip(recorded, scores(vlm, method, monkeypatch, after=99), strict=True):
+    for one, other in zip(recorded, scores(vlm, method, monkeypatch, recorded=False), strict=True):
         close(one, other)
 
 
 def test_short_answers_and_beams_are_not_recorded(recording):
     vlm = vlm_of("llava")
     shown = batch_of(vlm, [0]).pictures[0][0]
-    vlm.generate([shown], "what is it?", max_new_tokens=8)
+    vlm.generate([shown], "what is it?", max_new_tokens=4)
     assert not recording
     vlm.generate([shown], "what is it?", max_new_tokens=24, num_beams=2)
     assert not recording
     long = vlm.generate([shown], "what is it?", max_new_tokens=24)
-    assert len(recording) == 1 or long[0].tokens < 6
+    assert len(recording) == 1 or long[0].tokens < 2

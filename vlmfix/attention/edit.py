@@ -16,8 +16,20 @@ from torch.nn.functional import pad
 
 from vlmfix.errors import UnsupportedAttentionError, UsageError
 
-Memory = dict[str, Tensor]
-"""What an edit has learned in one layer from the prompt, by names of its own."""
+
+@dataclass(frozen=True, eq=False)
+class Memory:
+    """What an edit has learned in one layer from the prompt, by names of its own.
+
+    Attributes:
+        of_rows: (B, ...) tensors.
+        of_keys: (B, ..., T) tensors, and what stands at the keys behind the prompt.
+    """
+
+    of_rows: dict[str, Tensor] = field(default_factory=dict)
+    of_keys: dict[str, tuple[Tensor, float]] = field(default_factory=dict)
+
+
 Rows = Literal["text", "last", "prompt", "all"]
 """Query rows of the prompt that an edit touches: the text after a picture; only the row that predicts; every token's
 row, which the kernel recomputes (give such an edit ``blockwise``, or all of attention stands in memory at once); or
@@ -85,8 +97,8 @@ class Site:
         live: (N,) int64, rows of the batch that are no contrast rows; beams of one sample stand side by side.
         block: In prefill, number of the block of query rows that these R are, from 0; see ``AttentionEdit.blockwise``.
         hidden: (B, Q, hidden size) residual stream that enters the layer, when the edit asked for it.
-        memory: What the edit has learned in this layer from the prompt, by names of its own: tensors with one entry for
-            each of the B rows. Filled in prefill, read in decoding, where rows that have ended are taken out.
+        memory: What the edit has learned in this layer from the prompt; written by ``learn`` and ``learn_of_keys`` in
+            prefill, read by ``learned`` in both. Rows that have ended are taken out of it.
     """
 
     layer: int
@@ -102,7 +114,7 @@ class Site:
     live: Tensor
     block: int = 0
     hidden: Tensor | None = None
-    memory: Memory = field(default_factory=dict)
+    memory: Memory = field(default_factory=Memory)
 
     @property
     def predicting(self) -> int:
@@ -112,18 +124,25 @@ class Site:
         """
         return self.queries.shape[1] - 1 - (self.allowed.shape[-1] - self.prompt)
 
+    def learn(self, name: str, values: Tensor) -> None:
+        """Keeps (B, ...) values until the call ends."""
+        self.memory.of_rows[name] = values
+
+    def learn_of_keys(self, name: str, values: Tensor, *, fill: float = 0) -> None:
+        """Keeps (B, ..., T) values of the prompt's tokens until the call ends; later tokens have ``fill``."""
+        self.memory.of_keys[name] = values, fill
+
     def learned(self, name: str) -> Tensor:
-        """Gives what the edit has learned from the prompt.
+        """Gives what the edit has learned from the prompt: (B, ...) of rows, (B, ..., K) of keys.
 
         Raises:
             UnsupportedAttentionError: The prompt did not pass before.
         """
-        if name not in self.memory:
+        if name in self.memory.of_rows:
+            return self.memory.of_rows[name]
+        if name not in self.memory.of_keys:
             raise UnsupportedAttentionError("a token came before its prompt", "let generate read the prompt itself")
-        return self.memory[name]
-
-    def over_keys(self, values: Tensor, *, fill: float = 0) -> Tensor:
-        """Widens (..., T) values of the prompt's tokens to all keys, (..., K); ``fill`` stands at the later ones."""
+        values, fill = self.memory.of_keys[name]
         later = self.image_keys.shape[1] - values.shape[-1]
         return pad(values, (0, later), value=fill) if later else values
 
@@ -155,6 +174,7 @@ class AttentionEdit:
             the keys and not with their square. Such an edit may use only the row that it edits, and what a reading
             before it has learned: a reading sees all blocks before the next edit sees the first.
         needs_hidden: Whether it reads the residual stream.
+        of_prompt: Names of its fields that are read while the prompt passes, and not in decoding.
 
     Attributes:
         memory: Layer number -> ``Site.memory``, as it was when the prompt had passed.
@@ -165,6 +185,7 @@ class AttentionEdit:
     rows: ClassVar[Rows] = "text"
     blockwise: ClassVar[bool] = False
     needs_hidden: ClassVar[bool] = False
+    of_prompt: ClassVar[frozenset[str]] = frozenset()
 
 
 class BiasEdit(AttentionEdit, ABC):

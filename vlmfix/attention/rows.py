@@ -49,7 +49,7 @@ class Step:
     image_keys: Tensor
     text_keys: Tensor
     answer_keys: Tensor
-    memory: Memory = field(default_factory=dict)
+    memory: Memory = field(default_factory=Memory)
     mixed: bool = True
     live_rows: Tensor = field(init=False)
 
@@ -60,7 +60,10 @@ class Step:
         """The step of a call that goes on with some of its rows, which ``pick`` takes out of a tensor of all rows."""
         return replace(
             self,
-            memory={name: pick(values) for name, values in self.memory.items()},
+            memory=Memory(
+                {name: pick(values) for name, values in self.memory.of_rows.items()},
+                {name: (pick(values), fill) for name, (values, fill) in self.memory.of_keys.items()},
+            ),
             prompt_rows=pick(self.prompt_rows),
             live=pick(self.live),
             image_keys=pick(self.image_keys),

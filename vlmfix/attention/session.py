@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from vlmfix.attention.edit import AttentionEdit, OutputEdit
+from vlmfix.attention.edit import AttentionEdit, Memory, OutputEdit
 from vlmfix.attention.kernel import HEADROOM, NAME, PLAN, LayerPlan, attention
 from vlmfix.attention.rows import Step
 from vlmfix.errors import UnsupportedAttentionError
@@ -70,10 +70,6 @@ class AtWork:
 
         for plan in self.plans.values():
             plan.steps = tuple(step.of_rows(pick) for step in plan.steps)
-
-    def held(self) -> object:
-        """What the edits know of the present rows: alive as long as somebody has it."""
-        return [plan.steps for plan in self.plans.values()]
 
 
 def _edited(
@@ -239,7 +235,7 @@ def _plans(
         here = [edit for edit in edits if layer in wanted[edit]]
         union = torch.stack([masks[edit] & live[:, None] for edit in here]).any(0).any(0).nonzero().squeeze(1)
         steps = tuple(
-            Step(edit, masks[edit][:, union], live, image, text, answer, edit.memory.setdefault(layer, {}), mixed)
+            Step(edit, masks[edit][:, union], live, image, text, answer, edit.memory.setdefault(layer, Memory()), mixed)
             for edit in here
         )
         plans[layer] = LayerPlan(layer=layer, rows=union, prompt=length, steps=steps)

@@ -6,22 +6,20 @@ The cache, the mask and the positions belong to the call and are handed to the m
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import Cache
 
-from vlmfix.decoding.graphs import AFTER, ROOM, Recorded
+from vlmfix.attention.state import Plans
+from vlmfix.decoding.graphs import ROOM, SHORT, Recorded, Recordings, capacity, kind_of, slots
 from vlmfix.decoding.rows import Rows
 from vlmfix.errors import UpstreamError
 from vlmfix.models.checkpoint import Checkpoint
 from vlmfix.upstream import cache as caches
 from vlmfix.upstream.names import name_of
 from vlmfix.upstream.versions import say_once
-
-RECORDING = ("cuda",)
-"""Kinds of devices on which steps are recorded."""
 
 
 class Passes:
@@ -31,25 +29,45 @@ class Passes:
         vlm: The model; edits that are at work act in these passes.
         rows: The rows.
         room: Longest answer in tokens.
-        held: Gives what edits know of the rows, which a recorded step reads; None to record no step.
+        plans: The edits at work.
+        recordings: The model's recorded steps; None to record no step.
+        reorders: Whether rows change their order at every step; they are then not kept where there is room.
     """
 
-    def __init__(self, vlm: Checkpoint, rows: Rows, room: int, held: Callable[[], object] | None) -> None:
+    def __init__(
+        self,
+        vlm: Checkpoint,
+        rows: Rows,
+        room: int,
+        *,
+        plans: Plans,
+        recordings: Recordings | None = None,
+        reorders: bool = False,
+    ) -> None:
         self._model: Any = vlm.model
         taken = ("ids", "positions", "mask", "cache")
         self._names = [name_of(type(vlm.model), value) for value in taken]
-        self._rows = rows
-        self._held = held if rows.ids.device.type in RECORDING else None
-        self._left, self._steps = room, 0
+        self._rows, self._plans = rows, plans
+        self._left = room
+        self._recordings = recordings if room > SHORT else None
         self._recorded: Recorded | None = None
-        self._cache: Any = caches.fresh(vlm.model)
+        self._new = False
+        self._cache: Any = caches.fresh(vlm.model) if reorders else self._roomy(room)
+        if not caches.is_roomy(self._cache):
+            self._recordings = None
         self._mask = rows.mask  # (R, T + tokens so far)
         self._next = rows.positions[..., -1:]  # (R, 1) or (3 or 4, R, 1), that of the newest token
 
+    def _roomy(self, room: int) -> Cache:
+        rows, tokens = len(self._rows.ids), self._rows.length
+        if self._recordings is None:
+            return caches.roomy(self._model, caches.Arena(), rows, tokens + min(room, ROOM), ROOM)
+        return caches.roomy(self._model, self._recordings.arena, slots(rows), capacity(tokens, room), ROOM)
+
     @property
     def recorded(self) -> bool:
-        """Whether the newest token passed in a recorded step, in which no edit is called."""
-        return self._recorded is not None
+        """Whether the newest token passed in a step that was recorded before, in which no edit is called."""
+        return self._recorded is not None and not self._new
 
     def prompt(self) -> Tensor:
         """The logits that follow each prompt, (R, V) float32."""
@@ -62,11 +80,11 @@ class Passes:
         Args:
             tokens: (R,) int64.
         """
-        self._left, self._steps = self._left - 1, self._steps + 1
+        self._left, self._new = self._left - 1, False
         if self._recorded is not None and self._recorded.full:
             self._go_on_unrecorded(self._recorded)
-        if self._recorded is None and self._held is not None and self._steps > AFTER and self._left > AFTER:
-            self._record()
+        elif self._recorded is None and self._recordings is not None:
+            self._record(self._recordings)
         if self._recorded is not None:
             return self._recorded.token(tokens)
         self._next = self._next + 1
@@ -87,20 +105,30 @@ class Passes:
         self._mask, self._next = self._mask[rows], self._next[..., rows, :]
 
     def _go_on_unrecorded(self, recorded: Recorded) -> None:
-        self._cache, self._mask, self._next = recorded.given_back()
+        self._mask, self._next = recorded.given_back()
+        for layer in caches.room_of(self._cache):
+            layer.grow(recorded.tokens)
+        self._cache.reorder_cache(recorded.rows)
         self._recorded = None
 
-    def _record(self) -> None:
-        held, self._held = self._held, None
-        if held is None or caches.has_windows(self._cache):
-            return
-        room = min(self._left + 1, ROOM)
-        try:
-            self._recorded = Recorded(self._model, self._logits, self._cache, self._mask, self._next, room, held())
-        except (UpstreamError, RuntimeError) as error:
-            say_once(f"decoding steps are not recorded as CUDA graphs, which costs time: {error}")
-            return
-        self._held, self._cache = held, None  # its keys and values stand in the recorded step's own cache
+    def _record(self, recordings: Recordings) -> None:
+        """Goes on in a recorded step, made now if there is none."""
+        rows, keys = slots(len(self._mask)), capacity(self._mask.shape[1], self._left + 1)
+        for layer in caches.room_of(self._cache):
+            layer.reserve(rows, keys)
+        kind = kind_of(self._plans, self._next, rows, keys)
+        recorded = recordings.of(kind)
+        if recorded is None:
+            try:
+                recorded = Recorded(self._logits, recordings, self._plans, self._mask, self._next, rows, keys)
+            except (UpstreamError, RuntimeError) as error:
+                self._recordings = None
+                say_once(f"decoding steps are not recorded as CUDA graphs, which costs time: {error}")
+                return
+            recordings.made[kind] = recorded
+            self._new = True
+        recorded.begin(self._plans, self._mask, self._next)
+        self._recorded = recorded
 
     def _logits(self, ids: Tensor, positions: Tensor, mask: Tensor, cache: object, **given: Any) -> Tensor:
         given |= dict(zip(self._names, (ids, positions, mask, cache), strict=True))

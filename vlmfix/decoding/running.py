@@ -16,6 +16,7 @@ from torch import Tensor
 from vlmfix.attention.session import Acting, AtWork, edited
 from vlmfix.attention.windows import check_windows
 from vlmfix.decoding.branches import Contrast
+from vlmfix.decoding.graphs import recordings_of
 from vlmfix.decoding.passes import Passes
 from vlmfix.decoding.plan import DecodingPlan
 from vlmfix.decoding.prefix import Prompts, prompts_of, shared_prefixes
@@ -25,6 +26,9 @@ from vlmfix.models.checkpoint import Checkpoint
 from vlmfix.models.context import room_for_answers
 from vlmfix.models.layout import Batch, ImageLayout
 from vlmfix.models.turns import turn_of
+
+RECORDING = ("cuda",)
+"""Kinds of devices on which steps are recorded."""
 
 
 class Running:
@@ -117,6 +121,8 @@ def running(
     """
     branches = [branch for contrast in plan.contrasts for branch in contrast.branches]
     with turn_of(vlm.model).taken(), torch.no_grad():
+        recorded = plan.compiles and not reorders and vlm.device.type in RECORDING
+        recordings = recordings_of(vlm) if recorded else None
         rows = rows_of(vlm, batch, branches)
         left = room_for_answers(vlm, rows.longest)
         room = [limit] * batch.rows if left is None else left.clamp(max=limit).tolist()
@@ -124,8 +130,7 @@ def running(
         check_windows(vlm, layers, rows.length, max(room))
         wide, live = rows.layout(layout)
         with edited(vlm, wide, plan.edits, live=live) as work:
-            recorded = plan.compiles and not reorders
-            passes = Passes(vlm, rows, max(room), work.held if recorded else None)
+            passes = Passes(vlm, rows, max(room), plans=work.plans, recordings=recordings, reorders=reorders)
             alike = prompts_of(vlm, batch, branches)
             yield Running(vlm, passes, rows.copies, work, plan.contrasts, alike, room, name)
 

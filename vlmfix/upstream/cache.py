@@ -13,9 +13,6 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer, St
 from vlmfix.upstream.names import name_of
 from vlmfix.upstream.versions import missing
 
-PLAIN = (DynamicLayer, DynamicSlidingWindowLayer, StaticLayer, StaticSlidingWindowLayer)
-"""Cache layers that hold plain keys and values; a subclass may hold them otherwise."""
-
 
 def handed_over(model: PreTrainedModel, cache: Cache) -> dict[str, Cache]:
     """The argument that gives a model, or its ``generate``, a cache.
@@ -70,9 +67,10 @@ def is_plain(cache: Cache | None, prompt: int) -> bool:
     """Whether a cache is dynamic or static and all its layers keep every key of a prompt of so many tokens."""
     if cache is None or type(cache) not in (DynamicCache, StaticCache):
         return False
-    for layer in list[Any](cache.layers):
+    plain = (DynamicLayer, DynamicSlidingWindowLayer, StaticLayer, StaticSlidingWindowLayer, RoomyLayer)
+    for layer in list[Any](cache.layers):  # a subclass of somebody else's may hold keys and values otherwise
         window = _window(layer)
-        if type(layer) not in PLAIN or (layer.is_sliding and (window is None or window <= prompt)):
+        if type(layer) not in plain or (layer.is_sliding and (window is None or window <= prompt)):
             return False
     return True
 
@@ -193,44 +191,183 @@ def _window(layer: Any) -> int | None:  # noqa: ANN401 (cache layers differ)
     return window
 
 
-def fresh(model: PreTrainedModel) -> DynamicCache:
-    """An empty dynamic cache with the layers, windows included, that the model's text decoder has."""
-    return DynamicCache(config=model.config.get_text_config(decoder=True))
+class Arena:
+    """Memory for the keys and values of a model's layers, which calls use one after the other.
+
+    Attributes:
+        moved: How often some of it was given anew: what was recorded over the former memory is void.
+    """
+
+    def __init__(self) -> None:
+        self.moved = 0
+        self._held: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def part(self, layer: int, keys: Tensor, values: Tensor, rows: int, capacity: int) -> tuple[Tensor, Tensor]:
+        """Memory for a layer, (rows, G, capacity, D) keys and values; what stood in it may still stand there.
+
+        Args:
+            layer: Number of the layer.
+            keys: (B, G, Q, D), of the kind that it is to hold.
+            values: (B, G, Q, D).
+            rows: Rows, B or more.
+            capacity: Tokens.
+        """
+        held = self._held.get(layer)
+        if held is None or not (_fits(held[0], keys, rows, capacity) and _fits(held[1], values, rows, capacity)):
+            held = None
+            self._held.pop(layer, None)  # before the new one is taken
+            self.moved += 1
+            self._held[layer] = _room(keys, rows, capacity), _room(values, rows, capacity)
+        keys, values = self._held[layer]
+        return keys[:rows, :, :capacity], values[:rows, :, :capacity]
+
+    def fixed(self, rows: int, capacity: int, column: Tensor) -> DynamicCache:
+        """A cache over what it holds whose passes write one token at a column, and see the whole capacity.
+
+        Args:
+            rows: Rows of the passes.
+            capacity: Keys that they see.
+            column: (1,) int64; where the token is written, read by each pass from the same memory.
+        """
+        cache = DynamicCache()
+        for _, (keys, values) in sorted(self._held.items()):
+            cache.layers.append(FixedLayer(keys[:rows, :, :capacity], values[:rows, :, :capacity], column))
+        return cache
 
 
-def preallocated(model: PreTrainedModel, cache: Cache, capacity: int) -> StaticCache:
-    """A static cache with the keys and values of a dynamic one, and room for more.
+def _fits(held: Tensor, wanted: Tensor, rows: int, capacity: int) -> bool:
+    same = (held.dtype, held.device, held.shape[1], held.shape[3])
+    return same == (wanted.dtype, wanted.device, wanted.shape[1], wanted.shape[3]) and (
+        held.shape[0] >= rows and held.shape[2] >= capacity
+    )
+
+
+def _room(like: Tensor, rows: int, capacity: int) -> Tensor:
+    return like.new_zeros(rows, like.shape[1], capacity, like.shape[3])  # a key that is masked must be a number
+
+
+class RoomyLayer(DynamicLayer):
+    """One layer of a cache that has room for the tokens to come, so that a new one is written and nothing is copied.
+
+    Args:
+        arena: Where the memory comes from.
+        number: The layer.
+        rows: Rows that there is room for.
+        capacity: Tokens that there is room for; when they are used up it takes ``more``.
+        more: Tokens.
+    """
+
+    def __init__(self, arena: Arena, number: int, rows: int, capacity: int, more: int) -> None:
+        super().__init__()
+        self._arena, self._number, self._rows = arena, number, rows
+        self._capacity, self._more = capacity, more
+        self._room: tuple[Tensor, Tensor] | None = None
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Writes (B, G, Q, D) keys and values behind those that stand there, and returns all, (B, G, K, D)."""
+        before = self.get_seq_length()
+        end = before + key_states.shape[2]
+        if self._room is None or end > self._capacity:
+            self._make_room(key_states, value_states, before, end)
+        both = []
+        for room, new in zip(self._room or (), (key_states, value_states), strict=True):
+            room[: len(new), :, before:end] = new
+            both.append(room[: len(new), :, :end])
+        self.keys, self.values = both
+        self.device, self.is_initialized = self.keys.device, True
+        return self.keys, self.values
+
+    def _make_room(self, keys: Tensor, values: Tensor, before: int, end: int) -> None:
+        former = [x.clone() for x in (self.keys, self.values) if x is not None]
+        while self._capacity < end:
+            self._capacity += self._more
+        self._room = self._arena.part(self._number, keys, values, max(self._rows, len(keys)), self._capacity)
+        for room, old in zip(self._room, former, strict=False):
+            room[: len(old), :, :before] = old
+
+    def grow(self, tokens: int) -> None:
+        """Takes note that as many tokens stand in its room, which others have written."""
+        if self._room is not None:
+            rows = 0 if self.keys is None else len(self.keys)
+            self.keys, self.values = (room[:rows, :, :tokens] for room in self._room)
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Goes on with some of the rows, in the order given."""
+        if self._room is not None and self.keys is not None and self.values is not None:
+            both = []
+            for room, old in zip(self._room, (self.keys, self.values), strict=True):
+                kept = old.index_select(0, beam_idx.to(old.device))  # apart: rows may be written over each other
+                room[: len(kept), :, : kept.shape[2]] = kept
+                both.append(room[: len(kept), :, : kept.shape[2]])
+            self.keys, self.values = both
+
+    def reserve(self, rows: int, capacity: int) -> None:
+        """Sees to it that there is room for rows and tokens, with zeros where no row or token is yet."""
+        if self._room is None or self.keys is None or self.values is None:
+            raise RuntimeError("no prompt has passed")
+        count, _, tokens, _ = self.keys.shape
+        if len(self._room[0]) < rows or self._room[0].shape[2] < capacity:
+            self._rows, self._capacity = max(rows, self._rows), max(capacity, self._capacity)
+            self._make_room(self.keys, self.values, tokens, tokens)
+            self.grow(tokens)
+        for room in self._room:
+            room[:rows, :, tokens:capacity].zero_()
+            room[count:rows, :, :capacity].zero_()
+
+
+class FixedLayer(DynamicLayer):
+    """One layer of a cache whose passes write one token at a column that stands in memory.
+
+    Args:
+        keys: (B, G, K, D), written into.
+        values: (B, G, K, D), written into.
+        column: (1,) int64.
+    """
+
+    def __init__(self, keys: Tensor, values: Tensor, column: Tensor) -> None:
+        super().__init__()
+        self.lazy_initialization(keys, values)
+        self.keys, self.values, self._column = keys, values, column
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Writes the (B, G, 1, D) keys and values, and returns all, (B, G, K, D)."""
+        keys, values = self.keys, self.values
+        if keys is None or values is None:
+            raise RuntimeError("the recorded step's cache was reset")
+        column = self._column.to(keys.device)
+        return keys.index_copy_(2, column, key_states), values.index_copy_(2, column, value_states)
+
+
+def roomy(model: PreTrainedModel, arena: Arena, rows: int, capacity: int, more: int) -> DynamicCache:
+    """An empty cache like ``fresh``, with room in an arena; without it where some layer has a window.
 
     Args:
         model: The model.
-        cache: A dynamic cache without sliding layers.
-        capacity: Tokens that it holds.
+        arena: Where the memory comes from.
+        rows: Rows that there is room for.
+        capacity: Tokens that there is room for.
+        more: How many more are taken when they are used up.
     """
-    static = StaticCache(config=model.config.get_text_config(decoder=True), max_cache_len=capacity)
-    for number, (keys, values) in enumerate(keys_and_values(cache)):
-        fill(static, number, keys, values)
-    return static
+    cache = fresh(model)
+    if all(type(layer) is DynamicLayer for layer in cache.layers):
+        count = range(len(cache.layers))
+        cache.layers = [RoomyLayer(arena, number, rows, capacity, more) for number in count]
+    return cache
 
 
-def counters(cache: StaticCache) -> list[Tensor]:
-    """The tensors in which the layers of a filled static cache count their tokens, and which a pass changes.
-
-    Raises:
-        UpstreamError: They count otherwise.
-    """
-    found = [getattr(layer, "cumulative_length", None) for layer in list[Any](cache.layers)]
-    known = [counter for counter in found if isinstance(counter, Tensor)]
-    if len(known) < len(found):
-        raise missing("layers of a static cache have no tensor cumulative_length, so its steps are not recorded")
-    return known
+def is_roomy(cache: Cache) -> bool:
+    """Whether a cache is one of ``roomy`` with room in an arena."""
+    return all(isinstance(layer, RoomyLayer) for layer in cache.layers)
 
 
-def shortened(model: PreTrainedModel, cache: StaticCache, rows: Tensor, tokens: int) -> DynamicCache:
-    """A dynamic cache with the first tokens of some rows of a static one, (R,) int64."""
-    dynamic = fresh(model)
-    for number, (keys, values) in enumerate(keys_and_values(cache)):
-        fill(dynamic, number, keys[rows, :, :tokens], values[rows, :, :tokens])
-    return dynamic
+def room_of(cache: Cache) -> list[RoomyLayer]:
+    """The layers of a cache with room in an arena."""
+    return [layer for layer in cache.layers if isinstance(layer, RoomyLayer)]
+
+
+def fresh(model: PreTrainedModel) -> DynamicCache:
+    """An empty dynamic cache with the layers, windows included, that the model's text decoder has."""
+    return DynamicCache(config=model.config.get_text_config(decoder=True))
 
 
 def has_windows(cache: Cache) -> bool:

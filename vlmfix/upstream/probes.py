@@ -232,7 +232,7 @@ def sliding_cache(bench: Bench) -> None:
 
 
 def static_cache(bench: Bench) -> None:
-    """A static cache says what it holds and counts its tokens in tensors."""
+    """A static cache says what it holds."""
     model, widths, found = bench.llava, [], []
 
     def show(decoder: nn.Module, args: object, kwargs: dict[str, Any]) -> None:
@@ -245,9 +245,26 @@ def static_cache(bench: Bench) -> None:
     capacity = widths[0]
     _require(found[-1] == (True, (capacity, capacity)), "a static cache does not show its capacity")
     _require(torch.equal(tokens, bench.generate(model, bench.prompt, 3)), "a static cache gives other tokens")
-    dynamic = cache.returned(model, model(**bench.prompt, use_cache=True, return_dict=True))
-    counted = cache.counters(cache.preallocated(model, dynamic, capacity))
-    _require([int(count) for count in counted] == [cache.length(dynamic)] * len(counted), "a static cache counts amiss")
+
+
+def roomy_cache(bench: Bench) -> None:
+    """Keys and values may be written into memory that is there, at a place that stands in memory."""
+    model, arena = bench.llava, cache.Arena()
+    filled = cache.roomy(model, arena, 3, 12, 4)
+    _require(cache.is_roomy(filled), "a text decoder without windows has layers of another kind")
+    places = positions.prompt_positions(model, bench.prompt)
+    newest = {"input_ids": bench.prompt["input_ids"][:, -1:], "position_ids": places[:, -1:] + 1}
+    mask = torch.nn.functional.pad(bench.prompt["attention_mask"], (0, 1), value=1)
+    with torch.no_grad():
+        wanted = bench.logits(model, **bench.prompt | {"position_ids": places}, **cache.handed_over(model, filled))
+        plain = library.DynamicCache()
+        expected = bench.logits(model, **bench.prompt | {"position_ids": places}, **cache.handed_over(model, plain))
+        _close(wanted, expected, "a cache with room gives other logits")
+        expected = bench.logits(model, **newest, attention_mask=mask, **cache.handed_over(model, plain))
+        fixed = arena.fixed(2, 12, torch.tensor([cache.length(filled)]))
+        visible = torch.nn.functional.pad(mask, (0, 12 - mask.shape[1])).bool()[:, None, None]
+        found = bench.logits(model, **newest, attention_mask=visible, **cache.handed_over(model, fixed))
+    _close(found[:, -1], expected[:, -1], "a step that writes at a column gives other logits")
 
 
 def decoding_loop(bench: Bench) -> None:

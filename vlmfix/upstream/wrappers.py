@@ -69,11 +69,27 @@ def weights_of(model: nn.Module) -> Hashable:
     """Something that differs when a model's weights were written to, or other adapters of PEFT act in it."""
     written = sum(0 if weight.is_inference() else weight._version for weight in model.parameters())
     adapters = tuple(
-        (name, str(module.active_adapters), bool(module.disable_adapters), bool(getattr(module, "merged", False)))
+        (name, str(module.active_adapters), module.disable_adapters, bool(getattr(module, "merged", False)))
         for name, module in model.named_modules()
-        if hasattr(module, "disable_adapters") and hasattr(module, "active_adapters")
+        if isinstance(getattr(module, "disable_adapters", None), bool)  # models have a method of that name
     )
     return written, adapters
+
+
+def state_of(model: nn.Module, decoder: nn.Module) -> Hashable:
+    """Something that differs when a model's text decoder would compute otherwise: weights, adapters, hooks, forwards.
+
+    Args:
+        model: The model.
+        decoder: Its text decoder; hooks elsewhere, which transformers adds to vision towers, do not count.
+    """
+    places = hash(tuple(weight.data_ptr() for weight in (*model.parameters(), *model.buffers())))
+    added = tuple(
+        (name, len(module._forward_hooks), len(module._forward_pre_hooks), "forward" in module.__dict__)
+        for name, module in (("model", model), *decoder.named_modules())
+        if module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__
+    )
+    return weights_of(model), places, added, model.training
 
 
 def compiled(model: nn.Module) -> bool:

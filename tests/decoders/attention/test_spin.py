@@ -33,7 +33,7 @@ def test_scores_and_weights_rank_differently():
         edit = ByScores(share=0.5, factor=0.0)
         assert edit.scores(HERE, scores) is scores
         assert (edit.weights(HERE, weights).sum(-1).flatten() == 0).tolist() == [least == 0, least == 1]
-        assert "gains" not in HERE.memory
+        assert not HERE.memory.of_rows
     by_attention = ByAttention(share=0.5, factor=0.0).weights(HERE, weights)
     assert (by_attention.sum(-1).flatten() == 0).tolist() == [True, False]
 

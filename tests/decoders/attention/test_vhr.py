@@ -144,7 +144,7 @@ def test_a_gain_is_one_on_the_heads_columns_of_the_output_projection():
         try:
             with torch.no_grad():
                 for layer, memory in edit.memory.items():
-                    columns = memory["heads"][0].repeat_interleave(8)
+                    columns = memory.of_rows["heads"][0].repeat_interleave(8)
                     assert columns.sum() == 32
                     weights[layer][:, columns] *= alpha
             close(got, plain(vlm, batch))
@@ -161,7 +161,7 @@ class Watch(LogitsProcessor):
         self.edit, self.seen = edit, []
 
     def __call__(self, input_ids, scores):
-        self.seen.append({layer: memory["heads"] for layer, memory in self.edit.memory.items()})
+        self.seen.append({layer: memory.of_rows["heads"] for layer, memory in self.edit.memory.items()})
         return scores
 
 
@@ -176,7 +176,7 @@ def test_heads_are_chosen_once_and_anew_for_every_prompt():
         logits(vlm, batch, decoder, logits_processor=[watch, Forced(torch.tensor([tokens]), batch.length)])
         assert len(watch.seen) == 3
         assert all(after[layer] is watch.seen[0][layer] for after in watch.seen for layer in range(3))
-        chosen.append(torch.cat([memory["heads"] for memory in edit.memory.values()]))
+        chosen.append(torch.cat([memory.of_rows["heads"] for memory in edit.memory.values()]))
     assert torch.equal(chosen[0], chosen[1])
     assert not torch.equal(chosen[0], chosen[2])
 

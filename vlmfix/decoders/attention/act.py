@@ -271,6 +271,7 @@ class Calibration(WeightEdit):
 
     rows: ClassVar[Rows] = "prompt"
     blockwise: ClassVar[bool] = True
+    of_prompt: ClassVar[frozenset[str]] = frozenset({"search", "chosen"})
 
     search: SinkSearch
     chosen: Tensor
@@ -279,8 +280,8 @@ class Calibration(WeightEdit):
     def weights(self, site: Site, weights: Tensor) -> Tensor:
         """(B, H, R, K), calibrated in the chosen heads."""
         if site.prefill and site.block == 0:
-            site.memory["sinks"] = self.search.sinks(site) & self.chosen[site.layer, :, None]
-        sink = site.over_keys(site.learned("sinks"))  # (B, H, K); generated tokens are never sinks
+            site.learn_of_keys("sinks", self.search.sinks(site) & self.chosen[site.layer, :, None])
+        sink = site.learned("sinks")  # (B, H, K); generated tokens are never sinks
         return calibrate(weights, sink, kept=self.kept)
 
 

@@ -228,6 +228,7 @@ class Enhancement(WeightEdit):
     image_heads: float
     question_heads: float
     rows: ClassVar[Rows] = "last"
+    of_prompt: ClassVar[frozenset[str]] = frozenset({"reading", "known", "question", "alpha", "clip"})
 
     def weights(self, site: Site, weights: Tensor) -> Tensor:
         """(B, H, R, K), raised in the heads that look at the picture and at the question."""
@@ -236,8 +237,8 @@ class Enhancement(WeightEdit):
         return enhance(
             weights,
             site.image_keys,
-            site.over_keys(site.learned("question")),  # (B, K)
-            site.over_keys(site.learned("gain"), fill=1),  # (B, K)
+            site.learned("question"),  # (B, K)
+            site.learned("gain"),  # (B, K)
             beta=self.beta,
             image_heads=self.image_heads,
             question_heads=self.question_heads,
@@ -246,8 +247,9 @@ class Enhancement(WeightEdit):
     def _learn(self, site: Site) -> None:
         image = site.image_keys[:, : site.prompt]  # (B, T)
         saliency = self.reading.saliency() if self.known is None else per_row(site, self.known)
-        site.memory["gain"] = gains(saliency[:, : site.prompt], image, alpha=self.alpha, clip=self.clip)
-        site.memory["question"] = per_row(site, self.question)
+        gain = gains(saliency[:, : site.prompt], image, alpha=self.alpha, clip=self.clip)
+        site.learn_of_keys("gain", gain, fill=1)
+        site.learn_of_keys("question", per_row(site, self.question))
 
 
 def gains(saliency: Tensor, image: Tensor, *, alpha: float, clip: float) -> Tensor:

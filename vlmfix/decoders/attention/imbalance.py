@@ -277,12 +277,13 @@ class TokenGain(ScoreEdit):
     gains: Tensor
     heads: Tensor | None = None
     rows: ClassVar[Rows] = "last"
+    of_prompt: ClassVar[frozenset[str]] = frozenset({"gains"})
 
     def scores(self, site: Site, scores: Tensor) -> Tensor:
         """(B, H, R, K)."""
         if site.prefill:
-            site.memory["gains"] = site.spread(self.gains)  # (B, T)
-        gain = site.over_keys(site.learned("gains"))[:, None, None, :]  # (B, 1, 1, K)
+            site.learn_of_keys("gains", site.spread(self.gains))  # (B, T)
+        gain = site.learned("gains")[:, None, None, :]  # (B, 1, 1, K)
         if self.heads is not None:
             gain = gain * self.heads[site.layer][None, :, None, None]  # (B, H, 1, K)
         return scores + gain * scores.abs()

@@ -131,7 +131,7 @@ class Local(AttentionEdit):
         key = torch.arange(site.allowed.shape[-1], device=site.queries.device)
         query = site.queries[:, None, :, None]  # (1 or B, 1, R, 1)
         if site.prefill:
-            site.memory["start"] = self._start(site, key)
+            site.learn("start", self._start(site, key))
         start = site.learned("start")[:, None, None, None]  # (B, 1, 1, 1)
         return (key >= start) & (key >= query - self.size) & (key < query)
 

@@ -174,9 +174,9 @@ class ByScores(Suppression, ScoreEdit, WeightEdit):
 
     def scores(self, site: Site, scores: Tensor) -> Tensor:
         """The same scores."""
-        site.memory["gains"] = self.gains(site, scores)  # (B, H, R, 1), until the weights of the same pass
+        site.learn("gains", self.gains(site, scores))  # (B, H, R, 1), until the weights of the same pass
         return scores
 
     def weights(self, site: Site, weights: Tensor) -> Tensor:
         """(B, H, R, K)."""
-        return weights * site.memory.pop("gains")
+        return weights * site.memory.of_rows.pop("gains")

@@ -182,8 +182,8 @@ class Redistribution(WeightEdit):
         if site.prefill:
             if site.hidden is None:
                 raise RuntimeError("the residual stream was not recorded")
-            site.memory["sinks"] = sink_strength(site.hidden[:, : site.prompt], self.dims) > self.threshold
-        sink = site.over_keys(site.learned("sinks"))  # (B, K); generated tokens are never sinks
+            site.learn_of_keys("sinks", sink_strength(site.hidden[:, : site.prompt], self.dims) > self.threshold)
+        sink = site.learned("sinks")  # (B, K); generated tokens are never sinks
         return redistribute(weights, site.image_keys, sink, moved=self.moved, ratio=self.ratio, mass=self.mass)
 
 

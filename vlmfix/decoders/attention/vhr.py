@@ -219,6 +219,7 @@ class Reinforcement(OutputEdit):
 
     gain: float
     rows: ClassVar[Rows] = "all"
+    of_prompt: ClassVar[frozenset[str]] = frozenset({"rule", "blind", "given"})
 
     @abstractmethod
     def chosen(self, site: Site, output: Tensor) -> Tensor:
@@ -227,7 +228,7 @@ class Reinforcement(OutputEdit):
     def output(self, site: Site, output: Tensor) -> Tensor:
         """(B, Q, H, D), reinforced."""
         if site.prefill:
-            site.memory["heads"] = self.chosen(site, output)  # (B, H)
+            site.learn("heads", self.chosen(site, output))  # (B, H)
         return torch.where(site.learned("heads")[:, None, :, None], output * self.gain, output)
 
 
@@ -312,7 +313,7 @@ def _chosen_together(
     model: Any = vlm.model
     with bare(vlm), edited(vlm, vlm.layout(both), [edit]):
         model(**both, use_cache=False, logits_to_keep=1)
-    return {layer: memory["heads"].chunk(2)[0] for layer, memory in edit.memory.items()}
+    return {layer: memory.of_rows["heads"].chunk(2)[0] for layer, memory in edit.memory.items()}
 
 
 def _stacked(vlm: Checkpoint, batch: Batch, blind: Batch) -> Batch:

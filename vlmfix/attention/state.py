@@ -1,0 +1,159 @@
+"""What edits know of the rows of a call, as tensors that a recorded decoding step reads and later calls write into.
+
+Shape letters (``docs/notation.md``): B rows of a call, T prompt tokens, K keys; here also G rows of a recorded step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, fields, replace
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from vlmfix.attention.edit import AttentionEdit, LayerSet, Memory, PromptReading
+from vlmfix.attention.kernel import LayerPlan
+from vlmfix.attention.rows import Step
+
+Axes = Literal["rows", "keys", "own"]
+"""Which axes of a tensor depend on the call: rows first; rows first and keys last; none."""
+Plans = Mapping[int, LayerPlan]
+"""What is at work, by layer number."""
+VALUES = (bool, int, float, str, tuple, frozenset, LayerSet, type(None))
+"""What an edit's field may hold to be compared by its value."""
+
+
+def key_of(plans: Plans) -> Hashable:
+    """Gives something that is equal for plans whose decoding steps differ in the content of tensors alone."""
+    places: dict[int, int] = {}
+
+    def told(values: Tensor, axes: Axes, fill: float) -> Hashable:
+        shape = {"rows": values.shape[1:], "keys": (len(values) == 1, values.shape[1:-1]), "own": values.shape}[axes]
+        return axes, shape, values.dtype, values.device, fill, places.setdefault(id(values), len(places))
+
+    return tuple(
+        (layer, step.mixed, _about(step.edit), tuple(told(*tensor) for tensor in _tensors(step)))
+        for layer, plan in plans.items()
+        for step in plan.steps
+    )
+
+
+def _about(edit: AttentionEdit) -> Hashable:
+    return type(edit), tuple(
+        (name, value if isinstance(value, VALUES) else "tensor" if isinstance(value, Tensor) else id(value))
+        for name, value in _decoding(edit)
+    )
+
+
+def _decoding(edit: AttentionEdit) -> Iterator[tuple[str, Any]]:
+    """The fields of an edit that it reads in decoding."""
+    if isinstance(edit, PromptReading):
+        return iter(())
+    left_out = {"memory", "layers", *edit.of_prompt}
+    return ((field.name, getattr(edit, field.name)) for field in fields(edit) if field.name not in left_out)
+
+
+def _tensors(step: Step) -> Iterator[tuple[Tensor, Axes, float]]:
+    """What a decoding step reads, always in the same order, with what stands at later keys."""
+    yield step.image_keys, "keys", False
+    yield step.text_keys, "keys", False
+    yield step.answer_keys, "keys", True
+    yield step.live, "rows", False
+    for _, values in sorted(step.memory.of_rows.items()):
+        yield values, "rows", 0
+    for _, (values, fill) in sorted(step.memory.of_keys.items()):
+        yield values, "keys", fill
+    for _, value in _decoding(step.edit):
+        if isinstance(value, Tensor):
+            yield value, "own", 0
+
+
+@dataclass(frozen=True, eq=False)
+class State:
+    """Tensors of a fixed size in the place of those of a call.
+
+    Attributes:
+        steps: Layer number -> the edits, over these tensors.
+    """
+
+    steps: Mapping[int, tuple[Step, ...]]
+
+    @classmethod
+    def like(cls, plans: Plans, rows: int, keys: int) -> State:
+        """Makes room for what some plans read.
+
+        Args:
+            plans: The plans.
+            rows: G.
+            keys: K.
+        """
+        made: dict[int, Tensor] = {}
+
+        def room(values: Tensor, axes: Axes) -> Tensor:
+            if id(values) not in made:
+                before = values.shape[:1] if len(values) == 1 and axes == "keys" else (rows,)
+                shape = {"rows": (rows, *values.shape[1:]), "keys": (*before, *values.shape[1:-1], keys)}
+                made[id(values)] = values.new_zeros(shape.get(axes, values.shape))
+            return made[id(values)]
+
+        edits: dict[AttentionEdit, AttentionEdit] = {}
+        for plan in plans.values():
+            for step in plan.steps:
+                own: dict[str, Any] = {
+                    name: room(value, "own") for name, value in _decoding(step.edit) if isinstance(value, Tensor)
+                }
+                edits.setdefault(step.edit, replace(step.edit, **own))
+        return cls({layer: tuple(_over(step, edits, room) for step in plan.steps) for layer, plan in plans.items()})
+
+    def load(self, plans: Plans) -> None:
+        """Takes over what other plans of the same ``key_of`` know of their rows; what is behind them is empty."""
+        done: set[int] = set()
+        for layer, steps in self.steps.items():
+            for mine, theirs in zip(steps, plans[layer].steps, strict=True):
+                for (room, axes, _), (values, _, fill) in zip(_tensors(mine), _tensors(theirs), strict=True):
+                    if id(room) not in done:
+                        done.add(id(room))
+                        _write(room, values, axes, fill)
+
+    @contextmanager
+    def standing_in(self, plans: Plans) -> Iterator[None]:
+        """Puts these tensors in the place of the plans' own inside the block."""
+        former = {layer: plan.steps for layer, plan in plans.items()}
+        try:
+            for layer, plan in plans.items():
+                plan.steps = self.steps[layer]
+            yield
+        finally:
+            for layer, plan in plans.items():
+                plan.steps = former[layer]
+
+
+def _over(step: Step, edits: Mapping[AttentionEdit, AttentionEdit], room: Callable[[Tensor, Axes], Tensor]) -> Step:
+    memory = step.memory
+    return replace(
+        step,
+        edit=edits[step.edit],
+        prompt_rows=step.prompt_rows[:, :0],
+        live=room(step.live, "rows"),
+        image_keys=room(step.image_keys, "keys"),
+        text_keys=room(step.text_keys, "keys"),
+        answer_keys=room(step.answer_keys, "keys"),
+        memory=Memory(
+            {name: room(values, "rows") for name, values in memory.of_rows.items()},
+            {name: (room(values, "keys"), fill) for name, (values, fill) in memory.of_keys.items()},
+        ),
+    )
+
+
+def _write(room: Tensor, values: Tensor, axes: Axes, fill: float) -> None:
+    if axes == "own":
+        room.copy_(values)
+        return
+    if axes == "keys":
+        keys = room.shape[-1]
+        values = pad(values[..., :keys], (0, max(0, keys - values.shape[-1])), value=fill)
+    room[: len(values)] = values
+    room[len(values) :] = torch.zeros((), dtype=room.dtype, device=room.device)
