@@ -23,26 +23,27 @@ class Again:
 
     def __init__(self, once):
         self.once, self.result = once, once()
-        self.plans = [(owner, plan, plan and plan.steps) for owner, plan in planned()]
+        self.plans = planned()
 
     def replay(self):
-        present = [(owner, plan, plan and plan.steps) for owner, plan in planned()]
+        present = planned()
         put(self.plans)
         self.result.copy_(self.once())
         put(present)
 
 
 def planned():
-    """The attention modules of the tiny models, with what is planned in them."""
+    """The attention modules of the tiny models, and what is planned in them."""
     owners = [module for family in TINY for module in vlm_of(family).family.attention_modules(vlm_of(family).model)]
-    return [(owner, getattr(owner, PLAN, None)) for owner in owners]
+    plans = [(owner, getattr(owner, PLAN, None)) for owner in owners]
+    return [(owner, plan, plan and (plan.steps, plan.fused)) for owner, plan in plans]
 
 
 def put(plans):
-    """Puts plans, with their steps, where they belong."""
-    for owner, plan, steps in plans:
+    """Puts plans where they belong."""
+    for owner, plan, content in plans:
         if plan is not None:
-            plan.steps = steps
+            plan.steps, plan.fused = content
             setattr(owner, PLAN, plan)
         elif getattr(owner, PLAN, None) is not None:
             delattr(owner, PLAN)
@@ -59,6 +60,7 @@ def recording(monkeypatch):
 
     monkeypatch.setattr("vlmfix.decoding.running.RECORDING", ("cpu",))
     monkeypatch.setattr("vlmfix.decoding.graphs.captured", captured)
+    monkeypatch.setattr("vlmfix.attention.kernel.compiled", lambda function, kind: function)
     yield made
     for family in TINY:
         forget(vlm_of(family).model)

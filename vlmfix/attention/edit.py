@@ -85,7 +85,7 @@ class Site:
     Attributes:
         layer: Layer number, from 0.
         heads: H, number of query heads.
-        prompt: T, number of prompt tokens, padding included.
+        tokens: T, number of prompt tokens, padding included.
         prefill: True when the prompt itself passes through, False for one new token.
         queries: (1 or B, R) int64, position of each edited query row among the keys.
         allowed: (1 or B, 1, R, K) bool, keys that each query row may see; for an edit of ``all`` rows in prefill only
@@ -103,7 +103,7 @@ class Site:
 
     layer: int
     heads: int
-    prompt: int
+    tokens: int
     prefill: bool
     queries: Tensor
     allowed: Tensor
@@ -115,6 +115,16 @@ class Site:
     block: int = 0
     hidden: Tensor | None = None
     memory: Memory = field(default_factory=Memory)
+
+    @property
+    def prompt(self) -> int:
+        """T, number of prompt tokens, padding included; known in prefill alone.
+
+        A decoding step serves prompts of several lengths: it has ``answer_keys`` and what was learned from the prompt.
+        """
+        if not self.prefill:
+            raise RuntimeError("a decoding step that depends on the prompt's length; use answer_keys, or learn it")
+        return self.tokens
 
     @property
     def predicting(self) -> int:

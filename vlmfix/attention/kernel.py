@@ -10,8 +10,8 @@ prompt come in blocks of rows for the same reason. Output edits of all rows reco
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Hashable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -21,6 +21,7 @@ from vlmfix.attention.edit import BiasEdit, OutputEdit, PromptReading, ScoreEdit
 from vlmfix.attention.rows import Block, Step, chosen, read, total_bias
 from vlmfix.errors import UnsupportedAttentionError, WindowError
 from vlmfix.upstream import attention as upstream
+from vlmfix.upstream.compiling import compiled, of_any_size
 
 NAME = "vlmfix"
 """Name of the attention function in transformers' registries."""
@@ -44,6 +45,8 @@ class LayerPlan:
         past: Gives the residual stream that entered the layer at those columns, (B, start, hidden size), when an edit
             reads it.
         acted: Whether the layer's attention was computed by it since this was last set to False.
+        fused: What decoding steps run in a compiled form, which has fewer and larger kernels: things that are equal for
+            edits of one kind. None to run the edits as they are written.
     """
 
     layer: int
@@ -54,11 +57,17 @@ class LayerPlan:
     start: int = 0
     past: Callable[[], Tensor] | None = None
     acted: bool = False
+    fused: Hashable = None
 
     @property
     def materialises(self) -> bool:
         """Whether some edit needs the scores or the weights themselves."""
         return any(isinstance(step.edit, ScoreEdit | WeightEdit) for step in self.steps)
+
+    @property
+    def biases(self) -> bool:
+        """Whether some edit adds to the scores."""
+        return any(isinstance(step.edit, BiasEdit) for step in self.steps)
 
     @property
     def reads(self) -> bool:
@@ -118,17 +127,19 @@ def attention(
 class Call:
     """What transformers called the attention function with; see ``attention``."""
 
-    module: nn.Module
     query: Tensor
     key: Tensor
     value: Tensor
     mask: Tensor | None
     scale: float
-    hidden: Tensor | None
-    kwargs: Mapping[str, Any]
+    module: nn.Module | None = None
+    hidden: Tensor | None = None
+    kwargs: Mapping[str, Any] = field(default_factory=dict)
 
     def sdpa(self, **more: Any) -> Tensor:
         """Plain SDPA of all rows, (B, Q, H, D)."""
+        if self.module is None:
+            raise RuntimeError("SDPA is called by a module")
         return upstream.sdpa(
             self.module, self.query, self.key, self.value, self.mask, scaling=self.scale, **more, **self.kwargs
         )
@@ -191,20 +202,66 @@ def _weighted(plan: LayerPlan, sites: list[Site], call: Call, output: Tensor, ow
 
 
 def _decode(plan: LayerPlan, call: Call) -> Tensor:
-    length, device = call.key.shape[2], call.key.device
-    if call.mask is None:
-        queries = torch.full((1, 1), length - 1, device=device)
-        allowed = torch.ones((1, 1, 1, length), dtype=torch.bool, device=device)
-    else:
-        allowed = call.mask[:, :1, -1:].bool()  # (B, 1, 1, K)
-        # With a static cache K is the capacity: the query stands at the last key that it may see.
-        queries = length - 1 - allowed[:, 0, :, :].int().flip(-1).argmax(-1)  # (B, 1)
-    sites = [_site(plan, step, call, length, queries, allowed) for step in plan.steps]
+    if plan.fused is not None and call.mask is not None:
+        return _decode_fused(plan, plan.fused, call, call.mask)
+    queries, allowed = _newest(call)
+    sites = [_site(plan, step, call, call.key.shape[2], queries, allowed) for step in plan.steps]
     if plan.materialises:
         output = Block(call.query, call.key, call.value, allowed, call.scale, plan.steps, sites).output(reads=False)
     else:
         bias = total_bias(plan.steps, sites)
         output = call.sdpa() if bias is None else call.sdpa(position_bias=bias.to(call.query.dtype))
+    return _outputs(plan, sites, output).contiguous()
+
+
+def _newest(call: Call) -> tuple[Tensor, Tensor]:
+    """Where the newest token stands among the keys, (1 or B, 1), and which keys it may see, (1 or B, 1, 1, K)."""
+    length, device = call.key.shape[2], call.key.device
+    if call.mask is None:
+        queries = torch.full((1, 1), length - 1, device=device)
+        return queries, torch.ones((1, 1, 1, length), dtype=torch.bool, device=device)
+    allowed = call.mask[:, :1, -1:].bool()  # (B, 1, 1, K)
+    # With a static cache K is the capacity: the query stands at the last key that it may see.
+    return length - 1 - allowed[:, 0, :, :].int().flip(-1).argmax(-1), allowed
+
+
+def _decode_fused(plan: LayerPlan, kind: Hashable, call: Call, mask: Tensor) -> Tensor:
+    query, key = of_any_size(call.query, 0), of_any_size(call.key, 0, 2)
+    value, mask = of_any_size(call.value, 0, 2), of_any_size(mask, 0, 3)
+    if plan.materialises or plan.biases:
+        new: Tensor = compiled(_fused_row, kind)(plan.steps, query, key, value, mask, call.scale)
+        return new
+    output = of_any_size(call.sdpa(), 0)
+    new = compiled(_fused_outputs, kind)(plan.steps, query, key, value, mask, call.scale, output)
+    return new
+
+
+def _fused_row(
+    steps: tuple[Step, ...], query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float
+) -> Tensor:
+    """The head outputs of a decoding step, (B, 1, H, D), as one function of tensors; it does not know the layer."""
+    call = Call(query=query, key=key, value=value, mask=mask, scale=scale)
+    plan = LayerPlan(layer=-1, rows=query, prompt=0, steps=steps)
+    queries, allowed = _newest(call)
+    sites = [_site(plan, step, call, key.shape[2], queries, allowed) for step in steps]
+    output = Block(query, key, value, allowed, scale, steps, sites).weighted(reads=False)
+    return _outputs(plan, sites, output).contiguous()
+
+
+def _fused_outputs(
+    steps: tuple[Step, ...],
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor,
+    scale: float,
+    output: Tensor,
+) -> Tensor:
+    """The same for edits of outputs alone, which follow SDPA; ``output`` (B, 1, H, D)."""
+    call = Call(query=query, key=key, value=value, mask=mask, scale=scale)
+    plan = LayerPlan(layer=-1, rows=query, prompt=0, steps=steps)
+    queries, allowed = _newest(call)
+    sites = [_site(plan, step, call, key.shape[2], queries, allowed) for step in steps]
     return _outputs(plan, sites, output).contiguous()
 
 
@@ -224,7 +281,7 @@ def _site(plan: LayerPlan, step: Step, call: Call, length: int, queries: Tensor,
     return Site(
         layer=plan.layer,
         heads=heads,
-        prompt=plan.prompt,
+        tokens=plan.prompt,
         prefill=count > 1,
         queries=queries,
         allowed=allowed,

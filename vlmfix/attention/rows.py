@@ -139,6 +139,10 @@ class Block:
         """
         if not any(isinstance(step.edit, ScoreEdit | WeightEdit | PromptReading) for step in self.steps):
             return self._biased()
+        return self.weighted(reads=reads)
+
+    def weighted(self, *, reads: bool) -> Tensor:
+        """The head outputs by the weights themselves, (B, R, H, D), also where a bias alone would go through SDPA."""
         rows, heads, length, _ = self.query.shape
         weights = self.weights(reads=reads).to(self.value.dtype)
         grouped = weights.view(rows, self.value.shape[1], -1, weights.shape[-1])  # (B, G, H/G*R, K)

@@ -17,6 +17,7 @@ from torch.nn.functional import pad
 from vlmfix.attention.edit import AttentionEdit, LayerSet, Memory, PromptReading
 from vlmfix.attention.kernel import LayerPlan
 from vlmfix.attention.rows import Step
+from vlmfix.upstream.compiling import of_any_size
 
 Axes = Literal["rows", "keys", "own"]
 """Which axes of a tensor depend on the call: rows first; rows first and keys last; none."""
@@ -96,7 +97,9 @@ class State:
             if id(values) not in made:
                 before = values.shape[:1] if len(values) == 1 and axes == "keys" else (rows,)
                 shape = {"rows": (rows, *values.shape[1:]), "keys": (*before, *values.shape[1:-1], keys)}
-                made[id(values)] = values.new_zeros(shape.get(axes, values.shape))
+                made[id(values)] = of_any_size(
+                    values.new_zeros(shape.get(axes, values.shape)), *{"rows": (0,), "keys": (0, -1), "own": ()}[axes]
+                )
             return made[id(values)]
 
         edits: dict[AttentionEdit, AttentionEdit] = {}
@@ -120,15 +123,16 @@ class State:
 
     @contextmanager
     def standing_in(self, plans: Plans) -> Iterator[None]:
-        """Puts these tensors in the place of the plans' own inside the block."""
+        """Puts these tensors in the place of the plans' own inside the block, in which edits run in compiled form."""
         former = {layer: plan.steps for layer, plan in plans.items()}
         try:
             for layer, plan in plans.items():
                 plan.steps = self.steps[layer]
+                plan.fused = tuple((step.mixed, _about(step.edit)) for step in plan.steps)
             yield
         finally:
             for layer, plan in plans.items():
-                plan.steps = former[layer]
+                plan.steps, plan.fused = former[layer], None
 
 
 def _over(step: Step, edits: Mapping[AttentionEdit, AttentionEdit], room: Callable[[Tensor, Axes], Tensor]) -> Step:

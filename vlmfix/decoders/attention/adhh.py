@@ -179,12 +179,15 @@ class Deactivation(WeightEdit):
     chosen: Tensor
     threshold: float
     rows: ClassVar[Rows] = "last"
+    of_prompt: ClassVar[frozenset[str]] = frozenset({"chosen"})
 
     def weights(self, site: Site, weights: Tensor) -> Tensor:
         """(B, H, R, K); rows sum to 1 or less."""
+        if site.prefill:
+            site.learn("chosen", self.chosen[site.layer].expand(len(weights), -1))  # (B, H)
         text = text_behind(site)[:, None, None, :]  # (B, 1, 1, K)
         read = (weights * text).sum(dim=-1, keepdim=True)  # (B, H, R, 1)
-        off = (read >= self.threshold) & self.chosen[site.layer, :, None, None]
+        off = (read >= self.threshold) & site.learned("chosen")[..., None, None]
         return torch.where(off & text, 0.0, weights)
 
 

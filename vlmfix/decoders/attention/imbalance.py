@@ -277,13 +277,13 @@ class TokenGain(ScoreEdit):
     gains: Tensor
     heads: Tensor | None = None
     rows: ClassVar[Rows] = "last"
-    of_prompt: ClassVar[frozenset[str]] = frozenset({"gains"})
+    of_prompt: ClassVar[frozenset[str]] = frozenset({"gains", "heads"})
 
     def scores(self, site: Site, scores: Tensor) -> Tensor:
         """(B, H, R, K)."""
         if site.prefill:
             site.learn_of_keys("gains", site.spread(self.gains))  # (B, T)
-        gain = site.learned("gains")[:, None, None, :]  # (B, 1, 1, K)
-        if self.heads is not None:
-            gain = gain * self.heads[site.layer][None, :, None, None]  # (B, H, 1, K)
+            heads = scores.new_ones(site.heads) if self.heads is None else self.heads[site.layer]
+            site.learn("heads", heads.expand(len(scores), -1))  # (B, H)
+        gain = site.learned("gains")[:, None, None, :] * site.learned("heads")[..., None, None]  # (B, H, 1, K)
         return scores + gain * scores.abs()

@@ -1,0 +1,39 @@
+"""Functions of tensors, compiled by inductor for any number of rows and keys."""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Callable, Hashable
+from functools import lru_cache
+from typing import ParamSpec, TypeVar
+
+import torch
+from torch import Tensor
+
+Given = ParamSpec("Given")
+Result = TypeVar("Result")
+
+
+@lru_cache(maxsize=64)
+def compiled(function: Callable[Given, Result], kind: Hashable) -> Callable[Given, Result]:
+    """A function as one compiled graph, in a copy for each kind of arguments.
+
+    A function is compiled anew for arguments of another kind, and only so often: many decoders would share the limit.
+
+    Args:
+        function: A function of tensors, and of objects that hold tensors.
+        kind: Equal for arguments that differ in tensors alone.
+    """
+    if not isinstance(function, types.FunctionType):
+        raise TypeError(f"{function} is not written in Python")
+    own = types.FunctionType(function.__code__.replace(), function.__globals__, function.__name__)
+    made: Callable[Given, Result] = torch.compile(own, fullgraph=True)
+    return made
+
+
+def of_any_size(tensor: Tensor, *axes: int) -> Tensor:
+    """The tensor, some of whose sizes compiled functions must not take for fixed."""
+    for axis in axes:
+        if tensor.shape[axis] > 1:
+            torch._dynamo.maybe_mark_dynamic(tensor, axis % tensor.dim())
+    return tensor
