@@ -54,7 +54,7 @@ def recording(monkeypatch):
     """Lets a CPU record, counted."""
     made = []
 
-    def captured(once, device, pool):
+    def captured(once, device):
         made.append(Again(once))
         return made[-1], made[-1].result
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Protocol
 from weakref import WeakKeyDictionary
 
 import torch
@@ -23,6 +23,7 @@ from transformers import Cache
 from vlmfix.attention.state import Plans, State, key_of
 from vlmfix.models.checkpoint import Checkpoint
 from vlmfix.upstream.cache import Arena
+from vlmfix.upstream.compiling import quiet
 from vlmfix.upstream.wrappers import state_of
 
 KEYS = 64
@@ -40,24 +41,23 @@ class Replay(Protocol):
         """Runs it once more."""
 
 
-def captured(once: Callable[[], Tensor], device: torch.device, pool: Any) -> tuple[Replay, Tensor]:  # noqa: ANN401
+def captured(once: Callable[[], Tensor], device: torch.device) -> tuple[Replay, Tensor]:
     """Runs a step once, and records it.
 
     Args:
         once: The step; it reads and writes the same memory whenever it is called.
         device: Where it runs.
-        pool: Memory for what the step makes on its way, shared with other recordings; None for memory of its own.
 
     Returns:
         The recording, and what its latest run returned.
     """
     aside = torch.cuda.Stream(device)
     aside.wait_stream(torch.cuda.current_stream(device))
-    with torch.cuda.stream(aside):  # what libraries set up at their first call must not be recorded
+    with torch.cuda.stream(aside), quiet():  # what libraries set up at their first call must not be recorded
         once()
     torch.cuda.current_stream(device).wait_stream(aside)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, pool=pool):
+    with torch.cuda.graph(graph):
         result = once()  # recorded, and not run
     return graph, result
 
@@ -82,14 +82,12 @@ class Recordings:
         state: What the model was when they were made.
         moved: ``arena.moved`` then.
         made: The recordings.
-        pool: Memory that they share for what a step makes on its way; None without a GPU.
     """
 
     arena: Arena = field(default_factory=Arena)
     state: Hashable = None
     moved: int = 0
     made: dict[Hashable, Recorded] = field(default_factory=dict)
-    pool: Any = None
 
     def of(self, key: Hashable) -> Recorded | None:
         """The recording of a kind, if there is one over the present memory."""
@@ -109,8 +107,7 @@ def recordings_of(vlm: Checkpoint) -> Recordings:
     found = _RECORDINGS.get(model)
     if found is None or found.state != state:
         forget(model)
-        pool = torch.cuda.graph_pool_handle() if torch.cuda.is_available() else None
-        found = _RECORDINGS[model] = Recordings(state=state, pool=pool)
+        found = _RECORDINGS[model] = Recordings(state=state)
     return found
 
 
@@ -150,11 +147,11 @@ class Recorded:
         self._column = torch.zeros(1, dtype=torch.long, device=device)
         self._ids = torch.zeros(rows, 1, dtype=torch.long, device=device)
         self._positions = positions.new_zeros(*positions.shape[:-2], rows, 1)
-        places = torch.arange(keys, device=device)
+        self._places = torch.arange(keys, device=device)  # kept, as all that the recording reads
         cache = recordings.arena.fixed(rows, keys, self._column)
 
         def once() -> Tensor:
-            visible = (self._real & (places <= self._column))[:, None, None]  # (G, 1, 1, K)
+            visible = (self._real & (self._places <= self._column))[:, None, None]  # (G, 1, 1, K)
             logits = step(self._ids, self._positions, visible, cache)
             self._positions.add_(1)
             self._column.add_(1)
@@ -162,7 +159,7 @@ class Recorded:
 
         self.begin(plans, mask, positions)  # what the first run writes behind the last token is written over
         with self._state.standing_in(plans):
-            self._graph, self._logits = captured(once, device, recordings.pool)
+            self._graph, self._logits = captured(once, device)
 
     def begin(self, plans: Plans, mask: Tensor, positions: Tensor) -> None:
         """Takes over the rows of a call, whose keys and values stand in the arena.

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import types
-from collections.abc import Callable, Hashable
-from functools import lru_cache
+import warnings
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import contextmanager
+from functools import cache
 from typing import ParamSpec, TypeVar
 
 import torch
@@ -13,8 +15,11 @@ from torch import Tensor
 Given = ParamSpec("Given")
 Result = TypeVar("Result")
 
+OPTIONS: dict[str, str | int | bool | Callable[..., object]] = {"triton.autotune_pointwise": False}
+"""Of inductor: no trial of several forms of a kernel, which would double the time that compiling takes."""
 
-@lru_cache(maxsize=64)
+
+@cache
 def compiled(function: Callable[Given, Result], kind: Hashable) -> Callable[Given, Result]:
     """A function as one compiled graph, in a copy for each kind of arguments.
 
@@ -27,7 +32,7 @@ def compiled(function: Callable[Given, Result], kind: Hashable) -> Callable[Give
     if not isinstance(function, types.FunctionType):
         raise TypeError(f"{function} is not written in Python")
     own = types.FunctionType(function.__code__.replace(), function.__globals__, function.__name__)
-    made: Callable[Given, Result] = torch.compile(own, fullgraph=True)
+    made: Callable[Given, Result] = torch.compile(own, fullgraph=True, options=OPTIONS)
     return made
 
 
@@ -37,3 +42,11 @@ def of_any_size(tensor: Tensor, *axes: int) -> Tensor:
         if tensor.shape[axis] > 1:
             torch._dynamo.maybe_mark_dynamic(tensor, axis % tensor.dim())
     return tensor
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Keeps inductor's advice about speed from users, who can do nothing about it, inside the block."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", module="torch._inductor")
+        yield
