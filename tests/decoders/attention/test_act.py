@@ -136,7 +136,7 @@ def test_a_row_of_sinks_alone_is_unchanged():
 
 def test_a_head_that_is_not_chosen_is_untouched():
     full = maps(planted=[5])
-    method = dataclasses.replace(edit(threshold=0.3), chosen=torch.tensor([[True, False, True]]), sinks={})
+    method = dataclasses.replace(edit(threshold=0.3), chosen=torch.tensor([[True, False, True]]))
     got = applied(method, PROMPT, full)
     assert torch.equal(got[:, 1], full[:, 1])
     assert (got != full)[:, [0, 2], -1].any(-1).all()
@@ -147,7 +147,8 @@ def test_decoding_keeps_the_prompts_sinks_and_the_row_sums():
     applied(method, PROMPT, maps(planted=[5]))
     row = torch.full((1, H, 1, N + 2), 1 / (N + 2), dtype=torch.float64)
     step = site([N + 1], keys=N + 2, prompt=N, image=[2, 3, 4], text=[0, 1, *range(5, N)])
-    got = method.weights(step, row)
+    step = dataclasses.replace(step, prefill=False)
+    got = method.weights(dataclasses.replace(step, memory=method.memory[0]), row)
     torch.testing.assert_close(got.sum(-1), torch.ones(1, H, 1, dtype=torch.float64))
     torch.testing.assert_close(got[..., 5], row[..., 5] / 2)
     with pytest.raises(UnsupportedAttentionError, match="before its prompt"):

@@ -21,7 +21,7 @@ def site(queries, *, keys, prompt, image=(), text=(), rows=1):
     return Site(
         layer=0,
         heads=2,
-        prompt=prompt,
+        tokens=prompt,
         prefill=True,
         queries=torch.tensor([queries]),
         allowed=torch.ones(1, 1, len(queries), keys, dtype=torch.bool),

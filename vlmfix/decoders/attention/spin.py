@@ -150,7 +150,10 @@ class Suppression(AttentionEdit):
         """
         image = site.image_keys[:, None, None, :]  # (B, 1, 1, K)
         sums = torch.where(image, looks, 0.0).sum(dim=-1)  # (B, H, R)
-        rank = sums.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
+        own, other = sums[:, :, None], sums[:, None]  # (B, H, 1, R), (B, 1, H, R)
+        number = torch.arange(site.heads, device=sums.device)
+        earlier = (number[None, :] < number[:, None])[None, :, :, None]  # (1, H, H, 1)
+        rank = ((other > own) | ((other == own) & earlier)).sum(dim=2)  # a sort would take long to compile
         kept = (rank < kept_heads(self.share, site.heads)) | ~image.any(dim=-1)
         return torch.where(kept, 1.0, self.factor)[..., None]
 
