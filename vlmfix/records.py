@@ -289,7 +289,9 @@ def _is_deep(document: object) -> bool:
     return bool(level)
 
 
-def refuse_other(folder: Path, card: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+def refuse_other(
+    folder: Path, card: Path, before: Mapping[str, Any], now: Mapping[str, Any], *, option: str = "--out"
+) -> None:
     """Makes sure that a folder goes on with the settings that it was begun with.
 
     Args:
@@ -297,6 +299,7 @@ def refuse_other(folder: Path, card: Path, before: Mapping[str, Any], now: Mappi
         card: The file that says the settings, for the message.
         before: What it says.
         now: What is asked for; what else ``before`` holds is not compared.
+        option: The option that names the folder, for the hint.
 
     Raises:
         UsageError: Some differ; the message says which, with both values.
@@ -312,7 +315,7 @@ def refuse_other(folder: Path, card: Path, before: Mapping[str, Any], now: Mappi
         )
         raise UsageError(
             f"{folder} holds answers made with other settings: {listed}",
-            f"choose another --out, or the settings in {card}",
+            f"choose another {option}, or the settings in {card}",
         )
 
 

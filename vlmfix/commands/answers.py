@@ -47,8 +47,8 @@ def run(
     if prompt is not None and prompts is not None:
         raise UsageError("--prompt and --prompts are both given", "give one of them")
     options.quieten()
-    from vlmfix import folder
     from vlmfix.display import loading, run_display, summary
+    from vlmfix.jobs import folder
 
     if prompts is not None:
         questions = folder.Questions.file(prompts)

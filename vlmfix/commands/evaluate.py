@@ -295,8 +295,8 @@ def clipscore(
 def _run(task: Any, workload: Any, plan: Plan, longest: int | None = None) -> None:  # noqa: ANN401 (their types would import numpy)
     """Asks, scores, compares and shows."""
     from vlmfix.display import counting, loading
-    from vlmfix.evals.runner import evaluate as ask
     from vlmfix.evals.score import score as score_run
+    from vlmfix.jobs.benchmark.job import evaluate as ask
 
     arms = _arms(plan.decoders)
     settings = replace(plan.settings, max_new_tokens=plan.settings.max_new_tokens or longest or task.max_new_tokens)

@@ -16,6 +16,7 @@ from vlmfix.evals.tasks import TASKS
 from vlmfix.files import plain_name, replacing
 from vlmfix.parsing import some
 from vlmfix.records import read_json, read_lines, shown, to_json
+from vlmfix.settings import Settings
 from vlmfix.shapes import (
     COUNT,
     FLAG,
@@ -52,21 +53,22 @@ MADE_BY = {
     "batch_size": SIZE,
 }
 """What a card says of the model and the pictures that made its answers."""
-SCORABLE = fields(
-    {
-        "format": COUNT,
-        "task": TEXT,
-        "options": OBJECT,
-        "samples": TEXT,
-        "arms": mapping_of(ARM),
-        "data": OBJECT,
-        "count": COUNT,
-        "model": TEXT,
-        "decoding": DECODING,
-    },
-    MADE_BY | {"max_pixels": SIZE.or_null(), "sessions": list_of(SESSION)},
-)
+SCORED = {
+    "format": COUNT,
+    "task": TEXT,
+    "options": OBJECT,
+    "samples": TEXT,
+    "arms": mapping_of(ARM),
+    "data": OBJECT,
+    "count": COUNT,
+    "model": TEXT,
+    "decoding": DECODING,
+}
+BESIDES = MADE_BY | {"max_pixels": SIZE.or_null(), "sessions": list_of(SESSION)}
+SCORABLE = fields(SCORED, BESIDES)
 """What a card must say for its answers to be scored, and what it may say besides."""
+RESUMABLE = fields(SCORED | {"sessions": list_of(SESSION)}, BESIDES)
+"""The same for the run to be gone on with."""
 SAMPLE = fields({"id": TEXT, "image": TEXT.or_null(), "prompt": TEXT, "target": OBJECT, "group": TEXT, "unit": TEXT})
 LINE = fields(
     {"id": TEXT},
@@ -268,6 +270,16 @@ def record(line: dict[str, Any]) -> Record:
         failed=line.get("failed", ""),
         sha256=line.get("sha256", ""),
     )
+
+
+def decoding(settings: Settings) -> dict[str, Any]:
+    """The generation settings that two comparable runs share."""
+    return {
+        "max_new_tokens": settings.max_new_tokens,
+        "num_beams": settings.num_beams,
+        "temperature": settings.temperature,
+        "seed": settings.seed,
+    }
 
 
 def without_names(value: Any) -> Any:  # noqa: ANN401 (any JSON value)
