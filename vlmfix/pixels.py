@@ -34,7 +34,7 @@ TURNS = {
 
 def content(picture: Image.Image) -> bytes:
     """Gives what tells a picture from every other: its mode, its size and its pixels."""
-    return f"{picture.mode} {picture.size}".encode() + picture.tobytes()
+    return f"{picture.mode}{picture.size}".encode() + picture.tobytes()
 
 
 def digest(pictures: Iterable[Image.Image]) -> str:

@@ -5,6 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from vlmfix.shapes import NUMBER, SEED, SIZE, TEXT
+
+MODEL = {"revision": TEXT.or_null(), "commit": TEXT.or_null(), "weights": TEXT, "dtype": TEXT}
+"""What a card says of the model beside its name."""
+DECODED = {"max_new_tokens": SIZE, "num_beams": SIZE, "temperature": NUMBER, "seed": SEED}
+"""What a card says of decoding."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
@@ -37,3 +44,7 @@ class Settings:
     def loading(self) -> dict[str, Any]:
         """What a loader is told beside the model, as keyword arguments of ``vlmfix.load``."""
         return {name: getattr(self, name) for name in ("revision", "device", "dtype", "max_pixels")}
+
+    def decoding(self) -> dict[str, Any]:
+        """The generation settings that two comparable runs share."""
+        return {name: getattr(self, name) for name in DECODED}

@@ -300,23 +300,19 @@ def _run(task: Any, workload: Any, plan: Plan, longest: int | None = None) -> No
 
     arms = _arms(plan.decoders)
     settings = replace(plan.settings, max_new_tokens=plan.settings.max_new_tokens or longest or task.max_new_tokens)
-    try:
-        with counting("answers") as report:
-            run = ask(
-                plan.out,
-                task,
-                workload,
-                settings,
-                arms,
-                batch_size=plan.batch_size,
-                retry_failed=plan.retry_failed,
-                command=shlex.join(["vlmfix", *sys.argv[1:]]),
-                report=report,
-                loader=loading,
-            )
-    except KeyboardInterrupt:
-        options.say(f"vlmfix: stopped; what is done is in {plan.out}. The same command goes on from there.", err=True)
-        click.get_current_context().exit(options.INTERRUPTED)
+    with options.stoppable(plan.out), counting("answers") as report:
+        run = ask(
+            plan.out,
+            task,
+            workload,
+            settings,
+            arms,
+            batch_size=plan.batch_size,
+            retry_failed=plan.retry_failed,
+            command=shlex.join(["vlmfix", *sys.argv[1:]]),
+            report=report,
+            loader=loading,
+        )
     for arm, records in run.answers.items():
         if failed := [record for record in records.values() if record.failed]:
             first = f"{failed[0].id}: {failed[0].failed}"

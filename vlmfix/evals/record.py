@@ -16,14 +16,12 @@ from vlmfix.evals.tasks import TASKS
 from vlmfix.files import plain_name, replacing
 from vlmfix.parsing import some
 from vlmfix.records import read_json, read_lines, shown, to_json
-from vlmfix.settings import Settings
+from vlmfix.settings import DECODED, MODEL
 from vlmfix.shapes import (
     COUNT,
     FLAG,
-    NUMBER,
     OBJECT,
     PATH,
-    SEED,
     SIZE,
     TEXT,
     Shape,
@@ -41,15 +39,9 @@ COMPARISON = ("comparison.csv", "comparison.md", "comparison.png")
 """What a comparison leaves: table, text and plot."""
 ARM = fields({"spec": TEXT, "parameters": OBJECT}, {"strategy": TEXT, "facts": mapping_of(TEXT)})
 SESSION = fields({"versions": mapping_of(TEXT.or_null())}, {"arms": OBJECT})
-DECODED = {"max_new_tokens": SIZE, "num_beams": SIZE, "temperature": NUMBER, "seed": SEED}
-"""What a card says of decoding."""
-DECODING = fields(DECODED)
 MADE_BY = {
     "images": PATH.or_null(),
-    "revision": TEXT.or_null(),
-    "commit": TEXT.or_null(),
-    "weights": TEXT,
-    "dtype": TEXT,
+    **MODEL,
     "batch_size": SIZE,
 }
 """What a card says of the model and the pictures that made its answers."""
@@ -62,7 +54,7 @@ SCORED = {
     "data": OBJECT,
     "count": COUNT,
     "model": TEXT,
-    "decoding": DECODING,
+    "decoding": fields(DECODED),
 }
 BESIDES = MADE_BY | {"max_pixels": SIZE.or_null(), "sessions": list_of(SESSION)}
 SCORABLE = fields(SCORED, BESIDES)
@@ -270,16 +262,6 @@ def record(line: dict[str, Any]) -> Record:
         failed=line.get("failed", ""),
         sha256=line.get("sha256", ""),
     )
-
-
-def decoding(settings: Settings) -> dict[str, Any]:
-    """The generation settings that two comparable runs share."""
-    return {
-        "max_new_tokens": settings.max_new_tokens,
-        "num_beams": settings.num_beams,
-        "temperature": settings.temperature,
-        "seed": settings.seed,
-    }
 
 
 def without_names(value: Any) -> Any:  # noqa: ANN401 (any JSON value)

@@ -15,7 +15,7 @@ from vlmfix.decoders import Decoder, Greedy
 from vlmfix.errors import DataError, UsageError
 from vlmfix.evals.comparison.compare import Comparison, compare
 from vlmfix.evals.record import CARD as RUN
-from vlmfix.evals.record import PLAIN, EvalRun, decoding, digest
+from vlmfix.evals.record import PLAIN, EvalRun, digest
 from vlmfix.evals.task import Task, Workload, plain
 from vlmfix.evals.tuning.search import Measured, Space, Tried, search
 from vlmfix.files import is_draft, make_folder, remove_drafts
@@ -268,7 +268,7 @@ def _claim(out: Path, spec: str, workload: Workload, task: Task, settings: Setti
         "model": settings.model,
         "revision": settings.revision,
         "max_pixels": settings.max_pixels,
-        "decoding": decoding(settings),
+        "decoding": settings.decoding(),
         "seed": seed,
         "guards": asdict(guards),
     }

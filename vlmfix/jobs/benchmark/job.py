@@ -17,7 +17,7 @@ from pathlib import Path, PurePath
 from typing import Any
 
 from vlmfix.answering import Answerer, Outcome, Question
-from vlmfix.card import changed_pictures
+from vlmfix.card import refuse_other_pictures
 from vlmfix.decoders import Decoder, Greedy
 from vlmfix.errors import DataError, PassingError, UsageError
 from vlmfix.evals.record import PLAIN, EvalRun, read_run
@@ -154,12 +154,8 @@ def refuse_changed(out: Path, workload: Workload, known: Mapping[str, str]) -> N
     """
     names = dict.fromkeys(sample.image for sample in workload.samples if sample.image is not None)
     files = {name: _path(workload, name) for name in names}
-    if changed := changed_pictures(files, known):
-        raise DataError(
-            f"{len(changed)} of {len(files)} pictures in {workload.images} are not those that the answers in {out} are "
-            f"about: {some(changed)}",
-            "give the folder of the same pictures with --images, or choose another --out",
-        )
+    hint = "give the folder of the same pictures with --images, or choose another --out"
+    refuse_other_pictures(out, workload.images, files, known, hint=hint)
 
 
 def _refuse_idle(vlm: VLM, model: str, arms: Mapping[str, Decoder]) -> None:

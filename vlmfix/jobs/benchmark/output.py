@@ -22,7 +22,6 @@ from vlmfix.evals.record import (
     SAMPLES,
     arm_folder,
     checked,
-    decoding,
     digest,
     without_names,
     write_samples,
@@ -87,7 +86,7 @@ class ArmsFolder(Ledger):
             "model": settings.model,
             "revision": settings.revision,
             "max_pixels": settings.max_pixels,
-            "decoding": decoding(settings),
+            "decoding": settings.decoding(),
         }
         self.done: dict[str, set[str]] = {}
         """For each arm the ids of the samples that have an answer or failed."""

@@ -6,15 +6,15 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from vlmfix.card import changed_facts, changed_reading, model_again
+from vlmfix.card import changed_facts, changed_reading, settings_again
 from vlmfix.decoders import parse
 from vlmfix.errors import DataError, UsageError
-from vlmfix.evals.record import CARD, DECODED, MADE_BY, SESSION, EvalRun, Record
+from vlmfix.evals.record import CARD, MADE_BY, SESSION, EvalRun, Record
 from vlmfix.evals.task import Task, Workload
 from vlmfix.generation import VLM, load
 from vlmfix.jobs.benchmark.job import Report, check, evaluate, refuse_changed
 from vlmfix.parsing import some
-from vlmfix.settings import Settings
+from vlmfix.settings import DECODED
 from vlmfix.shapes import fault, fields, list_of
 
 REPEATABLE = fields(MADE_BY | {"sessions": list_of(SESSION, least=1)})
@@ -107,14 +107,7 @@ def reproduce(
     except DataError as error:
         raise DataError(f"{run.folder}: {error.message}", error.hint) from error
     refuse_changed(run.folder, workload, run.pictures())
-    settings = Settings(
-        model=model_again(card, model),
-        revision=card["commit"] or card["revision"],
-        device=device,
-        dtype=card["dtype"],
-        max_pixels=card.get("max_pixels"),
-        **card["decoding"],
-    )
+    settings = settings_again(card, card["decoding"], model=model, device=device)
     again = evaluate(
         out,
         _moved(run.task, images),

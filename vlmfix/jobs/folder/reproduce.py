@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from vlmfix.card import changed_facts, changed_pictures, changed_reading, model_again
+from vlmfix.card import changed_facts, changed_reading, refuse_other_pictures, settings_again
 from vlmfix.errors import DataError, UsageError
 from vlmfix.generation import VLM, load
 from vlmfix.images import find
@@ -16,8 +16,8 @@ from vlmfix.jobs.folder.output import ANSWER, ANSWERS, CARD
 from vlmfix.jobs.folder.questions import Questions
 from vlmfix.parsing import some
 from vlmfix.records import read_json, read_lines
-from vlmfix.settings import Settings
-from vlmfix.shapes import FLAG, NUMBER, PATH, SEED, SIZE, TEXT, fields, list_of, mapping_of
+from vlmfix.settings import DECODED, MODEL
+from vlmfix.shapes import FLAG, PATH, SIZE, TEXT, fields, list_of, mapping_of
 
 FINISHED = fields(
     {
@@ -28,15 +28,9 @@ FINISHED = fields(
                 "prompt": TEXT.or_null(),
                 "prompts": TEXT.or_null(),
                 "model": TEXT,
-                "revision": TEXT.or_null(),
-                "commit": TEXT.or_null(),
-                "weights": TEXT,
-                "dtype": TEXT,
+                **MODEL,
                 "decoder": TEXT,
-                "max_new_tokens": SIZE,
-                "num_beams": SIZE,
-                "temperature": NUMBER,
-                "seed": SEED,
+                **DECODED,
             },
             {"decoder_facts": mapping_of(TEXT), "max_pixels": SIZE.or_null()},
         ),
@@ -101,18 +95,8 @@ def reproduce(
     questions = _questions(folder, before, session["prompts_file"], prompts)
     pictures = Path(before["pictures"]) if images is None else images
     _refuse_other_pictures(folder, pictures, out)
-    settings = Settings(
-        model=model_again(before, model),
-        revision=before["commit"] or before["revision"],
-        device=device,
-        dtype=before["dtype"],
-        decoder=before["decoder"],
-        max_new_tokens=before["max_new_tokens"],
-        num_beams=before["num_beams"],
-        temperature=before["temperature"],
-        seed=before["seed"],
-        max_pixels=before.get("max_pixels"),
-    )
+    decoding = {name: before[name] for name in DECODED}
+    settings = settings_again(before, decoding, model=model, device=device, decoder=before["decoder"])
     run(
         pictures,
         out,
@@ -161,12 +145,8 @@ def _refuse_other_pictures(folder: Path, pictures: Path, out: Path) -> None:
             f"{len(missing)} of {len(known)} pictures of {folder} are not in {pictures}: {some(missing)}",
             "give the folder that holds them with --images",
         )
-    if changed := changed_pictures(files, known):
-        raise DataError(
-            f"{len(changed)} of {len(known)} pictures in {pictures} are not those that the answers in {folder} are "
-            f"about: {some(changed)}",
-            "give the folder of the same pictures with --images",
-        )
+    shown = {name: files[name] for name in known}
+    refuse_other_pictures(folder, pictures, shown, known, hint="give the folder of the same pictures with --images")
 
 
 def _answers(folder: Path) -> dict[tuple[str, str], str]:
