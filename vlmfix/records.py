@@ -285,7 +285,13 @@ def _is_deep(document: object) -> bool:
 
 
 def refuse_other(
-    folder: Path, card: Path, before: Mapping[str, Any], now: Mapping[str, Any], *, option: str = "--out"
+    folder: Path,
+    card: Path,
+    before: Mapping[str, Any],
+    now: Mapping[str, Any],
+    *,
+    holds: str = "answers",
+    option: str = "--out",
 ) -> None:
     """Makes sure that a folder goes on with the settings that it was begun with.
 
@@ -294,6 +300,7 @@ def refuse_other(
         card: The file that says the settings, for the message.
         before: What it says.
         now: What is asked for; what else ``before`` holds is not compared.
+        holds: What is in the folder, for the message.
         option: The option that names the folder, for the hint.
 
     Raises:
@@ -309,7 +316,7 @@ def refuse_other(
             and not any(longer.startswith(f"{name}.") for longer in (*first, *second))  # it was empty, and is not
         )
         raise UsageError(
-            f"{folder} holds answers made with other settings: {listed}",
+            f"{folder} holds {holds} made with other settings: {listed}",
             f"choose another {option}, or the settings in {card}",
         )
 

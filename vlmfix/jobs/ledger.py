@@ -130,7 +130,7 @@ class CardFolder(ABC):
 
     def refuse_other(self, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
         """Refuses settings other than the card's; see ``records.refuse_other``."""
-        refuse_other(self.folder, self._path, before, now, option=self.option)
+        refuse_other(self.folder, self._path, before, now, holds=self.holds, option=self.option)
 
     def write_card(self) -> None:
         """Writes the card as it is now.

@@ -132,8 +132,9 @@ def test_maps_of_another_run_are_not_touched(tmp_path):
     pictures, maps = draw(tmp_path / "in", 1), tmp_path / "maps"
     go(pictures, tmp_path / "out", maps)
     before = {path: path.read_bytes() for path in maps.iterdir()}
-    with pytest.raises(UsageError, match="decoder was 'vicrop:"):
+    with pytest.raises(UsageError, match="holds maps made with other settings: decoder was 'vicrop:") as refused:
         go(pictures, tmp_path / "other", maps, decoder="vicrop:base=8", loader=never_loaded)
+    assert refused.value.hint == f"choose another --save-maps, or the settings in {maps / 'maps.json'}"
     assert {path: path.read_bytes() for path in maps.iterdir()} == before
     for text in ("notes", '{"my": "own"}\n'):
         (tmp_path / "maps2").mkdir(exist_ok=True)
