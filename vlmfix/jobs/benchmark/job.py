@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path, PurePath
 from typing import Any
 
-from vlmfix.answering import Answerer, Outcome, Question
+from vlmfix.answering import Answerer, Outcome, Question, fitting_batch
 from vlmfix.card import refuse_other_pictures
 from vlmfix.decoders import Decoder, Greedy
 from vlmfix.errors import DataError, PassingError, UsageError
@@ -105,10 +105,11 @@ def evaluate(
             refuse_changed(out, workload, output.pictures())
             vlm = loader(settings.model, **settings.loading())
             _refuse_idle(vlm, settings.model, arms)
-            output.begin(vlm, settings, arms, batch_size)
+            rows = batch_size or output.batch_size or min(fitting_batch(vlm, decoder) for decoder in arms.values())
+            output.begin(vlm, settings, arms, rows)
             with output.working():
                 for arm, decoder in arms.items():
-                    job.work(arm, Answerer(vlm, decoder, settings, output.batch_size))
+                    job.work(arm, Answerer(vlm, decoder, settings, rows))
     return replace(read_run(out), asked_now=job.asked, answered_now=job.answered)
 
 
@@ -203,7 +204,7 @@ class _Job:
 
     def work(self, arm: str, answerer: Answerer) -> None:
         """Answers what is left of an arm."""
-        done, size = self._output.done[arm], self._output.batch_size
+        done, size = self._output.done[arm], answerer.rows  # before memory runs out, which makes it smaller
         batches = [self._questions[start : start + size] for start in range(0, len(self._questions), size)]
         open_batches = [b for b in batches if any(s.id not in done for asked in b for s in asked.samples)]
         if not open_batches:

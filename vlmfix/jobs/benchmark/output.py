@@ -6,7 +6,6 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
-from vlmfix.answering import fitting_batch
 from vlmfix.card import plain, versions, weights_digest
 from vlmfix.decoders import Decoder
 from vlmfix.errors import UsageError
@@ -90,8 +89,6 @@ class ArmsFolder(Ledger):
         }
         self.done: dict[str, set[str]] = {}
         """For each arm the ids of the samples that have an answer or failed."""
-        self.batch_size = 0
-        """Rows per batch, the same from start to start; known when a model begins to work."""
 
     def new_card(self) -> dict[str, Any]:
         """Gives a card of data, settings and arms."""
@@ -140,24 +137,28 @@ class ArmsFolder(Ledger):
         lines = (line for arm in self.card["arms"] for line in read_lines(self.folder / arm_folder(arm) / ANSWERS))
         return {line["image"]: line["sha256"] for line in lines if "answer" in line and "sha256" in line}
 
-    def begin(self, vlm: VLM, settings: Settings, arms: Mapping[str, Decoder], batch_size: int | None) -> None:
+    @property
+    def batch_size(self) -> int | None:
+        """Rows per batch, the same from start to start; None before the first."""
+        rows: int | None = self.card.get("batch_size")
+        return rows
+
+    def begin(self, vlm: VLM, settings: Settings, arms: Mapping[str, Decoder], batch_size: int) -> None:
         """Notes that a model starts to work on the folder, and writes the samples; see ``Ledger.start_session``.
 
         Args:
             vlm: The model.
             settings: What it was loaded with.
             arms: Decoders by name.
-            batch_size: Rows per batch; None takes what the folder was begun with, or as many as the free memory allows.
+            batch_size: Rows per batch.
         """
-        fitting = min(fitting_batch(vlm, decoder) for decoder in arms.values())
-        self.batch_size = batch_size or self.card.get("batch_size") or fitting
         self._note_facts({name: decoder.facts(vlm) for name, decoder in arms.items()})
         # the card comes first: samples without one would be taken for somebody else's
         self.start_session(
             vlm,
             settings,
             self.card,
-            found={"batch_size": self.batch_size},
+            found={"batch_size": batch_size},
             session={"versions": versions(), "updated": now()},
         )
         write_samples(self.folder, self._samples)
