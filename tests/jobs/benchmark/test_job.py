@@ -152,17 +152,21 @@ def test_an_interrupted_run_leaves_a_true_card(tmp_path, interrupt):
         assert timing["seconds"] > 0
 
 
-def test_a_report_that_ends_the_run_costs_no_token_of_the_card(tmp_path):
+def test_a_report_that_ends_the_run_costs_no_answer(tmp_path):
     def report(done, total):
         if done == 3:
             raise KeyboardInterrupt
 
+    vlm, out, work = FakeVLM(), tmp_path / "out", workload(tmp_path / "in")
     with pytest.raises(KeyboardInterrupt):
-        go(tmp_path / "out", workload(tmp_path / "in"), FakeVLM(), report=report)
-    (session,) = read_json(tmp_path / "out" / "card.json")["sessions"]
-    written = list(read_lines(tmp_path / "out" / "greedy" / "answers.jsonl"))
-    assert len(written) == 3
-    assert session["arms"]["greedy"]["tokens"] >= sum(len(line["ids"]) for line in written)
+        go(out, work, vlm, report=report)
+    (session,) = read_json(out / "card.json")["sessions"]
+    written = list(read_lines(out / "greedy" / "answers.jsonl"))
+    assert len(vlm.batches) == 1
+    assert len(written) == 6  # of the batch's four questions, two of which stand in two splits
+    assert session["arms"]["greedy"]["tokens"] == sum(len(line["ids"]) for line in written)
+    go(out, work, vlm)
+    assert len(vlm.batches) == 5  # no question was asked again
 
 
 def test_an_arm_can_be_added(tmp_path):

@@ -78,7 +78,7 @@ def evaluate(
         retry_failed: Asks again what an earlier start recorded as failed; its lines leave the folder when the model is
             there, and what is found now stands behind the others.
         command: How to start the same run from a shell, for the card.
-        report: Called with the samples done and their total, over all arms.
+        report: Called with the samples done and their total, over all arms, when a batch has been written.
         loader: Loads the model; ``vlmfix.load`` unless a test gives another.
 
     Returns:
@@ -215,10 +215,13 @@ class _Job:
         try:
             with closing(read_ahead(found)) as pictures:
                 for settled in answerer(_shown(open_batches, pictures), lambda: self._asked_before(arm)):
+                    before = self._total - self.left
                     for asked, outcome in settled:
                         self._write(arm, asked, outcome)
                     self._output.note(arm, self._tokens, time.perf_counter() - started)
                     self._output.save_in_time()
+                    for number in range(before, self._total - self.left):  # only now: a report may end the run
+                        self._report(number + 1, self._total)
         finally:
             self._output.note(arm, self._tokens, time.perf_counter() - started)
 
@@ -244,7 +247,6 @@ class _Job:
             self.asked += 1
             self.answered += isinstance(outcome, Answer)
             self.left -= 1
-            self._report(self._total - self.left, self._total)
 
 
 def _shown(
