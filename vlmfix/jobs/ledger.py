@@ -4,19 +4,16 @@ from __future__ import annotations
 
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
-import torch
-
 from vlmfix.answering import Question
-from vlmfix.card import device_name, model_files, peak_memory, refuse_older_card, weights_digest
+from vlmfix.card import Known, model_files, refuse_older_card, weights_digest
 from vlmfix.errors import DataError, PassingError, UsageError
 from vlmfix.files import make_folder, remove_drafts
-from vlmfix.generation import VLM
 from vlmfix.images import open_picture
 from vlmfix.records import JsonLines, read_json, refuse_other, replace_json
 from vlmfix.settings import Settings
@@ -164,7 +161,7 @@ class Ledger(CardFolder):
         super().__init__(folder, files)
         self._retry_failed = retry_failed
         self._retried: set[str] = set()
-        self._device: torch.device | None = None
+        self._peak_memory: Callable[[], int] | None = None
         self._saved = 0.0
         self.left_open: list[tuple[str, PassingError]] = []
         """What is left open, in words, each with the trouble."""
@@ -197,22 +194,24 @@ class Ledger(CardFolder):
 
     def start_session(
         self,
-        vlm: VLM,
+        model: Known,
         settings: Settings,
-        known: dict[str, Any],
+        noted: dict[str, Any],
         *,
         found: Mapping[str, Any],
         session: Mapping[str, Any],
+        peak_memory: Callable[[], int],
     ) -> None:
         """Notes that a model starts to work, and drops the failures that are to be asked again.
 
         Args:
-            vlm: The model.
+            model: What the model is.
             settings: What it was loaded with.
-            known: The part of the card that says what decides the answers; what is found is compared with it, and added
+            noted: The part of the card that says what decides the answers; what is found is compared with it, and added
                 to it in the first session alone: what that did not note cannot be known of its answers.
             found: What decides the answers, beside the model's files, and is known only now.
             session: What may differ from start to start.
+            peak_memory: Gives the most bytes that were held so far.
 
         Raises:
             UsageError: The folder's answers were made with other weights or files of the model, in another precision or
@@ -220,21 +219,21 @@ class Ledger(CardFolder):
         """
         begun = bool(self.card["sessions"])
         if begun:
-            refuse_older_card(self.folder, known)
+            refuse_older_card(self.folder, noted)
         found = {
-            "weights": weights_digest(settings.model, vlm.revision),
-            "files": model_files(settings.model, vlm.revision),
-            "checkpoint": vlm.reading,
-            "commit": vlm.revision,
-            "dtype": str(vlm.model.dtype).removeprefix("torch."),
+            "weights": weights_digest(settings.model, model.commit),
+            "files": model_files(settings.model, model.commit),
+            "checkpoint": model.reading,
+            "commit": model.commit,
+            "dtype": model.dtype,
             **found,
         }
-        before = {name: known[name] for name in found if name in known}
+        before = {name: noted[name] for name in found if name in noted}
         self.refuse_other(before, {name: found[name] for name in before})
         if not begun:
-            known.update(found)
-        self._device = vlm.device
-        self.card["sessions"].append({"started": now(), "device": device_name(vlm.device), **session})
+            noted.update(found)
+        self._peak_memory = peak_memory
+        self.card["sessions"].append({"started": now(), "device": model.device, **session})
         for name in self._retried:
             self.lines[name].keep(self._stands)
         self.save()
@@ -259,8 +258,8 @@ class Ledger(CardFolder):
 
     def save(self) -> None:
         """Rewrites the card with what has been done so far."""
-        if self._device is not None:
-            self.session["peak_memory"] = peak_memory(self._device)
+        if self._peak_memory is not None:
+            self.session["peak_memory"] = self._peak_memory()
         self.sum_up()
         self.write_card()
         self._saved = time.monotonic()

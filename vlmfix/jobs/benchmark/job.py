@@ -17,7 +17,7 @@ from pathlib import Path, PurePath
 from typing import Any
 
 from vlmfix.answering import Answerer, Outcome, Question, fitting_batch
-from vlmfix.card import refuse_other_pictures
+from vlmfix.card import known, peak_memory, refuse_other_pictures
 from vlmfix.decoders import Decoder, Greedy
 from vlmfix.errors import DataError, PassingError, UsageError
 from vlmfix.evals.record import PLAIN, EvalRun, read_run
@@ -106,7 +106,8 @@ def evaluate(
             vlm = loader(settings.model, **settings.loading())
             _refuse_idle(vlm, settings.model, arms)
             rows = batch_size or output.batch_size or min(fitting_batch(vlm, decoder) for decoder in arms.values())
-            output.begin(vlm, settings, arms, rows)
+            models = {arm: known(vlm, decoder) for arm, decoder in arms.items()}
+            output.begin(models, settings, batch_size=rows, peak_memory=lambda: peak_memory(vlm.device))
             with output.working():
                 for arm, decoder in arms.items():
                     job.work(arm, Answerer(vlm, decoder, settings, rows))

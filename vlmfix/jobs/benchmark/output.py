@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
-from vlmfix.card import plain, versions, weights_digest
+from vlmfix.card import Known, plain, versions, weights_digest
 from vlmfix.decoders import Decoder
 from vlmfix.errors import UsageError
 from vlmfix.evals.record import (
@@ -15,6 +15,7 @@ from vlmfix.evals.record import (
     COMPARISON,
     FORMAT,
     LINE,
+    PLAIN,
     REPORT,
     RESULTS,
     RESUMABLE,
@@ -27,7 +28,6 @@ from vlmfix.evals.record import (
 )
 from vlmfix.evals.task import Task, Workload
 from vlmfix.files import remove_drafts
-from vlmfix.generation import VLM
 from vlmfix.jobs.ledger import Ledger, now
 from vlmfix.models.checkpoint import EMBEDDED
 from vlmfix.records import read_lines
@@ -143,23 +143,26 @@ class ArmsFolder(Ledger):
         rows: int | None = self.card.get("batch_size")
         return rows
 
-    def begin(self, vlm: VLM, settings: Settings, arms: Mapping[str, Decoder], batch_size: int) -> None:
+    def begin(
+        self, models: Mapping[str, Known], settings: Settings, *, batch_size: int, peak_memory: Callable[[], int]
+    ) -> None:
         """Notes that a model starts to work on the folder, and writes the samples; see ``Ledger.start_session``.
 
         Args:
-            vlm: The model.
+            models: What the model is, for every arm; only the facts differ.
             settings: What it was loaded with.
-            arms: Decoders by name.
             batch_size: Rows per batch.
+            peak_memory: Gives the most bytes that were held so far.
         """
-        self._note_facts({name: decoder.facts(vlm) for name, decoder in arms.items()})
+        self._note_facts({name: dict(model.facts) for name, model in models.items()})
         # the card comes first: samples without one would be taken for somebody else's
         self.start_session(
-            vlm,
+            models[PLAIN],
             settings,
             self.card,
             found={"batch_size": batch_size},
             session={"versions": versions(), "updated": now()},
+            peak_memory=peak_memory,
         )
         write_samples(self.folder, self._samples)
 

@@ -12,7 +12,7 @@ from typing import Any
 from PIL import Image
 
 from vlmfix.answering import Answerer, Outcome, Question
-from vlmfix.card import plain
+from vlmfix.card import known, peak_memory, plain
 from vlmfix.decoders import Decoder, parse
 from vlmfix.errors import DataError, PassingError, UsageError
 from vlmfix.generation import VLM, Answer, check_settings, load
@@ -110,9 +110,9 @@ def run(
     if not files:
         raise DataError(f"no file in {pictures}", "give a picture, or a folder with pictures")
     with ExitStack() as opened:
-        known = _known_settings(pictures, questions, settings, decoder)
-        output = opened.enter_context(OutputFolder(out, known, retry_failed=retry_failed))
-        maps = None if save_maps is None else opened.enter_context(MapFolder(save_maps, known))
+        asked = _known_settings(pictures, questions, settings, decoder)
+        output = opened.enter_context(OutputFolder(out, asked, retry_failed=retry_failed))
+        maps = None if save_maps is None else opened.enter_context(MapFolder(save_maps, asked))
         job = _Job(files, questions, output, maps, report)
         if job.left():
             vlm = loader(settings.model, **settings.loading())
@@ -182,11 +182,11 @@ class _Job:
         answerer = Answerer(vlm, decoder, settings, batch_size)
         self._batch_size = answerer.rows
         self._output.begin(
-            vlm,
+            known(vlm, decoder),
             settings,
-            facts=decoder.facts(vlm),
             batch_size=answerer.rows,
             prompts_file=self._questions.file_name or None,
+            peak_memory=lambda: peak_memory(vlm.device),
         )
         self._report(self.progress())
         with self._output.working(), closing(read_ahead(self._files)) as pictures:

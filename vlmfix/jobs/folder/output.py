@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-from vlmfix.card import versions
-from vlmfix.generation import VLM
+from vlmfix.card import Known, versions
 from vlmfix.jobs.ledger import Ledger, now
 from vlmfix.settings import Settings
 from vlmfix.shapes import COUNT, DURATION, FLAG, OBJECT, TEXT, fields, list_of
@@ -91,23 +90,30 @@ class OutputFolder(Ledger):
         self.totals.seconds += record["seconds"]
 
     def begin(
-        self, vlm: VLM, settings: Settings, *, facts: Mapping[str, str], batch_size: int, prompts_file: str | None
+        self,
+        model: Known,
+        settings: Settings,
+        *,
+        batch_size: int,
+        prompts_file: str | None,
+        peak_memory: Callable[[], int],
     ) -> None:
         """Notes that a model starts to work on the folder; see ``Ledger.start_session``.
 
         Args:
-            vlm: The model.
+            model: What the model is.
             settings: What it was loaded with.
-            facts: What the decoder depends on beside its parameters.
             batch_size: Rows per batch.
             prompts_file: The file that the questions come from, if they do.
+            peak_memory: Gives the most bytes that were held so far.
         """
         self.start_session(
-            vlm,
+            model,
             settings,
             self.card["settings"],
-            found={"decoder_facts": facts},
+            found={"decoder_facts": model.facts},
             session={"batch_size": batch_size, "prompts_file": prompts_file, "versions": versions()},
+            peak_memory=peak_memory,
         )
 
     def answered(self) -> Iterator[tuple[str, str]]:
