@@ -26,7 +26,7 @@ from vlmfix.language.parameters import Value, written
 from vlmfix.models.checkpoint import EMBEDDED, HEADS
 from vlmfix.parsing import some
 from vlmfix.records import to_json
-from vlmfix.settings import Settings
+from vlmfix.settings import LOADED, Settings
 
 PACKAGES = (
     "torch",
@@ -199,13 +199,14 @@ def settings_again(
         UsageError: ``model`` is given for a model of the Hub.
         DataError: The directory is not there, or its files are not those of the run.
     """
+    loaded: dict[str, Any] = {name: card.get(name) for name in LOADED}
     return Settings(
         model=_model_again(card, model),
         revision=card["commit"] or card["revision"],
         device=device,
         dtype=card["dtype"],
-        max_pixels=card.get("max_pixels"),
         decoder=decoder,
+        **loaded,
         **decoding,
     )
 

@@ -16,7 +16,7 @@ from vlmfix.evals.tasks import TASKS
 from vlmfix.files import plain_name, replacing
 from vlmfix.parsing import some
 from vlmfix.records import read_json, read_lines, shown, to_json
-from vlmfix.settings import DECODED, MODEL
+from vlmfix.settings import DECODED, LOADED, MODEL
 from vlmfix.shapes import (
     COUNT,
     FLAG,
@@ -56,7 +56,7 @@ SCORED = {
     "model": TEXT,
     "decoding": fields(DECODED),
 }
-BESIDES = MADE_BY | {"max_pixels": SIZE.or_null(), "sessions": list_of(SESSION)}
+BESIDES = MADE_BY | LOADED | {"sessions": list_of(SESSION)}
 SCORABLE = fields(SCORED, BESIDES)
 """What a card must say for its answers to be scored, and what it may say besides."""
 RESUMABLE = fields(SCORED | {"sessions": list_of(SESSION)}, BESIDES)

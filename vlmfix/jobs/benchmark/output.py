@@ -84,7 +84,7 @@ class ArmsFolder(Ledger):
             "images": None if workload.images is None else str(workload.images.resolve()),
             "model": settings.model,
             "revision": settings.revision,
-            "max_pixels": settings.max_pixels,
+            **settings.loaded(),
             "decoding": settings.decoding(),
         }
         self.done: dict[str, set[str]] = {}

@@ -16,7 +16,7 @@ from vlmfix.jobs.folder.output import ANSWER, ANSWERS, CARD
 from vlmfix.jobs.folder.questions import Questions
 from vlmfix.parsing import some
 from vlmfix.records import read_json, read_lines
-from vlmfix.settings import DECODED, MODEL
+from vlmfix.settings import DECODED, LOADED, MODEL
 from vlmfix.shapes import FLAG, PATH, SIZE, TEXT, fields, list_of, mapping_of
 
 FINISHED = fields(
@@ -32,7 +32,7 @@ FINISHED = fields(
                 "decoder": TEXT,
                 **DECODED,
             },
-            {"decoder_facts": mapping_of(TEXT), "max_pixels": SIZE.or_null()},
+            {"decoder_facts": mapping_of(TEXT), **LOADED},
         ),
         "sessions": list_of(fields({"prompts_file": PATH.or_null(), "batch_size": SIZE}), least=1),
     }
