@@ -21,8 +21,8 @@ from rich.text import Text
 from vlmfix.card import plain, reading_notes
 from vlmfix.decoders import DecoderInfo
 from vlmfix.demo import Comparison, Count, Described
-from vlmfix.folder import Progress
 from vlmfix.generation import VLM, load
+from vlmfix.jobs.folder import Progress
 from vlmfix.language.parameters import written
 from vlmfix.parsing import escaped
 from vlmfix.upstream.versions import remedy

@@ -47,29 +47,25 @@ def run(
     if prompt is not None and prompts is not None:
         raise UsageError("--prompt and --prompts are both given", "give one of them")
     options.quieten()
-    from vlmfix import folder
     from vlmfix.display import loading, run_display, summary
+    from vlmfix.jobs import folder
 
     if prompts is not None:
         questions = folder.Questions.file(prompts)
     else:
         questions = folder.Questions.text(folder.DESCRIBE if prompt is None else prompt)
-    try:
-        with run_display() as report:
-            end = folder.run(
-                pictures,
-                out,
-                questions=questions,
-                settings=settings,
-                batch_size=batch_size,
-                save_maps=save_maps,
-                retry_failed=retry_failed,
-                report=report,
-                loader=loading,
-            )
-    except KeyboardInterrupt:
-        options.say(f"vlmfix: stopped; what is done is in {out}. The same command goes on from there.", err=True)
-        click.get_current_context().exit(options.INTERRUPTED)
+    with options.stoppable(out), run_display() as report:
+        end = folder.run(
+            pictures,
+            out,
+            questions=questions,
+            settings=settings,
+            batch_size=batch_size,
+            save_maps=save_maps,
+            retry_failed=retry_failed,
+            report=report,
+            loader=loading,
+        )
     options.say(summary(end, out), err=True, lines=True)
     if end.in_vain:
         click.get_current_context().exit(1)
