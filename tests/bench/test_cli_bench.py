@@ -46,7 +46,7 @@ def test_the_table_shows_what_the_file_holds(tmp_path, model, vlmfix):
         known = (line["first_ms"], line["step_ms"], line["memory_above_weights"], *line["samples"]["long_s"])
         assert (line["reason"] is not None) == (line["arm"] == "adhh") == (known == (None, None, None))
     by_arm = {(line["arm"], line["rows"]): line for line in lines}
-    assert f"adhh, 1, 2 rows: {by_arm['adhh', 1]['reason']}"[:80] in printed
+    assert f"adhh (1, 2): {by_arm['adhh', 1]['reason']}"[:80] in printed
     assert by_arm["vcd", 1]["decoder"].startswith("vcd:preset=paper,contrast=")
     assert document["finished"]
     assert document["model"]["device"] == "cpu"
@@ -60,7 +60,7 @@ def test_the_table_shows_what_the_file_holds(tmp_path, model, vlmfix):
 def test_it_fails_when_nothing_was_measured(vlmfix):
     code, printed, _ = vlmfix(*QUICK, "--decoder", "vcd", "--rows", "1", "--minutes", 0)
     assert code == 1
-    assert "greedy, 1 row: the time was over before its first round" in printed
+    assert "greedy (1), vcd (1): the time was over before the first round\n" in printed
 
 
 @pytest.mark.parametrize(
@@ -73,6 +73,7 @@ def test_it_fails_when_nothing_was_measured(vlmfix):
         (("--decoder", "vcd", "--decoder", "vcd"), "--decoder vcd is given twice"),
         (("--decoder", "nonsense"), "unknown decoder 'nonsense'"),
         (("--prompt-tokens", "500"), "the number of tokens that LLaVA-1.5 makes of a picture cannot be chosen"),
+        (("--device", "meta"), "device meta cannot be measured"),
         (("--json", "none/cost.json"), "there is no folder none"),
         (("--json", "notes.json"), "this is no file of vlmfix bench"),
     ],

@@ -135,6 +135,7 @@ def test_figures_are_medians_and_ratios_are_those_of_medians(task):
         finished=True,
     )
     facts = results.about(task, "tiny", 3, "vlmfix bench")
+    assert facts["model"]["weights"] == "its own"
     document = results.results(facts, found)
     first, second, third = document["lines"]
     steps = [1, 2, 7 / more]
@@ -213,6 +214,7 @@ def test_a_length_that_no_picture_gives_is_refused(tiny):
 )
 def test_shapes_are_those_of_the_checkpoint(make, weights, tokens):
     vlm = make(device="meta")
+    assert vlm.model.config.name_or_path == ""  # by which results know that weights are random
     assert sum(weight.numel() for weight in vlm.model.parameters()) == weights
     assert vlm.model.dtype == torch.bfloat16
     assert vlm.model.generation_config.eos_token_id is None

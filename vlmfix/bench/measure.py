@@ -18,8 +18,9 @@ from PIL import Image
 from vlmfix.bench.shapes import QUESTION
 from vlmfix.decoders import Decoder, Greedy
 from vlmfix.decoders.picture.refined import PictureMemo
-from vlmfix.errors import DataError, VlmfixError
+from vlmfix.errors import DataError, UsageError, VlmfixError
 from vlmfix.generation import VLM
+from vlmfix.models.checkpoint import device_named
 from vlmfix.upstream.memory import peak_of
 
 Way = Literal["vlmfix", "transformers"]
@@ -227,6 +228,19 @@ def ours(name: str, decoder: Decoder) -> Arm:
         return [said.ids for said in vlm.generate(pictures, QUESTION, decoder=decoder, max_new_tokens=tokens)]
 
     return Arm(name, decoder.spec(), "vlmfix", isinstance(decoder, Greedy), answer)
+
+
+def refuse_other_device(name: str) -> None:
+    """Makes sure that a device can be measured, before a model is made there.
+
+    Args:
+        name: As ``Checkpoint.load`` takes it.
+
+    Raises:
+        UsageError: There is no such device, or it is neither a GPU that speaks CUDA nor the CPU.
+    """
+    if (device := device_named(name)).type not in COPIED:
+        raise UsageError(f"device {device} cannot be measured", "use cuda or cpu")
 
 
 def bandwidth(device: torch.device) -> float:

@@ -15,7 +15,7 @@ from vlmfix.records import read_json
 
 KIND = "vlmfix bench"
 """What a file of these results says that it is."""
-LATE = "the time was over before its first round"
+LATE = "the time was over before the first round"
 
 
 def about(task: Task, name: str, rounds: int, command: str) -> dict[str, Any]:
@@ -35,6 +35,7 @@ def about(task: Task, name: str, rounds: int, command: str) -> dict[str, Any]:
         "machine": machine(),
         "model": {
             "name": name,
+            "weights": "its own" if vlm.model.config.name_or_path else "random",
             "family": vlm.family.title,
             "layers": vlm.layers,
             "dtype": str(vlm.model.dtype).removeprefix("torch."),

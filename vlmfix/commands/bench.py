@@ -80,13 +80,14 @@ def bench(
     options.quieten()
     from vlmfix.bench import arms, results
     from vlmfix.bench import shapes as made
-    from vlmfix.bench.measure import Task, measured
+    from vlmfix.bench.measure import Task, measured, refuse_other_device
     from vlmfix.decoders import parse
     from vlmfix.display import bench_text, counting
     from vlmfix.records import replace_json
 
     for spec in decoders:
         parse(spec)  # what is wrong with one is said before the model is made
+    refuse_other_device(device)
     if file is not None:
         results.refuse_other_file(file)
     name = model or shapes or made.usual(device)

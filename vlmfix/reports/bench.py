@@ -19,9 +19,9 @@ COLUMNS: tuple[tuple[str, str, Callable[[Any], str]], ...] = (
     ("x\nplain", "step_ratio", lambda value: f"{value:.2f}"),
     ("tokens\n/s", "tokens_per_second", lambda value: f"{value:.0f}"),
     ("weights\n%", "weights_share", lambda value: f"{100 * value:.0f}"),
-    ("MiB\n+weights", "memory_above_weights", lambda value: f"{value / MIB:.0f}"),
-    ("MiB\nwhole", "memory", lambda value: f"{value / MIB:.0f}"),
-    ("MiB\n+plain", "memory_above_plain", lambda value: f"{value / MIB:.0f}"),
+    ("MiB\n+weights", "memory_above_weights", lambda value: str(round(value / MIB))),
+    ("MiB\nwhole", "memory", lambda value: str(round(value / MIB))),
+    ("MiB\n+plain", "memory_above_plain", lambda value: str(round(value / MIB))),
     ("warm-up\ns", "warm_up_s", lambda value: f"{value:.2f}"),
 )
 """Titles, the fields of a line that stand under them, and how they are written."""
@@ -69,7 +69,7 @@ def _short(milliseconds: float) -> str:
 def _heading(document: Mapping[str, Any]) -> str:
     model, (width, height) = document["model"], document["picture"]
     return (
-        f"{model['name']} ({model['layers']} layers, {model['dtype']}) on {model['device']}: a picture of {width} x "
+        f"{model['name']} ({model['layers']} layers, {model['dtype']}, weights: {model['weights']}) on {model['device']}: a picture of {width} x "
         f"{height} and a question, {document['prompt_tokens']} tokens, answered with {document['tokens']}; medians of "
         f"{document['rounds']} rounds"
     )
@@ -85,14 +85,14 @@ def _limit(document: Mapping[str, Any]) -> str:
 
 
 def _reasons(document: Mapping[str, Any]) -> Iterator[str]:
-    """Why lines have no figures, lines with the same reason together."""
-    found: dict[tuple[str, str], list[int]] = {}
+    """Why lines have no figures; what holds for several is said once."""
+    found: dict[str, dict[str, list[str]]] = {}
     for line in document["lines"]:
         if line["reason"] is not None:
-            found.setdefault((line["arm"], line["reason"]), []).append(line["rows"])
-    for (arm, reason), rows in found.items():
-        counted = "1 row" if rows == [1] else f"{', '.join(map(str, rows))} rows"
-        yield f"{arm}, {counted}: {reason}"
+            found.setdefault(line["reason"], {}).setdefault(line["arm"], []).append(str(line["rows"]))
+    for reason, arms in found.items():
+        listed = ", ".join(f"{arm} ({', '.join(rows)})" for arm, rows in arms.items())
+        yield f"{listed}: {reason}"
 
 
 def _unfinished(document: Mapping[str, Any]) -> Iterator[str]:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from torch.profiler import ProfilerActivity, profile
@@ -18,8 +19,7 @@ def peak_of(work: Callable[[], object]) -> int:
     Args:
         work: The call; it takes longer than usual meanwhile.
     """
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler writes to standard error when it begins and ends
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
+    with _quiet(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
         work()
     found: Any = seen.profiler
     held = most = 0
@@ -28,3 +28,16 @@ def peak_of(work: Callable[[], object]) -> int:
             held += event.nbytes()
             most = max(most, held)
     return most
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keeps standard error free of what the profiler writes there: that it begins and ends, and what it did not see."""
+    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nowhere)
