@@ -102,7 +102,7 @@ def test_what_a_refining_decoder_knows_is_forgotten_between_calls(task):
 
 
 def timed(arm, *, cold, first, short, long, memory):
-    return Timed(arm, 1, cold=cold, first=first, short=short, long=long, memory=memory)
+    return Timed(arm, 2, cold=cold, first=first, short=short, long=long, memory=memory)
 
 
 def test_figures_are_medians_and_ratios_are_those_of_medians(task):
@@ -141,7 +141,7 @@ def test_figures_are_medians_and_ratios_are_those_of_medians(task):
     steps = [1, 2, 7 / more]
     assert first["step_ms"] == pytest.approx(1000 * sorted(steps)[1])
     assert (first["first_ms"], first["step_ratio"], first["first_ratio"]) == (pytest.approx(200), 1, 1)
-    assert first["tokens_per_second"] == pytest.approx(task.tokens / sorted([1 + more, 1 + 2 * more, 8.0])[1])
+    assert first["tokens_per_second"] == pytest.approx(2 * task.tokens / sorted([1 + more, 1 + 2 * more, 8.0])[1])
     assert first["warm_up_s"] == pytest.approx(9.0 - sorted([1 + more, 1 + 2 * more, 8.0])[1])
     assert second["first_ratio"] == pytest.approx(0.4 / 0.2)
     assert second["step_ratio"] == pytest.approx(second["step_ms"] / first["step_ms"])
