@@ -54,6 +54,7 @@ def test_every_arm_gets_its_turn_in_each_round(task):
     turns = [(name, rows) for name, rows, tokens in calls if tokens == 1]
     assert turns == [("a", 1), ("b", 1), ("a", 2), ("b", 2)] * 3
     assert {tokens for _, _, tokens in calls} == {1, task.short, task.tokens}
+    assert [one.cold is not None for one in last.timed] == [True, True, False, False]
     assert last.finished
     assert [len(one.long) for one in last.timed] == [3] * 4
     assert len(last.bandwidth) == 3
@@ -65,21 +66,21 @@ def test_what_keeps_an_arm_from_answering_is_told_and_the_others_go_on(task):
     compared = [noting(calls, "a"), noting(calls, "b", fails=2), noting(calls, "c", short_of=1)]
     *_, last = measured(task, compared, [1, 2], rounds=2)
     found = {(one.arm.name, one.rows): one.error for one in last.timed}
-    short = f"an answer ends after {task.tokens - 1} of {task.tokens} tokens"
+    short = [f"an answer ends after {tokens - 1} of {tokens} tokens" for tokens in (task.tokens, task.short)]
     assert found == {
         ("a", 1): None,
         ("b", 1): None,
-        ("c", 1): short,
+        ("c", 1): short[0],
         ("a", 2): None,
         ("b", 2): "b cannot act",
-        ("c", 2): short,
+        ("c", 2): short[1],
     }
     assert len([1 for name, rows, _ in calls if (name, rows) == ("b", 2)]) == 1  # it is not tried again
 
 
 def test_no_measurement_begins_when_the_time_is_over(task):
     calls = []
-    (last,) = measured(task, [noting(calls, "a")], [1], rounds=2, until=time.monotonic())
+    (last,) = measured(task, [noting(calls, "a", plain=True)], [1], rounds=2, until=time.monotonic())
     assert calls == []
     assert not last.finished
     line = results.results(results.about(task, "tiny", 2, ""), last)["lines"][0]

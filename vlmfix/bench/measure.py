@@ -62,7 +62,8 @@ class Timed:
     Attributes:
         arm: The arm.
         rows: Questions that are answered at once.
-        cold: Seconds of the first long answer.
+        begins: Whether the arm answers for the first time; its warm-up is measured then.
+        cold: Seconds of the arm's first answer, a long one.
         first: Seconds until the first token, one for each round.
         short: Seconds of the short answer.
         long: Seconds of the long answer.
@@ -72,6 +73,7 @@ class Timed:
 
     arm: Arm
     rows: int
+    begins: bool = False
     cold: float | None = None
     first: list[float] = field(default_factory=list)
     short: list[float] = field(default_factory=list)
@@ -137,7 +139,7 @@ def measured(
     Yields:
         What is known, after each round; the last may be cut short.
     """
-    timed = [Timed(arm, count) for count in rows for arm in arms]
+    timed = [Timed(arm, count, begins=count == rows[0]) for count in rows for arm in arms]
     total, counted = rounds * len(timed), itertools.count(1)
     bandwidths: list[float] = []
     gc.freeze()  # what is there now need not be searched through before every turn
@@ -179,8 +181,11 @@ def reason(error: Exception) -> str:
 def _measure(task: Task, one: Timed) -> None:
     device = task.vlm.device
     asked = partial(_seconds, task.vlm, one.arm, task.pictures[: one.rows])
-    if one.cold is None:
-        one.cold = asked(task.tokens)
+    if not one.long:
+        if one.begins:
+            one.cold = asked(task.tokens)
+        else:
+            asked(task.short)  # kernels are chosen by the number of rows, too
         if device.type != "cuda":
             one.memory = peak_of(lambda: asked(task.short))
     if device.type == "cuda":

@@ -58,31 +58,26 @@ def results(facts: dict[str, Any], found: Measured) -> dict[str, Any]:
 
     Args:
         facts: See ``about``.
-        found: What was measured.
+        found: What was measured; each way has its plain arm.
 
     Returns:
         The facts; ``bandwidth``, bytes per second in the median and for each round; ``weights_ms``, what reading a
         step's weights once takes at that; ``finished``; and ``lines``, one for each arm and number of rows. Of a line,
         ``first_ms``, ``step_ms``, ``tokens_per_second``, ``weights_share``, ``memory`` and ``memory_above_weights``
         (bytes) are the arm's; ``first_ratio``, ``step_ratio`` and ``memory_above_plain`` compare it with plain decoding
-        by the same way and as many rows; ``warm_up_s`` stands in an arm's first line. ``reason`` says why there are no
-        figures, and is None where there are.
+        by the same way and as many rows; ``warm_up_s`` stands in the lines with the fewest rows. ``reason`` says why
+        there are no figures, and is None where there are.
     """
     rate = statistics.median(found.bandwidth)
     weights_ms = 1000 * facts["model"]["step_bytes"] / rate
     lines = [_line(facts, one, weights_ms) for one in found.timed]
     plain = {(line["way"], line["rows"]): line for one, line in zip(found.timed, lines, strict=True) if one.arm.plain}
-    warmed: set[str] = set()
     for line in lines:
-        beside = plain.get((line["way"], line["rows"]), line)
+        beside = plain[line["way"], line["rows"]]
         line["first_ratio"] = _ratio(line["first_ms"], beside["first_ms"])
         line["step_ratio"] = _ratio(line["step_ms"], beside["step_ms"])
         both = None not in (line["memory"], beside["memory"])
         line["memory_above_plain"] = line["memory"] - beside["memory"] if both else None
-        if line["arm"] in warmed:
-            line["warm_up_s"] = None
-        elif line["warm_up_s"] is not None:
-            warmed.add(line["arm"])
     speed = {"median": rate, "samples": list(found.bandwidth)}
     return facts | {"bandwidth": speed, "weights_ms": weights_ms, "finished": found.finished, "lines": lines}
 
@@ -99,7 +94,7 @@ def _line(facts: dict[str, Any], one: Timed, weights_ms: float) -> dict[str, Any
         "samples": {"cold_s": one.cold, "first_s": one.first, "short_s": one.short, "long_s": one.long},
     }
     names = ("first_ms", "step_ms", "tokens_per_second", "weights_share", "memory", "memory_above_weights", "warm_up_s")
-    if line["reason"] is not None or one.cold is None or one.memory is None:
+    if line["reason"] is not None or one.memory is None:
         return line | dict.fromkeys(names)
     long, more = statistics.median(one.long), facts["tokens"] - facts["short_tokens"]
     step_ms = statistics.median(_steps(one, more))
@@ -110,7 +105,7 @@ def _line(facts: dict[str, Any], one: Timed, weights_ms: float) -> dict[str, Any
         weights_ms / step_ms if step_ms > 0 else None,
         facts["model"]["weight_bytes"] + one.memory,
         one.memory,
-        one.cold - long,
+        None if one.cold is None else one.cold - long,
     )
     return line | dict(zip(names, figures, strict=True))
 

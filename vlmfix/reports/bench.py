@@ -68,11 +68,10 @@ def _short(milliseconds: float) -> str:
 
 def _heading(document: Mapping[str, Any]) -> str:
     model, (width, height) = document["model"], document["picture"]
-    return (
-        f"{model['name']} ({model['layers']} layers, {model['dtype']}, weights: {model['weights']}) on {model['device']}: a picture of {width} x "
-        f"{height} and a question, {document['prompt_tokens']} tokens, answered with {document['tokens']}; medians of "
-        f"{document['rounds']} rounds"
-    )
+    what = f"{model['name']} ({model['layers']} layers, {model['dtype']}, weights: {model['weights']})"
+    asked = f"a picture of {width} x {height} and a question, {document['prompt_tokens']} tokens"
+    answered = f"answered with {document['tokens']}; medians of {document['rounds']} rounds"
+    return f"{what} on {model['device']}: {asked}, {answered}"
 
 
 def _limit(document: Mapping[str, Any]) -> str:
