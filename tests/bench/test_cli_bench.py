@@ -8,6 +8,7 @@ import pytest
 
 from tests.tiny import tiny_vlm
 from vlmfix.bench import measure
+from vlmfix.bench.shapes import SHAPES
 from vlmfix.commands import bench, options
 from vlmfix.reports.bench import cells
 
@@ -86,3 +87,8 @@ def test_wrong_use_is_told_before_anything_is_measured(given, said, tmp_path, vl
     assert (code, printed) == (2, "")
     assert said in told
     assert (tmp_path / "notes.json").read_text() == '{"kind": "notes"}'
+
+
+def test_the_shapes_that_are_offered_are_those_that_can_be_made():
+    (offered,) = (option.type.choices for option in bench.bench.params if option.name == "shapes")
+    assert list(offered) == list(SHAPES)
