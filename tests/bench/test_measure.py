@@ -61,6 +61,19 @@ def test_every_arm_gets_its_turn_in_each_round(task):
 
 
 @pytest.mark.usefixtures("_no_memory")
+def test_steps_are_recorded_anew_in_each_turn_before_it_is_timed(task, monkeypatch):
+    calls = []
+    monkeypatch.setattr(measure, "RECORDING", ("cpu",))
+    monkeypatch.setattr(measure, "forget", lambda model: calls.append(("forget", 0, 0)))
+    *_, last = measured(task, [noting(calls, "a")], [1], rounds=2)
+    long, short = task.tokens, task.short
+    memory = [short]
+    turn = [1, short, long]
+    assert [tokens for _, _, tokens in calls] == [0, long, short, *memory, *turn, 0, long, short, *turn]
+    assert [len(one.long) for one in last.timed] == [2]
+
+
+@pytest.mark.usefixtures("_no_memory")
 def test_what_keeps_an_arm_from_answering_is_told_and_the_others_go_on(task):
     calls = []
     compared = [noting(calls, "a"), noting(calls, "b", fails=2), noting(calls, "c", short_of=1)]

@@ -18,6 +18,8 @@ from PIL import Image
 from vlmfix.bench.shapes import QUESTION
 from vlmfix.decoders import Decoder, Greedy
 from vlmfix.decoders.picture.refined import PictureMemo
+from vlmfix.decoding.graphs import forget
+from vlmfix.decoding.running import RECORDING
 from vlmfix.errors import DataError, UsageError, VlmfixError
 from vlmfix.generation import VLM
 from vlmfix.models.checkpoint import device_named
@@ -28,7 +30,7 @@ Way = Literal["vlmfix", "transformers"]
 Ids = Sequence[Sequence[int]]
 """The tokens of each answer."""
 SHORT = 12
-"""Least tokens of the short answer: steps are recorded from the fifth on, and what recording costs is then in both."""
+"""Least tokens of the short answer; shorter ones are not recorded."""
 LEAST = SHORT + 4
 """Least tokens of the long answer."""
 COPIED = {"cuda": 1 << 30, "cpu": 1 << 28}
@@ -181,13 +183,16 @@ def reason(error: Exception) -> str:
 def _measure(task: Task, one: Timed) -> None:
     device = task.vlm.device
     asked = partial(_seconds, task.vlm, one.arm, task.pictures[: one.rows])
-    if not one.long:
-        if one.begins:
-            one.cold = asked(task.tokens)
-        else:
-            asked(task.short)  # kernels are chosen by the number of rows, too
-        if device.type != "cuda":
-            one.memory = peak_of(lambda: asked(task.short))
+    begins, records = not one.long, one.arm.way == "vlmfix" and device.type in RECORDING
+    forget(task.vlm.model)  # the memory of other arms' recorded steps is none of this one's
+    if begins and one.begins:
+        one.cold = asked(task.tokens)
+    elif records:
+        asked(task.tokens)
+    if records or (begins and not one.begins):
+        asked(task.short)  # kernels are chosen by the number of rows, steps are recorded by the length of an answer
+    if begins and device.type != "cuda":
+        one.memory = peak_of(lambda: asked(task.short))
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     first, short, long = (asked(tokens) for tokens in (1, task.short, task.tokens))

@@ -77,7 +77,7 @@ def _apart(vlm: VLM, pictures: Sequence[Image.Image], tokens: int, *, decoder: D
     batch = vlm.encode([QUESTION] * len(pictures), [[picture] for picture in pictures])
     _, plan = decoder.planned(vlm, batch)
     branches = [branch.batch for contrast in plan.contrasts for branch in contrast.branches]
-    passes = [Passes(vlm, rows_of(vlm, part, ()), tokens, None) for part in (batch, *branches)]
+    passes = [Passes(vlm, rows_of(vlm, part, ()), tokens, plans={}) for part in (batch, *branches)]
     scores = fused(plan.contrasts, torch.stack([part.prompt() for part in passes]))  # (B, V)
     said: list[list[int]] = []
     while True:
