@@ -14,7 +14,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor, nn
 
 from vlmfix.errors import VlmfixError
-from vlmfix.upstream import attention, cache, defaults, features, geometry, names, positions, steps, text, wrappers
+from vlmfix.upstream import attention, cache, defaults, features, geometry, loops, names, positions, text, wrappers
 from vlmfix.upstream.bench import END, PAD, PICTURE, TEXT, Bench, library, noise
 from vlmfix.upstream.versions import missing
 
@@ -268,23 +268,25 @@ def roomy_cache(bench: Bench) -> None:
 
 
 def decoding_loop(bench: Bench) -> None:
-    """A loop of another's gets what it needs from generate, and its single steps are right."""
+    """A loop of another's gets what it needs from generate, and is told what a call asks for."""
+    asked: list[list[str]] = []
 
     def loop(model: Any, input_ids: Tensor, **kwargs: Any) -> Tensor:  # noqa: ANN401
-        steps.handed(kwargs)
-        _require(steps.cache_of(model, kwargs) is not None, "generate hands no cache to a loop of another's")
-        for place in range(3):
-            prepare = steps.next_token if place else steps.first
-            output = model(**prepare(model, input_ids, kwargs), return_dict=True)
-            kwargs = steps.kept_between(model, output, kwargs)
-            newest = output.logits[:, -1]
-            newest[:, END] = float("-inf")
-            input_ids = torch.cat([input_ids, newest.argmax(dim=-1, keepdim=True)], dim=1)
+        processors, stops, config = loops.handed(kwargs)
+        fresh = loops.is_fresh(loops.cache_of(model, kwargs))
+        _require(fresh, "generate hands no empty cache to a loop of another's")
+        _require(loops.padding(config) == PAD, "generate does not say what fills rows up")
+        asked.append(loops.unusual(config))
+        scores = processors(input_ids, noise(2, TEXT["vocab_size"]))
+        _require(bool(scores[:, END].isinf().all()), "generate hands its processors to no loop of another's")
+        longer = torch.cat([input_ids, input_ids[:, :3]], dim=1)
+        _require(bool(stops(longer, scores).all()), "generate hands its stopping criteria to no loop of another's")
         return input_ids
 
-    for model, prompt in ((bench.llava, bench.prompt), (bench.qwen, bench.qwen_prompt)):
-        found = bench.generate(model, prompt, 3, custom_generate=loop)
-        _require(torch.equal(found, bench.generate(model, prompt, 3)), "single steps give other tokens than generate")
+    calls: list[dict[str, Any]] = [{}, {"prompt_lookup_num_tokens": 2}]
+    for options in calls:
+        bench.generate(bench.llava, bench.prompt, 3, custom_generate=loop, **options)
+    _require(asked == [[], ["assisted_generation"]], "a loop of another's is not told what a call asks for")
 
 
 def generation_settings(bench: Bench) -> None:
