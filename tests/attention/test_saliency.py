@@ -192,7 +192,7 @@ def test_nothing_is_left_behind_and_memory_is_one_row_per_layer():
         assert not seen[2].is_leaf
         assert not saliency.requires_grad
         assert not logits.requires_grad
-        assert not any(x.requires_grad for pair in keys_and_values(call._passes._cache) for x in pair)
+        assert not any(x.requires_grad for pair in keys_and_values(call.cache) for x in pair)
     assert not seen
     torch.testing.assert_close(saliency, frozen[0][1][1:])
     assert all(parameter.grad is None for parameter in vlm.model.parameters())

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import Cache
+from transformers import Cache, DynamicCache
 
 from vlmfix.attention.state import Plans
 from vlmfix.decoding.graphs import ROOM, SHORT, Recorded, Recordings, capacity, kind_of, slots
@@ -69,6 +69,12 @@ class Passes:
     def recorded(self) -> bool:
         """Whether the newest token passed in a step that was recorded before, in which no edit is called."""
         return self._recorded is not None and not self._new
+
+    @property
+    def cache(self) -> DynamicCache:
+        """Keys and values of the present rows, while no step is recorded."""
+        cache: DynamicCache = self._cache
+        return cache
 
     def prompt(self) -> Tensor:
         """The logits that follow each prompt, (R, V) float32."""

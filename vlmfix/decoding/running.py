@@ -12,6 +12,7 @@ from dataclasses import replace
 
 import torch
 from torch import Tensor
+from transformers import DynamicCache
 
 from vlmfix.attention.session import Acting, AtWork, edited
 from vlmfix.attention.windows import check_windows
@@ -74,6 +75,11 @@ class Running:
         if self.newest is None:
             raise RuntimeError("the plan asks nothing")
         return self.newest
+
+    @property
+    def cache(self) -> DynamicCache:
+        """Keys and values of all rows, for a plan of which no step is recorded."""
+        return self._passes.cache
 
     def prompt(self) -> Tensor:
         """The scores that follow each prompt, (B, V) float32."""

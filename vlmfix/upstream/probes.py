@@ -14,7 +14,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor, nn
 
 from vlmfix.errors import VlmfixError
-from vlmfix.upstream import attention, cache, defaults, features, geometry, loops, names, positions, text, wrappers
+from vlmfix.upstream import attention, cache, defaults, features, geometry, loops, names, positions, wrappers
 from vlmfix.upstream.bench import END, PAD, PICTURE, TEXT, Bench, library, noise
 from vlmfix.upstream.versions import missing
 
@@ -142,12 +142,12 @@ def residual_stream(bench: Bench) -> None:
         streams.append(names.hidden(args, kwargs))
 
     layers = list(bench.decoder.layers)
-    inputs: list[text.TextInputs] = []
     with layers[0].register_forward_pre_hook(show, with_kwargs=True):
-        with layers[1].register_forward_pre_hook(show, with_kwargs=True), text.watched(bench.decoder, inputs.append):
+        with layers[1].register_forward_pre_hook(show, with_kwargs=True), _seen(bench.decoder) as calls:
             bench.logits(bench.llava, **bench.prompt)
     _require([stream.shape for stream in streams] == [(2, 8, 16)] * 2, "layers are not called with the residual stream")
-    _close(streams[0], inputs[0].embeds, "the residual stream does not begin as the embeddings")
+    embeds = calls[0][names.TextNames.of(bench.decoder).embeds]
+    _close(streams[0], embeds, "the residual stream does not begin as the embeddings")
 
 
 def picture_features(bench: Bench) -> None:
@@ -196,17 +196,16 @@ def cache_layers(bench: Bench) -> None:
         "layers of a cache do not hold (B, G, K, D) keys and values",
     )
     cache.drop_last(filled)
-    newest = {"input_ids": prompt["input_ids"][:, -1:], "attention_mask": prompt["attention_mask"]}
-    place = places[:, -1:]
+    values = {"ids": prompt["input_ids"][:, -1:], "mask": prompt["attention_mask"], "positions": places[:, -1:]}
+    newest = {names.name_of(type(model), name): value for name, value in values.items()}
     with torch.no_grad():
-        again = model(**newest, position_ids=place, **handed).logits[:, -1]
+        again = model(**newest, **handed).logits[:, -1]
     _close(again, whole, "a token that was taken back from the cache gives other logits when it passes again")
     cache.drop_last(filled)
     shared = cache.shared_prompt(filled, 0, 7)
-    one = text.TextInputs(model.get_input_embeddings()(prompt["input_ids"][[0, 0], -1:]), place[[0, 0]])
+    first = {name: value[[0, 0]] for name, value in newest.items()}
     with torch.no_grad():
-        states = text.call(bench.decoder, one, prompt["attention_mask"][[0, 0]], shared)
-        found = model.get_output_embeddings()(states[:, -1])
+        found = model(**first, **cache.handed_over(model, shared)).logits[:, -1]
     _close(found, whole[[0, 0]], "a prompt that several rows share gives other logits")
     keys = cache.keys_and_values(filled)[0][0].clone()
     reordered = cache.Reordered(filled, lambda rows: rows.flip(0))
