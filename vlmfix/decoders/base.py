@@ -228,7 +228,7 @@ class Decoder(ABC):
             if plan.gate is None:
                 stack = block.enter_context(self._stacked(vlm, batch, layout, plan, num_beams))
             else:
-                loop = HandedLoop(vlm=vlm, batch=batch, layout=layout, plan=plan, name=self.spec())
+                loop = HandedLoop(vlm=vlm, batch=batch, layout=layout, plan=plan, gate=plan.gate, name=self.spec())
             length, lengths = longest_prompts(batch, plan.contrasts)
             watch = Watch(
                 vlm=vlm,

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 from transformers import Cache, PreTrainedModel
 
-from vlmfix.decoding.plan import DecodingPlan
+from vlmfix.decoding.plan import DecodingPlan, Gate
 from vlmfix.decoding.running import running
+from vlmfix.decoding.watch import idle
 from vlmfix.errors import IncompatibleDecodersError
 from vlmfix.models.checkpoint import Checkpoint
 from vlmfix.models.layout import Batch, ImageLayout
@@ -30,6 +31,7 @@ class HandedLoop:
         batch: B samples.
         layout: Where their image tokens are.
         plan: What the decoder does.
+        gate: The plan's gate.
         name: How the decoder is written, for messages.
     """
 
@@ -37,6 +39,7 @@ class HandedLoop:
     batch: Batch
     layout: ImageLayout
     plan: DecodingPlan
+    gate: Gate
     name: str
 
     def __call__(
@@ -59,8 +62,10 @@ class HandedLoop:
             (B, T + generated) tokens, or an output of ``generate`` when its configuration asks for one.
 
         Raises:
-            IncompatibleDecodersError: The call asks for something that this loop does not do.
+            IncompatibleDecodersError: The call asks for something that this loop does not do, or is another model's.
         """
+        if model is not self.vlm.model:
+            raise idle(self.name, "generate ran another model")
         processors, stops, config = loops.handed(kwargs)
         self._check(input_ids, config, loops.cache_of(model, kwargs))
         ended = torch.zeros(self.batch.rows, dtype=torch.bool, device=input_ids.device)
@@ -68,11 +73,8 @@ class HandedLoop:
         limit = config.max_length - input_ids.shape[1]
         if token_streamer is not None:
             token_streamer.put(input_ids.cpu())
-        gate = self.plan.gate
-        if gate is None:
-            raise RuntimeError("only a plan with a gate has its calls decoded by this loop")
         with running(self.vlm, self.batch, self.layout, self.plan, limit=limit, name=self.name) as call:
-            choice = gate(call.newest, processors, sampling=bool(config.do_sample))
+            choice = self.gate(call.newest, processors, sampling=bool(config.do_sample))
             logits = call.prompt()
             while True:
                 scores, tokens = choice.chosen(input_ids, logits, ~ended)
