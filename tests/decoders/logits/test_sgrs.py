@@ -462,14 +462,16 @@ def test_a_prompt_that_ends_with_a_picture_is_refused(family):
         vlm.model.generate(**cut, **arguments, max_new_tokens=2)
 
 
-@pytest.mark.parametrize("spec", ["sgrs", "sgrs+locore+vcd"])
-def test_a_row_that_has_ended_takes_part_in_no_further_pass(spec, monkeypatch):
+@pytest.mark.parametrize(
+    ("spec", "options"),
+    [("sgrs", {}), ("sgrs", {"temperature": 1.3, "seed": 7}), ("sgrs+locore+vcd", {})],
+    ids=["draws of its own", "sampling", "chain"],
+)
+def test_a_row_that_has_ended_takes_part_in_no_further_pass(spec, options, monkeypatch):
     vlm = vlm_of("llava")
     batch, rows = batch_of(vlm), []
-    alone = [
-        vlm.generate([list(batch.pictures[row])], batch.prompts[row], decoder=spec, max_new_tokens=6)[0].ids
-        for row in (0, 1)
-    ]
+    pictures, run = [list(row) for row in batch.pictures], {"decoder": spec, "max_new_tokens": 6, **options}
+    alone = [vlm.generate([pictures[row]], batch.prompts[row], **run)[0].ids for row in (0, 1)]
     end = next(token for token in alone[0][:3] if token not in alone[1])
     monkeypatch.setattr(vlm.model.generation_config, "eos_token_id", end)
 
@@ -477,7 +479,7 @@ def test_a_row_that_has_ended_takes_part_in_no_further_pass(spec, monkeypatch):
         rows.append(len(kwargs["input_ids"]))
 
     with vlm.model.register_forward_pre_hook(count, with_kwargs=True):
-        found = vlm.generate([list(row) for row in batch.pictures], list(batch.prompts), decoder=spec, max_new_tokens=6)
+        found = vlm.generate(pictures, batch.prompts, **run)
     first = alone[0].index(end) + 1
     assert [answer.ids for answer in found] == [alone[0][:first], alone[1]]
     copies = parse(spec).passes
