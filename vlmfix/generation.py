@@ -28,11 +28,11 @@ from transformers import (
 
 from vlmfix.asked import pictures_of, questions_of, whole
 from vlmfix.decoders import Decoder, Strategy, parse
-from vlmfix.decoders.picture.probing import generation_inputs
 from vlmfix.decoders.picture.refined import PictureMemo, Refined
 from vlmfix.decoding.beams import search
 from vlmfix.decoding.choice import Choice, Drawn, MostProbable
 from vlmfix.decoding.draws import drawing
+from vlmfix.decoding.encoding import generation_inputs
 from vlmfix.decoding.loop import decode
 from vlmfix.decoding.plan import Gate
 from vlmfix.decoding.running import Running, running

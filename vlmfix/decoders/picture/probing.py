@@ -19,7 +19,6 @@ from transformers import PreTrainedModel
 from vlmfix.attention.edit import LayerSet, Rows, Site, WeightEdit
 from vlmfix.attention.saliency import SCALE, token_loss
 from vlmfix.decoding.choice import MostProbable
-from vlmfix.decoding.encoding import encoded_once, repeats_pictures
 from vlmfix.decoding.loop import decode
 from vlmfix.decoding.plan import DecodingPlan
 from vlmfix.decoding.running import running
@@ -29,16 +28,6 @@ from vlmfix.models.context import room_for_answers
 from vlmfix.models.layout import Batch
 from vlmfix.models.turns import turn_of
 from vlmfix.upstream import defaults
-from vlmfix.upstream.features import handed_over
-
-
-def generation_inputs(vlm: Checkpoint, batch: Batch) -> dict[str, Any]:
-    """Inputs for ``model.generate``, with every distinct picture encoded once."""
-    inputs = dict[str, Any](batch)
-    if repeats_pictures(batch):
-        inputs |= handed_over(vlm.model, encoded_once(vlm, batch))
-        del inputs["pixel_values"]
-    return inputs
 
 
 def missing_layers(layers: LayerSet, count: int) -> str | None:
