@@ -84,7 +84,7 @@ class Site:
     """Where and when an edit is applied: one layer of one forward pass.
 
     Attributes:
-        layer: Layer number, from 0.
+        number: Layer number, from 0; None in a compiled step, which all layers share.
         heads: H, number of query heads.
         tokens: T, number of prompt tokens, padding included.
         prefill: True when the prompt itself passes through, False for one new token.
@@ -102,7 +102,7 @@ class Site:
             prefill, read by ``learned`` in both. Rows that have ended are taken out of it.
     """
 
-    layer: int
+    number: int | None
     heads: int
     tokens: int
     prefill: bool
@@ -116,6 +116,13 @@ class Site:
     block: int = 0
     hidden: Tensor | None = None
     memory: Memory = field(default_factory=Memory)
+
+    @property
+    def layer(self) -> int:
+        """Layer number, from 0; known in prefill, and in decoding where each layer's code is its own."""
+        if self.number is None:
+            raise RuntimeError("a compiled decoding step that depends on the layer's number; learn it from the prompt")
+        return self.number
 
     @property
     def prompt(self) -> int:
