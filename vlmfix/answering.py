@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import traceback
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Self, TypeVar
 
@@ -17,7 +17,9 @@ from vlmfix.card import free_memory
 from vlmfix.decoders import Decoder
 from vlmfix.errors import DataError, LayoutError, PassingError, SystematicError, VlmfixError, passing
 from vlmfix.generation import VLM, Answer
+from vlmfix.models.layout import Prepared
 from vlmfix.settings import Settings
+from vlmfix.supply import Question, Supply
 
 logger = logging.getLogger(__name__)
 
@@ -42,19 +44,6 @@ Outcome = Answer | str | PassingError
 """What becomes of a question: an answer, the reason why it has none, or trouble that passes and says nothing of it."""
 
 
-@dataclass(frozen=True, eq=False)
-class Question:
-    """One prompt about one picture, or about none.
-
-    Attributes:
-        picture: RGB; rows of a batch that hold the same object share its encoding. None for a prompt alone.
-        prompt: What is asked.
-    """
-
-    picture: Image.Image | None
-    prompt: str
-
-
 class Answerer:
     """A model with a decoder and settings, which answers batches.
 
@@ -76,7 +65,7 @@ class Answerer:
         self,
         batches: Iterable[Sequence[tuple[Item, Question | str | PassingError]]],
         answered: Callable[[], Question | None],
-    ) -> Iterator[list[tuple[Item, Outcome]]]:
+    ) -> Generator[list[tuple[Item, Outcome]]]:
         """Answers questions, and stops when it is not the questions that are at fault.
 
         An error that is neither this package's own nor a lack of memory is *foreign*: it may belong to one odd picture,
@@ -85,6 +74,8 @@ class Answerer:
         end, a question that was answered before is asked again; only if it is answered again do the failures belong to
         their questions. Errors in a row need not be equal: a text may hold a picture's size, and one fault may be met
         at several places.
+
+        While a batch is answered, the next is had and prepared in the background; closing the generator ends that.
 
         Trouble that passes, such as too little memory for a single row, is no fault of its question, which is left for
         another start; when it meets ``FAILURES_IN_A_ROW`` questions without an answer in between, it ends this one.
@@ -104,12 +95,21 @@ class Answerer:
             PassingError: Trouble that passes keeps every question from being answered.
             VlmfixError: Settings that can work with no batch.
         """
+        with Supply(self._vlm) as supply:
+            yield from self._settled(batches, answered, supply)
+
+    def _settled(
+        self,
+        batches: Iterable[Sequence[tuple[Item, Question | str | PassingError]]],
+        answered: Callable[[], Question | None],
+        supply: Supply,
+    ) -> Iterator[list[tuple[Item, Outcome]]]:
         held: list[tuple[Item, Outcome]] = []
         row: list[_Failure] = []
         stuck = 0
-        for batch in batches:
+        for batch, coming in self._with_next(batches):
             settled: list[tuple[Item, Outcome]] = []
-            outcomes = self._part([question for _, question in batch if isinstance(question, Question)])
+            outcomes = self._part(_asked(batch), supply, coming)
             for item, question in batch:
                 outcome = next(outcomes) if isinstance(question, Question) else question
                 found = _settled(outcome)
@@ -159,14 +159,42 @@ class Answerer:
         error.add_note(last.trace)
         return error
 
-    def _part(self, part: Sequence[Question]) -> Iterator[Answer | _Failure]:
-        """Outcomes one after the other; where a batch fails, smaller ones, until the question at fault is alone."""
+    def _with_next(
+        self, batches: Iterable[Sequence[tuple[Item, Question | str | PassingError]]]
+    ) -> Iterator[tuple[Sequence[tuple[Item, Question | str | PassingError]], list[Question]]]:
+        """Each batch with the questions of the next, which are had before the batch is answered.
+
+        A decoder that refines pictures encodes others than those that it is given, so it gets none ahead.
+        """
+        coming = iter(batches)
+        batch = next(coming, None)
+        while batch is not None:
+            following = None if self._decoder.refines else next(coming, None)
+            yield batch, [] if following is None else _asked(following)
+            batch = next(coming, None) if self._decoder.refines else following
+
+    def _part(
+        self, part: Sequence[Question], supply: Supply | None = None, coming: Sequence[Question] = ()
+    ) -> Iterator[Answer | _Failure]:
+        """Outcomes one after the other; where a batch fails, smaller ones, until the question at fault is alone.
+
+        Args:
+            part: The questions.
+            supply: Prepares what comes next; None to prepare every batch when it is asked.
+            coming: The questions that come after them.
+        """
+        if self._decoder.refines:
+            supply = None
         while part:
             rows = part[: self._fitting(part)]
-            outcomes = self._attempt(rows)
-            if isinstance(outcomes, _Failure) and outcomes.trouble and len(rows) == 1:
-                outcomes = self._attempt(rows)  # whoever took the memory may have given it back
             part = part[len(rows) :]
+            prepared = None
+            if supply is not None:
+                prepared = supply.take(rows)
+                supply.begin((part or coming)[: self._fitting(part or coming)])
+            outcomes = self._attempt(rows, prepared)
+            if isinstance(outcomes, _Failure) and outcomes.trouble and len(rows) == 1:
+                outcomes = self._attempt(rows, None)  # whoever took the memory may have given it back
             if not isinstance(outcomes, _Failure):
                 yield from outcomes
             elif len(rows) == 1:
@@ -174,7 +202,7 @@ class Answerer:
             elif outcomes.memory:
                 self.rows = len(rows) // 2
                 logger.warning("out of memory with %d rows: going on with %d", len(rows), self.rows)
-                yield from self._part(rows)
+                yield from self._part(rows, supply)
             else:
                 for question in rows:
                     yield from self._part([question])
@@ -196,7 +224,7 @@ class Answerer:
                 return place
         return self.rows
 
-    def _attempt(self, part: Sequence[Question]) -> list[Answer] | _Failure:
+    def _attempt(self, part: Sequence[Question], prepared: Prepared | None) -> list[Answer] | _Failure:
         """The answers, or what went wrong with this batch; what would go wrong with every batch is raised."""
         settings = self._settings
         try:
@@ -209,6 +237,7 @@ class Answerer:
                     num_beams=settings.num_beams,
                     temperature=settings.temperature,
                     seed=settings.seed,
+                    prepared=prepared,
                 )
         except Exception as error:
             if not (is_memory(error) or passing(error)) and _concerns_every_batch(error):
@@ -258,6 +287,11 @@ class _Failure:
     def foreign(self) -> bool:
         """Whether the error may be a fault of every question: it is not ours, and nothing that passes."""
         return bool(self.place)
+
+
+def _asked(batch: Iterable[tuple[object, Question | str | PassingError]]) -> list[Question]:
+    """Those of a batch that can be asked."""
+    return [question for _, question in batch if isinstance(question, Question)]
 
 
 def _settled(outcome: _Failure | Outcome) -> Outcome:

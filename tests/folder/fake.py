@@ -7,6 +7,7 @@ import torch
 from PIL import Image
 
 from vlmfix.generation import Answer
+from vlmfix.models.layout import Prepared
 
 
 class FakeVLM:
@@ -38,6 +39,12 @@ class FakeVLM:
             Answer(f"{prompt}: {colour}", 3, "nan" if colour in self.broken else "eos", 0.5, (5, 6, 2))
             for colour, prompt in batch
         ]
+
+    def beside(self):
+        return self
+
+    def prepared(self, prompts, pictures, *, each=map):
+        return Prepared(inputs={"input_ids": torch.ones(len(prompts), 16)}, sources={}, prompts=(), pictures=())
 
     def load(self, model, *, revision=None, device="auto", dtype="auto", max_pixels=None):
         return self

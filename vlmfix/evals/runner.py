@@ -18,7 +18,7 @@ from datetime import UTC, datetime
 from pathlib import Path, PurePath
 from typing import Any
 
-from vlmfix.answering import Answerer, Question, fitting_batch
+from vlmfix.answering import Answerer, fitting_batch
 from vlmfix.card import (
     changed_pictures,
     device_name,
@@ -60,6 +60,7 @@ from vlmfix.parsing import some
 from vlmfix.records import JsonLines, read_json, read_lines, refuse_other, replace_json
 from vlmfix.settings import Settings
 from vlmfix.shapes import fault, fields, list_of
+from vlmfix.supply import Question
 
 CARD_SECONDS = 30.0
 """The card is at most this old while the run goes on."""
@@ -402,9 +403,13 @@ class _Folder:
         names = dict.fromkeys(a.image for batch in open_batches for a in batch if a.image is not None)
         found = (Found(name, _path(workload, name)) for name in names)
         started, tokens = time.perf_counter(), 0
-        with closing(read_ahead(found)) as pictures:
-            shown = _shown(open_batches, pictures)
-            for settled in answerer(shown, lambda: self._answered_question(arm, workload)):
+        with (
+            closing(read_ahead(found, batch=size)) as pictures,
+            closing(
+                answerer(_shown(open_batches, pictures), lambda: self._answered_question(arm, workload))
+            ) as answers,
+        ):
+            for settled in answers:
                 for asked, outcome in settled:
                     if isinstance(outcome, PassingError):
                         self._left_open += [(sample.id, outcome) for sample in asked.samples if sample.id not in done]

@@ -11,7 +11,7 @@ from typing import Any
 
 from PIL import Image
 
-from vlmfix.answering import Answerer, Outcome, Question
+from vlmfix.answering import Answerer, Outcome
 from vlmfix.card import device_name, model_files, peak_memory, plain, versions, weights_digest
 from vlmfix.decoders import Decoder, parse
 from vlmfix.errors import DataError, PassingError, UsageError
@@ -21,6 +21,7 @@ from vlmfix.folder.questions import Questions
 from vlmfix.generation import VLM, Answer, check_settings, load
 from vlmfix.images import Found, Picture, find, open_picture, read_ahead
 from vlmfix.settings import Settings
+from vlmfix.supply import Question
 
 
 @dataclass(frozen=True)
@@ -201,8 +202,11 @@ class _Job:
         self._report(self.progress())
         finished = False
         try:
-            with closing(read_ahead(self._files)) as pictures:
-                for settled in answerer(self._batches(pictures, answerer), self._answered_question):
+            with (
+                closing(read_ahead(self._files, batch=answerer.rows)) as pictures,
+                closing(answerer(self._batches(pictures, answerer), self._answered_question)) as answers,
+            ):
+                for settled in answers:
                     for sample, outcome in settled:
                         self._write(sample, outcome)
                     self._batch_size = answerer.rows

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from copy import copy, deepcopy
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Self
 
@@ -25,8 +26,8 @@ from vlmfix.errors import (
 from vlmfix.models import loading
 from vlmfix.models.families import family_of
 from vlmfix.models.family import Family
-from vlmfix.models.layout import Batch, ImageLayout
-from vlmfix.models.repeats import process_once
+from vlmfix.models.layout import Batch, ImageLayout, Prepared
+from vlmfix.models.repeats import Each, process_once
 from vlmfix.upstream import defaults, features, hub, panics
 from vlmfix.upstream.contracts import check_model
 from vlmfix.upstream.names import PROCESSED
@@ -230,7 +231,24 @@ class Checkpoint:
         *,
         system: str | None = None,
     ) -> Batch:
-        """Renders the chat template and runs the processor, left-padded.
+        """Renders the chat template and runs the processor, left-padded; see ``prepared``.
+
+        Raises:
+            DataError: See ``prepared``.
+            UnsupportedModelError: The processor has no chat template.
+            UpstreamError: The processor returns its tensors under other names.
+        """
+        return self.placed(self.prepared(prompts, pictures, system=system))
+
+    def prepared(
+        self,
+        prompts: str | Sequence[str | None],
+        pictures: Sequence[Image.Image | Sequence[Image.Image]],
+        *,
+        system: str | None = None,
+        each: Each = map,
+    ) -> Prepared:
+        """Does the part of ``encode`` that needs no device, which may be done ahead of the model.
 
         The image processor sees pictures that several rows share, the same objects in the same order, once.
 
@@ -239,6 +257,8 @@ class Checkpoint:
             pictures: B pictures, or B lists of them, which may be empty; the right way up: EXIF's orientation is not
                 looked at. What is not RGB becomes RGB as in a file.
             system: System message; None keeps the template's own.
+            each: Calls a function with every row's pictures, as ``map`` does and a pool of threads does at once. It is
+                used where the family's image processor makes the same of a row whatever stands beside it.
 
         Raises:
             DataError: ``prompts`` and ``pictures`` differ in length, there is no row, something else than questions and
@@ -251,18 +271,37 @@ class Checkpoint:
         self._check_enlarged(rows)
         texts = [self.render(prompt, len(row), system=system) for prompt, row in zip(asked, rows, strict=True)]
         with panics.as_errors():
-            processed, sources = process_once(self.family, self.model, self.processor, texts, rows)
+            processed, sources = process_once(self.family, self.model, self.processor, texts, rows, each)
         if absent := [name for name in PROCESSED if name not in processed and (name != "pixel_values" or any(rows))]:
             raise missing(f"{type(self.processor).__name__} returns no {' and '.join(absent)}")
-        inputs = {name: self._placed(value) for name, value in processed.items() if isinstance(value, Tensor)}
-        repeated = {name: inputs[name][source.to(self.device)] for name, source in sources.items()}
-        return Batch(
-            inputs={**inputs, **repeated},
+        return Prepared(
+            inputs={name: self._rounded(value) for name, value in processed.items() if isinstance(value, Tensor)},
+            sources=sources,
             prompts=tuple(asked),
             pictures=tuple(tuple(row) for row in rows),
-            sizes=tuple(tuple((picture.height, picture.width) for picture in row) for row in rows),
             system=system,
         )
+
+    def placed(self, prepared: Prepared) -> Batch:
+        """Brings prepared rows to the device and hands repeated pictures out there."""
+        inputs = {name: value.to(self.device) for name, value in prepared.inputs.items()}
+        repeated = {name: inputs[name][source.to(self.device)] for name, source in prepared.sources.items()}
+        return Batch(
+            inputs={**inputs, **repeated},
+            prompts=prepared.prompts,
+            pictures=prepared.pictures,
+            sizes=tuple(tuple((picture.height, picture.width) for picture in row) for row in prepared.pictures),
+            system=prepared.system,
+        )
+
+    def beside(self) -> Self:
+        """The same model for a thread that prepares while another answers: with a tokenizer of its own.
+
+        A tokenizer that two threads use at once refuses one of them.
+        """
+        processor = copy(self.processor)
+        processor.tokenizer = deepcopy(self.processor.tokenizer)
+        return replace(self, processor=processor)
 
     def enlarged(self, picture: Image.Image, together: int = 1) -> int:
         """Pixels of the largest picture that the processor makes of one; see ``Family.enlarged``."""
@@ -353,8 +392,7 @@ class Checkpoint:
             boxes=torch.where(boxes.isinf(), float("nan"), boxes),
         )
 
-    def _placed(self, value: Tensor) -> Tensor:
-        value = value.to(self.device)
+    def _rounded(self, value: Tensor) -> Tensor:
         return value.to(self.model.dtype) if value.is_floating_point() else value
 
 
