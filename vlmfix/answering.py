@@ -13,7 +13,6 @@ from PIL import Image
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from vlmfix.asked import whole
-from vlmfix.card import free_memory
 from vlmfix.decoders import Decoder
 from vlmfix.errors import DataError, LayoutError, PassingError, SystematicError, VlmfixError, passing
 from vlmfix.generation import VLM, Answer
@@ -24,10 +23,6 @@ from vlmfix.supply import Question, Supply
 logger = logging.getLogger(__name__)
 
 Item = TypeVar("Item")
-
-ROW_TOKENS = 4096
-"""Prompt and answer tokens that an automatic batch size makes room for in every row."""
-LARGEST_BATCH = {"cuda": 32, "cpu": 8}
 
 REPEATABLE = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 """Attention kernels that give the same bits every time. cuDNN's is left out: on a busy H200 it rounded otherwise from
@@ -51,14 +46,14 @@ class Answerer:
         vlm: The model.
         decoder: How it decodes.
         settings: Its generation settings; the model's own fields are not read.
-        batch_size: Rows at a time; None takes as many as the free memory allows.
+        batch_size: Rows at a time.
     """
 
-    def __init__(self, vlm: VLM, decoder: Decoder, settings: Settings, batch_size: int | None = None) -> None:
+    def __init__(self, vlm: VLM, decoder: Decoder, settings: Settings, batch_size: int) -> None:
         self._vlm = vlm
         self._decoder = decoder
         self._settings = settings
-        self.rows = fitting_batch(vlm, decoder) if batch_size is None else whole("batch_size", batch_size, 1)
+        self.rows = whole("batch_size", batch_size, 1)
         """Rows that go through at a time; halved when memory runs out."""
 
     def __call__(
@@ -300,16 +295,6 @@ def _settled(outcome: _Failure | Outcome) -> Outcome:
     if isinstance(outcome, Answer) and outcome.finish == "nan":
         return "the model's output was not a number"
     return outcome
-
-
-def fitting_batch(vlm: VLM, decoder: Decoder) -> int:
-    """Rows whose keys and values, twice over for what else a row needs, fit the free memory."""
-    config = vlm.model.config.get_text_config()
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    cache = 2 * config.num_hidden_layers * heads * width * vlm.model.dtype.itemsize * ROW_TOKENS
-    fitting = free_memory(vlm.device) // (2 * cache * decoder.passes)
-    return int(max(1, min(fitting, LARGEST_BATCH.get(vlm.device.type, 8))))
 
 
 def is_memory(error: Exception) -> bool:

@@ -18,7 +18,7 @@ from datetime import UTC, datetime
 from pathlib import Path, PurePath
 from typing import Any
 
-from vlmfix.answering import Answerer, fitting_batch
+from vlmfix.answering import Answerer
 from vlmfix.card import (
     changed_pictures,
     device_name,
@@ -53,6 +53,7 @@ from vlmfix.evals.record import (
 )
 from vlmfix.evals.task import Sample, Task, Workload
 from vlmfix.files import make_folder, remove_drafts
+from vlmfix.fitting import fitting_batch, typical
 from vlmfix.generation import VLM, Answer, check_settings, load
 from vlmfix.images import Found, Picture, open_picture, read_ahead
 from vlmfix.models.checkpoint import EMBEDDED
@@ -141,7 +142,7 @@ def evaluate(
             refuse_changed(out, workload, folder.pictures())
             vlm = loader(settings.model, **settings.loading())
             _refuse_idle(vlm, settings.model, arms)
-            folder.begin(vlm, settings, arms, batch_size)
+            folder.begin(vlm, settings, arms, batch_size, workload)
             total = len(workload.samples) * len(arms)
             done = itertools.count(total - sum(left.values()) + 1)
             for arm, decoder in arms.items():
@@ -359,16 +360,23 @@ class _Folder:
         lines = (line for arm in self._card["arms"] for line in read_lines(self._out / arm_folder(arm) / ANSWERS))
         return {line["image"]: line["sha256"] for line in lines if "answer" in line and "sha256" in line}
 
-    def begin(self, vlm: VLM, settings: Settings, arms: Mapping[str, Decoder], batch_size: int | None) -> None:
+    def begin(
+        self, vlm: VLM, settings: Settings, arms: Mapping[str, Decoder], batch_size: int | None, workload: Workload
+    ) -> None:
         """Notes that a model starts to work on the folder."""
-        fitting = min(fitting_batch(vlm, decoder) for decoder in arms.values())
+        rows = batch_size or self._card.get("batch_size")
+        if not rows:
+            names = dict.fromkeys(asked.image for asked in self._questions if asked.image is not None)
+            paths = [_path(workload, name) for name in names]
+            sample = typical(paths, (asked.prompt for asked in self._questions))
+            rows = min(fitting_batch(vlm, decoder, settings, sample) for decoder in arms.values())
         found = {
             "weights": weights_digest(settings.model, vlm.revision),
             "files": model_files(settings.model, vlm.revision),
             "checkpoint": vlm.reading,
             "commit": vlm.revision,
             "dtype": str(vlm.model.dtype).removeprefix("torch."),
-            "batch_size": batch_size or self._card.get("batch_size") or fitting,
+            "batch_size": rows,
         }
         if self._card["sessions"]:
             refuse_older_card(self._out, self._card)

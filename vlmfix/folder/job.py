@@ -15,6 +15,7 @@ from vlmfix.answering import Answerer, Outcome
 from vlmfix.card import device_name, model_files, peak_memory, plain, versions, weights_digest
 from vlmfix.decoders import Decoder, parse
 from vlmfix.errors import DataError, PassingError, UsageError
+from vlmfix.fitting import fitting_batch, typical
 from vlmfix.folder.maps import MapFolder
 from vlmfix.folder.output import OutputFolder, Totals
 from vlmfix.folder.questions import Questions
@@ -181,6 +182,10 @@ class _Job:
     def work(self, vlm: VLM, decoder: Decoder, settings: Settings, batch_size: int | None) -> None:
         """Deals with everything that is left."""
         self._vlm = vlm
+        if batch_size is None:
+            paths = [file.path for file in self._files if not file.problem]
+            prompts = {prompt for file in self._files for prompt in self._open_prompts(file.name)}
+            batch_size = fitting_batch(vlm, decoder, settings, typical(paths, prompts))
         answerer = Answerer(vlm, decoder, settings, batch_size)
         self._batch_size = answerer.rows
         self._output.begin(
