@@ -40,14 +40,15 @@ class Supply:
 
     Args:
         vlm: The model that will answer; another thread may use it meanwhile.
+        threads: Pictures that are prepared at once.
     """
 
-    def __init__(self, vlm: VLM) -> None:
+    def __init__(self, vlm: VLM, threads: int = THREADS) -> None:
         self._vlm = vlm
         self._beside: VLM | None = None
         self._coming: tuple[Sequence[Question], Future[Prepared]] | None = None
         self._batches = ThreadPoolExecutor(1, thread_name_prefix="vlmfix-batch")
-        self._pictures = ThreadPoolExecutor(THREADS, thread_name_prefix="vlmfix-prepared")
+        self._pictures = ThreadPoolExecutor(threads, thread_name_prefix="vlmfix-prepared")
 
     def begin(self, questions: Sequence[Question]) -> None:
         """Begins to prepare a batch in place of the one before, if nobody took that; goes on with it for none."""
