@@ -15,6 +15,7 @@ from PIL import Image
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from vlmfix.asked import whole
+from vlmfix.card import Known, known, peak_memory
 from vlmfix.decoders import Decoder
 from vlmfix.errors import DataError, LayoutError, PassingError, SystematicError, VlmfixError, passing
 from vlmfix.generation import VLM, Answer
@@ -98,6 +99,26 @@ class Settling(ABC):
     def __init__(self, decoder: Decoder, model: str) -> None:
         self._decoder = decoder
         self._model = model
+
+    @property
+    @abstractmethod
+    def rows(self) -> int:
+        """Rows of a batch."""
+
+    @property
+    @abstractmethod
+    def ahead(self) -> int:
+        """Pictures that are taken at once, at most."""
+
+    @property
+    @abstractmethod
+    def known(self) -> Known:
+        """What the model is."""
+
+    @property
+    @abstractmethod
+    def peak_memory(self) -> int:
+        """The most bytes held so far."""
 
     @abstractmethod
     def outcomes(self, batches: Iterable[Sequence[Asked[Item]]]) -> Generator[tuple[Sequence[Asked[Item]], Outcomes]]:
@@ -217,14 +238,37 @@ class Answerer(Settling):
         self._vlm = vlm
         self._settings = settings
         self._threads = threads
-        self.rows = whole("batch_size", batch_size, 1)
+        self._rows = whole("batch_size", batch_size, 1)
+
+    @property
+    def rows(self) -> int:
         """Rows that go through at a time; halved when memory runs out."""
+        return self._rows
+
+    @property
+    def ahead(self) -> int:
+        """Those of a batch."""
+        return self._rows
+
+    @property
+    def known(self) -> Known:
+        """What the model is."""
+        return known(self._vlm, self._decoder)
+
+    @property
+    def peak_memory(self) -> int:
+        """The most bytes held so far, on the model's device."""
+        return peak_memory(self._vlm.device)
+
+    def supply(self) -> Supply:
+        """What prepares questions for ``part``."""
+        return Supply(self._vlm, self._threads)
 
     def outcomes(self, batches: Iterable[Sequence[Asked[Item]]]) -> Generator[tuple[Sequence[Asked[Item]], Outcomes]]:
         """Answers one batch while the next is had and prepared; see ``Settling.outcomes``."""
-        with Supply(self._vlm, self._threads) as supply:
+        with self.supply() as supply:
             for batch, coming in self._with_next(batches):
-                yield batch, self.part(_asked(batch), supply, coming)
+                yield batch, self.part(asked(batch), supply, coming)
 
     def outcome(self, question: Question) -> Answer | Failure:
         """Asks one more question; see ``Settling.outcome``."""
@@ -241,7 +285,7 @@ class Answerer(Settling):
         batch = next(coming, None)
         while batch is not None:
             following = None if self._decoder.refines else next(coming, None)
-            yield batch, [] if following is None else _asked(following)
+            yield batch, [] if following is None else asked(following)
             batch = next(coming, None) if self._decoder.refines else following
 
     def part(
@@ -271,8 +315,8 @@ class Answerer(Settling):
             elif len(rows) == 1:
                 yield outcomes
             elif outcomes.memory:
-                self.rows = len(rows) // 2
-                logger.warning("out of memory with %d rows: going on with %d", len(rows), self.rows)
+                self._rows = len(rows) // 2
+                logger.warning("out of memory with %d rows: going on with %d", len(rows), self._rows)
                 yield from self.part(rows, supply)
             else:
                 for question in rows:
@@ -320,7 +364,7 @@ class Answerer(Settling):
         return failure
 
 
-def _asked(batch: Iterable[Asked[Any]]) -> list[Question]:
+def asked(batch: Iterable[Asked[Any]]) -> list[Question]:
     """Those of a batch that can be asked."""
     return [question for _, question in batch if isinstance(question, Question)]
 

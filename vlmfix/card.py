@@ -9,6 +9,7 @@ import platform
 import resource
 import sys
 from collections.abc import Mapping
+from dataclasses import dataclass
 from functools import lru_cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -18,7 +19,9 @@ import psutil
 import torch
 
 import vlmfix
+from vlmfix.decoders import Decoder
 from vlmfix.errors import DataError, UsageError
+from vlmfix.generation import VLM
 from vlmfix.language.parameters import Value, written
 from vlmfix.models.checkpoint import EMBEDDED, HEADS
 from vlmfix.records import to_json
@@ -56,6 +59,36 @@ def _version(package: str) -> str | None:
         return version(package)
     except PackageNotFoundError:
         return None
+
+
+@dataclass(frozen=True)
+class Known:
+    """What a job says of its model once that is loaded, wherever it was.
+
+    Attributes:
+        commit: Commit of its Hub snapshot; None for a local directory.
+        reading: How its files were read; see ``Checkpoint.reading``.
+        dtype: Precision of its weights.
+        facts: What the decoder depends on; see ``Decoder.facts``.
+        device: Where it is, in words.
+    """
+
+    commit: str | None
+    reading: Mapping[str, Any]
+    dtype: str
+    facts: Mapping[str, str]
+    device: str
+
+
+def known(vlm: VLM, decoder: Decoder) -> Known:
+    """Describes a model for a job with a decoder that can act on it."""
+    return Known(
+        commit=vlm.revision,
+        reading=vlm.reading,
+        dtype=str(vlm.model.dtype).removeprefix("torch."),
+        facts=decoder.facts(vlm),
+        device=device_name(vlm.device),
+    )
 
 
 def machine() -> dict[str, Any]:
