@@ -449,9 +449,19 @@ def load(
     device: str = "auto",
     dtype: str = "auto",
     max_pixels: int | None = None,
+    device_map: str | None = None,
+    quantize: str | None = None,
 ) -> VLM:
     """Loads a model; see ``Checkpoint.load``. ``load("tiny")`` is the model that comes with the package."""
-    return VLM.load(model, revision=revision, device=device, dtype=dtype, max_pixels=max_pixels)
+    return VLM.load(
+        model,
+        revision=revision,
+        device=device,
+        dtype=dtype,
+        max_pixels=max_pixels,
+        device_map=device_map,
+        quantize=quantize,
+    )
 
 
 def wrap(model: nn.Module, processor: ProcessorMixin, *, max_pixels: int | None = None) -> VLM:

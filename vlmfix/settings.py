@@ -21,6 +21,8 @@ class Settings:
         temperature: Sampling temperature; 0 takes the most probable token, or leaves the choice to the decoder.
         seed: Seed of sampling.
         max_pixels: The most pixels that the processor makes of a picture; None leaves its own limit.
+        device_map: ``auto`` spreads the model over all devices; None keeps it on one.
+        quantize: ``int8`` or ``int4`` weights; None leaves them as they are.
     """
 
     model: str = "tiny"
@@ -33,7 +35,10 @@ class Settings:
     temperature: float = 0.0
     seed: int = 0
     max_pixels: int | None = None
+    device_map: str | None = None
+    quantize: str | None = None
 
     def loading(self) -> dict[str, Any]:
         """What a loader is told beside the model, as keyword arguments of ``vlmfix.load``."""
-        return {name: getattr(self, name) for name in ("revision", "device", "dtype", "max_pixels")}
+        names = ("revision", "device", "dtype", "max_pixels", "device_map", "quantize")
+        return {name: getattr(self, name) for name in names}

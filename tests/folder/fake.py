@@ -53,7 +53,17 @@ class FakeVLM:
     def prepared(self, prompts, pictures, *, each=map):
         return Prepared(inputs={"input_ids": torch.ones(len(prompts), 16)}, sources={}, prompts=(), pictures=())
 
-    def load(self, model, *, revision=None, device="auto", dtype="auto", max_pixels=None):
+    def load(
+        self,
+        model,
+        *,
+        revision=None,
+        device="auto",
+        dtype="auto",
+        max_pixels=None,
+        device_map=None,
+        quantize=None,
+    ):
         return self
 
     def enlarged(self, picture):

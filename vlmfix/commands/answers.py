@@ -53,6 +53,8 @@ def run(
         raise UsageError("--prompt and --prompts are both given", "give one of them")
     if devices is not None and settings.device != "auto":
         raise UsageError("--device and --devices are both given", "give one of them")
+    if devices is not None and settings.device_map is not None:
+        raise UsageError("--device-map spreads a model, and --devices has one on each", "give one of them")
     options.quieten()
     from vlmfix import folder
     from vlmfix.crew import devices_of

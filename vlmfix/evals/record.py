@@ -64,7 +64,13 @@ SCORABLE = fields(
         "model": TEXT,
         "decoding": DECODING,
     },
-    MADE_BY | {"max_pixels": SIZE.or_null(), "sessions": list_of(SESSION)},
+    MADE_BY
+    | {
+        "max_pixels": SIZE.or_null(),
+        "device_map": TEXT.or_null(),
+        "quantize": TEXT.or_null(),
+        "sessions": list_of(SESSION),
+    },
 )
 """What a card must say for its answers to be scored, and what it may say besides."""
 SAMPLE = fields({"id": TEXT, "image": TEXT.or_null(), "prompt": TEXT, "target": OBJECT, "group": TEXT, "unit": TEXT})

@@ -113,6 +113,8 @@ def reproduce(
         device=device,
         dtype=card["dtype"],
         max_pixels=card.get("max_pixels"),
+        device_map=card.get("device_map"),
+        quantize=card.get("quantize"),
         **card["decoding"],
     )
     again = evaluate(

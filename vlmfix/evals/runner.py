@@ -304,6 +304,8 @@ class _Folder:
             "model": settings.model,
             "revision": settings.revision,
             "max_pixels": settings.max_pixels,
+            "device_map": settings.device_map,
+            "quantize": settings.quantize,
             "decoding": decoding(settings),
         }
         named = {name: _about(decoder) for name, decoder in arms.items()}

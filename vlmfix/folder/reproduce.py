@@ -38,7 +38,12 @@ FINISHED = fields(
                 "temperature": NUMBER,
                 "seed": SEED,
             },
-            {"decoder_facts": mapping_of(TEXT), "max_pixels": SIZE.or_null()},
+            {
+                "decoder_facts": mapping_of(TEXT),
+                "max_pixels": SIZE.or_null(),
+                "device_map": TEXT.or_null(),
+                "quantize": TEXT.or_null(),
+            },
         ),
         "sessions": list_of(fields({"prompts_file": PATH.or_null(), "batch_size": SIZE}), least=1),
     }
@@ -112,6 +117,8 @@ def reproduce(
         temperature=before["temperature"],
         seed=before["seed"],
         max_pixels=before.get("max_pixels"),
+        device_map=before.get("device_map"),
+        quantize=before.get("quantize"),
     )
     run(
         pictures,

@@ -27,6 +27,7 @@ from vlmfix.models import loading
 from vlmfix.models.families import family_of
 from vlmfix.models.family import Family
 from vlmfix.models.layout import Batch, ImageLayout, Prepared
+from vlmfix.models.quantization import check_quantize
 from vlmfix.models.repeats import Each, process_once
 from vlmfix.upstream import defaults, features, hub, panics
 from vlmfix.upstream.contracts import check_model
@@ -75,6 +76,8 @@ class Checkpoint:
         device: str = "auto",
         dtype: str = "auto",
         max_pixels: int | None = None,
+        device_map: str | None = None,
+        quantize: str | None = None,
     ) -> Self:
         """Loads a checkpoint through stock transformers classes.
 
@@ -85,22 +88,30 @@ class Checkpoint:
             dtype: ``auto`` (the checkpoint's own on a GPU, float32 on the CPU), ``float32``, ``bfloat16`` or
                 ``float16``.
             max_pixels: The most pixels that the processor makes of a picture, for Qwen-VL; None leaves its own limit.
+            device_map: ``auto`` spreads the layers over all GPUs, and over the memory beside them where that is too
+                little; None keeps the model on ``device``.
+            quantize: ``int8`` or ``int4`` quantizes the weights while they are loaded, by bitsandbytes on a GPU; None
+                leaves them as they are.
 
         Raises:
             UnsupportedModelError: The model's family is not one that vlmfix knows.
             DataError: There is no such checkpoint, a file of it cannot be read, or its files do not fit each other.
             SystematicError: It cannot take a picture in.
             UpstreamError: The installed transformers hands masks over in an unknown way.
-            UsageError: Unknown device or dtype, or a limit on pixels that the processor does not know or cannot keep.
+            UsageError: Unknown device, dtype, device map or quantization, or such as do not go together or need what is
+                not there; or a limit on pixels that the processor does not know or cannot keep.
         """
         path = str(EMBEDDED.get(str(model), model))
         place = _device(device)
+        _check_device_map(device_map, device)
         kind = _dtype(dtype, place)
+        check_quantize(quantize, place)
         config = loading.configuration(path, revision)
         family = family_of(str(config["model_type"]))
         described = loading.described(path, revision, config)
         processor = limited(family, loading.processor(path, revision), max_pixels)
-        loaded = loading.model(path, revision, described, dtype=kind, place=place).eval()
+        spread: torch.device | str = place if device_map is None else device_map
+        loaded = loading.model(path, revision, described, dtype=kind, place=spread, quantize=quantize).eval()
         check_model(loaded, family.decoder(loaded))
         processor, completed = family.completed(loaded, processor)
         completed |= completed_tokens(loaded, processor, family.image_token(loaded.config))
@@ -415,6 +426,13 @@ def _device(name: str) -> torch.device:
     if place.type == "cuda" and not torch.cuda.is_available():
         raise UsageError(f"device {name!r} asked for, but torch sees no GPU", "use --device cpu")
     return place
+
+
+def _check_device_map(name: str | None, device: str) -> None:
+    if name not in (None, "auto"):
+        raise UsageError(f"unknown device_map {name!r}", "use auto, or leave it out")
+    if name is not None and device != "auto":
+        raise UsageError(f"device_map={name} and device={device} are both given", "give one of them")
 
 
 def _dtype(name: str, device: torch.device) -> torch.dtype | str:

@@ -116,7 +116,7 @@ def _other_pictures(first: Mapping[str, str], second: Mapping[str, str]) -> Iter
 
 def _what(card: Mapping[str, Any], noted: Sequence[str]) -> dict[str, Any]:
     """What must be equal, by dotted names; ``noted`` are names of what both runs noted."""
-    always = ("task", "weights", *noted, "commit", "dtype", "max_pixels", "decoding")
+    always = ("task", "weights", *noted, "commit", "dtype", "max_pixels", "device_map", "quantize", "decoding")
     named = {name: card.get(name) for name in always} | {"options": without_names(card.get("options"))}
     if card.get("commit") is None:
         named["revision"] = card.get("revision")

@@ -133,7 +133,7 @@ class Comparison:
     Attributes:
         task: Name of the benchmark.
         card: What all runs share: options, data, count and digest of the samples, model, revision, commit, weights,
-            files, how the checkpoint was read, dtype, max_pixels, decoding.
+            files, how the checkpoint was read, dtype, max_pixels, device_map, quantize, decoding.
         unit: What the bootstrap draws, in the plural.
         draws: Of the bootstrap.
         seed: Of the bootstrap.
@@ -200,8 +200,8 @@ def compare(runs: Sequence[EvalRun], *, draws: int = 10_000, seed: int = 0) -> C
     read = reading_notes(runs[0].card.get("checkpoint"))
     about = [*version_notes(runs, labels), *older_notes(runs, labels), *read, *facts, *_few_units(arms or found)]
     notes = [*differing, *strategies, *_unfinished(found), *about]
-    made_by = ("model", "revision", "commit", "weights", "files", "checkpoint", "dtype", "max_pixels", "decoding")
-    shared = ("options", "data", "count", "samples", *made_by)
+    made_by = ("model", "revision", "commit", "weights", "files", "checkpoint", "dtype", "max_pixels")
+    shared = ("options", "data", "count", "samples", *made_by, "device_map", "quantize", "decoding")
     return Comparison(
         task=runs[0].task.name,
         card={name: runs[0].card.get(name) for name in shared},

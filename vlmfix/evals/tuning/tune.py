@@ -269,6 +269,8 @@ def _claim(out: Path, spec: str, workload: Workload, task: Task, settings: Setti
         "model": settings.model,
         "revision": settings.revision,
         "max_pixels": settings.max_pixels,
+        "device_map": settings.device_map,
+        "quantize": settings.quantize,
         "decoding": decoding(settings),
         "seed": seed,
         "guards": asdict(guards),
@@ -354,7 +356,8 @@ def _about_split(tuning: Workload, held_out: Workload, seed: int) -> dict[str, A
 def _about(found: Tuned, chosen: Trial, after: EvalRun, guards: Guards, spec: str) -> dict[str, Any]:
     """What the recipe says of itself."""
     card = after.card
-    model = ("model", "revision", "commit", "weights", "files", "checkpoint", "dtype", "max_pixels", "decoding")
+    about = ("model", "revision", "commit", "weights", "files", "checkpoint", "dtype", "max_pixels")
+    model = (*about, "device_map", "quantize", "decoding")
     return {
         "date": datetime.now(UTC).replace(microsecond=0),
         "model": {name: card.get(name) for name in model},
