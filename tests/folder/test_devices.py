@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import pickle
 import signal
 import time
 from dataclasses import replace
@@ -242,3 +243,27 @@ def test_answers_of_a_model_in_two_processes(vlmfix, tmp_path):
     )
     assert one == two
     assert len(two) == 5
+
+
+@pytest.mark.parametrize("kind", [UsageError, PassingError, SystematicError, DataError])
+def test_errors_keep_their_hint_between_processes(kind):
+    error = pickle.loads(pickle.dumps(kind("wrong\nhere", "do this")))
+    assert (type(error), error.message, error.hint, str(error)) == (
+        kind,
+        "wrong\\nhere",
+        "do this",
+        "wrong\\nhere (do this)",
+    )
+
+
+@pytest.mark.gpu
+def test_answers_on_every_gpu_are_those_of_one(vlmfix, tmp_path):
+    pictures = draw(tmp_path / "in", 40)
+    how = ("--max-new-tokens", 12, "--batch-size", 4, "--dtype", "float32")
+    assert vlmfix("run", pictures, "--out", tmp_path / "one", *how, "--device", "cuda")[0] == 0
+    assert vlmfix("run", pictures, "--out", tmp_path / "all", *how, "--devices", "all")[0] == 0
+    one, every = ([line["answer"] for line in kept(tmp_path / out)["answers.jsonl"]] for out in ("one", "all"))
+    assert one == every
+    card = read_json(tmp_path / "all" / "run.json")
+    assert card["sessions"][0]["device"].count("cuda:") == torch.cuda.device_count()
+    assert card["peak_memory"] > 0

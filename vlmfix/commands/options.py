@@ -75,7 +75,7 @@ _OPTIONS = {
     "quantize": click.option(
         "--quantize",
         type=click.Choice(["int8", "int4"]),
-        help="Weights of 8 or 4 bits, on a GPU; needs vlmfix[quantize].  [default: as they are]",
+        help="Weights of 8 or 4 bits, on a GPU; needs bitsandbytes.  [default: as they are]",
     ),
 }
 

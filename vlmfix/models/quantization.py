@@ -30,7 +30,7 @@ def check_quantize(name: str | None, place: torch.device) -> None:
     if place.type != "cuda":
         raise UsageError(f"quantize={name} needs a CUDA GPU, and the device is {place}", "leave it out, or use a GPU")
     if find_spec(PACKAGE) is None:
-        raise UsageError(f"quantize={name} needs the package {PACKAGE}", "install it: pip install 'vlmfix[quantize]'")
+        raise UsageError(f"quantize={name} needs the package {PACKAGE}", "install it: pip install bitsandbytes")
 
 
 def quantization(name: str, config: PreTrainedConfig, dtype: torch.dtype | str) -> BitsAndBytesConfig:
