@@ -103,7 +103,7 @@ class Watched(FakeVLM):
     def generate(self, pictures, prompts, **options):
         number = pictures[0].getpixel((0, 0))[0] // 2
         assert options["prepared"] is not None
-        assert number == self.last or self.begun[number + 1].wait(10), "nothing was prepared ahead"
+        assert number == self.last or self.begun[number + 1].wait(3), "nothing was prepared ahead"
         self.events.append(("answered", number, threading.current_thread().name))
         return super().generate(pictures, prompts, **options)
 
@@ -111,11 +111,19 @@ class Watched(FakeVLM):
 def test_the_next_batch_is_prepared_while_one_is_answered():
     vlm = Watched(last=3)
     ask = Answerer(vlm, parse("greedy"), Settings(), batch_size=2)
-    settled = [item for part in ask(batches(4), lambda: None) for item, _ in part]
-    assert settled == list(range(8))
+    settled = [pair for part in ask(batches(4), lambda: None) for pair in part]
+    assert [(item, outcome.text) for item, outcome in settled] == [(n, f"What?: {colour(n)}") for n in range(8)]
     assert [event[1] for event in vlm.events if event[0] == "prepared"] == [0, 1, 2, 3]  # each once
     assert {event[2] for event in vlm.events if event[0] == "prepared"} == {"vlmfix-batch"}
     assert left_running() == []
+
+
+def test_who_prepares_has_the_tokenizer_alone():
+    vlm, other = FakeVLM(), FakeVLM()
+    vlm.beside = lambda: other
+    vlm.prepared = lambda *_, **__: pytest.fail("prepared with the tokenizer of who answers")
+    with Supply(vlm) as supply:
+        assert supply.take([Question(A, "What?")]) is not None
 
 
 def test_a_refining_decoder_has_nothing_prepared_and_no_batch_ahead():

@@ -39,6 +39,14 @@ def named(model, **how):
     return Named(seconds=0.01)
 
 
+def stuck(model, **how):
+    def fails(batch):
+        if any(shown == colour(20) for shown, _ in batch):
+            time.sleep(60)
+
+    return Named(seconds=0.01, fails=fails)
+
+
 def odd(model, **how):
     def fails(batch):
         found = [shown for shown, _ in batch if shown in (colour(3), colour(4), colour(11))]
@@ -168,11 +176,12 @@ def test_an_interrupt_ends_the_processes_at_once(tmp_path):
 
 
 def work(pictures, out):
-    go(pictures, out, named)
+    go(pictures, out, stuck)
 
 
 def test_processes_end_with_the_job_that_is_killed(tmp_path):
-    pictures, out = draw(tmp_path / "in", 150), tmp_path / "out"
+    """Also one that is in the middle of a batch."""
+    pictures, out = draw(tmp_path / "in", 24), tmp_path / "out"
     context = multiprocessing.get_context("forkserver")
     process = context.Process(target=work, args=(pictures, out))
     process.start()
