@@ -17,6 +17,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from vlmfix.asked import whole
 from vlmfix.card import Known, known, peak_memory
 from vlmfix.decoders import Decoder
+from vlmfix.decoding.graphs import forget
 from vlmfix.errors import DataError, LayoutError, PassingError, SystematicError, VlmfixError, passing
 from vlmfix.generation import VLM, Answer
 from vlmfix.models.layout import Prepared
@@ -360,6 +361,7 @@ class Answerer(Settling):
             failure = Failure.of(error)
             error.with_traceback(None)  # a frame that holds its error would keep its tensors alive
         if failure.memory and torch.cuda.is_available():
+            forget(self._vlm.model)  # a smaller batch is to have the room that this one's keys and values took
             torch.cuda.empty_cache()
         return failure
 

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from vlmfix.card import free_memory
 from vlmfix.decoders import Decoder
+from vlmfix.decoding.graphs import ROOM, capacity, slots
 from vlmfix.errors import DataError, PassingError
 from vlmfix.generation import VLM
 from vlmfix.images import open_picture
@@ -39,21 +40,22 @@ SCORES = 24
 
 
 @dataclass(frozen=True)
-class RowMemory:
-    """Bytes that one more row of a batch takes.
+class Need:
+    """What a question takes of the memory.
 
     Attributes:
-        kept: Keys and values of prompt and answer; a recorded step copies them once.
-        passing: What the prompt's pass takes beside them, and gives back.
+        rows: Rows that it is decoded in, branches and beams included.
+        kept: Bytes of keys and values of one of these rows, prompt and answer.
+        passing: Bytes that the prompt's pass of the question takes beside them, and gives back.
     """
 
+    rows: int
     kept: int
     passing: int
 
-    @property
-    def most(self) -> int:
-        """At the worst moment."""
-        return self.kept + max(self.kept, self.passing)
+    def of(self, questions: int) -> int:
+        """Bytes for a batch of so many questions; there is room for as many rows as a recorded step has."""
+        return slots(questions * self.rows) * self.kept + questions * self.passing
 
 
 def typical(paths: Sequence[Path], prompts: Iterable[str]) -> list[Question]:
@@ -81,15 +83,14 @@ def fitting_batch(vlm: VLM, decoder: Decoder, settings: Settings, questions: Seq
         settings: Its generation settings.
         questions: Some that stand for those to come; see ``typical``.
     """
-    needed = max((_row(vlm, decoder, settings, found).most for found in _prepared(vlm, questions)), default=None)
-    if needed is None:
+    needs = [_need(vlm, decoder, settings, found) for found in _prepared(vlm, questions)]
+    if not needs:
         return 1  # none can be prepared, which will be said of each where it is asked
     devices = Counter(layer_devices(vlm.family.layers(vlm.model), vlm.device))
-    layers = devices.total()
-    fitting = min(
-        int((1 - KEPT_BACK) * free_memory(device) * layers / own) // needed for device, own in devices.items()
-    )
-    return max(1, min(fitting, LARGEST_BATCH.get(vlm.device.type, LARGEST_BATCH["cpu"])))
+    layers = devices.total()  # a device with half of them has half of all keys and values
+    free = min((1 - KEPT_BACK) * free_memory(device) * layers / own for device, own in devices.items())
+    most = LARGEST_BATCH.get(vlm.device.type, LARGEST_BATCH["cpu"])
+    return next((rows for rows in range(most, 1, -1) if all(need.of(rows) <= free for need in needs)), 1)
 
 
 def _prepared(vlm: VLM, questions: Sequence[Question]) -> Iterable[Prepared]:
@@ -100,23 +101,23 @@ def _prepared(vlm: VLM, questions: Sequence[Question]) -> Iterable[Prepared]:
             continue
 
 
-def _row(vlm: VLM, decoder: Decoder, settings: Settings, prepared: Prepared) -> RowMemory:
-    """What a row with such a prompt takes, its branches and beams included."""
+def _need(vlm: VLM, decoder: Decoder, settings: Settings, prepared: Prepared) -> Need:
+    """What a question with such a prompt takes."""
     config, size = vlm.model.config.get_text_config(), vlm.model.dtype.itemsize
     groups = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     inner = getattr(config, "intermediate_size", None) or 4 * config.hidden_size
     shown = 2 if decoder.refines else 1  # a refined part beside the picture
-    tokens = shown * prepared.length
+    tokens, longest = shown * prepared.length, settings.max_new_tokens
     own_beams = decoder.strategy is not None and decoder.strategy.num_beams > 1
-    beams = 1 if own_beams else settings.num_beams  # its passes count its own
-    cache = 2 * config.num_hidden_layers * groups * width * size * (tokens + settings.max_new_tokens)
+    rows = decoder.passes * (1 if own_beams else settings.num_beams)  # its passes count its own
+    keys = capacity(tokens, longest) if longest <= ROOM else tokens + longest + ROOM  # it grows by so many
     states = tokens * (HIDDEN * config.hidden_size + INNER * inner) * size
     mask = tokens * tokens * (1 + size)
     pixels = sum(value.numel() for value in prepared.inputs.values() if value.is_floating_point())
     pictures = shown * pixels * TOWER * size
-    scores = SCORES * config.vocab_size
-    return RowMemory(
-        kept=cache * decoder.passes * beams,
-        passing=(states + mask + pictures) * decoder.passes + scores * decoder.passes * beams,
+    return Need(
+        rows=rows,
+        kept=2 * config.num_hidden_layers * groups * width * size * keys,
+        passing=(states + mask + pictures) * decoder.passes + SCORES * config.vocab_size * rows,
     )
