@@ -8,6 +8,7 @@ from PIL import Image
 
 from tests.folder.fake import FakeVLM, draw
 from vlmfix import fitting
+from vlmfix.answering import Answerer
 from vlmfix.decoders import parse
 from vlmfix.errors import DataError
 from vlmfix.fitting import fitting_batch, typical
@@ -137,6 +138,23 @@ def test_what_stands_for_the_questions_to_come(tmp_path):
     (alone,) = typical(paths, ["What?"])
     assert (alone.picture, alone.prompt) == (None, "What?")
     assert typical([], ["What?"])[0].picture is None
+
+
+def test_memory_of_recorded_steps_is_given_back_when_memory_runs_out(monkeypatch):
+    """Before half as many rows are asked."""
+    events = []
+
+    def fails(batch):
+        events.append(len(batch))
+        return torch.OutOfMemoryError("CUDA out of memory") if len(batch) > 2 else None
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: events.append("emptied"))
+    monkeypatch.setattr("vlmfix.answering.forget", lambda model: events.append("given back"))
+    ask = Answerer(FakeVLM(fails=fails), parse("greedy"), Settings(), batch_size=4)
+    ((*settled,),) = ask([[(number, *ONE) for number in range(4)]], lambda: None)
+    assert len(settled) == 4
+    assert events == [4, "given back", "emptied", 2, 2]
 
 
 @pytest.mark.gpu
