@@ -13,9 +13,9 @@ import time
 from collections.abc import Sequence
 
 import torch
-from decoding import build
 from PIL import Image
 
+from vlmfix.bench import shapes
 from vlmfix.generation import VLM
 
 NAMES = ("cup", "dog", "chair", "car", "person", "bottle", "dining table", "traffic light", "umbrella")
@@ -39,7 +39,7 @@ def main() -> None:
     parser.add_argument("--pictures", type=int, default=4)
     parser.add_argument("--repeats", type=int, default=5)
     given = parser.parse_args()
-    vlm = build(given.layers)
+    vlm = shapes.llava(layers=given.layers, device="cuda")
     noise = torch.Generator().manual_seed(0)
     shown = [
         Image.fromarray(torch.randint(256, (480, 640, 3), generator=noise, dtype=torch.uint8).numpy())

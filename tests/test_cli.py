@@ -11,7 +11,7 @@ import time
 import pytest
 from PIL import Image
 
-from tests.folder.fake import draw
+from tests.jobs.fake import draw
 from tests.tiny import tiny_vlm
 from vlmfix.commands import options
 from vlmfix.decoders import DECODERS
@@ -408,7 +408,7 @@ def test_an_interrupt_says_how_to_go_on(tmp_path, vlmfix, monkeypatch):
     def interrupted(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("vlmfix.folder.run", interrupted)
+    monkeypatch.setattr("vlmfix.jobs.folder.run", interrupted)
     code, _, told = vlmfix("run", tmp_path, "--out", tmp_path / "out")
     assert code == 130
     assert "The same command goes on from there." in told
@@ -420,7 +420,7 @@ def test_failures_while_running_are_failures(tmp_path, vlmfix, monkeypatch):
     def failing(*_, **__):
         raise DataError("cannot write", "free some space")
 
-    monkeypatch.setattr("vlmfix.folder.run", failing)
+    monkeypatch.setattr("vlmfix.jobs.folder.run", failing)
     assert vlmfix("run", tmp_path, "--out", tmp_path / "out") == (
         1,
         "",

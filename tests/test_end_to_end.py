@@ -3,8 +3,8 @@
 import pytest
 
 from vlmfix.demo import demonstrate
-from vlmfix.folder import Questions, run
 from vlmfix.generation import load
+from vlmfix.jobs.folder import Questions, run
 from vlmfix.records import read_json, read_lines
 from vlmfix.settings import Settings
 from vlmfix.world import coco

@@ -6,8 +6,8 @@ import pytest
 
 from tests.contracts.support import PICTURES, crossed, vlm_of
 from vlmfix.decoders import DECODERS
-from vlmfix.folder import Questions, run
 from vlmfix.generation import load
+from vlmfix.jobs.folder import Questions, run
 from vlmfix.models.checkpoint import EMBEDDED
 from vlmfix.records import read_json, read_lines
 from vlmfix.settings import Settings

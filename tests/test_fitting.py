@@ -6,7 +6,7 @@ import pytest
 import torch
 from PIL import Image
 
-from tests.folder.fake import FakeVLM, draw
+from tests.jobs.fake import FakeVLM, draw
 from vlmfix import fitting
 from vlmfix.answering import Answerer
 from vlmfix.decoders import parse

@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from tests.folder.fake import FakeVLM, colour
+from tests.jobs.fake import FakeVLM, colour
 from tests.tiny import TINY, tiny_vlm
 from vlmfix.answering import Answerer
 from vlmfix.decoders import parse

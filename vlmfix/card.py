@@ -24,7 +24,9 @@ from vlmfix.errors import DataError, UsageError
 from vlmfix.generation import VLM
 from vlmfix.language.parameters import Value, written
 from vlmfix.models.checkpoint import EMBEDDED, HEADS
+from vlmfix.parsing import some
 from vlmfix.records import to_json
+from vlmfix.settings import LOADED, Settings
 
 PACKAGES = (
     "torch",
@@ -149,17 +151,28 @@ def changed_facts(
     return {name: (first, second) for name, first, second in both if first != second}
 
 
-def changed_pictures(files: Mapping[str, Path], known: Mapping[str, str]) -> list[str]:
-    """Finds the pictures whose files are not those that a run was shown.
+def refuse_other_pictures(
+    folder: Path, pictures: Path | None, files: Mapping[str, Path], known: Mapping[str, str], *, hint: str
+) -> None:
+    """Makes sure that pictures are those that a folder of answers is about.
 
     Args:
+        folder: The folder, for the message.
+        pictures: The pictures' folder, for the message.
         files: Where each picture is now, by its name in the run.
         known: Hex sha256 of the files that the run was shown, by the same names; others are not looked at.
+        hint: What to do about it.
 
-    Returns:
-        Names of the pictures with another content, or that cannot be read, in the order of ``files``.
+    Raises:
+        DataError: Some have another content, or cannot be read.
     """
-    return [name for name, path in files.items() if name in known and _picture_digest(path) != known[name]]
+    changed = [name for name, path in files.items() if name in known and _picture_digest(path) != known[name]]
+    if changed:
+        raise DataError(
+            f"{len(changed)} of {len(files)} pictures in {pictures} are not those that the answers in {folder} are "
+            f"about: {some(changed)}",
+            hint,
+        )
 
 
 def _picture_digest(path: Path) -> str | None:
@@ -170,17 +183,36 @@ def _picture_digest(path: Path) -> str | None:
         return None
 
 
-def model_again(card: Mapping[str, Any], elsewhere: str | None = None) -> str:
-    """Finds what to load a run's model by, and makes sure that a directory still has the run's files.
+def settings_again(
+    card: Mapping[str, Any], decoding: Mapping[str, Any], *, model: str | None, device: str, decoder: str = "greedy"
+) -> Settings:
+    """Gives the settings that make a run again, and makes sure that a directory still has the model's files.
 
     Args:
-        card: What the run says of its model; see ``refuse_other_model``.
-        elsewhere: Where the directory is now; None for where it was.
+        card: What the run says of its model: its name, ``settings.MODEL``, and what ``refuse_other_model`` reads.
+        decoding: What it says of decoding, by the names of ``Settings``.
+        model: Where the model's directory is now; None for where it was.
+        device: Where to run.
+        decoder: The run's decoder, if it has one.
 
     Raises:
-        UsageError: ``elsewhere`` is given for a model of the Hub.
+        UsageError: ``model`` is given for a model of the Hub.
         DataError: The directory is not there, or its files are not those of the run.
     """
+    loaded: dict[str, Any] = {name: card.get(name) for name in LOADED}
+    return Settings(
+        model=_model_again(card, model),
+        revision=card["commit"] or card["revision"],
+        device=device,
+        dtype=card["dtype"],
+        decoder=decoder,
+        **loaded,
+        **decoding,
+    )
+
+
+def _model_again(card: Mapping[str, Any], elsewhere: str | None) -> str:
+    """What to load a run's model by."""
     if (commit := card["commit"]) is not None:
         if elsewhere is not None:
             raise UsageError(

@@ -11,7 +11,7 @@ from contextlib import suppress
 import click
 
 from vlmfix import __version__
-from vlmfix.commands import about, answers, compare, evaluate, grounding, options, profile, tune, world
+from vlmfix.commands import about, answers, bench, compare, evaluate, grounding, options, profile, tune, world
 from vlmfix.errors import SystematicError, UsageError, VlmfixError
 from vlmfix.files import FULL
 
@@ -35,6 +35,7 @@ for _command in (
     compare.reproduce,
     tune.tune,
     profile.profile,
+    bench.bench,
     about.decoders,
     about.doctor,
     world.world,

@@ -16,9 +16,9 @@ from PIL import Image
 from vlmfix.decoders import Decoder, parse
 from vlmfix.errors import DataError
 from vlmfix.files import replacing
-from vlmfix.folder import DESCRIBE
 from vlmfix.generation import VLM, load
 from vlmfix.images import open_picture
+from vlmfix.jobs.folder import DESCRIBE
 from vlmfix.parsing import escaped
 from vlmfix.world import coco
 from vlmfix.world.categories import category

@@ -21,10 +21,11 @@ from rich.text import Text
 from vlmfix.card import plain, reading_notes
 from vlmfix.decoders import DecoderInfo
 from vlmfix.demo import Comparison, Count, Described
-from vlmfix.folder import Progress
 from vlmfix.generation import VLM, load
+from vlmfix.jobs.folder import Progress
 from vlmfix.language.parameters import written
 from vlmfix.parsing import escaped
+from vlmfix.reports.bench import bench_table
 from vlmfix.upstream.versions import remedy
 
 LINE_SECONDS = 10.0
@@ -263,6 +264,11 @@ def _contracts(diagnosis: dict[str, Any]) -> Iterator[Text]:
         yield Text(f"    without it do not work: {', '.join(finding['protects'])}")
     if broken:
         yield Text(f"To repair it, {remedy()}")
+
+
+def bench_text(document: dict[str, Any]) -> str:
+    """What was measured of decoders' cost, as a table with what is needed to read it."""
+    return rendered(*bench_table(document))
 
 
 def comparison_text(comparison: Comparison) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import atexit
-import hashlib
 import logging
 import math
 import threading
@@ -32,7 +31,7 @@ from vlmfix.decoders.picture.probing import generation_inputs
 from vlmfix.decoders.picture.refined import PictureMemo, Refined
 from vlmfix.decoding.beams import search
 from vlmfix.decoding.choice import Choice, Drawn, MostProbable
-from vlmfix.decoding.draws import drawing
+from vlmfix.decoding.draws import drawing, seed_of
 from vlmfix.decoding.loop import decode
 from vlmfix.decoding.running import Running, running
 from vlmfix.errors import IncompatibleDecodersError, UsageError
@@ -525,10 +524,7 @@ def _row_seeds(request: _Request) -> list[int]:
 
 
 def _row_seed(seed: int, prompt: str, pictures: Sequence[Image.Image]) -> int:
-    digest = hashlib.sha256(seed.to_bytes(8, "little") + prompt.encode())
-    for picture in pictures:
-        digest.update(picture.tobytes())
-    return int.from_bytes(digest.digest()[:7], "little")
+    return seed_of(seed, [prompt.encode(), *(picture.tobytes() for picture in pictures)])
 
 
 def _tokenizer(processor: ProcessorMixin) -> PreTrainedTokenizerBase:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -28,6 +30,19 @@ TURNS = {
     8: Image.Transpose.ROTATE_90,
 }
 """What to do with the pixels, by EXIF's orientation."""
+
+
+def content(picture: Image.Image) -> bytes:
+    """Gives what tells a picture from every other: its mode, its size and its pixels."""
+    return f"{picture.mode}{picture.size}".encode() + picture.tobytes()
+
+
+def digest(pictures: Iterable[Image.Image]) -> str:
+    """Names pictures by what they show: hex sha256 of their contents."""
+    whole = hashlib.sha256()
+    for picture in pictures:
+        whole.update(content(picture))
+    return whole.hexdigest()
 
 
 def check_size(width: int, height: int) -> None:

@@ -25,6 +25,8 @@ LARGEST_DOCUMENT = 1 << 28
 """Bytes; no line and no document of results comes near."""
 DEEPEST = 64
 """Lists and objects within each other; no result nests as deeply."""
+LINE_HINT = "restore the file, remove that line, or choose another folder"
+DOCUMENT_HINT = "restore the file, or choose another folder"
 SYNC_SECONDS = 5.0
 """At most this much is lost in a power cut; a killed process loses nothing that was appended."""
 
@@ -186,24 +188,11 @@ def read_lines(path: Path, shape: Shape = OBJECT) -> Iterator[dict[str, Any]]:
             for number, line in enumerate(iter(lambda: file.readline(LONGEST_LINE), b""), start=1):
                 if not line.endswith(b"\n") and len(line) < LONGEST_LINE:
                     return
-                yield _checked_line(path, number, line, shape)
+                yield _checked(line, shape, f"line {number} of {path}", LINE_HINT)
     except FileNotFoundError:
         return
     except OSError as error:
         raise _cannot_read(path, error) from error
-
-
-def _checked_line(path: Path, number: int, line: bytes, shape: Shape) -> dict[str, Any]:
-    hint = "restore the file, remove that line, or choose another folder"
-    try:
-        record = parse_json(line)
-    except ValueError as error:
-        raise DataError(f"line {number} of {path} is not a JSON object: {error}", hint) from error
-    if not isinstance(record, dict):
-        raise DataError(f"line {number} of {path} is not a JSON object", hint)
-    if wrong := fault(record, shape):
-        raise DataError(f"line {number} of {path}{wrong}", hint)
-    return record
 
 
 def replace_json(path: Path, document: Mapping[str, Any]) -> None:
@@ -227,21 +216,27 @@ def read_json(path: Path, shape: Shape = OBJECT) -> dict[str, Any]:
     Raises:
         DataError: The file is missing, does not hold a JSON object, or the object lacks what it must hold.
     """
-    hint = "restore the file, or choose another folder"
     try:
         with _opened(path) as file:
             if os.fstat(file.fileno()).st_size > LARGEST_DOCUMENT:
-                raise DataError(f"{path} is too large to be a JSON document of ours", hint)
-            document = parse_json(file.read())
+                raise DataError(f"{path} is too large to be a JSON document of ours", DOCUMENT_HINT)
+            text = file.read()
     except OSError as error:
         raise _cannot_read(path, error) from error
+    return _checked(text, shape, str(path), DOCUMENT_HINT)
+
+
+def _checked(text: bytes, shape: Shape, where: str, hint: str) -> dict[str, Any]:
+    """The JSON object that a text is, when it holds what it must."""
+    try:
+        found = parse_json(text)
     except ValueError as error:
-        raise DataError(f"{path} is not JSON: {error}", hint) from error
-    if not isinstance(document, dict):
-        raise DataError(f"{path} holds no JSON object", hint)
-    if wrong := fault(document, shape):
-        raise DataError(f"{path}{wrong}", hint)
-    return document
+        raise DataError(f"{where} is not a JSON object: {error}", hint) from error
+    if not isinstance(found, dict):
+        raise DataError(f"{where} is not a JSON object", hint)
+    if wrong := fault(found, shape):
+        raise DataError(f"{where}{wrong}", hint)
+    return found
 
 
 def parse_json(text: bytes | str) -> Any:  # noqa: ANN401 (what JSON can hold has no name)
@@ -289,7 +284,15 @@ def _is_deep(document: object) -> bool:
     return bool(level)
 
 
-def refuse_other(folder: Path, card: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+def refuse_other(
+    folder: Path,
+    card: Path,
+    before: Mapping[str, Any],
+    now: Mapping[str, Any],
+    *,
+    holds: str = "answers",
+    option: str = "--out",
+) -> None:
     """Makes sure that a folder goes on with the settings that it was begun with.
 
     Args:
@@ -297,6 +300,8 @@ def refuse_other(folder: Path, card: Path, before: Mapping[str, Any], now: Mappi
         card: The file that says the settings, for the message.
         before: What it says.
         now: What is asked for; what else ``before`` holds is not compared.
+        holds: What is in the folder, for the message.
+        option: The option that names the folder, for the hint.
 
     Raises:
         UsageError: Some differ; the message says which, with both values.
@@ -311,8 +316,8 @@ def refuse_other(folder: Path, card: Path, before: Mapping[str, Any], now: Mappi
             and not any(longer.startswith(f"{name}.") for longer in (*first, *second))  # it was empty, and is not
         )
         raise UsageError(
-            f"{folder} holds answers made with other settings: {listed}",
-            f"choose another --out, or the settings in {card}",
+            f"{folder} holds {holds} made with other settings: {listed}",
+            f"choose another {option}, or the settings in {card}",
         )
 
 

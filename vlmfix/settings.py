@@ -5,6 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from vlmfix.shapes import NUMBER, SEED, SIZE, TEXT
+
+MODEL = {"revision": TEXT.or_null(), "commit": TEXT.or_null(), "weights": TEXT, "dtype": TEXT}
+"""What a card says of the model beside its name."""
+LOADED = {"max_pixels": SIZE.or_null(), "device_map": TEXT.or_null(), "quantize": TEXT.or_null()}
+"""What a card says of how the model was loaded, by names of ``Settings``; cards of earlier versions lack some."""
+DECODED = {"max_new_tokens": SIZE, "num_beams": SIZE, "temperature": NUMBER, "seed": SEED}
+"""What a card says of decoding, by names of ``Settings``."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
@@ -40,5 +49,12 @@ class Settings:
 
     def loading(self) -> dict[str, Any]:
         """What a loader is told beside the model, as keyword arguments of ``vlmfix.load``."""
-        names = ("revision", "device", "dtype", "max_pixels", "device_map", "quantize")
-        return {name: getattr(self, name) for name in names}
+        return {name: getattr(self, name) for name in ("revision", "device", "dtype", *LOADED)}
+
+    def loaded(self) -> dict[str, Any]:
+        """What decides how the model is loaded, whatever its revision, device and precision."""
+        return {name: getattr(self, name) for name in LOADED}
+
+    def decoding(self) -> dict[str, Any]:
+        """The generation settings that two comparable runs share."""
+        return {name: getattr(self, name) for name in DECODED}

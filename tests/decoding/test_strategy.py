@@ -11,8 +11,8 @@ from vlmfix.decoders import Beam, Chain, Sample, Strategy, parse
 from vlmfix.decoders.base import Refiner
 from vlmfix.decoders.picture.refined import Refined
 from vlmfix.errors import IncompatibleDecodersError, UsageError
-from vlmfix.folder import Questions, run
 from vlmfix.generation import check_settings
+from vlmfix.jobs.folder import Questions, run
 from vlmfix.settings import Settings
 
 ROWS = [list(row) for row in PICTURES]

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
-from tests.folder.fake import draw
+from tests.jobs.fake import draw
 from vlmfix.evals.task import Sample, Task, Verdict, Workload, plain, ratio
 
 

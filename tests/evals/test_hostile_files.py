@@ -13,9 +13,9 @@ import pytest
 from vlmfix.errors import DataError, UsageError, VlmfixError
 from vlmfix.evals.benchmarks import amber, chair, clipscore, coco, hallusion, mme, pope
 from vlmfix.evals.benchmarks.words import read_synonyms
-from vlmfix.evals.runner import check
 from vlmfix.evals.task import Sample, Workload
-from vlmfix.folder.questions import Questions
+from vlmfix.jobs.benchmark.job import check
+from vlmfix.jobs.folder.questions import Questions
 from vlmfix.language.recipe import read_recipe
 
 QUESTION = {"question_id": 1, "image": "a.png", "text": "Is it?", "label": "yes"}

@@ -4,13 +4,13 @@ import json
 
 import pytest
 
-from tests.folder.fake import FakeVLM, draw
+from tests.jobs.fake import FakeVLM, draw
 from vlmfix.decoders import parse
 from vlmfix.errors import DataError, UsageError
 from vlmfix.evals.benchmarks import pope
 from vlmfix.evals.record import read_run
-from vlmfix.evals.runner import evaluate
 from vlmfix.evals.score import answered_before, score
+from vlmfix.jobs.benchmark.job import evaluate
 from vlmfix.records import read_json
 from vlmfix.settings import Settings
 

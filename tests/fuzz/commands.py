@@ -7,7 +7,7 @@ import json
 import sys
 from dataclasses import dataclass
 
-from tests.folder.fake import FakeVLM, colour, draw
+from tests.jobs.fake import FakeVLM, colour, draw
 
 PICTURES = 5
 OBJECTS = (("dog", "yes"), ("cat", "no"))

@@ -9,10 +9,10 @@ import pytest
 from hypothesis import strategies as st
 from PIL import Image
 
-from tests.folder.fake import FakeVLM
 from tests.fuzz.bounds import bounded
 from tests.fuzz.corpus import READ, corpus, size_of
 from tests.fuzz.mutations import Change, changed, changes, checked_again
+from tests.jobs.fake import FakeVLM
 from vlmfix import display
 from vlmfix.commands import options
 from vlmfix.errors import DataError

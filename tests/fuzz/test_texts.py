@@ -11,11 +11,11 @@ import pytest
 from hypothesis import strategies as st
 
 from tests.evals.benchmarks.test_coco import TOLD
-from tests.folder.fake import draw
 from tests.fuzz.bounds import bounded
 from tests.fuzz.messages import names, one_line
 from tests.fuzz.mutations import WHOLE, Damage, changes, damages
 from tests.fuzz.texts import FORMATS, PICTURES
+from tests.jobs.fake import draw
 from vlmfix.errors import VlmfixError
 from vlmfix.evals.benchmarks import amber, coco
 

@@ -12,20 +12,20 @@ from tests.evals.benchmarks.test_coco import INSTANCES, TOLD
 from tests.evals.benchmarks.test_hallusion import items
 from tests.evals.tuning.test_tune import Fake
 from tests.evals.tuning.test_tune import go as tune
-from tests.folder.fake import FakeVLM
 from tests.heads.made import made_profile
-from vlmfix import folder as job
+from tests.jobs.fake import FakeVLM
 from vlmfix import load
 from vlmfix.commands import profile as profile_command
 from vlmfix.decoders import parse
 from vlmfix.evals.benchmarks import amber, chair, clipscore, coco, hallusion, mme, pope, words
 from vlmfix.evals.comparison.compare import compare
 from vlmfix.evals.record import read_run
-from vlmfix.evals.reproduce import reproduce as evaluate_again
-from vlmfix.evals.runner import check, evaluate
 from vlmfix.evals.score import score
-from vlmfix.folder.reproduce import reproduce as run_again
 from vlmfix.heads.profile import load_profiles, save_profiles
+from vlmfix.jobs import folder as job
+from vlmfix.jobs.benchmark.job import check, evaluate
+from vlmfix.jobs.benchmark.reproduce import reproduce as evaluate_again
+from vlmfix.jobs.folder.reproduce import reproduce as run_again
 from vlmfix.language.recipe import read_recipe, write_recipe
 from vlmfix.models.checkpoint import EMBEDDED, Checkpoint
 from vlmfix.settings import Settings

@@ -9,11 +9,11 @@ import torch
 from PIL import Image
 from transformers import AutoModelForImageTextToText
 
-from tests.folder.fake import FakeVLM, draw
+from tests.jobs.fake import FakeVLM, draw
 from vlmfix.errors import DataError, UsageError
-from vlmfix.folder import Questions, run
-from vlmfix.folder.reproduce import reproduce
 from vlmfix.generation import load
+from vlmfix.jobs.folder import Questions, run
+from vlmfix.jobs.folder.reproduce import reproduce
 from vlmfix.models import quantization as made
 from vlmfix.models.quantization import check_quantize, quantization
 from vlmfix.records import read_json

@@ -14,8 +14,8 @@ from typing import Any
 from PIL import Image
 
 from vlmfix.decoders import DECODERS
-from vlmfix.folder import DESCRIBE
 from vlmfix.generation import VLM, load
+from vlmfix.jobs.folder import DESCRIBE
 from vlmfix.models.checkpoint import EMBEDDED
 from vlmfix.world.render import render
 from vlmfix.world.scenes import scene

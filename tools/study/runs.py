@@ -15,9 +15,9 @@ from tools.study.clock import Clock
 from vlmfix.card import weights_digest
 from vlmfix.decoders import Decoder
 from vlmfix.evals.record import ANSWERS, CARD, PLAIN, SAMPLES, EvalRun, arm_folder, read_run
-from vlmfix.evals.runner import evaluate
 from vlmfix.evals.task import Task, Workload
 from vlmfix.generation import VLM, load
+from vlmfix.jobs.benchmark.job import evaluate
 from vlmfix.records import read_json, refuse_other, replace_json
 from vlmfix.settings import Settings
 

@@ -15,10 +15,11 @@ from tools.study.embedded import SMALL_SIDE
 from tools.training.questions import exists_question
 from vlmfix.decoders import CARVE, Decoder, ViCrop
 from vlmfix.decoders.base import Refiner, Source
-from vlmfix.decoders.picture.refined import Look, PictureMemo, Refined, digest, pixel_box
+from vlmfix.decoders.picture.refined import Look, PictureMemo, Refined, pixel_box
 from vlmfix.errors import IncompatibleDecodersError
 from vlmfix.evals.task import Sample, Workload
 from vlmfix.models.checkpoint import Checkpoint
+from vlmfix.pixels import digest
 from vlmfix.world.captions import absent
 from vlmfix.world.coco import image_name
 from vlmfix.world.language import alone

@@ -56,31 +56,27 @@ def run(
     if devices is not None and settings.device_map is not None:
         raise UsageError("--device-map spreads a model, and --devices has one on each", "give one of them")
     options.quieten()
-    from vlmfix import folder
     from vlmfix.crew import devices_of
     from vlmfix.display import run_display, summary
+    from vlmfix.jobs import folder
 
     if prompts is not None:
         questions = folder.Questions.file(prompts)
     else:
         questions = folder.Questions.text(folder.DESCRIBE if prompt is None else prompt)
-    try:
-        with run_display() as report:
-            end = folder.run(
-                pictures,
-                out,
-                questions=questions,
-                settings=settings,
-                batch_size=batch_size,
-                save_maps=save_maps,
-                retry_failed=retry_failed,
-                devices=() if devices is None else devices_of(devices),
-                report=report,
-                loader=_loading,
-            )
-    except KeyboardInterrupt:
-        options.say(f"vlmfix: stopped; what is done is in {out}. The same command goes on from there.", err=True)
-        click.get_current_context().exit(options.INTERRUPTED)
+    with options.stoppable(out), run_display() as report:
+        end = folder.run(
+            pictures,
+            out,
+            questions=questions,
+            settings=settings,
+            batch_size=batch_size,
+            save_maps=save_maps,
+            retry_failed=retry_failed,
+            devices=() if devices is None else devices_of(devices),
+            report=report,
+            loader=_loading,
+        )
     options.say(summary(end, out), err=True, lines=True)
     if end.in_vain:
         click.get_current_context().exit(1)

@@ -123,8 +123,8 @@ def reproduce(
         raise UsageError(f"{folder} is an evaluation, which keeps its questions itself", "leave --prompts out")
     from vlmfix.display import counting, loading
     from vlmfix.evals.record import read_run
-    from vlmfix.evals.reproduce import reproduce as again
     from vlmfix.evals.score import score as score_run
+    from vlmfix.jobs.benchmark.reproduce import reproduce as again
     from vlmfix.reports.reproduction import reproduction_json, reproduction_text
 
     run, second = read_run(folder), out or folder / "again"
@@ -152,7 +152,7 @@ def reproduce(
 
 def _answer_again(folder: Path, out: Path, as_json: bool, **where: Any) -> None:
     from vlmfix.display import loading, run_display
-    from vlmfix.folder.reproduce import reproduce as again
+    from vlmfix.jobs.folder.reproduce import reproduce as again
 
     with run_display() as report:
         found = again(folder, out, **where, report=report, loader=loading)

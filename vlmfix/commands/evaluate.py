@@ -295,28 +295,24 @@ def clipscore(
 def _run(task: Any, workload: Any, plan: Plan, longest: int | None = None) -> None:  # noqa: ANN401 (their types would import numpy)
     """Asks, scores, compares and shows."""
     from vlmfix.display import counting, loading
-    from vlmfix.evals.runner import evaluate as ask
     from vlmfix.evals.score import score as score_run
+    from vlmfix.jobs.benchmark.job import evaluate as ask
 
     arms = _arms(plan.decoders)
     settings = replace(plan.settings, max_new_tokens=plan.settings.max_new_tokens or longest or task.max_new_tokens)
-    try:
-        with counting("answers") as report:
-            run = ask(
-                plan.out,
-                task,
-                workload,
-                settings,
-                arms,
-                batch_size=plan.batch_size,
-                retry_failed=plan.retry_failed,
-                command=shlex.join(["vlmfix", *sys.argv[1:]]),
-                report=report,
-                loader=loading,
-            )
-    except KeyboardInterrupt:
-        options.say(f"vlmfix: stopped; what is done is in {plan.out}. The same command goes on from there.", err=True)
-        click.get_current_context().exit(options.INTERRUPTED)
+    with options.stoppable(plan.out), counting("answers") as report:
+        run = ask(
+            plan.out,
+            task,
+            workload,
+            settings,
+            arms,
+            batch_size=plan.batch_size,
+            retry_failed=plan.retry_failed,
+            command=shlex.join(["vlmfix", *sys.argv[1:]]),
+            report=report,
+            loader=loading,
+        )
     for arm, records in run.answers.items():
         if failed := [record for record in records.values() if record.failed]:
             first = f"{failed[0].id}: {failed[0].failed}"

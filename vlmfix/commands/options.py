@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import functools
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import click
@@ -133,6 +135,20 @@ def say(text: str, *, err: bool = False, nl: bool = True, lines: bool = False) -
 def say_json(value: Any) -> None:  # noqa: ANN401 (what JSON can hold has no name)
     """Prints JSON."""
     say(to_json(value, indent=2), lines=True)
+
+
+@contextmanager
+def stoppable(out: Path) -> Iterator[None]:
+    """Says, when somebody stops the work, that the same command goes on with it, and ends this one.
+
+    Args:
+        out: Folder of what is done.
+    """
+    try:
+        yield
+    except KeyboardInterrupt:
+        say(f"vlmfix: stopped; what is done is in {out}. The same command goes on from there.", err=True)
+        click.get_current_context().exit(INTERRUPTED)
 
 
 def quieten() -> None:

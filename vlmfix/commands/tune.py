@@ -108,7 +108,7 @@ def _chair(
 def _evaluator(task: Any, settings: Settings, batch_size: int | None) -> Any:  # noqa: ANN401 (their types import numpy)
     """Runs arms with one model, which is loaded when it is first needed; a line on stderr for each."""
     from vlmfix.display import loading
-    from vlmfix.evals.runner import evaluate
+    from vlmfix.jobs.benchmark.job import evaluate
 
     loaded: list[Any] = []
 

@@ -5,11 +5,30 @@ Shape letters (``docs/notation.md``): B rows, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import hashlib
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
 from transformers import LogitsProcessor, TemperatureLogitsWarper, TopPLogitsWarper
+
+
+def seed_of(seed: int, contents: Iterable[bytes]) -> int:
+    """Makes the seed of a draw out of a seed and of what the draw is about, so that it depends on nothing else.
+
+    Args:
+        seed: Non-negative seed, such as a call's.
+        contents: What the draw is about, taken one after the other.
+    """
+    digest = hashlib.sha256(seed.to_bytes(8, "little"))
+    for content in contents:
+        digest.update(content)
+    return int.from_bytes(digest.digest()[:7], "little")
+
+
+def rounded(pixels: Tensor) -> bytes:
+    """Gives the bytes of pixel values in bfloat16, so that the precision of the model changes no seed."""
+    return pixels.to(torch.bfloat16).cpu().contiguous().view(torch.int16).numpy().tobytes()
 
 
 class RowSampler(LogitsProcessor):

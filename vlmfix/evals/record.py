@@ -16,13 +16,12 @@ from vlmfix.evals.tasks import TASKS
 from vlmfix.files import plain_name, replacing
 from vlmfix.parsing import some
 from vlmfix.records import read_json, read_lines, shown, to_json
+from vlmfix.settings import DECODED, LOADED, MODEL
 from vlmfix.shapes import (
     COUNT,
     FLAG,
-    NUMBER,
     OBJECT,
     PATH,
-    SEED,
     SIZE,
     TEXT,
     Shape,
@@ -40,39 +39,28 @@ COMPARISON = ("comparison.csv", "comparison.md", "comparison.png")
 """What a comparison leaves: table, text and plot."""
 ARM = fields({"spec": TEXT, "parameters": OBJECT}, {"strategy": TEXT, "facts": mapping_of(TEXT)})
 SESSION = fields({"versions": mapping_of(TEXT.or_null())}, {"arms": OBJECT})
-DECODED = {"max_new_tokens": SIZE, "num_beams": SIZE, "temperature": NUMBER, "seed": SEED}
-"""What a card says of decoding."""
-DECODING = fields(DECODED)
 MADE_BY = {
     "images": PATH.or_null(),
-    "revision": TEXT.or_null(),
-    "commit": TEXT.or_null(),
-    "weights": TEXT,
-    "dtype": TEXT,
+    **MODEL,
     "batch_size": SIZE,
 }
 """What a card says of the model and the pictures that made its answers."""
-SCORABLE = fields(
-    {
-        "format": COUNT,
-        "task": TEXT,
-        "options": OBJECT,
-        "samples": TEXT,
-        "arms": mapping_of(ARM),
-        "data": OBJECT,
-        "count": COUNT,
-        "model": TEXT,
-        "decoding": DECODING,
-    },
-    MADE_BY
-    | {
-        "max_pixels": SIZE.or_null(),
-        "device_map": TEXT.or_null(),
-        "quantize": TEXT.or_null(),
-        "sessions": list_of(SESSION),
-    },
-)
+SCORED = {
+    "format": COUNT,
+    "task": TEXT,
+    "options": OBJECT,
+    "samples": TEXT,
+    "arms": mapping_of(ARM),
+    "data": OBJECT,
+    "count": COUNT,
+    "model": TEXT,
+    "decoding": fields(DECODED),
+}
+BESIDES = MADE_BY | LOADED | {"sessions": list_of(SESSION)}
+SCORABLE = fields(SCORED, BESIDES)
 """What a card must say for its answers to be scored, and what it may say besides."""
+RESUMABLE = fields(SCORED | {"sessions": list_of(SESSION)}, BESIDES)
+"""The same for the run to be gone on with."""
 SAMPLE = fields({"id": TEXT, "image": TEXT.or_null(), "prompt": TEXT, "target": OBJECT, "group": TEXT, "unit": TEXT})
 LINE = fields(
     {"id": TEXT},

@@ -24,6 +24,7 @@ from vlmfix.insight.work import Work
 from vlmfix.models.checkpoint import Checkpoint
 from vlmfix.models.context import room_for_answers
 from vlmfix.models.turns import turn_of
+from vlmfix.pixels import content
 
 QUESTION = "Please describe this image in detail."
 PACKAGES = ("torch", "transformers", "numpy", "scipy")
@@ -108,7 +109,7 @@ class _Run:
         for number, state in enumerate(self._states):
             self._halves[number] = self._halves[number].added(state.scores(work, ran))
         for picture in pictures:
-            self._digest.update(f"{picture.mode} {picture.size}".encode() + picture.tobytes())
+            self._digest.update(content(picture))
         before, self.shown = self.shown, self.shown + len(pictures)
         if self.shown // LOOK_EVERY > before // LOOK_EVERY:
             self._steady = self._steady + 1 if all(_reliable(halves) for halves in self._halves) else 0

@@ -102,9 +102,9 @@ class Checkpoint:
                 not there; or a limit on pixels that the processor does not know or cannot keep.
         """
         path = str(EMBEDDED.get(str(model), model))
-        place = _device(device)
+        place = device_named(device)
         _check_device_map(device_map, device)
-        kind = _dtype(dtype, place)
+        kind = dtype_named(dtype, place)
         check_quantize(quantize, place)
         config = loading.configuration(path, revision)
         family = family_of(str(config["model_type"]))
@@ -416,7 +416,12 @@ def limited(family: Family, processor: ProcessorMixin, max_pixels: int | None) -
     return processor if max_pixels is None else family.limited(processor, whole("max_pixels", max_pixels, 1))
 
 
-def _device(name: str) -> torch.device:
+def device_named(name: str) -> torch.device:
+    """A device by its name; ``auto`` is the GPU when there is one.
+
+    Raises:
+        UsageError: torch knows or sees no such device.
+    """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -435,7 +440,12 @@ def _check_device_map(name: str | None, device: str) -> None:
         raise UsageError(f"device_map={name} and device={device} are both given", "give one of them")
 
 
-def _dtype(name: str, device: torch.device) -> torch.dtype | str:
+def dtype_named(name: str, device: torch.device) -> torch.dtype | str:
+    """A precision by its name; ``auto`` is float32 on the CPU, and stays ``auto``, the checkpoint's own, elsewhere.
+
+    Raises:
+        UsageError: There is no such precision.
+    """
     if name == "auto":
         return torch.float32 if device.type == "cpu" else "auto"
     if name not in DTYPES:

@@ -6,7 +6,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from vlmfix.evals.reproduce import Reproduction
+from vlmfix.jobs.benchmark.reproduce import Reproduction
 from vlmfix.parsing import escaped, some
 
 

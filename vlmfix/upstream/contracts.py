@@ -91,6 +91,7 @@ CONTRACTS = (
     ),
     Contract("processors", (EVERYTHING, "repeated pictures"), probes.processor),
     Contract("wrappers around models", (EVERYTHING,), probes.wrapped_models),
+    Contract("memory of tensors", ("bench",), probes.memory_of_tensors),
     Contract("errors of memory", ("smaller batches when memory runs out",), probes.memory_errors),
 )
 """Everything that is relied on."""

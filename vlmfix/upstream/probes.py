@@ -14,7 +14,19 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor, nn
 
 from vlmfix.errors import VlmfixError
-from vlmfix.upstream import attention, cache, defaults, features, geometry, names, positions, steps, text, wrappers
+from vlmfix.upstream import (
+    attention,
+    cache,
+    defaults,
+    features,
+    geometry,
+    memory,
+    names,
+    positions,
+    steps,
+    text,
+    wrappers,
+)
 from vlmfix.upstream.bench import END, PAD, PICTURE, TEXT, Bench, library, noise
 from vlmfix.upstream.versions import missing
 
@@ -359,6 +371,16 @@ def memory_errors(bench: Bench) -> None:
     """Errors of memory are of the types by which a batch is halved."""
     _require(issubclass(torch.OutOfMemoryError, RuntimeError), "torch.OutOfMemoryError is no RuntimeError")
     _require(issubclass(torch.AcceleratorError, RuntimeError), "torch.AcceleratorError is no RuntimeError")
+
+
+def memory_of_tensors(bench: Bench) -> None:
+    """The profiler sees what tensors on the CPU take and give back."""
+
+    def work() -> None:
+        for _ in range(2):  # the second takes the place of the first
+            torch.empty(1 << 20, dtype=torch.uint8)
+
+    _require(memory.peak_of(work) == 1 << 20, "torch's profiler counts the memory of tensors otherwise")
 
 
 def wrapped_models(bench: Bench) -> None:

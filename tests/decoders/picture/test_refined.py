@@ -6,8 +6,9 @@ import torch
 from PIL import Image
 
 from tests.contracts.support import PICTURES, vlm_of
-from vlmfix.decoders.picture.refined import PictureMap, PictureMemo, clean, digest, places, token_map
+from vlmfix.decoders.picture.refined import PictureMap, PictureMemo, clean, places, token_map
 from vlmfix.models.layout import ImageLayout
+from vlmfix.pixels import digest
 
 
 def layout_of(boxes):

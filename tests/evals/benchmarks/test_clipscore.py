@@ -15,7 +15,7 @@ import pytest
 import torch
 from PIL import Image
 
-from tests.folder.fake import draw
+from tests.jobs.fake import draw
 from vlmfix.errors import DataError, UsageError
 from vlmfix.evals.benchmarks.clipscore import PREFIX, ClipScore, clip_scores, read, ref_clip_score
 from vlmfix.evals.task import Sample

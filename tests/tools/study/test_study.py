@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from tests.evals.fake import Says, workload
-from tests.folder.fake import FakeVLM, draw
+from tests.jobs.fake import FakeVLM, draw
 from tests.tools.study.jobs import double, gpu_of_process
 from tools.study import plan, runs, speed, study, tuning
 from tools.study.__main__ import command
@@ -73,7 +73,7 @@ def exam(tmp_path, monkeypatch):
     vlm = FakeVLM()
     monkeypatch.setattr(runs, "loaded", vlm.load)
     monkeypatch.setattr(runs, "weights_digest", lambda model, commit: "sha256:1")
-    monkeypatch.setattr("vlmfix.evals.runner.weights_digest", lambda model, commit: "sha256:1")
+    monkeypatch.setattr("vlmfix.jobs.ledger.weights_digest", lambda model, commit: "sha256:1")
     made = Exam(
         folder=tmp_path / "run",
         task=Says(),

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
-
 import torch
 from torch import Tensor
+
+from vlmfix.decoding.draws import rounded, seed_of
 
 
 def row_noise(pixels: Tensor, owners: Tensor, seed: int, *, uniform: bool) -> Tensor:
@@ -26,10 +26,8 @@ def row_noise(pixels: Tensor, owners: Tensor, seed: int, *, uniform: bool) -> Te
     noise = torch.empty(pixels.shape, dtype=torch.float32)
     for row in owners.unique().tolist():
         mine = owners == row
-        # Rounded to bfloat16, so that the model's precision does not change the noise.
-        content = pixels[mine.to(pixels.device)].to(torch.bfloat16).cpu().contiguous()
-        digest = hashlib.sha256(seed.to_bytes(8, "little") + content.view(torch.int16).numpy().tobytes()).digest()
-        generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
+        content = pixels[mine.to(pixels.device)]
+        generator = torch.Generator().manual_seed(seed_of(seed, [rounded(content)]))
         draw = torch.rand if uniform else torch.randn
         noise[mine] = draw(content.shape, generator=generator)
     return noise.to(pixels.device)

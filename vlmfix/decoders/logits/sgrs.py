@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -17,7 +16,7 @@ from vlmfix.attention.edit import LayerSet
 from vlmfix.attention.saliency import SaliencySteps, after_picture, mean_over, saliency_steps, scoring_layers
 from vlmfix.decoders.base import Decoder, Source
 from vlmfix.decoding.branches import picture_counts
-from vlmfix.decoding.draws import RowSampler
+from vlmfix.decoding.draws import RowSampler, rounded, seed_of
 from vlmfix.decoding.plan import DecodingPlan
 from vlmfix.decoding.stack import STACK, stack_layout
 from vlmfix.errors import IncompatibleDecodersError
@@ -381,16 +380,15 @@ def _padding(config: GenerationConfig) -> int:
 
 def _row_seeds(vlm: Checkpoint, batch: Batch, seed: int) -> list[int]:
     """A seed for each row, made of its tokens and pixels and not of its neighbours."""
-    digests = [hashlib.sha256(seed.to_bytes(8, "little")) for _ in range(batch.rows)]
-    for digest, ids, mask in zip(digests, batch["input_ids"].cpu(), batch.attention_mask.bool().cpu(), strict=True):
-        digest.update(ids[mask].numpy().tobytes())
+    told = zip(batch["input_ids"].cpu(), batch.attention_mask.bool().cpu(), strict=True)
+    contents = [[ids[mask].numpy().tobytes()] for ids, mask in told]
     pixels = batch.get("pixel_values")
     if pixels is not None:
         owners = vlm.family.pixel_rows(vlm.model, batch, picture_counts(vlm, batch)).to(pixels.device)
-        for row, digest in enumerate(digests):
-            mine = pixels[owners == row].to(torch.bfloat16)  # rounded, so that the precision changes no draw
+        for row, content in enumerate(contents):
+            mine = pixels[owners == row].to(torch.bfloat16)
             if mine.dim() == 5:  # (n, tiles, channels, height, width), filled up with empty tiles to the batch's most
                 mine = mine.flatten(0, 1)
                 mine = mine[(mine != 0).flatten(1).any(dim=1)]
-            digest.update(mine.cpu().contiguous().view(torch.int16).numpy().tobytes())
-    return [int.from_bytes(digest.digest()[:7], "little") for digest in digests]
+            content.append(rounded(mine))
+    return [seed_of(seed, content) for content in contents]

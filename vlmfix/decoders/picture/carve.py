@@ -15,10 +15,11 @@ from vlmfix.attention.edit import LayerSet
 from vlmfix.decoders.base import Refiner, Source
 from vlmfix.decoders.picture.probing import image_attention, missing_layers
 from vlmfix.decoders.picture.prompts import GENERAL, check_wording, worded
-from vlmfix.decoders.picture.refined import WHOLE, Look, PictureMap, PictureMemo, Refined, digest, places, token_map
+from vlmfix.decoders.picture.refined import WHOLE, Look, PictureMap, PictureMemo, Refined, places, token_map
 from vlmfix.decoders.picture.regions import Ranking, Rule, best_regions, bounding_box, carved, grown, threshold
 from vlmfix.language.parameters import Value, parameter
 from vlmfix.models.checkpoint import Checkpoint
+from vlmfix.pixels import digest
 
 PUBLISHED = LayerSet("20:26")
 """The layers of all four models of the paper, which have 28 to 40."""

@@ -5,7 +5,6 @@ Shape letters (``docs/notation.md``): T prompt tokens; here also N image-patch t
 
 from __future__ import annotations
 
-import hashlib
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
@@ -172,15 +171,6 @@ class PictureMemo:
             self.clear()
             self.weights = weights
         return self
-
-
-def digest(pictures: Sequence[Image.Image]) -> str:
-    """Names pictures by their pixels."""
-    found = hashlib.sha256()
-    for picture in pictures:
-        found.update(f"{picture.mode}{picture.size}".encode())
-        found.update(picture.tobytes())
-    return found.hexdigest()
 
 
 def clean(values: Array) -> tuple[Array, bool]:

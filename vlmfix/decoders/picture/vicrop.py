@@ -23,7 +23,6 @@ from vlmfix.decoders.picture.refined import (
     PictureMemo,
     Refined,
     clean,
-    digest,
     pixel_box,
     places,
     token_map,
@@ -34,6 +33,7 @@ from vlmfix.errors import UsageError
 from vlmfix.language.parameters import Value, parameter
 from vlmfix.models.checkpoint import Checkpoint
 from vlmfix.models.layout import Batch
+from vlmfix.pixels import digest
 
 logger = logging.getLogger(__name__)
 

@@ -9,6 +9,7 @@ from vlmfix.errors import UsageError
 from vlmfix.evals.record import PLAIN, EvalRun, without_names
 from vlmfix.parsing import some
 from vlmfix.records import flat, shown
+from vlmfix.settings import LOADED
 
 PACKAGES = ("vlmfix", "torch", "transformers")
 """Packages whose versions are noted when they differ."""
@@ -116,7 +117,7 @@ def _other_pictures(first: Mapping[str, str], second: Mapping[str, str]) -> Iter
 
 def _what(card: Mapping[str, Any], noted: Sequence[str]) -> dict[str, Any]:
     """What must be equal, by dotted names; ``noted`` are names of what both runs noted."""
-    always = ("task", "weights", *noted, "commit", "dtype", "max_pixels", "device_map", "quantize", "decoding")
+    always = ("task", "weights", *noted, "commit", "dtype", *LOADED, "decoding")
     named = {name: card.get(name) for name in always} | {"options": without_names(card.get("options"))}
     if card.get("commit") is None:
         named["revision"] = card.get("revision")

@@ -20,6 +20,7 @@ from vlmfix.evals.comparison.statistics import Tested, bootstrap, interval, swap
 from vlmfix.evals.record import PLAIN, EvalRun
 from vlmfix.evals.task import Judged, Numbers, Task
 from vlmfix.evals.task import plain as finite
+from vlmfix.settings import LOADED
 
 ALPHA = 0.05
 """A difference is called better or worse when its corrected p value is below this and its interval leaves out zero."""
@@ -200,8 +201,8 @@ def compare(runs: Sequence[EvalRun], *, draws: int = 10_000, seed: int = 0) -> C
     read = reading_notes(runs[0].card.get("checkpoint"))
     about = [*version_notes(runs, labels), *older_notes(runs, labels), *read, *facts, *_few_units(arms or found)]
     notes = [*differing, *strategies, *_unfinished(found), *about]
-    made_by = ("model", "revision", "commit", "weights", "files", "checkpoint", "dtype", "max_pixels")
-    shared = ("options", "data", "count", "samples", *made_by, "device_map", "quantize", "decoding")
+    made_by = ("model", "revision", "commit", "weights", "files", "checkpoint", "dtype", *LOADED, "decoding")
+    shared = ("options", "data", "count", "samples", *made_by)
     return Comparison(
         task=runs[0].task.name,
         card={name: runs[0].card.get(name) for name in shared},

@@ -16,14 +16,13 @@ from vlmfix.errors import DataError, UsageError
 from vlmfix.evals.comparison.compare import Comparison, compare
 from vlmfix.evals.record import CARD as RUN
 from vlmfix.evals.record import PLAIN, EvalRun, digest
-from vlmfix.evals.runner import decoding
 from vlmfix.evals.task import Task, Workload, plain
 from vlmfix.evals.tuning.search import Measured, Space, Tried, search
 from vlmfix.files import is_draft, make_folder, remove_drafts
 from vlmfix.language.parameters import Value
 from vlmfix.language.recipe import write_recipe
 from vlmfix.records import read_json, refuse_other, replace_json
-from vlmfix.settings import Settings
+from vlmfix.settings import LOADED, Settings
 from vlmfix.shapes import COUNT, NUMBER, fields
 
 FORMAT = 2
@@ -268,10 +267,8 @@ def _claim(out: Path, spec: str, workload: Workload, task: Task, settings: Setti
         "samples": digest(workload.samples),
         "model": settings.model,
         "revision": settings.revision,
-        "max_pixels": settings.max_pixels,
-        "device_map": settings.device_map,
-        "quantize": settings.quantize,
-        "decoding": decoding(settings),
+        **settings.loaded(),
+        "decoding": settings.decoding(),
         "seed": seed,
         "guards": asdict(guards),
     }
@@ -356,8 +353,7 @@ def _about_split(tuning: Workload, held_out: Workload, seed: int) -> dict[str, A
 def _about(found: Tuned, chosen: Trial, after: EvalRun, guards: Guards, spec: str) -> dict[str, Any]:
     """What the recipe says of itself."""
     card = after.card
-    about = ("model", "revision", "commit", "weights", "files", "checkpoint", "dtype", "max_pixels")
-    model = (*about, "device_map", "quantize", "decoding")
+    model = ("model", "revision", "commit", "weights", "files", "checkpoint", "dtype", *LOADED, "decoding")
     return {
         "date": datetime.now(UTC).replace(microsecond=0),
         "model": {name: card.get(name) for name in model},

@@ -1,0 +1,1 @@
+"""A benchmark's questions, answered by several decoders."""

@@ -1,0 +1,8 @@
+"""A folder of pictures to a file of answers."""
+
+from __future__ import annotations
+
+from vlmfix.jobs.folder.job import Progress, run
+from vlmfix.jobs.folder.questions import DESCRIBE, Questions
+
+__all__ = ["DESCRIBE", "Progress", "Questions", "run"]

@@ -1,0 +1,158 @@
+"""The folder that a run over pictures writes: answers, failures and the run card, in step after any kill."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+from vlmfix.card import Known, versions
+from vlmfix.jobs.ledger import Ledger, now
+from vlmfix.settings import Settings
+from vlmfix.shapes import COUNT, DURATION, FLAG, OBJECT, TEXT, fields, list_of
+
+ANSWERS, FAILED, CARD = "answers.jsonl", "failed.jsonl", "run.json"
+ANSWER = fields({"image": TEXT, "prompt": TEXT, "answer": TEXT, "tokens": COUNT, "seconds": DURATION}, {"sha256": TEXT})
+FAILURE = fields({"image": TEXT, "reason": TEXT}, {"prompt": TEXT})
+RUN = fields(
+    {
+        "settings": OBJECT,
+        "started": TEXT,
+        "finished": FLAG,
+        "sessions": list_of(fields({"peak_memory": COUNT}), least=1),
+    }
+)
+"""What the card of a run must hold for it to be gone on with."""
+
+
+@dataclass
+class Totals:
+    """What a folder of answers amounts to, over all starts."""
+
+    answers: int = 0
+    failed: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
+
+    @property
+    def ms_per_token(self) -> float | None:
+        """Milliseconds of the model's time per generated token; None before the first."""
+        return 1000 * self.seconds / self.tokens if self.tokens else None
+
+
+class OutputFolder(Ledger):
+    """Answers, failures and run card of one run.
+
+    Args:
+        folder: Made when it is missing.
+        settings: What the answers depend on, as far as it is known before the model is loaded.
+        retry_failed: Takes what failed for open; its lines leave the folder when a model begins to work.
+    """
+
+    card_name: ClassVar = CARD
+    card_shape: ClassVar = RUN
+    failure: ClassVar = "reason"
+
+    def __init__(self, folder: Path, settings: Mapping[str, Any], *, retry_failed: bool = False) -> None:
+        super().__init__(folder, {ANSWERS: ANSWER, FAILED: FAILURE}, retry_failed=retry_failed)
+        self._settings = dict(settings)
+        self._finished = False
+        self.totals = Totals()
+        self.done: set[tuple[str, str]] = set()
+        """(image, prompt) pairs that have an answer or failed."""
+        self.unreadable: set[str] = set()
+        """Pictures that could not be opened."""
+
+    def new_card(self) -> dict[str, Any]:
+        """Gives a card with the settings alone."""
+        return {"settings": self._settings, "started": now(), "sessions": []}
+
+    def go_on(self) -> None:
+        """Refuses other settings than those of the card."""
+        self.refuse_other(self.card["settings"], self._settings)
+
+    def read_back(self) -> None:
+        """Counts what earlier starts have answered and failed with."""
+        for record in self.lines[ANSWERS]:
+            self._count(record)
+        for record in self.standing(FAILED, self.lines[FAILED]):
+            self.totals.failed += 1
+            if "prompt" in record:
+                self.done.add((record["image"], record["prompt"]))
+            else:
+                self.unreadable.add(record["image"])
+
+    def _count(self, record: Mapping[str, Any]) -> None:
+        self.done.add((record["image"], record["prompt"]))
+        self.totals.answers += 1
+        self.totals.tokens += record["tokens"]
+        self.totals.seconds += record["seconds"]
+
+    def begin(
+        self,
+        model: Known,
+        settings: Settings,
+        *,
+        batch_size: int,
+        prompts_file: str | None,
+        peak_memory: Callable[[], int],
+    ) -> None:
+        """Notes that a model starts to work on the folder; see ``Ledger.start_session``.
+
+        Args:
+            model: What the model is.
+            settings: What it was loaded with.
+            batch_size: Rows per batch.
+            prompts_file: The file that the questions come from, if they do.
+            peak_memory: Gives the most bytes that were held so far.
+        """
+        self.start_session(
+            model,
+            settings,
+            self.card["settings"],
+            found={"decoder_facts": model.facts},
+            session={"batch_size": batch_size, "prompts_file": prompts_file, "versions": versions()},
+            peak_memory=peak_memory,
+        )
+
+    def answered(self) -> Iterator[tuple[str, str]]:
+        """The (image, prompt) pairs that have an answer, read from the file."""
+        return ((record["image"], record["prompt"]) for record in self.lines[ANSWERS])
+
+    def answer(self, record: Mapping[str, Any]) -> None:
+        """Writes one answer."""
+        self.lines[ANSWERS].append(record)
+        self._count(record)
+
+    def fail(self, image: str, reason: str, *, prompt: str | None = None) -> None:
+        """Writes why a picture, or one question about it, has no answer."""
+        about = {} if prompt is None else {"prompt": prompt}
+        self.lines[FAILED].append({"image": image, "reason": reason, **about})
+        self.totals.failed += 1
+
+    def finish(self) -> None:
+        """Notes that every question was dealt with, but for those that are left open."""
+        self._finished = not self.left_open
+
+    def conclude(self) -> None:
+        """Rewrites the run card when an earlier start did all the work and was killed before it had said so."""
+        if not self.card["finished"]:
+            self.finish()
+            self.save()
+
+    def sum_up(self) -> None:
+        """Puts the totals into the card."""
+        totals = self.totals
+        self.card |= {
+            "updated": now(),
+            "finished": self._finished,
+            "totals": {
+                "answers": totals.answers,
+                "failed": totals.failed,
+                "tokens": totals.tokens,
+                "seconds": round(totals.seconds, 3),
+            },
+            "ms_per_token": None if totals.ms_per_token is None else round(totals.ms_per_token, 3),
+            "peak_memory": max((session["peak_memory"] for session in self.card["sessions"]), default=0),
+        }

@@ -1,0 +1,153 @@
+"""Answer a folder of pictures again from its run card, and say which answers came out differently."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from vlmfix.card import changed_facts, changed_reading, refuse_other_pictures, settings_again
+from vlmfix.errors import DataError, UsageError
+from vlmfix.generation import VLM, load
+from vlmfix.images import find
+from vlmfix.jobs.folder.job import Progress, run
+from vlmfix.jobs.folder.output import ANSWER, ANSWERS, CARD
+from vlmfix.jobs.folder.questions import Questions
+from vlmfix.parsing import some
+from vlmfix.records import read_json, read_lines
+from vlmfix.settings import DECODED, LOADED, MODEL
+from vlmfix.shapes import FLAG, PATH, SIZE, TEXT, fields, list_of, mapping_of
+
+FINISHED = fields(
+    {
+        "finished": FLAG,
+        "settings": fields(
+            {
+                "pictures": PATH,
+                "prompt": TEXT.or_null(),
+                "prompts": TEXT.or_null(),
+                "model": TEXT,
+                **MODEL,
+                "decoder": TEXT,
+                **DECODED,
+            },
+            {"decoder_facts": mapping_of(TEXT), **LOADED},
+        ),
+        "sessions": list_of(fields({"prompts_file": PATH.or_null(), "batch_size": SIZE}), least=1),
+    }
+)
+"""What a run card must say for the run to be made again."""
+
+
+@dataclass(frozen=True)
+class Repeated:
+    """The second run of a folder beside the first.
+
+    Attributes:
+        out: Folder of the second run.
+        answers: Answers of the first run.
+        other: (picture, prompt) of those that the second run answers otherwise or not at all.
+        facts: What the decoder depends on beside parameters and was another in the second run, such as a profile's
+            digest: name to (before, now).
+    """
+
+    out: Path
+    answers: int
+    other: tuple[tuple[str, str], ...]
+    facts: dict[str, tuple[str | None, str | None]]
+
+
+def reproduce(
+    folder: Path,
+    out: Path,
+    *,
+    images: Path | None = None,
+    model: str | None = None,
+    prompts: Path | None = None,
+    device: str = "auto",
+    report: Callable[[Progress], None] = lambda progress: None,
+    loader: Callable[..., VLM] = load,
+) -> Repeated:
+    """Run a folder again with the settings of its card.
+
+    Whether pictures, prompts and weights are those of the run is looked at before the model is loaded.
+
+    Args:
+        folder: A folder that ``run`` wrote and finished.
+        out: Folder of the second run; one that was begun is gone on with.
+        images: Folder of the pictures, or the one picture; None for where they were.
+        model: Directory of the model; None for where it was.
+        prompts: The file of prompts; None for where it was.
+        device: Where to run; another kind of device rounds differently, and single words may change.
+        report: Called whenever something was written.
+        loader: Loads the model.
+
+    Raises:
+        UsageError: ``model`` is given for a model of the Hub, or ``prompts`` for a run that had no file of them.
+        DataError: The run is unfinished, or pictures, weights or the file of prompts are not there, or not those of the
+            run.
+    """
+    card = read_json(folder / CARD, FINISHED)
+    if not card["finished"]:
+        raise DataError(f"{folder} is unfinished", "finish it with the command that began it")
+    before, session = card["settings"], card["sessions"][-1]
+    questions = _questions(folder, before, session["prompts_file"], prompts)
+    pictures = Path(before["pictures"]) if images is None else images
+    _refuse_other_pictures(folder, pictures, out)
+    decoding = {name: before[name] for name in DECODED}
+    settings = settings_again(before, decoding, model=model, device=device, decoder=before["decoder"])
+    run(
+        pictures,
+        out,
+        questions=questions,
+        settings=settings,
+        batch_size=session["batch_size"],
+        report=report,
+        loader=loader,
+    )
+    first, second = (_answers(place) for place in (folder, out))
+    other = tuple(key for key, answer in first.items() if second.get(key) != answer)
+    now = read_json(out / CARD, FINISHED)["settings"]
+    facts = changed_facts(before.get("decoder_facts"), now.get("decoder_facts")) | changed_reading(before, now)
+    return Repeated(out, len(first), other, facts)
+
+
+def _questions(folder: Path, settings: dict[str, str | None], prompts: str | None, elsewhere: Path | None) -> Questions:
+    if prompts is None:
+        if elsewhere is not None:
+            raise UsageError("the run had one prompt for every picture, and no file", "leave --prompts out")
+        if not settings["prompt"]:
+            raise DataError(f"{folder / CARD} says neither what was asked nor from which file", "restore the file")
+        return Questions.text(settings["prompt"])
+    path = Path(prompts) if elsewhere is None else elsewhere
+    if not os.path.isfile(path):
+        raise DataError(
+            f"there is no file {path} with the prompts of {folder}", "give the file that they are in now with --prompts"
+        )
+    questions = Questions.file(path)
+    if questions.about["prompts"] != settings["prompts"]:
+        raise DataError(f"{path} has other prompts than the run in {folder}", "put the former file back")
+    return questions
+
+
+def _refuse_other_pictures(folder: Path, pictures: Path, out: Path) -> None:
+    """Finds before the model is loaded whether the pictures are those that the run was shown."""
+    if not os.path.exists(pictures):  # unlike a path's own method, it also knows names that no file can have
+        raise DataError(
+            f"there is no {pictures} with the pictures of {folder}", "give the folder that they are in with --images"
+        )
+    lines = read_lines(folder / ANSWERS, ANSWER)
+    known = {line["image"]: line["sha256"] for line in lines if "sha256" in line}
+    files = {file.name: file.path for file in find(pictures, skip=out)}
+    if missing := [name for name in known if name not in files]:
+        raise DataError(
+            f"{len(missing)} of {len(known)} pictures of {folder} are not in {pictures}: {some(missing)}",
+            "give the folder that holds them with --images",
+        )
+    shown = {name: files[name] for name in known}
+    refuse_other_pictures(folder, pictures, shown, known, hint="give the folder of the same pictures with --images")
+
+
+def _answers(folder: Path) -> dict[tuple[str, str], str]:
+    return {(line["image"], line["prompt"]): line["answer"] for line in read_lines(folder / ANSWERS, ANSWER)}
