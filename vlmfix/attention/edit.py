@@ -23,11 +23,11 @@ class Memory:
 
     Attributes:
         of_rows: (B, ...) tensors.
-        of_keys: (B, ..., T) tensors, and what stands at the keys behind the prompt.
+        of_keys: (B, ..., T) tensors; zero at the keys behind the prompt.
     """
 
     of_rows: dict[str, Tensor] = field(default_factory=dict)
-    of_keys: dict[str, tuple[Tensor, float]] = field(default_factory=dict)
+    of_keys: dict[str, Tensor] = field(default_factory=dict)
 
 
 Rows = Literal["text", "last", "prompt", "all", "none"]
@@ -146,9 +146,9 @@ class Site:
         """Keeps (B, ...) values until the call ends."""
         self.memory.of_rows[name] = values
 
-    def learn_of_keys(self, name: str, values: Tensor, *, fill: float = 0) -> None:
-        """Keeps (B, ..., T) values of the prompt's tokens until the call ends; later tokens have ``fill``."""
-        self.memory.of_keys[name] = values, fill
+    def learn_of_keys(self, name: str, values: Tensor) -> None:
+        """Keeps (B, ..., T) values of the prompt's tokens until the call ends; later tokens have zero."""
+        self.memory.of_keys[name] = values
 
     def learned(self, name: str) -> Tensor:
         """Gives what the edit has learned from the prompt: (B, ...) of rows, (B, ..., K) of keys.
@@ -160,9 +160,9 @@ class Site:
             return self.memory.of_rows[name]
         if name not in self.memory.of_keys:
             raise UnsupportedAttentionError("a token came before its prompt", "let generate read the prompt itself")
-        values, fill = self.memory.of_keys[name]
+        values = self.memory.of_keys[name]
         later = self.image_keys.shape[1] - values.shape[-1]
-        return pad(values, (0, later), value=fill) if later else values
+        return pad(values, (0, later)) if later else values
 
     def spread(self, values: Tensor) -> Tensor:
         """Hands what is known of the samples out to the rows of the pass: every beam gets its sample's.
