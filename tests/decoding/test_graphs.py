@@ -123,6 +123,23 @@ def test_a_recording_serves_later_calls_and_what_has_changed_none(recording, mon
     assert not forget(vlm.model)
 
 
+SHORT, LONG = (0, 0, 0, 0), (0, 1, 0, 1)
+"""Pictures whose prompts have 56 and 117 tokens."""
+
+
+@pytest.mark.parametrize(
+    ("calls", "made"), [((SHORT, LONG, SHORT), [2, 4, 6]), ((LONG, SHORT, LONG, SHORT), [2, 4, 4, 4])]
+)
+def test_a_recording_is_for_as_many_keys_and_for_the_memory_it_was_made_over(calls, made, recording, monkeypatch):
+    """Longer prompts move the memory; shorter ones leave it, and have their own, whatever came before."""
+    vlm, method = vlm_of("llava"), method_of(STRONG["locore"])
+    for shown, expected in zip(calls, made, strict=True):
+        found = scores(vlm, method, monkeypatch, recorded=True, keys=64, shown=shown)
+        assert len(recording) == expected
+        for one, other in zip(found, scores(vlm, method, monkeypatch, recorded=False, shown=shown), strict=True):
+            close(one, other)
+
+
 @pytest.mark.parametrize("room", [1, 3])
 def test_a_recording_that_is_full_is_made_anew(room, recording, monkeypatch):
     vlm, method = vlm_of("qwen2_5_vl"), method_of(STRONG["chain"])
