@@ -12,7 +12,7 @@ from PIL import Image
 from vlmfix.evals.record import FORMAT, digest
 from vlmfix.evals.task import Sample
 
-VOID = {"meta", "link", "img", "input", "br"}
+VOID = {"meta", "link", "img", "input", "wbr"}
 DECODING = {"max_new_tokens": 128, "num_beams": 1, "temperature": 0.0, "seed": 0}
 SESSION = {
     "started": "2026-11-29T07:50:07+00:00",

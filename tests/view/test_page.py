@@ -47,6 +47,8 @@ def test_a_run_is_shown_with_its_pictures(view, pictures, tmp_path):
     assert sizes == [(480, 240), (30, 20), (30, 20)]
     assert [image.attributes["alt"] for image in page.all("img")] == ["0.png", "1.png", "2.png"]
     (facts,) = page.all("table")
+    subtitle = "tiny (abc) · 2026-11-29 07:50 to 2026-11-29 08:00 · vlmfix 0.1.0 · torch 2.14.1 · transformers 5.24.0"
+    assert [line.text for line in page.all("p", "intro")] == [subtitle]
     for fact in ("tiny (abc)", "greedy", "up to 128 tokens", "2026-11-29 07:50 to 2026-11-29 08:00", "5.24.0"):
         assert fact in facts.text
     assert [asked.text.split("  ")[0].strip() for asked in page.all("p", "asked")] == [

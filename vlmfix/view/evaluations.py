@@ -96,7 +96,7 @@ def _object(task: Pope, sample: Sample, text: str) -> Judgement:
         return Judgement(right=verdict.right)
     yes = YES.search(text)
     marks: tuple[tuple[int, int, Kind], ...] = ((yes.start(), yes.end(), "absent"),) if yes else ()
-    return Judgement(marks, absent=("says yes",), right=False)
+    return Judgement(marks, absent=("what was asked for",), right=False)
 
 
 def _answer(task: Task, sample: Sample, text: str) -> Judgement:

@@ -146,10 +146,9 @@ def _summary(number: int, rows: Iterable[Row]) -> Iterable[str]:
         yield f"{absent} name something absent"
     if outcomes := [judgement.right for judgement in judged if judgement.right is not None]:
         yield f"{sum(outcomes)} of {len(outcomes)} right"
-    if failed := len(said) - len(answered):
-        yield f"{failed} failed"
-    if cut := sum(answer.cut for answer in said):
-        yield f"{cut} cut off"
+    open_ends = {"failed": len(said) - len(answered), "cut off": sum(answer.cut for answer in said)}
+    if any(open_ends.values()):
+        yield ", ".join(f"{number} {what}" for what, number in open_ends.items() if number)
 
 
 def _counted(number: int, what: str) -> str:

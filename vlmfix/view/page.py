@@ -20,6 +20,7 @@ from vlmfix.files import replacing
 from vlmfix.parsing import escaped
 from vlmfix.view.marks import pieces, side_by_side
 from vlmfix.view.pictures import small_pictures
+from vlmfix.view.runs import VERSIONS
 from vlmfix.view.sheet import Card, Row, Sheet
 
 NAME = "vlmfix view"
@@ -81,7 +82,7 @@ def page(
         cards: What of it the page shows, with the sources of its pictures.
         name: The command that makes it; own pages are known by it, see ``write_page``.
         heading: What stands above all; the sheet's title unless given.
-        intro: Sentences below.
+        intro: Sentences below; model, time and versions unless given.
         part: Which part it is, of a page that a server gives out; None for a page that is a file.
     """
     shown = [row for card, _ in cards for row in card.rows]
@@ -96,7 +97,7 @@ def page(
         style=style,
         sheet=sheet,
         heading=heading or sheet.title,
-        intro=list(intro),
+        intro=list(intro) or _subtitle(sheet),
         facts=_facts(sheet),
         prompt=next(iter(prompts)) if len(prompts) == 1 else "",
         notes=[
@@ -216,6 +217,14 @@ def _facts(sheet: Sheet) -> list[tuple[str, list[str]]]:
     """What was run, fact by fact, with the values of all columns."""
     names = dict.fromkeys(name for column in sheet.columns for name in column.facts)
     return [(name, [column.facts.get(name, "") for column in sheet.columns]) for name in names]
+
+
+def _subtitle(sheet: Sheet) -> list[str]:
+    """Model, time and versions, which all columns may share or not."""
+    known = {name: list(dict.fromkeys(filter(None, values))) for name, values in _facts(sheet)}
+    parts = [" and ".join(known[name]) for name in ("model", "date") if known.get(name)]
+    parts += [f"{name} {' and '.join(known[name])}" for name in VERSIONS if known.get(name)]
+    return [" · ".join(parts)] if parts else []
 
 
 def _left_out(sheet: Sheet, shown: int) -> str:

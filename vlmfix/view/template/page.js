@@ -114,6 +114,7 @@
     }
     if (event.target === find) {
       if (event.key === "Escape") {
+        event.preventDefault(); // some browsers would empty the field and tell nobody
         find.blur();
       }
       return;
