@@ -49,6 +49,7 @@ def view(folders: tuple[Path, ...], out: Path | None, limit: int, serve: bool, i
             server.serve_forever()
         return
     refuse_foreign(file)
+    options.say(f"vlmfix: reading {min(limit, len(sheet.cards))} pictures", err=True)
     text = page_of(sheet, limit)
     write_page(file, text)
     left = len(sheet.cards) - limit

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
@@ -120,23 +120,18 @@ def page(
     return text
 
 
-def page_of(sheet: Sheet, limit: int, report: Callable[[int, int], None] = lambda done, total: None, **how: Any) -> str:
+def page_of(sheet: Sheet, limit: int, **how: Any) -> str:
     """Makes a page with the pictures in it.
 
     Args:
         sheet: What there is to show.
         limit: The most pictures that it shows.
-        report: Told the number of pictures that were opened, and of all.
         **how: For ``page``.
     """
     cards = sheet.cards[:limit]
     opened = small_pictures(card.picture for card in cards if card.picture is not None)
-    sources: list[tuple[Card, Source]] = []
-    for done, card in enumerate(cards, start=1):
-        source = Source() if card.picture is None else _embedded(next(opened))
-        sources.append((card, source))
-        report(done, len(cards))
-    return page(sheet, sources, **how)
+    sources = [Source() if card.picture is None else _embedded(next(opened)) for card in cards]
+    return page(sheet, list(zip(cards, sources, strict=True)), **how)
 
 
 def write_page(path: Path, text: str, name: str = NAME) -> None:

@@ -30,15 +30,12 @@ def below(folder: Path, name: str) -> Path | None:
         name: Path below the folder, with forward slashes.
 
     Returns:
-        The place; None for a name that leads out of the folder, or that no file can have.
+        The place; None for a name that leads out of the folder.
     """
     parts = PurePosixPath(name).parts
     if not parts or parts[0] == "/" or ".." in parts or "\0" in name:
         return None
-    try:
-        return folder if folder.is_file() and name == folder.name else folder.joinpath(*parts)
-    except (OSError, ValueError):  # a half of a surrogate pair that stands for no byte
-        return None
+    return folder if os.path.isfile(folder) and name == folder.name else folder.joinpath(*parts)
 
 
 def small_pictures(pictures: Iterable[PictureFile]) -> Generator[bytes | str]:

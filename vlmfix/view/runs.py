@@ -81,8 +81,9 @@ def read_answers(folder: Path, images: Path | None = None) -> Answers:
     known: dict[str, PictureFile] = {}
     for line in read_lines(folder / ANSWERS, ANSWER):
         name = line["image"]
-        picture = known.setdefault(name, PictureFile(name, below(place, name), line.get("sha256", "")))
-        asked.append(Asked(picture, line["prompt"], {arm: Said(line["answer"], line.get("finish", ""))}))
+        if name not in known:
+            known[name] = PictureFile(name, below(place, name), line.get("sha256", ""))
+        asked.append(Asked(known[name], line["prompt"], {arm: Said(line["answer"], line.get("finish", ""))}))
     for line in read_lines(folder / FAILED, FAILURE):
         name = line["image"]
         picture = known.get(name) or PictureFile(name, below(place, name))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+import traceback
 from collections.abc import Sequence
 from html import escape
 from http import HTTPStatus
@@ -41,6 +43,11 @@ class SheetServer(ThreadingHTTPServer):
         self.sheet = sheet
         self.size = size
         self._numbers = {id(card.picture): number for number, card in enumerate(sheet.cards)}
+
+    def handle_error(self, request: object, client_address: object) -> None:
+        """Tells an error, unless the browser has left before it had its answer."""
+        if not isinstance(sys.exception(), ConnectionError):
+            traceback.print_exc()
 
     @property
     def address(self) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Literal
 
@@ -93,7 +94,7 @@ class Row:
     judged: tuple[Judgement | None, ...] = ()
     group: str = ""
 
-    @property
+    @cached_property
     def flags(self) -> tuple[str, ...]:
         """The names of the filters that let it through."""
         said = [answer for answer in self.said if answer is not None]
@@ -156,11 +157,3 @@ class Sheet:
         """All questions, in order."""
         for card in self.cards:
             yield from card.rows
-
-    def counts(self) -> dict[str, int]:
-        """For each filter the number of questions that it lets through."""
-        counts = dict.fromkeys(("differs", "absent", "wrong", "failed", "cut"), 0)
-        for row in self.rows():
-            for flag in row.flags:
-                counts[flag] += 1
-        return counts
