@@ -7,6 +7,7 @@ from pathlib import Path
 import click
 
 from vlmfix.commands import options
+from vlmfix.errors import UsageError
 
 PATH = click.Path(path_type=Path)
 
@@ -31,7 +32,6 @@ def view(folders: tuple[Path, ...], out: Path | None, limit: int, serve: bool, i
     by prompts, with the words marked that differ.
     """
     options.quieten()
-    from vlmfix.errors import UsageError
     from vlmfix.view.folders import read_sheet
     from vlmfix.view.page import page_of, refuse_foreign, write_page
 
