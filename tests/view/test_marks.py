@@ -33,7 +33,7 @@ def test_texts_that_repeat_themselves_without_end_take_no_time():
 
 def test_of_two_answers_both_are_marked_and_of_more_all_but_the_first():
     assert side_by_side(["a b", None, "a c"]) == [[(2, 3)], [], [(2, 3)]]
-    assert side_by_side(["a b", "a c", "a b"]) == [[], [(2, 3)], []]
+    assert side_by_side(["a b", "a b", "a c"]) == [[], [], [(2, 3)]]
     assert side_by_side(["a b"]) == [[]]
     assert side_by_side([None, None]) == [[], []]
 
