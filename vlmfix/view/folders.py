@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from vlmfix.errors import DataError, UsageError
@@ -68,7 +68,7 @@ def _joined(found: list[Answers]) -> Sheet:
     shown = [Card(None if key is None else pictures[key], tuple(held)) for key, held in cards.items()]
     columns = _columns(found, labels, shown)
     title = ", ".join(dict.fromkeys(answers.folder.resolve().name for answers in found))
-    return Sheet(title, columns, tuple(shown), tuple(_notes(found, keys, columns, shown)))
+    return Sheet(title, columns, tuple(shown), tuple(_notes(found, keys, labels, cards)))
 
 
 def _keys(found: Sequence[Answers]) -> list[list[Key | None]]:
@@ -156,7 +156,10 @@ def _counted(number: int, what: str) -> str:
 
 
 def _notes(
-    found: Sequence[Answers], keys: Sequence[Sequence[Key | None]], columns: Sequence[Column], cards: Sequence[Card]
+    found: Sequence[Answers],
+    keys: Sequence[Sequence[Key | None]],
+    labels: Sequence[tuple[int, str, str]],
+    rows: Mapping[Key | None, Sequence[Row]],
 ) -> Iterable[str]:
     """Says what the folders do not share.
 
@@ -178,7 +181,7 @@ def _notes(
             other = sum(name in own for name in names)
             changed = f"; {other} of them have the same name and other contents there" if other else ""
             yield f"{_counted(len(names), 'picture')} not in {answers.folder}: {some(sorted(names))}{changed}."
-    for number, column in enumerate(columns):
-        open_ = sum(row.said[number] is None for card in cards for row in card.rows)
-        if open_:
-            yield f"{_counted(open_, 'question')} without an answer by {column.label}."
+    for number, (place, _, label) in enumerate(labels):
+        left_open = sum(row.said[number] is None for key, held in rows.items() if key in about[place] for row in held)
+        if left_open:
+            yield f"{_counted(left_open, 'question')} about the same pictures without an answer by {label}."

@@ -217,8 +217,8 @@ def _facts(sheet: Sheet) -> list[tuple[str, list[str]]]:
 def _subtitle(sheet: Sheet) -> list[str]:
     """Model, time and versions, which all columns may share or not."""
     known = {name: list(dict.fromkeys(filter(None, values))) for name, values in _facts(sheet)}
-    parts = [" and ".join(known[name]) for name in ("model", "date") if known.get(name)]
-    parts += [f"{name} {' and '.join(known[name])}" for name in VERSIONS if known.get(name)]
+    parts = [", ".join(known[name]) for name in ("model", "date") if known.get(name)]
+    parts += [f"{name} {', '.join(known[name])}" for name in VERSIONS if known.get(name)]
     return [" · ".join(parts)] if parts else []
 
 
