@@ -150,6 +150,7 @@ def summary(end: Progress, out: Path) -> str:
     if totals.ms_per_token is not None:
         speed = f"{totals.tokens} tokens, {totals.ms_per_token:.1f} ms per token"
         lines.append(f"vlmfix: {speed}; settings in {folder}/run.json")
+        lines.append(f"vlmfix: to look at the answers beside the pictures: vlmfix view {folder}")
     return "\n".join(lines)
 
 

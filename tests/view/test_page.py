@@ -39,7 +39,7 @@ def plain(pictures, tmp_path, name="plain", **how):
 
 
 def test_a_run_is_shown_with_its_pictures(view, pictures, tmp_path):
-    page, err = view(plain(pictures, tmp_path))
+    page, err = view(plain(pictures, tmp_path, quantize="4bit", max_pixels=None))
     assert "the answers beside their pictures" in err
     assert answers(page) == [["A dog and 0 cats."], ["A dog and 1 cats."], ["A dog and 2 cats."]]
     sources = [b64decode(image.attributes["src"].partition(",")[2]) for image in page.all("img")]
@@ -49,7 +49,7 @@ def test_a_run_is_shown_with_its_pictures(view, pictures, tmp_path):
     (facts,) = page.all("table")
     subtitle = "tiny (abc) · 2026-11-29 07:50 to 2026-11-29 08:00 · vlmfix 0.1.0 · torch 2.14.1 · transformers 5.24.0"
     assert [line.text for line in page.all("p", "intro")] == [subtitle]
-    for fact in ("tiny (abc)", "greedy", "up to 128 tokens", "2026-11-29 07:50 to 2026-11-29 08:00", "5.24.0"):
+    for fact in ("tiny (abc)", "greedy", "up to 128 tokens", "2026-11-29 07:50 to 2026-11-29 08:00", "4bit"):
         assert fact in facts.text
     assert [asked.text.split("  ")[0].strip() for asked in page.all("p", "asked")] == [
         "Asked about every picture What?"

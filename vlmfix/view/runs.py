@@ -9,7 +9,7 @@ from typing import Any
 
 from vlmfix.jobs.lines import ANSWER, ANSWERS, CARD, FAILED, FAILURE
 from vlmfix.records import read_json, read_lines
-from vlmfix.settings import DECODED, decoding_text
+from vlmfix.settings import DECODED, LOADED, decoding_text
 from vlmfix.shapes import FLAG, PATH, TEXT, fields, list_of, mapping_of
 from vlmfix.view.pictures import below
 from vlmfix.view.sheet import PictureFile, Said, Truth
@@ -18,7 +18,8 @@ SESSION = fields({}, {"started": TEXT, "updated": TEXT, "device": TEXT, "version
 SHOWN = fields(
     {
         "settings": fields(
-            {"pictures": PATH, "model": TEXT, "decoder": TEXT, **DECODED}, {"commit": TEXT.or_null(), "dtype": TEXT}
+            {"pictures": PATH, "model": TEXT, "decoder": TEXT, **DECODED},
+            {"commit": TEXT.or_null(), "dtype": TEXT, **LOADED},
         )
     },
     {"sessions": list_of(SESSION), "updated": TEXT, "finished": FLAG},
@@ -105,7 +106,8 @@ def model_facts(settings: Mapping[str, Any]) -> dict[str, str]:
     """Says which model a card is of."""
     commit = settings.get("commit")
     found = {"model": f"{settings['model']} ({commit[:12]})" if commit else settings["model"]}
-    return found | ({"precision": settings["dtype"]} if "dtype" in settings else {})
+    found |= {"precision": settings["dtype"]} if "dtype" in settings else {}
+    return found | {name.replace("_", " "): f"{settings[name]}" for name in LOADED if settings.get(name) is not None}
 
 
 def session_facts(sessions: Any, updated: str = "") -> dict[str, str]:  # noqa: ANN401 (JSON values, checked before)
