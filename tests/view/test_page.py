@@ -188,6 +188,26 @@ def test_pictures_that_are_gone_changed_or_elsewhere_are_said(view, pictures, tm
     assert len(list(page.all("img"))) == 1
 
 
+def test_a_picture_that_failed_in_one_folder_is_held_to_the_digest_of_another(view, pictures, tmp_path):
+    first = run(tmp_path / "first", pictures, [], [{"image": "0.png", "reason": "odd"}])
+    second = run(tmp_path / "second", pictures, [("0.png", "What?", "Red.")], decoder="vcd")
+    picture(pictures / "0.png", "white")
+    page, _ = view(first, second)
+    assert [gone.text for gone in page.all("p", "gone")] == [
+        "The file was changed since: the model saw another picture."
+    ]
+    assert flags(page) == [["failed"], []]
+
+
+def test_the_one_picture_of_a_run_is_found(view, pictures, tmp_path):
+    folder = run(tmp_path / "run", pictures, [("0.png", "What?", "Red.")])
+    card = json.loads((folder / "run.json").read_text())
+    card["settings"]["pictures"] = str(pictures / "0.png")
+    (folder / "run.json").write_text(json.dumps(card))
+    page, _ = view(folder)
+    assert len(list(page.all("img"))) == 1
+
+
 def test_captions_are_held_to_the_truth(view, pictures, tmp_path):
     samples = [caption(0, ["dog"]), caption(1, ["cat"])]
     arms = {"greedy": ["A dog and a <kite>.", "A cat."], "vcd": ["A puppy.", None]}

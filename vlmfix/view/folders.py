@@ -59,7 +59,9 @@ def _joined(found: list[Answers]) -> Sheet:
         asked_before: Counter[tuple[Key | None, str]] = Counter()
         for asked, key in zip(answers.asked, keys[place], strict=True):
             if key is not None and asked.picture is not None:
-                pictures.setdefault(key, asked.picture)
+                known = pictures.setdefault(key, asked.picture)
+                if asked.picture.sha256 and not known.sha256:  # one that failed there has no digest to be held to
+                    pictures[key] = asked.picture
             rows.setdefault((key, asked.prompt, asked_before[key, asked.prompt]), []).append((place, asked))
             asked_before[key, asked.prompt] += 1
     cards: dict[Key | None, list[Row]] = {}
