@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -58,3 +59,20 @@ class Settings:
     def decoding(self) -> dict[str, Any]:
         """The generation settings that two comparable runs share."""
         return {name: getattr(self, name) for name in DECODED}
+
+
+def decoding_text(decoding: Mapping[str, Any]) -> str:
+    """Generation settings in words; sampling and beams only where they are used.
+
+    Args:
+        decoding: What a card says of decoding.
+    """
+    words = [f"up to {decoding['max_new_tokens']} tokens"]
+    if decoding["num_beams"] > 1:
+        words.append(f"{decoding['num_beams']} beams")
+    if decoding["temperature"] > 0:
+        rest = ", ".join(
+            f"{name} {value}" for name, value in decoding.items() if name not in ("max_new_tokens", "num_beams")
+        )
+        words.append(f"sampling ({rest})")
+    return ", ".join(words)
