@@ -1,4 +1,4 @@
-"""ACT: takes attention away from sinks within the input, in heads that were found to be better off without them."""
+"""ACT: takes attention away from sinks within the input, in heads that were found to do better without them."""
 
 from __future__ import annotations
 
@@ -39,13 +39,13 @@ LISTS: dict[str, str] = {
 }
 """Calibrated heads of Llama-2-7B-chat that the authors released, as layer:heads."""
 LISTED = ("llama", 4096, 32, 32)
-"""Whose they are: the text model's type, hidden size, layers and key/value heads; LLaVA-1.5-7B has such a one."""
+"""Model of these lists: its text model's type, hidden size, layers and key/value heads, which LLaVA-1.5-7B has."""
 NAMED = re.compile(r"L(\d+)H(\d+)")
 
 
 @dataclass(frozen=True, kw_only=True)
 class ACT(Decoder):
-    """Attention Calibration Technique: sinks other than the first token hurt in many heads; shrink them there.
+    """Attention Calibration Technique: shrinks sinks other than the first token, in the heads that they hurt.
 
     In a chosen head, with attention A over the N tokens of the prompt, ``avg[j]`` is the mean of column j over the rows
     that can see it. The sinks S are the keys with ``avg[j]`` above a threshold, but for the first token. Then in every
@@ -133,7 +133,7 @@ class ACT(Decoder):
             read_heads(self.heads)
 
     def plan(self, vlm: Checkpoint, batch: Batch, layout: ImageLayout) -> DecodingPlan:
-        """A search for sinks and an edit, in the layers that have chosen heads."""
+        """Plans a search for sinks and an edit, in the layers that have chosen heads."""
         if reason := self.check(vlm):
             raise IncompatibleDecodersError(f"act cannot act: {reason}", "give heads=L2H8/L2H13, or heads=all")
         count, heads = vlm.layers, vlm.heads
@@ -152,7 +152,7 @@ class ACT(Decoder):
         return DecodingPlan(edits=(search, edit(layers=layers, search=search, chosen=chosen, kept=self.kept_fraction)))
 
     def check(self, vlm: Checkpoint) -> str | None:
-        """Whether heads are known for the model, and exist in the layers to act in."""
+        """Checks that heads are known for the model, and exist in the layers to act in."""
         if self.heads is None and not _is_listed(vlm):
             return (
                 "no calibrated heads are published for this model; find them with labelled questions "
@@ -179,7 +179,7 @@ class ACT(Decoder):
 
 
 def read_heads(text: str) -> Heads:
-    """Reads ``L2H8/L2H13``.
+    """Reads heads written as ``L2H8/L2H13``.
 
     Raises:
         UsageError: It is not of that form.
@@ -193,12 +193,12 @@ def read_heads(text: str) -> Heads:
 
 
 def write_heads(heads: Heads | list[tuple[int, int]]) -> str:
-    """Heads as ``read_heads`` reads them, in order."""
+    """Writes heads as ``read_heads`` reads them, in order."""
     return "/".join(f"L{layer}H{head}" for layer, head in sorted(heads))
 
 
 def published(name: str) -> Heads:
-    """One of the authors' lists."""
+    """Returns one of the authors' lists."""
     rows = [row.split(":") for row in LISTS[name].split()]
     return frozenset((int(layer), int(head)) for layer, heads in rows for head in heads.split(","))
 
@@ -218,7 +218,7 @@ class SinkSearch(PromptReading):
         first_sink: Spare the first sink, not the first token.
         tail: Columns at the prompt's end that are never sinks.
         sums: Layer number -> (B, H, T), attention to each key summed over the rows that can see it.
-        counts: Layer number -> (B, T), how many rows these are.
+        counts: Layer number -> (B, T), number of these rows.
     """
 
     rows: ClassVar[Rows] = "prompt"
@@ -235,14 +235,16 @@ class SinkSearch(PromptReading):
         """Adds the rows of a block."""
         counted = site.acts & (site.queries >= first_token(site)[:, None]) & (site.queries < site.prompt)  # (B, R)
         seen = weights[..., : site.prompt]  # (B, H, R, T)
-        sums = (counted[:, None, None].to(seen.dtype) @ seen).squeeze(2)  # (B, H, T); what is not seen has no weight
+        sums = (counted[:, None, None].to(seen.dtype) @ seen).squeeze(
+            2
+        )  # (B, H, T); a key that a row cannot see has no weight
         counts = (site.allowed[:, 0, :, : site.prompt] & counted[:, :, None]).sum(dim=1)  # (B, T)
         if site.block > 0:
             sums, counts = self.sums[site.layer] + sums, self.counts[site.layer] + counts
         self.sums[site.layer], self.counts[site.layer] = sums, counts
 
     def sinks(self, site: Site) -> Tensor:
-        """(B, H, T) bool, the sinks of the prompt in a layer that was read."""
+        """Returns the prompt's sinks in a layer that was read, (B, H, T) bool."""
         first = first_token(site)[:, None]  # (B, 1)
         mean = self.sums[site.layer] / self.counts[site.layer].clamp(min=1)[:, None]  # (B, H, T)
         threshold = self.factor / (site.prompt - first) if self.threshold is None else self.threshold
@@ -254,17 +256,17 @@ class SinkSearch(PromptReading):
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class TextSinkSearch(SinkSearch):
-    """The same over the text rows behind a picture."""
+    """Averages the columns of a prompt over the text rows behind a picture."""
 
     rows: ClassVar[Rows] = "text"
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Calibration(WeightEdit):
-    """Calibrates attention in one call; it remembers the sinks of that call's prompt, (B, H, T) bool.
+    """Calibrates attention in one call; it learns the sinks of that call's prompt, (B, H, T) bool.
 
     Attributes:
-        search: What stands before it among the edits and finds the sinks.
+        search: The reading that finds the sinks; it comes earlier among the edits.
         chosen: (L, H) bool, heads to calibrate.
         kept: beta.
     """
@@ -278,7 +280,7 @@ class Calibration(WeightEdit):
     kept: float
 
     def weights(self, site: Site, weights: Tensor) -> Tensor:
-        """(B, H, R, K), calibrated in the chosen heads."""
+        """Returns the weights, (B, H, R, K), calibrated in the chosen heads."""
         if site.prefill and site.block == 0:
             site.learn_of_keys("sinks", self.search.sinks(site) & self.chosen[site.layer, :, None])
         sink = site.learned("sinks")  # (B, H, K); generated tokens are never sinks
@@ -287,13 +289,13 @@ class Calibration(WeightEdit):
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class TextCalibration(Calibration):
-    """The same in the text rows behind a picture."""
+    """Calibrates attention in the text rows behind a picture."""
 
     rows: ClassVar[Rows] = "text"
 
 
 def calibrate(weights: Tensor, sink: Tensor, *, kept: float) -> Tensor:
-    """Shrinks sinks and hands what they lose to the other keys, in proportion to what these have.
+    """Shrinks sinks and gives the weight that they lose to the other keys, in proportion to their own weights.
 
     Args:
         weights: (B, H, R, K) attention, rows sum to 1.

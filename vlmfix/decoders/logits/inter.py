@@ -1,4 +1,4 @@
-"""INTER: adds what only picture and question together say, at the steps where it matters."""
+"""INTER: adds the part of the logits that needs both picture and question, at the steps where it matters."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ class INTER(Decoder):
     noise_seed: int = parameter(0, int, low=0, high=2**31 - 1, help="seed of the noise")
 
     def plan(self, vlm: Checkpoint, batch: Batch, layout: ImageLayout) -> DecodingPlan:
-        """Three branches: question only, picture only, neither."""
+        """Plans three branches: question only, picture only, neither."""
         if "pixel_values" not in batch:
             return DecodingPlan()
 
@@ -124,21 +124,21 @@ class INTER(Decoder):
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Interaction(Contrast):
-    """The interaction of picture and question, added where its variance is large."""
+    """Adds the interaction of picture and question where its variance is large."""
 
     variance: float
     plausibility: float
     var_topk: int | None = None
 
     def fuse(self, clean: Tensor, others: Tensor, scores: Tensor) -> Tensor:
-        """``scores + I`` where the locator is on, cut by the clean logits at every step."""
+        """Returns ``scores + I`` where the locator is on, cut by the clean logits at every step."""
         question, picture, neither = others
         interaction, spread = self.interaction(clean, question, picture, neither)
         on = spread >= self.variance  # (B,)
         return cut(clean, torch.where(on[:, None], scores + interaction, scores), self.plausibility)
 
     def interaction(self, clean: Tensor, question: Tensor, picture: Tensor, neither: Tensor) -> tuple[Tensor, Tensor]:
-        """The dividend and its unbiased variance.
+        """Computes the interaction (Harsanyi dividend) and its unbiased variance.
 
         Args:
             clean: (B, V) logits with picture and question.
@@ -159,5 +159,5 @@ class Interaction(Contrast):
         count = counted.sum(dim=-1, keepdim=True)
         mean = (interaction * counted).sum(dim=-1, keepdim=True) / count.clamp(min=1)
         squares = torch.where(counted, (interaction - mean).square(), 0.0).sum(dim=-1)
-        # Of a single token the unbiased variance is undefined; it carries no information, so it counts as zero.
+        # The unbiased variance of a single token is undefined; it carries no information, so it counts as zero.
         return interaction, squares / (count.squeeze(-1) - 1).clamp(min=1)
