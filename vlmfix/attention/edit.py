@@ -93,7 +93,7 @@ class Site:
             what the pass's last row may see, (1 or B, 1, 1, K).
         image_keys: (B, K) bool, image patches.
         text_keys: (B, K) bool, prompt text: no image, no padding, no generated token.
-        answer_keys: (1, K) bool, keys behind the prompt: generated tokens, and what a static cache has room for.
+        answer_keys: (1, K) bool, keys behind the prompt: generated tokens, and the free room of a static cache.
         acts: (B, R) bool, rows that the edit changes; its result is discarded in the other rows.
         live: (N,) int64, rows of the batch that are no contrast rows; beams of one sample stand side by side.
         block: In prefill, number, from 0, of the block that these R rows form; see ``AttentionEdit.blockwise``.

@@ -168,7 +168,7 @@ class Decoder(ABC):
             Keyword arguments for ``model.generate(**batch, **kwargs)``.
 
         Raises:
-            UsageError: ``num_beams`` is not what the decoder itself asks for.
+            UsageError: ``num_beams`` differs from the decoder's own.
             IncompatibleDecodersError: The method cannot act on this model, these inputs or beam search. Inside the
                 block: the model's ``generate`` is called with other inputs, by another thread, or does not run through
                 what the method has put to work.

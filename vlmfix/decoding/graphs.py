@@ -36,7 +36,7 @@ SHORT = 4
 
 
 class Replay(Protocol):
-    """A recording that can be run again."""
+    """Runs a recording again."""
 
     def replay(self) -> None:
         """Runs the recorded kernels once more."""

@@ -43,7 +43,7 @@ class Running:
         work: The edits.
         contrasts: The rules that fuse the branches' logits, in order.
         alike: The prompts that share a beginning, or None.
-        room: Longest answer of each sample in tokens; the shorter of what was asked for and what the context leaves.
+        room: Longest answer of each sample in tokens: the limit of the call, or less where the context ends.
         name: How the decoder is written, for messages.
         newest: Keeps the newest step with its graph, or None.
 

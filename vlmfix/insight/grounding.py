@@ -126,7 +126,7 @@ def _grounding(vlm: Checkpoint, layout: ImageLayout, ids: Sequence[int], row: in
     place = torch.arange(count)[:, None]
     answered = (column >= prompt) & (column < prompt + place)  # (n, K)
     preceding = rows.diagonal(prompt - 1).clone()  # (n,), row i looks at column T - 1 + i
-    preceding[0] = float("nan")  # the prompt's last token is none of the answer's
+    preceding[0] = float("nan")  # the prompt's last token is not part of the answer
 
     def over(keys: Tensor) -> Tensor:
         return mean_over(rows[None], keys.cpu().expand_as(rows))

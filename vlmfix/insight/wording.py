@@ -106,7 +106,7 @@ def question_columns(work: Work, *, content: bool) -> Tensor:
         (B, T) bool.
 
     Raises:
-        LayoutError: A row's question does not stand behind its picture.
+        LayoutError: A row's question is not behind its picture.
     """
     marked = torch.zeros_like(work.layout.text)
     for row, asked in enumerate(work.batch.prompts or ()):

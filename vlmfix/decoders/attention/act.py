@@ -60,7 +60,7 @@ class ACT(Decoder):
         sink_factor: alpha_s >= 0; the threshold is alpha_s / N. Read only when ``sink_threshold`` is none.
         sink_threshold: theta in [0, 1], a threshold for prompts of any length; none: ``sink_factor`` / N.
             The released code has 0.1, and 0.15 for free answers (MT-Bench).
-        spared: What is never a sink: the ``first-token`` or the ``first-sink``.
+        spared: The token that is never a sink: the ``first-token`` or the ``first-sink``.
         spared_tail: Columns at the prompt's end that are never sinks: few rows can see them, and the last one's mean
             is one number.
         heads: ``L2H8/L2H13`` and so on, ``all``, ``classification`` or ``multiple-choice`` (the authors' lists for

@@ -23,7 +23,7 @@ PROFILER = "patching"
 
 @dataclass(frozen=True, kw_only=True)
 class PH3(Decoder):
-    """Pruning heads by path patching: prunes heads that recall the model's memory, or heads that read the context.
+    """Head pruning by path patching: removes heads that recall the model's memory, or heads that read the context.
 
     A ``patching`` profile scores each head by how far it speaks for the model's answer from memory against its answer
     from the picture: above 0 for a memory head, below 0 for a context head. The outputs of the strongest heads of one

@@ -33,7 +33,7 @@ def profile_for(vlm: Checkpoint, decoder: str, profiler: str, file: str | None) 
     Args:
         vlm: The model.
         decoder: The decoder's name, for messages.
-        profiler: What was measured, such as ``vhd``.
+        profiler: Profiler that measured the heads, such as ``vhd``.
         file: A file that ``vlmfix profile`` wrote; None takes ``heads.safetensors`` in the model's folder.
 
     Returns:
@@ -73,7 +73,7 @@ def why_no_profile(vlm: Checkpoint, decoder: str, profiler: str, file: str | Non
     Args:
         vlm: The model.
         decoder: The decoder's name.
-        profiler: What must have been measured.
+        profiler: Profiler that must have measured the heads.
         file: The file that was named, or None.
     """
     try:

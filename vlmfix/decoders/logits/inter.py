@@ -33,9 +33,9 @@ class INTER(Decoder):
             the modifier off and leaves the cut.
         plausibility: beta in [0, 1]; 0 cuts nothing.
         var_topk: Variance over the k most probable clean tokens only; None takes the whole vocabulary.
-        mask_image: What stands for no picture: ``uniform`` noise in [0, 1), ``zeros``, ``mean`` (the picture's own
-            mean per row) or ``gaussian`` noise, all in normalised pixels.
-        mask_text: What stands for no question: ``empty`` text, or ``drop_turn``, a user turn of pictures alone.
+        mask_image: Pixels that stand for no picture: ``uniform`` noise in [0, 1), ``zeros``, ``mean`` (the picture's
+            own mean per row) or ``gaussian`` noise, all in normalised pixels.
+        mask_text: Text that stands for no question: ``empty`` text, or ``drop_turn``, a user turn of pictures alone.
         noise_seed: Seed of the noise, together with the picture's pixels.
 
     *Source*: "INTER: Mitigating Hallucination in Large Vision-Language Models by Interaction Guidance Sampling",

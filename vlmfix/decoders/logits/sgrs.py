@@ -26,7 +26,7 @@ from vlmfix.models.layout import Batch, ImageLayout
 
 @dataclass(frozen=True, kw_only=True)
 class SGRS(Decoder):
-    """Saliency-Guided Rejection Sampling: rejects tokens that owe the text before them too little, by recent tokens.
+    """Saliency-Guided Rejection Sampling: rejects tokens that owe earlier text too little, compared with recent ones.
 
     At every step tokens are drawn one after the other, without replacement, from the ``top_k`` most probable ones. For
     a drawn token c, with the attention A (H, K) of the row that predicts it and ``loss = -log softmax(logits)[c]``::
@@ -36,7 +36,7 @@ class SGRS(Decoder):
         tau = strictness * mean of the last ``window`` committed scores    0 before the first
 
     The first of at most ``tries`` tokens with ``score >= tau`` is committed; when all are rejected, the one of the
-    ``top_k`` with the highest score, and among equals the more probable. History is what stands behind the picture, up
+    ``top_k`` with the highest score, and among equals the more probable. History is the text behind the picture, up
     to and with the predicting row (``post_image``), or the answer alone (``generated``, where the first token has none
     and is committed as drawn, without a score). Each row of a batch has scores, draws and rejections of its own.
 

@@ -56,7 +56,7 @@ class CARVE(Refiner):
         regions: K, number of regions.
         region_rule: ``at-most`` K regions, or ``at-least`` K: then the share p of all regions, when that is more.
         ranking: ``attention`` (sum of S), ``size`` (area), or ``remove-small``, which keeps all but specks.
-        shown: What the model is asked about: ``refined``, or ``both``, the original picture before it.
+        shown: The pictures that the model is asked about: ``refined``, or ``both``, the original picture before it.
         smallest_side: Fewest pixels along a side of the box that is cut out.
         largest_aspect: Longest over shortest side of the box; a thinner one is widened.
         terse: Both probes end with "Answer the question using a single word or phrase."

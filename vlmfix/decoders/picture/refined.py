@@ -121,7 +121,7 @@ class Refined:
     """Holds the refined pictures of one question.
 
     Attributes:
-        pictures: What the model is shown, in order.
+        pictures: The pictures that the model is shown, in order.
         looks: One for each original picture; empty where nothing was refined.
     """
 
