@@ -94,8 +94,8 @@ def attention(
         value: (B, G, K, D).
         attention_mask: (B, 1, Q, K) bool, True where a query may look, or None when that is plain causality.
         scaling: Factor on the scores; None is 1 / sqrt(D).
-        dropout: Handed to SDPA.
-        **kwargs: Handed to SDPA.
+        dropout: Passed to SDPA.
+        **kwargs: Passed to SDPA.
 
     Returns:
         (B, Q, H, D) head outputs, and None for the weights.

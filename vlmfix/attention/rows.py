@@ -142,7 +142,7 @@ class Block:
         return self.weighted(reads=reads)
 
     def weighted(self, *, reads: bool) -> Tensor:
-        """Computes the head outputs from materialized weights, (B, R, H, D), even if a bias alone could use SDPA."""
+        """Computes the head outputs from materialised weights, (B, R, H, D), even if a bias alone could use SDPA."""
         rows, heads, length, _ = self.query.shape
         weights = self.weights(reads=reads).to(self.value.dtype)
         grouped = weights.view(rows, self.value.shape[1], -1, weights.shape[-1])  # (B, G, H/G*R, K)

@@ -111,8 +111,8 @@ def tower_attention(
         value: (V, H, N, D).
         attention_mask: (V, 1, N, N) bool, or None.
         scaling: Factor on the scores; None is 1 / sqrt(D).
-        dropout: Handed to SDPA.
-        **kwargs: Handed to SDPA.
+        dropout: Passed to SDPA.
+        **kwargs: Passed to SDPA.
 
     Returns:
         (V, N, H, D) head outputs, and None for the weights.

@@ -218,7 +218,7 @@ class SinkSearch(PromptReading):
         first_sink: Spare the first sink, not the first token.
         tail: Columns at the prompt's end that are never sinks.
         sums: Layer number -> (B, H, T), attention to each key summed over the rows that can see it.
-        counts: Layer number -> (B, T), number of these rows.
+        counts: Layer number -> (B, T), how many rows these are.
     """
 
     rows: ClassVar[Rows] = "prompt"
@@ -235,16 +235,14 @@ class SinkSearch(PromptReading):
         """Adds the rows of a block."""
         counted = site.acts & (site.queries >= first_token(site)[:, None]) & (site.queries < site.prompt)  # (B, R)
         seen = weights[..., : site.prompt]  # (B, H, R, T)
-        sums = (counted[:, None, None].to(seen.dtype) @ seen).squeeze(
-            2
-        )  # (B, H, T); a key that a row cannot see has no weight
+        sums = (counted[:, None, None].to(seen.dtype) @ seen).squeeze(2)  # (B, H, T); what is not seen has no weight
         counts = (site.allowed[:, 0, :, : site.prompt] & counted[:, :, None]).sum(dim=1)  # (B, T)
         if site.block > 0:
             sums, counts = self.sums[site.layer] + sums, self.counts[site.layer] + counts
         self.sums[site.layer], self.counts[site.layer] = sums, counts
 
     def sinks(self, site: Site) -> Tensor:
-        """Returns the prompt's sinks in a layer that was read, (B, H, T) bool."""
+        """(B, H, T) bool, the sinks of the prompt in a layer that was read."""
         first = first_token(site)[:, None]  # (B, 1)
         mean = self.sums[site.layer] / self.counts[site.layer].clamp(min=1)[:, None]  # (B, H, T)
         threshold = self.factor / (site.prompt - first) if self.threshold is None else self.threshold
@@ -263,10 +261,10 @@ class TextSinkSearch(SinkSearch):
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Calibration(WeightEdit):
-    """Calibrates attention in one call; it learns the sinks of that call's prompt, (B, H, T) bool.
+    """Calibrates attention in one call; it remembers the sinks of that call's prompt, (B, H, T) bool.
 
     Attributes:
-        search: The reading that finds the sinks; it comes earlier among the edits.
+        search: What stands before it among the edits and finds the sinks.
         chosen: (L, H) bool, heads to calibrate.
         kept: beta.
     """
@@ -280,7 +278,7 @@ class Calibration(WeightEdit):
     kept: float
 
     def weights(self, site: Site, weights: Tensor) -> Tensor:
-        """Returns the weights, (B, H, R, K), calibrated in the chosen heads."""
+        """(B, H, R, K), calibrated in the chosen heads."""
         if site.prefill and site.block == 0:
             site.learn_of_keys("sinks", self.search.sinks(site) & self.chosen[site.layer, :, None])
         sink = site.learned("sinks")  # (B, H, K); generated tokens are never sinks
@@ -289,13 +287,13 @@ class Calibration(WeightEdit):
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class TextCalibration(Calibration):
-    """Calibrates attention in the text rows behind a picture."""
+    """The same in the text rows behind a picture."""
 
     rows: ClassVar[Rows] = "text"
 
 
 def calibrate(weights: Tensor, sink: Tensor, *, kept: float) -> Tensor:
-    """Shrinks sinks and gives the weight that they lose to the other keys, in proportion to their own weights.
+    """Shrinks sinks and hands what they lose to the other keys, in proportion to what these have.
 
     Args:
         weights: (B, H, R, K) attention, rows sum to 1.
