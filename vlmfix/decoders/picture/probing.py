@@ -1,7 +1,8 @@
 """Reads the attention and the gradients of the rows that choose tokens, for decoders that refine pictures.
 
-Only one attention row per step is computed, in the layers that are read. Shape letters (``docs/notation.md``): B rows,
-H query heads, T prompt tokens, K keys; here also S generated tokens and N layers that are read.
+Each step materialises one row of attention in the layers that are read, and none elsewhere. Shape letters
+(``docs/notation.md``): B rows, H query heads, T prompt tokens, K keys; here also S generated tokens and N layers that
+are read.
 """
 
 from __future__ import annotations
