@@ -1,4 +1,4 @@
-"""Batches of questions through a model: failures of single questions, failures of every question, and memory."""
+"""Runs questions in batches: isolates failing ones, stops when all fail, and halves a batch that memory cannot hold."""
 
 from __future__ import annotations
 
@@ -35,25 +35,25 @@ run to run, which changed words in one caption of eighty."""
 OUT_OF_MEMORY = ("out of memory", "not enough memory", "can't allocate memory", "ALLOC_FAILED")
 
 FAILURES_IN_A_ROW = 8
-"""Foreign errors without an answer in between after which a run asks whether the model still answers anything. One or
-two odd pictures beside each other are common and eight are not; asking once more costs an eighth at the worst. After as
-many questions that trouble of the machine keeps from being answered it ends."""
+"""Foreign errors without an answer in between after which a run tests whether the model still answers anything. One or
+two odd pictures in a row are common and eight are not; the test costs an eighth at the worst. When trouble of the
+machine keeps as many questions in a row from being answered, the run ends."""
 
 Asked = tuple[Item, Question | str | PassingError]
-"""Whatever stands for a question, and the question; or the reason or the trouble for which it cannot be asked."""
+"""A caller's item, and its question; or the reason or the trouble that keeps the question from being asked."""
 Outcome = Answer | str | PassingError
-"""What becomes of a question: an answer, the reason why it has none, or trouble that passes and says nothing of it."""
+"""Result of a question: an answer, the reason why it has none, or passing trouble, which is no fault of its own."""
 
 
 @dataclass(frozen=True)
 class Failure:
-    """What went wrong, in words.
+    """Describes an error in words.
 
     Attributes:
         reason: One line for the records.
         memory: Whether memory ran out.
-        trouble: What passes, memory that ran out included; None when it is the question's own fault or foreign.
-        place: Where the error was raised; empty unless it is foreign.
+        trouble: Passing trouble, such as lack of memory; None when the error is the question's own fault or foreign.
+        place: File and line that raised the error; empty unless it is foreign.
         trace: Its traceback; empty unless it is foreign.
     """
 
@@ -81,20 +81,20 @@ class Failure:
 
     @property
     def foreign(self) -> bool:
-        """Whether the error may be a fault of every question: it is not ours, and nothing that passes."""
+        """Returns whether the error may concern every question: it is not ours, and not passing trouble."""
         return bool(self.place)
 
 
 Outcomes = Iterator[Answer | Failure]
-"""What became of the questions of a batch, one after the other."""
+"""Results of a batch's questions, one after the other."""
 
 
 class Settling(ABC):
-    """Settles what becomes of questions that somebody answers in batches: theirs, or the fault of all.
+    """Decides for questions answered in batches whether each failure is the question's own or concerns all of them.
 
     Args:
-        decoder: How they are answered.
-        model: What the model is called, for messages.
+        decoder: The decoder that answers.
+        model: Name of the model, for messages.
     """
 
     def __init__(self, decoder: Decoder, model: str) -> None:
@@ -104,26 +104,26 @@ class Settling(ABC):
     @property
     @abstractmethod
     def rows(self) -> int:
-        """Rows of a batch."""
+        """Returns the rows of a batch."""
 
     @property
     @abstractmethod
     def ahead(self) -> int:
-        """Pictures that are taken at once, at most."""
+        """Returns the most pictures that are taken at once."""
 
     @property
     @abstractmethod
     def known(self) -> Known:
-        """What the model is."""
+        """Returns the identity of the model."""
 
     @property
     @abstractmethod
     def peak_memory(self) -> int:
-        """The most bytes held so far."""
+        """Returns the most bytes held so far."""
 
     @abstractmethod
     def outcomes(self, batches: Iterable[Sequence[Asked[Item]]]) -> Generator[tuple[Sequence[Asked[Item]], Outcomes]]:
-        """Gives every batch back, in order, with what became of those of its questions that can be asked."""
+        """Yields every batch, in order, with the results of its questions that can be asked."""
 
     @abstractmethod
     def outcome(self, question: Question) -> Answer | Failure:
@@ -132,7 +132,7 @@ class Settling(ABC):
     def __call__(
         self, batches: Iterable[Sequence[Asked[Item]]], answered: Callable[[], Question | None]
     ) -> Generator[list[tuple[Item, Outcome]]]:
-        """Answers questions, and stops when it is not the questions that are at fault.
+        """Answers questions, and stops when something other than the questions is at fault.
 
         An error that is neither this package's own nor a lack of memory is *foreign*: it may belong to one odd picture,
         or to every question, such as a name that another library has changed. A foreign failure is held back until an
@@ -141,24 +141,24 @@ class Settling(ABC):
         their questions. Errors in a row need not be equal: a text may hold a picture's size, and one fault may be met
         at several places.
 
-        While a batch is answered, the next is had and prepared in the background; closing the generator ends that.
+        While a batch is answered, the next one is prepared in the background; closing the generator ends that.
 
-        Trouble that passes, such as too little memory for a single row, is no fault of its question, which is left for
+        Passing trouble, such as too little memory for a single row, is no fault of its question, which is left for
         another start; when it meets ``FAILURES_IN_A_ROW`` questions without an answer in between, it ends this one.
 
         Args:
             batches: Batches of questions.
-            answered: Gives a question that has been answered with the same model, decoder and settings; None when there
-                is none.
+            answered: Returns a question that has been answered with the same model, decoder and settings; None when
+                there is none.
 
         Yields:
-            What has been settled: in the order of the questions what stands for each, with its answer, the reason why
-            there is none, or the trouble for which it is to be asked again.
+            Settled items in the order of the questions, each with its answer, the reason why there is none, or the
+            trouble for which it is to be asked again.
 
         Raises:
-            SystematicError: Every question fails; nothing was yielded about those that failed in the end.
-            PassingError: Trouble that passes keeps every question from being answered.
-            VlmfixError: Settings that can work with no batch.
+            SystematicError: Every question fails; nothing was yielded about the last failures.
+            PassingError: Passing trouble keeps every question from being answered.
+            VlmfixError: The settings can work with no batch.
         """
         with closing(self.outcomes(batches)) as answers:
             yield from self._settled(answers, answered)
@@ -222,7 +222,7 @@ class Settling(ABC):
 
 
 class Answerer(Settling):
-    """A model with a decoder and settings, which answers batches.
+    """Answers batches with a model, a decoder and settings, in this process.
 
     Args:
         vlm: The model.
@@ -243,30 +243,30 @@ class Answerer(Settling):
 
     @property
     def rows(self) -> int:
-        """Rows that go through at a time; halved when memory runs out."""
+        """Returns the rows of a batch; halved when memory runs out."""
         return self._rows
 
     @property
     def ahead(self) -> int:
-        """Those of a batch."""
+        """Returns the rows of a batch."""
         return self._rows
 
     @property
     def known(self) -> Known:
-        """What the model is."""
+        """Returns the identity of the model."""
         return known(self._vlm, self._decoder)
 
     @property
     def peak_memory(self) -> int:
-        """The most bytes held so far, on the model's device."""
+        """Returns the most bytes held so far, on the model's device."""
         return peak_memory(self._vlm.device)
 
     def supply(self) -> Supply:
-        """What prepares questions for ``part``."""
+        """Makes the supply that prepares questions for ``part``."""
         return Supply(self._vlm, self._threads)
 
     def outcomes(self, batches: Iterable[Sequence[Asked[Item]]]) -> Generator[tuple[Sequence[Asked[Item]], Outcomes]]:
-        """Answers one batch while the next is had and prepared; see ``Settling.outcomes``."""
+        """Answers one batch while the next is prepared; see ``Settling.outcomes``."""
         with self.supply() as supply:
             for batch, coming in self._with_next(batches):
                 yield batch, self.part(asked(batch), supply, coming)
@@ -278,9 +278,9 @@ class Answerer(Settling):
     def _with_next(
         self, batches: Iterable[Sequence[Asked[Item]]]
     ) -> Iterator[tuple[Sequence[Asked[Item]], list[Question]]]:
-        """Each batch with the questions of the next, which are had before the batch is answered.
+        """Yields each batch with the next batch's questions, which it fetches before the batch is answered.
 
-        A decoder that refines pictures encodes others than those that it is given, so it gets none ahead.
+        A decoder that refines pictures encodes other pictures than those of the batch, so it gets none ahead.
         """
         coming = iter(batches)
         batch = next(coming, None)
@@ -292,11 +292,11 @@ class Answerer(Settling):
     def part(
         self, part: Sequence[Question], supply: Supply | None = None, coming: Sequence[Question] = ()
     ) -> Iterator[Answer | Failure]:
-        """Outcomes one after the other; where a batch fails, smaller ones, until the question at fault is alone.
+        """Yields outcomes one after the other; it splits a failing batch until the question at fault is alone.
 
         Args:
             part: The questions.
-            supply: Prepares what comes next; None to prepare every batch when it is asked.
+            supply: Prepares the next batch; None to prepare every batch when it is asked.
             coming: The questions that come after them.
         """
         if self._decoder.refines:
@@ -310,7 +310,7 @@ class Answerer(Settling):
                 supply.begin((part or coming)[: self._fitting(part or coming)])
             outcomes = self._attempt(rows, prepared)
             if isinstance(outcomes, Failure) and outcomes.trouble and len(rows) == 1:
-                outcomes = self._attempt(rows, None)  # whoever took the memory may have given it back
+                outcomes = self._attempt(rows, None)  # another process may have freed memory
             if not isinstance(outcomes, Failure):
                 yield from outcomes
             elif len(rows) == 1:
@@ -324,10 +324,10 @@ class Answerer(Settling):
                     yield from self.part([question])
 
     def _fitting(self, part: Sequence[Question]) -> int:
-        """Rows that go together: ``rows`` at most, and no more pixels than one picture may have.
+        """Counts the rows that go together: at most ``rows``, and no more pixels than one picture may have.
 
-        A processor that keeps a picture's shape makes as much of several thin pictures, or several large ones, as of
-        one that would be refused; a picture that rows share is counted once.
+        A processor that keeps a picture's shape can make as many pixels of several thin or large pictures as of one
+        that would be refused; a picture that rows share is counted once.
         """
         limit, made = Image.MAX_IMAGE_PIXELS, 0
         seen: set[int] = set()
@@ -341,7 +341,7 @@ class Answerer(Settling):
         return self.rows
 
     def _attempt(self, part: Sequence[Question], prepared: Prepared | None) -> list[Answer] | Failure:
-        """The answers, or what went wrong with this batch; what would go wrong with every batch is raised."""
+        """Answers a batch; returns a failure that concerns this batch, and raises one that concerns every batch."""
         settings = self._settings
         try:
             with sdpa_kernel(REPEATABLE):
@@ -361,13 +361,13 @@ class Answerer(Settling):
             failure = Failure.of(error)
             error.with_traceback(None)  # a frame that holds its error would keep its tensors alive
         if failure.memory and torch.cuda.is_available():
-            forget(self._vlm.model)  # a smaller batch is to have the room that this one's keys and values took
+            forget(self._vlm.model)  # a smaller batch needs the room that this one's KV cache took
             torch.cuda.empty_cache()
         return failure
 
 
 def asked(batch: Iterable[Asked[Any]]) -> list[Question]:
-    """Those of a batch that can be asked."""
+    """Returns the questions of a batch that can be asked."""
     return [question for _, question in batch if isinstance(question, Question)]
 
 
@@ -380,14 +380,14 @@ def _settled(outcome: Failure | Outcome) -> Outcome:
 
 
 def is_memory(error: Exception) -> bool:
-    """Whether an error says that memory ran out."""
+    """Returns whether an error says that memory ran out."""
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
         return True
     return isinstance(error, RuntimeError) and any(words in str(error) for words in OUT_OF_MEMORY)
 
 
 def _concerns_every_batch(error: Exception) -> bool:
-    """Settings that cannot work, and a GPU that is lost until the process ends."""
+    """Returns whether an error concerns every batch: settings that cannot work, or a GPU lost to this process."""
     if isinstance(error, VlmfixError):
         return not isinstance(error, DataError | LayoutError)
     return isinstance(error, torch.AcceleratorError)

@@ -1,8 +1,8 @@
-"""Several processes over the questions of one job, each with the model on a device of its own.
+"""Answers the questions of one job in several processes, each with the model on a device of its own.
 
-The process that starts them keeps the job: it opens pictures, hands batches out and settles what comes back in the
+The process that starts the others keeps the job: it opens pictures, sends batches out and settles the results in the
 order of the questions, so that files are written as by one process. The others know nothing of the job's folder; they
-end at once when it ends, and when one of them ends before its time, the job does.
+end at once when the job ends, and when one of them ends early, the job ends.
 """
 
 from __future__ import annotations
@@ -35,16 +35,16 @@ Item = TypeVar("Item")
 IN_FLIGHT = 3
 """Batches that a process has: one that it answers, one that it prepares, and one on the way."""
 PRELOADED = ["vlmfix.crew"]
-"""What the processes share, so that it is imported once."""
+"""Modules that are imported once and shared by the processes."""
 
 
 @dataclass(frozen=True)
 class _Ready:
-    """A process has loaded its model.
+    """Reports that a process has loaded its model.
 
     Attributes:
-        known: What the model is.
-        rows: Rows that it takes at a time.
+        known: Identity of the model.
+        rows: Rows of its batches.
     """
 
     known: Known
@@ -53,12 +53,12 @@ class _Ready:
 
 @dataclass(frozen=True)
 class _Done:
-    """A process has dealt with a batch.
+    """Reports that a process has finished a batch.
 
     Attributes:
-        outcomes: What became of its questions.
-        rows: Rows that it takes at a time from now on.
-        peak: The most bytes that it has held.
+        outcomes: Results of the batch's questions.
+        rows: Rows of its batches from now on.
+        peak: Most bytes that the process has held.
     """
 
     outcomes: list[Answer | Failure]
@@ -68,10 +68,10 @@ class _Done:
 
 @dataclass(frozen=True)
 class _Fell:
-    """A process cannot go on.
+    """Reports that a process cannot go on.
 
     Attributes:
-        error: Why.
+        error: The reason.
         trace: The traceback.
     """
 
@@ -80,27 +80,27 @@ class _Fell:
 
 
 class _Hand:
-    """One process, as the job's sees it."""
+    """Stands for one process in the job's process."""
 
     def __init__(self, device: str, process: Any, line: Connection) -> None:  # noqa: ANN401 (one of each context)
         self.device, self.process, self.line = device, process, line
         self.given = 0
-        """Batches that it has not given back."""
+        """Batches that were sent and have not come back."""
         self.back: deque[_Done] = deque()
-        """What it has given back and nobody has taken, oldest first."""
+        """Finished batches that nobody has taken yet, oldest first."""
         self.ready: _Ready | None = None
         self.rows, self.peak = 1, 0
 
     def send(self, questions: Sequence[Question]) -> None:
         try:
             self.line.send(questions)
-        except OSError:  # it may have said why
+        except OSError:  # the process may have sent its error
             while True:
                 self.receive()
         self.given += 1
 
     def receive(self) -> None:
-        """Takes the next message, or raises what ended the process."""
+        """Takes the next message, or raises the error that ended the process."""
         try:
             message = self.line.recv()
         except (EOFError, OSError):
@@ -126,18 +126,18 @@ class _Hand:
 
 
 class Crew(Settling):
-    """Processes that answer batches, one for each device; leaving the block ends them at once.
+    """Answers batches in several processes, one for each device; leaving the block ends them at once.
 
     Args:
         devices: A torch device for each process.
         settings: Model, decoder and generation settings; its ``device`` is not read.
         batch_size: Rows at a time; None takes as many as the free memory of the fullest device allows.
-        typical: Questions that stand for those to come; see ``fitting.typical``.
+        typical: Questions that represent those to come; see ``fitting.typical``.
         loader: Loads the model; it is called in every process, which must be able to import it.
 
     Raises:
         VlmfixError: The model cannot be loaded.
-        PassingError: A process ended before its time.
+        PassingError: A process ended early.
     """
 
     def __init__(
@@ -168,27 +168,27 @@ class Crew(Settling):
 
     @property
     def rows(self) -> int:
-        """Rows that go through at a time, on the device that takes the fewest."""
+        """Returns the rows of a batch, on the device that takes the fewest."""
         return min(hand.rows for hand in self._hands)
 
     @property
     def ahead(self) -> int:
-        """Those of a batch for every process."""
+        """Returns the rows of a batch for every process, together."""
         return self.rows * len(self._hands)
 
     @property
     def known(self) -> Known:
-        """What the model is, and the devices."""
+        """Returns the identity of the model, with all devices."""
         ready = [hand.ready.known for hand in self._hands if hand.ready]
         return replace(ready[0], device=", ".join(one.device for one in ready))
 
     @property
     def peak_memory(self) -> int:
-        """The most bytes that a process has held."""
+        """Returns the most bytes that any process has held."""
         return max(hand.peak for hand in self._hands)
 
     def outcomes(self, batches: Iterable[Sequence[Asked[Item]]]) -> Generator[tuple[Sequence[Asked[Item]], Outcomes]]:
-        """Has all processes answer batches at once, and gives them back in order; see ``Settling.outcomes``."""
+        """Sends batches to all processes at once, and yields them in order; see ``Settling.outcomes``."""
         coming = iter(batches)
         waiting: deque[tuple[Sequence[Asked[Item]], _Hand]] = deque()
         exhausted = False
@@ -209,7 +209,7 @@ class Crew(Settling):
                 self._receive()
 
     def outcome(self, question: Question) -> Answer | Failure:
-        """Asks one more question, behind what the least busy process has; see ``Settling.outcome``."""
+        """Asks the least busy process one more question, after its batches; see ``Settling.outcome``."""
         hand = min(self._hands, key=lambda hand: hand.given)
         before = len(hand.back) + hand.given
         hand.send([question])
@@ -218,19 +218,19 @@ class Crew(Settling):
         return hand.back.pop().outcomes[0]
 
     def _free(self, waiting: int) -> _Hand | None:
-        """The process that a further batch goes to; None when all have enough, or too many batches wait for one."""
+        """Chooses the process for a further batch; None when all have enough, or too many batches wait for one."""
         hand = min(self._hands, key=lambda hand: hand.given)
         return hand if hand.given < IN_FLIGHT and waiting < 2 * IN_FLIGHT * len(self._hands) else None
 
     def _receive(self) -> None:
-        """Waits until some process says something, and takes it."""
+        """Waits until some process sends a message, and takes it."""
         ready = wait([hand.line for hand in self._hands])
         for hand in self._hands:
             if hand.line in ready:
                 hand.receive()
 
     def _end(self) -> None:
-        """Ends the processes, which hold nothing that could be lost."""
+        """Kills the processes, which hold nothing that could be lost."""
         for hand in self._hands:
             hand.process.kill()
         for hand in self._hands:
@@ -245,7 +245,7 @@ class Crew(Settling):
 
 
 def devices_of(names: str) -> list[str]:
-    """The devices that ``--devices`` names: ``all`` GPUs, their numbers, or torch devices, with commas.
+    """Reads the devices that ``--devices`` names: ``all`` GPUs, their numbers, or torch devices, with commas.
 
     Raises:
         UsageError: There is no such device.
@@ -284,13 +284,13 @@ class _Task:
 
 
 def _answer(line: Connection, task: _Task) -> None:
-    """What a process does."""
+    """Runs in each process: answers batches, and reports its end."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the job's process, which ends this one
     coming: queue.SimpleQueue[Sequence[Question]] = queue.SimpleQueue()
     threading.Thread(target=_take_in, args=(line, coming), daemon=True).start()
     try:
         _work(line, task, coming)
-    except BaseException as error:  # told where the job is
+    except BaseException as error:  # the job's process reports it
         trace = "".join(traceback.format_exception(error))
         line.send(_Fell(error if isinstance(error, VlmfixError) else _foreign(error, task.settings.device), trace))
 
@@ -303,7 +303,7 @@ def _foreign(error: BaseException, device: str) -> SystematicError:
 
 
 def _take_in(line: Connection, coming: queue.SimpleQueue[Sequence[Question]]) -> None:
-    """Takes batches while others are answered; ends the process when the job's is gone."""
+    """Receives batches while others are answered; ends the process when the job's process is gone."""
     try:
         while True:
             coming.put(line.recv())
@@ -316,7 +316,7 @@ def _work(line: Connection, task: _Task, coming: queue.SimpleQueue[Sequence[Ques
     if settings.device == "cpu":
         torch.set_num_threads(max(1, cores // task.crew))
     else:
-        torch.cuda.set_device(settings.device)  # streams and recorded steps are made on the present device
+        torch.cuda.set_device(settings.device)  # streams and recorded steps belong to the current device
     vlm, decoder = task.loader(settings.model, **settings.loading()), parse(settings.decoder)
     rows = task.batch_size or fitting_batch(vlm, decoder, settings, task.typical)
     answerer = Answerer(vlm, decoder, settings, rows, threads=max(1, THREADS // task.crew))

@@ -1,8 +1,8 @@
-"""How many rows go through a model at a time: as many as its free memory has room for.
+"""Estimates how many rows of a batch fit into the model's free memory.
 
-What a row needs is reckoned from the model's configuration and from questions that stand for those to come, which the
-processor has made tokens of: families make between a hundred and some ten thousand tokens of a picture. The reckoning
-is rough and on the safe side; a batch that memory has no room for all the same is halved (``vlmfix.answering``).
+It estimates a row's memory from the model's configuration and from a sample of the questions, which the processor
+tokenizes: families make between a hundred and some ten thousand tokens of a picture. The estimate is rough and on the
+safe side; a batch that does not fit all the same is halved (``vlmfix.answering``).
 """
 
 from __future__ import annotations
@@ -25,28 +25,28 @@ from vlmfix.supply import Question
 from vlmfix.upstream.wrappers import layer_devices
 
 LARGEST_BATCH = {"cuda": 128, "cpu": 8}
-"""Most rows of an automatic batch; from here on a step takes longer for each further row."""
+"""Most rows of an automatic batch, by kind of device; beyond, a step takes longer for each further row."""
 KEPT_BACK = 0.2
-"""Share of the free memory that is left for what is not reckoned: fragments, edits, libraries."""
+"""Share of the free memory that is left for what the estimate omits: fragments, edits, libraries."""
 SAMPLED = 4
-"""Pictures that stand for all."""
+"""Number of pictures that represent all."""
 HIDDEN, INNER = 6, 3
-"""Values of a layer's width, and of its MLP's, that a prompt's token takes while a layer works on it."""
+"""Activations that a prompt token takes in one layer, in vectors of the hidden size and of the MLP's inner size."""
 TOWER = 100
-"""Values that the vision tower holds for each value of a picture's pixels: the states of all its layers, in which some
-families choose, and one layer at work. LLaVA-1.5's takes 70."""
+"""Values that the vision tower holds for each value of a picture's pixels: the states of all its layers, of which some
+families use one, and the activations of one layer. LLaVA-1.5's takes 70."""
 SCORES = 24
-"""Bytes for each entry of the vocabulary: logits of a step in two precisions, and what is sorted of them."""
+"""Bytes for each entry of the vocabulary: logits of a step in two precisions, and their sorted copies."""
 
 
 @dataclass(frozen=True)
 class Need:
-    """What a question takes of the memory.
+    """Estimates the memory that a question takes.
 
     Attributes:
         rows: Rows that it is decoded in, branches and beams included.
-        kept: Bytes of keys and values of one of these rows, prompt and answer.
-        passing: Bytes that the prompt's pass of the question takes beside them, and gives back.
+        kept: Bytes of the KV cache of one of these rows, prompt and answer.
+        passing: Bytes that the question's prefill takes beside the cache, and frees.
     """
 
     rows: int
@@ -54,12 +54,12 @@ class Need:
     passing: int
 
     def of(self, questions: int) -> int:
-        """Bytes for a batch of so many questions; there is room for as many rows as a recorded step has."""
+        """Computes the bytes for a batch of questions, with the rows of the recorded step that serves it."""
         return slots(questions * self.rows) * self.kept + questions * self.passing
 
 
 def typical(paths: Sequence[Path], prompts: Iterable[str]) -> list[Question]:
-    """Questions that stand for those to come: the longest prompt about a few pictures, or about none where none opens.
+    """Makes questions that represent those to come: the longest prompt about a few pictures, or alone if none opens.
 
     Args:
         paths: Files of the pictures.
@@ -69,23 +69,23 @@ def typical(paths: Sequence[Path], prompts: Iterable[str]) -> list[Question]:
     for path in paths[:: max(1, math.ceil(len(paths) / SAMPLED))]:
         try:
             shown.append(open_picture(path).image)
-        except (DataError, PassingError):  # said where it is asked about
+        except (DataError, PassingError):  # reported where the picture is asked about
             continue
     return [Question(picture, longest) for picture in shown] or [Question(None, longest)]
 
 
 def fitting_batch(vlm: VLM, decoder: Decoder, settings: Settings, questions: Sequence[Question]) -> int:
-    """Rows of a batch that the free memory has room for, at least 1.
+    """Computes the rows of a batch that the free memory has room for, at least 1.
 
     Args:
         vlm: The model.
         decoder: How it decodes.
         settings: Its generation settings.
-        questions: Some that stand for those to come; see ``typical``.
+        questions: A sample of those to come; see ``typical``.
     """
     needs = [_need(vlm, decoder, settings, found) for found in _prepared(vlm, questions)]
     if not needs:
-        return 1  # none can be prepared, which will be said of each where it is asked
+        return 1  # none can be prepared, which is reported of each where it is asked
     devices = Counter(layer_devices(vlm.family.layers(vlm.model), vlm.device))
     layers = devices.total()  # a device with half of them has half of all keys and values
     free = min((1 - KEPT_BACK) * free_memory(device) * layers / own for device, own in devices.items())
@@ -97,12 +97,12 @@ def _prepared(vlm: VLM, questions: Sequence[Question]) -> Iterable[Prepared]:
     for question in questions:
         try:
             yield vlm.prepared([question.prompt], [[] if question.picture is None else [question.picture]])
-        except Exception:  # of whatever kind: it is that question's, and is raised again where it is asked
+        except Exception:  # of any kind: it is that question's, and occurs again where it is asked
             continue
 
 
 def _need(vlm: VLM, decoder: Decoder, settings: Settings, prepared: Prepared) -> Need:
-    """What a question with such a prompt takes."""
+    """Estimates the memory of a question with such a prompt."""
     config, size = vlm.model.config.get_text_config(), vlm.model.dtype.itemsize
     groups = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads

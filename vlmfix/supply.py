@@ -1,4 +1,4 @@
-"""What a model is fed with: batches that are prepared while another decodes, and how many rows one may have.
+"""Prepares the next batch of questions in the background while a model answers another.
 
 Preparing a photograph (opening, turning, resizing, normalising) takes some ten milliseconds of a core, nearly all of
 them in Pillow's and torch's own code, which lets other threads run. So threads are enough, and nothing has to be sent
@@ -24,11 +24,11 @@ THREADS = max(1, min(8, (os.cpu_count() or 1) - 1))
 
 @dataclass(frozen=True, eq=False)
 class Question:
-    """One prompt about one picture, or about none.
+    """Holds one prompt about one picture, or about none.
 
     Attributes:
         picture: RGB; rows of a batch that hold the same object share its encoding. None for a prompt alone.
-        prompt: What is asked.
+        prompt: The text.
     """
 
     picture: Image.Image | None
@@ -51,15 +51,15 @@ class Supply:
         self._pictures = ThreadPoolExecutor(threads, thread_name_prefix="vlmfix-prepared")
 
     def begin(self, questions: Sequence[Question]) -> None:
-        """Begins to prepare a batch in place of the one before, if nobody took that; goes on with it for none."""
+        """Starts to prepare a batch, in place of one that was not taken; without questions it does nothing."""
         if questions:
             self._drop()
             self._coming = questions, self._batches.submit(self._prepared, questions)
 
     def take(self, questions: Sequence[Question]) -> Prepared | None:
-        """What was begun for these questions, or is made now; it is waited for.
+        """Waits for the prepared batch of these questions, and prepares it now if it was not begun.
 
-        None where preparing them failed: what is wrong is found again where they are asked, and belongs to them there.
+        It returns None when preparing fails: the error occurs again where the questions are asked, and is theirs there.
         """
         if self._coming is not None and [*map(id, self._coming[0])] == [*map(id, questions)]:
             (_, future), self._coming = self._coming, None
@@ -84,5 +84,5 @@ class Supply:
 
     def __exit__(self, *_: object) -> None:
         self._drop()
-        self._pictures.shutdown(wait=True, cancel_futures=True)  # first: a batch ends where its pictures are cancelled
+        self._pictures.shutdown(wait=True, cancel_futures=True)  # first: cancelled pictures end the batch
         self._batches.shutdown(wait=True, cancel_futures=True)

@@ -1,1 +1,1 @@
-"""Attention edits: what a method may change inside attention, and the one function that applies it."""
+"""Edits attention: declares the changes that a method may make inside attention, and applies them in one function."""

@@ -1,4 +1,4 @@
-"""The four kinds of attention edit, a reading of the prompt, and where they are applied.
+"""Declares the four kinds of attention edit, readings of the prompt, and the site at which they are applied.
 
 Shape letters (``docs/notation.md``): B rows, H query heads, Q queries, K keys, D head dimension, L layers, T prompt
 tokens, R edited query rows.
@@ -19,11 +19,11 @@ from vlmfix.errors import UnsupportedAttentionError, UsageError
 
 @dataclass(frozen=True, eq=False)
 class Memory:
-    """What an edit has learned in one layer from the prompt, by names of its own.
+    """Holds what an edit learned from the prompt in one layer, under names that the edit chose.
 
     Attributes:
         of_rows: (B, ...) tensors.
-        of_keys: (B, ..., T) tensors; zero at the keys behind the prompt.
+        of_keys: (B, ..., T) tensors; keys behind the prompt have zero.
     """
 
     of_rows: dict[str, Tensor] = field(default_factory=dict)
@@ -31,10 +31,10 @@ class Memory:
 
 
 Rows = Literal["text", "last", "prompt", "all", "none"]
-"""Query rows of the prompt that an edit touches: the text after a picture; only the row that predicts; every token's
-row, which the kernel recomputes (give such an edit ``blockwise``, or all of attention stands in memory at once);
-every row without picking it out, which is for output edits, for which nothing is recomputed; or none, for an edit of
-what passes behind the prompt."""
+"""Names the prompt's query rows that an edit touches: ``text``, the text after a picture; ``last``, the row that
+predicts; ``prompt``, every token's row, which the kernel recomputes (make such an edit ``blockwise``, or all attention
+weights are in memory at once); ``all``, every row with nothing recomputed, for output edits; ``none``, for an edit
+that acts on generated tokens alone."""
 
 
 LAYERS = re.compile(r"-?[0-9]{1,9}|(-?[0-9]{1,9})?:(-?[0-9]{1,9})?")
@@ -43,7 +43,7 @@ LAYERS = re.compile(r"-?[0-9]{1,9}|(-?[0-9]{1,9})?:(-?[0-9]{1,9})?")
 
 @dataclass(frozen=True)
 class LayerSet:
-    """Decoder layers, written like Python slices: ``all``, ``2:-1``, ``9:15``, ``5``, or several joined by ``/``.
+    """Selects decoder layers by Python slices: ``all``, ``2:-1``, ``9:15``, ``5``, or several joined by ``/``.
 
     Args:
         spec: The layers; they count from 0, negative numbers count from the end, the end of a slice is excluded.
@@ -64,7 +64,7 @@ class LayerSet:
         return self.spec
 
     def resolve(self, count: int) -> frozenset[int]:
-        """Layer numbers of a model with ``count`` layers; those that it lacks are left out."""
+        """Returns the selected layer numbers of a model with ``count`` layers; numbers that it lacks are left out."""
         every = range(count)
         if self.spec == "all":
             return frozenset(every)
@@ -81,7 +81,7 @@ class LayerSet:
 
 @dataclass(frozen=True, eq=False)
 class Site:
-    """Where and when an edit is applied: one layer of one forward pass.
+    """Tells an edit where and when it acts: in one layer of one forward pass.
 
     Attributes:
         number: Layer number, from 0; None in a compiled step, which all layers share.
@@ -93,13 +93,13 @@ class Site:
             what the pass's last row may see, (1 or B, 1, 1, K).
         image_keys: (B, K) bool, image patches.
         text_keys: (B, K) bool, prompt text: no image, no padding, no generated token.
-        answer_keys: (1, K) bool, keys behind the prompt: generated tokens, and what a static cache has room for.
-        acts: (B, R) bool, rows that the edit changes; elsewhere its result is thrown away.
+        answer_keys: (1, K) bool, keys behind the prompt: generated tokens, and the free room of a static cache.
+        acts: (B, R) bool, rows that the edit changes; its result is discarded in the other rows.
         live: (N,) int64, rows of the batch that are no contrast rows; beams of one sample stand side by side.
-        block: In prefill, number of the block of query rows that these R are, from 0; see ``AttentionEdit.blockwise``.
+        block: In prefill, number, from 0, of the block that these R rows form; see ``AttentionEdit.blockwise``.
         hidden: (B, Q, hidden size) residual stream that enters the layer, when the edit asked for it.
-        memory: What the edit has learned in this layer from the prompt; written by ``learn`` and ``learn_of_keys`` in
-            prefill, read by ``learned`` in both. Rows that have ended are taken out of it.
+        memory: What the edit learned from the prompt in this layer: ``learn`` and ``learn_of_keys`` write it in
+            prefill, ``learned`` reads it in prefill and decoding. Rows that have ended are removed from it.
     """
 
     number: int | None
@@ -119,16 +119,16 @@ class Site:
 
     @property
     def layer(self) -> int:
-        """Layer number, from 0; known in prefill, and in decoding where each layer's code is its own."""
+        """Returns the layer number, from 0; a compiled decoding step, which all layers share, has none."""
         if self.number is None:
             raise RuntimeError("a compiled decoding step that depends on the layer's number; learn it from the prompt")
         return self.number
 
     @property
     def prompt(self) -> int:
-        """T, number of prompt tokens, padding included; known in prefill alone.
+        """Returns T, the number of prompt tokens, padding included; only prefill knows it.
 
-        A decoding step serves prompts of several lengths: it has ``answer_keys`` and what was learned from the prompt.
+        A decoding step serves prompts of several lengths; it has ``answer_keys`` and what was learned from the prompt.
         """
         if not self.prefill:
             raise RuntimeError("a decoding step that depends on the prompt's length; use answer_keys, or learn it")
@@ -136,9 +136,9 @@ class Site:
 
     @property
     def predicting(self) -> int:
-        """The index of the prompt's last row among the R edited rows, of which generated tokens come after it.
+        """Returns the index of the prompt's last row among the R edited rows; rows of generated tokens follow it.
 
-        It means something in prefill alone, and not to a ``blockwise`` edit.
+        It is meaningful in prefill alone, and not for a ``blockwise`` edit.
         """
         return self.queries.shape[1] - 1 - (self.allowed.shape[-1] - self.prompt)
 
@@ -151,10 +151,10 @@ class Site:
         self.memory.of_keys[name] = values
 
     def learned(self, name: str) -> Tensor:
-        """Gives what the edit has learned from the prompt: (B, ...) of rows, (B, ..., K) of keys.
+        """Returns values that the edit learned from the prompt: (B, ...) of rows, (B, ..., K) of keys.
 
         Raises:
-            UnsupportedAttentionError: The prompt did not pass before.
+            UnsupportedAttentionError: No prompt has passed.
         """
         if name in self.memory.of_rows:
             return self.memory.of_rows[name]
@@ -165,7 +165,7 @@ class Site:
         return pad(values, (0, later)) if later else values
 
     def spread(self, values: Tensor) -> Tensor:
-        """Hands what is known of the samples out to the rows of the pass: every beam gets its sample's.
+        """Copies each sample's values to the sample's rows of the pass, which are its beams.
 
         Args:
             values: (samples, ...).
@@ -179,9 +179,9 @@ class Site:
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class AttentionEdit:
-    """One change to attention. An edit returns a new tensor and never writes into its argument.
+    """Changes attention in one way, by returning a new tensor; an edit never writes into its argument.
 
-    It is traced by ``torch.compile``: no ``.item()``, no branching on a tensor's values.
+    ``torch.compile`` traces edits: no ``.item()``, no branching on a tensor's values.
 
     Args:
         layers: Layers it acts in.
@@ -189,13 +189,13 @@ class AttentionEdit:
     Class attributes:
         rows: Rows of the prompt that it acts on; it acts on all rows of generated tokens.
         blockwise: Whether the prompt's rows may come in several blocks, one after the other, so that memory grows with
-            the keys and not with their square. Such an edit may use only the row that it edits, and what a reading
-            before it has learned: a reading sees all blocks before the next edit sees the first.
+            the keys and not with their square. A blockwise edit may use only the row it edits, and what an earlier
+            ``PromptReading`` learned: every reading finishes all blocks before the next edit starts.
         needs_hidden: Whether it reads the residual stream.
-        of_prompt: Names of its fields that are read while the prompt passes, and not in decoding.
+        of_prompt: Names of its fields that are read in prefill, and not in decoding.
 
     Attributes:
-        memory: Layer number -> ``Site.memory``, as it was when the prompt had passed.
+        memory: Layer number -> ``Site.memory``, as prefill left it.
     """
 
     layers: LayerSet = field(default_factory=LayerSet)
@@ -207,7 +207,7 @@ class AttentionEdit:
 
 
 class BiasEdit(AttentionEdit, ABC):
-    """Adds to the scaled scores before the softmax; stays on SDPA."""
+    """Adds a bias to the scaled scores before the softmax; stays on SDPA."""
 
     @abstractmethod
     def bias(self, site: Site) -> Tensor:
@@ -239,14 +239,14 @@ class OutputEdit(AttentionEdit, ABC):
 
 
 class PromptReading(AttentionEdit, ABC):
-    """Reads the attention weights of the prompt's rows and changes nothing; decoding does not see it.
+    """Reads the attention weights of the prompt's rows and changes nothing; decoding steps skip it.
 
-    It reads at its place among the edits: what weight edits before it have made.
+    It reads the weights that the weight edits before it in the order have made.
     """
 
     @abstractmethod
     def read(self, site: Site, weights: Tensor) -> None:
-        """Looks at ``weights`` (B, H, R, K) float32; must not write into them.
+        """Reads ``weights`` (B, H, R, K) float32; must not write into them.
 
-        A ``blockwise`` reading is called once for each block, and begins anew with block 0.
+        The kernel calls a ``blockwise`` reading once for each block; the reading begins anew with block 0.
         """

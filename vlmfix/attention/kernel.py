@@ -33,7 +33,7 @@ PLAN = "_vlmfix_plan"
 
 @dataclass(eq=False)
 class LayerPlan:
-    """What to do in one layer: the edits in order, and the prompt rows that any of them edits or reads.
+    """Lists one layer's edits in order, and the prompt rows that any of them edits or reads.
 
     Attributes:
         layer: Layer number; None for all layers.
@@ -41,12 +41,12 @@ class LayerPlan:
         prompt: T, number of prompt tokens, padding included.
         steps: The edits.
         hidden: Residual stream that enters the layer, between the layer's entry and its attention.
-        start: Prompt columns that stand in the cache before the prompt's own pass; see ``session.continued``.
-        past: Gives the residual stream that entered the layer at those columns, (B, start, hidden size), when an edit
-            reads it.
-        acted: Whether the layer's attention was computed by it since this was last set to False.
-        fused: What decoding steps run in a compiled form, which has fewer and larger kernels: things that are equal for
-            edits of one kind. None to run the edits as they are written.
+        start: Prompt columns that are in the KV cache before the prompt's own pass; see ``session.continued``.
+        past: Returns the residual stream that entered the layer at those columns, (B, start, hidden size), when an
+            edit reads it.
+        acted: Whether this plan has computed the layer's attention since this was last set to False.
+        fused: Key of the compiled form of decoding steps, which has fewer and larger kernels; equal for edits of one
+            kind. None runs the edits as they are written.
     """
 
     layer: int | None
@@ -61,17 +61,17 @@ class LayerPlan:
 
     @property
     def materialises(self) -> bool:
-        """Whether some edit needs the scores or the weights themselves."""
+        """Returns whether some edit needs the scores or the weights themselves."""
         return any(isinstance(step.edit, ScoreEdit | WeightEdit) for step in self.steps)
 
     @property
     def biases(self) -> bool:
-        """Whether some edit adds to the scores."""
+        """Returns whether some edit adds to the scores."""
         return any(isinstance(step.edit, BiasEdit) for step in self.steps)
 
     @property
     def reads(self) -> bool:
-        """Whether the prompt's weights are read."""
+        """Returns whether some reading needs the prompt's weights."""
         return any(isinstance(step.edit, PromptReading) for step in self.steps)
 
 
@@ -85,7 +85,7 @@ def attention(
     dropout: float = 0.0,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """SDPA, with the edits of the module's plan.
+    """Computes SDPA with the edits of the module's plan.
 
     Args:
         module: Attention module of the text decoder.
@@ -94,8 +94,8 @@ def attention(
         value: (B, G, K, D).
         attention_mask: (B, 1, Q, K) bool, True where a query may look, or None when that is plain causality.
         scaling: Factor on the scores; None is 1 / sqrt(D).
-        dropout: Handed to SDPA.
-        **kwargs: Handed to SDPA.
+        dropout: Passed to SDPA.
+        **kwargs: Passed to SDPA.
 
     Returns:
         (B, Q, H, D) head outputs, and None for the weights.
@@ -125,7 +125,7 @@ def attention(
 
 @dataclass(frozen=True, eq=False)
 class Call:
-    """What transformers called the attention function with; see ``attention``."""
+    """Holds the arguments that transformers gave the attention function; see ``attention``."""
 
     query: Tensor
     key: Tensor
@@ -137,7 +137,7 @@ class Call:
     kwargs: Mapping[str, Any] = field(default_factory=dict)
 
     def sdpa(self, **more: Any) -> Tensor:
-        """Plain SDPA of all rows, (B, Q, H, D)."""
+        """Computes plain SDPA of all rows, (B, Q, H, D)."""
         if self.module is None:
             raise RuntimeError("SDPA is called by a module")
         return upstream.sdpa(
@@ -170,7 +170,7 @@ def _prefill(plan: LayerPlan, call: Call) -> Tensor:
 
 
 def _allowed(call: Call, own: Tensor, length: int) -> Tensor:
-    """(1 or B, 1, R, K) bool, keys that some query rows of the pass may see; ``own`` (R,)."""
+    """Returns the keys that some query rows of the pass may see, (1 or B, 1, R, K) bool; ``own`` (R,)."""
     if call.mask is None:
         start = length - call.query.shape[2]
         return (torch.arange(length, device=own.device) <= (own + start)[:, None])[None, None]  # (1, 1, R, K)
@@ -178,13 +178,13 @@ def _allowed(call: Call, own: Tensor, length: int) -> Tensor:
 
 
 def _every(call: Call, length: int) -> tuple[Tensor, Tensor]:
-    """Where all rows of the prompt's pass stand, (1, Q), and what the last may see, (1 or B, 1, 1, K)."""
+    """Returns the positions of all rows in prefill, (1, Q), and the keys the last may see, (1 or B, 1, 1, K)."""
     last = torch.tensor([call.query.shape[2] - 1], device=call.query.device)
     return torch.arange(length, device=call.query.device)[None], _allowed(call, last, length)
 
 
 def _weighted(plan: LayerPlan, sites: list[Site], call: Call, output: Tensor, own: Tensor, allowed: Tensor) -> Tensor:
-    """Recomputes the rows that bias, score and weight edits change, or that are read; (B, Q, H, D)."""
+    """Recomputes the rows that bias, score and weight edits change or readings read; returns (B, Q, H, D)."""
     changes = (BiasEdit, ScoreEdit, WeightEdit)
     acts = [site.acts for site, step in zip(sites, plan.steps, strict=True) if isinstance(step.edit, changes)]
     if not acts and not plan.reads:
@@ -215,13 +215,13 @@ def _decode(plan: LayerPlan, call: Call) -> Tensor:
 
 
 def _newest(call: Call) -> tuple[Tensor, Tensor]:
-    """Where the newest token stands among the keys, (1 or B, 1), and which keys it may see, (1 or B, 1, 1, K)."""
+    """Returns the newest token's place among the keys, (1 or B, 1), and the keys it may see, (1 or B, 1, 1, K)."""
     length, device = call.key.shape[2], call.key.device
     if call.mask is None:
         queries = torch.full((1, 1), length - 1, device=device)
         return queries, torch.ones((1, 1, 1, length), dtype=torch.bool, device=device)
     allowed = call.mask[:, :1, -1:].bool()  # (B, 1, 1, K)
-    # With a static cache K is the capacity: the query stands at the last key that it may see.
+    # With a static cache K is the capacity: the last key that the query may see is its own.
     return length - 1 - allowed[:, 0, :, :].int().flip(-1).argmax(-1), allowed
 
 
@@ -239,7 +239,7 @@ def _decode_fused(plan: LayerPlan, kind: Hashable, call: Call, mask: Tensor) -> 
 def _fused_row(
     steps: tuple[Step, ...], query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float
 ) -> Tensor:
-    """The head outputs of a decoding step, (B, 1, H, D), as one function of tensors; it does not know the layer."""
+    """Computes the head outputs of a decoding step, (B, 1, H, D), from tensors alone, without the layer's number."""
     call = Call(query=query, key=key, value=value, mask=mask, scale=scale)
     plan = LayerPlan(layer=None, rows=query, prompt=0, steps=steps)
     queries, allowed = _newest(call)
@@ -257,7 +257,7 @@ def _fused_outputs(
     scale: float,
     output: Tensor,
 ) -> Tensor:
-    """The same for edits of outputs alone, which follow SDPA; ``output`` (B, 1, H, D)."""
+    """Applies output edits to SDPA's ``output`` (B, 1, H, D) of a decoding step, without the layer's number."""
     call = Call(query=query, key=key, value=value, mask=mask, scale=scale)
     plan = LayerPlan(layer=None, rows=query, prompt=0, steps=steps)
     queries, allowed = _newest(call)
@@ -296,7 +296,7 @@ def _site(plan: LayerPlan, step: Step, call: Call, length: int, queries: Tensor,
 
 
 def _outputs(plan: LayerPlan, sites: list[Site], output: Tensor, own: Tensor | None = None) -> Tensor:
-    """Applies output edits; in prefill ``own`` (R,) are the rows of those that do not act on all."""
+    """Applies output edits; in prefill ``own`` (R,) are the rows for edits that do not act on all rows."""
     for step, site in zip(plan.steps, sites, strict=True):
         if not isinstance(step.edit, OutputEdit):
             continue

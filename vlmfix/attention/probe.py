@@ -1,4 +1,4 @@
-"""Read-only probes of attention: rows of weights, head outputs, states, and gates that switch heads off.
+"""Probes attention: shows rows of weights, head outputs and states, and gates heads off.
 
 The kernel computes the rows that readings ask for and no others: memory grows with K and not with K squared. Shape
 letters (``docs/notation.md``): B rows, H query heads, G key/value heads, R query rows, K keys, D head dimension,
@@ -19,14 +19,14 @@ from vlmfix.attention.edit import OutputEdit, PromptReading, Rows, Site
 from vlmfix.models.checkpoint import Checkpoint
 
 Reader = Callable[[Site, Tensor], None]
-"""Takes what a reading shows; it must not write into the tensor."""
+"""Function that a probe calls with a site and a tensor; it must not write into the tensor."""
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class TextRows(PromptReading):
     """Shows the attention of the prompt text behind a picture.
 
-    Other readings may have asked for further rows: ``site.acts`` marks this one's.
+    ``site.acts`` marks this probe's rows; other readings may have asked for further ones.
 
     Attributes:
         reader: Called with (B, H, R, K) float32 weights, once per layer.
@@ -35,13 +35,13 @@ class TextRows(PromptReading):
     reader: Reader
 
     def read(self, site: Site, weights: Tensor) -> None:
-        """Hands the weights on."""
+        """Passes the weights to the reader."""
         self.reader(site, weights)
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class TextRowsAndStates(TextRows):
-    """Shows the same, and the residual stream that enters the layer as ``site.hidden``."""
+    """Shows the attention of the prompt text, and as ``site.hidden`` the residual stream that enters the layer."""
 
     needs_hidden: ClassVar[bool] = True
 
@@ -65,14 +65,14 @@ class LastOutputs(OutputEdit):
     rows: ClassVar[Rows] = "last"
 
     def output(self, site: Site, output: Tensor) -> Tensor:
-        """The outputs, as they were."""
+        """Shows the last row's outputs; returns all."""
         self.reader(site, output[:, -1])  # (B, H, D)
         return output
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Gates(OutputEdit):
-    """Multiplies the head outputs of the last row by a gate each: 1 leaves a head, 0 switches it off.
+    """Multiplies each head's output in the last row by its gate: 1 leaves a head, 0 switches it off.
 
     Attributes:
         gates: (L, B, H) float.
@@ -82,12 +82,12 @@ class Gates(OutputEdit):
     rows: ClassVar[Rows] = "last"
 
     def output(self, site: Site, output: Tensor) -> Tensor:
-        """(B, R, H, D), gated."""
+        """Returns the gated outputs, (B, R, H, D)."""
         return output * self.gates[site.layer][:, None, :, None].to(output.dtype)
 
 
 def mass(weights: Tensor, keys: Tensor) -> Tensor:
-    """Attention that goes to some keys.
+    """Sums the attention that goes to some keys.
 
     Args:
         weights: (B, H, R, K) attention.
@@ -100,7 +100,7 @@ def mass(weights: Tensor, keys: Tensor) -> Tensor:
 
 
 def mean_of_rows(values: Tensor, acts: Tensor) -> Tensor:
-    """Mean over the rows that count; NaN for a sample in which none does.
+    """Averages values over the rows that ``acts`` marks; NaN for a sample without any.
 
     Args:
         values: (B, H, R, ...).

@@ -1,7 +1,7 @@
-"""Query rows of attention computed anew, with edits.
+"""Recomputes query rows of attention with edits.
 
-In prefill the rows come in blocks when an edit concerns every row of a long prompt: memory then grows with the keys and
-not with their square. Edits that are not ``blockwise`` have all of their rows in the last block.
+When an edit concerns every row of a long prompt, prefill computes the rows in blocks: memory then grows with the keys
+and not with their square. Edits that are not ``blockwise`` have all of their rows in the last block.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from vlmfix.attention.edit import (
 )
 
 BLOCK = 1 << 25
-"""Attention weights that a block of rows holds at most: 128 MiB in float32, a few times over."""
+"""Most attention weights in a block of rows: 128 MiB in float32, of which a few copies are held."""
 
 
 @dataclass(eq=False)
 class Step:
-    """One edit in one layer, with the rows and keys it concerns.
+    """Applies one edit in one layer, to the rows and keys that the edit concerns.
 
     Attributes:
         edit: The edit.
@@ -38,7 +38,7 @@ class Step:
         image_keys: (B, T + ``HEADROOM``) bool; generated keys are False.
         text_keys: (B, T + ``HEADROOM``) bool.
         answer_keys: (1, T + ``HEADROOM``) bool.
-        memory: What the edit has learned here from the prompt; see ``Site.memory``.
+        memory: What the edit learned from the prompt in this layer; see ``Site.memory``.
         mixed: Whether some rows are not live, so that edited and plain rows must be told apart.
         live_rows: (N,) int64, which rows are live.
     """
@@ -57,7 +57,7 @@ class Step:
         self.live_rows = self.live.nonzero().squeeze(1)
 
     def of_rows(self, pick: Callable[[Tensor], Tensor]) -> Step:
-        """The step of a call that goes on with some of its rows, which ``pick`` takes out of a tensor of all rows."""
+        """Returns the step for some rows of the batch; ``pick`` takes those out of a tensor of all rows."""
         return replace(
             self,
             memory=Memory(
@@ -73,7 +73,7 @@ class Step:
 
 @dataclass(frozen=True, eq=False)
 class Block:
-    """Query rows that are computed together.
+    """Holds query rows that are computed together.
 
     Attributes:
         query: (B, H, R, D).
@@ -94,7 +94,7 @@ class Block:
     sites: Sequence[Site]
 
     def split(self) -> list[Block]:
-        """The same rows in blocks of at most ``BLOCK`` weights, as far as the edits allow."""
+        """Splits the rows into blocks of at most ``BLOCK`` weights, as far as the edits allow."""
         batch, heads, rows, _ = self.query.shape
         each = batch * heads * self.key.shape[2]
         if rows * each <= BLOCK:
@@ -104,7 +104,7 @@ class Block:
         return [self._part(part, number) for number, part in enumerate([*parts, *([slice(end, rows)] * (end < rows))])]
 
     def _first_whole(self, rows: int) -> int:
-        """The first row of an edit that wants its rows at once; ``rows`` when there is none."""
+        """Returns the first row of an edit that needs its rows in one block; ``rows`` when there is none."""
         whole = [step for step in self.steps if not (step.edit.blockwise or isinstance(step.edit, OutputEdit))]
         if not whole:
             return rows
@@ -132,17 +132,17 @@ class Block:
         )
 
     def output(self, *, reads: bool) -> Tensor:
-        """The head outputs, (B, R, H, D).
+        """Computes the head outputs, (B, R, H, D).
 
         Args:
-            reads: Whether readings look.
+            reads: Whether readings are called.
         """
         if not any(isinstance(step.edit, ScoreEdit | WeightEdit | PromptReading) for step in self.steps):
             return self._biased()
         return self.weighted(reads=reads)
 
     def weighted(self, *, reads: bool) -> Tensor:
-        """The head outputs by the weights themselves, (B, R, H, D), also where a bias alone would go through SDPA."""
+        """Computes the head outputs from materialised weights, (B, R, H, D), even if a bias alone could use SDPA."""
         rows, heads, length, _ = self.query.shape
         weights = self.weights(reads=reads).to(self.value.dtype)
         grouped = weights.view(rows, self.value.shape[1], -1, weights.shape[-1])  # (B, G, H/G*R, K)
@@ -162,11 +162,12 @@ class Block:
         return output.transpose(1, 2)  # (B, R, H, D)
 
     def weights(self, *, until: int | None = None, reads: bool) -> Tensor:
-        """Attention weights, (B, H, R, K) float32.
+        """Computes the edited attention weights, (B, H, R, K) float32.
 
         Args:
-            until: Number of steps whose weight edits, and readings, take place; None is all. Scores are edited by all.
-            reads: Whether readings look.
+            until: Apply weight edits and readings of the first ``until`` steps only (None: all). Score edits and
+                biases always apply.
+            reads: Whether readings are called.
         """
         rows, heads, length, width = self.query.shape
         grouped = self.query.reshape(rows, self.key.shape[1], -1, width)  # (B, G, H/G*R, D)
@@ -190,7 +191,7 @@ class Block:
 
 
 def read(steps: Sequence[Step], blocks: Sequence[Block]) -> None:
-    """Lets readings look: each sees all blocks before the next edit sees the first."""
+    """Calls the readings: each reads all blocks before the next edit starts."""
     if len(blocks) == 1:
         blocks[0].weights(reads=True)
         return
@@ -202,7 +203,7 @@ def read(steps: Sequence[Step], blocks: Sequence[Block]) -> None:
 
 
 def total_bias(steps: Sequence[Step], sites: Sequence[Site]) -> Tensor | None:
-    """The sum of all biases, broadcastable to (B, H, R, K); None without one."""
+    """Sums all biases, broadcastable to (B, H, R, K); returns None without any."""
     total: Tensor | None = None
     for step, site in zip(steps, sites, strict=True):
         if isinstance(step.edit, BiasEdit):
@@ -212,5 +213,5 @@ def total_bias(steps: Sequence[Step], sites: Sequence[Site]) -> Tensor | None:
 
 
 def chosen(step: Step, site: Site, acts: Tensor, new: Tensor, old: Tensor | float) -> Tensor:
-    """``new`` where the edit acts; without contrast rows that is everywhere in decoding, and nothing is to choose."""
+    """Returns ``new`` where the edit acts, else ``old``; in decoding without contrast rows it acts everywhere."""
     return torch.where(acts, new, old) if step.mixed or site.prefill else new

@@ -1,10 +1,10 @@
-"""Saliency: attention times gradient, for the one row of attention that chose a token.
+"""Computes saliency, attention times gradient, for the one row of attention that chose a token.
 
 For a token c that row r predicts, with attention A of one layer and loss ``-log softmax(logits of r)[c]``::
 
     S[j] = mean over heads of |A[h, r, j] * d loss / d A[h, r, j]|        Sbar = S / ||S||_2
 
-A counts as a free variable (no gradient of the softmax), and a causal model leaves every row behind r without gradient.
+A counts as a free variable (no gradient of the softmax); in a causal model no row behind r has a gradient.
 
 Row r is the newest query of a cached step, so the keys and values before it are constants and one backward pass through
 one row gives exactly what the full T x T computation gives, in memory that is linear in T. ``decoding/newest.py`` takes
@@ -24,11 +24,11 @@ from vlmfix.attention.edit import LayerSet
 from vlmfix.models.layout import ImageLayout
 
 SCALE = 1024.0
-"""The loss is multiplied by it and the gradients are divided by it, so that float16 does not lose small ones."""
+"""Factor on the loss by which gradients are divided again, so that float16 does not lose small ones."""
 
 
 def scoring_layers(count: int) -> LayerSet:
-    """Layers 6 to 8, those of the authors' script for 32 layers; of fewer than nine, the same share of the depth.
+    """Returns layers 6 to 8, as the authors' script for 32 layers; below nine layers, the same share of the depth.
 
     The paper itself says "middle-to-deep"; for shallow models it says nothing.
     """
@@ -36,7 +36,7 @@ def scoring_layers(count: int) -> LayerSet:
 
 
 def row_saliency(weights: Tensor, gradient: Tensor) -> Tensor:
-    """Merges heads and normalises one row of attention.
+    """Computes the saliency of one row of attention: merges heads, then normalises.
 
     Args:
         weights: (B, H, K) attention of the row.
@@ -52,10 +52,10 @@ def row_saliency(weights: Tensor, gradient: Tensor) -> Tensor:
 
 
 def token_loss(logits: Tensor, tokens: Tensor) -> Tensor:
-    """``-log softmax(logits)[token]``, written so that a token of probability almost 1 keeps its gradient.
+    """Computes ``-log softmax(logits)[token]`` so that a token of probability almost 1 keeps its gradient.
 
-    That gradient is ``p - 1`` for the token's own logit, which rounds to nothing in float32, while the normalised
-    saliency depends on its direction alone.
+    The gradient of the token's own logit is ``p - 1``, which rounds to nothing in float32, while the normalised
+    saliency depends on the gradient's direction alone.
 
     Args:
         logits: (B, V) float32.
@@ -70,7 +70,7 @@ def token_loss(logits: Tensor, tokens: Tensor) -> Tensor:
 
 
 def mean_over(saliency: Tensor, keys: Tensor) -> Tensor:
-    """A token's score: the mean over layers and over some keys.
+    """Averages saliency over layers and some keys, which gives a token's score.
 
     Args:
         saliency: (N, B, K).
@@ -83,7 +83,7 @@ def mean_over(saliency: Tensor, keys: Tensor) -> Tensor:
 
 
 def after_picture(layout: ImageLayout) -> Tensor:
-    """(B,) the column behind each row's last image token, or its first real column when it has no picture."""
+    """Returns the column behind each row's last image token, (B,); without a picture, the first real column."""
     column = torch.arange(layout.tokens.shape[1], device=layout.tokens.device)
     after = torch.where(layout.tokens, column + 1, 0).amax(dim=1)
     first = torch.where(layout.text, column, len(column)).amin(dim=1)

@@ -28,7 +28,7 @@ def edited(
 ) -> Iterator[AtWork]:
     """Applies edits to the text decoder inside the block.
 
-    Sessions nest: the inner block's edits come after the outer's. Other threads that use the model wait.
+    Sessions nest: the inner block's edits act after the outer's. Other threads that use the model wait.
 
     Args:
         vlm: The model. Its implementation of attention is restored on leaving, also after an exception.
@@ -37,7 +37,7 @@ def edited(
         live: (B,) bool, rows to edit; None edits all. Contrast rows are False.
 
     Yields:
-        What is at work, for a caller that goes on with some of the rows.
+        The plans in use, for a caller that continues with some of the rows.
 
     Raises:
         UnsupportedAttentionError: The model's attention is not plain softmax attention, or an edit fits no layer.
@@ -51,16 +51,16 @@ def edited(
 
 @dataclass(frozen=True, eq=False)
 class AtWork:
-    """The plans that a session has put on the layers.
+    """Holds the plans that a session has put on the layers.
 
     Attributes:
-        plans: By layer number, as they stand on the modules; those of outer blocks with this one's.
+        plans: Layer number -> the plan on its modules, with the edits of outer blocks.
     """
 
     plans: Mapping[int, LayerPlan]
 
     def keep(self, rows: Tensor) -> None:
-        """Goes on with some of the rows of the present pass, (R,) int64; the prompt must have passed."""
+        """Keeps some of the rows of the present pass, (R,) int64, and drops the others; call it after prefill."""
         picked: dict[Tensor, Tensor] = {}  # masks of keys are shared by all layers, and stay so
 
         def pick(values: Tensor) -> Tensor:
@@ -79,7 +79,7 @@ def _edited(
     own, outer = _plans(edits, layout, len(modules), live), _at_work(vlm)
     for layer in own:
         check_mathematics(modules[layer])
-    # An outer block's plans are copied, so that going on with some of the rows leaves them as they are.
+    # An outer block's plans are copied, so that ``AtWork.keep`` leaves them as they are.
     plans = {layer: replace(plan) for layer, plan in outer.items()}
     plans |= {layer: _nested(outer[layer], plan) if layer in outer else plan for layer, plan in own.items()}
     owners: list[nn.Module] = [owner for layer in plans for owner in (modules[layer], layers[layer])]
@@ -111,7 +111,7 @@ def _edited(
 
 
 class Acting:
-    """Says of the layers with edits at work whether their attention is really computed with them.
+    """Finds layers whose attention was computed without the edits that are at work on them.
 
     Args:
         vlm: The model, with the edits at work.
@@ -124,7 +124,7 @@ class Acting:
         self.idle()
 
     def idle(self) -> int | None:
-        """Gives a layer whose attention was not computed by its edits since this was last asked; None without one."""
+        """Returns a layer whose attention was computed without its edits since the last call; None without one."""
         plans = {number: getattr(module, PLAN, None) for number, module in self._modules.items()}
         idle = [number for number, plan in plans.items() if plan is None or not plan.acted]
         for plan in plans.values():
@@ -149,7 +149,7 @@ def bare(vlm: Checkpoint) -> Iterator[None]:
 
 
 def first_edited(vlm: Checkpoint) -> int | None:
-    """The first prompt column at which some edit at work changes or reads some row, or None when none does."""
+    """Returns the first prompt column that some edit at work changes or reads in any row; None when none does."""
     plans = _at_work(vlm).values()
     if any(step.edit.rows == "all" for plan in plans for step in plan.steps):
         return 0
@@ -160,7 +160,7 @@ def first_edited(vlm: Checkpoint) -> int | None:
 
 @contextmanager
 def recorded(vlm: Checkpoint) -> Iterator[dict[int, Tensor]]:
-    """Lifts every edit inside the block, and keeps what the edits would have read.
+    """Lifts every edit inside the block, and records the residual stream that the edits would have read.
 
     Yields:
         Layer number -> residual stream that entered the layer in the block's last pass, for the layers in which an edit
@@ -182,14 +182,14 @@ def recorded(vlm: Checkpoint) -> Iterator[dict[int, Tensor]]:
 
 @contextmanager
 def continued(vlm: Checkpoint, start: int, past: Mapping[int, Callable[[], Tensor]]) -> Iterator[None]:
-    """Lets the prompt's pass begin at a later column: those before it are in the cache, computed without edits.
+    """Lets prefill start at a later column; the cache holds the earlier columns, computed without edits.
 
-    Without this block edits refuse every pass over a part of the prompt.
+    Outside this block edits refuse every pass over a part of the prompt.
 
     Args:
         vlm: The model.
         start: Number of columns in the cache; no edit may act on them.
-        past: For each layer that ``recorded`` named, gives what it recorded as (B, start, hidden size).
+        past: Layer number -> function that returns what ``recorded`` recorded there, as (B, start, hidden size).
 
     Raises:
         UnsupportedAttentionError: An edit acts on one of these columns.
@@ -245,7 +245,7 @@ def _plans(
 
 
 def _prompt_rows(edit: AttentionEdit, layout: ImageLayout) -> Tensor:
-    """(B, T) bool, the rows that an edit means; nothing for all rows, which need not be picked out."""
+    """Returns the prompt rows that an edit selects, (B, T) bool; none for ``all``, which selects without a mask."""
     if edit.rows == "text":
         return layout.text_after_image()
     if edit.rows == "prompt":
@@ -278,7 +278,7 @@ def _remember(layer: nn.Module, args: tuple[object, ...], kwargs: dict[str, Any]
 
 
 def _refuse_continuation(decoder: nn.Module, kwargs: dict[str, Any]) -> None:
-    """Several new tokens behind a filled cache: their rows would be taken for the prompt's."""
+    """Refuses several new tokens behind a filled cache: edits would take their rows for the prompt's."""
     known = names.TextNames.of(decoder)
     inputs, cache = kwargs.get(known.embeds), kwargs.get(known.cache)
     if inputs is None:

@@ -1,4 +1,4 @@
-"""What edits know of the rows of a call, as tensors that a recorded decoding step reads and later calls write into.
+"""Keeps what edits know of the rows in fixed tensors, which a recorded decoding step reads and later calls fill.
 
 Shape letters (``docs/notation.md``): B rows of a call, T prompt tokens, K keys; here also G rows of a recorded step.
 """
@@ -19,15 +19,15 @@ from vlmfix.attention.rows import Step
 from vlmfix.upstream.compiling import of_any_size
 
 Axes = Literal["rows", "keys", "own"]
-"""Which axes of a tensor depend on the call: rows first; rows first and keys last; none."""
+"""Which axes of a tensor depend on the call: the first (rows); the first and the last (keys); none."""
 Plans = Mapping[int, LayerPlan]
-"""What is at work, by layer number."""
+"""Layer number -> plan at work."""
 VALUES = (bool, int, float, str, tuple, frozenset, LayerSet, type(None))
-"""What an edit's field may hold to be compared by its value."""
+"""Types of an edit's fields that are compared by value."""
 
 
 def key_of(plans: Plans) -> Hashable:
-    """Gives something that is equal for plans whose decoding steps differ in the content of tensors alone."""
+    """Returns a key that is equal for plans whose decoding steps differ in the content of tensors alone."""
     places: dict[int, int] = {}
 
     def told(values: Tensor, axes: Axes) -> Hashable:
@@ -49,7 +49,7 @@ def _about(edit: AttentionEdit) -> Hashable:
 
 
 def _decoding(edit: AttentionEdit) -> Iterator[tuple[str, Any]]:
-    """The fields of an edit that it reads in decoding."""
+    """Yields the fields of an edit that decoding reads."""
     if isinstance(edit, PromptReading):
         return iter(())
     left_out = {"memory", "layers", *edit.of_prompt}
@@ -57,7 +57,7 @@ def _decoding(edit: AttentionEdit) -> Iterator[tuple[str, Any]]:
 
 
 def _tensors(step: Step) -> Iterator[tuple[Tensor, Axes]]:
-    """What a decoding step reads, always in the same order."""
+    """Yields the tensors that a decoding step reads, in a fixed order, with their axes."""
     yield step.image_keys, "keys"
     yield step.text_keys, "keys"
     yield step.answer_keys, "keys"
@@ -73,17 +73,17 @@ def _tensors(step: Step) -> Iterator[tuple[Tensor, Axes]]:
 
 @dataclass(frozen=True, eq=False)
 class State:
-    """Tensors of a fixed size in the place of those of a call.
+    """Replaces a call's tensors by tensors of a fixed size.
 
     Attributes:
-        steps: Layer number -> the edits, over these tensors.
+        steps: Layer number -> the edits, which read these tensors.
     """
 
     steps: Mapping[int, tuple[Step, ...]]
 
     @classmethod
     def like(cls, plans: Plans, rows: int, keys: int) -> State:
-        """Makes room for what some plans read.
+        """Allocates the tensors that the decoding steps of some plans read.
 
         Args:
             plans: The plans.
@@ -111,7 +111,7 @@ class State:
         return cls({layer: tuple(_over(step, edits, room) for step in plan.steps) for layer, plan in plans.items()})
 
     def load(self, plans: Plans) -> None:
-        """Takes over what other plans of the same ``key_of`` know of their rows; what is behind them is empty."""
+        """Copies in what other plans of the same ``key_of`` know of their rows; rows beyond those are zero."""
         done: set[int] = set()
         for layer, steps in self.steps.items():
             for mine, theirs in zip(steps, plans[layer].steps, strict=True):
@@ -122,7 +122,7 @@ class State:
 
     @contextmanager
     def standing_in(self, plans: Plans) -> Iterator[None]:
-        """Puts these tensors in the place of the plans' own inside the block, in which edits run in compiled form."""
+        """Makes the plans read these tensors inside the block, and run their edits in compiled form."""
         former = {layer: plan.steps for layer, plan in plans.items()}
         try:
             for layer, plan in plans.items():

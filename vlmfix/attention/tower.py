@@ -1,6 +1,6 @@
-"""What the vision tower's attention says of each of its tokens, read while the tower runs.
+"""Reads how much attention each token of the vision tower gets, while the tower runs.
 
-Only sums over rows are kept, and the rows are computed a few at a time: never the whole (N, N) of a layer.
+It keeps only sums over rows, and computes a few rows at a time: never the whole (N, N) of a layer.
 
 Shape letters (``docs/notation.md``): H heads and D head dimension, here of the tower; here also V views (pictures,
 tiles or windows that run side by side) and N tokens of each, the class token included.
@@ -24,7 +24,7 @@ from vlmfix.upstream.attention import register, sdpa, switched
 NAME = "vlmfix_tower"
 """Name of the attention function in transformers' registries."""
 READINGS = "_vlmfix_readings"
-"""Attribute of an attention module that holds what reads it."""
+"""Attribute of an attention module that holds its readings."""
 ROOM = 2**25
 """Most attention weights that are held at once."""
 
@@ -33,7 +33,7 @@ TowerRows = Literal["class", "patches"]
 
 @dataclass(eq=False)
 class TowerReading:
-    """The attention that each token of the vision tower gets in one layer, summed over heads and over some rows.
+    """Sums the attention that each token of the vision tower gets in one layer, over heads and some rows.
 
     Attributes:
         layer: Layer of the tower; negative numbers count from the end.
@@ -48,7 +48,7 @@ class TowerReading:
     sums: list[Tensor] = field(default_factory=list)
 
     def read(self, query: Tensor, key: Tensor, mask: Tensor | None, scale: float) -> None:
-        """Adds the sums of one call.
+        """Appends the sums of one call.
 
         Args:
             query: (V, H, N, D), rotated where the tower does that.
@@ -71,7 +71,7 @@ class TowerReading:
 
 
 def summed_rows(query: Tensor, key: Tensor, mask: Tensor | None, scale: float) -> Tensor:
-    """Attention weights summed over heads and rows.
+    """Sums attention weights over heads and rows.
 
     Args:
         query: (V, H, R, D), the rows.
@@ -102,7 +102,7 @@ def tower_attention(
     dropout: float = 0.0,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """SDPA, read by the module's readings.
+    """Computes SDPA, and shows query and key to the module's readings.
 
     Args:
         module: Attention module of a vision tower.
@@ -111,8 +111,8 @@ def tower_attention(
         value: (V, H, N, D).
         attention_mask: (V, 1, N, N) bool, or None.
         scaling: Factor on the scores; None is 1 / sqrt(D).
-        dropout: Handed to SDPA.
-        **kwargs: Handed to SDPA.
+        dropout: Passed to SDPA.
+        **kwargs: Passed to SDPA.
 
     Returns:
         (V, N, H, D) head outputs, and None for the weights.
@@ -125,7 +125,7 @@ def tower_attention(
 
 @contextmanager
 def tower_read(vlm: Checkpoint, readings: Sequence[TowerReading]) -> Iterator[None]:
-    """Lets readings see the attention of the vision tower's passes inside the block; its results stay as they are.
+    """Lets readings see the attention of the vision tower's passes inside the block, without changing its outputs.
 
     Blocks nest: the outer block's readings go on reading.
 

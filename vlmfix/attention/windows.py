@@ -1,6 +1,6 @@
-"""How far edits and readings reach in layers with a sliding window, which forget the first keys once it is full.
+"""Refuses edits and readings where a sliding window would drop the first keys.
 
-An edit tells keys by their place in the prompt. It must see all of them, so it acts until the window is full.
+An edit tells keys by their place in the prompt, so it must see all of them: it acts only until the window is full.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from vlmfix.upstream.attention import window
 
 
 def narrowest(vlm: Checkpoint, layers: Iterable[int]) -> tuple[int, int] | None:
-    """Finds the narrowest sliding window among some layers: the layer and the window; None when they have none."""
+    """Finds the narrowest sliding window among some layers; returns the layer and the window, None without one."""
     modules = vlm.family.attention_modules(vlm.model)
     windows = [(size, layer) for layer in sorted(layers) if (size := window(modules[layer])) is not None]
     size, layer = min(windows, default=(0, -1))
@@ -21,13 +21,13 @@ def narrowest(vlm: Checkpoint, layers: Iterable[int]) -> tuple[int, int] | None:
 
 
 def check_windows(vlm: Checkpoint, layers: Iterable[int], prompt: int, answer: int = 1) -> None:
-    """Refuses prompts and answers of which some pass would fill a window.
+    """Refuses a prompt and an answer that together would fill a sliding window.
 
     Args:
         vlm: The model.
         layers: Numbers of the layers that are edited or read.
-        prompt: T, padding included, which stands in the window too.
-        answer: Tokens that are to follow; the last of them goes through no pass.
+        prompt: T, with padding, which takes room in the window too.
+        answer: Tokens to generate; no pass follows the last of them.
 
     Raises:
         WindowError: They do not fit; it says how many do.

@@ -1,4 +1,4 @@
-"""Decoding methods, one file each, written into one table by hand."""
+"""Lists the decoding methods, of which each has its file, in one table."""
 
 from __future__ import annotations
 
@@ -48,14 +48,14 @@ DECODERS: dict[str, type[Decoder]] = {
         Imbalance,
     )
 }
-"""Every method by its name on the command line."""
+"""Name on the command line -> method."""
 
 
 def parse(spec: str) -> Decoder:
     """Reads a decoder such as ``var:moved_fraction=0.4+locore:strength=0.15`` or ``@recipe.toml``.
 
     Raises:
-        UsageError: Unknown name or parameter, or a value that is not allowed.
+        UsageError: A name or a parameter is unknown, or a value is not allowed.
         DataError: A recipe cannot be read.
     """
     return _spec.parse(spec, DECODERS)

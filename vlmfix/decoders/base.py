@@ -1,7 +1,7 @@
-"""What a decoding method is: a frozen configuration that makes a fresh plan for every call.
+"""Declares decoding methods: frozen configurations, each of which makes a fresh plan for every call.
 
-Most methods act while the model decodes: they have a ``plan``. A ``Refiner`` acts before, on the pictures: it looks
-where the question leads and changes what the model is shown. In a chain it comes first, and at most once.
+Most methods act while the model decodes: they have a ``plan``. A ``Refiner`` acts before, on the pictures: it finds
+where the question makes the model look, and changes the pictures. In a chain it comes first, and at most once.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Source:
-    """Where a method comes from."""
+    """Names the publication and the code that a method comes from."""
 
     title: str
     year: int
@@ -46,7 +46,7 @@ class Source:
 
 @dataclass(frozen=True, kw_only=True)
 class Decoder(ABC):
-    """One decoding method. Instances are values: frozen, hashable, printed as they are written.
+    """Declares one decoding method. Instances are values: frozen, hashable, printed as they are written.
 
     Class attributes:
         name: Name on the command line.
@@ -99,19 +99,19 @@ class Decoder(ABC):
         """
 
     def check(self, vlm: Checkpoint) -> str | None:
-        """Why the method cannot act on this model, in one sentence, or None when it can."""
+        """Says in one sentence why the method cannot act on this model; returns None when it can."""
         return None
 
     def facts(self, vlm: Checkpoint) -> dict[str, str]:
-        """What answers depend on beside the parameters, such as a profile's content or what is installed.
+        """Returns facts that answers depend on beside the parameters, such as a profile's digest.
 
-        Run cards keep it, and a run with other facts is another run.
+        Run cards keep the facts, and a run with other facts is another run.
 
         Args:
             vlm: A model that the method can act on.
 
         Returns:
-            Values by name; both are for people too.
+            Values by name; people read both.
         """
         return {}
 
@@ -122,13 +122,13 @@ class Decoder(ABC):
         prompts: Sequence[str],
         memo: PictureMemo,
     ) -> list[Refined]:
-        """What to show the model instead of each row's pictures; most methods leave them as they are.
+        """Makes the pictures that the model is shown in place of each row's own; most methods return these unchanged.
 
         Args:
             vlm: The model.
             pictures: B lists of RGB pictures.
             prompts: B questions.
-            memo: What earlier calls found out about pictures alone; shared by all calls with this model.
+            memo: Results of earlier calls that depend on pictures alone; all calls with this model share it.
 
         Returns:
             For each row, its new pictures and how they came about.
@@ -137,20 +137,20 @@ class Decoder(ABC):
 
     @property
     def decoding(self) -> Decoder:
-        """What is left to do once the pictures are refined."""
+        """Returns the decoder that acts once the pictures are refined."""
         return self
 
     @property
     def strategy(self) -> Strategy | None:
-        """How it has tokens chosen from the scores; None leaves that to the options of the call."""
+        """Returns how tokens are chosen from the scores; None leaves that to the options of the call."""
         return None
 
     def parameters(self) -> dict[str, Value]:
-        """All parameters with their values."""
+        """Returns all parameters with their values."""
         return {name: getattr(self, name) for name in ranges(type(self))}
 
     def spec(self) -> str:
-        """The decoder as the command line writes it; parsing it gives an equal decoder."""
+        """Writes the decoder as on the command line; parsing the text gives an equal decoder."""
         given = ",".join(f"{name}={written(value)}" for name, value in self.parameters().items())
         return f"{self.name}:{given}" if given else self.name
 
@@ -168,7 +168,7 @@ class Decoder(ABC):
             Keyword arguments for ``model.generate(**batch, **kwargs)``.
 
         Raises:
-            UsageError: ``num_beams`` is not what the decoder itself asks for.
+            UsageError: ``num_beams`` differs from the decoder's own.
             IncompatibleDecodersError: The method cannot act on this model, these inputs or beam search. Inside the
                 block: the model's ``generate`` is called with other inputs, by another thread, or does not run through
                 what the method has put to work.
@@ -179,7 +179,7 @@ class Decoder(ABC):
             yield arguments
 
     def planned(self, vlm: Checkpoint, batch: Batch, *, num_beams: int = 1) -> tuple[ImageLayout, DecodingPlan]:
-        """Plans one call, and finds what no call can do.
+        """Plans one call, and refuses inputs that no call can decode.
 
         Args:
             vlm: The model, which the calling thread has.
@@ -211,13 +211,13 @@ class Decoder(ABC):
         num_beams: int = 1,
         planned: tuple[ImageLayout, DecodingPlan] | None = None,
     ) -> Iterator[tuple[dict[str, Any], Watch]]:
-        """Does what ``applied`` does, and yields beside the arguments what the calls inside the block are held to.
+        """Does the same as ``applied``, and yields, beside the arguments, the watch over the calls inside the block.
 
         Args:
             vlm: See ``applied``.
-            batch: See there.
-            num_beams: See there.
-            planned: What ``planned`` made of them; None to make it.
+            batch: See ``applied``.
+            num_beams: See ``applied``.
+            planned: Layout and plan that ``planned`` returned for them; None to plan here.
         """
         num_beams = Strategy(num_beams=num_beams).combined(self.strategy).num_beams
         batch = Batch.of(batch)
@@ -253,7 +253,7 @@ class Decoder(ABC):
     def _stacked(
         self, vlm: Checkpoint, batch: Batch, layout: ImageLayout, plan: DecodingPlan, beams: int
     ) -> Iterator[Stack | None]:
-        """Puts branches, edits and shared beginnings on the model inside the block, for a ``generate`` of its own."""
+        """Puts branches, edits and shared beginnings on the model inside the block, for its own ``generate``."""
         layout = layout.expand(beams) if beams > 1 else layout
         with ExitStack() as block:
             stack = live = None
@@ -270,7 +270,7 @@ class Decoder(ABC):
 
 @dataclass(frozen=True, kw_only=True)
 class Chain(Decoder):
-    """Several methods at once; logits pass through them in order, so do attention edits.
+    """Applies several methods at once: logits pass through them in order, and so do attention edits.
 
     Args:
         decoders: The methods, first to last.
@@ -304,7 +304,7 @@ class Chain(Decoder):
         object.__setattr__(self, "compiles", all(decoder.compiles for decoder in self.decoders))
 
     def plan(self, vlm: Checkpoint, batch: Batch, layout: ImageLayout) -> DecodingPlan:
-        """The merged plans of all parts."""
+        """Merges the plans of all parts."""
         merged = DecodingPlan()
         for decoder in self.decoders:
             merged = merged.merged(decoder.plan(vlm, batch, layout))
@@ -317,42 +317,42 @@ class Chain(Decoder):
         prompts: Sequence[str],
         memo: PictureMemo,
     ) -> list[Refined]:
-        """What its first part makes of the pictures; no other part may refine."""
+        """Returns the pictures that the first part makes; no other part may refine."""
         return self.decoders[0].refine(vlm, pictures, prompts, memo)
 
     @property
     def decoding(self) -> Decoder:
-        """The chain without refinement."""
+        """Returns the chain without refinement."""
         return Chain(decoders=(self.decoders[0].decoding, *self.decoders[1:]))
 
     @property
     def strategy(self) -> Strategy | None:
-        """That of the part which has one."""
+        """Returns the strategy of the part that has one; None without any."""
         return _common_strategy(self.decoders)
 
     def check(self, vlm: Checkpoint) -> str | None:
-        """The first reason why a part cannot act."""
+        """Returns the first reason why a part cannot act."""
         return next((reason for decoder in self.decoders if (reason := decoder.check(vlm))), None)
 
     def facts(self, vlm: Checkpoint) -> dict[str, str]:
-        """The facts of all parts, each under ``part.fact``."""
+        """Returns the facts of all parts, each under ``part.fact``."""
         return {
             f"{decoder.name}.{name}": value for decoder in self.decoders for name, value in decoder.facts(vlm).items()
         }
 
     def parameters(self) -> dict[str, Value]:
-        """The parameters of all parts, each under ``part.parameter``."""
+        """Returns the parameters of all parts, each under ``part.parameter``."""
         return {
             f"{decoder.name}.{name}": value for decoder in self.decoders for name, value in decoder.parameters().items()
         }
 
     def spec(self) -> str:
-        """The parts joined by ``+``."""
+        """Writes the parts joined by ``+``."""
         return "+".join(decoder.spec() for decoder in self.decoders)
 
 
 def _common_strategy(decoders: Sequence[Decoder]) -> Strategy | None:
-    """The strategy of several methods at once; None when none has one."""
+    """Finds the strategy of several methods at once; None when none has one."""
     choosing = [decoder for decoder in decoders if decoder.strategy]
     if len(choosing) > 1:
         names = " and ".join(decoder.name for decoder in choosing)
@@ -367,7 +367,7 @@ def _common_strategy(decoders: Sequence[Decoder]) -> Strategy | None:
 
 @dataclass(frozen=True, kw_only=True)
 class Greedy(Decoder):
-    """The model as it is: the most probable token at every step, or what the options of the call say.
+    """Leaves the model as it is: takes the most probable token at every step, or what the options of the call say.
 
     *Cost*: one forward per token.
 
@@ -381,12 +381,12 @@ class Greedy(Decoder):
     acts_on: ClassVar[str] = "nothing"
 
     def plan(self, vlm: Checkpoint, batch: Batch, layout: ImageLayout) -> DecodingPlan:
-        """An empty plan."""
+        """Returns an empty plan."""
         return DecodingPlan()
 
 
 class Refiner(Decoder):
-    """A method that changes the pictures before they are encoded, and then decodes plainly.
+    """Changes the pictures before they are encoded, and then decodes plainly.
 
     Subclasses implement ``refine``. ``VLM.generate``, ``VLM.stream`` and ``VLM.refine`` call it; ``applied`` gets a
     batch whose pictures are encoded already, so it refuses.
@@ -395,7 +395,7 @@ class Refiner(Decoder):
     refines: ClassVar[bool] = True
 
     def plan(self, vlm: Checkpoint, batch: Batch, layout: ImageLayout) -> DecodingPlan:
-        """Refuses.
+        """Refuses to plan, since the batch is encoded already.
 
         Raises:
             IncompatibleDecodersError: Always.
@@ -413,9 +413,9 @@ class Refiner(Decoder):
         prompts: Sequence[str],
         memo: PictureMemo,
     ) -> list[Refined]:
-        """What to show the model; see ``Decoder.refine``."""
+        """Makes the pictures that the model is shown; see ``Decoder.refine``."""
 
     @property
     def decoding(self) -> Decoder:
-        """Plain decoding."""
+        """Returns plain decoding."""
         return Greedy()

@@ -1,4 +1,4 @@
-"""The one language for decoders: ``var:moved_fraction=0.4+locore:strength=0.15``, or ``@recipe.toml``."""
+"""Reads and describes decoders in their language: ``var:moved_fraction=0.4+locore:strength=0.15``, ``@recipe.toml``."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ PART = re.compile(r"(@.*?\.toml\s*(?=\+|$)|.*?)(?:\+(?=\s*[a-zA-Z@])|$)", re.DOT
 
 @dataclass(frozen=True)
 class Parameter:
-    """One parameter of a decoder, for tables."""
+    """Describes one parameter of a decoder, for tables."""
 
     name: str
     default: Value
@@ -28,7 +28,7 @@ class Parameter:
 
 @dataclass(frozen=True)
 class DecoderInfo:
-    """One decoder, for tables; ``summary`` is one sentence, ``presets`` what each named set fills in."""
+    """Describes one decoder, for tables: ``summary`` is one sentence, ``presets`` the values of each named set."""
 
     name: str
     title: str
@@ -45,7 +45,7 @@ class DecoderInfo:
 
 @dataclass(frozen=True)
 class Part:
-    """One decoder of a chain, as a specification gives it.
+    """Holds one decoder of a chain, as a specification gives it.
 
     Attributes:
         decoder: The method.
@@ -64,19 +64,19 @@ def parse(spec: str, decoders: Mapping[str, type[Decoder]]) -> Decoder:
         decoders: Known decoders by name.
 
     Raises:
-        UsageError: Unknown name or parameter, or a value that is not allowed.
-        DataError: A recipe that cannot be read.
+        UsageError: A name or a parameter is unknown, or a value is not allowed.
+        DataError: A recipe cannot be read.
     """
     chain = tuple(part.decoder(**part.given) for part in read_parts(spec, decoders))
     return chain[0] if len(chain) == 1 else Chain(decoders=chain)
 
 
 def read_parts(spec: str, decoders: Mapping[str, type[Decoder]]) -> tuple[Part, ...]:
-    """Reads what a specification says and nothing that it leaves open.
+    """Reads the parts of a specification, with the parameters that it names and no others.
 
     Raises:
-        UsageError: Unknown name or parameter.
-        DataError: A recipe that cannot be read.
+        UsageError: A name or a parameter is unknown.
+        DataError: A recipe cannot be read.
     """
     parts: list[Part] = []
     for text in [found[1].strip() for found in PART.finditer(spec) if found[0]] or [""]:
@@ -90,7 +90,7 @@ def _recipe(name: str, decoders: Mapping[str, type[Decoder]]) -> tuple[Part, ...
     if "@" in spec:
         raise DataError(f"{path}: its decoder {spec!r} names a recipe", "write the decoder's parameters out")
     try:
-        parse(spec, decoders)  # so that a value out of range is reported with the file's name too
+        parse(spec, decoders)  # so that the error for a value out of range names the file too
         return read_parts(spec, decoders)
     except VlmfixError as error:
         raise DataError(f"{path}: {error.message}", error.hint) from error
@@ -117,7 +117,7 @@ def _one(spec: str, decoders: Mapping[str, type[Decoder]]) -> Part:
 
 
 def describe(decoder: type[Decoder]) -> DecoderInfo:
-    """What a table says about a decoder."""
+    """Describes a decoder for tables."""
     defaults = decoder()
     return DecoderInfo(
         name=decoder.name,

@@ -1,1 +1,1 @@
-"""How one call decodes: rows, passes, and the choice of tokens."""
+"""Decodes one call: stacks its rows, runs the model's passes and chooses tokens."""

@@ -1,4 +1,4 @@
-"""Beam search: several answers to each prompt grow side by side, and the one with the best mean log-probability wins.
+"""Searches with beams: several answers to each prompt grow in parallel, and the best mean log-probability wins.
 
 It finds what transformers' search finds with its defaults (``length_penalty=1``, ``early_stopping=False``): the score
 of an answer is the sum of its log-probabilities over the number of its tokens, end token included; and a sample is done
@@ -22,12 +22,12 @@ from vlmfix.decoding.running import Running
 
 @dataclass(eq=False)
 class Search:
-    """What the search knows of one sample.
+    """Holds the state of the search for one sample.
 
     Attributes:
-        number: Of the sample in the batch.
-        beams: Ended answers that it keeps.
-        growing: The answers so far, one for each beam.
+        number: Number of the sample in the batch.
+        beams: Most ended answers that the search keeps.
+        growing: The unfinished answers, one for each beam.
         ended: The best ended answers with their scores, at most ``beams``.
         broken: Steps, from 0, at which scores were not numbers.
     """
@@ -39,34 +39,34 @@ class Search:
     broken: list[int] = field(default_factory=list)
 
     def end(self, score: float, tokens: tuple[int, ...]) -> None:
-        """Takes an ended answer in; of equal scores the earlier stays before the later."""
+        """Adds an ended answer; of equal scores the earlier one ranks first."""
         self.ended = heapq.nlargest(self.beams, [*self.ended, (score, tokens)], key=lambda pair: pair[0])
 
     def is_done(self, best: float) -> bool:
-        """Whether a growing answer of this score, the best of all, improves nothing."""
+        """Returns whether the best growing answer, of score ``best``, can no longer improve the ended ones."""
         return len(self.ended) == self.beams and best <= self.ended[-1][0]
 
     @property
     def answer(self) -> tuple[int, ...]:
-        """The best ended answer."""
+        """Returns the best ended answer."""
         return self.ended[0][1]
 
     @property
     def score(self) -> float:
-        """Its score."""
+        """Returns the score of the best ended answer."""
         return self.ended[0][0]
 
 
 def search(call: Running, beams: int, ends: Collection[int]) -> list[Search]:
-    """Searches for the best answers.
+    """Searches for the best answer to each prompt.
 
     Args:
         call: The samples at work.
         beams: Answers that grow side by side, at least 2.
-        ends: Tokens that end an answer; one that has no room for more tokens ends too.
+        ends: Tokens that end an answer; an answer without room for more tokens ends too.
 
     Returns:
-        What was found for each sample.
+        The finished search of each sample.
     """
     samples = len(call.room)
     every = [Search(number, beams) for number in range(samples)]
@@ -80,7 +80,7 @@ def search(call: Running, beams: int, ends: Collection[int]) -> list[Search]:
             searched = going[place * len(going) // len(scores)]
             searched.broken += [step - 1] * odd
         totals = scores.log_softmax(dim=-1).view(len(going), -1, scores.shape[-1]) + sums[..., None]  # (B, beams, V)
-        # Each beam ends in as many ways as there are end tokens: so many candidates leave enough to go on with.
+        # Each beam can end with each end token: this many candidates leave ``beams`` that go on.
         count = min(max(2, 1 + len(ends)) * beams, totals[0].numel())
         values, places = totals.flatten(1).topk(count)  # (B, C)
         lines, tokens, kept, stay = [], [], [], []
@@ -117,10 +117,10 @@ def _grow(
         vocabulary: V.
         ends: Tokens that end an answer.
         step: Tokens of the grown answers.
-        last: Whether they may not grow any further.
+        last: Whether the grown answers have no room for more tokens.
 
     Returns:
-        For each answer that goes on its sum, the beam that it continues, and its new token; the best first.
+        For each answer that goes on, its sum, the beam that it continues, and its new token; the best first.
     """
     grown: list[tuple[float, int, int]] = []
     answers: list[tuple[int, ...]] = []

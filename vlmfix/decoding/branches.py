@@ -1,7 +1,7 @@
-"""Contrast branches: other ways to ask the same model, and the rule that fuses their logits.
+"""Builds contrast branches, which ask the same model in another way, and declares the rule that fuses their logits.
 
-``stack.py`` runs them as extra rows of the same forward pass. Shape letters (``docs/notation.md``): B rows (after beam
-expansion), N branches, T prompt tokens, V vocabulary.
+``rows.py`` and ``stack.py`` run them as extra rows of the same forward pass. Shape letters (``docs/notation.md``): B
+rows (after beam expansion), N branches, T prompt tokens, V vocabulary.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ from vlmfix.models.layout import Batch
 from vlmfix.upstream.names import TYPES
 
 TOKENS = ("input_ids", "attention_mask", *TYPES)
-"""Inputs with one entry per token."""
+"""Names of inputs with one entry per token."""
 
 
 @dataclass(frozen=True, eq=False)
 class Branch:
-    """One other way to ask: a batch of B rows, or the clean batch with other pictures.
+    """Asks the clean batch's questions in another way: with another prompt, or other pictures.
 
     Attributes:
         batch: Its inputs; row i belongs to row i of the clean batch.
-        same_pictures: The pictures are the clean batch's own, so their features are shared and not computed again.
+        same_pictures: Whether the pictures are the clean batch's own, so that both share the features.
     """
 
     batch: Batch
@@ -39,11 +39,11 @@ class Branch:
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Contrast(ABC):
-    """Branches and the rule that fuses their logits.
+    """Fuses the logits of contrast branches with the clean logits.
 
     Attributes:
         branches: The N branches.
-        rows: (B,) bool, rows on which the rule acts; elsewhere the clean logits stay as they are.
+        rows: (B,) bool, rows on which the rule acts; the other rows keep their scores.
     """
 
     branches: tuple[Branch, ...]
@@ -56,7 +56,7 @@ class Contrast(ABC):
         Args:
             clean: (B, V) float32 raw logits of the clean rows.
             others: (N, B, V) float32 raw logits of the branches.
-            scores: (B, V) what earlier methods of a chain made of ``clean``; equal to it for the first.
+            scores: (B, V) the scores that earlier methods of a chain made of ``clean``; ``clean`` for the first.
 
         Returns:
             (B, V) new scores.
@@ -64,15 +64,15 @@ class Contrast(ABC):
 
 
 def without_picture(vlm: Checkpoint, batch: Batch) -> Branch:
-    """The same question about no picture at all."""
+    """Makes a branch that asks the same question without any picture."""
     return Branch(vlm.encode(_prompts(batch), [()] * batch.rows, system=batch.system))
 
 
 def without_question(vlm: Checkpoint, batch: Batch, *, prompt: str | None = "") -> Branch:
-    """The same pictures and no question: an empty one, or with None no text at all in the user's turn.
+    """Makes a branch with the same pictures and ``prompt``, empty by default; None leaves no text in the user's turn.
 
-    Inputs that were not made by ``vlm.encode`` lose what stands between their last picture and the assistant's turn;
-    what stands before a picture is taken for template and stays.
+    Inputs that were not made by ``vlm.encode`` lose the text between their last picture and the assistant's turn; text
+    before a picture counts as template and stays.
     """
     if batch.prompts is None or batch.pictures is None:
         return _cut_after_pictures(vlm, batch, prompt)
@@ -80,12 +80,12 @@ def without_question(vlm: Checkpoint, batch: Batch, *, prompt: str | None = "") 
 
 
 def with_instruction(vlm: Checkpoint, batch: Batch, instruction: str) -> Branch:
-    """The same pictures and question under another system message."""
+    """Makes a branch with the same pictures and question under another system message."""
     return _asked(vlm, batch, _prompts(batch), instruction)
 
 
 def with_pixels(vlm: Checkpoint, branch: Batch, change: Callable[[Tensor, Tensor], Tensor]) -> Branch:
-    """The same prompt with other pixels.
+    """Makes a branch with the same prompt and other pixels.
 
     Args:
         vlm: The model.
@@ -108,14 +108,14 @@ def with_pixels(vlm: Checkpoint, branch: Batch, change: Callable[[Tensor, Tensor
 
 
 def picture_counts(vlm: Checkpoint, batch: Batch) -> list[int]:
-    """Number of pictures of each row."""
+    """Counts the pictures of each row."""
     if batch.pictures is not None:
         return [len(row) for row in batch.pictures]
     return [len(row) for row in vlm.family.patches(vlm.model, vlm.processor, batch)]
 
 
 def _cut_after_pictures(vlm: Checkpoint, batch: Batch, prompt: str | None) -> Branch:
-    """Replaces all that follows each row's last image token by what the template puts there."""
+    """Replaces all tokens behind each row's last image token by those that the template puts there."""
     image = vlm.family.image_token(vlm.model.config)
     blank = Image.new("RGB", (64, 64))
     kept: list[dict[str, Tensor]] = []

@@ -1,4 +1,4 @@
-"""How a token is chosen from the scores of one step: the most probable one, or a draw of each row's own.
+"""Chooses tokens from the scores of one step: the most probable one, or a draw of each row's own.
 
 Shape letters (``docs/notation.md``): B samples, V vocabulary.
 """
@@ -19,14 +19,14 @@ class Choice(Protocol):
     """Chooses a token for each sample; it may hold the state of one call."""
 
     def __call__(self, scores: Tensor) -> Tensor:
-        """(B,) int64 tokens from (B, V) float32 scores."""
+        """Chooses (B,) int64 tokens from (B, V) float32 scores."""
 
     def keep(self, samples: Tensor) -> None:
-        """Goes on with some of the samples, (S,) int64 numbers of the present ones."""
+        """Keeps some of the samples, (S,) int64 numbers of the present ones."""
 
 
 class Gated(Choice, Protocol):
-    """Chooses tokens in a way of its own, in our loop and in a user's call of ``generate``."""
+    """Chooses a gate's tokens, in our loop and in a user's call of ``generate``."""
 
     def chosen(self, said: Tensor, scores: Tensor, going: Tensor) -> tuple[Tensor, Tensor]:
         """Chooses for those samples that have not ended.
@@ -37,7 +37,7 @@ class Gated(Choice, Protocol):
             going: (B,) bool, samples that have not ended; elsewhere any token is right.
 
         Returns:
-            (B, V) the scores after whatever processes them, and (B,) int64 tokens.
+            (B, V) the processed scores, and (B,) int64 tokens.
         """
 
 
@@ -45,15 +45,15 @@ class MostProbable:
     """Takes the token with the highest score, the first of equal ones."""
 
     def __call__(self, scores: Tensor) -> Tensor:
-        """(B,) int64 tokens from (B, V) float32 scores."""
+        """Chooses (B,) int64 tokens from (B, V) float32 scores."""
         return scores.argmax(dim=-1)
 
     def keep(self, samples: Tensor) -> None:
-        """Nothing to do: it remembers nothing."""
+        """Does nothing, since it keeps no state."""
 
 
 class Known:
-    """Takes tokens that are known beforehand, whatever the scores.
+    """Takes given answers token by token, and ignores the scores.
 
     Args:
         answers: The tokens of each sample, one after the other.
@@ -64,33 +64,33 @@ class Known:
         self._rest, self._device = [iter(answer) for answer in answers], device
 
     def __call__(self, scores: Tensor) -> Tensor:
-        """(B,) int64 tokens."""
+        """Returns the next token of each sample, (B,) int64."""
         return torch.tensor([next(rest) for rest in self._rest], device=self._device)
 
     def keep(self, samples: Tensor) -> None:
-        """Goes on with some of the samples, (S,) int64 numbers of the present ones."""
+        """Keeps some of the samples, (S,) int64 numbers of the present ones."""
         self._rest = [self._rest[number] for number in samples.tolist()]
 
 
 class Drawn:
-    """Draws by the Gumbel-max rule with a generator per sample; see ``drawing``.
+    """Draws tokens by the Gumbel-max rule with a generator per sample; see ``drawing``.
 
     Args:
-        processors: What shapes the scores, and draws.
+        processors: Processors that shape the scores, and one that draws.
     """
 
     def __init__(self, processors: Sequence[LogitsProcessor]) -> None:
         self._processors = processors
 
     def __call__(self, scores: Tensor) -> Tensor:
-        """(B,) int64 tokens from (B, V) float32 scores."""
-        said = torch.empty(len(scores), 0, dtype=torch.long, device=scores.device)  # neither reads it
+        """Draws (B,) int64 tokens from (B, V) float32 scores."""
+        said = torch.empty(len(scores), 0, dtype=torch.long, device=scores.device)  # no processor reads it
         for processor in self._processors:
             scores = processor(said, scores)
         return scores.argmax(dim=-1)
 
     def keep(self, samples: Tensor) -> None:
-        """Goes on with the generators of some of the samples, (S,) int64 numbers of the present ones."""
+        """Keeps the generators of some of the samples, (S,) int64 numbers of the present ones."""
         for processor in self._processors:
             if isinstance(processor, RowSampler):
                 processor.keep(samples)

@@ -1,4 +1,4 @@
-"""Draws of tokens with a generator per row, so that a row's draw does not depend on its neighbours.
+"""Draws tokens with a generator per row, so that a row's draw does not depend on its neighbours.
 
 Shape letters (``docs/notation.md``): B rows, V vocabulary.
 """
@@ -14,11 +14,11 @@ from transformers import LogitsProcessor, TemperatureLogitsWarper, TopPLogitsWar
 
 
 def seed_of(seed: int, contents: Iterable[bytes]) -> int:
-    """Makes the seed of a draw out of a seed and of what the draw is about, so that it depends on nothing else.
+    """Derives the seed of a draw from a call's seed and the draw's subject, so that it depends on nothing else.
 
     Args:
         seed: Non-negative seed, such as a call's.
-        contents: What the draw is about, taken one after the other.
+        contents: The subject of the draw, such as a question and its pixels, hashed one after the other.
     """
     digest = hashlib.sha256(seed.to_bytes(8, "little"))
     for content in contents:
@@ -27,14 +27,14 @@ def seed_of(seed: int, contents: Iterable[bytes]) -> int:
 
 
 def rounded(pixels: Tensor) -> bytes:
-    """Gives the bytes of pixel values in bfloat16, so that the precision of the model changes no seed."""
+    """Returns the bytes of pixel values in bfloat16, so that the model's precision does not change the seed."""
     return pixels.to(torch.bfloat16).cpu().contiguous().view(torch.int16).numpy().tobytes()
 
 
 class RowSampler(LogitsProcessor):
-    """Sampling by the Gumbel-max rule with a generator per row, so that a row's draw is its own.
+    """Adds Gumbel noise to scores with a generator per row, so that greedy search then draws a token.
 
-    The most probable token of ``log p + Gumbel noise`` is distributed as ``p``. Greedy search then picks it.
+    The most probable token of ``log p + Gumbel noise`` is distributed as ``p`` (the Gumbel-max rule).
 
     Args:
         seeds: One seed per row.
@@ -51,12 +51,12 @@ class RowSampler(LogitsProcessor):
         return scores - (-(draws.clamp(min=tiny).log())).clamp(min=tiny).log()
 
     def keep(self, rows: Tensor) -> None:
-        """Goes on with the generators of some of the rows, (R,) int64 numbers of the present ones."""
+        """Keeps the generators of some of the rows, (R,) int64 numbers of the present ones."""
         self.generators = [self.generators[number] for number in rows.tolist()]
 
 
 def drawing(seeds: Sequence[int], device: torch.device, *, temperature: float, top_p: float) -> list[LogitsProcessor]:
-    """Makes what turns scores into scores of which the greatest is a draw: what shapes them first, then what draws.
+    """Makes the processors that turn greedy search into sampling: those that shape the scores, then a ``RowSampler``.
 
     Args:
         seeds: One seed per row.

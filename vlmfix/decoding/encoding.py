@@ -1,4 +1,4 @@
-"""What the vision tower makes of a batch's pictures, each distinct picture once.
+"""Encodes a batch's pictures with the vision tower, each distinct picture once.
 
 Shape letters (``docs/notation.md``): B rows, T prompt tokens.
 """
@@ -19,7 +19,7 @@ from vlmfix.upstream.features import Features, encoded, handed_over, picked, rea
 
 
 def encoded_once(vlm: Checkpoint, batch: Batch) -> Features:
-    """The features of all pictures of a batch, where rows with the same pictures share one run of the vision tower.
+    """Encodes all pictures of a batch; rows with the same pictures share one run of the vision tower.
 
     Rows share when they hold the same picture objects in the same order and all inputs that belong to their pictures
     are equal; a batch without such rows is encoded as it is.
@@ -43,7 +43,7 @@ def encoded_once(vlm: Checkpoint, batch: Batch) -> Features:
 
 
 def generation_inputs(vlm: Checkpoint, batch: Batch) -> dict[str, Any]:
-    """Inputs for ``model.generate``, with every distinct picture encoded once."""
+    """Makes the inputs for ``model.generate``, with every distinct picture encoded once."""
     inputs = dict[str, Any](batch)
     if repeats_pictures(batch):
         inputs |= handed_over(vlm.model, encoded_once(vlm, batch))
@@ -52,15 +52,15 @@ def generation_inputs(vlm: Checkpoint, batch: Batch) -> dict[str, Any]:
 
 
 def distinct(vlm: Checkpoint, batch: Batch) -> tuple[list[int], Mapping[str, Tensor]]:
-    """Which rows show other pictures than those before them, and what the vision tower reads of these.
+    """Finds the rows that show other pictures than the rows before them, and the vision tower's inputs for these.
 
     Args:
         vlm: The model.
         batch: B rows with ``pixel_values``.
 
     Returns:
-        For each row the first that shows the same pictures, itself where that is not certain; and the inputs that
-        belong to the pictures of the rows that stand for themselves, in their order.
+        For each row the first row that shows the same pictures, itself where that is not certain; and the inputs for
+        the pictures of those first rows, in their order.
     """
     names, every = read_by_tower(vlm.model, batch), list(range(batch.rows))
     whole = {name: batch[name] for name in names}
@@ -75,17 +75,17 @@ def distinct(vlm: Checkpoint, batch: Batch) -> tuple[list[int], Mapping[str, Ten
 
 
 def first_rows(batch: Batch) -> list[int]:
-    """For each row, the first row that holds the same picture objects in the same order; itself when unknown."""
+    """Returns, for each row, the first row with the same picture objects in the same order; itself when unknown."""
     return list(range(batch.rows)) if batch.pictures is None else repeats.first_rows(batch.pictures)
 
 
 def repeats_pictures(batch: Batch) -> bool:
-    """Whether some row holds the pictures of an earlier one."""
+    """Returns whether some row holds the pictures of an earlier row."""
     return batch.pictures is not None and repeats.repeats_pictures(batch.pictures)
 
 
 def _alike(value: Tensor, owners: Tensor, first: Sequence[int]) -> bool:
-    """Whether every row's entries equal those of the row that is to stand for it."""
+    """Returns whether every row's entries equal the entries of the first row with its pictures."""
     source = torch.cat([(owners == first[row]).nonzero().squeeze(1) for row in owners.unique().tolist()])
     if len(owners) != len(value) or len(source) != len(value):
         return False
@@ -93,7 +93,7 @@ def _alike(value: Tensor, owners: Tensor, first: Sequence[int]) -> bool:
 
 
 def _by_row(sizes: Sequence[int], rows: Sequence[int], tokens: Sequence[int]) -> dict[int, list[int]]:
-    """Which parts of the encoder's output belong to each row, by the image tokens that they fill.
+    """Assigns the parts of the encoder's output to rows, by the image tokens that they fill.
 
     Args:
         sizes: Image tokens of every part.

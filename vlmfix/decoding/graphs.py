@@ -1,10 +1,11 @@
-"""Steps recorded as CUDA graphs: a step is then one launch, and no longer waits for the host between its kernels.
+"""Records decoding steps as CUDA graphs: a step is then one launch, and its kernels do not wait for the host.
 
 A step of a model of some billion parameters is hundreds of small kernels, which a host launches more slowly than the
-GPU runs them. A recorded step reads and writes the same memory every time: tokens, positions, mask, the cache and what
-edits know of the rows stand in buffers, so that later calls of the same kind use it as it is. Which steps are recorded,
-and for how many rows and keys, follows from the call alone, so that an answer does not depend on the calls before it.
-Rows that have ended stay in a recorded step until half of them have; the rest then goes on in a smaller one.
+GPU runs them. A recorded step reads and writes the same memory every time: tokens, positions, mask, the KV cache and
+what edits know of the rows are in buffers, so that later calls of the same kind can replay it. Which steps are
+recorded, and for how many rows and keys, follows from the call alone, so that an answer does not depend on the calls
+before it. Rows that have ended stay in a recorded step until half of its rows have; the rest then continue in a smaller
+one.
 
 Shape letters (``docs/notation.md``): R rows that go on, G rows in the recorded step, K keys, V vocabulary.
 """
@@ -27,18 +28,18 @@ from vlmfix.upstream.compiling import quiet
 from vlmfix.upstream.wrappers import state_of
 
 KEYS = 64
-"""Recorded steps see a multiple of so many keys, so that prompts of about the same length share one."""
+"""A recorded step's number of keys is a multiple of this, so that prompts of about the same length share one."""
 ROOM = 256
-"""Most tokens that a recording has room for: memory for a long answer is taken as it grows."""
+"""Most new tokens that a recording has room for: a long answer takes memory as it grows."""
 SHORT = 4
-"""Answers of at most so many tokens are not recorded: recording a step costs about as much as three of them."""
+"""Answers of at most this many tokens are not recorded: recording a step costs about as much as three steps."""
 
 
 class Replay(Protocol):
-    """What was recorded."""
+    """Runs a recording again."""
 
     def replay(self) -> None:
-        """Runs it once more."""
+        """Runs the recorded kernels once more."""
 
 
 def captured(once: Callable[[], Tensor], device: torch.device) -> tuple[Replay, Tensor]:
@@ -49,11 +50,11 @@ def captured(once: Callable[[], Tensor], device: torch.device) -> tuple[Replay, 
         device: Where it runs.
 
     Returns:
-        The recording, and what its latest run returned.
+        The recording, and the tensor that each replay writes its result into.
     """
     aside = torch.cuda.Stream(device)
     aside.wait_stream(torch.cuda.current_stream(device))
-    with torch.cuda.stream(aside), quiet():  # what libraries set up at their first call must not be recorded
+    with torch.cuda.stream(aside), quiet():  # libraries' set-up at their first call must not be recorded
         once()
     torch.cuda.current_stream(device).wait_stream(aside)
     graph = torch.cuda.CUDAGraph()
@@ -63,25 +64,25 @@ def captured(once: Callable[[], Tensor], device: torch.device) -> tuple[Replay, 
 
 
 def slots(rows: int) -> int:
-    """Rows of the recorded step that so many rows pass in: 1, 2, 3, 4, 6, 8, 12, 16, 24 and so on."""
+    """Rounds a number of rows up to that of a recorded step: 1, 2, 3, 4, 6, 8, 12, 16, 24 and so on."""
     power = 1 << (rows - 1).bit_length()
     return 3 * power // 4 if power >= 4 and rows <= 3 * power // 4 else power
 
 
 def capacity(tokens: int, room: int) -> int:
-    """Keys of the recorded step that goes on behind so many tokens, with room for so many, ``ROOM`` at most."""
+    """Computes the keys of a recorded step that follows ``tokens`` with room for ``room`` more, at most ``ROOM``."""
     return -(-(tokens + min(room, ROOM)) // KEYS) * KEYS
 
 
 @dataclass(eq=False)
 class Recordings:
-    """The steps that were recorded for one model, over one arena.
+    """Holds the steps that were recorded for one model, over one arena.
 
     Attributes:
         arena: Memory for keys and values.
-        state: What the model was when they were made.
-        moved: ``arena.moved`` then.
-        made: The recordings.
+        state: State of the model (``state_of``) when the steps were recorded.
+        moved: ``arena.moved`` when they were recorded.
+        made: Key of ``kind_of`` -> recording.
     """
 
     arena: Arena = field(default_factory=Arena)
@@ -90,7 +91,7 @@ class Recordings:
     made: dict[Hashable, Recorded] = field(default_factory=dict)
 
     def of(self, key: Hashable) -> Recorded | None:
-        """The recording of a kind, if there is one over the present memory."""
+        """Returns the recording for a key of ``kind_of``, or None without one over the present memory."""
         if self.moved != self.arena.moved:
             self.made.clear()
             self.moved = self.arena.moved
@@ -101,7 +102,7 @@ _RECORDINGS: WeakKeyDictionary[nn.Module, Recordings] = WeakKeyDictionary()
 
 
 def recordings_of(vlm: Checkpoint) -> Recordings:
-    """The recordings of a model as it is: none when weights, adapters or hooks have changed since."""
+    """Returns the model's recordings; drops them first when weights, adapters or hooks have changed since."""
     model = vlm.model
     state = state_of(model, vlm.family.decoder(model))
     found = _RECORDINGS.get(model)
@@ -112,18 +113,18 @@ def recordings_of(vlm: Checkpoint) -> Recordings:
 
 
 def forget(model: nn.Module) -> bool:
-    """Gives back the memory of a model's recordings and of its arena; says whether there was any."""
+    """Frees the memory of a model's recordings and of its arena; returns whether there was any."""
     return _RECORDINGS.pop(model, None) is not None
 
 
 class Recorded:
-    """A step recorded for G rows and K keys.
+    """Records a decoding step for G rows and K keys, and replays it.
 
     Args:
         step: Calls the model, with (G, 1) tokens, (..., G, 1) positions, a (G, 1, 1, K) bool mask and a cache; returns
             its (G, V) float32 logits.
-        recordings: Where it is kept; its arena holds keys and values of all layers.
-        plans: The edits at work, which know their rows.
+        recordings: The model's recordings, whose arena holds keys and values of all layers.
+        plans: The edits at work, with what they know of the rows.
         mask: (R, tokens so far), 1 where a token is real.
         positions: (..., R, 1), those of the newest token.
         rows: G.
@@ -147,7 +148,7 @@ class Recorded:
         self._column = torch.zeros(1, dtype=torch.long, device=device)
         self._ids = torch.zeros(rows, 1, dtype=torch.long, device=device)
         self._positions = positions.new_zeros(*positions.shape[:-2], rows, 1)
-        self._places = torch.arange(keys, device=device)  # kept, as all that the recording reads
+        self._places = torch.arange(keys, device=device)  # an attribute, since the recording reads it
         cache = recordings.arena.fixed(rows, keys, self._column)
 
         def once() -> Tensor:
@@ -157,12 +158,12 @@ class Recorded:
             self._column.add_(1)
             return logits
 
-        self.begin(plans, mask, positions)  # what the first run writes behind the last token is written over
+        self.begin(plans, mask, positions)  # the first run writes behind the last token, and is overwritten
         with self._state.standing_in(plans):
             self._graph, self._logits = captured(once, device)
 
     def begin(self, plans: Plans, mask: Tensor, positions: Tensor) -> None:
-        """Takes over the rows of a call, whose keys and values stand in the arena.
+        """Loads the rows of a call, whose keys and values are in the arena.
 
         Args:
             plans: The edits at work.
@@ -180,31 +181,31 @@ class Recorded:
 
     @property
     def full(self) -> bool:
-        """Whether no further token has room."""
+        """Returns whether there is no room for a further token."""
         return self.tokens == self.capacity
 
     def token(self, tokens: Tensor) -> Tensor:
-        """The logits that follow a further token of each row that goes on, (R, V) float32; ``tokens`` (R,) int64."""
+        """Replays the step for a further token of each row, (R,) int64; returns the (R, V) float32 logits."""
         self._ids[self.rows, 0] = tokens
         self._graph.replay()
         self.tokens += 1
         return self._logits[self.rows]
 
     def keep(self, rows: Tensor) -> bool:
-        """Goes on with some of the rows, (R',) int64 numbers of the present ones.
+        """Keeps some of the rows, (R',) int64 numbers of the present ones.
 
         Returns:
-            Whether enough of the recorded rows go on for it to be worth its time.
+            Whether more than half of the recorded rows are still in use; with fewer, another step is cheaper.
         """
         self.rows = self.rows[rows]
         return 2 * len(self.rows) > len(self._ids)
 
     def given_back(self) -> tuple[Tensor, Tensor]:
-        """What an unrecorded step goes on with: (R, tokens so far) mask, and (..., R, 1) newest positions."""
+        """Returns the state for an unrecorded step: (R, tokens so far) mask, and (..., R, 1) newest positions."""
         mask = self._real[self.rows, : self.tokens].long()
         return mask, self._positions[..., self.rows, :] - 1
 
 
 def kind_of(plans: Plans, positions: Tensor, rows: int, keys: int) -> Hashable:
-    """Says which recording serves a call; see ``Recorded``."""
+    """Returns the key of the recording that serves a call; see ``Recorded``."""
     return key_of(plans), positions.shape[:-2], rows, keys

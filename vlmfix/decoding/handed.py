@@ -1,6 +1,6 @@
-"""A user's own call of ``generate``, decoded by our loop: what transformers hands to it under ``custom_generate``.
+"""Decodes a user's own call of ``generate`` in our loop, to which transformers passes it by ``custom_generate``.
 
-Processors, stopping criteria and configuration are those of the call, and see every row until the last has ended, as in
+The call's own processors, stopping criteria and configuration apply, and see every row until the last has ended, as in
 transformers. Shape letters (``docs/notation.md``): B samples, T prompt tokens, V vocabulary.
 """
 
@@ -24,7 +24,7 @@ from vlmfix.upstream import loops
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class HandedLoop:
-    """What ``decoder.applied`` gives to ``generate`` for a plan with a gate.
+    """Replaces the loop of ``generate`` inside ``decoder.applied``, for a plan with a gate.
 
     Attributes:
         vlm: The model.
@@ -49,20 +49,20 @@ class HandedLoop:
         token_streamer: loops.BaseStreamer | None = None,
         **kwargs: Any,
     ) -> Tensor | loops.GenerateDecoderOnlyOutput:
-        """Generates.
+        """Generates answers to the planned prompts.
 
         Args:
             model: The model.
             input_ids: (B, T) prompts, the planned ones.
-            token_streamer: Gets the prompt and then every token. Transformers hands ``streamer`` to no loop of
-                another's, so ``generate`` takes it under this name.
+            token_streamer: Gets the prompt and then every token. Transformers gives ``streamer`` to no custom loop, so
+                ``generate`` takes it under this name.
             **kwargs: Processors, stopping criteria, configuration, and what the model takes.
 
         Returns:
             (B, T + generated) tokens, or an output of ``generate`` when its configuration asks for one.
 
         Raises:
-            IncompatibleDecodersError: The call asks for something that this loop does not do, or is another model's.
+            IncompatibleDecodersError: The call asks for something that this loop does not do, or for another model.
         """
         if model is not self.vlm.model:
             raise idle(self.name, "generate ran another model")
@@ -97,7 +97,7 @@ class HandedLoop:
         return loops.GenerateDecoderOnlyOutput(**output)
 
     def _check(self, input_ids: Tensor, config: Any, cache: Cache | None) -> None:  # noqa: ANN401 (settings have no types)
-        """Refuses what a call asks for and would not get."""
+        """Refuses a call that asks for something that this loop does not do."""
         asked = loops.unusual(config)
         if asked:
             raise IncompatibleDecodersError(

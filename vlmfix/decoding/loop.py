@@ -1,6 +1,6 @@
-"""The decoding loop: the prompt passes, a token is chosen, it passes, and so on until every sample has ended.
+"""Runs the decoding loop: prefill, then choose a token and run it, until every sample has ended.
 
-A sample that has ended leaves with its branches, so that a long answer does not carry others along. Shape letters
+A sample that has ended leaves the batch with its branches, so that a long answer does not carry it along. Shape letters
 (``docs/notation.md``): B samples that go on, V vocabulary.
 """
 
@@ -20,12 +20,12 @@ from vlmfix.decoding.running import Running
 
 @dataclass(frozen=True)
 class Said:
-    """What one step brought.
+    """Holds the tokens that one step chose.
 
     Attributes:
-        samples: Numbers of the samples in the batch, those that went on.
-        tokens: Their new tokens.
-        broken: Which of them had scores that were not numbers.
+        samples: Numbers, in the batch, of the samples that had not ended before the step.
+        tokens: The new token of each.
+        broken: Whether the scores of each held NaN or +inf.
     """
 
     samples: Sequence[int]
@@ -34,7 +34,7 @@ class Said:
 
 
 def decode(call: Running, choice: Choice, ends: Collection[int]) -> Iterator[Said]:
-    """Decodes step by step.
+    """Decodes a call step by step.
 
     Args:
         call: The samples at work.
@@ -42,7 +42,7 @@ def decode(call: Running, choice: Choice, ends: Collection[int]) -> Iterator[Sai
         ends: Tokens that end an answer.
 
     Yields:
-        The tokens of each step; a sample's last is one of ``ends``, or the last that it has room for.
+        The tokens of each step; a sample's last token is one of ``ends``, or the last that it has room for.
     """
     going = list(range(len(call.room)))
     scores = call.prompt()  # (B, V)
@@ -62,5 +62,5 @@ def decode(call: Running, choice: Choice, ends: Collection[int]) -> Iterator[Sai
 
 
 def broken(scores: Tensor) -> list[bool]:
-    """Which rows of (B, V) scores hold NaN or +inf."""
+    """Returns, for each row of (B, V) scores, whether it holds NaN or +inf."""
     return (~(scores < math.inf).all(dim=-1)).tolist()

@@ -1,8 +1,8 @@
-"""The newest step with its graph: what a token that could follow owes to what stands before it.
+"""Keeps the newest decoding step with its autograd graph, to compute a possible next token's saliency over the keys.
 
-The prompt is read without gradients; its last token is then taken back from the cache and passes once more, as every
-later token does: alone, behind keys and values that are constants. The graph of such a step begins with the attention
-of the first layer that is asked about, and the layers before have none. It lives until the next step.
+Prefill runs without gradients; the prompt's last token is then dropped from the KV cache and passes once more, as
+every later token does: alone, behind keys and values that are constants. The graph of such a step begins with the
+attention of the first layer that is asked about; earlier layers have none. It lives until the next step.
 
 Shape letters (``docs/notation.md``): L lines, R rows of the pass, branches included, H query heads, K keys, V
 vocabulary; here also N layers that are asked about.
@@ -28,7 +28,7 @@ from vlmfix.models.layout import Batch
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Recorder(WeightEdit):
-    """Keeps the weights of a step as nodes of its graph, which begins with the first of them; it changes nothing.
+    """Keeps the attention weights of a step as nodes of its graph, which begins there; it changes no weight.
 
     Attributes:
         first: Number of the first of its layers.
@@ -40,7 +40,7 @@ class Recorder(WeightEdit):
     rows: ClassVar[Rows] = "none"
 
     def weights(self, site: Site, weights: Tensor) -> Tensor:
-        """The same weights, as a node."""
+        """Returns the same weights as a node of the graph."""
         if site.layer == self.first:
             torch.set_grad_enabled(True)  # ``Newest.step`` puts it back
         node = weights if weights.requires_grad else weights.detach().requires_grad_()
@@ -49,14 +49,14 @@ class Recorder(WeightEdit):
 
 
 class Newest:
-    """The newest step of a call, of which may be asked what tokens owe to the keys.
+    """Keeps the newest step of a call, and computes the saliency of tokens that could follow it.
 
     Args:
         vlm: The model.
         layers: The layers that are asked about.
 
     Attributes:
-        recorder: The edit that keeps their attention; it must come last.
+        recorder: The edit that keeps these layers' attention; it must come last.
     """
 
     def __init__(self, vlm: Checkpoint, layers: LayerSet) -> None:
@@ -65,28 +65,28 @@ class Newest:
 
     @contextmanager
     def step(self) -> Iterator[None]:
-        """Has a step taken inside the block, whose graph takes the place of the last one's."""
+        """Keeps the graph of the step that runs inside the block, in place of the previous step's."""
         self.forget()
         with torch.no_grad():
             yield
 
     def scored(self, scores: Tensor) -> Tensor:
-        """Keeps the (L, V) float32 scores of the step with their graph, and returns them without."""
+        """Keeps the (L, V) float32 scores of the step with their graph, and returns a copy without it."""
         self._scores = scores
         return scores.detach().clone()
 
     def forget(self) -> None:
-        """Lets the graph go."""
+        """Frees the graph."""
         self._scores = None
         self.recorder.seen.clear()
 
     @property
     def keys(self) -> int:
-        """K."""
+        """Returns K."""
         return int(next(iter(self.recorder.seen.values())).shape[-1])
 
     def gradients(self, tokens: Tensor, wanted: Tensor | None = None) -> list[tuple[Tensor, Tensor]]:
-        """Differentiates the loss of a token of each line: one backward pass for all lines.
+        """Differentiates the loss of one token per line, in one backward pass for all lines.
 
         Args:
             tokens: (L,) int64.
@@ -103,14 +103,14 @@ class Newest:
             losses = token_loss(self._scores, tokens)
             loss = SCALE * (losses if wanted is None else losses[wanted]).sum()
         found = torch.autograd.grad(loss, seen, retain_graph=True)
-        lines = len(tokens)  # branches stand behind them
+        lines = len(tokens)  # rows of branches come after these
         return [
             (weights[:lines, :, 0].detach(), gradient[:lines, :, 0] / SCALE)
             for weights, gradient in zip(seen, found, strict=True)
         ]
 
     def saliency(self, tokens: Tensor, wanted: Tensor | None = None) -> Tensor:
-        """What each line's token owes to each key.
+        """Computes the saliency of each line's token over the keys.
 
         Args:
             tokens: (L,) int64, the judged token of each line.

@@ -1,6 +1,6 @@
-"""The model's passes of one call: the prompt's, and one for every further token.
+"""Runs the model's passes of one call: prefill, and one decoding step for every further token.
 
-The cache, the mask and the positions belong to the call and are handed to the model's public ``forward``. Shape letters
+The call owns the KV cache, the mask and the positions, and gives them to the model's public ``forward``. Shape letters
 (``docs/notation.md``): R rows, T prompt tokens, V vocabulary.
 """
 
@@ -23,7 +23,7 @@ from vlmfix.upstream.versions import say_once
 
 
 class Passes:
-    """The passes over the rows of one call, in order: ``prompt`` once, then ``token`` as often as wanted.
+    """Runs the passes over the rows of one call, in order: ``prompt`` once, then ``token`` as often as wanted.
 
     Args:
         vlm: The model; edits that are at work act in these passes.
@@ -31,8 +31,8 @@ class Passes:
         room: Longest answer in tokens.
         plans: The edits at work.
         recordings: The model's recorded steps; None to record no step.
-        roomy: Whether keys and values are written where there is room for the next; not for rows that change their
-            order at every step, nor for steps with a graph, of which they are part.
+        roomy: Whether the cache reserves room for further keys and values; False for rows that change their order at
+            every step, and for steps with an autograd graph, of which the cache is part.
     """
 
     def __init__(
@@ -57,7 +57,7 @@ class Passes:
         if not caches.is_roomy(self._cache):
             self._recordings = None
         self._mask = rows.mask  # (R, T + tokens so far)
-        self._next = rows.positions[..., -1:]  # (R, 1) or (3 or 4, R, 1), that of the newest token
+        self._next = rows.positions[..., -1:]  # (R, 1) or (3 or 4, R, 1), the newest token's
 
     def _roomy(self, room: int) -> Cache:
         rows, tokens = len(self._rows.ids), self._rows.length
@@ -67,27 +67,27 @@ class Passes:
 
     @property
     def recorded(self) -> bool:
-        """Whether the newest token passed in a step that was recorded before, in which no edit is called."""
+        """Returns whether the newest token passed in a step recorded earlier, whose replay calls no edit."""
         return self._recorded is not None and not self._new
 
     @property
     def cache(self) -> DynamicCache:
-        """Keys and values of the present rows, while no step is recorded."""
+        """Returns the KV cache of the present rows; valid while no step is recorded."""
         cache: DynamicCache = self._cache
         return cache
 
     def prompt(self) -> Tensor:
-        """The logits that follow each prompt, (R, V) float32."""
+        """Runs prefill; returns the logits that follow each prompt, (R, V) float32."""
         rows = self._rows
         return self._logits(rows.ids, rows.positions, self._mask, self._cache, **rows.types, **rows.pictures)
 
     def again(self) -> Tensor:
-        """The logits that follow each prompt, (R, V) float32: its last token is taken back and passes alone."""
+        """Drops each prompt's last token from the cache and runs it again alone; returns its (R, V) float32 logits."""
         caches.drop_last(self._cache)
         return self._logits(self._rows.ids[:, -1:], self._next, self._mask, self._cache)
 
     def token(self, tokens: Tensor) -> Tensor:
-        """The logits that follow a further token of each row, (R, V) float32.
+        """Runs a further token of each row; returns the logits that follow it, (R, V) float32.
 
         Args:
             tokens: (R,) int64.
@@ -104,7 +104,7 @@ class Passes:
         return self._logits(tokens[:, None], self._next, self._mask, self._cache)
 
     def keep(self, rows: Tensor) -> None:
-        """Goes on with some of the rows, in the order given; the caller sees to edits.
+        """Keeps some of the rows, in the order given; the caller does the same for the edits.
 
         Args:
             rows: (R',) int64, numbers of the present rows.
@@ -124,7 +124,7 @@ class Passes:
         self._recorded = None
 
     def _record(self, recordings: Recordings) -> None:
-        """Goes on in a recorded step, made now if there is none."""
+        """Continues in a recorded step, and records it first when there is none."""
         rows, keys = slots(len(self._mask)), capacity(self._mask.shape[1], self._left + 1)
         for layer in caches.room_of(self._cache):
             layer.reserve(rows, keys)
@@ -147,5 +147,5 @@ class Passes:
         output = self._model(**given, use_cache=True, logits_to_keep=1, return_dict=True)
         logits: Tensor = output.logits[:, -1].float()
         if logits.requires_grad:
-            caches.detach(cache)  # or the graph of every step would stay
+            caches.detach(cache)  # else the cache would keep every step's graph alive
         return logits

@@ -1,4 +1,4 @@
-"""What one call of a decoder does: edits of attention, branches, and a gate on tokens."""
+"""Describes what one call of a decoder does: edits of attention, branches, and a gate on tokens."""
 
 from __future__ import annotations
 
@@ -16,30 +16,30 @@ from vlmfix.errors import IncompatibleDecodersError
 
 
 class Gate(Protocol):
-    """Chooses tokens in a way of its own: for methods that reject some."""
+    """Chooses tokens for a method that rejects some, in place of greedy search or sampling."""
 
     def __call__(self, newest: Newest | None, processors: Sequence[LogitsProcessor], *, sampling: bool) -> Gated:
-        """Begins a call.
+        """Starts a call, and returns what chooses its tokens.
 
         Args:
-            newest: What the call's newest step owes, when the plan asks for it.
-            processors: What shapes the scores; a ``RowSampler`` among them says that tokens are drawn.
-            sampling: Whether tokens are to be drawn from the shaped scores.
+            newest: The call's newest step with its graph, when the plan asks for it.
+            processors: Processors of the scores; a ``RowSampler`` among them says that tokens are drawn.
+            sampling: Whether tokens are to be drawn from the processed scores.
 
         Raises:
-            IncompatibleDecodersError: It chooses otherwise than it is told to.
+            IncompatibleDecodersError: The gate cannot choose in that way.
         """
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class DecodingPlan:
-    """What one call of ``generate`` needs; made anew for every call, because it may hold that call's state.
+    """Holds what one call of ``generate`` needs; each call gets a new plan, which may hold that call's state.
 
     Attributes:
         edits: Attention edits, in order.
-        contrasts: Branches and how their logits are fused, in order.
-        gate: A way of its own to choose tokens, at most one in a chain.
-        asks: Layers of which the gate asks what tokens owe to them; None when it asks nothing.
+        contrasts: Contrast branches and how their logits are fused, in order.
+        gate: Chooses the tokens, at most one in a chain; None leaves that to greedy search, sampling or beams.
+        asks: Layers whose saliency the gate reads; None when it reads none.
         beams: Whether beam search is meaningful.
         compiles: Whether decoding steps can be compiled; False for plans with per-step Python effects.
     """
@@ -53,14 +53,14 @@ class DecodingPlan:
 
     @property
     def plain(self) -> bool:
-        """Whether it leaves the model as it is."""
+        """Returns whether the plan leaves the model as it is."""
         return not self.edits and not self.contrasts and self.gate is None
 
     def merged(self, other: DecodingPlan) -> DecodingPlan:
-        """Both plans at work: this one first.
+        """Returns a plan that applies this plan first and then the other.
 
         Raises:
-            IncompatibleDecodersError: Both bring a gate.
+            IncompatibleDecodersError: Both have a gate.
         """
         if self.gate is not None and other.gate is not None:
             raise IncompatibleDecodersError("both decoders choose tokens in a way of their own", "use one of them")

@@ -1,14 +1,14 @@
-"""Rows whose prompts begin alike share the pass over that beginning.
+"""Runs the common beginning of several rows' prompts once, and copies its KV cache to each of the rows.
 
-Questions about one picture differ only behind it. The text decoder's first call, the prompt's, is split in two: the
-columns before ``start`` run once per distinct beginning, and their keys and values are copied to every row that begins
-so; the columns from ``start`` on run per row, behind that cache. Columns stay where they were, so masks, layouts and
-whatever is above the text decoder see one ordinary prompt. Where ``start`` cuts into a row's own beginning (its
+Questions about one picture differ only behind it. Prefill, the text decoder's first call, is split in two: the columns
+before ``start`` run once per distinct beginning, and their keys and values are copied to every row with that
+beginning; the columns from ``start`` on run per row, behind that cache. Columns keep their places, so masks, layouts
+and everything above the text decoder see one ordinary prompt. Where ``start`` cuts into a row's own beginning (its
 question is shorter than the longest), the row computes the few columns between once more.
 
 A pass is split only where that is the same computation: the beginnings are equal as the decoder sees them (embeddings,
 positions, deep features), no edit acts before ``start``, no sliding window ends inside the prompt, no rotary
-embedding depends on the length of the pass, and no token of a beginning looks at one behind it. Everything else runs
+embedding depends on the length of the pass, and no token of a beginning attends to one behind it. Everything else runs
 as it would without this module.
 
 Shape letters (``docs/notation.md``): B rows (all branches, beams expanded), T prompt tokens; here also U distinct
@@ -41,11 +41,11 @@ from vlmfix.upstream.versions import say_once
 
 @dataclass(frozen=True, eq=False)
 class Prompts:
-    """The rows of a prefill and which of them may begin alike.
+    """Describes the rows of a prefill, and which of them may have a common beginning.
 
     Attributes:
         real: (B, T) bool, True where a prompt token is real; padding is on the left.
-        alike: (B,) int64, the first row with the same pictures and the same tokens up to the last of them. A row
+        alike: (B,) int64, the first row with the same pictures and the same tokens up to the last picture's end. A row
             without a picture is like its own beams alone.
     """
 
@@ -54,7 +54,7 @@ class Prompts:
 
 
 def prompts_of(vlm: Checkpoint, batch: Batch, branches: Sequence[Branch], *, beams: int = 1) -> Prompts | None:
-    """The rows that a call of ``generate`` will run, or None when no two of them can share.
+    """Describes the rows that a call of ``generate`` will run; None when no two of them can share a beginning.
 
     Args:
         vlm: The model.
@@ -83,7 +83,7 @@ def prompts_of(vlm: Checkpoint, batch: Batch, branches: Sequence[Branch], *, bea
 
 
 def _keys(vlm: Checkpoint, shown: Batch, asked: Batch) -> list[Hashable]:
-    """For each row, what its beginning is made of: pixels, pictures, and the tokens up to the last picture's last.
+    """Makes a key of each row's beginning: its pixels, pictures, and tokens up to the last image token.
 
     Args:
         vlm: The model.
@@ -102,7 +102,7 @@ def _keys(vlm: Checkpoint, shown: Batch, asked: Batch) -> list[Hashable]:
 
 @contextmanager
 def shared_prefixes(vlm: Checkpoint, prompts: Prompts) -> Iterator[None]:
-    """Splits the text decoder's first call inside the block, if that is the prompt's; later calls are not touched.
+    """Splits the text decoder's first call inside the block, if it is a prefill, and leaves later calls alone.
 
     Args:
         vlm: The model; its text decoder's ``forward`` is restored by the first call, and at the latest on leaving.
@@ -137,13 +137,13 @@ def shared_prefixes(vlm: Checkpoint, prompts: Prompts) -> Iterator[None]:
 
 @dataclass(frozen=True, eq=False)
 class Given:
-    """What the text decoder was called with.
+    """Holds the arguments that the text decoder was called with.
 
     Attributes:
         names: Names of the arguments.
         all: The arguments by name.
         embeds: (B, T, hidden size) embeddings.
-        positions: (B, T) or (3 or 4, B, T) position ids; None when it was told none.
+        positions: (B, T) or (3 or 4, B, T) position ids; None when none were given.
         mask: None or (B, T) for plain causality, (B, 1, T, K), or several of these by name.
         cache: Where keys and values go, or None.
         picture_tokens: (B, T) bool, the tokens that deep features are added to, or None.
@@ -161,7 +161,7 @@ class Given:
 
 
 def _read(decoder: nn.Module, kwargs: Mapping[str, Any]) -> Given | None:
-    """The arguments of a call; None, which is said once, when some of them are not known."""
+    """Reads the arguments of a call; warns once and returns None when it does not know some of them."""
     try:
         names = TextNames.of(decoder)
     except UpstreamError as error:
@@ -187,14 +187,14 @@ def _read(decoder: nn.Module, kwargs: Mapping[str, Any]) -> Given | None:
 
 
 def _by_token(value: Any) -> bool:  # noqa: ANN401 (whatever a model hands to its text decoder)
-    """Whether an argument may have entries for single tokens."""
+    """Returns whether an argument may have entries for single tokens."""
     parts = value if isinstance(value, list | tuple) else [value]
     return any(isinstance(part, Tensor) and part.dim() > 0 for part in parts)
 
 
 @dataclass(frozen=True, eq=False)
 class Split:
-    """Where a prompt is cut.
+    """Says where prompts are split, and which row each beginning comes from.
 
     Attributes:
         start: Columns that are computed once per beginning.
@@ -212,12 +212,14 @@ class Split:
 
 
 def _split(vlm: Checkpoint, prompts: Prompts, given: Given) -> Split | None:
-    """How to cut, or None when the pass must stay whole or nothing would be saved."""
+    """Decides where to split; returns None when the pass must stay whole or a split would save nothing."""
     rows, total = prompts.real.shape
     if not _is_prefill(vlm, given, prompts.real):
         return None
     pad = total - prompts.real.sum(dim=1)  # (B,)
-    common = torch.minimum(_common(prompts.alike, pad, given), total - pad - 2)  # (B,); one query alone is no prompt
+    common = torch.minimum(
+        _common(prompts.alike, pad, given), total - pad - 2
+    )  # (B,); leaves two queries: one alone is a decoding step
     common = common.scatter_reduce(0, prompts.alike, common, "amin")[prompts.alike]
     edited = first_edited(vlm)
     start = min(int((pad + common).min()), total if edited is None else edited)
@@ -258,20 +260,20 @@ def _run(vlm: Checkpoint, decoder: Callable[..., Any], split: Split, given: Give
 
 
 def _is_prefill(vlm: Checkpoint, given: Given, real: Tensor) -> bool:
-    """Whether the call is the prompt's, into an empty cache, and of a kind that can be cut."""
+    """Returns whether the call is a prefill into an empty cache, of a kind that can be split."""
     if given.embeds.shape[:2] != real.shape or given.positions is None:
         return False
     if not caches.is_plain(given.cache, real.shape[1]) or caches.length(given.cache) > 0:
         return False
     if given.all.get("output_attentions") or given.all.get("output_hidden_states"):
-        return False  # they would miss the beginning
+        return False  # these outputs would lack the beginning's columns
     masks = list(given.mask.values()) if isinstance(given.mask, dict) else [given.mask]
     known = all(_says(part, real) for part in masks) and len({part is None for part in masks}) == 1
     return known and not positions.grows(vlm.family.decoder(vlm.model))
 
 
 def _says(mask: Any, real: Tensor) -> bool:  # noqa: ANN401 (what the decoder takes)
-    """Whether a mask, or no mask, hides the prompt's padding and nothing else from the last token."""
+    """Returns whether a mask, or its absence, hides the prompt's padding and nothing else from the last token."""
     rows, total = real.shape
     if mask is None:
         return bool(real.all())
@@ -281,19 +283,19 @@ def _says(mask: Any, real: Tensor) -> bool:  # noqa: ANN401 (what the decoder ta
 
 
 def _allowed(mask: Tensor) -> Tensor:
-    """Where a query may look: a mask is bool, or what is added to the scores."""
+    """Converts a mask, bool or added to the scores, to bool: True where a query may look."""
     return mask if mask.dtype == torch.bool else mask >= 0
 
 
 def _common(alike: Tensor, pad: Tensor, given: Given) -> Tensor:
-    """(B,) tokens from its first on that each row has in common with the row it is alike to; all for that row itself.
+    """Counts the first tokens that each row shares with its ``alike`` row, (B,); all of them for that row itself.
 
-    Rows count as equal where the decoder's inputs are: embeddings, positions, and deep features of the pictures.
+    Tokens are equal where the decoder's inputs are equal: embeddings, positions, and deep features of the pictures.
     """
     embeds = given.embeds
     rows, total, _ = embeds.shape
     columns = torch.arange(total, device=pad.device)
-    own = (alike != torch.arange(rows, device=pad.device)).nonzero().squeeze(1)  # (N,) rows alike to another
+    own = (alike != torch.arange(rows, device=pad.device)).nonzero().squeeze(1)  # (N,) rows that are like another row
     other = alike[own]
     source = columns - pad[own, None] + pad[other, None]  # (N, T), the other row's column of the same token
     inside = (source >= 0) & (source < total)
@@ -313,10 +315,12 @@ def _common(alike: Tensor, pad: Tensor, given: Given) -> Tensor:
 
 
 def _closed(mask: Any, first: Tensor, pad: Tensor, wanted: Tensor) -> Tensor:  # noqa: ANN401
-    """(U,) tokens of each beginning that the wanted ones depend on; more than these where a picture sees all of itself.
+    """Counts the tokens of each beginning, (U,), that must be computed so that the wanted ones are right.
+
+    Bidirectional attention inside a picture can require more than those wanted.
 
     Args:
-        mask: What the decoder got: None or (B, T) for plain causality, (B, 1, T, K), or several of these by name.
+        mask: The decoder's mask: None or (B, T) for plain causality, (B, 1, T, K), or several of these by name.
         first: (U,) rows of the beginnings.
         pad: (U,) their padding.
         wanted: (U,) tokens wanted.
@@ -337,7 +341,7 @@ def _closed(mask: Any, first: Tensor, pad: Tensor, wanted: Tensor) -> Tensor:  #
 
 
 def _inputs(given: Given, rows: Tensor, columns: Tensor) -> dict[str, Any]:
-    """The decoder's inputs at some tokens, but for mask and cache.
+    """Selects the decoder's inputs, without mask and cache, at some tokens.
 
     Args:
         given: All inputs.
@@ -358,14 +362,14 @@ def _inputs(given: Given, rows: Tensor, columns: Tensor) -> dict[str, Any]:
 
 
 def _positions(given: Given) -> Tensor:
-    """(B, T) or (3 or 4, B, T) position ids."""
+    """Returns the position ids of all rows, (B, T) or (3 or 4, B, T)."""
     if given.positions is None:
         raise RuntimeError("a pass without positions is not cut")
     return given.positions.expand(*given.positions.shape[:-2], given.embeds.shape[0], -1)
 
 
 def _mask_among(mask: Any, rows: Tensor, columns: Tensor) -> Any:  # noqa: ANN401
-    """The mask of some tokens of some rows among themselves, (U, 1, P, P); None for plain causality."""
+    """Cuts out the mask of some rows' tokens among themselves, (U, 1, P, P); None for plain causality."""
     if isinstance(mask, dict):
         return {name: _mask_among(part, rows, columns) for name, part in mask.items()}
     if mask is None or mask.dim() == 2:
@@ -374,9 +378,10 @@ def _mask_among(mask: Any, rows: Tensor, columns: Tensor) -> Any:  # noqa: ANN40
 
 
 def _mask_from(mask: Any, start: int) -> Any:  # noqa: ANN401
-    """The mask of the queries from a column on; one without queries, (B, T), serves as it is.
+    """Cuts out the mask of the queries from a column on; a (B, T) mask, which has no queries, stays as it is.
 
-    None by name would be taken for a mask that is made already, and that mask is none of a pass behind a cache.
+    It returns no dict whose values are all None: the decoder would take it for a finished mask, and use no mask at
+    all behind the cache.
     """
     if isinstance(mask, dict):
         parts = {name: _mask_from(part, start) for name, part in mask.items()}

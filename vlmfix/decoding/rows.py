@@ -1,4 +1,4 @@
-"""The rows of one call: the samples, and below them other ways to ask, as one left-padded batch.
+"""Stacks the rows of one call, the samples and below them their contrast branches, as one left-padded batch.
 
 Shape letters (``docs/notation.md``): B samples, N branches, R = (1 + N) * B rows in branch-major order, T prompt
 tokens.
@@ -25,7 +25,7 @@ from vlmfix.upstream.positions import prompt_positions
 
 @dataclass(frozen=True, eq=False)
 class Rows:
-    """What the prompt's pass reads.
+    """Holds the inputs of prefill.
 
     Attributes:
         samples: B.
@@ -34,8 +34,8 @@ class Rows:
         mask: (R, T) int64, 1 where a token is real.
         positions: (R, T) or (3 or 4, R, T) int64.
         types: (R, T) each, under the names in ``TYPES`` that the samples have.
-        pictures: Arguments of the model for all pictures, row after row: what they became, or the pixels themselves
-            where no picture stands for several rows.
+        pictures: Arguments of the model for all pictures, row after row: encoded features, or pixels where no picture
+            serves several rows.
     """
 
     samples: int
@@ -48,18 +48,18 @@ class Rows:
 
     @property
     def length(self) -> int:
-        """T."""
+        """Returns T."""
         return int(self.ids.shape[1])
 
     @property
     def longest(self) -> Tensor:
-        """(B,) real tokens of the longest among each sample's prompt and those of its branches."""
+        """Counts the real tokens of the longest among each sample's prompt and its branches' prompts, (B,)."""
         return self.mask.view(self.copies, self.samples, -1).sum(dim=-1).amax(dim=0)
 
     def layout(self, clean: ImageLayout) -> tuple[ImageLayout, Tensor | None]:
-        """The layout of all rows, and which of them are samples, (R,) bool; None when all are.
+        """Returns the layout of all rows, and a mask of the samples among them, (R,) bool, None when all are.
 
-        Branches show no picture in it: edits must leave them alone.
+        In this layout branches show no picture, because edits must leave them alone.
 
         Args:
             clean: (B, T') layout of the samples, T' <= T.
@@ -82,12 +82,12 @@ class Rows:
 
 @torch.no_grad()
 def rows_of(vlm: Checkpoint, batch: Batch, branches: Sequence[Branch]) -> Rows:
-    """Stacks samples and branches; every distinct picture is encoded once.
+    """Stacks samples and branches, and encodes every distinct picture once.
 
     Args:
         vlm: The model.
         batch: The samples.
-        branches: Other ways to ask, a row for each sample.
+        branches: Contrast branches, with a row for each sample.
     """
     batches = [batch, *(branch.batch for branch in branches)]
     length = max(part.length for part in batches)
@@ -111,7 +111,7 @@ def rows_of(vlm: Checkpoint, batch: Batch, branches: Sequence[Branch]) -> Rows:
 
 
 def _pictures(vlm: Checkpoint, batch: Batch, branches: Sequence[Branch]) -> Mapping[str, Any]:
-    """The arguments for all rows' pictures; rows that show one tensor of pixels share one run of the tower."""
+    """Makes the arguments for all rows' pictures; batches with the same pixel tensor share one run of the tower."""
     if not branches and not repeats_pictures(batch):
         return {name: batch[name] for name in PIXELS if name in batch}
     shown = [batch, *(batch if branch.same_pictures else branch.batch for branch in branches)]

@@ -1,4 +1,4 @@
-"""The samples of one call at work: their branches, the edits, and the passes that a loop asks for.
+"""Puts edits and contrast branches around the passes of one call, for a decoding loop to step through.
 
 Shape letters (``docs/notation.md``): B samples of the call, L lines that go on (one per sample, or one per beam of a
 sample, side by side), N branches, R = (1 + N) * L rows in branch-major order, V vocabulary.
@@ -30,26 +30,26 @@ from vlmfix.models.layout import Batch, ImageLayout
 from vlmfix.models.turns import turn_of
 
 RECORDING = ("cuda",)
-"""Kinds of devices on which steps are recorded."""
+"""Kinds of devices on which decoding steps are recorded."""
 
 
 class Running:
-    """What a loop steps through: ``prompt`` once, then ``token`` and ``keep`` as often as wanted.
+    """Gives a decoding loop its scores: ``prompt`` once, then ``token`` and ``keep`` as often as wanted.
 
     Args:
         vlm: The model, with the edits at work on it.
-        passes: The model's passes over them and their branches.
+        passes: The model's passes over the samples and their branches.
         copies: 1 + N.
         work: The edits.
         contrasts: The rules that fuse the branches' logits, in order.
-        alike: Which prompts begin alike and share that, or None.
-        room: Longest answer of each sample in tokens; the shorter of what was asked for and what the context leaves.
+        alike: The prompts that share a beginning, or None.
+        room: Longest answer of each sample in tokens: the limit of the call, or less where the context ends.
         name: How the decoder is written, for messages.
         newest: Keeps the newest step with its graph, or None.
 
     Attributes:
-        room: See there.
-        newest: See there.
+        room: As given.
+        newest: As given.
     """
 
     def __init__(
@@ -71,24 +71,24 @@ class Running:
 
     @property
     def owed(self) -> Newest:
-        """The newest step, of which the plan asks what tokens owe."""
+        """Returns the newest step with its graph, for a plan that asks for it."""
         if self.newest is None:
             raise RuntimeError("the plan asks nothing")
         return self.newest
 
     @property
     def cache(self) -> DynamicCache:
-        """Keys and values of all rows, for a plan of which no step is recorded."""
+        """Returns the KV cache of all rows, for a plan whose steps are not recorded."""
         return self._passes.cache
 
     def prompt(self) -> Tensor:
-        """The scores that follow each prompt, (B, V) float32."""
+        """Runs prefill; returns the scores that follow each prompt, (B, V) float32."""
         with shared_prefixes(self._vlm, self._alike) if self._alike else nullcontext():
             logits = self._passes.prompt()
         return self._scores(logits) if self.newest is None else self._kept(self.newest, self._passes.again)
 
     def token(self, tokens: Tensor) -> Tensor:
-        """The scores that follow one more token of each line, (L, V) float32; ``tokens`` (L,) int64."""
+        """Runs one more token of each line, (L,) int64; returns the scores that follow it, (L, V) float32."""
 
         def step() -> Tensor:
             return self._passes.token(tokens.repeat(self._copies))
@@ -96,10 +96,10 @@ class Running:
         return self._scores(step()) if self.newest is None else self._kept(self.newest, step)
 
     def keep(self, lines: Tensor, *, width: int = 1) -> None:
-        """Goes on with some of the lines, or with some of them several times.
+        """Keeps some of the lines, or repeats some, with their branches and what edits know of them.
 
         Args:
-            lines: (L',) int64, numbers of the present lines; those of a sample stand side by side.
+            lines: (L',) int64, numbers of the present lines; lines of one sample are adjacent.
             width: Lines that each sample has from now on.
         """
         rows = (lines + self._lines * torch.arange(self._copies, device=lines.device)[:, None]).flatten()  # (R',)
@@ -109,7 +109,7 @@ class Running:
         self._lines, self._width = len(lines), width
 
     def _kept(self, newest: Newest, step: Callable[[], Tensor]) -> Tensor:
-        """The scores of a step whose graph is kept."""
+        """Runs a step and keeps its graph; returns its scores."""
         with newest.step():
             return newest.scored(self._scores(step()))
 
@@ -130,20 +130,20 @@ def running(
     name: str,
     reorders: bool = False,
 ) -> Iterator[Running]:
-    """Puts a plan to work on the samples of a batch inside the block; the model is then as it was.
+    """Puts a plan to work on the samples of a batch inside the block, and restores the model afterwards.
 
     Args:
         vlm: The model; other threads that use it wait.
         batch: B samples.
         layout: Where their image tokens are.
-        plan: What the decoder does; the caller has tokens chosen by its gate.
+        plan: What the decoder does; its gate, if any, is left to the caller.
         limit: Longest answer in tokens, or that of each sample, at least 1.
         name: How the decoder is written, for messages.
-        reorders: Whether rows will change their order, as beams do; no step is then recorded.
+        reorders: Whether rows will change their order, as beams do; no decoding step is then recorded.
 
     Raises:
         DataError: A prompt, or that of a branch, leaves no room for an answer in the model's context; prompt and
-            answer fill a sliding window in which edits act; or the plan asks what tokens owe and a prompt's last token
+            answer fill a sliding window in which edits act; or the plan asks for saliency and a prompt's last token
             cannot pass alone.
         UnsupportedAttentionError: The edits cannot act on the model's attention.
     """
@@ -174,16 +174,16 @@ def running(
 
 
 def _can_record(vlm: Checkpoint) -> bool:
-    """Whether a step is one launch on one GPU: not where the text decoder is spread over several devices."""
+    """Returns whether the whole text decoder is on the model's device, and steps are recorded on that kind."""
     devices = {weight.device for weight in vlm.family.decoder(vlm.model).parameters()}
     return devices == {vlm.device} and vlm.device.type in RECORDING
 
 
 def fused(contrasts: Sequence[Contrast], logits: Tensor) -> Tensor:
-    """The scores of one step: the samples' logits, and what each contrast makes of them in turn.
+    """Fuses the logits of one step: each contrast in turn changes the samples' scores.
 
     Args:
-        contrasts: The rules, in order; each takes as many of the branches as it has.
+        contrasts: The rules, in order; each takes its own branches' logits.
         logits: (1 + N, L, V) float32; the samples come first.
 
     Returns:

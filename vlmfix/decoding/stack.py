@@ -1,9 +1,9 @@
-"""Branches as extra rows of the same forward pass.
+"""Runs contrast branches as extra rows of the forward passes of transformers' ``generate``.
 
 A decoding step is bound by reading the weights, so a second row costs almost nothing where a second forward pass costs
-a whole step. The rows of the clean prompt and of each branch are stacked, left-padded to one length, share one cache,
-and are fused into one row of logits per sample. ``generate`` sees B rows from outside, so greedy search, sampling,
-beams, processors and stopping criteria are its own.
+a whole step. The rows of the clean prompt and of each branch are stacked, left-padded to one length, and share one KV
+cache; their logits are fused into one row per sample. ``generate`` sees B rows from outside, so greedy search,
+sampling, beams, processors and stopping criteria are its own.
 
 Shape letters (``docs/notation.md``): B rows (after beam expansion), N branches, T prompt tokens, T' the length of the
 stacked prompts, V vocabulary.
@@ -37,19 +37,19 @@ STACK = "_vlmfix_stack"
 
 @dataclass(eq=False)
 class Stack:
-    """Clean rows and branches as rows of one pass, (1 + N) * B in branch-major order: clean rows first.
+    """Holds clean rows and branches as rows of one pass, (1 + N) * B in branch-major order: clean rows first.
 
     Attributes:
         forward: The model's own forward.
-        names: Names under which it takes what ``generate`` hands to it.
+        names: Names of the arguments that ``generate`` gives it.
         contrasts: The rules, in order.
         clean: B, rows of the clean batch after beam expansion.
         prompt: T of the clean batch, as ``generate`` sees it.
         ids: (N*B, T') prompts of the branches, left-padded to the common length T'.
         mask: ((1+N)*B, T') int64, 1 where a prompt token is real.
         positions: (N*B, T') or (4, N*B, T') position ids of the branches.
-        shift: What to add to the clean rows' next positions, ((1+N)*B, 1) or (4, (1+N)*B, 1).
-        features: What the pictures of each branch became, None where the branch has none or shares the clean ones.
+        shift: Offset of each row's next position from its clean row's, ((1+N)*B, 1) or (4, (1+N)*B, 1).
+        features: Features of each branch's pictures; None where it has none or shares the clean rows' features.
         shares: Which branches share the clean rows' features.
         types: Under each name in ``TYPES`` that the clean batch has, (N*B, T') of the branches.
         passed: Whether a pass went through the stack since this was last set to False.
@@ -71,17 +71,17 @@ class Stack:
 
     @property
     def copies(self) -> int:
-        """1 + N, rows per sample."""
+        """Returns the rows per sample, 1 + N."""
         return 1 + len(self.shares)
 
     @property
     def length(self) -> int:
-        """T', the common prompt length."""
+        """Returns the common prompt length, T'."""
         return int(self.mask.shape[1])
 
 
 def stack_layout(layout: ImageLayout, stack: Stack) -> tuple[ImageLayout, Tensor]:
-    """Layout of the stacked rows, and which of them are clean (those that edits may change).
+    """Extends the clean rows' layout to all stacked rows, and marks the clean ones, which edits may change.
 
     Args:
         layout: (B, T) layout of the clean rows, beams expanded.
@@ -132,8 +132,8 @@ def stacked(vlm: Checkpoint, batch: Batch, contrasts: Sequence[Contrast], *, bea
 
     @functools.wraps(original)
     def forward(*, mm_token_type_ids: Tensor | None = None, token_type_ids: Tensor | None = None, **kwargs: Any) -> Any:  # noqa: ANN401 (families differ)
-        # Generated tokens are text, so only the prompt needs its types. A decoding step must not even look at them:
-        # transformers before 5.23 hands over a row that grows, and compiled code would be made anew for its shape.
+        # Generated tokens are text, so token types matter only in the prompt. Decoding steps must not read them:
+        # before 5.23 transformers passes types that grow at every step, and each new shape would recompile the step.
         stack: Stack = getattr(model, STACK)
         ids = kwargs.get(stack.names.ids)
         if ids is not None and ids.shape[1] > 1:
@@ -208,7 +208,7 @@ def _forward(model: PreTrainedModel, stack: Stack, reordered: list[caches.Reorde
 
 
 def _prefill(model: PreTrainedModel, stack: Stack, reordered: list[caches.Reordered], kwargs: dict[str, Any]) -> None:
-    """Replaces the clean prompt by the stacked prompts; tokens past the prompt (no cache) follow in every row."""
+    """Replaces the clean prompt by the stacked prompts; without a cache, each row gets the tokens past the prompt."""
     names, copies, extra = stack.names, stack.copies, stack.length - stack.prompt
     ids, cache = kwargs[names.ids], kwargs.get(names.cache)
     if ids.shape[1] < stack.prompt or (cache is not None and caches.length(cache) > 0):
@@ -256,7 +256,7 @@ def _decode(stack: Stack, kwargs: dict[str, Any]) -> None:
 
 
 def _seen(stack: Stack, cache: Cache) -> Tensor:
-    """(B', tokens with the new one) what is real among them; what was generated is."""
+    """Returns the mask of real tokens, (B', tokens with the new one); every generated token is real."""
     answer = stack.mask.new_ones(stack.mask.shape[0], caches.length(cache) + 1 - stack.length)
     return torch.cat([stack.mask, answer], dim=1)
 
@@ -265,7 +265,7 @@ def _decode_mask(stack: Stack, mask: Tensor | None, cache: Cache | None) -> Tens
     if mask is None:
         if cache is None:
             raise IncompatibleDecodersError("one token came without a cache", "leave use_cache on")
-        # the clean rows see every key: no padding, and a static cache that is full
+        # no mask: the clean rows see every key, since they have no padding and a static cache is full
         mask = stack.mask.new_ones(stack.clean, 1, 1, caches.mask_width(cache), dtype=torch.bool)
     if mask.dim() == 2:
         tail = mask[:, stack.prompt :].repeat(stack.copies, 1)
@@ -296,7 +296,7 @@ def _fused(stack: Stack, output: Any) -> Any:  # noqa: ANN401 (families differ)
 
 
 def _features(vlm: Checkpoint, branches: Sequence[Branch], beams: int) -> tuple[Features | None, ...]:
-    """What the pictures of each branch became; branches with one tensor of pixels share it."""
+    """Encodes the pictures of each branch; branches with the same pixel tensor share the features."""
     made: dict[int, Features] = {}
     found: list[Features | None] = []
     for branch in branches:
@@ -328,7 +328,7 @@ def _counted(mask: Tensor) -> Tensor:
 
 
 def _left(rows: Tensor, length: int) -> Tensor:
-    """Pads the last dimension on the left with zeros; the mask hides what stands there."""
+    """Pads the last dimension on the left with zeros, which the mask hides."""
     return torch.nn.functional.pad(rows, (length - rows.shape[-1], 0))
 
 
@@ -357,6 +357,6 @@ def _check_capacity(cache: Cache, stack: Stack) -> None:
 
 
 def _all_rows(stack: Stack, beams: Tensor) -> Tensor:
-    """The rows of the whole stack that beam search chose among the clean ones; a beam's branches move with it."""
+    """Extends beam search's choice among the clean rows to all stacked rows: branches move with their beam."""
     offsets = torch.arange(stack.copies, device=beams.device)[:, None] * stack.clean
     return (beams[None] + offsets).flatten()

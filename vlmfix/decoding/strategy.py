@@ -1,4 +1,4 @@
-"""How a token is chosen from the scores: the most probable one, a draw, or the best of several beams."""
+"""Declares how tokens are chosen from scores: the most probable one, a draw, or the best of several beams."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from vlmfix.errors import UsageError
 
 @dataclass(frozen=True, kw_only=True)
 class Strategy:
-    """A choice of tokens; without arguments it is greedy search.
+    """Says how tokens are chosen; without arguments, by greedy search.
 
     Attributes:
         num_beams: Beams of the search, at least 1; 1 is greedy search or sampling.
-        temperature: In [0, 100]; 0 takes the most probable token, above 0 tokens are drawn.
+        temperature: In [0, 100]; 0 takes the most probable token, a higher one draws tokens.
         top_p: Nucleus of the draw, in (0, 1].
 
     Raises:
@@ -49,12 +49,12 @@ class Strategy:
         return "the most probable token"
 
     def combined(self, decoders: Strategy | None) -> Strategy:
-        """What a call does whose options say this, with a decoder that says ``decoders``, or nothing.
+        """Merges the options of a call with the decoder's own strategy (None if it has none).
 
-        An option that says nothing of its own (one beam, temperature 0, top_p 1) leaves the matter to the decoder.
+        Options at their defaults (one beam, temperature 0, top_p 1) leave the choice to the decoder.
 
         Raises:
-            UsageError: Both say something, and not the same.
+            UsageError: An option is neither at its default nor the decoder's own.
         """
         if decoders is None:
             return self
@@ -68,7 +68,7 @@ class Strategy:
         return decoders
 
     def arguments(self) -> dict[str, Any]:
-        """The keyword arguments of transformers' ``generate`` that say the same, whatever the model's own defaults."""
+        """Returns this strategy as arguments of transformers' ``generate``, which override the model's defaults."""
         drawn = self.temperature > 0
         return {
             "num_beams": self.num_beams,

@@ -1,9 +1,9 @@
-"""Watches over the calls that a decoder was put to work for: that they are the planned ones, and that it really acts.
+"""Checks that a user's calls of ``generate`` are the ones that a decoder was planned for, and that it really acts.
 
-A plan is made for one batch: its layout, its branches and what they show belong to these rows. While a decoder is at
-work, the model's ``generate`` refuses other inputs, ends each row where the model's context is full, and finds at every
-step whether branches and edits took part. Otherwise an object that merely hands ``generate`` on, an attention module
-that was replaced, or a batch in another order would give plain or wrong answers, and nothing would say so.
+A plan is made for one batch: its layout, its branches and their pictures belong to these rows. While a decoder is at
+work, the model's ``generate`` refuses other inputs, ends each row where the model's context is full, and checks at
+every step whether branches and edits took part. Otherwise a wrapper that passes ``generate`` to another object, a
+replaced attention module, or a batch in another order would give plain or wrong answers without an error.
 
 Shape letters (``docs/notation.md``): B rows, T prompt tokens, T' the length of the prompts with branches, V vocabulary.
 """
@@ -39,7 +39,7 @@ from vlmfix.upstream.names import handed
 logger = logging.getLogger(__name__)
 
 USUAL = 20
-"""New tokens of ``generate`` when nothing says how many."""
+"""New tokens that ``generate`` makes when no argument or setting limits them."""
 
 
 class Full(StoppingCriteria):
@@ -54,41 +54,41 @@ class Full(StoppingCriteria):
         self._prompt, self._room = prompt, room
 
     def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: Any) -> Tensor:
-        """(rows,) bool; rows of one sample, its beams for instance, stand side by side."""
+        """Returns the rows that are full, (rows,) bool; rows of one sample, such as beams, are adjacent."""
         full = input_ids.shape[1] - self._prompt >= self._room.to(input_ids.device)  # (B,)
         return full.repeat_interleave(input_ids.shape[0] // len(full))
 
 
 class Step(LogitsProcessor):
-    """Has a watch look at every step; the scores stay as they are."""
+    """Calls a watch's check at every step, and leaves the scores unchanged."""
 
     def __init__(self, watch: Watch) -> None:
         self._watch = watch
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        """(B, V) scores, as they were."""
+        """Returns the (B, V) scores unchanged."""
         self._watch.check_step()
         return scores
 
 
 @dataclass(eq=False, kw_only=True)
 class Watch:
-    """What the calls of one block are held to.
+    """Holds the calls of one block to the decoder's plan.
 
     Attributes:
         vlm: The model.
         decoder: How the decoder is written, for messages.
-        handed: Whether its calls are handed our loop.
-        batch: The clean rows that it was planned for.
+        handed: Whether ``generate`` gets our loop as ``custom_generate``.
+        batch: The clean rows that the decoder was planned for.
         beams: Beams that it was planned for.
         prompt: T' of all rows, branches included.
-        lengths: (B,) real tokens of each row's longest prompt, that of a branch for instance.
+        lengths: (B,) real tokens of the longest among each row's prompt and its branches' prompts.
         layers: Numbers of the layers that are edited.
         acting: The edits at work, or None.
         stack: The branches at work, or None.
         plain: Whether the plan changes nothing, so that any inputs are right.
         room: (B,) tokens of the model's context that are left for each row's answer; None without a limit.
-        steps: Steps that were looked at.
+        steps: Steps that were checked.
         passes: Passes over a prompt that the model made.
     """
 
@@ -108,14 +108,14 @@ class Watch:
     passes: int = 0
 
     def __post_init__(self) -> None:
-        if not self.plain:  # what the plan was made from, should the caller write into its tensors
+        if not self.plain:  # a copy, in case the caller writes into the tensors
             self.batch = self.batch.with_inputs(**{name: value.clone() for name, value in self.batch.items()})
         self.room = room_for_answers(self.vlm, self.lengths)
         check_windows(self.vlm, self.layers, self.prompt)
 
     @contextmanager
     def watching(self) -> Iterator[None]:
-        """Holds the calls inside the block to it; the model's ``generate`` is restored on leaving."""
+        """Checks every call of the model's ``generate`` inside the block, and restores it on leaving."""
         model: Any = self.vlm.model
         owned = "generate" in model.__dict__
         original = model.generate
@@ -140,7 +140,7 @@ class Watch:
                 del model.generate
 
     def check_step(self) -> None:
-        """Finds whether branches and edits took part in the pass whose scores are there.
+        """Checks that branches and edits took part in the pass that gave the newest scores.
 
         Raises:
             IncompatibleDecodersError: They did not.
@@ -170,17 +170,19 @@ class Watch:
         answer = self._longest_answer(given)
         check_windows(self.vlm, self.layers, self.prompt, answer)
         processors, before = list(given.get("logits_processor") or ()), self.steps
-        inner = any(isinstance(processor, Step) for processor in processors)  # it sees this one's edits too
+        inner = any(
+            isinstance(processor, Step) for processor in processors
+        )  # the inner block's watch checks this block's edits too
         if not inner:
             given["logits_processor"] = LogitsProcessorList([Step(self), *processors])
         with turn.helped():
             output = original(**_ended(given, ids, self.room))
-        if not inner and self.steps == before:  # a loop that asks no processor
+        if not inner and self.steps == before:  # a loop that calls no processor
             self.check_step()
         return output
 
     def _check_arguments(self, given: Mapping[str, Any]) -> None:
-        """Refuses arguments that ``generate`` would take and not hand to our loop."""
+        """Refuses arguments that ``generate`` would accept but not pass to our loop."""
         for argument, advice in LOST.items():
             if given.get(argument) is not None:
                 what = f"{self.decoder} decodes in a loop of its own, which gets no {argument}"
@@ -193,7 +195,7 @@ class Watch:
         )
 
     def _wrong(self, ids: Tensor | None, given: Mapping[str, Any]) -> str | None:
-        """How the inputs of a call differ from the planned ones, or None."""
+        """Says how the inputs of a call differ from the planned ones; None when they do not."""
         own = self.batch
         if ids is None:
             return "generate was called without token ids"
@@ -208,7 +210,7 @@ class Watch:
         return f"their {changed[0]} are others, or in another order" if changed else None
 
     def _longest_answer(self, given: Mapping[str, Any]) -> int:
-        """Tokens that a call may generate in some row."""
+        """Returns the most tokens that a call may generate in any row."""
         config = given.get("generation_config") or self.vlm.model.generation_config
         new, whole = (given.get(name) or getattr(config, name, None) for name in ("max_new_tokens", "max_length"))
         if new is None:
@@ -216,8 +218,8 @@ class Watch:
         return int(new) if self.room is None else min(int(new), int(self.room.max()))
 
     def _check_pass(self, model: nn.Module, args: object, kwargs: dict[str, Any]) -> None:
-        """Refuses passes of other threads, and passes over another prompt than the planned one."""
-        if torch.compiler.is_compiling():  # steps over one token, of a call that began uncompiled
+        """Refuses passes of other threads, and passes over prompts other than the planned ones."""
+        if torch.compiler.is_compiling():  # a compiled step has one token, and its call was checked uncompiled
             return
         turn_of(model).check()
         ids, cache = handed("ids", kwargs), handed("cache", kwargs)
@@ -230,7 +232,7 @@ class Watch:
 
 
 def idle(decoder: str, what: str) -> IncompatibleDecodersError:
-    """The error of a decoder that did not act, and what went round it."""
+    """Makes the error of a decoder that did not act, from a clause that says what bypassed it."""
     return IncompatibleDecodersError(
         f"{decoder} did not act: {what}",
         "hand vlmfix.wrap the model whose generate runs, with the modules that transformers gave it",
@@ -238,7 +240,7 @@ def idle(decoder: str, what: str) -> IncompatibleDecodersError:
 
 
 def longest_prompts(batch: Batch, contrasts: Sequence[Contrast]) -> tuple[int, Tensor]:
-    """T' of all prompts, and (B,) real tokens of the longest among each row's prompt and those of its branches."""
+    """Returns T', and the real tokens of the longest among each row's prompt and its branches' prompts, (B,)."""
     parts = [batch, *(branch.batch for contrast in contrasts for branch in contrast.branches)]
     return max(part.length for part in parts), torch.stack([part.lengths for part in parts]).amax(dim=0)
 
@@ -248,7 +250,7 @@ def _lengths(ids: Tensor, mask: Tensor | None) -> Tensor:
 
 
 def _ended(given: dict[str, Any], ids: Tensor | None, room: Tensor | None) -> dict[str, Any]:
-    """The arguments of a call whose rows end where the context is full."""
+    """Adds to a call's arguments the criterion that ends rows where the context is full."""
     if room is None or ids is None:
         return given
     full = Full(ids.shape[1], room)
@@ -256,7 +258,7 @@ def _ended(given: dict[str, Any], ids: Tensor | None, room: Tensor | None) -> di
 
 
 def _same(own: Tensor, value: Tensor) -> bool:
-    """Whether two inputs are equal, as far as the coarser of their types tells."""
+    """Returns whether two inputs are equal at the precision of the coarser of their types."""
     if own.shape != value.shape:
         return False
     kind = min(own.dtype, value.dtype, key=lambda dtype: dtype.itemsize)

@@ -1,1 +1,1 @@
-"""What a model attends to, says and keeps in its hidden states, found by looking at single passes."""
+"""Reads from single passes what a model attends to, says and keeps in its hidden states."""

@@ -1,4 +1,4 @@
-"""Greedy captions whose object words are known to be real or hallucinated, and the steps that began these words.
+"""Makes greedy captions, and finds the steps that began their object words, known to be real or hallucinated.
 
 Shape letters (``docs/notation.md``): B rows, T prompt tokens.
 """
@@ -27,11 +27,11 @@ from vlmfix.upstream.positions import prompt_positions
 
 @dataclass(frozen=True)
 class Word:
-    """An object that a caption names.
+    """Holds an object word of a caption.
 
     Attributes:
-        start: Where it begins in the caption.
-        end: Where it ends, exclusive.
+        start: Place of its first character in the caption.
+        end: Place behind its last character.
         real: Whether the object is in the picture.
     """
 
@@ -42,11 +42,11 @@ class Word:
 
 @dataclass(frozen=True, kw_only=True)
 class Labels:
-    """Who says which words of a caption name objects.
+    """Finds the object words of captions.
 
     Attributes:
-        words: From the number of the picture in the profile, from 0, and its caption to the caption's object words.
-        about: Where the truth comes from, in JSON values, for the profile's card.
+        words: Function of a picture's number in the profile, from 0, and its caption; returns the object words.
+        about: Source of the truth, in JSON values, for the profile's card.
     """
 
     words: Callable[[int, str], Sequence[Word]]
@@ -55,12 +55,12 @@ class Labels:
 
 @dataclass(frozen=True, eq=False)
 class Told:
-    """Captions, with what is needed to take each of their steps again.
+    """Holds captions, and the state that repeating each of their decoding steps needs.
 
     Attributes:
         tokens: For each of B rows its tokens, the end token included.
         positions: (B, T) or (3 or 4, B, T) position ids of the prompts.
-        cache: Keys and values of the prompts and of the captions.
+        cache: KV cache of the prompts and of the captions.
     """
 
     tokens: tuple[tuple[int, ...], ...]
@@ -68,7 +68,7 @@ class Told:
     cache: DynamicCache
 
     def step(self, work: Work, row: int, place: int) -> LastStep:
-        """The step that chose a row's token.
+        """Returns the step that chose a row's token.
 
         Args:
             work: The batch.
@@ -81,7 +81,7 @@ class Told:
 
 @torch.no_grad()
 def tell(work: Work, longest: int) -> Told:
-    """Lets the model answer greedily.
+    """Lets the model answer greedily, and keeps the KV cache.
 
     Args:
         work: The batch.
@@ -103,14 +103,14 @@ def tell(work: Work, longest: int) -> Told:
                     answer.append(token)
             going = any(len(answer) < longest and answer[-1] not in ends for answer in answers)
             if going:
-                scores = call.token(tokens)  # of every row: a row that has ended keeps its place in the cache
+                scores = call.token(tokens)  # all rows run: a row that has ended keeps its place in the cache
         cache = call.cache
     positions = prompt_positions(work.vlm.model, work.batch)
     return Told(tokens=tuple(map(tuple, answers)), positions=positions, cache=cache)
 
 
 def beginnings(work: Work, row: int, tokens: Sequence[int], labels: Labels) -> dict[int, bool]:
-    """The tokens that begin an object word, and whether they are real.
+    """Finds the tokens that begin an object word, and whether the object is real.
 
     A token that begins a hallucinated word and a real one counts as hallucinated.
 
@@ -118,7 +118,7 @@ def beginnings(work: Work, row: int, tokens: Sequence[int], labels: Labels) -> d
         work: The batch.
         row: The row.
         tokens: Its caption.
-        labels: Who says which words name objects.
+        labels: Finds the object words.
 
     Returns:
         Number of the token in the caption, ascending -> whether its word is real.

@@ -1,4 +1,4 @@
-"""Where a question draws the gaze: maps of what the patches gain while it is read, and the layer that shifts most.
+"""Maps the attention that patches gain while a question is read, and finds the layer that shifts most.
 
 Shape letters (``docs/notation.md``): B rows, H query heads, R query rows, K keys, T prompt tokens.
 """
@@ -22,11 +22,11 @@ from vlmfix.models.checkpoint import Checkpoint
 from vlmfix.models.layout import Batch, ImageLayout
 
 DEPTH = 0.7
-"""Share of the layers behind which models that are not in the table are left alone."""
+"""Share of the depth at which enhancement ends in models that are not in the table."""
 
 
 def gaze_shift(weights: Tensor, rows: Tensor, image: Tensor, content: Tensor) -> Tensor:
-    """The score of one layer's heads.
+    """Scores one layer's heads by the attention that patches gain at content words.
 
     Args:
         weights: (B, H, R, K) attention.
@@ -44,11 +44,11 @@ def gaze_shift(weights: Tensor, rows: Tensor, image: Tensor, content: Tensor) ->
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class GazeReading(PromptReading):
-    """Takes the map of each layer while the prompt is read.
+    """Makes the map of each layer during prefill.
 
     Attributes:
         content: (samples, T) bool, tokens of content words.
-        share: Share of the heads that count.
+        share: Share of the heads that are averaged.
         found: Layer number -> (B, K) map.
     """
 
@@ -57,35 +57,35 @@ class GazeReading(PromptReading):
     found: dict[int, Tensor] = field(default_factory=dict)
 
     def read(self, site: Site, weights: Tensor) -> None:
-        """Keeps the map of (B, H, R, K) weights."""
+        """Makes and keeps the map of (B, H, R, K) weights."""
         content = pad(per_row(site, self.content), (0, weights.shape[-1] - site.prompt))  # (B, K)
         rows = site.queries[0]  # (R,)
         self.found[site.layer] = shift_map(weights, rows, site.image_keys, content[:, rows], self.share)
 
     def saliency(self) -> Tensor:
-        """(B, K), the mean of all layers."""
+        """Averages the maps of all layers, (B, K)."""
         return torch.stack([found.float() for found in self.found.values()]).mean(dim=0)
 
 
 def per_row(site: Site, values: Tensor) -> Tensor:
-    """(B, T) of (samples, tokens): rows of contrast branches may have made the prompt longer, to the left."""
+    """Spreads (samples, tokens) values to (B, T); longer contrast branches may have added columns on the left."""
     return site.spread(pad(values, (site.prompt - values.shape[1], 0)))
 
 
 def shift_map(weights: Tensor, rows: Tensor, image: Tensor, content: Tensor, share: float) -> Tensor:
-    """What the patches gained at content words, in the heads that shifted most.
+    """Computes the attention that patches gained at content words, in the heads that shifted most.
 
     Args:
         weights: (B, H, R, K) attention.
         rows: (R,) column of each row, ascending.
         image: (B, K) bool, image patches.
         content: (B, R) bool, rows of content words.
-        share: Share of the heads that count.
+        share: Share of the heads that are averaged.
 
     Returns:
-        (B, K) float32, at least 0; zero elsewhere than on patches, and without content words.
+        (B, K) float32, at least 0; zero outside patches, and without content words.
     """
-    counts = content[:, 1:] & (rows.diff() == 1)  # (B, R - 1), rows whose predecessor is at hand
+    counts = content[:, 1:] & (rows.diff() == 1)  # (B, R - 1), rows whose preceding row is among the R
     gained = weights.diff(dim=2).clamp(min=0) * image[:, None, None, :]  # (B, H, R - 1, K)
     total = torch.einsum("bhrk,br->bhk", gained, counts.to(gained.dtype))  # (B, H, K)
     kept = most(total.sum(dim=-1), share)  # (B, H)
@@ -94,7 +94,7 @@ def shift_map(weights: Tensor, rows: Tensor, image: Tensor, content: Tensor, sha
 
 
 def most(values: Tensor, share: float) -> Tensor:
-    """The heads with the largest values, floor(share * H) of them; of equal ones the first.
+    """Marks the floor(share * H) heads with the largest values; of equal ones the first.
 
     Args:
         values: (B, H, ...).
@@ -111,13 +111,13 @@ def most(values: Tensor, share: float) -> Tensor:
 
 
 def deepest(count: int) -> int:
-    """The last layer that is enhanced by default, of ``count`` layers."""
+    """Returns the last layer that is enhanced by default, of ``count`` layers."""
     return min(round(DEPTH * count), count - 1)
 
 
 @torch.no_grad()
 def read_apart(vlm: Checkpoint, batch: Batch, layout: ImageLayout, reading: PromptReading) -> None:
-    """Runs the prompt once for a reading alone."""
+    """Runs the prompt once with nothing but a reading at work."""
     model: Any = vlm.model
     with bare(vlm), edited(vlm, layout, [reading]):
         model(**batch, use_cache=False, logits_to_keep=1)
@@ -145,7 +145,7 @@ _PEAKS: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()
 
 
 def shift_peak(vlm: Checkpoint) -> int:
-    """The layer with the largest gaze shifts, among those that leave one to enhance; found once per model."""
+    """Finds the layer with the largest gaze shifts, among those that leave a layer to enhance; once per model."""
     if vlm.model not in _PEAKS:
         batch = vlm.encode(QUESTIONS, [[random_picture(number)] for number in range(len(QUESTIONS))])
         reading = ShiftTotals(content=asked(vlm, batch, "stop-words", last_only=False).content)

@@ -1,4 +1,4 @@
-"""Grounding: what every token of an answer owes to the picture, to the prompt and to the answer before it."""
+"""Measures grounding: each answer token's saliency over the picture, the prompt and the answer before it."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ from vlmfix.models.layout import Batch, ImageLayout
 
 @dataclass(frozen=True, eq=False)
 class Grounding:
-    """Saliency of one answer, n tokens long.
+    """Holds the saliency of one answer, n tokens long.
 
-    A score is the mean of ``Sbar`` over layers and over the keys that it is about, in [0, 1 / sqrt(number of keys)]; so
-    compare it between tokens, not between sets of keys of different size. NaN where there are no such keys.
+    A score is the mean of ``Sbar`` over layers and over a set of keys, in [0, 1 / sqrt(number of keys)]; so compare it
+    between tokens, not between sets of keys of different size. NaN where the set is empty.
 
     Attributes:
         tokens: The n judged tokens.
@@ -38,9 +38,9 @@ class Grounding:
         picture: (n,) score over the image patches.
         prompt: (n,) score over the prompt's text, template included.
         earlier: (n,) score over the answer's tokens before the judged one.
-        preceding: (n,) the entry of the token just before; the paper's statistic for right and hallucinated tokens.
-        rows: (n, T + n - 1) ``Sbar``, mean over layers, by the columns of the batch that the answer was in: T of
-            prompt, then the answer's. ``layout.heatmap(rows[i, :T], ...)`` paints it over the picture.
+        preceding: (n,) score of the key just before; the paper's statistic for right and hallucinated tokens.
+        rows: (n, T + n - 1) ``Sbar``, mean over layers, by the columns of the answer's batch: T of the prompt, then
+            the answer's. ``layout.heatmap(rows[i, :T], ...)`` paints it over the picture.
     """
 
     tokens: tuple[int, ...]
@@ -108,7 +108,7 @@ def grounding(
 def _replayed(
     vlm: Checkpoint, batch: Batch, layout: ImageLayout, layers: LayerSet, answers: Sequence[Sequence[int]]
 ) -> list[Tensor]:
-    """For each row (n, T + n - 1) on the CPU: what its n tokens owe, mean over layers."""
+    """Replays each row's n tokens; returns their ``Sbar``, mean over layers, (n, T + n - 1) on the CPU per row."""
     found: list[list[Tensor]] = [[] for _ in answers]
     plan, lengths = DecodingPlan(asks=layers), [len(answer) for answer in answers]
     with running(vlm, batch, layout, plan, limit=lengths, name="grounding") as call:
@@ -120,13 +120,13 @@ def _replayed(
 
 
 def _grounding(vlm: Checkpoint, layout: ImageLayout, ids: Sequence[int], row: int, rows: Tensor) -> Grounding:
-    """The scores of one row; ``rows`` is (n, T + n - 1)."""
+    """Computes the scores of one row; ``rows`` is (n, T + n - 1)."""
     count, prompt = len(ids), layout.tokens.shape[1]
     column = torch.arange(rows.shape[1])
     place = torch.arange(count)[:, None]
     answered = (column >= prompt) & (column < prompt + place)  # (n, K)
     preceding = rows.diagonal(prompt - 1).clone()  # (n,), row i looks at column T - 1 + i
-    preceding[0] = float("nan")  # the prompt's last token is none of the answer's
+    preceding[0] = float("nan")  # the prompt's last token is not part of the answer
 
     def over(keys: Tensor) -> Tensor:
         return mean_over(rows[None], keys.cpu().expand_as(rows))

@@ -1,4 +1,4 @@
-"""The step over a row's newest token, again and again, behind the cache of the tokens before it.
+"""Repeats the decoding step over a row's newest token, behind the KV cache of the tokens before it.
 
 Shape letters (``docs/notation.md``): V vocabulary; here also S tokens seen so far and N copies of a row.
 """
@@ -22,16 +22,16 @@ from vlmfix.upstream.cache import keys_and_values, shared_prompt
 from vlmfix.upstream.names import name_of
 
 SCALE = 1024.0
-"""Factor on what is differentiated, so that small gradients survive float16."""
+"""Factor on the value to differentiate, so that small gradients survive float16."""
 MEMORY = 1 << 30
 """Bytes that the copies of one pass may take for a layer's keys and values."""
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class LastStep:
-    """One row's newest token, in any number of copies that share the keys and values of what stands before it.
+    """Runs one row's newest token in any number of copies, which share the KV cache of the tokens before it.
 
-    Gradients reach what edits bring into the step and stop at the cache.
+    Gradients reach tensors that edits bring into the step, and stop at the cache.
 
     Attributes:
         vlm: The model.
@@ -39,7 +39,7 @@ class LastStep:
         mask: (1, S) which tokens are real, the newest one last.
         newest: The newest token.
         position: (1, 1) or (3 or 4, 1, 1), its position.
-        cache: Keys and values of the batch, of S tokens or more.
+        cache: KV cache of the batch, of S tokens or more.
         row: The row of the batch.
         token: The token that follows.
     """
@@ -55,7 +55,7 @@ class LastStep:
 
     @classmethod
     def of(cls, work: Work, ran: Ran, row: int) -> Self:
-        """The step over the last token of a prompt; the most probable token follows.
+        """Makes the step over the last token of a prompt; the most probable token follows.
 
         Args:
             work: The batch.
@@ -71,13 +71,13 @@ class LastStep:
     def behind(
         cls, work: Work, row: int, *, positions: Tensor, cache: DynamicCache, said: Sequence[int], place: int
     ) -> Self:
-        """The step that chose a token of an answer.
+        """Makes the step that chose a token of an answer.
 
         Args:
             work: The batch.
             row: The row.
-            positions: (..., B, T) those of the prompts.
-            cache: Keys and values of the batch, of what stands before that token at least.
+            positions: (..., B, T) position ids of the prompts.
+            cache: KV cache of the batch, at least of the tokens before that token.
             said: The row's answer.
             place: Number of the token in it, from 0.
         """
@@ -96,17 +96,17 @@ class LastStep:
 
     @property
     def device(self) -> torch.device:
-        """Where the step runs."""
+        """Returns the device that the step runs on."""
         return self.mask.device
 
     def copies(self, wanted: int) -> int:
-        """How many copies beside the row itself one pass may have: as many as wanted, or what ``MEMORY`` allows."""
+        """Returns how many copies beside the row itself one pass may have: those wanted, or as ``MEMORY`` allows."""
         keys, values = keys_and_values(self.cache)[0]
         one = int(keys[self.row].nbytes + values[self.row].nbytes)
         return max(1, min(wanted, MEMORY // one - 1))
 
     def logits(self, edits: Sequence[AttentionEdit], *, copies: int = 1) -> Tensor:
-        """(N, V) float32 logits of the next token in each copy, with edits at work in this step.
+        """Computes the next token's logits in each copy, (N, V) float32, with edits at work in this step.
 
         Args:
             edits: The edits.

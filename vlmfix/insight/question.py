@@ -1,4 +1,4 @@
-"""Where a question stands among a prompt's tokens, and which of its words say something.
+"""Finds the question among a prompt's tokens, and its content words, by the chat template and a tagger.
 
 Shape letters (``docs/notation.md``): B rows, T prompt tokens.
 """
@@ -26,21 +26,21 @@ from vlmfix.models.layout import Batch
 MODEL = "en_core_web_sm"
 """spaCy's English model that tags words."""
 INSTALL = f"pip install 'vlmfix[spacy]' && python -m spacy download {MODEL}"
-"""What installs both."""
+"""Command that installs spaCy and the model."""
 TAGS = frozenset(("NOUN", "PROPN", "VERB", "ADJ", "ADV", "NUM"))
 """Parts of speech of content words."""
 RULES = ("spacy", "stop-words", "all")
-"""How content words are told: by spaCy's tagger, by a list of English function words, or every word is one."""
+"""Rules for content words: by spaCy's tagger, by a list of English function words, or every word counts."""
 
 
 @dataclass(frozen=True)
 class Word:
-    """A content word.
+    """Holds a content word.
 
     Attributes:
-        start: Its first character in the text.
-        end: Behind its last.
-        key: What makes two words the same.
+        start: Place of its first character in the text.
+        end: Place behind its last character.
+        key: Equal for two occurrences of the same word.
     """
 
     start: int
@@ -50,7 +50,7 @@ class Word:
 
 @dataclass(frozen=True, eq=False)
 class Asked:
-    """The questions of a batch.
+    """Marks the questions of a batch.
 
     Attributes:
         question: (B, T) bool, tokens of the question; none in a row without a picture.
@@ -62,19 +62,19 @@ class Asked:
 
 
 def has_tagger() -> bool:
-    """Whether spaCy and its English model are installed."""
+    """Returns whether spaCy and its English model are installed."""
     return find_spec("spacy") is not None and find_spec(MODEL) is not None
 
 
 def rule_in_words(rule: str) -> str:
-    """A rule with the versions that its result depends on."""
+    """Describes a rule with the versions that its result depends on."""
     if rule == "spacy":
         return f"spacy {version('spacy')}, {MODEL} {version(MODEL)}"
     return {"stop-words": "list of English function words", "all": "every word"}[rule]
 
 
 def content_words(text: str, rule: str) -> list[Word]:
-    """The words that say something.
+    """Finds the content words of a question.
 
     Args:
         text: A question. One without Latin letters is not English, and all of its words count.
@@ -89,13 +89,13 @@ def content_words(text: str, rule: str) -> list[Word]:
 
 
 def asked(vlm: Checkpoint, batch: Batch, rule: str, *, last_only: bool) -> Asked:
-    """Finds the questions, which stand between the last image token and the assistant's turn.
+    """Finds the questions, between the last image token and the assistant's turn.
 
     Args:
         vlm: The model.
         batch: B rows.
         rule: One of ``RULES``.
-        last_only: Of a word that occurs twice, only the last occurrence counts.
+        last_only: Whether only the last occurrence of a repeated word counts.
 
     Raises:
         IncompatibleDecodersError: Inputs from elsewhere do not follow the model's chat template.
@@ -112,7 +112,7 @@ def asked(vlm: Checkpoint, batch: Batch, rule: str, *, last_only: bool) -> Asked
 
 
 def _template(vlm: Checkpoint) -> tuple[list[int], list[int]]:
-    """The tokens between a picture and the question, and those behind the question: what two questions share."""
+    """Finds the template's tokens between picture and question, and behind the question, as two prompts share them."""
     blank = Image.new("RGB", (64, 64))
     batch = vlm.encode(["Yes", "7"], [[blank], [blank]])
     one, two = (_tail(vlm, batch, row)[1] for row in range(2))
@@ -120,7 +120,7 @@ def _template(vlm: Checkpoint) -> tuple[list[int], list[int]]:
 
 
 def _tail(vlm: Checkpoint, batch: Batch, row: int) -> tuple[list[int], list[int]]:
-    """Columns and ids of the tokens behind the last image token; none in a row without one."""
+    """Returns columns and ids of the tokens behind the last image token; none in a row without one."""
     ids = batch["input_ids"][row].tolist()
     image = vlm.family.image_token(vlm.model.config)
     if image not in ids:
@@ -144,7 +144,7 @@ def _question_columns(
 
 
 def _content_columns(vlm: Checkpoint, ids: Sequence[int], rule: str, *, last_only: bool) -> list[int]:
-    """Places in the question of the tokens that write content words, or parts of them."""
+    """Finds the places in the question of tokens that write content words, or parts of them."""
     tokenizer: Any = vlm.processor.tokenizer
     pieces = [tokenizer.decode(ids[: count + 1], clean_up_tokenization_spaces=False) for count in range(len(ids))]
     words = content_words(pieces[-1], rule) if pieces else []
@@ -161,7 +161,7 @@ def _content_columns(vlm: Checkpoint, ids: Sequence[int], rule: str, *, last_onl
 
 
 def _common(one: Sequence[int], two: Sequence[int]) -> int:
-    """How many tokens two sequences begin with alike."""
+    """Counts the first tokens that two sequences have in common."""
     return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(one, two, strict=False)))
 
 

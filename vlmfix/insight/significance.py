@@ -1,8 +1,8 @@
-"""How much each image token means to an encoder that sees the picture alone: the model's own tower, or another ViT.
+"""Measures each image token's significance to an encoder that sees the picture alone: the model's tower or a ViT.
 
-Three numbers per token, all sums of attention weights over heads: what the class token gives it in the first and in the
-penultimate layer, and what the patches give it in the first. Only their order within a picture matters, and for the
-second how far the largest stand out.
+Three numbers per token, all sums of attention weights over heads: the class token's attention to it in the first and in
+the penultimate layer, and the patches' in the first. Only their order within a picture matters, and for the second how
+far the largest stand out.
 
 Shape letters (``docs/notation.md``): B rows, T prompt tokens; here also N image tokens of a picture.
 """
@@ -28,7 +28,7 @@ FIRST, PENULTIMATE = 0, -2
 
 
 class Significance(NamedTuple):
-    """One number per prompt token, each (B, T) float32 on the CPU; NaN where a token shows no part of a picture.
+    """Holds three numbers per prompt token, each (B, T) float32 on the CPU; NaN for a token without a picture part.
 
     Attributes:
         first: Attention of the class token in the first layer.
@@ -42,7 +42,7 @@ class Significance(NamedTuple):
 
 
 def no_class_token(vlm: Checkpoint) -> str | None:
-    """Why the vision tower has no class token's attention to read; None when it has."""
+    """Says why the vision tower has no attention of a class token to read; None when it has."""
     if vlm.family.class_tokens(vlm.model):
         return None
     return (
@@ -52,16 +52,16 @@ def no_class_token(vlm: Checkpoint) -> str | None:
 
 
 def too_shallow(vlm: Checkpoint) -> str | None:
-    """Why the vision tower has no penultimate layer; None when it has."""
+    """Says why the vision tower has no penultimate layer; None when it has."""
     count = len(vlm.family.tower_attention(vlm.model))
     return None if count >= -PENULTIMATE else f"its vision tower has {count} layer, and none before the last"
 
 
 @torch.no_grad()
 def of_tower(vlm: Checkpoint, batch: Batch, layout: ImageLayout, *, rows: TowerRows) -> Significance:
-    """Reads the model's own vision tower: one more pass over each distinct picture.
+    """Reads significance from the model's own vision tower, in one more pass over each distinct picture.
 
-    Where several patches become one token their numbers are summed. Tiles have a class token each.
+    When several patches become one token, their numbers are summed. Each tile has its own class token.
 
     Args:
         vlm: The model.
@@ -80,7 +80,7 @@ def of_tower(vlm: Checkpoint, batch: Batch, layout: ImageLayout, *, rows: TowerR
 
 
 def _over_rows(vlm: Checkpoint, batch: Batch, first: Sequence[int], values: Tensor) -> Tensor:
-    """Hands values of the image tokens of rows that show other pictures than those before out to all rows, (B, T)."""
+    """Copies each distinct picture's values to every row that shows it; returns (B, T)."""
     marked = (batch["input_ids"] == vlm.family.image_token(vlm.model.config)).cpu()  # (B, T)
     counts = marked.sum(dim=1).tolist()
     kept = sorted({row for row in first if counts[row]})
@@ -99,7 +99,7 @@ def _over_rows(vlm: Checkpoint, batch: Batch, first: Sequence[int], values: Tens
 
 @torch.no_grad()
 def of_vit(name: str, batch: Batch, layout: ImageLayout, device: torch.device) -> Significance:
-    """Shows the pictures to another ViT, and takes for each token the mean of its maps over the token's box.
+    """Reads significance from another ViT: for each token, the mean of the ViT's maps over the token's box.
 
     Args:
         name: The ViT, as in ``vit.load_vit``.
@@ -109,7 +109,7 @@ def of_vit(name: str, batch: Batch, layout: ImageLayout, device: torch.device) -
 
     Raises:
         IncompatibleDecodersError: The batch does not say which pictures it was made of.
-        DataError: There is no such ViT, or none that can be read.
+        DataError: There is no such ViT, or it cannot be read.
     """
     if batch.pictures is None:
         raise IncompatibleDecodersError(
@@ -130,7 +130,7 @@ def of_vit(name: str, batch: Batch, layout: ImageLayout, device: torch.device) -
 
 
 def over_boxes(maps: Tensor, boxes: Tensor) -> Tensor:
-    """Means of maps over boxes; a cell counts by the share of the box that it covers.
+    """Averages maps over boxes; a cell counts by the share of the box that it covers.
 
     Args:
         maps: (n, lines, columns) over a whole picture.
@@ -146,7 +146,7 @@ def over_boxes(maps: Tensor, boxes: Tensor) -> Tensor:
 
 
 def _shares(start: Tensor, end: Tensor, cells: int) -> Tensor:
-    """(N, cells) float64: the share of each stretch from start to end, in [0, 1], that lies in each of equal cells."""
+    """Computes the share of each interval, start to end in [0, 1], in each of equal cells; (N, cells) float64."""
     low, high = start.double()[:, None] * cells, end.double()[:, None] * cells  # (N, 1)
     cell = torch.arange(cells)
     covered = (torch.minimum(high, cell + 1.0) - torch.maximum(low, cell.double())).clamp(min=0)

@@ -1,4 +1,4 @@
-"""Sinks: dimensions in which a model's first token is massive, image tokens that share them, attention to that token.
+"""Finds sinks: dimensions in which a model's first token is massive, and image tokens that are massive in them too.
 
 Source: Kang et al., "See What You Are Told: Visual Attention Sink in Large Multimodal Models", ICLR 2025, arXiv
 2503.03321; the contrastive probe is this package's own (it needs no table and no data).
@@ -46,7 +46,7 @@ QUESTIONS = (
 
 @dataclass(frozen=True)
 class SinkReport:
-    """Where a model's sinks are.
+    """Describes a model's sinks.
 
     Attributes:
         dims: Sink dimensions, strongest first; empty when no dimension stands out.
@@ -62,7 +62,7 @@ class SinkReport:
 
 
 def sink_strength(hidden: Tensor, dims: tuple[int, ...]) -> Tensor:
-    """phi: how massive a token is in the sink dimensions.
+    """Computes phi, which says how massive a token is in the sink dimensions.
 
     Args:
         hidden: (..., hidden size) residual stream; no norm's gain is applied.
@@ -77,32 +77,32 @@ def sink_strength(hidden: Tensor, dims: tuple[int, ...]) -> Tensor:
 
 
 def scaled_threshold(hidden_size: int) -> float:
-    """0.3125 * sqrt(hidden size): the paper's 20 at 4096 dimensions, carried to other widths (not in the paper)."""
+    """Computes 0.3125 * sqrt(hidden size): the paper's 20 at 4096 dimensions, scaled to other widths (our choice)."""
     return 0.3125 * math.sqrt(hidden_size)
 
 
 def least_massive(hidden_size: int) -> float:
-    """Smallest ``|x_d| / rms(x)`` of the first token that counts as massive: 0.15 of the bound, and at least 3."""
+    """Computes the least ``|x_d| / rms(x)`` of the first token that is massive: 0.15 of the bound, and at least 3."""
     return max(0.15 * math.sqrt(hidden_size), 3.0)
 
 
 def first_token(site: Site) -> Tensor:
-    """(B,) int64, the key of each row's first token, past its padding."""
+    """Returns the key of each row's first token, past its padding, (B,) int64."""
     return (site.text_keys | site.image_keys).int().argmax(dim=1)
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class _FirstMass(WeightEdit):
-    """Changes nothing, and remembers the attention of the edited rows to the first token.
+    """Records the attention of the edited rows to the first token, and changes nothing.
 
     Attributes:
-        found: Layer number -> (H,) mean over the rows of one row of batch, for each pass.
+        found: Layer number -> for each pass, (H,) mean over the query rows of its one batch row.
     """
 
     found: dict[int, list[Tensor]] = field(default_factory=dict)
 
     def weights(self, site: Site, weights: Tensor) -> Tensor:
-        """The same weights."""
+        """Records the mass, and returns the same weights."""
         mass = weights[0, :, site.acts[0], int(first_token(site)[0])]  # (H, R)
         self.found.setdefault(site.layer, []).append(mass.mean(dim=1))
         return weights
@@ -112,7 +112,7 @@ _MASSES: WeakKeyDictionary[nn.Module, dict[Hashable, Tensor]] = WeakKeyDictionar
 
 
 def first_token_mass(vlm: Checkpoint) -> Tensor:
-    """How much attention each head gives to the first token, by a probe of 8 short prompts, once per model and weights.
+    """Measures each head's attention to the first token by a probe of 8 short prompts, once per model and weights.
 
     Returns:
         (L, H) float32 on the CPU, in [0, 1]: mean over the prompt's text rows behind the picture.
@@ -134,7 +134,7 @@ def first_token_mass(vlm: Checkpoint) -> Tensor:
 
 
 def tabulated_sinks(vlm: Checkpoint) -> tuple[int, ...]:
-    """Sink dimensions that the literature gives for a model of this type and size; empty when it gives none."""
+    """Returns the sink dimensions in the literature for a model of this type and size; empty when it gives none."""
     config = vlm.model.config.get_text_config()
     key = (config.model_type, config.hidden_size, config.num_hidden_layers, config.num_key_value_heads)
     return TABLE.get(key, ())
@@ -171,7 +171,7 @@ def _probe(vlm: Checkpoint, threshold: float) -> SinkReport:
         image.append(hidden[:, shown])
     hit = torch.cat(first).median(dim=0).values  # (hidden size,)
     contrast = hit - torch.cat(others).median(dim=0).values
-    # An ordinary dimension of a narrow model reaches 0.15 of the bound by chance; three deviations it does not.
+    # An ordinary dimension of a narrow model reaches 0.15 of the bound by chance, but not three deviations.
     chosen = (hit > least_massive(width)) & (contrast > 0.5 * contrast.max())
     order = contrast.masked_fill(~chosen, float("-inf")).topk(min(4, len(hit))).indices
     dims = tuple(int(d) for d in order.tolist() if bool(chosen[d]))
@@ -187,7 +187,7 @@ def _prompts(vlm: Checkpoint) -> Iterator[Batch]:
 
 
 def random_picture(seed: int) -> Image.Image:
-    """A smooth random picture: coloured blobs, so that image tokens differ as they do in photographs."""
+    """Draws a smooth random picture of coloured blobs, so that image tokens differ as they do in photographs."""
     generator = torch.Generator().manual_seed(seed)
     coarse = torch.rand(1, 3, 6, 6, generator=generator)
     pixels = nn.functional.interpolate(coarse, size=(336, 336), mode="bicubic").clamp(0, 1)[0]

@@ -1,4 +1,4 @@
-"""A vision transformer from timm, and where its class token looks in a picture.
+"""Loads a vision transformer from timm, and reads where its class token looks in a picture.
 
 Shape letters (``docs/notation.md``): H heads and D head dimension, here of the ViT; here also V pictures and N tokens
 of each, class and register tokens included.
@@ -22,13 +22,13 @@ from vlmfix.language.parameters import path_of
 from vlmfix.upstream import vit as upstream
 
 TOGETHER = 16
-"""Pictures that run side by side."""
+"""Most pictures in one pass."""
 HINT = "give the name of a timm model with a class token, such as vit_base_patch16_224.dino, or a folder with one"
 
 
 @dataclass(frozen=True, eq=False)
 class ViT:
-    """A ViT with a class token.
+    """Reads the attention of a ViT with a class token.
 
     Attributes:
         model: timm's ``VisionTransformer``, in eval mode and float32.
@@ -42,7 +42,7 @@ class ViT:
 
     @torch.no_grad()
     def maps(self, pictures: Sequence[Image.Image]) -> list[Tensor]:
-        """Attention that each patch of the pictures gets, summed over heads.
+        """Computes the attention that each patch of the pictures gets, summed over heads.
 
         Args:
             pictures: RGB.
@@ -58,7 +58,7 @@ class ViT:
         return found
 
     def _maps(self, pixels: Tensor) -> Tensor:
-        """(V, 3, lines, columns) for (V, 3, height, width)."""
+        """Computes the maps, (V, 3, lines, columns), of pixels, (V, 3, height, width)."""
         prefix, blocks = self.model.num_prefix_tokens, self.model.blocks
         first, penultimate = TowerReading(0, "class", prefix), TowerReading(-2, "class", prefix)
         spatial = TowerReading(0, "patches", prefix)
@@ -77,7 +77,7 @@ class ViT:
         return maps
 
     def digest(self) -> str:
-        """SHA-256 of its weights."""
+        """Computes the SHA-256 of the ViT's weights."""
         found = hashlib.sha256()
         for name, value in sorted(self.model.state_dict().items()):
             found.update(name.encode())
@@ -96,7 +96,7 @@ def load_vit(name: str, device: torch.device) -> ViT:
 
     Raises:
         DataError: There is no such model, it cannot be read, or its class token's attention cannot.
-        UpstreamError: The installed timm does not show what is read.
+        UpstreamError: The installed timm does not show the attention.
     """
     folder = path_of(name)
     try:

@@ -1,4 +1,4 @@
-"""Where a question stands among a prompt's tokens, and which of its words say something.
+"""Finds a question among a prompt's tokens, and its content words, by the prompt's decoded text.
 
 Shape letters (``docs/notation.md``): B rows, T prompt tokens.
 """
@@ -31,14 +31,14 @@ FUNCTION_WORDS = frozenset(
 def decoded(
     tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], *, special: bool = True
 ) -> tuple[str, tuple[int, ...]]:
-    """The text of some tokens, and where each token's characters end in it.
+    """Decodes some tokens, and finds where each token's characters end in the text.
 
     A character that several tokens write belongs to the first of them.
 
     Args:
         tokenizer: The model's.
         ids: The tokens.
-        special: Whether special tokens are written; else they have no characters.
+        special: Whether to write special tokens; otherwise they have no characters.
     """
 
     def text(count: int) -> str:
@@ -47,19 +47,19 @@ def decoded(
         )
 
     lengths = [len(text(count + 1)) for count in range(len(ids))]
-    # a half-written character decodes to marks that the whole one replaces, which may be fewer
+    # an incomplete character decodes to marks; the complete one replaces them, and may be shorter
     ends = list(accumulate(reversed(lengths), min))[::-1]
     return text(len(ids)), tuple(ends)
 
 
 @dataclass(frozen=True, eq=False)
 class Tail:
-    """What a prompt says behind its last image token.
+    """Holds the tokens and the text of a prompt behind its last image token.
 
     Attributes:
         columns: Column of each token.
-        text: What they decode to.
-        ends: For each token, where its characters end; they begin where the one before ends.
+        text: The decoded tokens.
+        ends: For each token, where its characters end; they begin where the token before ends.
     """
 
     columns: tuple[int, ...]
@@ -68,7 +68,7 @@ class Tail:
 
     @classmethod
     def of(cls, work: Work, row: int) -> Tail:
-        """The tail of one row; the whole text of a row without a picture."""
+        """Makes the tail of one row; for a row without a picture, the whole text."""
         shown = work.layout.tokens[row].nonzero()
         start = int(shown[-1]) + 1 if len(shown) else 0
         columns = [column for column in work.layout.text[row].nonzero().squeeze(1).tolist() if column >= start]
@@ -76,16 +76,16 @@ class Tail:
         return cls(tuple(columns), *decoded(work.vlm.processor.tokenizer, ids))
 
     def over(self, start: int, end: int) -> list[int]:
-        """Columns of the tokens that write the characters from ``start`` to ``end``, or parts of them."""
+        """Returns the columns of the tokens that write some of the characters from ``start`` to ``end``."""
         begins = (0, *self.ends)
         spans = zip(self.columns, begins, self.ends, strict=False)
         return [column for column, first, last in spans if first < end and last > start]
 
     def find(self, words: str) -> int:
-        """Where words begin in the text, the last time they occur.
+        """Finds where words begin in the text, the last time they occur.
 
         Raises:
-            LayoutError: They do not occur.
+            LayoutError: The words do not occur.
         """
         place = self.text.rfind(words)
         if place < 0:
@@ -96,7 +96,7 @@ class Tail:
 
 
 def question_columns(work: Work, *, content: bool) -> Tensor:
-    """The tokens of each row's question.
+    """Marks the tokens of each row's question.
 
     Args:
         work: The batch.
@@ -106,7 +106,7 @@ def question_columns(work: Work, *, content: bool) -> Tensor:
         (B, T) bool.
 
     Raises:
-        LayoutError: A row's question does not stand behind its picture.
+        LayoutError: A row's question is not behind its picture.
     """
     marked = torch.zeros_like(work.layout.text)
     for row, asked in enumerate(work.batch.prompts or ()):

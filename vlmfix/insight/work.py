@@ -1,4 +1,4 @@
-"""One batch of single questions about single pictures, and what a pass over it left behind.
+"""Holds one batch of single questions about single pictures, and the results of a pass over it.
 
 Shape letters (``docs/notation.md``): B rows, L layers, H query heads, T prompt tokens, V vocabulary.
 """
@@ -19,7 +19,7 @@ from vlmfix.models.layout import Batch, ImageLayout
 
 @dataclass(frozen=True, eq=False)
 class Work:
-    """One batch to look at: one question about B pictures.
+    """Holds one batch to examine: one question about B pictures.
 
     Attributes:
         vlm: The model.
@@ -37,31 +37,31 @@ class Work:
 
     @property
     def layers(self) -> int:
-        """L."""
+        """Returns L."""
         return self.vlm.layers
 
     @property
     def heads(self) -> int:
-        """H."""
+        """Returns H."""
         return self.vlm.heads
 
     def random(self, row: int) -> Random:
-        """A source for what is drawn for one row; it depends on the seed and the picture's number alone."""
+        """Makes the random source of one row; it depends on the seed and the picture's number alone."""
         return Random(f"{self.seed}, {self.first + row}")
 
     def stacked(self, found: Mapping[int, Tensor]) -> Tensor:
-        """Scores by layer, (B, H) each, as (B, L, H); zeros for layers that have none."""
+        """Stacks scores by layer, (B, H) each, to (B, L, H); zeros for layers that have none."""
         empty = torch.zeros(self.batch.rows, self.heads, device=self.vlm.device)
         return torch.stack([found.get(layer, empty).float() for layer in range(self.layers)], dim=1)  # (B, L, H)
 
 
 @dataclass(frozen=True, eq=False)
 class Ran:
-    """What the shared pass left behind.
+    """Holds the results of the pass that all states share.
 
     Attributes:
         logits: (B, V) of the last row.
-        cache: Keys and values of the prompt, when a state keeps the cache.
+        cache: KV cache of the prompt, when a state keeps it.
         positions: (B, T) or (3 or 4, B, T) position ids.
     """
 

@@ -1,1 +1,1 @@
-"""Jobs ask a model many questions, write every answer as it is done, and go on where they were after any kill."""
+"""Runs jobs, which ask a model many questions, write each answer as it is done, and resume after any kill."""

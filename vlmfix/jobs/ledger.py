@@ -1,4 +1,4 @@
-"""The ledger of a job says whose the folder is and which starts have written it, so that the next one can go on."""
+"""Keeps a job's ledger, which says whose its folder is and which starts wrote it, so that the next start can resume."""
 
 from __future__ import annotations
 
@@ -20,27 +20,27 @@ from vlmfix.shapes import Shape
 from vlmfix.supply import Question
 
 CARD_SECONDS = 30.0
-"""The card is at most this old while a model answers."""
+"""Greatest age of the card while a model answers."""
 
 
 class CardFolder(ABC):
-    """A folder whose card says whose its lines are, and that one process at a time may write.
+    """Guards a folder that one process at a time may write, and whose card says which job its lines belong to.
 
-    ``with`` opens it: the files' locks are taken first, and nothing is changed before the card has shown that the
-    folder is this job's or nobody's.
+    ``with`` opens it: it takes the files' locks first, and changes nothing before the card has shown that the folder
+    is this job's or nobody's.
 
     Args:
         folder: Made when it is missing.
-        files: What each line of the folder's files must hold, by the files' paths below the folder.
+        files: Path below the folder -> shape that each line of the file must have.
 
     Class attributes:
         card_name: Name of the card.
-        card_shape: What the card must hold for the folder to be gone on with.
-        holds: What the lines are, for messages.
+        card_shape: Shape that the card must have for the job to resume.
+        holds: Noun for the lines, for messages.
         option: The option of the command line that names the folder, for hints.
 
     Raises:
-        UsageError: Another process writes there, or the folder holds what was made with other settings.
+        UsageError: Another process writes there, or the folder's content was made with other settings.
         DataError: The folder or its files cannot be read or written.
     """
 
@@ -89,36 +89,36 @@ class CardFolder(ABC):
 
     @abstractmethod
     def new_card(self) -> dict[str, Any]:
-        """Gives the card of a folder that is nobody's yet, to be written later.
+        """Makes the card of a folder that is nobody's yet, to be written later.
 
         Raises:
-            UsageError: It holds files that only a card could explain.
+            UsageError: The folder holds files that only a card could explain.
         """
 
     @abstractmethod
     def go_on(self) -> None:
-        """Compares the card with what this job is.
+        """Compares the card with this job.
 
         Raises:
-            UsageError: It is another job's.
+            UsageError: The card is another job's.
         """
 
     @abstractmethod
     def read_back(self) -> None:
-        """Reads what earlier starts have written."""
+        """Reads the lines that earlier starts have written."""
 
     def tidy(self) -> None:
         """Removes the drafts that a kill has left."""
         remove_drafts(self.folder, self.card_name)
 
     def refuse_unknown(self, files: Iterable[str]) -> None:
-        """Refuses files that hold something, though no card says what.
+        """Refuses files that have content when there is no card to explain it.
 
         Args:
             files: Their paths below the folder.
 
         Raises:
-            UsageError: One is not empty.
+            UsageError: A file is not empty.
         """
         if unknown := [self.lines[name].path for name in files if not self.lines[name].is_empty]:
             raise UsageError(
@@ -139,19 +139,19 @@ class CardFolder(ABC):
 
 
 class Ledger(CardFolder):
-    """The folder of a job with a model: answers and failures, and a card that lists every start as a session.
+    """Writes the folder of a job with a model: answers and failures, and a card that lists every start as a session.
 
-    A start that leaves questions to a later one, since trouble of the machine kept them from being answered, notes them
+    When trouble of the machine keeps questions from being answered, a start leaves them to a later one, and notes them
     in ``left_open``.
 
     Args:
         folder: Made when it is missing.
-        files: What each line of the folder's files must hold, by the files' paths below the folder.
-        retry_failed: Asks again what failed; its lines leave the files when a model begins to work.
+        files: Path below the folder -> shape that each line of the file must have.
+        retry_failed: Asks failed questions again; their lines leave the files when a model begins to work.
 
     Class attributes:
         failure: Field that the line of a failure has, and no line of an answer.
-        unit: What is left open, for messages.
+        unit: Noun for a question left open, for messages.
     """
 
     failure: ClassVar[str]
@@ -164,24 +164,24 @@ class Ledger(CardFolder):
         self._peak_memory: Callable[[], int] | None = None
         self._saved = 0.0
         self.left_open: list[tuple[str, PassingError]] = []
-        """What is left open, in words, each with the trouble."""
+        """Questions left open, in words, each with the trouble."""
 
     @abstractmethod
     def sum_up(self) -> None:
-        """Brings what the card says of the answers up to date."""
+        """Updates the card's figures about the answers."""
 
     @property
     def session(self) -> dict[str, Any]:
-        """What the card says of this start, or of the last."""
+        """Returns the card's entry of this start, or of the last one."""
         session: dict[str, Any] = self.card["sessions"][-1]
         return session
 
     def standing(self, name: str, lines: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-        """Passes on the lines of a file but for failures that are to be asked again.
+        """Yields the lines of a file, except failures that are to be asked again.
 
         Args:
             name: The file's path below the folder.
-            lines: What it holds.
+            lines: The file's lines.
         """
         for line in lines:
             if self._stands(line):
@@ -205,17 +205,17 @@ class Ledger(CardFolder):
         """Notes that a model starts to work, and drops the failures that are to be asked again.
 
         Args:
-            model: What the model is.
-            settings: What it was loaded with.
-            noted: The part of the card that says what decides the answers; what is found is compared with it, and added
-                to it in the first session alone: what that did not note cannot be known of its answers.
-            found: What decides the answers, beside the model's files, and is known only now.
-            session: What may differ from start to start.
-            peak_memory: Gives the most bytes that were held so far.
+            model: Identity of the model.
+            settings: Settings that it was loaded with.
+            noted: The part of the card that keeps the facts that decide answers; ``found`` is compared with it, and
+                added to it only in the first session: facts not noted then cannot be known of its answers.
+            found: Facts that decide the answers, beside the model's files, and are known only now.
+            session: Facts that may differ from start to start.
+            peak_memory: Returns the most bytes held so far.
 
         Raises:
             UsageError: The folder's answers were made with other weights or files of the model, in another precision or
-                with other things found, or by a version that did not note them.
+                with other facts, or by a version that did not note these.
         """
         begun = bool(self.card["sessions"])
         if begun:
@@ -243,7 +243,7 @@ class Ledger(CardFolder):
         """Rewrites the card when the work ends, in whatever way.
 
         Raises:
-            PassingError: Trouble of the machine has left something open.
+            PassingError: Trouble of the machine has left questions open.
         """
         try:
             yield
@@ -257,7 +257,7 @@ class Ledger(CardFolder):
             )
 
     def save(self) -> None:
-        """Rewrites the card with what has been done so far."""
+        """Rewrites the card with the work done so far."""
         if self._peak_memory is not None:
             self.session["peak_memory"] = self._peak_memory()
         self.sum_up()
@@ -265,25 +265,25 @@ class Ledger(CardFolder):
         self._saved = time.monotonic()
 
     def save_in_time(self) -> None:
-        """Rewrites the card when it is old."""
+        """Rewrites the card when it is older than ``CARD_SECONDS``."""
         if time.monotonic() - self._saved > CARD_SECONDS:
             self.save()
 
 
 def asked_before(answered: Iterable[tuple[Path | None, str]]) -> Question | None:
-    """Makes the first question of those answered whose picture can still be opened.
+    """Finds the first answered question whose picture can still be opened; None without one.
 
     Args:
-        answered: File of the picture, or None for a prompt alone, and the prompt.
+        answered: For each answer, the picture's file, or None for a prompt alone, and the prompt.
     """
     for path, prompt in answered:
         try:
             return Question(None if path is None else open_picture(path).image, prompt)
-        except (DataError, PassingError):  # broken since it was answered, or not to be had now
+        except (DataError, PassingError):  # broken since, or not available now
             continue
     return None
 
 
 def now() -> str:
-    """Says the time in UTC, to the second."""
+    """Returns the time in UTC, to the second."""
     return datetime.now(UTC).isoformat(timespec="seconds")

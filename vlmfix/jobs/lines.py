@@ -1,4 +1,4 @@
-"""What a run over pictures writes: the names of its files and what a line of them holds, known without a model."""
+"""Names the files of a run over pictures, and declares the shapes of their lines, without loading a model."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a model family must tell vlmfix; one file per family implements it."""
+"""Declares the interface that each model family implements, in one file per family."""
 
 from __future__ import annotations
 
@@ -17,49 +17,49 @@ from vlmfix.models.layout import Batch
 
 
 class Family(ABC):
-    """One model family: where its decoder's attention is and how its pictures become tokens."""
+    """Says of one model family where its decoder's attention is and how its pictures become tokens."""
 
     title: ClassVar[str]
     """Name in messages and tables, for instance ``LLaVA-1.5``."""
     model_types: ClassVar[frozenset[str]]
     """Values of ``config.model_type`` that this family serves."""
     apart: ClassVar[bool] = False
-    """Whether the image processor makes the same tensors of rows apart, one behind the other, as of all at once; where
-    it is False, it pads the pictures of a call to each other."""
+    """Whether the image processor makes the same tensors of rows one by one as of all at once; where it is False, the
+    processor pads the pictures of a call to each other."""
 
     def decoder(self, model: PreTrainedModel) -> nn.Module:
-        """The text decoder: the module that owns ``layers``."""
+        """Returns the text decoder: the module that owns ``layers``."""
         decoder = model.model.language_model
         if not isinstance(decoder, nn.Module):
             raise TypeError(f"{type(model).__name__} has no language_model module")
         return decoder
 
     def layers(self, model: PreTrainedModel) -> list[nn.Module]:
-        """The L decoder layers in order; each has ``self_attn``."""
+        """Returns the L decoder layers in order; each has ``self_attn``."""
         return list(self.decoder(model).get_submodule("layers").children())
 
     def attention_modules(self, model: PreTrainedModel) -> list[nn.Module]:
-        """The L attention modules of the text decoder, in layer order; never one of the vision tower."""
+        """Returns the L attention modules of the text decoder, in layer order; never one of the vision tower."""
         return [layer.get_submodule("self_attn") for layer in self.layers(model)]
 
     def tower(self, model: PreTrainedModel) -> nn.Module:
-        """The vision tower."""
+        """Returns the vision tower."""
         tower = model.model.vision_tower
         if not isinstance(tower, nn.Module):
             raise TypeError(f"{type(model).__name__} has no vision_tower module")
         return tower
 
     def tower_attention(self, model: PreTrainedModel) -> list[nn.Module]:
-        """The attention modules of the vision tower, in layer order."""
+        """Returns the attention modules of the vision tower, in layer order."""
         return [module for module in self.tower(model).modules() if getattr(module, "is_causal", None) is False]
 
     def class_tokens(self, model: PreTrainedModel) -> int:
-        """Number of class tokens that stand before the patches in the vision tower: 1 or 0."""
+        """Counts the class tokens before the patches in the vision tower: 1 or 0."""
         names = [name.rpartition(".")[2] for name, _ in self.tower(model).named_parameters()]
         return int("class_embedding" in names or "cls_token" in names)
 
     def image_token(self, config: PreTrainedConfig) -> int:
-        """Id of the token that stands for one image patch in ``input_ids``."""
+        """Returns the id of the token that stands for one image patch in ``input_ids``."""
         return int(config.image_token_id)
 
     def process(
@@ -93,7 +93,7 @@ class Family(ABC):
         return dict(inputs)
 
     def completed(self, model: PreTrainedModel, processor: ProcessorMixin) -> tuple[ProcessorMixin, dict[str, Any]]:
-        """The processor with settings that its files leave out and the model's configuration has.
+        """Completes the processor with settings that its files leave out and the model's configuration has.
 
         Args:
             model: The model.
@@ -105,7 +105,7 @@ class Family(ABC):
         return processor, {}
 
     def limited(self, processor: ProcessorMixin, pixels: int) -> ProcessorMixin:
-        """A copy of the processor that makes at most so many pixels of a picture.
+        """Copies the processor with a limit on the pixels that it makes of a picture.
 
         Args:
             processor: The model's processor; it is left as it was found.
@@ -120,7 +120,7 @@ class Family(ABC):
         )
 
     def enlarged(self, processor: ProcessorMixin, size: tuple[int, int], together: int) -> int:
-        """Pixels of the largest picture that the processor makes of one on its way to patches or tiles.
+        """Counts the pixels of the largest picture that the processor makes of one on its way to patches or tiles.
 
         Args:
             processor: The model's processor; only its settings are read.
@@ -128,17 +128,17 @@ class Family(ABC):
             together: Pictures in its row.
 
         Returns:
-            0 where the processor's settings bound them whatever the picture, the default.
+            0, the default, where the processor's settings bound the pixels for any picture.
         """
         return 0
 
     def sharing(self, processor: ProcessorMixin) -> Any:  # noqa: ANN401 (its parts are to be replaced)
-        """A copy of the processor that takes an image processor which returns less than all pictures of the rows."""
+        """Copies the processor so that its image processor may return fewer pictures than the rows refer to."""
         return copy(processor)
 
     @abstractmethod
     def patches(self, model: PreTrainedModel, processor: ProcessorMixin, batch: Batch) -> list[list[Tensor]]:
-        """Where in its picture each image token looks.
+        """Finds the place in its picture that each image token shows.
 
         Args:
             model: The model; only its configuration is read.
@@ -154,7 +154,7 @@ class Family(ABC):
 
     @abstractmethod
     def per_token(self, model: PreTrainedModel, inputs: Mapping[str, Tensor], patches: Sequence[Tensor]) -> Tensor:
-        """Sums values of the vision tower's tokens over those that each image token is made of.
+        """Sums values of the vision tower's tokens over the tokens that each image token is made of.
 
         Args:
             model: The model.
@@ -168,7 +168,7 @@ class Family(ABC):
         """
 
     def pixel_rows(self, model: PreTrainedModel, batch: Batch, counts: Sequence[int]) -> Tensor:
-        """Which row each entry of ``pixel_values`` belongs to.
+        """Finds the row that each entry of ``pixel_values`` belongs to.
 
         Args:
             model: The model; only its configuration is read.
@@ -181,7 +181,7 @@ class Family(ABC):
         return torch.arange(len(counts)).repeat_interleave(torch.tensor(list(counts)))
 
     def owners(self, model: PreTrainedModel, batch: Batch, name: str, counts: Sequence[int]) -> Tensor:
-        """Which row each entry of an input that belongs to pictures belongs to.
+        """Finds the row that each entry of a pictures' input, such as ``image_sizes``, belongs to.
 
         Args:
             model: The model; only its configuration is read.
@@ -200,7 +200,7 @@ class Family(ABC):
 
 
 def by_row(batch: Batch, image_token: int, pictures: Sequence[Tensor]) -> list[list[Tensor]]:
-    """Hands the pictures of a batch out to its rows, by the image tokens that each row has.
+    """Assigns the pictures of a batch to its rows, by the image tokens that each row has.
 
     Args:
         batch: Encoded rows.

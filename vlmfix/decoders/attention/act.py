@@ -1,4 +1,4 @@
-"""ACT: takes attention away from sinks within the input, in heads that were found to be better off without them."""
+"""ACT: takes attention away from sinks within the input, in heads that were found to do better without them."""
 
 from __future__ import annotations
 
@@ -39,13 +39,13 @@ LISTS: dict[str, str] = {
 }
 """Calibrated heads of Llama-2-7B-chat that the authors released, as layer:heads."""
 LISTED = ("llama", 4096, 32, 32)
-"""Whose they are: the text model's type, hidden size, layers and key/value heads; LLaVA-1.5-7B has such a one."""
+"""Model of these lists: its text model's type, hidden size, layers and key/value heads, which LLaVA-1.5-7B has."""
 NAMED = re.compile(r"L(\d+)H(\d+)")
 
 
 @dataclass(frozen=True, kw_only=True)
 class ACT(Decoder):
-    """Attention Calibration Technique: sinks other than the first token hurt in many heads; shrink them there.
+    """Attention Calibration Technique: shrinks sinks other than the first token, in the heads that they hurt.
 
     In a chosen head, with attention A over the N tokens of the prompt, ``avg[j]`` is the mean of column j over the rows
     that can see it. The sinks S are the keys with ``avg[j]`` above a threshold, but for the first token. Then in every
@@ -60,7 +60,7 @@ class ACT(Decoder):
         sink_factor: alpha_s >= 0; the threshold is alpha_s / N. Read only when ``sink_threshold`` is none.
         sink_threshold: theta in [0, 1], a threshold for prompts of any length; none: ``sink_factor`` / N.
             The released code has 0.1, and 0.15 for free answers (MT-Bench).
-        spared: What is never a sink: the ``first-token`` or the ``first-sink``.
+        spared: The token that is never a sink: the ``first-token`` or the ``first-sink``.
         spared_tail: Columns at the prompt's end that are never sinks: few rows can see them, and the last one's mean
             is one number.
         heads: ``L2H8/L2H13`` and so on, ``all``, ``classification`` or ``multiple-choice`` (the authors' lists for
@@ -133,7 +133,7 @@ class ACT(Decoder):
             read_heads(self.heads)
 
     def plan(self, vlm: Checkpoint, batch: Batch, layout: ImageLayout) -> DecodingPlan:
-        """A search for sinks and an edit, in the layers that have chosen heads."""
+        """Plans a search for sinks and an edit, in the layers that have chosen heads."""
         if reason := self.check(vlm):
             raise IncompatibleDecodersError(f"act cannot act: {reason}", "give heads=L2H8/L2H13, or heads=all")
         count, heads = vlm.layers, vlm.heads
@@ -152,7 +152,7 @@ class ACT(Decoder):
         return DecodingPlan(edits=(search, edit(layers=layers, search=search, chosen=chosen, kept=self.kept_fraction)))
 
     def check(self, vlm: Checkpoint) -> str | None:
-        """Whether heads are known for the model, and exist in the layers to act in."""
+        """Checks that heads are known for the model, and exist in the layers to act in."""
         if self.heads is None and not _is_listed(vlm):
             return (
                 "no calibrated heads are published for this model; find them with labelled questions "
@@ -179,7 +179,7 @@ class ACT(Decoder):
 
 
 def read_heads(text: str) -> Heads:
-    """Reads ``L2H8/L2H13``.
+    """Reads heads written as ``L2H8/L2H13``.
 
     Raises:
         UsageError: It is not of that form.
@@ -193,12 +193,12 @@ def read_heads(text: str) -> Heads:
 
 
 def write_heads(heads: Heads | list[tuple[int, int]]) -> str:
-    """Heads as ``read_heads`` reads them, in order."""
+    """Writes heads as ``read_heads`` reads them, in order."""
     return "/".join(f"L{layer}H{head}" for layer, head in sorted(heads))
 
 
 def published(name: str) -> Heads:
-    """One of the authors' lists."""
+    """Returns one of the authors' lists."""
     rows = [row.split(":") for row in LISTS[name].split()]
     return frozenset((int(layer), int(head)) for layer, heads in rows for head in heads.split(","))
 
@@ -254,7 +254,7 @@ class SinkSearch(PromptReading):
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class TextSinkSearch(SinkSearch):
-    """The same over the text rows behind a picture."""
+    """Averages the columns of a prompt over the text rows behind a picture."""
 
     rows: ClassVar[Rows] = "text"
 

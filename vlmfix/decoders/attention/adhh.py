@@ -1,4 +1,4 @@
-"""AD-HH: takes the text away from heads that push hallucinated words, whenever they mostly read text."""
+"""AD-HH: removes the attention to text of heads that push hallucinated words, whenever they mostly read text."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ SHARE = 20 / 1024
 
 @dataclass(frozen=True, kw_only=True)
 class ADHH(Decoder):
-    """Adaptive deactivation of hallucination heads: the text is taken from such a head wherever it mostly reads text.
+    """Adaptive deactivation of hallucination heads: removes their attention to text wherever they mostly read text.
 
     For the row that predicts, at every step and in each hallucination head h, after the softmax:
 
@@ -109,7 +109,7 @@ class ADHH(Decoder):
             raise UsageError("adhh: heads are given, so the profile is not read", "give one of heads and profile")
 
     def plan(self, vlm: Checkpoint, batch: Batch, layout: ImageLayout) -> DecodingPlan:
-        """One edit of the rows that predict, or none when no row has a picture."""
+        """Plans one edit of the rows that predict, or none when no row has a picture."""
         if reason := self.check(vlm):
             raise IncompatibleDecodersError(f"adhh cannot act: {reason}", "give heads=L16H29/L26H9, or profile=FILE")
         if not bool(layout.tokens.any()):
@@ -121,7 +121,7 @@ class ADHH(Decoder):
         return DecodingPlan(edits=(Deactivation(layers=layers, chosen=chosen, threshold=self.threshold),))
 
     def check(self, vlm: Checkpoint) -> str | None:
-        """Whether heads are known for the model, and exist in it."""
+        """Checks that heads are known for the model, and exist in it."""
         if self._listed(vlm) is None:
             if reason := why_no_profile(vlm, self.name, PROFILER, self.profile):
                 return f"{reason}; it must be of captions: add --instances FILE --captions FILE"
@@ -138,11 +138,11 @@ class ADHH(Decoder):
         return None if self.chosen(vlm) else "no head of the profile pushes hallucinated words"
 
     def facts(self, vlm: Checkpoint) -> dict[str, str]:
-        """The profile, when heads come from one."""
+        """Returns the profile's facts, when heads come from one."""
         return {} if self._listed(vlm) is not None else profile_facts(vlm, self.name, PROFILER, self.profile)
 
     def chosen(self, vlm: Checkpoint) -> tuple[tuple[int, int], ...]:
-        """(layer, head) of the heads to act in, strongest first; none when the method knows no heads of the model.
+        """Returns (layer, head) of the heads to act in, strongest first; none when no heads of the model are known.
 
         Raises:
             DataError: The profile cannot be read.
@@ -159,7 +159,7 @@ class ADHH(Decoder):
         return tuple(pair for pair in profile.top(count) if float(profile.scores[pair]) > 0)
 
     def _listed(self, vlm: Checkpoint) -> HeadList | None:
-        """The heads that were given, or that the authors publish for the model; None when a profile is to say them."""
+        """Returns the heads that were given, or that the authors publish for the model; None to take a profile's."""
         if self.heads is not None or self.profile is not None:
             return self.heads
         config = vlm.model.config
@@ -169,7 +169,7 @@ class ADHH(Decoder):
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Deactivation(WeightEdit):
-    """Takes the text behind the picture away from heads that read it too much.
+    """Removes the attention to the text behind the picture from heads that read it too much.
 
     Attributes:
         chosen: (L, H) bool, the heads.
@@ -182,7 +182,7 @@ class Deactivation(WeightEdit):
     of_prompt: ClassVar[frozenset[str]] = frozenset({"chosen"})
 
     def weights(self, site: Site, weights: Tensor) -> Tensor:
-        """(B, H, R, K); rows sum to 1 or less."""
+        """Returns the weights without that text, (B, H, R, K); rows sum to 1 or less."""
         if site.prefill:
             site.learn("chosen", self.chosen[site.layer].expand(len(weights), -1))  # (B, H)
         text = text_behind(site)[:, None, None, :]  # (B, 1, 1, K)
@@ -192,9 +192,9 @@ class Deactivation(WeightEdit):
 
 
 def text_behind(site: Site) -> Tensor:
-    """(B, K) bool, text behind the row's last picture: of the prompt, and generated; none in a row without a picture.
+    """Marks the prompt's and the generated text behind the row's last picture, (B, K) bool; none without a picture.
 
-    Generated tokens of a static cache that are not yet there are among them; nothing looks at them.
+    It also marks keys of a static cache that are not yet filled; no query attends to those.
     """
     key = torch.arange(site.image_keys.shape[1], device=site.image_keys.device)  # (K,)
     picture = torch.where(site.image_keys, key, -1).amax(dim=1, keepdim=True)  # (B, 1)

@@ -1,7 +1,7 @@
 """Chooses gains and heads by trying them: on labelled questions, or without labels by the entropy of the answer.
 
-What is tried is judged by a *measure*: a function from a decoder to one number per sample (or per task), higher being
-better, always over the same samples. With labels that is whether the answer is right; without, ``certainty``.
+A *measure* judges each trial: a function from a decoder to one number per sample (or per task), higher being better,
+always over the same samples. With labels it tells whether the answer is right; without, use ``certainty``.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from vlmfix.models.layout import Batch
 from vlmfix.upstream import defaults
 
 Measure = Callable[[Decoder], Sequence[float]]
-"""One number per sample for a decoder; higher is better."""
+"""Function from a decoder to one number per sample; higher is better."""
 GAINS = tuple(2 ** (step / 2) for step in range(-6, 7))
 """Gains that ``choose_gain`` tries: 1/8 to 8 in steps of a factor sqrt(2)."""
 
 
 @dataclass(frozen=True)
 class Gain:
-    """What a change is worth against none, over the same samples.
+    """Compares a change with none, over the same samples.
 
     Attributes:
         mean: Mean difference of the measure.
@@ -42,12 +42,12 @@ class Gain:
 
     @property
     def certain(self) -> bool:
-        """Whether it is better by more than one standard error."""
+        """Returns whether the change is better by more than one standard error."""
         return self.mean > self.error
 
 
 def certainty(vlm: Checkpoint, batches: Sequence[Batch]) -> Measure:
-    """A measure without labels: minus the entropy of the answer's first token, in nats.
+    """Makes a measure without labels: minus the entropy of the answer's first token, in nats.
 
     Args:
         vlm: The model.
@@ -69,7 +69,7 @@ def certainty(vlm: Checkpoint, batches: Sequence[Batch]) -> Measure:
                     output_logits=True,
                 )
             log = output.logits[0].float().log_softmax(dim=-1)  # (B, V)
-            found += (log.exp() * log).nan_to_num().sum(dim=-1).tolist()  # a token that was cut adds nothing
+            found += (log.exp() * log).nan_to_num().sum(dim=-1).tolist()  # a cut token adds nothing
         return found
 
     return measure
@@ -77,11 +77,11 @@ def certainty(vlm: Checkpoint, batches: Sequence[Batch]) -> Measure:
 
 @dataclass(frozen=True)
 class GainChoice:
-    """What ``choose_gain`` found.
+    """Holds the result of ``choose_gain``.
 
     Attributes:
         decoder: The method with the chosen gain; 1 when no gain beats it by more than a standard error.
-        gains: Every tried gain with its worth against gain 1.
+        gains: Every tried gain, compared with gain 1.
     """
 
     decoder: ZeroTuning
@@ -89,10 +89,10 @@ class GainChoice:
 
 
 def choose_gain(measure: Measure, *, method: ZeroTuning | None = None, gains: Sequence[float] = GAINS) -> GainChoice:
-    """The gain of ZeroTuning with the best mean.
+    """Finds the gain of ZeroTuning with the best mean.
 
     Args:
-        measure: How a decoder does.
+        measure: Judges a decoder.
         method: Its heads and layers are kept; None is all of them.
         gains: Gains to try.
 
@@ -108,12 +108,12 @@ def choose_gain(measure: Measure, *, method: ZeroTuning | None = None, gains: Se
 
 @dataclass(frozen=True)
 class HeadKinds:
-    """The two kinds of heads, by what happens when each alone attends more to the first token, in all layers.
+    """Sorts heads by whether one alone helps when it attends more to the first token, in all layers.
 
     Attributes:
         up: Heads that help, the most helpful first; tune them with a gain above 1.
         down: Heads that hurt, the most harmful first; tune them with a gain below 1.
-        gains: Every head's worth.
+        gains: The measured effect of every head.
     """
 
     up: tuple[int, ...]
@@ -122,7 +122,7 @@ class HeadKinds:
 
     @property
     def dominant(self) -> tuple[int, ...]:
-        """The larger kind: the heads to tune."""
+        """Returns the larger kind: the heads to tune."""
         return max(self.up, self.down, key=len)
 
 
@@ -132,8 +132,8 @@ def classify_heads(
     """Tells ZeroTuning's two kinds of heads apart, with one run per query head.
 
     Args:
-        measure: How a decoder does.
-        vlm: The model that it runs.
+        measure: Judges a decoder.
+        vlm: The model that the measure runs.
         gain: Above 1, the gain at which heads are compared.
         method: Its layers are kept; None is all of them.
 
@@ -152,13 +152,13 @@ def classify_heads(
 
 @dataclass(frozen=True)
 class HeadSearch:
-    """What ``search_heads`` found.
+    """Holds the result of ``search_heads``.
 
     Attributes:
         heads: Heads to calibrate, as ``ACT(heads=...)`` takes them; None when none is certain, or when together they
             are no better than none.
-        gains: Every head's worth.
-        together: What the kept heads are worth at once; None when there are none.
+        gains: The measured effect of every head.
+        together: The effect of all kept heads at once; None when there are none.
     """
 
     heads: str | None
@@ -171,12 +171,12 @@ def search_heads(
 ) -> HeadSearch:
     """Finds the heads that ACT should calibrate, with one run per layer and head.
 
-    A head is kept when it alone makes the measure better by more than one standard error; the best of them when they
-    are too many. The authors released neither their margin nor how they merge tasks; this rule is this package's.
+    A head is kept when it alone makes the measure better by more than one standard error; when too many do, the best
+    are kept. The authors released neither their margin nor how they merge tasks; this rule is this package's.
 
     Args:
-        measure: How a decoder does; this search means little without labels.
-        vlm: The model that it runs.
+        measure: Judges a decoder; this search means little without labels.
+        vlm: The model that the measure runs.
         method: Its layers and thresholds are kept; None is the method's defaults.
         largest_share: Largest share of all heads to keep, in [0, 1].
 

@@ -1,4 +1,4 @@
-"""GIFT: looks harder at the patches that gained attention while the question was read."""
+"""GIFT: raises attention to the patches that gained attention while the question was read."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from vlmfix.models.layout import Batch, ImageLayout
 
 
 class Tuned(NamedTuple):
-    """What the release uses for one model."""
+    """Holds the settings that the release uses for one model."""
 
     saliency: str
     enhancement: str
@@ -131,7 +131,7 @@ class GIFT(Decoder):
     repeated: str = parameter(None, str, choices=("all", "last"), help="which occurrences of a word count")
 
     def plan(self, vlm: Checkpoint, batch: Batch, layout: ImageLayout) -> DecodingPlan:
-        """A reading of the question and an edit of the rows that predict, or nothing when there is nothing to do."""
+        """Plans a reading of the question and an edit of the rows that predict, or nothing when no row needs them."""
         reason = self.check(vlm)
         if reason is not None:
             raise IncompatibleDecodersError(f"gift cannot act: {reason}", "give saliency_layers and layers")
@@ -161,7 +161,7 @@ class GIFT(Decoder):
         return DecodingPlan(edits=(reading, enhancement) if together else (enhancement,))
 
     def check(self, vlm: Checkpoint) -> str | None:
-        """Whether the tagger is there that was asked for, and the model has the layers."""
+        """Checks that the tagger asked for is installed, and that the model has the layers."""
         if self.words == "spacy" and not has_tagger():
             return f"words=spacy needs spaCy and its model {MODEL}, which are not installed: {INSTALL}"
         count = vlm.layers
@@ -174,17 +174,17 @@ class GIFT(Decoder):
 
     @property
     def word_rule(self) -> str:
-        """How content words are told on this machine: ``spacy``, ``stop-words`` or ``all``."""
+        """Returns how content words are told on this machine: ``spacy``, ``stop-words`` or ``all``."""
         if self.words == "auto":
             return "spacy" if has_tagger() else "stop-words"
         return self.words
 
     def facts(self, vlm: Checkpoint) -> dict[str, str]:
-        """How content words are told, with the versions that it depends on."""
+        """Returns how content words are told, with the versions that this depends on."""
         return {"content_words": rule_in_words(self.word_rule)}
 
     def _layers(self, vlm: Checkpoint) -> tuple[LayerSet, LayerSet]:
-        """Saliency and enhancement layers."""
+        """Returns saliency layers and enhancement layers."""
         count, tuned = vlm.layers, TABLE.get(_kind(vlm))
         source = self.saliency_layers or LayerSet(tuned.saliency if tuned else str(shift_peak(vlm)))
         if self.layers is not None or not source.resolve(count):
@@ -204,13 +204,13 @@ def _kind(vlm: Checkpoint) -> tuple[str, str, int, int]:
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Enhancement(WeightEdit):
-    """Raises attention of the rows that predict; it remembers the map of one call's prompt.
+    """Raises attention of the rows that predict, by a map that it learns from the prompt.
 
-    That is ``gain`` (B, T) float32, 1 but on image patches, and ``question`` (B, T) bool.
+    It learns ``gain`` (B, T) float32, 1 but on image patches, and ``question`` (B, T) bool.
 
     Attributes:
-        reading: Where the map comes from when the same pass takes it.
-        known: (samples, T) map that was taken before, or None.
+        reading: Reading that makes the map when the same pass does.
+        known: (samples, T) map of an earlier pass, or None.
         question: (samples, T) bool, tokens of the question.
         alpha: Strength.
         beta: Further factor on the question.
@@ -231,7 +231,7 @@ class Enhancement(WeightEdit):
     of_prompt: ClassVar[frozenset[str]] = frozenset({"reading", "known", "question", "alpha", "clip"})
 
     def weights(self, site: Site, weights: Tensor) -> Tensor:
-        """(B, H, R, K), raised in the heads that look at the picture and at the question."""
+        """Returns the weights, (B, H, R, K), raised in the heads that look at the picture and at the question."""
         if site.prefill:
             self._learn(site)
         return enhance(
@@ -253,7 +253,7 @@ class Enhancement(WeightEdit):
 
 
 def gains(saliency: Tensor, image: Tensor, *, alpha: float, clip: float) -> Tensor:
-    """The factor on each patch.
+    """Computes the factor on each patch.
 
     Args:
         saliency: (B, T) map.
@@ -262,7 +262,7 @@ def gains(saliency: Tensor, image: Tensor, *, alpha: float, clip: float) -> Tens
         clip: Deviations (unbiased) at which the map is clipped.
 
     Returns:
-        (B, T), from 1 at the least patch to e^alpha at the first; 1 elsewhere, and where all patches are alike.
+        (B, T), from 1 at the lowest patch to e^alpha at the highest; 1 elsewhere, and where all patches are equal.
     """
     number = image.sum(dim=1, keepdim=True)  # (B, 1)
     mean = (saliency * image).sum(dim=1, keepdim=True) / number.clamp(min=1)

@@ -1,4 +1,4 @@
-"""Imbalanced attention: more attention to the image tokens that the vision encoder itself finds important."""
+"""Imbalanced attention: raises attention to the image tokens that the vision encoder itself finds important."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ from vlmfix.models.checkpoint import Checkpoint
 from vlmfix.models.layout import Batch, ImageLayout
 
 PROFILER = "image-mass"
-"""What tells how much a head looks at the picture."""
+"""Name of the profiler that measures how much a head looks at the picture."""
 SAID = {
     "cls": "attention of the class token of the model's vision tower",
     "received": "attention that patches of the model's vision tower receive, in place of a class token's",
 }
-"""What a run card says of the tower's maps."""
+"""Words of a run card for the tower's maps."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,11 +138,11 @@ class Imbalance(Decoder):
 
     @property
     def chosen_by(self) -> str:
-        """``significance``, or what stands for it: ``cls``, ``received`` or ``vit``."""
+        """Returns ``significance``, or the source that None stands for: ``cls``, ``received`` or ``vit``."""
         return self.significance or ("cls" if self.vit is None else "vit")
 
     def plan(self, vlm: Checkpoint, batch: Batch, layout: ImageLayout) -> DecodingPlan:
-        """One edit of the rows that predict."""
+        """Plans one edit of the rows that predict."""
         if reason := self.check(vlm):
             raise IncompatibleDecodersError(
                 f"imbalance cannot act: {reason}", "give other layers, another significance or a profile"
@@ -152,7 +152,7 @@ class Imbalance(Decoder):
         return DecodingPlan(edits=(TokenGain(layers=self.layers, gains=gains, heads=heads),))
 
     def check(self, vlm: Checkpoint) -> str | None:
-        """Whether there is something to choose tokens by, and a profile where one is read."""
+        """Checks that the model has maps to choose tokens by, and a profile where one is read."""
         count = vlm.layers
         if not self.layers.resolve(count):
             return f"the model's {count} layers hold none of layers {self.layers}"
@@ -166,7 +166,7 @@ class Imbalance(Decoder):
         return why_no_profile(vlm, self.name, PROFILER, self.profile) if self.sensitivity else None
 
     def facts(self, vlm: Checkpoint) -> dict[str, str]:
-        """What tokens are chosen by, with the digest of a ViT's weights, and the profile that is read."""
+        """Returns the source of the maps, with the digest of a ViT's weights, and the profile that is read."""
         if self.vit is None:
             facts = {"significance": SAID[self.chosen_by]}
         else:
@@ -177,7 +177,7 @@ class Imbalance(Decoder):
         return facts | (profile_facts(vlm, self.name, PROFILER, self.profile) if self.sensitivity else {})
 
     def gains(self, vlm: Checkpoint, batch: Batch, layout: ImageLayout) -> Tensor:
-        """(B, T) float32: alpha at local tokens, beta at summary tokens, 0 elsewhere."""
+        """Computes the gains, (B, T) float32: alpha at local tokens, beta at summary tokens, 0 elsewhere."""
         gains = torch.zeros(layout.tokens.shape)
         if not bool(layout.tokens.any()):
             return gains.to(layout.tokens.device)
@@ -192,13 +192,13 @@ class Imbalance(Decoder):
         return gains.to(layout.tokens.device)
 
     def significant(self, vlm: Checkpoint, batch: Batch, layout: ImageLayout) -> Significance:
-        """What tokens are chosen by, each (B, T)."""
+        """Computes the numbers that tokens are chosen by, each (B, T)."""
         if self.vit is not None:
             return of_vit(self.vit, batch, layout, vlm.device)
         return of_tower(vlm, batch, layout, rows="class" if self.chosen_by == "cls" else "patches")
 
     def head_gains(self, vlm: Checkpoint) -> Tensor | None:
-        """(L, H) float32 g, or None when all heads are alike."""
+        """Returns g of each head, (L, H) float32; None when all heads get the same gains."""
         if not self.sensitivity:
             return None
         profile = profile_for(vlm, self.name, PROFILER, self.profile)
@@ -209,7 +209,7 @@ class Imbalance(Decoder):
 
 
 class Groups(NamedTuple):
-    """The image tokens of one picture that are raised; no token is in both.
+    """Marks the image tokens of one picture that are raised; no token is in both groups.
 
     Attributes:
         local: (N,) bool.
@@ -221,10 +221,10 @@ class Groups(NamedTuple):
 
 
 def select(significance: Significance, *, local_share: float, spatial_share: float) -> Groups:
-    """Chooses the tokens of one picture; of equal ones those that come first.
+    """Chooses the tokens of one picture; of equal ones it takes the first.
 
     Args:
-        significance: Its numbers, each (N,); NaN for a token without one, which is neither counted nor chosen.
+        significance: The picture's numbers, each (N,); a token with NaN is neither counted nor chosen.
         local_share: a in [0, 1].
         spatial_share: s in [0, 1].
     """
@@ -238,7 +238,7 @@ def select(significance: Significance, *, local_share: float, spatial_share: flo
 
 
 def outliers(values: Tensor) -> Tensor:
-    """(N,) bool: the values that lie more than 1.5 interquartile ranges above the third quartile."""
+    """Marks the values more than 1.5 interquartile ranges above the third quartile, (N,) bool."""
     if not len(values):
         return torch.zeros(0, dtype=torch.bool)
     values = values.double()
@@ -247,7 +247,7 @@ def outliers(values: Tensor) -> Tensor:
 
 
 def largest(values: Tensor, count: int) -> Tensor:
-    """(N,) bool: the largest values; NaN counts as the smallest."""
+    """Marks the largest values, (N,) bool; NaN counts as the smallest."""
     order = values.nan_to_num(nan=-math.inf).argsort(descending=True, stable=True)
     chosen = torch.zeros(len(values), dtype=torch.bool)
     chosen[order[:count]] = True
@@ -255,12 +255,12 @@ def largest(values: Tensor, count: int) -> Tensor:
 
 
 def share_of(share: float, count: int) -> int:
-    """floor(share * count), with 0.7 of 10 being 7 whatever the last binary digit says."""
+    """Computes floor(share * count), with 0.7 of 10 being 7 whatever the last binary digit says."""
     return math.floor(share * count + 1e-9)
 
 
 def relative_sensitivity(scores: Tensor) -> Tensor:
-    """(L, H): each head's score over the mean of its layer's; 1 in a layer where all are 0."""
+    """Divides each head's score by its layer's mean, (L, H); 1 in a layer where all are 0."""
     mean = scores.mean(dim=1, keepdim=True)  # (L, 1)
     return torch.where(mean > 0, scores / mean, 1.0)
 
@@ -271,7 +271,7 @@ class TokenGain(ScoreEdit):
 
     Attributes:
         gains: (samples, T) the multiple at each prompt token; 0 leaves a score as it is.
-        heads: (L, H) factor on it for each head, or None for 1.
+        heads: (L, H) factor on that multiple for each head, or None for 1.
     """
 
     gains: Tensor
@@ -280,7 +280,7 @@ class TokenGain(ScoreEdit):
     of_prompt: ClassVar[frozenset[str]] = frozenset({"gains", "heads"})
 
     def scores(self, site: Site, scores: Tensor) -> Tensor:
-        """(B, H, R, K)."""
+        """Returns the raised scores, (B, H, R, K)."""
         if site.prefill:
             site.learn_of_keys("gains", site.spread(self.gains))  # (B, T)
             heads = scores.new_ones(site.heads) if self.heads is None else self.heads[site.layer]

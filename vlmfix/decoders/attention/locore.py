@@ -1,4 +1,4 @@
-"""LocoRE: looks a little harder at the last few tokens while predicting the next."""
+"""LocoRE: raises attention to the last few tokens while predicting the next."""
 
 from __future__ import annotations
 
@@ -102,7 +102,7 @@ class LocoRE(Decoder):
     layers: LayerSet = parameter(None, LayerSet, help="layers to act in")
 
     def plan(self, vlm: Checkpoint, batch: Batch, layout: ImageLayout) -> DecodingPlan:
-        """One edit of the rows that predict."""
+        """Plans one edit of the rows that predict."""
         strength = self.strength
         if strength is None:
             strength = STRENGTHS.get(vlm.model.config.model_type, 0.15)
@@ -113,7 +113,7 @@ class LocoRE(Decoder):
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Local(AttentionEdit):
-    """What the three readings share: the gain, the window, and the row that predicts.
+    """Finds the boosted window of the row that predicts, for all three places of the gain.
 
     Attributes:
         gain: 1 + beta.
@@ -127,7 +127,7 @@ class Local(AttentionEdit):
     rows: ClassVar[Rows] = "last"
 
     def window(self, site: Site) -> Tensor:
-        """(B, 1, R, K) bool, the boosted keys of each query."""
+        """Marks the boosted keys of each query, (B, 1, R, K) bool."""
         key = torch.arange(site.allowed.shape[-1], device=site.queries.device)
         query = site.queries[:, None, :, None]  # (1 or B, 1, R, 1)
         if site.prefill:
@@ -136,7 +136,7 @@ class Local(AttentionEdit):
         return (key >= start) & (key >= query - self.size) & (key < query)
 
     def _start(self, site: Site, key: Tensor) -> Tensor:
-        """(B,) the first key of history: after the row's last image token, or its first token without a picture."""
+        """Returns history's first key, (B,): after the row's last image token, or without a picture its first token."""
         if self.generated:
             return key.new_full((site.image_keys.shape[0],), site.prompt)
         after = torch.where(site.image_keys, key + 1, 0).amax(dim=1)
@@ -145,24 +145,24 @@ class Local(AttentionEdit):
 
 
 class LocalBias(Local, BiasEdit):
-    """``renorm``: log(gain) on the scores of the window."""
+    """Adds log(gain) to the scores of the window: ``renorm``."""
 
     def bias(self, site: Site) -> Tensor:
-        """(B, 1, R, K)."""
+        """Returns the bias, (B, 1, R, K)."""
         return torch.where(self.window(site), math.log(self.gain), 0.0)
 
 
 class LocalWeights(Local, WeightEdit):
-    """``post``: the window's weights times the gain, not renormalised."""
+    """Multiplies the window's weights by the gain, without renormalising: ``post``."""
 
     def weights(self, site: Site, weights: Tensor) -> Tensor:
-        """(B, H, R, K)."""
+        """Returns the boosted weights, (B, H, R, K)."""
         return torch.where(self.window(site), weights * self.gain, weights)
 
 
 class LocalScores(Local, ScoreEdit):
-    """``score``: the window's scaled scores times the gain."""
+    """Multiplies the window's scaled scores by the gain: ``score``."""
 
     def scores(self, site: Site, scores: Tensor) -> Tensor:
-        """(B, H, R, K)."""
+        """Returns the boosted scores, (B, H, R, K)."""
         return torch.where(self.window(site), scores * self.gain, scores)

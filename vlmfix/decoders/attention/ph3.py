@@ -23,7 +23,7 @@ PROFILER = "patching"
 
 @dataclass(frozen=True, kw_only=True)
 class PH3(Decoder):
-    """Pruning heads found by path patching: some recall what the model knows by heart, some fetch what it is shown.
+    """Head pruning by path patching: removes heads that recall the model's memory, or heads that read the context.
 
     A ``patching`` profile scores each head by how far it speaks for the model's answer from memory against its answer
     from the picture: above 0 for a memory head, below 0 for a context head. The outputs of the strongest heads of one
@@ -79,7 +79,7 @@ class PH3(Decoder):
             raise UsageError("ph3: heads are given, so the profile is not read", "give one of heads and profile")
 
     def plan(self, vlm: Checkpoint, batch: Batch, layout: ImageLayout) -> DecodingPlan:
-        """One edit of all rows, or none when no head is pruned or no row has a picture."""
+        """Plans one edit of all rows, or none when no head is pruned or no row has a picture."""
         if reason := self.check(vlm):
             raise IncompatibleDecodersError(f"ph3 cannot act: {reason}", "give heads=L16H29/L26H9, or profile=FILE")
         pruned = torch.zeros(vlm.layers, vlm.heads, dtype=torch.bool, device=vlm.device)  # (L, H)
@@ -91,7 +91,7 @@ class PH3(Decoder):
         return DecodingPlan(edits=(Pruning(layers=layers, pruned=pruned),))
 
     def check(self, vlm: Checkpoint) -> str | None:
-        """Whether heads are known for the model, and exist in it."""
+        """Checks that heads are known for the model, and exist in it."""
         if self.heads is None:
             if self.share == 0:
                 return None
@@ -104,11 +104,11 @@ class PH3(Decoder):
         return None if self.chosen(vlm) else f"no head of the profile is a {self.group} head"
 
     def facts(self, vlm: Checkpoint) -> dict[str, str]:
-        """The profile, when heads come from one."""
+        """Returns the profile's facts, when heads come from one."""
         return {} if self.heads is not None else profile_facts(vlm, self.name, PROFILER, self.profile)
 
     def chosen(self, vlm: Checkpoint) -> tuple[tuple[int, int], ...]:
-        """(layer, head) of the heads to prune, strongest first; none when the method knows no heads of the model.
+        """Returns (layer, head) of the heads to prune, strongest first; none when no heads of the model are known.
 
         Raises:
             DataError: The profile cannot be read.
@@ -141,7 +141,7 @@ class Pruning(OutputEdit):
     of_prompt: ClassVar[frozenset[str]] = frozenset({"pruned"})
 
     def output(self, site: Site, output: Tensor) -> Tensor:
-        """(B, R, H, D)."""
+        """Returns the pruned outputs, (B, R, H, D)."""
         if site.prefill:
             site.learn("pruned", site.image_keys.any(dim=1, keepdim=True) & self.pruned[site.layer])  # (B, H)
         return torch.where(site.learned("pruned")[:, None, :, None], 0.0, output)

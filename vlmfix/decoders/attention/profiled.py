@@ -1,4 +1,4 @@
-"""Head profiles that decoders read: from a file that is named, or from the one that lies beside the model's weights.
+"""Reads head profiles for decoders, from a named file or from the one beside the model's weights.
 
 A decoder that reads one declares
 
@@ -23,17 +23,17 @@ from vlmfix.language.parameters import path_of
 from vlmfix.models.checkpoint import HEADS, Checkpoint
 
 _State = tuple[Path, int, int]
-"""A file: its path, when it was changed, its size."""
+"""Identity of a file: path, time of change, size."""
 _READ: WeakKeyDictionary[nn.Module, dict[_State, dict[str, HeadProfile]]] = WeakKeyDictionary()
 
 
 def profile_for(vlm: Checkpoint, decoder: str, profiler: str, file: str | None) -> HeadProfile | None:
-    """The profile that a decoder reads, measured on this model; a file is read once until it changes.
+    """Reads the profile for a decoder, measured on this model; it reads a file again only when the file changes.
 
     Args:
         vlm: The model.
         decoder: The decoder's name, for messages.
-        profiler: What was measured, such as ``vhd``.
+        profiler: Profiler that measured the heads, such as ``vhd``.
         file: A file that ``vlmfix profile`` wrote; None takes ``heads.safetensors`` in the model's folder.
 
     Returns:
@@ -68,12 +68,12 @@ def profile_for(vlm: Checkpoint, decoder: str, profiler: str, file: str | None) 
 
 
 def why_no_profile(vlm: Checkpoint, decoder: str, profiler: str, file: str | None) -> str | None:
-    """Why a decoder has no profile to read, in one sentence with the command that makes one; None when it has one.
+    """Says why a decoder has no profile, in one sentence with the command that makes one; None when it has one.
 
     Args:
         vlm: The model.
         decoder: The decoder's name.
-        profiler: What must have been measured.
+        profiler: Profiler that must have measured the heads.
         file: The file that was named, or None.
     """
     try:
@@ -85,10 +85,10 @@ def why_no_profile(vlm: Checkpoint, decoder: str, profiler: str, file: str | Non
 
 
 def profile_facts(vlm: Checkpoint, decoder: str, profiler: str, file: str | None) -> dict[str, str]:
-    """What a run card says of the profile that a decoder reads; empty when it reads none.
+    """Returns a run card's facts of the profile that a decoder reads; empty when it reads none.
 
-    The digest is SHA-256 of the scores, (L, H) float32 in order of layers: what else a file holds, such as another
-    profile that was added, changes no answer.
+    The digest is SHA-256 of the scores alone, (L, H) float32 in order of layers: other content of a file, such as an
+    added profile, changes no answer.
 
     Raises:
         DataError: As ``profile_for``.
@@ -102,7 +102,7 @@ def profile_facts(vlm: Checkpoint, decoder: str, profiler: str, file: str | None
 
 
 def profile_file(vlm: Checkpoint, file: str | None) -> Path | None:
-    """The file that is read: the one that is named, or ``heads.safetensors`` in the model's folder if it is there."""
+    """Returns the file to read: the one that is named, or ``heads.safetensors`` in the model's folder if it exists."""
     if file is not None:
         return path_of(file)
     beside = None if vlm.folder is None else vlm.folder / HEADS
@@ -110,6 +110,6 @@ def profile_file(vlm: Checkpoint, file: str | None) -> Path | None:
 
 
 def how_to_measure(vlm: Checkpoint, profiler: str) -> str:
-    """The command that makes a profile."""
+    """Returns the command that makes a profile."""
     model = vlm.name or "MODEL"
     return f"measure one: vlmfix profile --model {model} --profiler {profiler} --images DIR --out {HEADS}"

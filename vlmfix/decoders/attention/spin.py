@@ -19,7 +19,7 @@ from vlmfix.models.layout import Batch, ImageLayout
 
 
 class Settings(NamedTuple):
-    """What the authors ran on one model."""
+    """Holds the settings that the authors ran on one model."""
 
     kept_share: float
     suppression: float
@@ -27,7 +27,7 @@ class Settings(NamedTuple):
 
 
 ELSEWHERE = Settings(kept_share=0.95, suppression=0.0, layers=LayerSet("all"))
-"""The defaults of the released program, for models that it was not run on."""
+"""Defaults of the released program, for models that the authors did not run."""
 SETTINGS: dict[tuple[str, int, int, int], Settings] = {
     ("llama", 4096, 32, 32): Settings(kept_share=0.95, suppression=0.08, layers=LayerSet("all")),
     ("llama", 5120, 40, 40): Settings(kept_share=0.9, suppression=0.0, layers=LayerSet("0:20")),
@@ -37,7 +37,7 @@ SETTINGS: dict[tuple[str, int, int, int], Settings] = {
 
 @dataclass(frozen=True, kw_only=True)
 class SPIN(Decoder):
-    """Image-guided head suppression: heads that hardly look at the picture speak from language; turn them down.
+    """Image-guided head suppression: turns down heads that hardly look at the picture and speak from language.
 
     In every layer, at the row that predicts and at every generated token, head h gets
 
@@ -106,13 +106,13 @@ class SPIN(Decoder):
     )
 
     def plan(self, vlm: Checkpoint, batch: Batch, layout: ImageLayout) -> DecodingPlan:
-        """One edit of the rows that predict."""
+        """Plans one edit of the rows that predict."""
         own = self.settings(vlm)
         kind = {"paper": ByAttention, "official-code": ByScores}[self.preset]
         return DecodingPlan(edits=(kind(layers=own.layers, share=own.kept_share, factor=own.suppression),))
 
     def settings(self, vlm: Checkpoint) -> Settings:
-        """What the method runs with on a model: what was given, and the authors' values for the rest."""
+        """Returns the settings for a model: the values that were given, and the authors' for the rest."""
         config = vlm.model.config.get_text_config()
         key = (config.model_type, config.hidden_size, config.num_hidden_layers, config.num_key_value_heads)
         theirs = SETTINGS.get(key, ELSEWHERE)
@@ -125,7 +125,7 @@ class SPIN(Decoder):
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Suppression(AttentionEdit):
-    """What both rankings share.
+    """Computes the heads' factors for both rankings.
 
     A factor on a head's attention weights is the same factor on its output, so the edit works on the weights.
 
@@ -139,11 +139,11 @@ class Suppression(AttentionEdit):
     rows: ClassVar[Rows] = "last"
 
     def gains(self, site: Site, looks: Tensor) -> Tensor:
-        """Factor of each head.
+        """Computes the factor of each head.
 
         Args:
             site: Where; a row without a picture keeps all heads.
-            looks: (B, H, R, K), what is summed over the image keys.
+            looks: (B, H, R, K) weights or scores, to be summed over the image keys.
 
         Returns:
             (B, H, R, 1), 1 for heads that are kept and alpha_s for the others.
@@ -159,27 +159,27 @@ class Suppression(AttentionEdit):
 
 
 def kept_heads(share: float, heads: int) -> int:
-    """floor(share * heads), with 0.7 of 10 being 7 whatever the last binary digit says."""
+    """Computes floor(share * heads), with 0.7 of 10 being 7 whatever the last binary digit says."""
     return math.floor(share * heads + 1e-9)
 
 
 class ByAttention(Suppression, WeightEdit):
-    """``paper``: ranked by attention to the picture."""
+    """Ranks heads by attention to the picture: ``paper``."""
 
     def weights(self, site: Site, weights: Tensor) -> Tensor:
-        """(B, H, R, K)."""
+        """Returns the weights times the heads' factors, (B, H, R, K)."""
         return weights * self.gains(site, weights)
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class ByScores(Suppression, ScoreEdit, WeightEdit):
-    """``official-code``: ranked by the scores, which stay as they are."""
+    """Ranks heads by the scores, which it does not change: ``official-code``."""
 
     def scores(self, site: Site, scores: Tensor) -> Tensor:
-        """The same scores."""
+        """Ranks the heads, and returns the same scores."""
         site.learn("gains", self.gains(site, scores))  # (B, H, R, 1), until the weights of the same pass
         return scores
 
     def weights(self, site: Site, weights: Tensor) -> Tensor:
-        """(B, H, R, K)."""
+        """Returns the weights times the heads' factors, (B, H, R, K)."""
         return weights * site.memory.of_rows.pop("gains")

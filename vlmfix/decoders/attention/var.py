@@ -1,4 +1,4 @@
-"""VAR: takes attention away from sinks and hands it to the image tokens that show something."""
+"""VAR: moves attention from sinks to the image tokens that show something."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from vlmfix.models.layout import Batch, ImageLayout
 
 @dataclass(frozen=True, kw_only=True)
 class VAR(Decoder):
-    """Visual Attention Redistribution: attention on sinks is surplus; give it to the rest of the picture.
+    """Visual Attention Redistribution: moves the surplus attention on sinks to the rest of the picture.
 
     A prompt token is a sink in layer l when ``phi(x) = max over sink dims of |x_d| / rms(x)`` of the residual stream
     that enters the layer exceeds ``sink_threshold``. In heads that look at real image content (image mass V >=
@@ -90,7 +90,7 @@ class VAR(Decoder):
     layers: LayerSet = parameter(None, LayerSet, help="layers to act in, never the first two")
 
     def plan(self, vlm: Checkpoint, batch: Batch, layout: ImageLayout) -> DecodingPlan:
-        """One edit of the text rows, or none when no row has a picture."""
+        """Plans one edit of the text rows, or none when no row has a picture."""
         reason = self.check(vlm)
         if reason is not None:
             raise IncompatibleDecodersError(f"var cannot act: {reason}", "give sink_dims and sink_threshold to insist")
@@ -107,7 +107,7 @@ class VAR(Decoder):
         return DecodingPlan(edits=(edit,))
 
     def check(self, vlm: Checkpoint) -> str | None:
-        """Whether the model has visual sinks; given or tabulated dimensions are not put to the test."""
+        """Checks that the model has visual sinks, unless sink dimensions are given or tabulated."""
         width = vlm.model.config.get_text_config().hidden_size
         if self.sink_dims is not None:
             wrong = [d for d in self.sink_dims if not 0 <= d < width]
@@ -143,7 +143,7 @@ class VAR(Decoder):
 
     @classmethod
     def from_official(cls, *, p: float, rho: float) -> VAR:
-        """The decoder for the released code's ``p`` (share kept) and ``rho`` (largest sink share)."""
+        """Makes the decoder for the released code's ``p`` (share kept) and ``rho`` (largest sink share)."""
         if not 0 <= p <= 1 or not 0 <= rho <= 1:
             raise UsageError(f"p={p}, rho={rho} are not allowed", "both are shares in [0, 1]")
         return cls(preset="official-code", moved_fraction=round(1 - p, 12), min_nonsink_ratio=round(1 - rho, 12))
@@ -160,7 +160,7 @@ def _without_first_two(layers: LayerSet, count: int) -> LayerSet:
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Redistribution(WeightEdit):
-    """Redistributes attention in one call; it remembers the sinks of that call's prompt, (B, T) bool.
+    """Redistributes attention in one call; it learns the sinks of that call's prompt, (B, T) bool.
 
     Attributes:
         dims: Sink dimensions.
@@ -178,7 +178,7 @@ class Redistribution(WeightEdit):
     needs_hidden: ClassVar[bool] = True
 
     def weights(self, site: Site, weights: Tensor) -> Tensor:
-        """(B, H, R, K), redistributed in the heads that look at image content."""
+        """Returns the weights, (B, H, R, K), redistributed in the heads that look at image content."""
         if site.prefill:
             if site.hidden is None:
                 raise RuntimeError("the residual stream was not recorded")

@@ -31,7 +31,7 @@ PROFILER = "vhd"
 SHARE = 14 / 32
 """Share of the layers, counted from the last, that the paper reinforces in LLaVA-1.5-7B."""
 ROUNDING = 1e-5
-"""A head that moved by less than this share of its output has not moved."""
+"""Share of a head's output below which a change is rounding, so that the head counts as unmoved."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,7 +129,7 @@ class VHR(Decoder):
             )
 
     def plan(self, vlm: Checkpoint, batch: Batch, layout: ImageLayout) -> DecodingPlan:
-        """One edit of all rows, or none when no row has a picture."""
+        """Plans one edit of all rows, or none when no row has a picture."""
         reason = self.check(vlm)
         if reason is not None:
             raise IncompatibleDecodersError(f"vhr cannot act: {reason}", "give layers that exist, or a vhd profile")
@@ -151,14 +151,14 @@ class VHR(Decoder):
         return DecodingPlan(edits=(edit,))
 
     def check(self, vlm: Checkpoint) -> str | None:
-        """Whether the model has any of the layers, and the profile is of the model."""
+        """Checks that the model has any of the layers, and that the profile is the model's."""
         count, layers = vlm.layers, self._layers(vlm)
         if not layers.resolve(count):
             return f"layers {layers} are none of the model's {count}"
         return None if self.profile is None else why_no_profile(vlm, self.name, PROFILER, self.profile)
 
     def facts(self, vlm: Checkpoint) -> dict[str, str]:
-        """The profile, when heads come from one."""
+        """Returns the profile's facts, when heads come from one."""
         return {} if self.profile is None else profile_facts(vlm, self.name, PROFILER, self.profile)
 
     def _layers(self, vlm: Checkpoint) -> LayerSet:
@@ -173,14 +173,14 @@ class VHR(Decoder):
 
 @dataclass(frozen=True, kw_only=True)
 class Choice:
-    """The rule that chooses heads; see ``VHR`` for its parameters."""
+    """Chooses heads; see ``VHR`` for its parameters."""
 
     squared: bool
     drop: bool
     guard: float
 
     def heads(self, shown: Tensor, blind: Tensor) -> Tensor:
-        """Chooses heads of one layer, row by row.
+        """Chooses the heads of one layer, row by row.
 
         Args:
             shown: (B, H, D) outputs with the picture.
@@ -201,7 +201,7 @@ class Choice:
 
 
 def upper_half(scores: Tensor) -> Tensor:
-    """(L, H) bool, the heads whose score (L, H) is above the median of their layer, the lower of two."""
+    """Selects the heads whose score (L, H) is above their layer's median, the lower of two; returns (L, H) bool."""
     return scores > scores.median(dim=1, keepdim=True).values
 
 
@@ -211,7 +211,7 @@ def _high(values: Tensor) -> Tensor:
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Reinforcement(OutputEdit):
-    """Multiplies the outputs of the heads that were chosen when the prompt was read.
+    """Multiplies the outputs of the heads that were chosen in prefill.
 
     Attributes:
         gain: alpha.
@@ -223,10 +223,10 @@ class Reinforcement(OutputEdit):
 
     @abstractmethod
     def chosen(self, site: Site, output: Tensor) -> Tensor:
-        """(B, H) bool, the heads of a layer, from its outputs (B, Q, H, D) for the prompt."""
+        """Chooses heads of a layer, (B, H) bool, from its outputs for the prompt, (B, Q, H, D)."""
 
     def output(self, site: Site, output: Tensor) -> Tensor:
-        """(B, Q, H, D), reinforced."""
+        """Returns the reinforced outputs, (B, Q, H, D)."""
         if site.prefill:
             site.learn("heads", self.chosen(site, output))  # (B, H)
         return torch.where(site.learned("heads")[:, None, :, None], output * self.gain, output)
@@ -234,7 +234,7 @@ class Reinforcement(OutputEdit):
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class DivergentHeads(Reinforcement):
-    """Chooses the heads that moved.
+    """Chooses the heads whose output differs most from the pass without the picture.
 
     Attributes:
         rule: How to choose.
@@ -245,19 +245,19 @@ class DivergentHeads(Reinforcement):
     blind: Mapping[int, Tensor]
 
     def chosen(self, site: Site, output: Tensor) -> Tensor:
-        """(B, H) bool; none in a row without a picture."""
+        """Chooses heads, (B, H) bool; none in a row without a picture."""
         heads = self.rule.heads(output[:, site.predicting], site.spread(self.blind[site.layer]))
         return heads & site.image_keys.any(dim=1, keepdim=True)
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class PairedHeads(Reinforcement):
-    """Chooses the heads that moved and reinforces both rows: the second half of the rows has no picture."""
+    """Chooses heads by comparing each row with its copy without a picture, in the second half; reinforces both."""
 
     rule: Choice
 
     def chosen(self, site: Site, output: Tensor) -> Tensor:
-        """(B, H) bool, both halves alike."""
+        """Chooses heads, (B, H) bool, the same in both halves."""
         shown, blind = output[:, site.predicting].chunk(2)  # (B / 2, H, D)
         heads = self.rule.heads(shown, blind) & site.image_keys.chunk(2)[0].any(dim=1, keepdim=True)
         return torch.cat([heads, heads])  # (B, H)
@@ -265,7 +265,7 @@ class PairedHeads(Reinforcement):
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class GivenHeads(Reinforcement):
-    """Takes heads that are known.
+    """Reinforces heads that are given.
 
     Attributes:
         given: Layer number -> (samples, H) bool.
@@ -274,12 +274,12 @@ class GivenHeads(Reinforcement):
     given: Mapping[int, Tensor]
 
     def chosen(self, site: Site, output: Tensor) -> Tensor:
-        """(B, H) bool."""
+        """Returns the given heads, (B, H) bool."""
         return site.spread(self.given[site.layer])
 
 
 def _without_picture(vlm: Checkpoint, batch: Batch, *, keep_positions: bool) -> Batch:
-    """The prompts without the tokens that stand for pictures; with the positions that the others had, if wished."""
+    """Deletes the pictures' tokens from the prompts; the other tokens keep their positions if wished."""
     blind = without_image_tokens(vlm, batch)
     if not keep_positions:
         return blind
@@ -291,7 +291,7 @@ def _without_picture(vlm: Checkpoint, batch: Batch, *, keep_positions: bool) -> 
 
 @torch.no_grad()
 def _last_outputs(vlm: Checkpoint, batch: Batch, layers: LayerSet) -> dict[int, Tensor]:
-    """Layer number -> (B, H, D) head outputs of the last row, without any edit."""
+    """Computes the last row's head outputs without any edit, layer number -> (B, H, D)."""
     found: dict[int, Tensor] = {}
 
     def read(site: Site, output: Tensor) -> None:
@@ -307,7 +307,7 @@ def _last_outputs(vlm: Checkpoint, batch: Batch, layers: LayerSet) -> dict[int, 
 def _chosen_together(
     vlm: Checkpoint, batch: Batch, blind: Batch, layers: LayerSet, gain: float, rule: Choice
 ) -> dict[int, Tensor]:
-    """Layer number -> (B, H) bool, chosen in one pass in which the rows without a picture are reinforced as well."""
+    """Chooses heads in one pass that also reinforces the rows without a picture, layer number -> (B, H) bool."""
     both = _stacked(vlm, batch, blind)
     edit = PairedHeads(layers=layers, gain=gain, rule=rule)
     model: Any = vlm.model
@@ -317,7 +317,7 @@ def _chosen_together(
 
 
 def _stacked(vlm: Checkpoint, batch: Batch, blind: Batch) -> Batch:
-    """Both batches below each other, the second, which has no pictures, padded to the first's length."""
+    """Stacks both batches; the second, which has no pictures, is padded to the first's length."""
     missing = batch.length - blind.length
     fill = {"input_ids": vlm.processor.tokenizer.pad_token_id or 0}
     both = {

@@ -93,7 +93,7 @@ class ZeroTuning(Decoder):
     )
 
     def plan(self, vlm: Checkpoint, batch: Batch, layout: ImageLayout) -> DecodingPlan:
-        """One edit."""
+        """Plans one edit of the first token's score."""
         if reason := self.check(vlm):
             raise IncompatibleDecodersError(f"zerotuning cannot act: {reason}", "give other heads or layers")
         chosen = None
@@ -104,7 +104,7 @@ class ZeroTuning(Decoder):
         return DecodingPlan(edits=(edit(layers=self.layers, gain=self.gain, chosen=chosen),))
 
     def check(self, vlm: Checkpoint) -> str | None:
-        """Whether the model's heads look at the first token; named heads need only exist."""
+        """Checks that the model's heads look at the first token; named heads need only exist."""
         if self.heads is not None:
             count = vlm.heads
             wrong = [head for head in self.heads if not 0 <= head < count]
@@ -149,7 +149,7 @@ class FirstTokenBias(BiasEdit):
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class TextBias(FirstTokenBias):
-    """The same in the text rows behind a picture, and in the decoding rows of prompts that have one."""
+    """Adds log(gain) in the text rows behind a picture, and in the decoding rows of prompts that have one."""
 
     rows: ClassVar[Rows] = "text"
 

@@ -1,1 +1,1 @@
-"""Ways to choose tokens, by the names of decoders."""
+"""Offers ways to choose tokens as decoders."""

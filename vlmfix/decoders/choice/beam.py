@@ -13,7 +13,7 @@ from vlmfix.models.checkpoint import Checkpoint
 from vlmfix.models.layout import Batch, ImageLayout
 
 BEAMS = 5
-"""What comparisons on CHAIR commonly use."""
+"""Number of beams that comparisons on CHAIR commonly use."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,9 +48,9 @@ class Beam(Decoder):
 
     @property
     def strategy(self) -> Strategy:
-        """A search."""
+        """Returns beam search as the strategy."""
         return Strategy(num_beams=self.num_beams)
 
     def plan(self, vlm: Checkpoint, batch: Batch, layout: ImageLayout) -> DecodingPlan:
-        """An empty plan."""
+        """Returns an empty plan."""
         return DecodingPlan()

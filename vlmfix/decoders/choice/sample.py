@@ -1,4 +1,4 @@
-"""Sampling: every token is drawn from the model's distribution."""
+"""Samples: draws every token from the model's distribution."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from vlmfix.models.layout import Batch, ImageLayout
 
 @dataclass(frozen=True, kw_only=True)
 class Sample(Decoder):
-    """The model as it is, and every token is a draw: ``p_i ~ exp(s_i / temperature)`` over the nucleus.
+    """Draws every token from the model's distribution: ``p_i ~ exp(s_i / temperature)`` over the nucleus.
 
     The nucleus is the smallest set of the most probable tokens that together have ``top_p``. In a chain it says how
     tokens are chosen from the scores that the other methods make, and its place does not matter; ``sample`` and
@@ -53,9 +53,9 @@ class Sample(Decoder):
 
     @property
     def strategy(self) -> Strategy:
-        """A draw."""
+        """Returns sampling as the strategy."""
         return Strategy(temperature=self.temperature, top_p=self.top_p)
 
     def plan(self, vlm: Checkpoint, batch: Batch, layout: ImageLayout) -> DecodingPlan:
-        """An empty plan."""
+        """Returns an empty plan."""
         return DecodingPlan()

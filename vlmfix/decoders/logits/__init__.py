@@ -1,1 +1,1 @@
-"""Methods that contrast or reject tokens by their logits."""
+"""Holds the methods that contrast or reject tokens by their logits."""

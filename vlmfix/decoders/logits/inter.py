@@ -1,4 +1,4 @@
-"""INTER: adds what only picture and question together say, at the steps where it matters."""
+"""INTER: adds the part of the logits that needs both picture and question, at the steps where it matters."""
 
 from __future__ import annotations
 
@@ -33,9 +33,9 @@ class INTER(Decoder):
             the modifier off and leaves the cut.
         plausibility: beta in [0, 1]; 0 cuts nothing.
         var_topk: Variance over the k most probable clean tokens only; None takes the whole vocabulary.
-        mask_image: What stands for no picture: ``uniform`` noise in [0, 1), ``zeros``, ``mean`` (the picture's own
-            mean per row) or ``gaussian`` noise, all in normalised pixels.
-        mask_text: What stands for no question: ``empty`` text, or ``drop_turn``, a user turn of pictures alone.
+        mask_image: Pixels that stand for no picture: ``uniform`` noise in [0, 1), ``zeros``, ``mean`` (the picture's
+            own mean per row) or ``gaussian`` noise, all in normalised pixels.
+        mask_text: Text that stands for no question: ``empty`` text, or ``drop_turn``, a user turn of pictures alone.
         noise_seed: Seed of the noise, together with the picture's pixels.
 
     *Source*: "INTER: Mitigating Hallucination in Large Vision-Language Models by Interaction Guidance Sampling",
@@ -90,7 +90,7 @@ class INTER(Decoder):
     noise_seed: int = parameter(0, int, low=0, high=2**31 - 1, help="seed of the noise")
 
     def plan(self, vlm: Checkpoint, batch: Batch, layout: ImageLayout) -> DecodingPlan:
-        """Three branches: question only, picture only, neither."""
+        """Plans three branches: question only, picture only, neither."""
         if "pixel_values" not in batch:
             return DecodingPlan()
 
@@ -124,21 +124,21 @@ class INTER(Decoder):
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Interaction(Contrast):
-    """The interaction of picture and question, added where its variance is large."""
+    """Adds the interaction of picture and question where its variance is large."""
 
     variance: float
     plausibility: float
     var_topk: int | None = None
 
     def fuse(self, clean: Tensor, others: Tensor, scores: Tensor) -> Tensor:
-        """``scores + I`` where the locator is on, cut by the clean logits at every step."""
+        """Returns ``scores + I`` where the locator is on, cut by the clean logits at every step."""
         question, picture, neither = others
         interaction, spread = self.interaction(clean, question, picture, neither)
         on = spread >= self.variance  # (B,)
         return cut(clean, torch.where(on[:, None], scores + interaction, scores), self.plausibility)
 
     def interaction(self, clean: Tensor, question: Tensor, picture: Tensor, neither: Tensor) -> tuple[Tensor, Tensor]:
-        """The dividend and its unbiased variance.
+        """Computes the interaction (Harsanyi dividend) and its unbiased variance.
 
         Args:
             clean: (B, V) logits with picture and question.
@@ -159,5 +159,5 @@ class Interaction(Contrast):
         count = counted.sum(dim=-1, keepdim=True)
         mean = (interaction * counted).sum(dim=-1, keepdim=True) / count.clamp(min=1)
         squares = torch.where(counted, (interaction - mean).square(), 0.0).sum(dim=-1)
-        # Of a single token the unbiased variance is undefined; it carries no information, so it counts as zero.
+        # The unbiased variance of a single token is undefined; it carries no information, so it counts as zero.
         return interaction, squares / (count.squeeze(-1) - 1).clamp(min=1)

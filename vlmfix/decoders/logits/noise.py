@@ -1,4 +1,4 @@
-"""Noise for pictures that depends on the picture alone, never on its place in a batch."""
+"""Makes noise for pictures that depends on the picture alone, never on its place in a batch."""
 
 from __future__ import annotations
 

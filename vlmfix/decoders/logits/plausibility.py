@@ -1,4 +1,4 @@
-"""The adaptive plausibility cut that contrastive methods share."""
+"""Makes the adaptive plausibility cut that contrastive methods share."""
 
 from __future__ import annotations
 

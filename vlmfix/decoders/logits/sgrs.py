@@ -1,4 +1,4 @@
-"""SGRS: throws out candidate tokens that owe too little to what was said before, and draws again."""
+"""SGRS: rejects candidate tokens whose saliency over the earlier text is too low, and draws again."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from vlmfix.models.layout import Batch, ImageLayout
 
 @dataclass(frozen=True, kw_only=True)
 class SGRS(Decoder):
-    """Saliency-Guided Rejection Sampling: a token must owe the text before it about as much as recent tokens did.
+    """Saliency-Guided Rejection Sampling: rejects tokens that owe earlier text too little, compared with recent ones.
 
     At every step tokens are drawn one after the other, without replacement, from the ``top_k`` most probable ones. For
     a drawn token c, with the attention A (H, K) of the row that predicts it and ``loss = -log softmax(logits)[c]``::
@@ -36,7 +36,7 @@ class SGRS(Decoder):
         tau = strictness * mean of the last ``window`` committed scores    0 before the first
 
     The first of at most ``tries`` tokens with ``score >= tau`` is committed; when all are rejected, the one of the
-    ``top_k`` with the highest score, and among equals the more probable. History is what stands behind the picture, up
+    ``top_k`` with the highest score, and among equals the more probable. History is the text behind the picture, up
     to and with the predicting row (``post_image``), or the answer alone (``generated``, where the first token has none
     and is committed as drawn, without a score). Each row of a batch has scores, draws and rejections of its own.
 
@@ -133,11 +133,11 @@ class SGRS(Decoder):
 
     @property
     def judges(self) -> bool:
-        """Whether a score can reject anything; without it nothing is computed."""
+        """Returns whether a score can reject anything; if not, no score is computed."""
         return self.query_row == "predictor" and self.strictness > 0 and self.top_k > 1
 
     def plan(self, vlm: Checkpoint, batch: Batch, layout: ImageLayout) -> DecodingPlan:
-        """A gate, which asks its layers unless nothing can be rejected."""
+        """Plans a gate, which reads the saliency of its layers unless nothing can be rejected."""
         history = layout.tokens.shape[1] - after_picture(layout)  # (B,)
         if self.scope == "generated":
             history = torch.zeros_like(history)
@@ -148,7 +148,7 @@ class SGRS(Decoder):
 
 @dataclass(frozen=True, eq=False)
 class Candidates:
-    """The tokens that each row may take, in the order in which they are drawn; k is ``top_k`` or the vocabulary.
+    """Holds the tokens that each row may take, in the order of drawing; k is ``top_k`` or the vocabulary.
 
     Attributes:
         tokens: (B, k) int64.
@@ -161,12 +161,12 @@ class Candidates:
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class RejectionGate:
-    """The gate of a plan.
+    """Starts the rejection sampling of a call; the gate of a plan.
 
     Attributes:
         settings: The method.
         seeds: A seed per row, for draws of its own.
-        history: (B,) int64, how many of each prompt's tokens are history; its last ones.
+        history: (B,) int64, number of each prompt's last tokens that are history.
     """
 
     settings: SGRS
@@ -174,7 +174,7 @@ class RejectionGate:
     history: Tensor
 
     def __call__(self, newest: Newest | None, processors: Sequence[LogitsProcessor], *, sampling: bool) -> Rejection:
-        """Begins a call; see ``Gate``.
+        """Starts a call; see ``Gate``.
 
         Raises:
             IncompatibleDecodersError: ``draw=greedy`` while tokens are to be drawn.
@@ -183,12 +183,12 @@ class RejectionGate:
 
 
 class Rejection:
-    """The choice of tokens of one call; see ``Gated``.
+    """Chooses the tokens of one call; see ``Gated``.
 
     Args:
         plan: The gate.
-        newest: What the newest step owes; None when nothing can be rejected.
-        draws: Which tokens are candidates.
+        newest: The newest step with its graph; None when nothing can be rejected.
+        draws: Makes the candidates.
     """
 
     def __init__(self, plan: RejectionGate, newest: Newest | None, draws: Draws) -> None:
@@ -196,25 +196,25 @@ class Rejection:
         self._newest, self._draws, self._memory = newest, draws, Memory(plan.settings, len(plan.seeds))
 
     def __call__(self, scores: Tensor) -> Tensor:
-        """(B,) int64 tokens from (B, V) float32 scores."""
+        """Chooses (B,) int64 tokens from (B, V) float32 scores."""
         nothing = torch.empty(len(scores), 0, dtype=torch.long, device=scores.device)  # no draw reads it
         return self.chosen(nothing, scores, torch.ones(len(scores), dtype=torch.bool, device=scores.device))[1]
 
     def keep(self, samples: Tensor) -> None:
-        """Goes on with some of the samples, (S,) int64 numbers of the present ones."""
+        """Keeps some of the samples, (S,) int64 numbers of the present ones."""
         self._history = self._history[samples]
         self._draws.keep(samples)
         self._memory.keep(samples)
 
     def chosen(self, said: Tensor, scores: Tensor, going: Tensor) -> tuple[Tensor, Tensor]:
-        """(B, V) processed scores and (B,) int64 tokens; see ``Gated``."""
+        """Returns (B, V) processed scores and (B,) int64 tokens; see ``Gated``."""
         processed, candidates = self._draws(said, scores)
         if self._newest is None:
             return processed, candidates.tokens[:, 0]
         return processed, self._judged(self._newest, candidates, going)
 
     def _judged(self, newest: Newest, candidates: Candidates, going: Tensor) -> Tensor:
-        """(B,) the committed tokens; their scores go to the memory."""
+        """Commits a token of each row, (B,), and adds its score to the memory."""
         column = torch.arange(newest.keys, device=going.device)
         history = column >= newest.keys - self._history[:, None]  # (B, K)
         if not self._settings.include_self:
@@ -227,7 +227,7 @@ class Rejection:
         thresholds = self._memory.thresholds(going.device)
         picked, scores = gate(candidates.scores, thresholds, judged, self._settings.tries, score)
         self._memory.add(scores, judged)
-        self._history = self._history + 1  # the token that is now chosen
+        self._history = self._history + 1  # counts the token chosen now
         return candidates.tokens.gather(1, picked[:, None])[:, 0]
 
 
@@ -241,8 +241,8 @@ def gate(
         thresholds: (B,) tau.
         judged: (B,) bool; elsewhere the first candidate is taken.
         tries: R.
-        score: Given a place in the order and the rows that want it, (B,) bool, returns (B,) saliency scores. No
-            candidate is asked about twice.
+        score: Given a place in the order and the rows that need its score, (B,) bool, returns (B,) saliency scores.
+            It is called at most once for each candidate.
 
     Returns:
         (B,) int64 place of the committed candidate, and (B,) float64 its saliency score, NaN where none was computed.
@@ -255,7 +255,7 @@ def gate(
         if not bool(wanted.any()):
             break
         found[:, place] = torch.where(wanted, score(place, wanted).double(), float("nan"))
-        if place < tries:  # behind it, the rest is only looked at for the best
+        if place < tries:  # after the last try, the rest competes for the best score only
             accepted = wanted & (found[:, place] >= thresholds)
             picked = torch.where(accepted, place, picked)
             rejected = rejected & ~accepted
@@ -266,7 +266,7 @@ def gate(
 
 
 class Memory:
-    """The saliency scores that committed tokens had, row by row.
+    """Remembers the saliency scores of committed tokens, row by row.
 
     Args:
         settings: The method.
@@ -278,13 +278,13 @@ class Memory:
         self.scores: list[list[float]] = [[] for _ in range(rows)]
 
     def thresholds(self, device: torch.device) -> Tensor:
-        """(B,) float64 tau; 0 without a score."""
+        """Computes tau of each row, (B,) float64; 0 without a score."""
         recent = [scores[-self.settings.window :] for scores in self.scores]  # -0 takes all
         values = [self.settings.strictness * sum(scores) / len(scores) if scores else 0.0 for scores in recent]
         return torch.tensor(values, dtype=torch.float64, device=device)
 
     def add(self, scores: Tensor, rows: Tensor) -> None:
-        """Remembers (B,) scores of the given (B,) rows; what is not a number is left out."""
+        """Adds (B,) scores of the given (B,) rows; it leaves out scores that are not numbers."""
         for own, score, judged in zip(self.scores, scores.tolist(), rows.tolist(), strict=True):
             if judged and not math.isnan(score):
                 own.append(score)
@@ -295,13 +295,13 @@ class Memory:
 
 
 class Draws:
-    """Which tokens are candidates and in which order they are drawn.
+    """Makes the candidates, in the order in which they are drawn.
 
-    The order of scores with Gumbel noise is that of draws without replacement, each from what is left.
+    The order of scores with Gumbel noise is that of draws without replacement, each from the remaining tokens.
 
     Args:
         settings: The method.
-        processors: All processors of the scores; those that sample give the order and not the candidates.
+        processors: All processors of the scores; those that sample decide the order and not the candidates.
         seeds: A seed per row.
         sampling: Whether ``generate`` was told to sample by transformers' own draw.
 
@@ -323,7 +323,7 @@ class Draws:
             )
 
     def __call__(self, input_ids: Tensor, logits: Tensor) -> tuple[Tensor, Candidates]:
-        """(B, V) processed scores without noise, and the candidates among them."""
+        """Returns the (B, V) processed scores without noise, and the candidates among them."""
         scores = logits
         for processor in self.processors:
             scores = processor(input_ids, scores)
@@ -338,7 +338,7 @@ class Draws:
             processor.keep(rows)
 
     def _noisy(self, input_ids: Tensor, scores: Tensor, values: Tensor, tokens: Tensor) -> Tensor:
-        """(B, k) values of the candidates, with the noise of whoever draws."""
+        """Adds the noise of whoever draws to the candidates' values, (B, k)."""
         if self.drawing:
             for processor in self.drawing:
                 scores = processor(input_ids, scores)
@@ -357,7 +357,7 @@ def _gumbel(uniform: Tensor) -> Tensor:
 
 
 def _row_seeds(vlm: Checkpoint, batch: Batch, seed: int) -> list[int]:
-    """A seed for each row, made of its tokens and pixels and not of its neighbours."""
+    """Makes a seed for each row from its tokens and pixels, independent of its neighbours."""
     told = zip(batch["input_ids"].cpu(), batch.attention_mask.bool().cpu(), strict=True)
     contents = [[ids[mask].numpy().tobytes()] for ids, mask in told]
     pixels = batch.get("pixel_values")

@@ -1,4 +1,4 @@
-"""VCD: contrast with the same question about a noised picture."""
+"""VCD: contrasts the logits with those of the same question about a noised picture."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from vlmfix.models.checkpoint import Checkpoint
 from vlmfix.models.layout import Batch, ImageLayout
 
 STEPS = 1000
-"""Length of the diffusion schedule."""
+"""Number of steps of the diffusion schedule."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class VCD(Decoder):
-    """Visual Contrastive Decoding: what a noised picture also makes the model say is language prior; take it away.
+    """Visual Contrastive Decoding: subtracts the logits of a noised picture, which hold the language prior.
 
     ``scores = (1 + contrast) * clean - contrast * noised``, then tokens whose clean probability is below
     ``plausibility`` times the largest are cut. The noised picture is one step of forward diffusion on the normalised
@@ -45,7 +45,7 @@ class VCD(Decoder):
 
     *Differs*: the released sampler seeds nothing and runs the branch as a second pass; here it is a row of the same
     pass. The sampler's own fall-back (contrast 0.5) is reachable by ``contrast=0.5``. The cut also applies to greedy
-    search, where it changes nothing that the contrast would choose against.
+    search, where it matters only if the contrast's first choice is implausible.
 
     *Cost*: two rows per sample, one pass per token; the vision tower sees each picture twice, once in prefill.
     Beams and compiled decoding work. A row without a picture is left as it is.
@@ -82,7 +82,7 @@ class VCD(Decoder):
     noise_seed: int = parameter(0, int, low=0, high=2**31 - 1, help="seed of the noise")
 
     def plan(self, vlm: Checkpoint, batch: Batch, layout: ImageLayout) -> DecodingPlan:
-        """One branch with noised pixels."""
+        """Plans one branch with noised pixels."""
         if "pixel_values" not in batch:
             return DecodingPlan()
         pictured = layout.tokens.any(dim=1)
@@ -101,18 +101,18 @@ class ImageContrast(Contrast):
     plausibility: float
 
     def fuse(self, clean: Tensor, others: Tensor, scores: Tensor) -> Tensor:
-        """``scores + contrast * (clean - branch)``, cut by the clean logits."""
+        """Returns ``scores + contrast * (clean - branch)``, cut by the clean logits."""
         return cut(clean, scores + self.contrast * (clean - others[0]), self.plausibility)
 
 
 def kept_signal(step: int) -> float:
-    """The schedule's cumulative product at a step, in (0, 1): the share of the picture's variance that is kept."""
+    """Computes the schedule's cumulative product at a step, in (0, 1): the kept share of the picture's variance."""
     ramp = torch.linspace(-6, 6, STEPS, dtype=torch.float64).sigmoid() * (0.005 - 1e-5) + 1e-5
     return float((1 - ramp[: step + 1]).prod())
 
 
 def noised(pixels: Tensor, owners: Tensor, step: int, seed: int) -> Tensor:
-    """Diffuses normalised pixels.
+    """Adds the noise of one diffusion step to normalised pixels.
 
     Args:
         pixels: (n, ...) normalised pixel values.

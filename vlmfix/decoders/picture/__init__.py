@@ -1,1 +1,1 @@
-"""Methods that change which pictures the model sees."""
+"""Holds the methods that change which pictures the model sees."""

@@ -29,7 +29,7 @@ Steps = Literal["first", "all", "last", "own-last"]
 
 @dataclass(frozen=True, kw_only=True)
 class CARVE(Refiner):
-    """Contrastive Attention Refinement for Visual Enhancement: what a question adds to where the model looks anyway.
+    """Contrastive Attention Refinement for Visual Enhancement: shows the part to which the question draws attention.
 
     The picture is asked about twice, with the question Q and with a general instruction G. With A (N,) the attention of
     the row that chooses token t to the N image tokens in layer l, averaged over heads::
@@ -56,7 +56,7 @@ class CARVE(Refiner):
         regions: K, number of regions.
         region_rule: ``at-most`` K regions, or ``at-least`` K: then the share p of all regions, when that is more.
         ranking: ``attention`` (sum of S), ``size`` (area), or ``remove-small``, which keeps all but specks.
-        shown: What the model is asked about: ``refined``, or ``both``, the original picture before it.
+        shown: The pictures that the model is asked about: ``refined``, or ``both``, the original picture before it.
         smallest_side: Fewest pixels along a side of the box that is cut out.
         largest_aspect: Longest over shortest side of the box; a thinner one is widened.
         terse: Both probes end with "Answer the question using a single word or phrase."
@@ -177,7 +177,7 @@ class CARVE(Refiner):
         return refined
 
     def layers_of(self, vlm: Checkpoint) -> LayerSet:
-        """The layers that are read in a model."""
+        """Returns the layers to read in a model."""
         count = vlm.layers
         if self.layers is not None:
             return self.layers
@@ -187,7 +187,7 @@ class CARVE(Refiner):
         return LayerSet(f"{first}:{last + 1}")
 
     def fused(self, question: Tensor, general: Tensor) -> Tensor:
-        """S on the image tokens.
+        """Computes S on the image tokens.
 
         Args:
             question: (S, layers, N) attention under the question.
@@ -238,5 +238,5 @@ class CARVE(Refiner):
         return Look(carved(picture, mask, box), part, found)
 
     def check(self, vlm: Checkpoint) -> str | None:
-        """Whether the model has the layers that are named."""
+        """Checks that the model has the layers that are named."""
         return missing_layers(self.layers_of(vlm), vlm.layers)

@@ -1,4 +1,4 @@
-"""Gradients of pixels as maps over the picture that the pixels were made from.
+"""Turns gradients of pixels into maps over the picture that the pixels were made from.
 
 Shape letters: here n pixel arrays, R pixels along an edge of one.
 """
@@ -27,7 +27,7 @@ SIGMA = 0.8
 
 
 def no_pixel_places(vlm: Checkpoint) -> str | None:
-    """Why pixels of the model's input have no known place in the picture; None when they have."""
+    """Says why pixels of the model's input have no known place in the picture; None when they have."""
     if vlm.model.config.model_type in REARRANGED:
         return f"{vlm.family.title} puts its tiles together anew: pixels have no place of their own"
     return None
@@ -35,7 +35,7 @@ def no_pixel_places(vlm: Checkpoint) -> str | None:
 
 @dataclass(frozen=True, eq=False)
 class View:
-    """One array of pixels that the vision tower gets, and what it shows.
+    """Describes one array of pixels that the vision tower gets, and the part of the picture that it shows.
 
     Attributes:
         image: Number of the picture within its row.
@@ -52,18 +52,18 @@ class View:
     box: Box
 
     def cells(self) -> tuple[int, int]:
-        """(height, width) in pixels of the part that whole cells cover."""
+        """Returns the (height, width) in pixels that whole cells cover."""
         high, wide = self.strength.shape
         return high // self.grid[0] * self.grid[0], wide // self.grid[1] * self.grid[1]
 
 
 def views(vlm: Checkpoint, batch: Batch, gradient: Tensor) -> list[View]:
-    """Hands the gradient of one row's pixels out to its views.
+    """Splits the gradient of one row's pixels into the row's views.
 
     Args:
         vlm: The model.
         batch: A single row with pictures.
-        gradient: Like its ``pixel_values``.
+        gradient: Of the shape of the batch's ``pixel_values``.
 
     Raises:
         IncompatibleDecodersError: Pixels and tokens cannot be matched in this family.
@@ -82,7 +82,7 @@ def views(vlm: Checkpoint, batch: Batch, gradient: Tensor) -> list[View]:
     else:
         tiles = gradient.flatten(0, -4)  # (n, channels, R, R)
         full = batch["pixel_values"].flatten(0, -4)
-        real = [n for n in range(len(tiles)) if bool((full[n] != 0).any())]  # others fill the batch up
+        real = [n for n in range(len(tiles)) if bool((full[n] != 0).any())]  # the others only pad the batch
         strengths = [_norm(tiles[n]) for n in real]
         side = math.isqrt(len(columns) // len(real))
         counts, grids = [side**2] * len(real), [(side, side)] * len(real)
@@ -102,12 +102,12 @@ def _view(layout: ImageLayout, strength: Array, columns: Tensor, grid: tuple[int
 
 
 def _norm(gradient: Tensor) -> Array:
-    """(channels, height, width) -> (height, width)."""
+    """Computes the norm over channels, (channels, height, width) -> (height, width)."""
     return np.asarray(torch.linalg.vector_norm(gradient.double(), dim=0).numpy())
 
 
 def _unmerged(gradient: Tensor, sizes: list[tuple[int, int]], merge: int, patch: int) -> list[Array]:
-    """The gradients of flat patches, square by square of ``merge`` x ``merge``, as pictures.
+    """Rearranges the gradients of flat patches, squares of ``merge`` x ``merge`` in order, into pictures.
 
     Args:
         gradient: (patches, channels * frames * patch * patch) of all pictures.
@@ -125,10 +125,10 @@ def _unmerged(gradient: Tensor, sizes: list[tuple[int, int]], merge: int, patch:
 
 
 def edges(picture: Image.Image, height: int, width: int, median: int) -> Array:
-    """Where a picture has texture.
+    """Marks where a picture has texture.
 
-    Its pixels at (height, width), minus their blur; the norm over channels; the median over a square of ``median``
-    pixels; 1 where that exceeds its own median over the picture.
+    It takes the picture's pixels at (height, width), minus their blur; the norm over channels; the median over a
+    square of ``median`` pixels; and is 1 where that exceeds its own median over the picture.
 
     Args:
         picture: RGB.
@@ -146,13 +146,13 @@ def edges(picture: Image.Image, height: int, width: int, median: int) -> Array:
 
 
 def edge_gradients(view: View, picture: Image.Image, median: int, general: Array | None) -> Tensor:
-    """The gradient on a view's edges, one mean per token.
+    """Averages the gradient on a view's edges, one mean per token.
 
     Args:
         view: The view.
         picture: The whole original picture.
         median: Side of the median filter of the edges.
-        general: (height, width) the same view's strength under the general instruction, to divide by.
+        general: (height, width) strength of the same view under the general instruction, to divide by; or None.
 
     Returns:
         (tokens,) float64; not finite where it was divided by zero.

@@ -1,6 +1,6 @@
-"""What a refining decoder reads off the model: where the rows that choose tokens look, and what they depend on.
+"""Reads the attention and the gradients of the rows that choose tokens, for decoders that refine pictures.
 
-Attention is computed for one row a step in the layers that are read, and nowhere else in full. Shape letters
+Each step materialises one row of attention in the layers that are read, and none elsewhere. Shape letters
 (``docs/notation.md``): B rows, H query heads, T prompt tokens, K keys; here also S generated tokens and N layers that
 are read.
 """
@@ -31,7 +31,7 @@ from vlmfix.upstream import defaults
 
 
 def missing_layers(layers: LayerSet, count: int) -> str | None:
-    """Which of the layers a model with ``count`` does not have, in one sentence; None when it has them all."""
+    """Says in one sentence which of the layers a model with ``count`` lacks; None when it has them all."""
     chosen = layers.resolve(count)
     counted = layers.spec != "all" and not any(sign in f"{layers.spec}/" for sign in ("-", ":/"))  # no open end
     missing = layers.resolve(max(count, 1 << 16)) - chosen if counted else set()
@@ -41,7 +41,7 @@ def missing_layers(layers: LayerSet, count: int) -> str | None:
 
 
 def existing_layers(layers: LayerSet, count: int) -> tuple[int, ...]:
-    """The numbers of the layers, in order; unlike for edits, none may be missing.
+    """Returns the numbers of the layers, in order; unlike for edits, none may be missing.
 
     Raises:
         UnsupportedAttentionError: The model does not have them all.
@@ -128,12 +128,12 @@ def image_attention(vlm: Checkpoint, batch: Batch, layers: LayerSet, *, steps: i
 
 
 def attention_gradients(vlm: Checkpoint, batch: Batch, layers: LayerSet) -> list[Tensor]:
-    """What the most probable first token owes to each prompt token: attention times the helpful part of its gradient.
+    """Computes, for the most probable first token, attention times the positive part of its gradient, per prompt token.
 
     ``mean over heads of A[h, j] * max(0, d v / d A[h, j])`` with ``v`` the log-probability of that token and A the
     weights of the row that chooses it, as a free variable.
 
-    The prompt is read without gradients; its last token then passes once more, with them. That gives exactly the
+    Prefill runs without gradients; the prompt's last token then passes once more, with them. That gives exactly the
     gradient of the full computation, in memory for one token's activations and one row of attention in each layer.
 
     Args:
@@ -161,7 +161,7 @@ def attention_gradients(vlm: Checkpoint, batch: Batch, layers: LayerSet) -> list
 
 @contextmanager
 def _frozen(model: PreTrainedModel) -> Iterator[None]:
-    """Parameters want no gradient inside the block."""
+    """Turns off the gradients of parameters inside the block."""
     wanting = [parameter for parameter in model.parameters() if parameter.requires_grad]
     try:
         for parameter in wanting:
@@ -173,9 +173,9 @@ def _frozen(model: PreTrainedModel) -> Iterator[None]:
 
 
 def pixel_gradients(vlm: Checkpoint, batch: Batch) -> Tensor:
-    """How the log-probability of the most probable first token changes with each number in ``pixel_values``.
+    """Computes the gradient of the most probable first token's log-probability with respect to ``pixel_values``.
 
-    The whole pass keeps its activations, of the vision tower and of every token in every layer.
+    The pass keeps all activations, of the vision tower and of every token in every layer.
 
     Args:
         vlm: The model.

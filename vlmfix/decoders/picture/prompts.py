@@ -1,4 +1,4 @@
-"""What refining decoders ask a model when they look for where it looks."""
+"""Words the questions by which refining decoders probe where a model looks."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ TERSE = "Answer the question using a single word or phrase."
 
 
 def worded(prompt: str, terse: bool) -> str:
-    """The prompt, with the request for a short answer behind it if that is wanted and not there."""
+    """Appends the request for a short answer to a prompt, if it is wanted and not there."""
     return f"{prompt} {TERSE}" if terse and not prompt.rstrip().endswith(TERSE) else prompt
 
 
 def check_wording(owner: str, text: str) -> None:
-    """Refuses a text that a decoder's specification could not be read back from.
+    """Refuses a text that would make a decoder's specification unreadable.
 
     Raises:
         UsageError: It is empty, or holds a comma, a line break or a plus before a letter.

@@ -1,4 +1,4 @@
-"""What a refining decoder makes of pictures before they are encoded, and what it remembers of them.
+"""Holds the pictures and maps that refining decoders make, and a memo of results that depend on pictures alone.
 
 Shape letters (``docs/notation.md``): T prompt tokens; here also N image-patch tokens of a picture.
 """
@@ -25,12 +25,12 @@ Box = tuple[float, float, float, float]
 
 WHOLE: Box = (0.0, 0.0, 1.0, 1.0)
 MOST_CELLS = 256
-"""Most cells along an edge of a map that had to be painted."""
+"""Most cells along an edge of a map that is painted from tokens' boxes."""
 
 
 @dataclass(frozen=True, eq=False)
 class PictureMap:
-    """One number for each cell of a regular grid over a picture, or over the part of it that the model saw.
+    """Holds one number for each cell of a regular grid over a picture, or over the part of it that the model saw.
 
     Attributes:
         values: (lines, columns) float64.
@@ -41,7 +41,7 @@ class PictureMap:
     box: Box = WHOLE
 
     def pixels(self, height: int, width: int) -> Array:
-        """The map at the picture's size: bilinear between the centres of the cells, flat beyond the outermost ones.
+        """Resizes the map to the picture: bilinear between the centres of the cells, flat beyond the outermost ones.
 
         Returns:
             (height, width) float64; zero outside ``box``.
@@ -52,7 +52,7 @@ class PictureMap:
         return whole
 
     def over_whole(self) -> Array:
-        """The map on a grid over the whole picture, with cells about as large; zero where the model saw nothing."""
+        """Extends the map to the whole picture, with cells about as large; zero where the model saw nothing."""
         if self.box == WHOLE:
             return self.values
         lines, columns = self.values.shape
@@ -61,13 +61,13 @@ class PictureMap:
 
 
 def pixel_box(box: Box, width: int, height: int) -> tuple[int, int, int, int]:
-    """A box in pixels of a picture, at least one pixel wide and high."""
+    """Converts a box to pixels of a picture, at least one pixel wide and high."""
     x0, y0 = min(round(box[0] * width), width - 1), min(round(box[1] * height), height - 1)
     return x0, y0, max(round(box[2] * width), x0 + 1), max(round(box[3] * height), y0 + 1)
 
 
 def token_map(layout: ImageLayout, values: Tensor, *, row: int, image: int) -> PictureMap:
-    """Puts one value per token where the tokens look.
+    """Makes a map of a picture from one value per token, placed where the token looks.
 
     Where the picture's tokens form one rectangle, they are the cells of the map. Where they do not, as with tiles
     beside a view of the whole, the map covers the picture with cells as large as the smallest token's place, and each
@@ -101,12 +101,12 @@ def token_map(layout: ImageLayout, values: Tensor, *, row: int, image: int) -> P
 
 @dataclass(frozen=True, eq=False)
 class Look:
-    """Where one picture was looked at, and what came of it.
+    """Holds the part that was chosen of one picture, and the map that it was chosen by.
 
     Attributes:
         picture: The new picture.
         box: The part of the original picture that it shows.
-        map: What the part was chosen by; None when there was nothing to choose.
+        map: The map that the part was chosen by; None when there was nothing to choose.
         problem: Why the choice means nothing, in one sentence; empty when there is no problem.
     """
 
@@ -118,10 +118,10 @@ class Look:
 
 @dataclass(frozen=True, eq=False)
 class Refined:
-    """The pictures of one question, refined.
+    """Holds the refined pictures of one question.
 
     Attributes:
-        pictures: What the model is shown, in order.
+        pictures: The pictures that the model is shown, in order.
         looks: One for each original picture; empty where nothing was refined.
     """
 
@@ -131,13 +131,13 @@ class Refined:
 
 @dataclass(eq=False)
 class PictureMemo:
-    """What was computed from pictures alone, kept for further questions about them; the oldest entries go first.
+    """Keeps results that depend on pictures alone, for further questions about them; drops the oldest entries first.
 
-    It belongs to one model with its weights as they are.
+    It belongs to one model in one state of its weights.
 
     Attributes:
         room: Most entries.
-        weights: What the entries were computed with.
+        weights: State of the weights that the entries were computed with.
     """
 
     room: int = 64
@@ -145,7 +145,7 @@ class PictureMemo:
     _entries: OrderedDict[Hashable, Any] = field(default_factory=OrderedDict, repr=False)
 
     def recall(self, keys: Sequence[Hashable], compute: Callable[[list[int]], Sequence[Any]]) -> list[Any]:
-        """The values of all keys; those that are missing are computed at once.
+        """Returns the values of all keys, and computes all missing ones together.
 
         Args:
             keys: One for each row; equal keys have equal values.
@@ -162,11 +162,11 @@ class PictureMemo:
         return found
 
     def clear(self) -> None:
-        """Forgets everything."""
+        """Drops all entries."""
         self._entries.clear()
 
     def of(self, weights: Hashable) -> PictureMemo:
-        """The same memo, which has forgotten what other weights had computed."""
+        """Returns this memo, after dropping entries that were computed with other weights."""
         if weights != self.weights:
             self.clear()
             self.weights = weights
@@ -174,7 +174,7 @@ class PictureMemo:
 
 
 def clean(values: Array) -> tuple[Array, bool]:
-    """Replaces what is no number: NaN by 0, an infinity by the largest or smallest finite value.
+    """Replaces values that are not finite: NaN by 0, an infinity by the largest or smallest finite value.
 
     Returns:
         (the values, whether any was replaced).
@@ -188,7 +188,7 @@ def clean(values: Array) -> tuple[Array, bool]:
 
 
 def places(tokens: Tensor, values: Tensor) -> Tensor:
-    """Spreads values over their tokens.
+    """Spreads image tokens' values over all prompt tokens.
 
     Args:
         tokens: (T,) bool, N of them True.

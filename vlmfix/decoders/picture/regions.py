@@ -1,4 +1,4 @@
-"""From a map over a picture to the part of it that CARVE shows: threshold, regions, mask, box, enlargement."""
+"""Finds the part of a picture that CARVE shows, from a map over it: threshold, regions, mask, box, enlargement."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ Rule = Literal["at-most", "at-least"]
 LARGEST_SIDE = 4096
 """Pixels along the longer side of an enlarged part, unless the picture itself is longer."""
 SMALLEST_SHARE = 0.001
-"""Regions below this share of what passed the threshold are removed by the ranking ``remove-small``."""
+"""Share of the pixels above the threshold below which ``remove-small`` removes a region."""
 SLACK = 1e-12
-"""A map that is flat but for rounding passes its own threshold everywhere."""
+"""Slack of the threshold, so that a map that is flat but for rounding passes everywhere."""
 
 
 def threshold(values: Array, share: float) -> Mask:
-    """The largest values, (height, width) bool.
+    """Marks the largest values of a map, (height, width) bool.
 
     Args:
         values: (height, width) map.
@@ -37,7 +37,7 @@ def threshold(values: Array, share: float) -> Mask:
 
 
 def best_regions(values: Array, kept: Mask, *, count: int, rule: Rule, ranking: Ranking, share: float) -> Mask:
-    """The connected regions that matter most; pixels that touch at a corner alone are not connected.
+    """Selects the connected regions that rank highest; pixels that touch only at a corner are not connected.
 
     Args:
         values: (height, width) map.
@@ -62,13 +62,13 @@ def best_regions(values: Array, kept: Mask, *, count: int, rule: Rule, ranking: 
 
 
 def bounding_box(mask: Mask) -> PixelBox:
-    """The smallest box around all pixels of a mask that is not empty."""
+    """Finds the smallest box around all pixels of a mask that is not empty."""
     x, y, width, height = cv2.boundingRect(mask.astype(np.uint8))
     return x, y, x + width, y + height
 
 
 def grown(box: PixelBox, width: int, height: int, *, smallest: int, aspect: float) -> PixelBox:
-    """A box made larger around its middle, as far as the picture allows.
+    """Enlarges a box around its middle, as far as the picture allows.
 
     Args:
         box: The box.
@@ -93,7 +93,7 @@ def _widened(start: int, end: int, least: int, length: int) -> tuple[int, int]:
 
 
 def carved(picture: Image.Image, mask: Mask, box: PixelBox) -> Image.Image:
-    """The box cut out, black outside the mask, enlarged until it covers the picture's size; its shape stays.
+    """Cuts out a box, blackens it outside the mask, and enlarges it to cover the picture's size in the same shape.
 
     Args:
         picture: RGB.
@@ -106,7 +106,7 @@ def carved(picture: Image.Image, mask: Mask, box: PixelBox) -> Image.Image:
 
 
 def enlarged(part: Image.Image, size: tuple[int, int]) -> Image.Image:
-    """A part of a picture, resized until it covers (width, height), and no longer than ``LARGEST_SIDE``."""
+    """Resizes a part of a picture until it covers (width, height), but no longer than ``LARGEST_SIDE``."""
     scale = max(size[0] / part.width, size[1] / part.height)
     scale = min(scale, max(LARGEST_SIDE, *size) / max(part.size))
     target = (max(1, int(part.width * scale)), max(1, int(part.height * scale)))

@@ -161,7 +161,7 @@ class ViCrop(Refiner):
         return [self._refined(vlm, row, own) for row, own in zip(pictures, maps, strict=True)]
 
     def layers_of(self, vlm: Checkpoint) -> LayerSet:
-        """The layers that attention is read in."""
+        """Returns the layers that attention is read in."""
         if self.layers is not None:
             return self.layers
         count = vlm.layers
@@ -169,7 +169,7 @@ class ViCrop(Refiner):
         return LayerSet(str(min(round(share * count), count - 1)))
 
     def base_of(self, vlm: Checkpoint) -> int:
-        """The smallest side of a window in pixels of the picture."""
+        """Returns the smallest side of a window in pixels of the picture."""
         if self.base is not None:
             return self.base
         if _own_resolution(vlm):
@@ -215,7 +215,7 @@ class ViCrop(Refiner):
     def _of_pixels(
         self, vlm: Checkpoint, pictures: Sequence[Image.Image], prompt: str, memo: PictureMemo
     ) -> list[PictureMap]:
-        """pure-grad, one map for each picture of one row."""
+        """Computes pure-grad, one map for each picture of one row."""
         general: list[Array] = []
         if self.against_general:
             wording = worded(self.general_prompt, self.terse)
@@ -235,7 +235,7 @@ class ViCrop(Refiner):
     def _of_blocks(
         self, vlm: Checkpoint, picture: Image.Image, prompt: str, memo: PictureMemo, most: int
     ) -> PictureMap:
-        """The map of one picture, put together from its blocks', ``most`` of which run at once."""
+        """Assembles the map of one picture from maps of its blocks, ``most`` of which run at once."""
         grid = block_grid(*picture.size, self.block, covering=self.covering)
         parts = [picture] if grid == (1, 1) else blocks(picture, grid)
         found: list[PictureMap] = []
@@ -276,7 +276,7 @@ class ViCrop(Refiner):
         )
 
     def check(self, vlm: Checkpoint) -> str | None:
-        """Whether the model has the layers, and for pure-grad whether its pixels have a place."""
+        """Checks that the model has the layers, and for pure-grad that its pixels have a place."""
         if self.method == "pure-grad":
             return no_pixel_places(vlm)
         return missing_layers(self.layers_of(vlm), vlm.layers)

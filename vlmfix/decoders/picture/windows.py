@@ -1,4 +1,4 @@
-"""From a map over a picture to the window that ViCrop cuts out of it, and the blocks of a large picture."""
+"""Finds the window of a picture that ViCrop cuts out, from a map over it, and cuts large pictures into blocks."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ FLAT = 1e-9
 
 @dataclass(frozen=True)
 class Window:
-    """A part of a picture.
+    """Describes a window of a picture.
 
     Attributes:
         box: x0, y0, x1, y1 in pixels; x1 and y1 are excluded.
@@ -31,7 +31,7 @@ class Window:
 
 
 def best_window(values: Array, width: int, height: int, base: int, *, by_area: bool) -> Window:
-    """The square window whose content stands out most from its four neighbours.
+    """Finds the square window whose content stands out most from its four neighbours.
 
     For each ratio r the window of r * base pixels, in whole cells, is put where the map's sum in it is largest. Its
     sharpness is that sum minus the mean of the windows one cell further up, down, left and right. The sharpest window
@@ -64,9 +64,9 @@ def best_window(values: Array, width: int, height: int, base: int, *, by_area: b
 
 
 def _sharpest(values: Array, wide: int, high: int) -> tuple[int, int, float]:
-    """Place of the largest window, column by column, and how far it exceeds its neighbours' mean."""
+    """Finds the largest window, the first one column by column, and how far it exceeds its neighbours' mean."""
     lines, columns = (length - own + 1 for length, own in zip(values.shape, (high, wide), strict=True))
-    # One sum per window: running sums round otherwise, and windows that tie would be told apart by that.
+    # One sum per window: running sums round differently, which would break ties between equal windows.
     sums = np.array([[values[y : y + high, x : x + wide].sum() for x in range(columns)] for y in range(lines)])
     x, y = divmod(int(sums.T.argmax()), sums.shape[0])
     near = [(y - 1, x), (y + 1, x), (y, x - 1), (y, x + 1)]
@@ -75,7 +75,7 @@ def _sharpest(values: Array, wide: int, high: int) -> tuple[int, int, float]:
 
 
 def attention_ratio(values: Array, box: tuple[int, int, int, int]) -> float:
-    """How much more of a map lies in a box than in a box of its size on average: 1 for a flat map.
+    """Computes how much more of a map lies in a box than in an average box of its size: 1 for a flat map.
 
     Args:
         values: (lines, columns) map, not negative.
@@ -92,7 +92,7 @@ def _around(middle: int, half: int, length: int) -> tuple[int, int]:
 
 
 def block_grid(width: int, height: int, side: int, *, covering: bool) -> tuple[int, int]:
-    """(rows, columns) of the blocks that a large picture is cut into.
+    """Computes the (rows, columns) of the blocks that a large picture is cut into.
 
     Args:
         width: Pixels of the picture.
@@ -106,7 +106,7 @@ def block_grid(width: int, height: int, side: int, *, covering: bool) -> tuple[i
 
 
 def blocks(picture: Image.Image, grid: tuple[int, int]) -> list[Image.Image]:
-    """The blocks row by row, all of one size; the last ones may stick out, black, by less than their number in pixels.
+    """Cuts out the blocks row by row, all of one size; the last may stick out, black, by fewer pixels than blocks.
 
     Args:
         picture: RGB.
@@ -119,6 +119,6 @@ def blocks(picture: Image.Image, grid: tuple[int, int]) -> list[Image.Image]:
 
 
 def mosaic(parts: list[Array], grid: tuple[int, int]) -> Array:
-    """The maps of all blocks as one, row by row, each as it is."""
+    """Joins the maps of all blocks, row by row, into one without changing values."""
     rows, columns = grid
     return np.concatenate([np.concatenate(parts[row * columns : (row + 1) * columns], axis=1) for row in range(rows)])

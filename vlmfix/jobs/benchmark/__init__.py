@@ -1,1 +1,1 @@
-"""A benchmark's questions, answered by several decoders."""
+"""Lets several decoders answer a benchmark's questions."""

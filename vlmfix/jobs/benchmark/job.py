@@ -1,8 +1,8 @@
-"""Several decoders over one workload: every sample through every arm, resumed after any kill.
+"""Runs several decoders over one workload, every sample through every arm, and resumes after any kill.
 
-What makes a resumed run equal to an uninterrupted one, byte for byte: the order of the questions and the partition
-into batches follow from the samples and the batch size alone, the batch size is kept in the card, a batch that was
-cut off is answered again as a whole, and nothing that depends on the clock stands in the answers.
+A resumed run equals an uninterrupted one, byte for byte: the order of the questions and the partition into batches
+follow from the samples and the batch size alone, the card keeps the batch size, a batch that was cut off is answered
+again as a whole, and answers hold nothing that depends on the clock.
 """
 
 from __future__ import annotations
@@ -36,12 +36,12 @@ Report = Callable[[int, int], None]
 
 @dataclass(frozen=True)
 class _Asked:
-    """One question, and the samples that it answers: a picture's question may stand in several splits.
+    """Holds one question and the samples that it answers; the same question may be in several splits.
 
     Attributes:
         image: The picture's name; None for a prompt alone.
-        prompt: What is asked.
-        samples: What the answer stands for.
+        prompt: The question.
+        samples: The samples that its answer is for.
         sha256: Hex digest of the picture's file, once it has been opened.
     """
 
@@ -64,10 +64,10 @@ def evaluate(
     report: Report = lambda done, total: None,
     loader: Callable[..., VLM] = load,
 ) -> EvalRun:
-    """Ask every question of a workload with every decoder; go on where an earlier start ended.
+    """Asks every question of a workload with every decoder, and resumes where an earlier start ended.
 
-    Writes ``card.json``, ``samples.jsonl`` and, for each arm, ``<arm>/answers.jsonl`` into ``out``. The same question
-    about the same picture is asked once, whatever number of samples it stands for. Arms that a folder already has
+    It writes ``card.json``, ``samples.jsonl`` and, for each arm, ``<arm>/answers.jsonl`` into ``out``. The same
+    question about the same picture is asked once, however many samples share it. Arms that a folder already has
     stay; new ones are added.
 
     Args:
@@ -76,10 +76,10 @@ def evaluate(
         workload: Samples and pictures.
         settings: Model and generation settings; its ``decoder`` is not read.
         arms: Decoders by name; the plain one is added when it is not among them.
-        batch_size: Rows at a time; None takes as many as the free memory allows, or what the folder was begun with.
-        retry_failed: Asks again what an earlier start recorded as failed; its lines leave the folder when the model is
-            there, and what is found now stands behind the others.
-        command: How to start the same run from a shell, for the card.
+        batch_size: Rows per batch; None takes the folder's batch size, or as many as the free memory allows.
+        retry_failed: Asks questions again that an earlier start recorded as failed; their lines leave the folder when
+            the model is loaded, and the new lines follow the others.
+        command: Shell command that starts the same run, for the card.
         report: Called with the samples done and their total, over all arms, when a batch has been written.
         loader: Loads the model; ``vlmfix.load`` unless a test gives another.
 
@@ -92,7 +92,7 @@ def evaluate(
         IncompatibleDecodersError: The settings ask for beams and a decoder does not work with them.
         DataError: There is no sample, two share an id, or pictures are missing, not in the folder or not those that
             the folder has answers about.
-        SystematicError: Every question fails; nothing is recorded about those that failed in the end.
+        SystematicError: Every question fails; nothing is recorded about the last failures.
         PassingError: Trouble of the machine left samples open, which the next start asks; nothing is recorded of them.
     """
     check(workload)
@@ -120,7 +120,7 @@ def evaluate(
 
 
 def check(workload: Workload) -> None:
-    """Find what would stop a run before any model is loaded.
+    """Checks a workload for what would stop a run, before any model is loaded.
 
     Raises:
         DataError: There is no sample, two share an id, or pictures are missing or not in the folder.
@@ -149,11 +149,11 @@ def check(workload: Workload) -> None:
 
 
 def refuse_changed(out: Path, workload: Workload, known: Mapping[str, str]) -> None:
-    """Make sure that the pictures are those that a run's answers are about.
+    """Checks that the pictures are those that a run's answers are about.
 
     Args:
         out: The run's folder, for the message.
-        workload: What is asked, with the folder of the pictures.
+        workload: The samples, with the folder of the pictures.
         known: Digests of the pictures that the run has answers about, by name.
 
     Raises:
@@ -166,7 +166,7 @@ def refuse_changed(out: Path, workload: Workload, known: Mapping[str, str]) -> N
 
 
 def _refuse_idle(vlm: VLM, model: str, arms: Mapping[str, Decoder]) -> None:
-    """Refuses decoders that cannot act on the model, before the folder knows them."""
+    """Refuses decoders that cannot act on the model, before the folder's card names them."""
     for name, decoder in arms.items():
         if reason := decoder.check(vlm):
             raise UsageError(f"{name} cannot act on {model}: {reason}", "leave that decoder out")
@@ -177,7 +177,7 @@ def _path(workload: Workload, name: str) -> Path:
 
 
 def _questions(samples: Sequence[Sample]) -> list[_Asked]:
-    """Distinct questions, those about one picture in a row, in the order of first mention."""
+    """Lists the distinct questions in order of first mention, with those about one picture together."""
     by_picture: dict[str | None, dict[str, list[Sample]]] = {}
     for sample in samples:
         by_picture.setdefault(sample.image, {}).setdefault(sample.prompt, []).append(sample)
@@ -189,11 +189,11 @@ def _questions(samples: Sequence[Sample]) -> list[_Asked]:
 
 
 class _Job:
-    """Every question of a workload through every arm.
+    """Asks every question of a workload in every arm.
 
     Attributes:
         asked: Samples that this start has written.
-        answered: Those of them that have an answer.
+        answered: Samples among them that have an answer.
     """
 
     def __init__(self, workload: Workload, output: ArmsFolder, arms: Iterable[str], report: Report) -> None:
@@ -209,13 +209,13 @@ class _Job:
         self.asked = self.answered = 0
 
     def typical(self) -> list[Question]:
-        """Questions that stand for all."""
+        """Returns questions that represent all."""
         names = dict.fromkeys(asked.image for asked in self._questions if asked.image is not None)
         paths = [_path(self._workload, name) for name in names]
         return typical(paths, (asked.prompt for asked in self._questions))
 
     def work(self, arm: str, answerer: Answerer) -> None:
-        """Answers what is left of an arm."""
+        """Answers the open questions of an arm."""
         done, size = self._output.done[arm], answerer.rows  # before memory runs out, which makes it smaller
         batches = [self._questions[start : start + size] for start in range(0, len(self._questions), size)]
         open_batches = [b for b in batches if any(s.id not in done for asked in b for s in asked.samples)]
@@ -241,7 +241,7 @@ class _Job:
             self._output.note(arm, self._tokens, time.perf_counter() - started)
 
     def _asked_before(self, arm: str) -> Question | None:
-        """A question that this arm has an answer to."""
+        """Returns a question that this arm has an answer to."""
         answered = self._output.answered(arm)
         return asked_before(
             (None if asked.image is None else _path(self._workload, asked.image), asked.prompt)
@@ -267,7 +267,7 @@ class _Job:
 def _shown(
     batches: Iterable[Sequence[_Asked]], pictures: Iterator[tuple[Found, Picture | DataError | PassingError]]
 ) -> Iterator[list[tuple[_Asked, Question | str | PassingError]]]:
-    """Batches with the pictures that they ask about, which come in the order of first mention."""
+    """Yields batches with their pictures opened, which come in the order of first mention."""
     shown: dict[str, Picture | DataError | PassingError] = {}
     for batch in batches:
         needed = {asked.image for asked in batch if asked.image is not None}

@@ -1,4 +1,4 @@
-"""The folder that a benchmark's run writes: answers of every arm, samples and run card, in step after any kill."""
+"""Writes the folder of a benchmark's run: answers of every arm, samples and run card, consistent after any kill."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ from vlmfix.settings import Settings
 
 
 class ArmsFolder(Ledger):
-    """Answers of several decoders to the samples of one workload, and their run card.
+    """Writes the answers of several decoders to the samples of one workload, and their run card.
 
     Arms that a folder already has stay; new ones are added.
 
@@ -45,8 +45,8 @@ class ArmsFolder(Ledger):
         workload: Samples and pictures.
         settings: Model and generation settings; its ``decoder`` is not read.
         arms: Decoders by name.
-        command: How to start the same run from a shell, for the card.
-        retry_failed: Takes what failed for open; its lines leave the folder when a model begins to work.
+        command: Shell command that starts the same run, for the card.
+        retry_failed: Treats failed samples as open; their lines leave the folder when a model begins to work.
 
     Raises:
         UsageError: Two arms would share a folder.
@@ -88,17 +88,17 @@ class ArmsFolder(Ledger):
             "decoding": settings.decoding(),
         }
         self.done: dict[str, set[str]] = {}
-        """For each arm the ids of the samples that have an answer or failed."""
+        """Arm -> ids of the samples that have an answer or failed."""
 
     def new_card(self) -> dict[str, Any]:
-        """Gives a card of data, settings and arms."""
+        """Makes a card of data, settings and arms."""
         unknown = [name for name in (SAMPLES, RESULTS, REPORT, *COMPARISON) if (self.folder / name).exists()]
         if unknown:
             raise UsageError(f"{self.folder} holds {', '.join(unknown)} but no {CARD}", "choose another --out")
         return self._known | {"arms": self._arms, "command": self._command, "sessions": []}
 
     def go_on(self) -> None:
-        """Refuses other data and settings than those of the card, and adds the arms that are new."""
+        """Refuses data and settings that differ from the card's, and adds new arms."""
         moved = self._moved()
         data = {name: without_names(self._known[name]) for name in ("options", "data")}
         fixed = {name: value for name, value in self._known.items() if name not in (*data, *moved)}
@@ -113,7 +113,7 @@ class ArmsFolder(Ledger):
         former |= added
 
     def _moved(self) -> dict[str, Any]:
-        """What says where something is, and may be another place: digests say whether it is the same."""
+        """Returns the card's entries for places, which may change: digests tell whether the content is the same."""
         moved = {"images": self._known["images"]}
         model, card = self._known["model"], self.card
         if model != card["model"] and card.get("commit") is None and EMBEDDED.get(model, Path(model)).is_dir():
@@ -122,7 +122,7 @@ class ArmsFolder(Ledger):
         return moved
 
     def read_back(self) -> None:
-        """Finds the samples that earlier starts have dealt with."""
+        """Finds the samples that earlier starts answered or failed to answer."""
         ids = {sample.id for sample in self._samples}
         for arm, name in self._files.items():
             lines = checked(self.folder / name, self.lines[name], ids)
@@ -133,13 +133,13 @@ class ArmsFolder(Ledger):
         remove_drafts(self.folder, CARD, SAMPLES)
 
     def pictures(self) -> dict[str, str]:
-        """Digests of the pictures that the folder has answers about, of whatever arm."""
+        """Returns the digests of the pictures that the folder has answers about, of any arm."""
         lines = (line for arm in self.card["arms"] for line in read_lines(self.folder / arm_folder(arm) / ANSWERS))
         return {line["image"]: line["sha256"] for line in lines if "answer" in line and "sha256" in line}
 
     @property
     def batch_size(self) -> int | None:
-        """Rows per batch, the same from start to start; None before the first."""
+        """Returns the rows per batch, the same in every start; None before the first."""
         rows: int | None = self.card.get("batch_size")
         return rows
 
@@ -149,13 +149,13 @@ class ArmsFolder(Ledger):
         """Notes that a model starts to work on the folder, and writes the samples; see ``Ledger.start_session``.
 
         Args:
-            models: What the model is, for every arm; only the facts differ.
-            settings: What it was loaded with.
+            models: Identity of the model for every arm; only the facts differ.
+            settings: Settings that it was loaded with.
             batch_size: Rows per batch.
-            peak_memory: Gives the most bytes that were held so far.
+            peak_memory: Returns the most bytes held so far.
         """
         self._note_facts({name: dict(model.facts) for name, model in models.items()})
-        # the card comes first: samples without one would be taken for somebody else's
+        # the card comes first: samples without a card would look like another job's
         self.start_session(
             models[PLAIN],
             settings,
@@ -167,7 +167,7 @@ class ArmsFolder(Ledger):
         write_samples(self.folder, self._samples)
 
     def _note_facts(self, facts: Mapping[str, dict[str, str]]) -> None:
-        """Keeps the facts of arms that begin and compares those of arms that go on; a card of old may have none."""
+        """Keeps the facts of new arms and compares the facts of resumed ones; an old card may have none."""
         arms = self.card["arms"]
         known = {name: {"facts": arms[name]["facts"]} for name in facts if self.done[name] and "facts" in arms[name]}
         self.refuse_other(known, {name: {"facts": facts[name]} for name in known})
@@ -176,25 +176,25 @@ class ArmsFolder(Ledger):
                 arms[name]["facts"] = own
 
     def answered(self, arm: str) -> set[str]:
-        """The ids of an arm's samples that have an answer, read from its file."""
+        """Reads the ids of an arm's samples that have an answer from its file."""
         return {line["id"] for line in self.lines[self._files[arm]] if self.failure not in line}
 
     def write(self, arm: str, line: Mapping[str, Any]) -> None:
-        """Writes an answer, or why there is none."""
+        """Writes the line of an answer or of a failure."""
         self.lines[self._files[arm]].append(line)
         self.done[arm].add(line["id"])
 
     def note(self, arm: str, tokens: int, seconds: float) -> None:
-        """Keeps what an arm has taken in this start."""
+        """Adds to the tokens and seconds that an arm has taken in this start."""
         self.session.setdefault("arms", {})[arm] = {"tokens": tokens, "seconds": round(seconds, 3)}
 
     def sum_up(self) -> None:
-        """Puts the time into the card; the answers say the rest."""
+        """Writes the time into the card; the answers hold the rest."""
         self.session["updated"] = now()
 
 
 def _refuse_shared_folders(arms: Iterable[str]) -> None:
-    """Refuses arms whose answers would lie in one place, or in that of another file of the run."""
+    """Refuses arms whose answers would share a path with each other or with another file of the run."""
     taken = dict.fromkeys((CARD, SAMPLES, RESULTS, REPORT), "a file of the run")
     for name in arms:
         folder = arm_folder(name)

@@ -1,4 +1,4 @@
-"""Run an evaluation again from its card, and say what came out differently."""
+"""Runs an evaluation again from its card, and reports the differences."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ from vlmfix.settings import DECODED
 from vlmfix.shapes import fault, fields, list_of
 
 REPEATABLE = fields(MADE_BY | {"sessions": list_of(SESSION, least=1)})
-"""What a card must say, beside what scoring needs, for the run to be made again."""
+"""Shape that a card must have, beside what scoring needs, for the run to be repeated."""
 
 
 @dataclass(frozen=True)
 class Difference:
-    """How the second run of one arm differs from the first.
+    """Says how the second run of one arm differs from the first.
 
     Attributes:
-        samples: Compared.
-        same: Answered with the same tokens, or failed in both.
+        samples: Number of samples compared.
+        same: Number of samples answered with the same tokens, or failed in both.
         first: Ids of the first few samples with other tokens.
         figures: Figures whose values differ: name to (before, now).
     """
@@ -40,13 +40,13 @@ class Difference:
 
 @dataclass(frozen=True)
 class Reproduction:
-    """The second run beside the first.
+    """Compares the second run with the first.
 
     Attributes:
         run: The second run.
         arms: Differences by arm.
-        versions: Packages whose version was another one in the second run: name to (before, then).
-        facts: What decoders depend on beside parameters and was another in the second run, such as a profile's digest:
+        versions: Packages whose version differed in the second run: name to (before, then).
+        facts: Facts of decoders beside parameters that differed in the second run, such as a profile's digest:
             ``arm.fact`` to (before, now); runs of versions that kept none are left out.
     """
 
@@ -57,7 +57,7 @@ class Reproduction:
 
     @property
     def exact(self) -> bool:
-        """Whether every answer has the same tokens."""
+        """Returns whether every answer has the same tokens."""
         return all(found.same == found.samples for found in self.arms.values())
 
 
@@ -71,15 +71,15 @@ def reproduce(
     report: Report = lambda done, total: None,
     loader: Callable[..., VLM] = load,
 ) -> Reproduction:
-    """Ask every question of a run again, with the same model, decoders, settings and batches.
+    """Asks every question of a run again, with the same model, decoders, settings and batches.
 
-    Whether pictures and weights are those of the run is looked at before the model is loaded.
+    Before it loads the model, it checks that pictures and weights are those of the run.
 
     Args:
         run: A finished run.
-        out: Folder for the second run; one that was begun is gone on with.
-        images: Folder of the pictures; None for where they were.
-        model: Directory of the model; None for where it was.
+        out: Folder for the second run; a run begun there is resumed.
+        images: Folder of the pictures; None for the folder of the run.
+        model: Directory of the model; None for the directory of the run.
         device: Where to run; another kind of device rounds differently, and single tokens may change.
         report: Called with the samples done and their total.
         loader: Loads the model.
@@ -129,7 +129,7 @@ def reproduce(
 
 
 def _images(run: EvalRun, elsewhere: Path | None) -> Path | None:
-    """Where the pictures of a run are now."""
+    """Returns the folder of a run's pictures as it is now."""
     if run.card["images"] is None:
         if elsewhere is not None:
             raise UsageError(f"the questions of {run.folder} go without pictures", "leave --images out")
@@ -138,7 +138,7 @@ def _images(run: EvalRun, elsewhere: Path | None) -> Path | None:
 
 
 def _moved(task: Task, images: Path | None) -> Task:
-    """The task with the folder that it takes pictures from itself, where it is one that does."""
+    """Gives a task that takes pictures from a folder itself the present folder; returns other tasks unchanged."""
     if images is None or "images" not in task.options():
         return task
     return replace(task, **{"images": str(images.resolve())})

@@ -1,4 +1,4 @@
-"""A folder of pictures to a file of answers."""
+"""Turns a folder of pictures into a file of answers."""
 
 from __future__ import annotations
 

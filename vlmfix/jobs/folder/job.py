@@ -1,4 +1,4 @@
-"""The main job: every picture of a folder through the model, and every answer to a file as it is done."""
+"""Runs the main job: asks the model about every picture of a folder, and writes every answer as it is done."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ from vlmfix.supply import Question
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a run is.
+    """Says how far a run is.
 
     Attributes:
         total: Questions altogether: pictures times prompts.
-        before: Of these, dealt with by earlier starts.
-        done: Dealt with so far, earlier starts included.
-        answered: Answered by this start.
-        totals: What the output folder amounts to.
+        before: Questions answered or failed in earlier starts.
+        done: Questions answered or failed so far, earlier starts included.
+        answered: Questions that this start answered.
+        totals: Totals of the output folder.
         batch_size: Rows per batch at present.
     """
 
@@ -49,7 +49,7 @@ class Progress:
 
     @property
     def in_vain(self) -> bool:
-        """Whether every question of this start failed, or no question of the folder has ever been answered."""
+        """Returns whether every question of this start failed, or no question of the folder was ever answered."""
         return self.totals.answers == 0 or (self.done > self.before and self.answered == 0)
 
 
@@ -73,19 +73,19 @@ def run(
     report: Callable[[Progress], None] = lambda progress: None,
     loader: Callable[..., VLM] = load,
 ) -> Progress:
-    """Asks a model about every picture of a folder; goes on where an earlier start ended.
+    """Asks a model about every picture of a folder, and resumes where an earlier start ended.
 
-    Writes ``answers.jsonl``, ``failed.jsonl`` and ``run.json`` into ``out``;
+    It writes ``answers.jsonl``, ``failed.jsonl`` and ``run.json`` into ``out``;
     ``docs/cli.md`` lists their fields.
 
     Args:
         pictures: A folder, read recursively, or one picture.
         out: The folder to write; made when it is missing.
-        questions: What to ask.
+        questions: The prompts.
         settings: Model, decoder and generation settings.
         batch_size: Rows per batch; None takes as many as the free memory allows. Halved when memory runs out.
-        save_maps: A folder for what a refining decoder makes of the pictures; see ``MapFolder``.
-        retry_failed: Asks again what an earlier start noted in ``failed.jsonl``.
+        save_maps: A folder for a refining decoder's pictures and maps; see ``MapFolder``.
+        retry_failed: Asks the questions again that an earlier start noted in ``failed.jsonl``.
         devices: Torch devices of as many processes, which answer together; empty for one model in this process.
         report: Called whenever something was written.
         loader: Loads the model; ``vlmfix.load`` unless a test gives another.
@@ -98,7 +98,7 @@ def run(
             belongs to another run, or ``save_maps`` is given to a decoder that makes none, or with ``devices``.
         DataError: The pictures' folder or ``out`` cannot be used.
         UnsupportedModelError: The model cannot be used.
-        SystematicError: Every question fails; nothing is noted about those that failed in the end.
+        SystematicError: Every question fails; nothing is noted about the last failures.
         PassingError: Trouble of the machine left questions open, which the next start asks; nothing is noted of them.
     """
     if not pictures.exists():
@@ -142,9 +142,9 @@ def _check_maps(folder: Path, pictures: Path, decoder: Decoder, devices: Sequenc
 
 
 def _known_settings(pictures: Path, questions: Questions, settings: Settings, decoder: Decoder) -> dict[str, Any]:
-    """The settings that can be compared before the model is loaded."""
+    """Returns the settings that can be compared before the model is loaded."""
     asked = asdict(settings)
-    for name in ("device", "dtype"):  # what they come to is known only with the model
+    for name in ("device", "dtype"):  # their values are known only with the model
         del asked[name]
     parameters = {name: plain(value) for name, value in decoder.parameters().items()}
     return {
@@ -183,19 +183,19 @@ class _Job:
         return [prompt for prompt in self._questions.about_picture(name) if (name, prompt) not in self._output.done]
 
     def left(self) -> int:
-        """Questions without an answer or a failure."""
+        """Counts the questions without an answer or a failure."""
         return sum(len(self._open_prompts(file.name)) for file in self._files)
 
     def progress(self) -> Progress:
         return Progress(self._total, self._before, self._done, self._answered, self._output.totals, self._batch_size)
 
     def typical(self) -> list[Question]:
-        """Questions that stand for those to come."""
+        """Returns questions that represent those to come."""
         paths = [file.path for file in self._files if not file.problem]
         return typical(paths, {prompt for file in self._files for prompt in self._open_prompts(file.name)})
 
     def work(self, answerer: Answerer | Crew, settings: Settings) -> None:
-        """Deals with everything that is left."""
+        """Asks every question that is left."""
         self._batch_size = answerer.rows
         self._output.begin(
             answerer.known,
@@ -222,7 +222,7 @@ class _Job:
     ) -> Iterator[list[tuple[_Sample, Question | PassingError]]]:
         samples = self._samples(pictures)
         while batch := list(itertools.islice(samples, answerer.rows)):
-            # kept apart from the samples, which wait with their failures where the pictures would fill the memory
+            # apart from the samples: these wait with their failures, and their pictures would fill the memory
             self._shown = {sample.image: shown for sample, shown in batch if not isinstance(shown, PassingError)}
             yield [
                 (sample, shown if isinstance(shown, PassingError) else Question(shown, sample.prompt))
@@ -243,7 +243,7 @@ class _Job:
                 yield from ((_Sample(file.name, picture.sha256, prompt), picture.image) for prompt in prompts)
 
     def _asked_before(self) -> Question | None:
-        """A question that this folder has an answer to."""
+        """Returns a question that this folder has an answer to."""
         answered = self._output.answered()
         return asked_before((self._paths[image], prompt) for image, prompt in answered if image in self._paths)
 

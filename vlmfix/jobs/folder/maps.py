@@ -1,4 +1,4 @@
-"""The folder of maps that a run writes beside its answers: what a refining decoder made of each picture, and why."""
+"""Writes the folder of maps beside a run's answers: the pictures that a refining decoder made, and their maps."""
 
 from __future__ import annotations
 
@@ -22,23 +22,23 @@ INDEX, CARD = "maps.jsonl", "maps.json"
 ENTRY = fields({"image": TEXT, "prompt": TEXT, "shown": TEXT})
 MAPS = fields({"settings": OBJECT})
 LONGEST_PATH = 3800
-"""Bytes of a path to which the endings of the files' names and of their drafts can still be added: 4096 are allowed."""
+"""Most bytes of a path without the endings of files and of their drafts: 4096 are allowed with them."""
 LINE = 2
-"""Pixels that the box's line is wide."""
+"""Width of the box's line in pixels."""
 
 
 class MapFolder(CardFolder):
-    """Refined pictures and maps.
+    """Writes refined pictures and maps.
 
     For each question about a picture: ``NAME.KEY.png``, the refined picture; ``NAME.KEY.map.png``, the map in colours
     over the picture, with the box; ``NAME.KEY.map.npy``, its cells; and a line in ``maps.jsonl``. NAME is the picture's
-    path below the pictures' folder, shortened where a file could not have it, KEY stands for the prompt. Questions that
-    a killed run asks again are written again: of equal lines the last counts. ``maps.json`` says whose maps they are;
-    it is written with the first.
+    path below the pictures' folder, shortened where a file name cannot hold it, KEY stands for the prompt. Questions
+    that a resumed run asks again are written again: the last of equal lines counts. ``maps.json`` says which run the
+    maps belong to; it is written with the first map.
 
     Args:
         folder: Made when it is missing.
-        settings: What the maps depend on.
+        settings: Settings that the maps depend on.
     """
 
     card_name: ClassVar = CARD
@@ -52,11 +52,11 @@ class MapFolder(CardFolder):
         self._begun = False
 
     def new_card(self) -> dict[str, Any]:
-        """Gives a card with the settings alone."""
+        """Makes a card with the settings alone."""
         return {"settings": self._settings}
 
     def go_on(self) -> None:
-        """Refuses other settings than those of the card."""
+        """Refuses settings that differ from the card's."""
         self.refuse_other(self.card["settings"], self._settings)
         self._begun = True
 
@@ -71,13 +71,13 @@ class MapFolder(CardFolder):
             remove_drafts(Path(parent))
 
     def save(self, image: str, picture: Image.Image, prompt: str, refined: Refined) -> None:
-        """Writes what was made of one picture for one question.
+        """Writes the refined picture and the map of one picture for one question.
 
         Args:
             image: The picture's path below the pictures' folder.
             picture: The picture itself.
             prompt: The question.
-            refined: What the decoder made of it, a single look.
+            refined: The decoder's result, with a single look.
 
         Raises:
             DataError: A file cannot be written.
@@ -105,7 +105,7 @@ class MapFolder(CardFolder):
         self.lines[INDEX].append({**record, "problem": look.problem} if look.problem else record)
 
     def _stem(self, image: str, prompt: str) -> str:
-        """What the names of one question's files begin with, below the folder."""
+        """Returns the common beginning of one question's file names, below the folder."""
         key = hashlib.sha256(prompt.encode(errors="surrogatepass")).hexdigest()[:8]
         longest = os.pathconf(self.folder, "PC_NAME_MAX")
         room = longest - len(f".{key}.map.npy")
@@ -123,7 +123,7 @@ class MapFolder(CardFolder):
 
 
 def overlay(picture: Image.Image, look: Look) -> Image.Image:
-    """The map in colours over a picture, dark to bright, and a white box around what was cut out.
+    """Draws the map in colours over a picture, dark to bright, and a white box around the part that was cut out.
 
     Args:
         picture: RGB.

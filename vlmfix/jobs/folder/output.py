@@ -1,4 +1,4 @@
-"""The folder that a run over pictures writes: answers, failures and the run card, in step after any kill."""
+"""Writes the folder of a run over pictures: answers, failures and the run card, consistent after any kill."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ RUN = fields(
         "sessions": list_of(fields({"peak_memory": COUNT}), least=1),
     }
 )
-"""What the card of a run must hold for it to be gone on with."""
+"""Shape that the card of a run must have for the run to resume."""
 
 
 @dataclass
 class Totals:
-    """What a folder of answers amounts to, over all starts."""
+    """Holds the totals of a folder of answers, over all starts."""
 
     answers: int = 0
     failed: int = 0
@@ -35,17 +35,17 @@ class Totals:
 
     @property
     def ms_per_token(self) -> float | None:
-        """Milliseconds of the model's time per generated token; None before the first."""
+        """Returns the milliseconds of the model's time per generated token; None before the first token."""
         return 1000 * self.seconds / self.tokens if self.tokens else None
 
 
 class OutputFolder(Ledger):
-    """Answers, failures and run card of one run.
+    """Writes answers, failures and run card of one run.
 
     Args:
         folder: Made when it is missing.
-        settings: What the answers depend on, as far as it is known before the model is loaded.
-        retry_failed: Takes what failed for open; its lines leave the folder when a model begins to work.
+        settings: Settings that answers depend on, as far as they are known before the model is loaded.
+        retry_failed: Treats failed questions as open; their lines leave the folder when a model begins to work.
     """
 
     card_name: ClassVar = CARD
@@ -63,15 +63,15 @@ class OutputFolder(Ledger):
         """Pictures that could not be opened."""
 
     def new_card(self) -> dict[str, Any]:
-        """Gives a card with the settings alone."""
+        """Makes a card with the settings alone."""
         return {"settings": self._settings, "started": now(), "sessions": []}
 
     def go_on(self) -> None:
-        """Refuses other settings than those of the card."""
+        """Refuses settings that differ from the card's."""
         self.refuse_other(self.card["settings"], self._settings)
 
     def read_back(self) -> None:
-        """Counts what earlier starts have answered and failed with."""
+        """Counts the answers and failures of earlier starts."""
         for record in self.lines[ANSWERS]:
             self._count(record)
         for record in self.standing(FAILED, self.lines[FAILED]):
@@ -99,11 +99,11 @@ class OutputFolder(Ledger):
         """Notes that a model starts to work on the folder; see ``Ledger.start_session``.
 
         Args:
-            model: What the model is.
-            settings: What it was loaded with.
+            model: Identity of the model.
+            settings: Settings that it was loaded with.
             batch_size: Rows per batch.
-            prompts_file: The file that the questions come from, if they do.
-            peak_memory: Gives the most bytes that were held so far.
+            prompts_file: The file that the questions come from, if any.
+            peak_memory: Returns the most bytes held so far.
         """
         self.start_session(
             model,
@@ -115,7 +115,7 @@ class OutputFolder(Ledger):
         )
 
     def answered(self) -> Iterator[tuple[str, str]]:
-        """The (image, prompt) pairs that have an answer, read from the file."""
+        """Reads the (image, prompt) pairs that have an answer from the file."""
         return ((record["image"], record["prompt"]) for record in self.lines[ANSWERS])
 
     def answer(self, record: Mapping[str, Any]) -> None:
@@ -124,23 +124,23 @@ class OutputFolder(Ledger):
         self._count(record)
 
     def fail(self, image: str, reason: str, *, prompt: str | None = None) -> None:
-        """Writes why a picture, or one question about it, has no answer."""
+        """Writes the reason why a picture, or one question about it, has no answer."""
         about = {} if prompt is None else {"prompt": prompt}
         self.lines[FAILED].append({"image": image, "reason": reason, **about})
         self.totals.failed += 1
 
     def finish(self) -> None:
-        """Notes that every question was dealt with, but for those that are left open."""
+        """Notes that every question was answered or failed, except those left open."""
         self._finished = not self.left_open
 
     def conclude(self) -> None:
-        """Rewrites the run card when an earlier start did all the work and was killed before it had said so."""
+        """Rewrites the run card when an earlier start did all the work and was killed before noting that."""
         if not self.card["finished"]:
             self.finish()
             self.save()
 
     def sum_up(self) -> None:
-        """Puts the totals into the card."""
+        """Writes the totals into the card."""
         totals = self.totals
         self.card |= {
             "updated": now(),

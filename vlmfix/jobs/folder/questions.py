@@ -1,4 +1,4 @@
-"""What is asked about which picture: one prompt for all, or a CSV file."""
+"""Reads which prompts to ask about which picture: one prompt for all, or a CSV file."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ from vlmfix.errors import UsageError
 from vlmfix.parsing import UnreadableError, some, text_of
 
 DESCRIBE = "Please describe this image in detail."
-"""Asked when nothing else is."""
+"""Prompt when no other is given."""
 
 SHOWN = 10
-"""Missing pictures named in the message; the rest are counted."""
+"""Most missing pictures named in the message; the rest are counted."""
 
 
 @dataclass(frozen=True)
 class Questions:
-    """Prompts for every picture, or for named pictures.
+    """Holds prompts for every picture, or for named pictures.
 
     Attributes:
-        everywhere: Asked about every picture.
-        named: Asked about one picture, by its path relative to the folder; empty unless a file names any.
-        about: What tells these prompts from others: the prompt, and the digest of the file.
-        file_name: The file that they come from; empty for a prompt of its own.
+        everywhere: Prompts about every picture.
+        named: Path relative to the folder -> prompts about that picture; empty unless a file names any.
+        about: Identity of these prompts: the prompt, and the digest of the file.
+        file_name: Name of the file with the prompts; empty for a single prompt.
     """
 
     everywhere: tuple[str, ...] = ()
@@ -38,7 +38,7 @@ class Questions:
 
     @classmethod
     def text(cls, prompt: str = DESCRIBE) -> Self:
-        """One prompt for every picture.
+        """Makes questions with one prompt for every picture.
 
         Raises:
             UsageError: The prompt is empty.
@@ -49,7 +49,7 @@ class Questions:
 
     @classmethod
     def file(cls, path: Path) -> Self:
-        """Reads a CSV file with a header: ``prompt``, or ``image,prompt``.
+        """Reads questions from a CSV file with a header: ``prompt``, or ``image,prompt``.
 
         With ``prompt`` alone every picture gets every prompt; with ``image`` each row is one question
         about the picture at that path, relative to the folder.
@@ -74,11 +74,11 @@ class Questions:
         )
 
     def about_picture(self, name: str) -> tuple[str, ...]:
-        """The prompts for one picture, in order."""
+        """Returns the prompts for one picture, in order."""
         return self.named.get(name, ()) if self.named else self.everywhere
 
     def check(self, names: Iterable[str]) -> None:
-        """Makes sure that every picture that a question names is there.
+        """Checks that every picture that a question names exists.
 
         Args:
             names: The pictures of the folder.
@@ -95,7 +95,7 @@ class Questions:
 
 
 def _read(path: Path) -> tuple[list[tuple[int, str, str]], str]:
-    """(line, image or "", prompt) of each row, and the digest of the file."""
+    """Reads (line, image or "", prompt) of each row, and the digest of the file."""
     try:
         raw = path.read_bytes()
         text = text_of(raw)

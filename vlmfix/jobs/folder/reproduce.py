@@ -1,4 +1,4 @@
-"""Answer a folder of pictures again from its run card, and say which answers came out differently."""
+"""Answers a folder of pictures again from its run card, and reports which answers differ."""
 
 from __future__ import annotations
 
@@ -37,19 +37,19 @@ FINISHED = fields(
         "sessions": list_of(fields({"prompts_file": PATH.or_null(), "batch_size": SIZE}), least=1),
     }
 )
-"""What a run card must say for the run to be made again."""
+"""Shape that a run card must have for the run to be repeated."""
 
 
 @dataclass(frozen=True)
 class Repeated:
-    """The second run of a folder beside the first.
+    """Compares the second run of a folder with the first.
 
     Attributes:
         out: Folder of the second run.
         answers: Answers of the first run.
-        other: (picture, prompt) of those that the second run answers otherwise or not at all.
-        facts: What the decoder depends on beside parameters and was another in the second run, such as a profile's
-            digest: name to (before, now).
+        other: (picture, prompt) of questions that the second run answers otherwise or not at all.
+        facts: Facts of the decoder beside parameters that differed in the second run, such as a profile's digest:
+            name to (before, now).
     """
 
     out: Path
@@ -69,16 +69,16 @@ def reproduce(
     report: Callable[[Progress], None] = lambda progress: None,
     loader: Callable[..., VLM] = load,
 ) -> Repeated:
-    """Run a folder again with the settings of its card.
+    """Runs a folder again with the settings of its card.
 
-    Whether pictures, prompts and weights are those of the run is looked at before the model is loaded.
+    Before it loads the model, it checks that pictures, prompts and weights are those of the run.
 
     Args:
         folder: A folder that ``run`` wrote and finished.
-        out: Folder of the second run; one that was begun is gone on with.
-        images: Folder of the pictures, or the one picture; None for where they were.
-        model: Directory of the model; None for where it was.
-        prompts: The file of prompts; None for where it was.
+        out: Folder of the second run; a run begun there is resumed.
+        images: Folder of the pictures, or the one picture; None for the path of the run.
+        model: Directory of the model; None for the directory of the run.
+        prompts: The file of prompts; None for the file of the run.
         device: Where to run; another kind of device rounds differently, and single words may change.
         report: Called whenever something was written.
         loader: Loads the model.
@@ -132,8 +132,8 @@ def _questions(folder: Path, settings: dict[str, str | None], prompts: str | Non
 
 
 def _refuse_other_pictures(folder: Path, pictures: Path, out: Path) -> None:
-    """Finds before the model is loaded whether the pictures are those that the run was shown."""
-    if not os.path.exists(pictures):  # unlike a path's own method, it also knows names that no file can have
+    """Refuses, before the model is loaded, pictures that differ from those that the run was shown."""
+    if not os.path.exists(pictures):  # unlike a path's own method, it accepts names that no file can have
         raise DataError(
             f"there is no {pictures} with the pictures of {folder}", "give the folder that they are in with --images"
         )
