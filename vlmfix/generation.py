@@ -27,12 +27,13 @@ from transformers import (
 
 from vlmfix.asked import pictures_of, questions_of, whole
 from vlmfix.decoders import Decoder, Strategy, parse
-from vlmfix.decoders.picture.probing import generation_inputs
 from vlmfix.decoders.picture.refined import PictureMemo, Refined
 from vlmfix.decoding.beams import search
 from vlmfix.decoding.choice import Choice, Drawn, MostProbable
 from vlmfix.decoding.draws import drawing, seed_of
+from vlmfix.decoding.encoding import generation_inputs
 from vlmfix.decoding.loop import decode
+from vlmfix.decoding.plan import Gate
 from vlmfix.decoding.running import Running, running
 from vlmfix.errors import IncompatibleDecodersError, UsageError
 from vlmfix.models.checkpoint import Checkpoint, limited
@@ -271,7 +272,7 @@ class VLM(Checkpoint):
         batch, method, beams = self.encode(request.prompts, request.rows), request.decoder, request.strategy.num_beams
         layout, plan = method.planned(self, batch, num_beams=beams)
         shadowed = "generate" in vars(self.model)  # by a block of ``applied`` around this call, or by whoever
-        if plan.loop is not None or request.static_cache or shadowed:
+        if request.static_cache or shadowed:
             with method.at_work(self, batch, num_beams=beams, planned=(layout, plan)) as (given, watch):
                 return self._generated(request, batch, given, watch.room, streamer, left)
         limit, name = request.max_new_tokens, method.spec()
@@ -280,20 +281,24 @@ class VLM(Checkpoint):
                 found = search(call, beams, defaults.ends(self.model))
                 said = [_Found(one.answer, one.broken) for one in found]
             else:
-                said = self._decoded(call, request, streamer, left)
+                said = self._decoded(call, plan.gate, request, streamer, left)
         return [replace(one, full=len(one.ids) == room < limit) for one, room in zip(said, call.room, strict=True)]
 
     def _decoded(
-        self, call: Running, request: _Request, streamer: TextIteratorStreamer | None, left: threading.Event | None
+        self,
+        call: Running,
+        gate: Gate | None,
+        request: _Request,
+        streamer: TextIteratorStreamer | None,
+        left: threading.Event | None,
     ) -> list[_Found]:
-        """The answers of our own loop."""
+        """The answers of our own loop, with tokens chosen as the request says, through the gate where there is one."""
         ids: list[list[int]] = [[] for _ in request.rows]
         broken: list[list[int]] = [[] for _ in request.rows]
-        strategy = request.strategy
-        choice: Choice = MostProbable()
-        if strategy.temperature > 0:
-            seeds = _row_seeds(request)
-            choice = Drawn(seeds, self.device, temperature=strategy.temperature, top_p=strategy.top_p)
+        draws = self._draws(request)
+        choice: Choice = Drawn(draws) if draws else MostProbable()
+        if gate is not None:
+            choice = gate(call.newest, draws, sampling=False)
         for step, said in enumerate(decode(call, choice, defaults.ends(self.model))):
             for sample, token, odd in zip(said.samples, said.tokens, said.broken, strict=True):
                 ids[sample].append(token)
@@ -316,16 +321,12 @@ class VLM(Checkpoint):
         streamer: TextIteratorStreamer | None,
         left: threading.Event | None,
     ) -> list[_Found]:
-        """The answers of the model's own ``generate``: with a decoder's loop, a static cache, or in another's block."""
+        """The answers of the model's own ``generate``: with a static cache, or in another's block."""
         model: Any = self.model
         watch, most = NumberWatch(batch.length), request.max_new_tokens
         own: dict[str, Any] = {"max_new_tokens": most, **Strategy(num_beams=request.strategy.num_beams).arguments()}
-        processors: list[LogitsProcessor] = [watch]
-        if request.strategy.temperature > 0:  # a decoder that samples lets transformers draw, here each row does
-            kind = {"temperature": request.strategy.temperature, "top_p": request.strategy.top_p}
-            shaping, sampler = drawing(_row_seeds(request), self.device, **kind)
-            processors += [*shaping, sampler]
-        own["logits_processor"] = LogitsProcessorList(processors)
+        # A decoder that samples lets transformers draw, here each row does.
+        own["logits_processor"] = LogitsProcessorList([watch, *self._draws(request)])
         if request.static_cache:
             own["cache_implementation"] = "static"
         if left is not None:
@@ -339,6 +340,13 @@ class VLM(Checkpoint):
         cut = [most] * batch.rows if room is None else room.clamp(max=most).tolist()
         answers = zip(sequences[:, batch.length :].tolist(), watch.steps(batch.rows), cut, strict=True)
         return [_Found(tuple(ids[:end]), broken, full=len(ids) >= end < most) for ids, broken, end in answers]
+
+    def _draws(self, request: _Request) -> list[LogitsProcessor]:
+        """What makes the greatest score a draw of each row's own; nothing for a request that does not draw."""
+        kind = request.strategy
+        if kind.temperature == 0:
+            return []
+        return drawing(_row_seeds(request), self.device, temperature=kind.temperature, top_p=kind.top_p)
 
     def _answer(self, said: _Found, seconds: float) -> Answer:
         """The answer of one row, whose batch took so many seconds for each."""

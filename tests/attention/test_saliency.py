@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import copy
+from contextlib import contextmanager
 
 import pytest
 import torch
-from transformers.utils import ModelOutput
 
-from tests.contracts.support import batch_of, plain, vlm_of
+from tests.contracts.support import batch_of, extended, plain, vlm_of
 from tests.contracts.test_reference import Slow, installed, same
 from tests.tiny import TINY
 from vlmfix.attention.edit import LayerSet
-from vlmfix.attention.saliency import after_picture, mean_over, row_saliency, saliency_steps, scoring_layers, token_loss
-from vlmfix.errors import IncompatibleDecodersError, UnsupportedAttentionError
+from vlmfix.attention.saliency import after_picture, mean_over, row_saliency, scoring_layers, token_loss
+from vlmfix.decoding.plan import DecodingPlan
+from vlmfix.decoding.running import running
+from vlmfix.errors import UnsupportedAttentionError
 from vlmfix.generation import VLM
 from vlmfix.models.layout import ImageLayout
-from vlmfix.upstream import steps as upstream
+from vlmfix.upstream.cache import keys_and_values
 
 # Two heads, four keys, the row that predicts; only its last two rows have a gradient.
 WEIGHTS = torch.tensor([[0.1, 0.2, 0.3, 0.4], [0.25, 0.25, 0.25, 0.25]])[None]
@@ -74,30 +76,24 @@ def test_history_begins_behind_the_last_picture_of_each_row():
     assert after_picture(layout).tolist() == [5, 2]
 
 
-def decoded(vlm, batch, run, **options):
-    """Calls ``run(input_ids, kwargs)`` as a decoding loop."""
-    found = []
-
-    def loop(model, input_ids, logits_processor, stopping_criteria, generation_config, **kwargs):
-        found.append(run(input_ids, kwargs))
-        return input_ids
-
-    vlm.model.generate(**batch, custom_generate=loop, max_new_tokens=4, do_sample=False, **options)
-    return found[0]
+@contextmanager
+def asked(vlm, batch, layers="all"):
+    """A call whose newest step may be asked."""
+    plan = DecodingPlan(asks=LayerSet(layers))
+    with running(vlm, batch, vlm.layout(batch), plan, limit=4, name="saliency") as call:
+        yield call
 
 
 def fast(vlm, batch, layers="all", tokens=TOKENS):
     """[(logits, saliency)] of every forced token."""
-
-    def run(input_ids, kwargs):
-        found = []
-        with saliency_steps(vlm, vlm.layout(batch), LayerSet(layers), input_ids, kwargs) as steps:
-            for column in tokens.T:
-                found.append((steps.advance(input_ids), steps.saliency(column)))
-                input_ids = torch.cat([input_ids, column[:, None]], dim=1)
-        return found
-
-    return decoded(vlm, batch, run)
+    found = []
+    with asked(vlm, batch, layers) as call:
+        logits = call.prompt()
+        for place, column in enumerate(tokens.T):
+            found.append((logits, call.owed.saliency(column)))
+            if place + 1 < tokens.shape[1]:
+                logits = call.token(column)
+    return found
 
 
 class Graph(Slow):
@@ -124,27 +120,20 @@ def slow(vlm, batch, *, append=False):
         append: The judged token stands behind the prefix, as in the released script.
     """
 
-    def run(input_ids, kwargs):
-        found, graph = [], Graph()
-        kwargs["logits_to_keep"] = 0
-        with installed(vlm, graph):
-            for place, column in enumerate(TOKENS.T):
-                longer = upstream.kept_between(vlm.model, ModelOutput(), dict(kwargs))
-                ids = torch.cat([input_ids, column[:, None]], dim=1)
-                given = (ids, longer) if append else (input_ids, kwargs)
-                with torch.enable_grad():
-                    inputs = upstream.whole(vlm.model, *given, first=place == 0)
-                    logits = vlm.model(**inputs, return_dict=True).logits[:, -2 if append else -1]
-                    loss = torch.nn.functional.cross_entropy(logits.double(), column, reduction="sum")
-                    layers = [graph.attention[layer] for layer in sorted(graph.attention)]
-                    gradients = torch.autograd.grad(loss, layers)
-                matrices = [(a * g).abs().tril().sum(dim=1) for a, g in zip(layers, gradients, strict=True)]
-                rows = torch.stack([m / m.norm(dim=-1, keepdim=True).clamp(min=1e-9) for m in matrices])
-                found.append((logits.detach(), rows.detach()))  # (L, B, K, K)
-                input_ids, kwargs = ids, longer
-        return found
-
-    return decoded(vlm, batch, run, use_cache=False)
+    found, graph = [], Graph()
+    with installed(vlm, graph):
+        for place, column in enumerate(TOKENS.T):
+            said = TOKENS[:, : place + 1 if append else place]
+            with torch.enable_grad():
+                inputs = extended(batch, said)
+                logits = vlm.model(**inputs, use_cache=False).logits[:, -2 if append else -1]
+                loss = torch.nn.functional.cross_entropy(logits.double(), column, reduction="sum")
+                layers = [graph.attention[layer] for layer in sorted(graph.attention)]
+                gradients = torch.autograd.grad(loss, layers)
+            matrices = [(a * g).abs().tril().sum(dim=1) for a, g in zip(layers, gradients, strict=True)]
+            rows = torch.stack([m / m.norm(dim=-1, keepdim=True).clamp(min=1e-9) for m in matrices])
+            found.append((logits.detach(), rows.detach()))  # (L, B, K, K)
+    return found
 
 
 @pytest.mark.parametrize("family", TINY)
@@ -173,17 +162,14 @@ def test_different_candidates_get_different_rows_and_only_where_wanted():
     vlm = vlm_of("llava")
     batch = batch_of(vlm)
 
-    def run(input_ids, kwargs):
-        with saliency_steps(vlm, vlm.layout(batch), LayerSet("1:"), input_ids, kwargs) as steps:
-            steps.advance(input_ids)
-            one, other = (steps.saliency(torch.tensor([token, token])) for token in (40, 50))
-            half = steps.saliency(torch.tensor([40, 50]), torch.tensor([True, False]))
-            assert (one - other).abs().max() > 1e-3
-            torch.testing.assert_close(half[:, 0], one[:, 0])
-            assert half[:, 1].eq(0).all()
-            assert steps.length == batch.length
-
-    decoded(vlm, batch, run)
+    with asked(vlm, batch, "1:") as call:
+        call.prompt()
+        one, other = (call.owed.saliency(torch.tensor([token, token])) for token in (40, 50))
+        half = call.owed.saliency(torch.tensor([40, 50]), torch.tensor([True, False]))
+        assert (one - other).abs().max() > 1e-3
+        torch.testing.assert_close(half[:, 0], one[:, 0])
+        assert half[:, 1].eq(0).all()
+        assert call.owed.keys == batch.length
 
 
 def test_nothing_is_left_behind_and_memory_is_one_row_per_layer():
@@ -197,54 +183,21 @@ def test_nothing_is_left_behind_and_memory_is_one_row_per_layer():
         for parameter in vlm.model.parameters():
             parameter.requires_grad_(True)
 
-    def run(input_ids, kwargs):
-        cache = upstream.cache_of(vlm.model, kwargs)
-        with saliency_steps(vlm, vlm.layout(batch), LayerSet("1:"), input_ids, kwargs) as steps:
-            steps.advance(input_ids)
-            saliency = steps.saliency(TOKENS[:, 0])
-            assert sorted(steps.recorder.seen) == [1, 2]
-            assert all(node.shape == (2, 8, 1, batch.length) for node in steps.recorder.seen.values())
-            assert not saliency.requires_grad
-        assert not steps.recorder.seen
-        assert not any(x.requires_grad for layer in cache.layers for x in (layer.keys, layer.values))
-        return saliency
-
-    torch.testing.assert_close(decoded(vlm, batch, run), frozen[0][1][1:])
+    with asked(vlm, batch, "1:") as call:
+        logits, seen = call.prompt(), call.owed.recorder.seen
+        saliency = call.owed.saliency(TOKENS[:, 0])
+        assert sorted(seen) == [1, 2]
+        assert all(node.shape == (2, 8, 1, batch.length) for node in seen.values())
+        assert seen[1].is_leaf  # the layer before has no graph
+        assert not seen[2].is_leaf
+        assert not saliency.requires_grad
+        assert not logits.requires_grad
+        assert not any(x.requires_grad for pair in keys_and_values(call.cache) for x in pair)
+    assert not seen
+    torch.testing.assert_close(saliency, frozen[0][1][1:])
     assert all(parameter.grad is None for parameter in vlm.model.parameters())
     assert not hasattr(vlm.family.attention_modules(vlm.model)[1], "_vlmfix_plan")
     torch.testing.assert_close(plain(vlm, batch)[0], frozen[0][0], atol=1e-4, rtol=1e-4)
-
-
-@pytest.mark.parametrize("options", [{"use_cache": False}, {"cache_implementation": "static"}])
-def test_caches_that_cannot_step_back_are_refused(options):
-    vlm = vlm_of("llava")
-    batch = batch_of(vlm)
-
-    def run(input_ids, kwargs):
-        with (
-            pytest.raises(IncompatibleDecodersError, match="dynamic cache"),
-            saliency_steps(vlm, vlm.layout(batch), LayerSet("all"), input_ids, kwargs),
-        ):
-            pass
-
-    decoded(vlm, batch, run, **options)
-
-
-def test_a_full_sliding_window_is_refused():
-    vlm = vlm_of("gemma3")
-    batch = batch_of(vlm)
-
-    def run(input_ids, kwargs):
-        for layer in upstream.cache_of(vlm.model, kwargs).layers:
-            if layer.is_sliding:
-                layer.sliding_window = batch.length
-        with (
-            pytest.raises(IncompatibleDecodersError, match="sliding window"),
-            saliency_steps(vlm, vlm.layout(batch), LayerSet("all"), input_ids, kwargs),
-        ):
-            pass
-
-    decoded(vlm, batch, run)
 
 
 def test_layers_that_the_model_lacks_are_refused():

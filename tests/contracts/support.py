@@ -20,6 +20,7 @@ from vlmfix.decoders import Decoder, DecodingPlan, Greedy, Strategy, parse
 from vlmfix.generation import VLM
 from vlmfix.models.checkpoint import Checkpoint
 from vlmfix.models.layout import Batch, ImageLayout
+from vlmfix.upstream.names import TYPES
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -127,6 +128,16 @@ def batch_of(vlm: VLM, rows: Sequence[int] = (0, 1)) -> Batch:
     return vlm.encode([PROMPTS[row] for row in rows], [PICTURES[row] for row in rows])
 
 
+def extended(batch: Batch, tokens: Tensor) -> dict[str, Tensor]:
+    """Inputs of a pass over prompts and (B, n) tokens behind them."""
+
+    def longer(name: str, fill: Tensor) -> dict[str, Tensor]:
+        return {name: torch.cat([batch[name], fill], dim=1)} if name in batch else {}
+
+    types = {name: value for kind in TYPES for name, value in longer(kind, torch.zeros_like(tokens)).items()}
+    return {**batch, **longer("input_ids", tokens), **longer("attention_mask", torch.ones_like(tokens)), **types}
+
+
 PAIR = ("llava", "qwen2_5_vl")
 """The families that every method meets: pictures of one size and of their own, plain and multimodal positions."""
 
@@ -167,7 +178,7 @@ def crossed(table: Mapping[str, str | Decoder], *, families: Sequence[str] = TIN
 
 @functools.cache
 def parts_of(method: Decoder) -> frozenset[str]:
-    """What a method consists of: the kinds of its edits and branches, the rows that it edits, loop and choice.
+    """What a method consists of: the kinds of its edits and branches, the rows that it edits, gate and choice.
 
     A method that refines pictures has no plan: it is told by its class and by what it looks at.
     """
@@ -181,7 +192,7 @@ def parts_of(method: Decoder) -> frozenset[str]:
     branches = [branch for contrast in plan.contrasts for branch in contrast.branches]
     asked = {f"pictures: {'pixel_values' in branch.batch}, clean: {branch.same_pictures}" for branch in branches}
     chosen = set(asdict(method.strategy or Strategy()).items()) - set(asdict(Strategy()).items())
-    return frozenset(kinds | rows | asked | {name for name, _ in chosen} | ({"loop"} if plan.loop else set()))
+    return frozenset(kinds | rows | asked | {name for name, _ in chosen} | ({"gate"} if plan.gate else set()))
 
 
 def logits(

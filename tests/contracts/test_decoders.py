@@ -8,9 +8,9 @@ import torch
 from tests.contracts.support import NEUTRAL, STRONG, Forced, batch_of, close, crossed, logits, method_of, plain, vlm_of
 from tests.tiny import TINY
 from vlmfix.decoders import Chain, DecodingPlan, Greedy
+from vlmfix.decoding.choice import MostProbable
 from vlmfix.decoding.draws import RowSampler
 from vlmfix.errors import IncompatibleDecodersError
-from vlmfix.upstream import steps
 
 
 @pytest.mark.parametrize(("family", "name"), crossed(NEUTRAL))
@@ -175,23 +175,22 @@ def test_the_row_sampler_draws_from_the_distribution():
 
 
 class EveryOther(Greedy):
-    """A decoding loop of its own: rejects the best token and takes the second best."""
+    """A gate: rejects the best token and takes the second best."""
 
     def plan(self, vlm, batch, layout):
-        def loop(model, input_ids, logits_processor, stopping_criteria, generation_config, **kwargs):
-            for _ in range(generation_config.max_new_tokens):
-                prepare = steps.first if input_ids.shape[1] == batch.length else steps.next_token
-                output = model(**prepare(model, input_ids, kwargs), return_dict=True)
-                kwargs = steps.kept_between(model, output, kwargs)
-                second = logits_processor(input_ids, output.logits[:, -1].float()).topk(2).indices[:, 1:]
-                input_ids = torch.cat([input_ids, second], dim=1)
-            return input_ids
+        class SecondBest(MostProbable):
+            def __init__(self, newest, processors, *, sampling):
+                self.processors = processors
 
-        return DecodingPlan(loop=loop)
+            def chosen(self, said, scores, going):
+                scores = self.processors(said, scores)
+                return scores, scores.topk(2).indices[:, 1]
+
+        return DecodingPlan(gate=SecondBest)
 
 
 @pytest.mark.parametrize("name", ["locore", "vcd", "chain"])
-def test_a_decoding_loop_of_its_own_sees_edits_and_branches(name):
+def test_a_gate_sees_edits_and_branches(name):
     vlm = vlm_of("llava")
     batch = batch_of(vlm)
     method = Chain(decoders=(method_of(STRONG[name]), EveryOther()))
@@ -201,9 +200,9 @@ def test_a_decoding_loop_of_its_own_sees_edits_and_branches(name):
     assert torch.equal(forced.topk(2).indices[..., 1], tokens.T)
 
 
-def test_two_loops_do_not_go_together():
+def test_two_gates_do_not_go_together():
     vlm = vlm_of("llava")
-    with pytest.raises(IncompatibleDecodersError, match="decoding loop"):
+    with pytest.raises(IncompatibleDecodersError, match="both decoders choose tokens"):
         logits(vlm, batch_of(vlm), Chain(decoders=(EveryOther(), EveryOther())))
 
 

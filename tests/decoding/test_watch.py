@@ -222,6 +222,8 @@ def test_a_decoder_that_does_not_act_is_found(change):
     if change is another_models_generate:
         with pytest.raises(IncompatibleDecodersError, match=r"vcd.* did not act: the model's pass went round"):
             vlm.generate([PICTURES[0][0]], "what?", decoder="vcd", max_new_tokens=3)
+        with pytest.raises(IncompatibleDecodersError, match=r"sgrs.* did not act: generate ran another model"):
+            vlm.generate([PICTURES[0][0]], "what?", decoder="sgrs", max_new_tokens=3)
     assert len(vlm.generate([PICTURES[0][0]], "what?", max_new_tokens=3)) == 1
 
 

@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from tests.attention.test_saliency import TOKENS, slow
-from tests.contracts.support import PICTURES, PROMPTS, batch_of, vlm_of
+from tests.contracts.support import PICTURES, PROMPTS, STRONG, batch_of, vlm_of
 from tests.tiny import TINY
+from vlmfix.decoders import parse
 from vlmfix.errors import DataError, UnsupportedAttentionError
 from vlmfix.heads.measure import profile
 from vlmfix.insight.grounding import grounding
@@ -85,6 +86,23 @@ def test_rows_paint_over_the_picture():
     found = of(vlm, [[40, 50]], [0])[0]
     painted = vlm.layout(batch).heatmap(found.rows[1, : batch.length], row=0, image=0, size=(40, 60))
     assert painted.max() > 0
+
+
+def test_inside_a_block_it_is_that_of_the_edited_model_and_leaves_the_block_as_it_was():
+    """Also where an answer ends before another, so that its row leaves the passes."""
+    vlm = vlm_of("llava")
+    batch, answers = batch_of(vlm), [[40], [70, 45, 33, 50]]
+    plain = of(vlm, answers, layers="0")
+    with parse(STRONG["locore"]).applied(vlm, batch) as arguments:
+        found = of(vlm, answers, layers="0")
+        again = vlm.model.generate(**batch, **arguments, max_new_tokens=3, min_new_tokens=3, do_sample=False)
+    assert (found[1].rows - plain[1].rows).abs().max() > 1e-3
+    with parse(STRONG["locore"]).applied(vlm, batch_of(vlm, [1])):
+        alone = of(vlm, answers[1:], [1], layers="0")
+    torch.testing.assert_close(found[1].picture, alone[0].picture, atol=1e-5, rtol=1e-4)
+    with parse(STRONG["locore"]).applied(vlm, batch) as arguments:
+        fresh = vlm.model.generate(**batch, **arguments, max_new_tokens=3, min_new_tokens=3, do_sample=False)
+    assert torch.equal(again, fresh)
 
 
 def test_what_cannot_be_measured_is_refused():

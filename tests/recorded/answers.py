@@ -50,6 +50,8 @@ MORE: dict[str, str] = {
     "sampled-chain": "sample:temperature=0.7,top_p=0.9+vcd",
     "beam-chain": "beam:num_beams=3+vcd+spin",
     "gate-chain": "sgrs+locore+vcd",
+    "gate-inter": "inter+sgrs:draw=greedy",
+    "gate-drawn": "sgrs:preset=official-code",
     "chain": f"{_VAR}+gift:saliency_layers=0,layers=1:,alpha=6+locore:strength=2+vcd:plausibility=0+inter",
 }
 """Methods beside the defaults: strong parameters, every mode of a method, and chains of different kinds."""

@@ -30,10 +30,11 @@ class Memory:
     of_keys: dict[str, tuple[Tensor, float]] = field(default_factory=dict)
 
 
-Rows = Literal["text", "last", "prompt", "all"]
+Rows = Literal["text", "last", "prompt", "all", "none"]
 """Query rows of the prompt that an edit touches: the text after a picture; only the row that predicts; every token's
-row, which the kernel recomputes (give such an edit ``blockwise``, or all of attention stands in memory at once); or
-every row without picking it out, which is for output edits, for which nothing is recomputed."""
+row, which the kernel recomputes (give such an edit ``blockwise``, or all of attention stands in memory at once);
+every row without picking it out, which is for output edits, for which nothing is recomputed; or none, for an edit of
+what passes behind the prompt."""
 
 
 LAYERS = re.compile(r"-?[0-9]{1,9}|(-?[0-9]{1,9})?:(-?[0-9]{1,9})?")

@@ -54,7 +54,7 @@ class AtWork:
     """The plans that a session has put on the layers.
 
     Attributes:
-        plans: By layer number, as they stand on the modules.
+        plans: By layer number, as they stand on the modules; those of outer blocks with this one's.
     """
 
     plans: Mapping[int, LayerPlan]
@@ -76,9 +76,12 @@ def _edited(
     vlm: Checkpoint, layout: ImageLayout, edits: Sequence[AttentionEdit], live: Tensor | None
 ) -> Iterator[AtWork]:
     modules, layers = vlm.family.attention_modules(vlm.model), vlm.family.layers(vlm.model)
-    plans = _plans(edits, layout, len(modules), live)
-    for layer in plans:
+    own, outer = _plans(edits, layout, len(modules), live), _at_work(vlm)
+    for layer in own:
         check_mathematics(modules[layer])
+    # An outer block's plans are copied, so that going on with some of the rows leaves them as they are.
+    plans = {layer: replace(plan) for layer, plan in outer.items()}
+    plans |= {layer: _nested(outer[layer], plan) if layer in outer else plan for layer, plan in own.items()}
     owners: list[nn.Module] = [owner for layer in plans for owner in (modules[layer], layers[layer])]
     former = [getattr(owner, PLAN, None) for owner in owners]
     hooks: list[RemovableHandle] = []
@@ -94,13 +97,12 @@ def _edited(
         try:
             hooks.append(decoder.register_forward_pre_hook(check, with_kwargs=True))
             for layer, plan in plans.items():
-                outer: LayerPlan | None = getattr(modules[layer], PLAN, None)
-                merged = plan if outer is None else _nested(outer, plan)
-                setattr(modules[layer], PLAN, merged)
-                setattr(layers[layer], PLAN, merged)
+                setattr(modules[layer], PLAN, plan)
+                setattr(layers[layer], PLAN, plan)
+            for layer, plan in own.items():
                 if any(step.edit.needs_hidden for step in plan.steps):
                     hooks.append(layers[layer].register_forward_pre_hook(_remember, with_kwargs=True))
-            yield AtWork({layer: getattr(modules[layer], PLAN) for layer in plans})
+            yield AtWork(plans)
         finally:
             for hook in hooks:
                 hook.remove()
@@ -243,7 +245,7 @@ def _plans(
 
 
 def _prompt_rows(edit: AttentionEdit, layout: ImageLayout) -> Tensor:
-    """(B, T) bool, the rows that an edit means; none for all rows, which need not be picked out."""
+    """(B, T) bool, the rows that an edit means; nothing for all rows, which need not be picked out."""
     if edit.rows == "text":
         return layout.text_after_image()
     if edit.rows == "prompt":
@@ -251,7 +253,7 @@ def _prompt_rows(edit: AttentionEdit, layout: ImageLayout) -> Tensor:
     rows = torch.zeros_like(layout.tokens)
     if edit.rows == "last":
         rows[:, -1] = True  # prompts are padded on the left
-    elif not isinstance(edit, OutputEdit):
+    elif edit.rows == "all" and not isinstance(edit, OutputEdit):
         raise TypeError(f"{type(edit).__name__} acts on all rows, which only output edits can")
     return rows
 

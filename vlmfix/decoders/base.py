@@ -18,9 +18,10 @@ from torch import Tensor
 
 from vlmfix.attention.session import Acting, edited
 from vlmfix.decoders.picture.refined import PictureMemo, Refined
+from vlmfix.decoding.handed import HandedLoop
 from vlmfix.decoding.plan import DecodingPlan
 from vlmfix.decoding.prefix import prompts_of, shared_prefixes
-from vlmfix.decoding.stack import stack_layout, stacked
+from vlmfix.decoding.stack import Stack, stack_layout, stacked
 from vlmfix.decoding.strategy import Strategy
 from vlmfix.decoding.watch import Watch, longest_prompts
 from vlmfix.errors import DataError, IncompatibleDecodersError, UsageError
@@ -223,39 +224,48 @@ class Decoder(ABC):
         with ExitStack() as block:
             block.enter_context(turn_of(vlm.model).taken())
             layout, plan = planned or self.planned(vlm, batch, num_beams=num_beams)
-            layout = layout.expand(num_beams) if num_beams > 1 else layout
-            branches = [branch for contrast in plan.contrasts for branch in contrast.branches]
-            stack = live = None
-            if plan.contrasts:
-                stack = block.enter_context(stacked(vlm, batch, plan.contrasts, beams=num_beams))
-                layout, live = stack_layout(layout, stack)
-            block.enter_context(edited(vlm, layout, plan.edits, live=live))
+            stack = loop = None
+            if plan.gate is None:
+                stack = block.enter_context(self._stacked(vlm, batch, layout, plan, num_beams))
+            else:
+                loop = HandedLoop(vlm=vlm, batch=batch, layout=layout, plan=plan, gate=plan.gate, name=self.spec())
+            length, lengths = longest_prompts(batch, plan.contrasts)
             watch = Watch(
                 vlm=vlm,
                 decoder=self.spec(),
+                handed=loop is not None,
                 batch=batch,
                 beams=num_beams,
-                prompt=layout.tokens.shape[1],
-                lengths=longest_prompts(batch, stack, num_beams),
+                prompt=length,
+                lengths=lengths,
                 layers=frozenset[int]().union(*(edit.layers.resolve(vlm.layers) for edit in plan.edits)),
-                acting=Acting(vlm) if plan.edits else None,
+                acting=Acting(vlm) if plan.edits and loop is None else None,
                 stack=stack,
                 plain=plan.plain,
             )
             block.enter_context(watch.watching())
-            prompts = prompts_of(vlm, batch, branches, beams=num_beams)
+            arguments: dict[str, Any] = {} if loop is None else {"custom_generate": loop}
+            if not plan.compiles:
+                arguments["disable_compile"] = True
+            yield arguments | (self.strategy.arguments() if self.strategy else {}), watch
+
+    @contextmanager
+    def _stacked(
+        self, vlm: Checkpoint, batch: Batch, layout: ImageLayout, plan: DecodingPlan, beams: int
+    ) -> Iterator[Stack | None]:
+        """Puts branches, edits and shared beginnings on the model inside the block, for a ``generate`` of its own."""
+        layout = layout.expand(beams) if beams > 1 else layout
+        with ExitStack() as block:
+            stack = live = None
+            if plan.contrasts:
+                stack = block.enter_context(stacked(vlm, batch, plan.contrasts, beams=beams))
+                layout, live = stack_layout(layout, stack)
+            block.enter_context(edited(vlm, layout, plan.edits, live=live))
+            branches = [branch for contrast in plan.contrasts for branch in contrast.branches]
+            prompts = prompts_of(vlm, batch, branches, beams=beams)
             if prompts is not None:
                 block.enter_context(shared_prefixes(vlm, prompts))
-            yield _arguments(plan) | (self.strategy.arguments() if self.strategy else {}), watch
-
-
-def _arguments(plan: DecodingPlan) -> dict[str, Any]:
-    arguments: dict[str, Any] = {}
-    if plan.loop is not None:
-        arguments["custom_generate"] = plan.loop
-    if not plan.compiles:
-        arguments["disable_compile"] = True
-    return arguments
+            yield stack
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,8 +10,9 @@ from typing import Protocol
 
 import torch
 from torch import Tensor
+from transformers import LogitsProcessor
 
-from vlmfix.decoding.draws import drawing
+from vlmfix.decoding.draws import RowSampler
 
 
 class Choice(Protocol):
@@ -22,6 +23,22 @@ class Choice(Protocol):
 
     def keep(self, samples: Tensor) -> None:
         """Goes on with some of the samples, (S,) int64 numbers of the present ones."""
+
+
+class Gated(Choice, Protocol):
+    """Chooses tokens in a way of its own, in our loop and in a user's call of ``generate``."""
+
+    def chosen(self, said: Tensor, scores: Tensor, going: Tensor) -> tuple[Tensor, Tensor]:
+        """Chooses for those samples that have not ended.
+
+        Args:
+            said: (B, T + generated) int64 prompts and answers so far.
+            scores: (B, V) float32 scores.
+            going: (B,) bool, samples that have not ended; elsewhere any token is right.
+
+        Returns:
+            (B, V) the scores after whatever processes them, and (B,) int64 tokens.
+        """
 
 
 class MostProbable:
@@ -35,26 +52,45 @@ class MostProbable:
         """Nothing to do: it remembers nothing."""
 
 
-class Drawn:
-    """Draws by the Gumbel-max rule with a generator per sample; see ``RowSampler``.
+class Known:
+    """Takes tokens that are known beforehand, whatever the scores.
 
     Args:
-        seeds: One seed per sample.
+        answers: The tokens of each sample, one after the other.
         device: Where the scores are.
-        temperature: Above 0; scores are divided by it.
-        top_p: Nucleus of the draw, in (0, 1].
     """
 
-    def __init__(self, seeds: Sequence[int], device: torch.device, *, temperature: float, top_p: float) -> None:
-        self._shaping, self._sampler = drawing(seeds, device, temperature=temperature, top_p=top_p)
+    def __init__(self, answers: Sequence[Sequence[int]], device: torch.device) -> None:
+        self._rest, self._device = [iter(answer) for answer in answers], device
+
+    def __call__(self, scores: Tensor) -> Tensor:
+        """(B,) int64 tokens."""
+        return torch.tensor([next(rest) for rest in self._rest], device=self._device)
+
+    def keep(self, samples: Tensor) -> None:
+        """Goes on with some of the samples, (S,) int64 numbers of the present ones."""
+        self._rest = [self._rest[number] for number in samples.tolist()]
+
+
+class Drawn:
+    """Draws by the Gumbel-max rule with a generator per sample; see ``drawing``.
+
+    Args:
+        processors: What shapes the scores, and draws.
+    """
+
+    def __init__(self, processors: Sequence[LogitsProcessor]) -> None:
+        self._processors = processors
 
     def __call__(self, scores: Tensor) -> Tensor:
         """(B,) int64 tokens from (B, V) float32 scores."""
         said = torch.empty(len(scores), 0, dtype=torch.long, device=scores.device)  # neither reads it
-        for processor in (*self._shaping, self._sampler):
+        for processor in self._processors:
             scores = processor(said, scores)
         return scores.argmax(dim=-1)
 
     def keep(self, samples: Tensor) -> None:
         """Goes on with the generators of some of the samples, (S,) int64 numbers of the present ones."""
-        self._sampler.keep(samples)
+        for processor in self._processors:
+            if isinstance(processor, RowSampler):
+                processor.keep(samples)

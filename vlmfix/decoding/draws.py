@@ -55,9 +55,7 @@ class RowSampler(LogitsProcessor):
         self.generators = [self.generators[number] for number in rows.tolist()]
 
 
-def drawing(
-    seeds: Sequence[int], device: torch.device, *, temperature: float, top_p: float
-) -> tuple[list[LogitsProcessor], RowSampler]:
+def drawing(seeds: Sequence[int], device: torch.device, *, temperature: float, top_p: float) -> list[LogitsProcessor]:
     """Makes what turns scores into scores of which the greatest is a draw: what shapes them first, then what draws.
 
     Args:
@@ -71,4 +69,4 @@ def drawing(
         shaping.append(TemperatureLogitsWarper(temperature))
     if top_p < 1:
         shaping.append(TopPLogitsWarper(top_p))
-    return shaping, RowSampler(seeds, device)
+    return [*shaping, RowSampler(seeds, device)]

@@ -6,6 +6,7 @@ Shape letters (``docs/notation.md``): B rows, T prompt tokens.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,7 +15,7 @@ from vlmfix.decoding.branches import picture_counts
 from vlmfix.models import repeats
 from vlmfix.models.checkpoint import Checkpoint
 from vlmfix.models.layout import Batch
-from vlmfix.upstream.features import Features, encoded, picked, read_by_tower, sizes
+from vlmfix.upstream.features import Features, encoded, handed_over, picked, read_by_tower, sizes
 
 
 def encoded_once(vlm: Checkpoint, batch: Batch) -> Features:
@@ -39,6 +40,15 @@ def encoded_once(vlm: Checkpoint, batch: Batch) -> Features:
     parts = _by_row(sizes(features), kept, tokens)
     order = [part for row in first for part in parts.get(row, ())]
     return picked(features, order)
+
+
+def generation_inputs(vlm: Checkpoint, batch: Batch) -> dict[str, Any]:
+    """Inputs for ``model.generate``, with every distinct picture encoded once."""
+    inputs = dict[str, Any](batch)
+    if repeats_pictures(batch):
+        inputs |= handed_over(vlm.model, encoded_once(vlm, batch))
+        del inputs["pixel_values"]
+    return inputs
 
 
 def distinct(vlm: Checkpoint, batch: Batch) -> tuple[list[int], Mapping[str, Tensor]]:

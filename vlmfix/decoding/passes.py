@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import Cache
+from transformers import Cache, DynamicCache
 
 from vlmfix.attention.state import Plans
 from vlmfix.decoding.graphs import ROOM, SHORT, Recorded, Recordings, capacity, kind_of, slots
@@ -31,7 +31,8 @@ class Passes:
         room: Longest answer in tokens.
         plans: The edits at work.
         recordings: The model's recorded steps; None to record no step.
-        reorders: Whether rows change their order at every step; they are then not kept where there is room.
+        roomy: Whether keys and values are written where there is room for the next; not for rows that change their
+            order at every step, nor for steps with a graph, of which they are part.
     """
 
     def __init__(
@@ -42,7 +43,7 @@ class Passes:
         *,
         plans: Plans,
         recordings: Recordings | None = None,
-        reorders: bool = False,
+        roomy: bool = True,
     ) -> None:
         self._model: Any = vlm.model
         taken = ("ids", "positions", "mask", "cache")
@@ -52,7 +53,7 @@ class Passes:
         self._recordings = recordings if room > SHORT else None
         self._recorded: Recorded | None = None
         self._new = False
-        self._cache: Any = caches.fresh(vlm.model) if reorders else self._roomy(room)
+        self._cache: Any = self._roomy(room) if roomy else caches.fresh(vlm.model)
         if not caches.is_roomy(self._cache):
             self._recordings = None
         self._mask = rows.mask  # (R, T + tokens so far)
@@ -69,10 +70,21 @@ class Passes:
         """Whether the newest token passed in a step that was recorded before, in which no edit is called."""
         return self._recorded is not None and not self._new
 
+    @property
+    def cache(self) -> DynamicCache:
+        """Keys and values of the present rows, while no step is recorded."""
+        cache: DynamicCache = self._cache
+        return cache
+
     def prompt(self) -> Tensor:
         """The logits that follow each prompt, (R, V) float32."""
         rows = self._rows
         return self._logits(rows.ids, rows.positions, self._mask, self._cache, **rows.types, **rows.pictures)
+
+    def again(self) -> Tensor:
+        """The logits that follow each prompt, (R, V) float32: its last token is taken back and passes alone."""
+        caches.drop_last(self._cache)
+        return self._logits(self._rows.ids[:, -1:], self._next, self._mask, self._cache)
 
     def token(self, tokens: Tensor) -> Tensor:
         """The logits that follow a further token of each row, (R, V) float32.
@@ -130,8 +142,10 @@ class Passes:
         recorded.begin(self._plans, self._mask, self._next)
         self._recorded = recorded
 
-    def _logits(self, ids: Tensor, positions: Tensor, mask: Tensor, cache: object, **given: Any) -> Tensor:
+    def _logits(self, ids: Tensor, positions: Tensor, mask: Tensor, cache: Cache, **given: Any) -> Tensor:
         given |= dict(zip(self._names, (ids, positions, mask, cache), strict=True))
         output = self._model(**given, use_cache=True, logits_to_keep=1, return_dict=True)
         logits: Tensor = output.logits[:, -1].float()
+        if logits.requires_grad:
+            caches.detach(cache)  # or the graph of every step would stay
         return logits

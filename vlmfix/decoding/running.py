@@ -6,17 +6,19 @@ sample, side by side), N branches, R = (1 + N) * L rows in branch-major order, V
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 
 import torch
 from torch import Tensor
+from transformers import DynamicCache
 
 from vlmfix.attention.session import Acting, AtWork, edited
 from vlmfix.attention.windows import check_windows
 from vlmfix.decoding.branches import Contrast
 from vlmfix.decoding.graphs import recordings_of
+from vlmfix.decoding.newest import Newest, check_prompts
 from vlmfix.decoding.passes import Passes
 from vlmfix.decoding.plan import DecodingPlan
 from vlmfix.decoding.prefix import Prompts, prompts_of, shared_prefixes
@@ -43,9 +45,11 @@ class Running:
         alike: Which prompts begin alike and share that, or None.
         room: Longest answer of each sample in tokens; the shorter of what was asked for and what the context leaves.
         name: How the decoder is written, for messages.
+        newest: Keeps the newest step with its graph, or None.
 
     Attributes:
         room: See there.
+        newest: See there.
     """
 
     def __init__(
@@ -58,20 +62,38 @@ class Running:
         alike: Prompts | None,
         room: Sequence[int],
         name: str,
+        newest: Newest | None,
     ) -> None:
-        self.room = room
+        self.room, self.newest = room, newest
         self._vlm, self._passes, self._work, self._contrasts = vlm, passes, work, tuple(contrasts)
         self._alike, self._copies, self._lines, self._width = alike, copies, len(room), 1
         self._acting, self._name = Acting(vlm), name
 
+    @property
+    def owed(self) -> Newest:
+        """The newest step, of which the plan asks what tokens owe."""
+        if self.newest is None:
+            raise RuntimeError("the plan asks nothing")
+        return self.newest
+
+    @property
+    def cache(self) -> DynamicCache:
+        """Keys and values of all rows, for a plan of which no step is recorded."""
+        return self._passes.cache
+
     def prompt(self) -> Tensor:
         """The scores that follow each prompt, (B, V) float32."""
         with shared_prefixes(self._vlm, self._alike) if self._alike else nullcontext():
-            return self._scores(self._passes.prompt())
+            logits = self._passes.prompt()
+        return self._scores(logits) if self.newest is None else self._kept(self.newest, self._passes.again)
 
     def token(self, tokens: Tensor) -> Tensor:
         """The scores that follow one more token of each line, (L, V) float32; ``tokens`` (L,) int64."""
-        return self._scores(self._passes.token(tokens.repeat(self._copies)))
+
+        def step() -> Tensor:
+            return self._passes.token(tokens.repeat(self._copies))
+
+        return self._scores(step()) if self.newest is None else self._kept(self.newest, step)
 
     def keep(self, lines: Tensor, *, width: int = 1) -> None:
         """Goes on with some of the lines, or with some of them several times.
@@ -86,6 +108,11 @@ class Running:
         self._contrasts = tuple(replace(contrast, rows=contrast.rows[lines]) for contrast in self._contrasts)
         self._lines, self._width = len(lines), width
 
+    def _kept(self, newest: Newest, step: Callable[[], Tensor]) -> Tensor:
+        """The scores of a step whose graph is kept."""
+        with newest.step():
+            return newest.scored(self._scores(step()))
+
     def _scores(self, logits: Tensor) -> Tensor:
         if (layer := self._acting.idle()) is not None and not self._passes.recorded:
             raise idle(self._name, f"attention of layer {layer} was computed without it")
@@ -99,7 +126,7 @@ def running(
     layout: ImageLayout,
     plan: DecodingPlan,
     *,
-    limit: int,
+    limit: int | Sequence[int],
     name: str,
     reorders: bool = False,
 ) -> Iterator[Running]:
@@ -109,30 +136,41 @@ def running(
         vlm: The model; other threads that use it wait.
         batch: B samples.
         layout: Where their image tokens are.
-        plan: What the decoder does; one without a loop of its own.
-        limit: Longest answer in tokens, at least 1.
+        plan: What the decoder does; the caller has tokens chosen by its gate.
+        limit: Longest answer in tokens, or that of each sample, at least 1.
         name: How the decoder is written, for messages.
         reorders: Whether rows will change their order, as beams do; no step is then recorded.
 
     Raises:
-        DataError: A prompt, or that of a branch, leaves no room for an answer in the model's context; or prompt and
-            answer fill a sliding window in which edits act.
+        DataError: A prompt, or that of a branch, leaves no room for an answer in the model's context; prompt and
+            answer fill a sliding window in which edits act; or the plan asks what tokens owe and a prompt's last token
+            cannot pass alone.
         UnsupportedAttentionError: The edits cannot act on the model's attention.
     """
     branches = [branch for contrast in plan.contrasts for branch in contrast.branches]
     with turn_of(vlm.model).taken(), torch.no_grad():
-        recorded = plan.compiles and not reorders and vlm.device.type in RECORDING
+        recorded = plan.compiles and plan.asks is None and not reorders and vlm.device.type in RECORDING
         recordings = recordings_of(vlm) if recorded else None
         rows = rows_of(vlm, batch, branches)
         left = room_for_answers(vlm, rows.longest)
-        room = [limit] * batch.rows if left is None else left.clamp(max=limit).tolist()
-        layers = frozenset[int]().union(*(edit.layers.resolve(vlm.layers) for edit in plan.edits))
+        wanted = [limit] * batch.rows if isinstance(limit, int) else list(limit)
+        room = wanted if left is None else [min(pair) for pair in zip(wanted, left.tolist(), strict=True)]
+        newest = None if plan.asks is None else Newest(vlm, plan.asks)
+        edits = plan.edits if newest is None else (*plan.edits, newest.recorder)
+        if newest is not None:
+            check_prompts(vlm, batch, rows.length)
+        layers = frozenset[int]().union(*(edit.layers.resolve(vlm.layers) for edit in edits))
         check_windows(vlm, layers, rows.length, max(room))
         wide, live = rows.layout(layout)
-        with edited(vlm, wide, plan.edits, live=live) as work:
-            passes = Passes(vlm, rows, max(room), plans=work.plans, recordings=recordings, reorders=reorders)
+        with edited(vlm, wide, edits, live=live) as work:
+            roomy = newest is None and not reorders
+            passes = Passes(vlm, rows, max(room), plans=work.plans, recordings=recordings, roomy=roomy)
             alike = prompts_of(vlm, batch, branches)
-            yield Running(vlm, passes, rows.copies, work, plan.contrasts, alike, room, name)
+            try:
+                yield Running(vlm, passes, rows.copies, work, plan.contrasts, alike, room, name, newest)
+            finally:
+                if newest is not None:
+                    newest.forget()
 
 
 def fused(contrasts: Sequence[Contrast], logits: Tensor) -> Tensor:

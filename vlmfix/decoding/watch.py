@@ -14,7 +14,7 @@ import functools
 import inspect
 import logging
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -25,6 +25,7 @@ from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria,
 
 from vlmfix.attention.session import Acting
 from vlmfix.attention.windows import check_windows
+from vlmfix.decoding.branches import Contrast
 from vlmfix.decoding.stack import Stack
 from vlmfix.errors import IncompatibleDecodersError
 from vlmfix.models.checkpoint import Checkpoint
@@ -32,6 +33,7 @@ from vlmfix.models.context import room_for_answers
 from vlmfix.models.layout import Batch
 from vlmfix.models.turns import turn_of
 from vlmfix.upstream import cache as caches
+from vlmfix.upstream.loops import LOST
 from vlmfix.upstream.names import handed
 
 logger = logging.getLogger(__name__)
@@ -76,6 +78,7 @@ class Watch:
     Attributes:
         vlm: The model.
         decoder: How the decoder is written, for messages.
+        handed: Whether its calls are handed our loop.
         batch: The clean rows that it was planned for.
         beams: Beams that it was planned for.
         prompt: T' of all rows, branches included.
@@ -91,6 +94,7 @@ class Watch:
 
     vlm: Checkpoint
     decoder: str
+    handed: bool
     batch: Batch
     beams: int
     prompt: int
@@ -161,6 +165,8 @@ class Watch:
             raise self._unplanned(wrong)
         if turn.helper not in (None, threading.get_ident()):
             turn.check()  # the planned call is under way
+        if self.handed:
+            self._check_arguments(given)
         answer = self._longest_answer(given)
         check_windows(self.vlm, self.layers, self.prompt, answer)
         processors, before = list(given.get("logits_processor") or ()), self.steps
@@ -172,6 +178,13 @@ class Watch:
         if not inner and self.steps == before:  # a loop that asks no processor
             self.check_step()
         return output
+
+    def _check_arguments(self, given: Mapping[str, Any]) -> None:
+        """Refuses arguments that ``generate`` would take and not hand to our loop."""
+        for argument, advice in LOST.items():
+            if given.get(argument) is not None:
+                what = f"{self.decoder} decodes in a loop of its own, which gets no {argument}"
+                raise IncompatibleDecodersError(what, advice)
 
     def _unplanned(self, wrong: str) -> IncompatibleDecodersError:
         return IncompatibleDecodersError(
@@ -224,11 +237,10 @@ def idle(decoder: str, what: str) -> IncompatibleDecodersError:
     )
 
 
-def longest_prompts(batch: Batch, stack: Stack | None, beams: int) -> Tensor:
-    """(B,) real tokens of each row's prompt, or of the longest among it and those of its branches."""
-    if stack is None:
-        return batch.lengths
-    return stack.mask.view(stack.copies, batch.rows, beams, -1).sum(dim=-1).amax(dim=(0, 2))
+def longest_prompts(batch: Batch, contrasts: Sequence[Contrast]) -> tuple[int, Tensor]:
+    """T' of all prompts, and (B,) real tokens of the longest among each row's prompt and those of its branches."""
+    parts = [batch, *(branch.batch for contrast in contrasts for branch in contrast.branches)]
+    return max(part.length for part in parts), torch.stack([part.lengths for part in parts]).amax(dim=0)
 
 
 def _lengths(ids: Tensor, mask: Tensor | None) -> Tensor:

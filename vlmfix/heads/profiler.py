@@ -20,7 +20,8 @@ from vlmfix.heads.moments import Moments, Tally
 from vlmfix.insight.work import Ran, Work
 from vlmfix.models.checkpoint import Checkpoint
 from vlmfix.upstream.cache import handed_over
-from vlmfix.upstream.text import TextInputs, watched
+from vlmfix.upstream.names import name_of
+from vlmfix.upstream.positions import prompt_positions
 
 
 class State(ABC):
@@ -102,11 +103,12 @@ def run_pass(work: Work, states: list[State]) -> Ran | None:
         return None
     model: Any = work.vlm.model
     cache = DynamicCache() if any(state.keeps_cache for state in states) else None
-    inputs: list[TextInputs] = []
-    kept = {} if cache is None else handed_over(model, cache)
+    positions = prompt_positions(model, work.batch)
+    given: dict[str, Any] = {name_of(type(model), "positions"): positions}
+    if cache is not None:
+        given |= handed_over(model, cache)
     with ExitStack() as block:
-        block.enter_context(watched(work.vlm.family.decoder(model), inputs.append))
         for state in states:
             block.enter_context(state.watching(work))
-        output = model(**work.batch, **kept, use_cache=cache is not None, logits_to_keep=1)
-    return Ran(logits=output.logits[:, -1].float(), cache=cache, inputs=inputs[-1])
+        output = model(**work.batch, **given, use_cache=cache is not None, logits_to_keep=1)
+    return Ran(logits=output.logits[:, -1].float(), cache=cache, positions=positions)

@@ -1,6 +1,6 @@
 """Greedy captions whose object words are known to be real or hallucinated, and the steps that began these words.
 
-Shape letters (``docs/notation.md``): B rows.
+Shape letters (``docs/notation.md``): B rows, T prompt tokens.
 """
 
 from __future__ import annotations
@@ -10,17 +10,19 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import DynamicCache
 
 from vlmfix.attention.windows import check_windows
+from vlmfix.decoding.plan import DecodingPlan
+from vlmfix.decoding.running import running
 from vlmfix.errors import DataError
 from vlmfix.insight.last_step import LastStep
 from vlmfix.insight.wording import decoded
 from vlmfix.insight.work import Work
 from vlmfix.models.context import room_for_answers
 from vlmfix.upstream import defaults
-from vlmfix.upstream.cache import handed_over
-from vlmfix.upstream.text import TextInputs, watched
+from vlmfix.upstream.positions import prompt_positions
 
 
 @dataclass(frozen=True)
@@ -57,12 +59,12 @@ class Told:
 
     Attributes:
         tokens: For each of B rows its tokens, the end token included.
-        inputs: For each step, what the text decoder was called with.
+        positions: (B, T) or (3 or 4, B, T) position ids of the prompts.
         cache: Keys and values of the prompts and of the captions.
     """
 
     tokens: tuple[tuple[int, ...], ...]
-    inputs: tuple[TextInputs, ...]
+    positions: Tensor
     cache: DynamicCache
 
     def step(self, work: Work, row: int, place: int) -> LastStep:
@@ -73,8 +75,8 @@ class Told:
             row: The row.
             place: Number of the token in the caption, from 0.
         """
-        token = self.tokens[row][place]
-        return LastStep.behind(work, row, inputs=self.inputs[place], cache=self.cache, token=token, generated=place)
+        own = self.tokens[row]
+        return LastStep.behind(work, row, positions=self.positions, cache=self.cache, said=own, place=place)
 
 
 @torch.no_grad()
@@ -88,27 +90,23 @@ def tell(work: Work, longest: int) -> Told:
     Raises:
         DataError: Prompt and answer may be longer than the model's context, or than a sliding window.
     """
-    model: Any = work.vlm.model
     room_for_answers(work.vlm, work.batch.lengths, wanted=longest)
     check_windows(work.vlm, range(work.layers), work.batch.length, longest)
-    cache = DynamicCache()
-    steps: list[TextInputs] = []
-
-    def remember(inputs: TextInputs) -> None:
-        steps.append(inputs.last())  # not the whole prompt
-
-    with watched(work.vlm.family.decoder(model), remember), defaults.undisturbed(model):
-        sequences = model.generate(
-            **work.batch,
-            **handed_over(model, cache),
-            max_new_tokens=longest,
-            disable_compile=True,
-        )
-    ends = defaults.ends(model)
-    answers = sequences[:, work.batch.length :].tolist()
-    lengths = [next((n + 1 for n, token in enumerate(row) if token in ends), len(row)) for row in answers]
-    tokens = tuple(tuple(row[:length]) for row, length in zip(answers, lengths, strict=True))
-    return Told(tokens=tokens, inputs=tuple(steps), cache=cache)
+    ends, plan = defaults.ends(work.vlm.model), DecodingPlan(compiles=False)
+    answers: list[list[int]] = [[] for _ in range(work.batch.rows)]
+    with running(work.vlm, work.batch, work.layout, plan, limit=longest, name="a caption") as call:
+        scores, going = call.prompt(), True
+        while going:
+            tokens = scores.argmax(dim=-1)
+            for answer, token in zip(answers, tokens.tolist(), strict=True):
+                if not (answer and answer[-1] in ends):
+                    answer.append(token)
+            going = any(len(answer) < longest and answer[-1] not in ends for answer in answers)
+            if going:
+                scores = call.token(tokens)  # of every row: a row that has ended keeps its place in the cache
+        cache = call.cache
+    positions = prompt_positions(work.vlm.model, work.batch)
+    return Told(tokens=tuple(map(tuple, answers)), positions=positions, cache=cache)
 
 
 def beginnings(work: Work, row: int, tokens: Sequence[int], labels: Labels) -> dict[int, bool]:

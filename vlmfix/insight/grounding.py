@@ -4,25 +4,25 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from PIL import Image
 from torch import Tensor
 from torch.nn.functional import pad
-from transformers import PreTrainedModel
 
 from vlmfix.asked import pictures_of, questions_of
 from vlmfix.attention.edit import LayerSet
-from vlmfix.attention.saliency import mean_over, saliency_steps
+from vlmfix.attention.saliency import mean_over
+from vlmfix.decoding.choice import Known
+from vlmfix.decoding.loop import decode
+from vlmfix.decoding.plan import DecodingPlan
+from vlmfix.decoding.running import running
 from vlmfix.errors import DataError
 from vlmfix.models.checkpoint import Checkpoint
 from vlmfix.models.context import room_for_answers
-from vlmfix.models.layout import ImageLayout
-from vlmfix.models.turns import turn_of
-from vlmfix.upstream.defaults import undisturbed
-from vlmfix.upstream.steps import handed
+from vlmfix.models.layout import Batch, ImageLayout
 
 
 @dataclass(frozen=True, eq=False)
@@ -84,8 +84,8 @@ def grounding(
 
     Raises:
         DataError: The numbers of pictures, prompts and answers differ, an answer is empty or a token is none of the
-            model's, or prompt and answer are longer than the model's context or than a sliding window of ``layers``.
-        IncompatibleDecodersError: The prompt fills a sliding window.
+            model's, prompt and answer are longer than the model's context or than a sliding window of ``layers``, or
+            the prompt alone than any.
         UnsupportedAttentionError: The model's attention is not plain softmax attention, or has none of ``layers``.
     """
     shown = pictures_of(pictures)
@@ -97,57 +97,31 @@ def grounding(
     batch = vlm.encode(asked, shown)
     layout = vlm.layout(batch)
     chosen = LayerSet(layers) if isinstance(layers, str) else layers
-    replay = Replay(vlm=vlm, layout=layout, layers=chosen, answers=ids)
-    model: Any = vlm.model
     for length, own in zip(batch.lengths, ids, strict=True):
         room_for_answers(vlm, length[None], wanted=len(own))
-    with turn_of(model).taken(), undisturbed(model):
-        model.generate(**batch, max_new_tokens=max(map(len, ids)), disable_compile=True, custom_generate=replay)
-    return [_grounding(vlm, layout, ids[row], row, torch.stack(replay.rows[row])) for row in range(len(ids))]
+    return [
+        _grounding(vlm, layout, ids[row], row, rows)
+        for row, rows in enumerate(_replayed(vlm, batch, layout, chosen, ids))
+    ]
 
 
-@dataclass(eq=False, kw_only=True)
-class Replay:
-    """A decoding loop that takes given tokens and keeps what each owes to what stands before it.
-
-    Attributes:
-        vlm: The model.
-        layout: Layout of the prompts.
-        layers: Layers to average.
-        answers: The tokens of each row.
-        rows: For each row, per token (T + longest answer - 1,) saliency on the CPU.
-    """
-
-    vlm: Checkpoint
-    layout: ImageLayout
-    layers: LayerSet
-    answers: Sequence[Sequence[int]]
-    rows: list[list[Tensor]] = field(default_factory=list)
-
-    def __call__(self, model: PreTrainedModel, input_ids: Tensor, **kwargs: Any) -> Tensor:
-        """See transformers' ``custom_generate``."""
-        handed(kwargs)
-        lengths = [len(answer) for answer in self.answers]
-        longest = max(lengths)
-        tokens = torch.tensor([[*answer, *[0] * (longest - len(answer))] for answer in self.answers])
-        tokens = tokens.to(input_ids.device)  # (B, longest)
-        total = input_ids.shape[1] + longest - 1
-        self.rows = [[] for _ in lengths]
-        with saliency_steps(self.vlm, self.layout, self.layers, input_ids, kwargs, answer=longest) as steps:
-            for place in range(longest):
-                steps.advance(input_ids)
-                running = torch.tensor([place < length for length in lengths], device=input_ids.device)
-                saliency = steps.saliency(tokens[:, place], running).mean(dim=0)  # (B, K)
-                for row in running.nonzero()[:, 0].tolist():
-                    self.rows[row].append(pad(saliency[row], (0, total - saliency.shape[1])).cpu())
-                input_ids = torch.cat([input_ids, tokens[:, place : place + 1]], dim=1)
-        return input_ids
+def _replayed(
+    vlm: Checkpoint, batch: Batch, layout: ImageLayout, layers: LayerSet, answers: Sequence[Sequence[int]]
+) -> list[Tensor]:
+    """For each row (n, T + n - 1) on the CPU: what its n tokens owe, mean over layers."""
+    found: list[list[Tensor]] = [[] for _ in answers]
+    plan, lengths = DecodingPlan(asks=layers), [len(answer) for answer in answers]
+    with running(vlm, batch, layout, plan, limit=lengths, name="grounding") as call:
+        for said in decode(call, Known(answers, vlm.device), ends=()):
+            saliency = call.owed.saliency(torch.tensor(said.tokens, device=vlm.device)).mean(dim=0).cpu()  # (L, K)
+            for row, own in zip(said.samples, saliency, strict=True):
+                found[row].append(pad(own, (0, batch.length + lengths[row] - 1 - len(own))))
+    return [torch.stack(rows) for rows in found]
 
 
 def _grounding(vlm: Checkpoint, layout: ImageLayout, ids: Sequence[int], row: int, rows: Tensor) -> Grounding:
-    """The scores of one row; ``rows`` is (n, T + longest - 1)."""
+    """The scores of one row; ``rows`` is (n, T + n - 1)."""
     count, prompt = len(ids), layout.tokens.shape[1]
-    rows = rows[:, : prompt + count - 1]
     column = torch.arange(rows.shape[1])
     place = torch.arange(count)[:, None]
     answered = (column >= prompt) & (column < prompt + place)  # (n, K)

@@ -19,7 +19,7 @@ from vlmfix.insight.work import Ran, Work
 from vlmfix.models.checkpoint import Checkpoint
 from vlmfix.models.layout import ImageLayout
 from vlmfix.upstream.cache import keys_and_values, shared_prompt
-from vlmfix.upstream.text import TextInputs, call
+from vlmfix.upstream.names import name_of
 
 SCALE = 1024.0
 """Factor on what is differentiated, so that small gradients survive float16."""
@@ -37,8 +37,8 @@ class LastStep:
         vlm: The model.
         layout: Layout of the row's prompt.
         mask: (1, S) which tokens are real, the newest one last.
-        embeds: (1, 1, hidden size) embedding of the newest token.
-        positions: (..., 1, 1) its position, when the model was told one.
+        newest: The newest token.
+        position: (1, 1) or (3 or 4, 1, 1), its position.
         cache: Keys and values of the batch, of S tokens or more.
         row: The row of the batch.
         token: The token that follows.
@@ -47,8 +47,8 @@ class LastStep:
     vlm: Checkpoint
     layout: ImageLayout
     mask: Tensor
-    embeds: Tensor
-    positions: Tensor | None
+    newest: int
+    position: Tensor
     cache: DynamicCache
     row: int
     token: int
@@ -64,42 +64,40 @@ class LastStep:
         """
         if ran.cache is None:
             raise RuntimeError("the shared pass kept no cache")
-        return cls.behind(work, row, inputs=ran.inputs, cache=ran.cache, token=int(ran.logits[row].argmax()))
+        said = (int(ran.logits[row].argmax()),)
+        return cls.behind(work, row, positions=ran.positions, cache=ran.cache, said=said, place=0)
 
     @classmethod
     def behind(
-        cls, work: Work, row: int, *, inputs: TextInputs, cache: DynamicCache, token: int, generated: int = 0
+        cls, work: Work, row: int, *, positions: Tensor, cache: DynamicCache, said: Sequence[int], place: int
     ) -> Self:
-        """The step over the newest token of a pass.
+        """The step that chose a token of an answer.
 
         Args:
             work: The batch.
             row: The row.
-            inputs: What the text decoder was called with in that pass.
-            cache: Keys and values of the batch, of what was before that pass and in it at least.
-            token: The token that follows.
-            generated: How many tokens stand behind the prompt.
+            positions: (..., B, T) those of the prompts.
+            cache: Keys and values of the batch, of what stands before that token at least.
+            said: The row's answer.
+            place: Number of the token in it, from 0.
         """
         own, layout = slice(row, row + 1), work.layout
-        embeds, positions = inputs.embeds, inputs.positions
-        if positions is not None:
-            positions = positions.expand(*positions.shape[:-2], len(embeds), -1)[..., own, -1:]  # (..., 1, 1)
         mask = work.batch.attention_mask[own]  # (1, T)
         return cls(
             vlm=work.vlm,
             layout=ImageLayout(*(part[own] for part in (layout.tokens, layout.text, layout.image, layout.boxes))),
-            mask=torch.cat([mask, mask.new_ones(1, generated)], dim=1),  # (1, S)
-            embeds=embeds[own, -1:],  # (1, 1, hidden size)
-            positions=positions,
+            mask=torch.cat([mask, mask.new_ones(1, place)], dim=1),  # (1, S)
+            newest=said[place - 1] if place else int(work.batch["input_ids"][row, -1]),
+            position=positions[..., own, -1:] + place,
             cache=cache,
             row=row,
-            token=token,
+            token=said[place],
         )
 
     @property
     def device(self) -> torch.device:
         """Where the step runs."""
-        return self.embeds.device
+        return self.mask.device
 
     def copies(self, wanted: int) -> int:
         """How many copies beside the row itself one pass may have: as many as wanted, or what ``MEMORY`` allows."""
@@ -115,14 +113,13 @@ class LastStep:
             copies: N.
         """
         model: Any = self.vlm.model
-        positions = self.positions
-        if positions is not None:
-            positions = positions.expand(*positions.shape[:-2], copies, -1)  # (..., N, 1)
+        values = {
+            "ids": self.mask.new_full((copies, 1), self.newest),
+            "positions": self.position.expand(*self.position.shape[:-2], copies, -1),
+            "mask": self.mask.expand(copies, -1),
+            "cache": shared_prompt(self.cache, self.row, self.mask.shape[1] - 1),
+        }
+        given = {name_of(type(model), name): value for name, value in values.items()}
         with edited(self.vlm, self.layout.expand(copies), edits):
-            states = call(
-                self.vlm.family.decoder(model),
-                TextInputs(embeds=self.embeds.expand(copies, -1, -1), positions=positions),
-                mask=self.mask.expand(copies, -1),
-                cache=shared_prompt(self.cache, self.row, self.mask.shape[1] - 1),
-            )
-        return torch.as_tensor(model.get_output_embeddings()(states[:, -1])).float()
+            output = model(**given, use_cache=True, logits_to_keep=1, return_dict=True)
+        return torch.as_tensor(output.logits[:, -1]).float()

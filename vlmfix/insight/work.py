@@ -1,6 +1,6 @@
 """One batch of single questions about single pictures, and what a pass over it left behind.
 
-Shape letters (``docs/notation.md``): B rows, L layers, H query heads, V vocabulary.
+Shape letters (``docs/notation.md``): B rows, L layers, H query heads, T prompt tokens, V vocabulary.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ from transformers import DynamicCache
 
 from vlmfix.models.checkpoint import Checkpoint
 from vlmfix.models.layout import Batch, ImageLayout
-from vlmfix.upstream.text import TextInputs
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,9 +62,9 @@ class Ran:
     Attributes:
         logits: (B, V) of the last row.
         cache: Keys and values of the prompt, when a state keeps the cache.
-        inputs: What the text decoder was called with.
+        positions: (B, T) or (3 or 4, B, T) position ids.
     """
 
     logits: Tensor
     cache: DynamicCache | None
-    inputs: TextInputs
+    positions: Tensor

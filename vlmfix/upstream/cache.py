@@ -82,19 +82,6 @@ def can_step_back(cache: Cache | None) -> bool:
     )
 
 
-def smallest_window(cache: Cache) -> int | None:
-    """Keys that the narrowest sliding layer of a dynamic cache keeps; None without such a layer.
-
-    Raises:
-        UpstreamError: A sliding layer does not say how many.
-    """
-    windows = [_window(layer) for layer in cache.layers if isinstance(layer, DynamicSlidingWindowLayer)]
-    known = [window for window in windows if window is not None]
-    if len(known) < len(windows):
-        raise missing("sliding layers of a dynamic cache have no sliding_window")
-    return min(known, default=None)
-
-
 def drop_last(cache: Cache) -> None:
     """Takes a cache's last token back.
 

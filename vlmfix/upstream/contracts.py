@@ -80,7 +80,7 @@ CONTRACTS = (
     Contract("features of pictures", (*BRANCHES, "repeated pictures"), probes.picture_features),
     Contract("positions of the prompt", (EVERYTHING,), probes.prompt_positions),
     Contract("layers of a cache", ("sgrs", "vicrop", "profile", "grounding", "shared beginnings"), probes.cache_layers),
-    Contract("sliding windows of a cache", ("sgrs", "vicrop", "grounding", "shared beginnings"), probes.sliding_cache),
+    Contract("sliding windows of a cache", ("shared beginnings",), probes.sliding_cache),
     Contract("static cache", (*BRANCHES, *EDITS), probes.static_cache),
     Contract("cache with room", (EVERYTHING, "recorded steps"), probes.roomy_cache),
     Contract("loops of another's", ("sgrs", "vicrop", "grounding"), probes.decoding_loop),

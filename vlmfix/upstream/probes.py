@@ -20,11 +20,10 @@ from vlmfix.upstream import (
     defaults,
     features,
     geometry,
+    loops,
     memory,
     names,
     positions,
-    steps,
-    text,
     wrappers,
 )
 from vlmfix.upstream.bench import END, PAD, PICTURE, TEXT, Bench, library, noise
@@ -154,12 +153,12 @@ def residual_stream(bench: Bench) -> None:
         streams.append(names.hidden(args, kwargs))
 
     layers = list(bench.decoder.layers)
-    inputs: list[text.TextInputs] = []
     with layers[0].register_forward_pre_hook(show, with_kwargs=True):
-        with layers[1].register_forward_pre_hook(show, with_kwargs=True), text.watched(bench.decoder, inputs.append):
+        with layers[1].register_forward_pre_hook(show, with_kwargs=True), _seen(bench.decoder) as calls:
             bench.logits(bench.llava, **bench.prompt)
     _require([stream.shape for stream in streams] == [(2, 8, 16)] * 2, "layers are not called with the residual stream")
-    _close(streams[0], inputs[0].embeds, "the residual stream does not begin as the embeddings")
+    embeds = calls[0][names.TextNames.of(bench.decoder).embeds]
+    _close(streams[0], embeds, "the residual stream does not begin as the embeddings")
 
 
 def picture_features(bench: Bench) -> None:
@@ -208,17 +207,16 @@ def cache_layers(bench: Bench) -> None:
         "layers of a cache do not hold (B, G, K, D) keys and values",
     )
     cache.drop_last(filled)
-    newest = {"input_ids": prompt["input_ids"][:, -1:], "attention_mask": prompt["attention_mask"]}
-    place = places[:, -1:]
+    values = {"ids": prompt["input_ids"][:, -1:], "mask": prompt["attention_mask"], "positions": places[:, -1:]}
+    newest = {names.name_of(type(model), name): value for name, value in values.items()}
     with torch.no_grad():
-        again = model(**newest, position_ids=place, **handed).logits[:, -1]
+        again = model(**newest, **handed).logits[:, -1]
     _close(again, whole, "a token that was taken back from the cache gives other logits when it passes again")
     cache.drop_last(filled)
     shared = cache.shared_prompt(filled, 0, 7)
-    one = text.TextInputs(model.get_input_embeddings()(prompt["input_ids"][[0, 0], -1:]), place[[0, 0]])
+    first = {name: value[[0, 0]] for name, value in newest.items()}
     with torch.no_grad():
-        states = text.call(bench.decoder, one, prompt["attention_mask"][[0, 0]], shared)
-        found = model.get_output_embeddings()(states[:, -1])
+        found = model(**first, **cache.handed_over(model, shared)).logits[:, -1]
     _close(found, whole[[0, 0]], "a prompt that several rows share gives other logits")
     keys = cache.keys_and_values(filled)[0][0].clone()
     reordered = cache.Reordered(filled, lambda rows: rows.flip(0))
@@ -237,7 +235,6 @@ def sliding_cache(bench: Bench) -> None:
     filled = library.DynamicCache(config=config)
     for layer in range(2):
         cache.fill(filled, layer, noise(1, 2, 3, 4), noise(1, 2, 3, 4))
-    _require(cache.smallest_window(filled) == 5, "a sliding layer of a cache does not show its window")
     _require(
         cache.is_plain(filled, 4) and not cache.is_plain(filled, 5), "a window is not told from the prompt's length"
     )
@@ -280,23 +277,25 @@ def roomy_cache(bench: Bench) -> None:
 
 
 def decoding_loop(bench: Bench) -> None:
-    """A loop of another's gets what it needs from generate, and its single steps are right."""
+    """A loop of another's gets what it needs from generate, and is told what a call asks for."""
+    asked: list[list[str]] = []
 
     def loop(model: Any, input_ids: Tensor, **kwargs: Any) -> Tensor:  # noqa: ANN401
-        steps.handed(kwargs)
-        _require(steps.cache_of(model, kwargs) is not None, "generate hands no cache to a loop of another's")
-        for place in range(3):
-            prepare = steps.next_token if place else steps.first
-            output = model(**prepare(model, input_ids, kwargs), return_dict=True)
-            kwargs = steps.kept_between(model, output, kwargs)
-            newest = output.logits[:, -1]
-            newest[:, END] = float("-inf")
-            input_ids = torch.cat([input_ids, newest.argmax(dim=-1, keepdim=True)], dim=1)
+        processors, stops, config = loops.handed(kwargs)
+        fresh = loops.is_fresh(loops.cache_of(model, kwargs))
+        _require(fresh, "generate hands no empty cache to a loop of another's")
+        _require(loops.padding(config) == PAD, "generate does not say what fills rows up")
+        asked.append(loops.unusual(config))
+        scores = processors(input_ids, noise(2, TEXT["vocab_size"]))
+        _require(bool(scores[:, END].isinf().all()), "generate hands its processors to no loop of another's")
+        longer = torch.cat([input_ids, input_ids[:, :3]], dim=1)
+        _require(bool(stops(longer, scores).all()), "generate hands its stopping criteria to no loop of another's")
         return input_ids
 
-    for model, prompt in ((bench.llava, bench.prompt), (bench.qwen, bench.qwen_prompt)):
-        found = bench.generate(model, prompt, 3, custom_generate=loop)
-        _require(torch.equal(found, bench.generate(model, prompt, 3)), "single steps give other tokens than generate")
+    calls: list[dict[str, Any]] = [{}, {"prompt_lookup_num_tokens": 2}]
+    for options in calls:
+        bench.generate(bench.llava, bench.prompt, 3, custom_generate=loop, **options)
+    _require(asked == [[], ["assisted_generation"]], "a loop of another's is not told what a call asks for")
 
 
 def generation_settings(bench: Bench) -> None:

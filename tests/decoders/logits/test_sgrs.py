@@ -6,16 +6,15 @@ import math
 
 import pytest
 import torch
-from transformers import LogitsProcessor, LogitsProcessorList, TextIteratorStreamer
+from transformers import DynamicCache, LogitsProcessor, LogitsProcessorList, TextIteratorStreamer
 
-from tests.contracts.support import STRONG, Forced, batch_of, close, crossed, logits, plain, vlm_of
+from tests.contracts.support import STRONG, Forced, batch_of, close, crossed, extended, logits, plain, vlm_of
 from tests.tiny import TINY
-from vlmfix.attention.edit import LayerSet
 from vlmfix.decoders import Chain, parse
-from vlmfix.decoders.logits.sgrs import SGRS, Draws, Memory, RejectionLoop, gate
+from vlmfix.decoders.logits.sgrs import SGRS, Draws, Memory, RejectionGate, gate
 from vlmfix.decoding.draws import RowSampler
 from vlmfix.errors import DataError, IncompatibleDecodersError
-from vlmfix.upstream import steps as upstream
+from vlmfix.upstream.names import KNOWN
 
 ALL = torch.tensor([True])
 NEUTRAL = SGRS(draw="greedy", strictness=1e-6)
@@ -205,7 +204,7 @@ def test_a_padded_batch_equals_each_row_alone(family, method):
 
 def slow_sgrs(vlm, batch, method, steps):
     """Algorithm 1 with greedy draws, one row, on the full T x T computation without a cache."""
-    from tests.attention.test_saliency import Graph, decoded
+    from tests.attention.test_saliency import Graph
     from tests.contracts.test_reference import installed
 
     prompt, image = batch.length, batch["input_ids"][0] == vlm.family.image_token(vlm.model.config)
@@ -214,50 +213,43 @@ def slow_sgrs(vlm, batch, method, steps):
     withheld = [vlm.family.image_token(vlm.model.config), *([ends] if isinstance(ends, int) else ends)]
     assert image.any()
 
-    def run(input_ids, kwargs):
-        from transformers.utils import ModelOutput
+    graph, history, said = Graph(), [], []
+    with installed(vlm, graph):
+        for _ in range(steps):
+            inputs = extended(batch, torch.tensor([said], dtype=torch.long))
+            with torch.enable_grad():
+                scores = vlm.model(**inputs, use_cache=False).logits[0, -1].double()
+            allowed = scores.detach().clone()
+            allowed[withheld] = -math.inf
+            candidates = allowed.topk(method.top_k).indices
+            layers = [graph.attention[layer] for layer in (1, 2)]
 
-        graph, history, said = Graph(), [], []
-        with installed(vlm, graph):
-            for place in range(steps):
+            def score(token, scores=scores, layers=layers):
                 with torch.enable_grad():
-                    inputs = upstream.whole(vlm.model, input_ids, kwargs, first=place == 0)
-                    scores = vlm.model(**inputs, return_dict=True).logits[0, -1].double()
-                allowed = scores.detach().clone()
-                allowed[withheld] = -math.inf
-                candidates = allowed.topk(method.top_k).indices
-                layers = [graph.attention[layer] for layer in (1, 2)]
+                    loss = -scores.log_softmax(0)[token]
+                total = 0.0
+                for a, g in zip(layers, torch.autograd.grad(loss, layers, retain_graph=True), strict=True):
+                    row = (a.detach() * g)[0, :, -1].abs().sum(0)
+                    row = row / row.norm().clamp(min=1e-9)
+                    total += float(row[begin:].mean()) / len(layers)
+                return total
 
-                def score(token, scores=scores, layers=layers):
-                    with torch.enable_grad():
-                        loss = -scores.log_softmax(0)[token]
-                    total = 0.0
-                    for a, g in zip(layers, torch.autograd.grad(loss, layers, retain_graph=True), strict=True):
-                        row = (a * g)[0, :, -1].abs().sum(0)
-                        row = row / row.norm().clamp(min=1e-9)
-                        total += float(row[begin:].mean()) / len(layers)
-                    return total
-
-                if begin >= input_ids.shape[1]:
-                    token = candidates[0]
+            if begin >= prompt + len(said):
+                token = candidates[0]
+            else:
+                recent = history[-method.window :]
+                tau = method.strictness * sum(recent) / len(recent) if recent else 0.0
+                seen = {}
+                for token in candidates[: method.tries]:
+                    seen[int(token)] = score(token)
+                    if seen[int(token)] >= tau:
+                        break
                 else:
-                    recent = history[-method.window :]
-                    tau = method.strictness * sum(recent) / len(recent) if recent else 0.0
-                    seen = {}
-                    for token in candidates[: method.tries]:
-                        seen[int(token)] = score(token)
-                        if seen[int(token)] >= tau:
-                            break
-                    else:
-                        seen |= {int(token): score(token) for token in candidates[method.tries :]}
-                        token = torch.tensor(max(seen, key=seen.get))
-                    history.append(seen[int(token)])
-                said.append(int(token))
-                input_ids = torch.cat([input_ids, torch.tensor([[int(token)]])], dim=1)
-                kwargs = vlm.model._update_model_kwargs_for_generation(ModelOutput(), kwargs)
-        return said
-
-    return decoded(vlm, batch, run, use_cache=False)
+                    seen |= {int(token): score(token) for token in candidates[method.tries :]}
+                    token = torch.tensor(max(seen, key=seen.get))
+                history.append(seen[int(token)])
+            said.append(int(token))
+    return said
 
 
 @pytest.mark.parametrize("family", TINY)
@@ -294,9 +286,9 @@ def test_official_code_is_sampling_from_the_best_five(scope):
     raw = logits(vlm, batch, logits_processor=[Forced(said, batch.length)], steps=6)  # (steps, B, V)
     raw[..., [vlm.family.image_token(vlm.model.config), vlm.model.generation_config.eos_token_id]] = -math.inf
     layout = vlm.layout(batch)
-    loop = method.plan(vlm, batch, layout).loop
-    assert isinstance(loop, RejectionLoop)
-    draws = Draws(method, LogitsProcessorList(), loop.seeds, sampling=False)
+    gate = method.plan(vlm, batch, layout).gate
+    assert isinstance(gate, RejectionGate)
+    draws = Draws(method, LogitsProcessorList(), gate.seeds, sampling=False)
     for step in range(6):
         candidates = draws(None, raw[step])[1]
         assert candidates.tokens[:, 0].tolist() == said[:, step].tolist()
@@ -307,12 +299,12 @@ def test_official_code_is_sampling_from_the_best_five(scope):
 def test_seeds_are_the_rows_own():
     vlm = vlm_of("llava_next")
     batch = batch_of(vlm)
-    seeds = SGRS().plan(vlm, batch, vlm.layout(batch)).loop.seeds
+    seeds = SGRS().plan(vlm, batch, vlm.layout(batch)).gate.seeds
     assert len(set(seeds)) == 2
     for row in (0, 1):
         alone = batch_of(vlm, [row])
-        assert SGRS().plan(vlm, alone, vlm.layout(alone)).loop.seeds == [seeds[row]]
-    assert SGRS(draw_seed=1).plan(vlm, batch, vlm.layout(batch)).loop.seeds != seeds
+        assert SGRS().plan(vlm, alone, vlm.layout(alone)).gate.seeds == [seeds[row]]
+    assert SGRS(draw_seed=1).plan(vlm, batch, vlm.layout(batch)).gate.seeds != seeds
 
 
 @pytest.mark.parametrize(
@@ -333,20 +325,13 @@ def test_a_chain_gives_the_logits_of_its_other_parts(family, name):
 
 
 def test_saliency_is_that_of_the_edited_attention():
-    from tests.attention.test_saliency import decoded
-    from vlmfix.attention.saliency import saliency_steps
+    from tests.attention.test_saliency import asked
 
     vlm = vlm_of("llava")
     batch = batch_of(vlm)
-    layout = vlm.layout(batch)
-
-    def run(input_ids, kwargs):
-        with saliency_steps(vlm, layout, LayerSet("0"), input_ids, kwargs) as steps:
-            steps.advance(input_ids)
-            return steps.recorder.seen[0].sum(-1)
-
-    with parse("locore:mode=post,strength=4").applied(vlm, batch):
-        assert (decoded(vlm, batch, run) > 1.01).any()
+    with parse("locore:mode=post,strength=4").applied(vlm, batch), asked(vlm, batch, "0") as call:
+        call.prompt()
+        assert (call.owed.recorder.seen[0].sum(-1) > 1.01).any()
 
 
 def test_beams_static_caches_and_several_sequences_are_refused():
@@ -358,7 +343,7 @@ def test_beams_static_caches_and_several_sequences_are_refused():
         vlm.generate([[batch.pictures[0][0]]], "what?", decoder=SGRS(), static_cache=True)
     with pytest.raises(IncompatibleDecodersError, match="num_return_sequences"):
         tokens(vlm, batch, SGRS(), do_sample=True, num_return_sequences=2)
-    with pytest.raises(IncompatibleDecodersError, match="decoding loop"):
+    with pytest.raises(IncompatibleDecodersError, match="both decoders choose tokens"):
         Chain(decoders=(SGRS(), SGRS())).plan(vlm, batch, vlm.layout(batch))
 
 
@@ -475,3 +460,70 @@ def test_a_prompt_that_ends_with_a_picture_is_refused(family):
     cut = {name: value[:, :end] if value.shape[:2] == (1, batch.length) else value for name, value in batch.items()}
     with parse("sgrs").applied(vlm, cut) as arguments, pytest.raises(DataError, match="a prompt ends with a picture"):
         vlm.model.generate(**cut, **arguments, max_new_tokens=2)
+
+
+@pytest.mark.parametrize(
+    ("spec", "options"),
+    [("sgrs", {}), ("sgrs", {"temperature": 1.3, "seed": 7}), ("sgrs+locore+vcd", {})],
+    ids=["draws of its own", "sampling", "chain"],
+)
+def test_a_row_that_has_ended_takes_part_in_no_further_pass(spec, options, monkeypatch):
+    vlm = vlm_of("llava")
+    batch, rows = batch_of(vlm), []
+    pictures, run = [list(row) for row in batch.pictures], {"decoder": spec, "max_new_tokens": 6, **options}
+    alone = [vlm.generate([pictures[row]], batch.prompts[row], **run)[0].ids for row in (0, 1)]
+    end = next(token for token in alone[0][:3] if token not in alone[1])
+    monkeypatch.setattr(vlm.model.generation_config, "eos_token_id", end)
+
+    def count(module, args, kwargs):
+        rows.append(len(kwargs["input_ids"]))
+
+    with vlm.model.register_forward_pre_hook(count, with_kwargs=True):
+        found = vlm.generate(pictures, batch.prompts, **run)
+    first = alone[0].index(end) + 1
+    assert [answer.ids for answer in found] == [alone[0][:first], alone[1]]
+    copies = parse(spec).passes
+    assert rows == [2 * copies] * (1 + first) + [copies] * (6 - first)  # the prompt's last token passes twice
+
+
+class Silent:
+    """A streamer that is put nothing."""
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        ({"streamer": Silent()}, "gets no streamer"),
+        (dict.fromkeys(KNOWN["cache"][-1:], DynamicCache()), f"gets no {KNOWN['cache'][-1]}"),
+        ({"prompt_lookup_num_tokens": 2}, "does not know assisted_generation"),
+        ({"num_beams": 2}, "does not know beam_search"),
+        ({"return_dict_in_generate": True, "output_hidden_states": True}, "does not know output_hidden_states"),
+        ({"use_cache": False}, "an empty dynamic cache of its own, not NoneType"),
+        ({"cache_implementation": "static"}, "an empty dynamic cache of its own, not StaticCache"),
+    ],
+    ids=str,
+)
+def test_what_a_users_call_would_not_get_is_refused_by_name(options, named):
+    vlm = vlm_of("llava")
+    batch = batch_of(vlm)
+    with SGRS().applied(vlm, batch) as arguments, pytest.raises(IncompatibleDecodersError, match=named):
+        vlm.model.generate(**batch, **arguments, max_new_tokens=2, **options)
+
+
+def test_a_users_call_gets_scores_and_logits():
+    """As transformers gives them: what processors made of the scores, and the scores themselves."""
+    vlm = vlm_of("llava")
+    batch = batch_of(vlm)
+    asked = {"return_dict_in_generate": True, "output_scores": True, "output_logits": True}
+    withheld = [40, 41]
+    with STRONG_ONE.applied(vlm, batch) as arguments:
+        found = vlm.model.generate(
+            **batch, **arguments, max_new_tokens=3, do_sample=False, suppress_tokens=withheld, **asked
+        )
+    said = found.sequences[:, batch.length :]
+    forced = logits(vlm, batch, logits_processor=[Forced(said, batch.length)])
+    close(torch.stack(found.logits), forced[: said.shape[1]])
+    scores = torch.stack(found.scores)
+    assert scores[..., withheld].isinf().all()
+    scores[..., withheld] = torch.stack(found.logits)[..., withheld]
+    close(scores, torch.stack(found.logits))

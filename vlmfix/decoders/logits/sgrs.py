@@ -3,27 +3,25 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, LogitsProcessor, PreTrainedModel
+from transformers import LogitsProcessor
 
 from vlmfix.attention.edit import LayerSet
-from vlmfix.attention.saliency import SaliencySteps, after_picture, mean_over, saliency_steps, scoring_layers
+from vlmfix.attention.saliency import after_picture, mean_over, scoring_layers
 from vlmfix.decoders.base import Decoder, Source
 from vlmfix.decoding.branches import picture_counts
 from vlmfix.decoding.draws import RowSampler, rounded, seed_of
+from vlmfix.decoding.newest import Newest
 from vlmfix.decoding.plan import DecodingPlan
-from vlmfix.decoding.stack import STACK, stack_layout
 from vlmfix.errors import IncompatibleDecodersError
 from vlmfix.language.parameters import Value, parameter
 from vlmfix.models.checkpoint import Checkpoint
 from vlmfix.models.layout import Batch, ImageLayout
-from vlmfix.upstream.steps import BaseStreamer, GenerateDecoderOnlyOutput, handed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,9 +73,10 @@ class SGRS(Decoder):
     norm of 1e-9 would make the scores of nearly certain tokens vanish and reject them. Without history a score would be
     1 in the script and raise the threshold for W tokens; here it is left out.
 
-    *Cost*: one pass per token with the graph of one row kept, and one backward pass per tried candidate (for the whole
-    batch, ``top_k`` at most); the prompt's last token passes twice. Memory is linear in the prompt. No beams, no
-    compiled decoding, no static cache. ``official-code``, ``strictness=0`` and ``top_k=1`` need no backward pass.
+    *Cost*: one pass per token, with a graph of one row from the first of ``layers`` on, and one backward pass per tried
+    candidate (for the whole batch, ``top_k`` at most); the prompt's last token passes twice. Memory is linear in the
+    prompt. No beams, no compiled decoding, no static cache. ``official-code``, ``strictness=0`` and ``top_k=1`` need no
+    backward pass.
 
     Example:
         >>> SGRS(preset="semantic").scope
@@ -138,10 +137,13 @@ class SGRS(Decoder):
         return self.query_row == "predictor" and self.strictness > 0 and self.top_k > 1
 
     def plan(self, vlm: Checkpoint, batch: Batch, layout: ImageLayout) -> DecodingPlan:
-        """A decoding loop."""
-        seeds = _row_seeds(vlm, batch, self.draw_seed)
-        loop = RejectionLoop(vlm=vlm, layout=layout, settings=self, seeds=seeds)
-        return DecodingPlan(loop=loop, beams=False, compiles=False)
+        """A gate, which asks its layers unless nothing can be rejected."""
+        history = layout.tokens.shape[1] - after_picture(layout)  # (B,)
+        if self.scope == "generated":
+            history = torch.zeros_like(history)
+        gate = RejectionGate(settings=self, seeds=_row_seeds(vlm, batch, self.draw_seed), history=history)
+        asks = self.layers or scoring_layers(vlm.layers)
+        return DecodingPlan(gate=gate, asks=asks if self.judges else None, beams=False, compiles=False)
 
 
 @dataclass(frozen=True, eq=False)
@@ -158,102 +160,74 @@ class Candidates:
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
-class RejectionLoop:
-    """The decoding loop of one call; see transformers' ``custom_generate``.
+class RejectionGate:
+    """The gate of a plan.
 
     Attributes:
-        vlm: The model.
-        layout: Layout of the prompts, without branches.
         settings: The method.
         seeds: A seed per row, for draws of its own.
+        history: (B,) int64, how many of each prompt's tokens are history; its last ones.
     """
 
-    vlm: Checkpoint
-    layout: ImageLayout
     settings: SGRS
     seeds: Sequence[int]
+    history: Tensor
 
-    def __call__(
-        self, model: PreTrainedModel, input_ids: Tensor, token_streamer: BaseStreamer | None = None, **kwargs: Any
-    ) -> Tensor | GenerateDecoderOnlyOutput:
-        """Generates.
-
-        Args:
-            model: The model.
-            input_ids: (B, T) prompts.
-            token_streamer: Gets the prompt and then every committed token. Transformers hands ``streamer`` to no loop
-                of another's, so ``generate`` takes it under this name.
-            **kwargs: Processors, stopping criteria, configuration, and what the model takes.
+    def __call__(self, newest: Newest | None, processors: Sequence[LogitsProcessor], *, sampling: bool) -> Rejection:
+        """Begins a call; see ``Gate``.
 
         Raises:
-            IncompatibleDecodersError: ``draw=greedy`` while ``generate`` samples, rows that are not the batch's, or a
-                cache that cannot step back.
+            IncompatibleDecodersError: ``draw=greedy`` while tokens are to be drawn.
         """
-        processors, stops, config = handed(kwargs)
-        rows, device = len(self.seeds), input_ids.device
-        if input_ids.shape[0] != rows:
-            raise IncompatibleDecodersError(
-                f"sgrs was planned for {rows} rows, generate runs {input_ids.shape[0]}",
-                "use num_return_sequences=1 and repeat rows in the batch instead",
-            )
-        draws = Draws(self.settings, processors, self.seeds, sampling=bool(config.do_sample))
-        memory = Memory(self.settings, rows)
-        ended = torch.zeros(rows, dtype=torch.bool, device=device)
-        kept: dict[str, list[Tensor]] = {"scores": [], "logits": []}
-        if token_streamer is not None:
-            token_streamer.put(input_ids.cpu())
-        answer = config.max_length - input_ids.shape[1]
-        with self._steps(model, input_ids, kwargs, answer) as (steps, start):
-            while not bool(ended.all()):
-                logits = steps.advance(input_ids)
-                scores, candidates = draws(input_ids, logits)
-                tokens = self._chosen(steps, start, candidates, ~ended, memory)  # (B,)
-                tokens = torch.where(ended, _padding(config), tokens)
-                input_ids = torch.cat([input_ids, tokens[:, None]], dim=1)
-                ended = ended | stops(input_ids, scores)
-                kept["scores"].append(scores)
-                kept["logits"].append(logits)
-                if token_streamer is not None:
-                    token_streamer.put(tokens.cpu())
-        if token_streamer is not None:
-            token_streamer.end()
-        if not config.return_dict_in_generate:
-            return input_ids
-        output: dict[str, Any] = {name: tuple(kept[name]) for name in kept if getattr(config, f"output_{name}")}
-        output["sequences"] = input_ids
-        return GenerateDecoderOnlyOutput(**output)
+        return Rejection(self, newest, Draws(self.settings, processors, self.seeds, sampling=sampling))
 
-    @contextmanager
-    def _steps(
-        self, model: PreTrainedModel, input_ids: Tensor, kwargs: dict[str, Any], answer: int
-    ) -> Iterator[tuple[SaliencySteps, Tensor]]:
-        """The passes, and (B,) the first column of each row's history."""
-        layout, live = self.layout, None
-        if hasattr(model, STACK):  # a method of the chain has branches, which make prompts longer
-            layout, live = stack_layout(layout, getattr(model, STACK))
-        start = after_picture(layout)[: len(self.seeds)]
-        if self.settings.scope == "generated":
-            start = torch.full_like(start, layout.tokens.shape[1])
-        layers = self.settings.layers or scoring_layers(self.vlm.layers)
-        with saliency_steps(self.vlm, layout, layers, input_ids, kwargs, answer=answer, live=live) as steps:
-            yield steps, start
 
-    def _chosen(
-        self, steps: SaliencySteps, start: Tensor, candidates: Candidates, running: Tensor, memory: Memory
-    ) -> Tensor:
+class Rejection:
+    """The choice of tokens of one call; see ``Gated``.
+
+    Args:
+        plan: The gate.
+        newest: What the newest step owes; None when nothing can be rejected.
+        draws: Which tokens are candidates.
+    """
+
+    def __init__(self, plan: RejectionGate, newest: Newest | None, draws: Draws) -> None:
+        self._settings, self._history = plan.settings, plan.history
+        self._newest, self._draws, self._memory = newest, draws, Memory(plan.settings, len(plan.seeds))
+
+    def __call__(self, scores: Tensor) -> Tensor:
+        """(B,) int64 tokens from (B, V) float32 scores."""
+        nothing = torch.empty(len(scores), 0, dtype=torch.long, device=scores.device)  # no draw reads it
+        return self.chosen(nothing, scores, torch.ones(len(scores), dtype=torch.bool, device=scores.device))[1]
+
+    def keep(self, samples: Tensor) -> None:
+        """Goes on with some of the samples, (S,) int64 numbers of the present ones."""
+        self._history = self._history[samples]
+        self._draws.keep(samples)
+        self._memory.keep(samples)
+
+    def chosen(self, said: Tensor, scores: Tensor, going: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, V) processed scores and (B,) int64 tokens; see ``Gated``."""
+        processed, candidates = self._draws(said, scores)
+        if self._newest is None:
+            return processed, candidates.tokens[:, 0]
+        return processed, self._judged(self._newest, candidates, going)
+
+    def _judged(self, newest: Newest, candidates: Candidates, going: Tensor) -> Tensor:
         """(B,) the committed tokens; their scores go to the memory."""
-        if not self.settings.judges:
-            return candidates.tokens[:, 0]
-        length = steps.length
-        column = torch.arange(length, device=start.device)
-        history = (column >= start[:, None]) & (column < length - (not self.settings.include_self))  # (B, K)
-        judged = running & history.any(dim=1)
+        column = torch.arange(newest.keys, device=going.device)
+        history = column >= newest.keys - self._history[:, None]  # (B, K)
+        if not self._settings.include_self:
+            history = history & (column < newest.keys - 1)
+        judged = going & history.any(dim=1)
 
         def score(place: int, wanted: Tensor) -> Tensor:
-            return mean_over(steps.saliency(candidates.tokens[:, place], wanted), history)
+            return mean_over(newest.saliency(candidates.tokens[:, place], wanted), history)
 
-        picked, scores = gate(candidates.scores, memory.thresholds(start.device), judged, self.settings.tries, score)
-        memory.add(scores, judged)
+        thresholds = self._memory.thresholds(going.device)
+        picked, scores = gate(candidates.scores, thresholds, judged, self._settings.tries, score)
+        self._memory.add(scores, judged)
+        self._history = self._history + 1  # the token that is now chosen
         return candidates.tokens.gather(1, picked[:, None])[:, 0]
 
 
@@ -315,6 +289,10 @@ class Memory:
             if judged and not math.isnan(score):
                 own.append(score)
 
+    def keep(self, rows: Tensor) -> None:
+        """Goes on with some of the rows, (R,) int64 numbers of the present ones."""
+        self.scores = [self.scores[number] for number in rows.tolist()]
+
 
 class Draws:
     """Which tokens are candidates and in which order they are drawn.
@@ -323,7 +301,7 @@ class Draws:
 
     Args:
         settings: The method.
-        processors: All processors of ``generate``; those that sample give the order and not the candidates.
+        processors: All processors of the scores; those that sample give the order and not the candidates.
         seeds: A seed per row.
         sampling: Whether ``generate`` was told to sample by transformers' own draw.
 
@@ -353,6 +331,12 @@ class Draws:
         order = self._noisy(input_ids, scores, top.values, top.indices).argsort(dim=1, descending=True, stable=True)
         return scores, Candidates(top.indices.gather(1, order), top.values.gather(1, order))
 
+    def keep(self, rows: Tensor) -> None:
+        """Goes on with some of the rows, (R,) int64 numbers of the present ones."""
+        self.generators = [self.generators[number] for number in rows.tolist()]
+        for processor in self.drawing:
+            processor.keep(rows)
+
     def _noisy(self, input_ids: Tensor, scores: Tensor, values: Tensor, tokens: Tensor) -> Tensor:
         """(B, k) values of the candidates, with the noise of whoever draws."""
         if self.drawing:
@@ -370,12 +354,6 @@ class Draws:
 def _gumbel(uniform: Tensor) -> Tensor:
     tiny = torch.finfo(uniform.dtype).tiny
     return -(-uniform.clamp(min=tiny).log()).clamp(min=tiny).log()
-
-
-def _padding(config: GenerationConfig) -> int:
-    """What stands behind a row's end, as in transformers: the padding token, or else the first end token."""
-    ends = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
-    return int(ends[0] or 0) if config.pad_token_id is None else int(config.pad_token_id)
 
 
 def _row_seeds(vlm: Checkpoint, batch: Batch, seed: int) -> list[int]:

@@ -17,27 +17,17 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from vlmfix.attention.edit import LayerSet, Rows, Site, WeightEdit
-from vlmfix.attention.saliency import SCALE, saliency_steps, token_loss
-from vlmfix.attention.session import edited
-from vlmfix.attention.windows import check_windows
-from vlmfix.decoders.base import Greedy
-from vlmfix.decoding.encoding import encoded_once, repeats_pictures
+from vlmfix.attention.saliency import SCALE, token_loss
+from vlmfix.decoding.choice import MostProbable
+from vlmfix.decoding.loop import decode
+from vlmfix.decoding.plan import DecodingPlan
+from vlmfix.decoding.running import running
 from vlmfix.errors import UnsupportedAttentionError
 from vlmfix.models.checkpoint import Checkpoint
 from vlmfix.models.context import room_for_answers
 from vlmfix.models.layout import Batch
 from vlmfix.models.turns import turn_of
 from vlmfix.upstream import defaults
-from vlmfix.upstream.features import handed_over
-
-
-def generation_inputs(vlm: Checkpoint, batch: Batch) -> dict[str, Any]:
-    """Inputs for ``model.generate``, with every distinct picture encoded once."""
-    inputs = dict[str, Any](batch)
-    if repeats_pictures(batch):
-        inputs |= handed_over(vlm.model, encoded_once(vlm, batch))
-        del inputs["pixel_values"]
-    return inputs
 
 
 def missing_layers(layers: LayerSet, count: int) -> str | None:
@@ -74,28 +64,25 @@ class NewestRows(WeightEdit):
         read: The layers that are read, in order; those of ``layers``.
         prompt: T.
         stop: Whether the first step is all that is wanted: the layers behind the last one are then not run.
-        steps: For each step, layer -> (B, T).
+        newest: Layer -> (B, T) of the newest step.
     """
 
     read: tuple[int, ...]
     prompt: int
     stop: bool
-    steps: list[dict[int, Tensor]] = field(default_factory=list)
+    newest: dict[int, Tensor] = field(default_factory=dict)
     rows: ClassVar[Rows] = "last"
 
     def weights(self, site: Site, weights: Tensor) -> Tensor:
         """The weights, as they were."""
-        if site.layer == self.read[0]:
-            self.steps.append({})
-        self.steps[-1][site.layer] = weights[:, :, -1, : self.prompt].mean(dim=1)  # (B, T)
+        self.newest[site.layer] = weights[:, :, -1, : self.prompt].mean(dim=1)  # (B, T)
         if self.stop and site.layer == self.read[-1]:
             raise _Enough
         return weights
 
     def maps(self) -> Tensor:
-        """(B, S, N, T) float32 on the CPU."""
-        steps = [torch.stack([step[layer] for layer in self.read]) for step in self.steps]  # (N, B, T) each
-        return torch.stack(steps).permute(2, 0, 1, 3).cpu()  # (B, S, N, T)
+        """(B, N, T) float32 on the CPU, of the newest step."""
+        return torch.stack([self.newest[layer] for layer in self.read], dim=1).cpu()
 
 
 @torch.no_grad()
@@ -121,31 +108,23 @@ def attention_maps(vlm: Checkpoint, batch: Batch, layers: LayerSet, *, steps: in
     """
     read = existing_layers(layers, vlm.layers)
     chosen = LayerSet("/".join(map(str, read)))
-    check_windows(vlm, read, batch.length, steps)
     reader = NewestRows(layers=chosen, read=read, prompt=batch.length, stop=steps == 1)
-    model: Any = vlm.model
-    with edited(vlm, vlm.layout(batch), (reader,)), Greedy().at_work(vlm, batch) as (arguments, watch):
-        options = arguments | {"max_new_tokens": steps, "disable_compile": True}
+    found: list[list[Tensor]] = [[] for _ in range(batch.rows)]
+    plan = DecodingPlan(edits=(reader,), compiles=False)
+    with running(vlm, batch, vlm.layout(batch), plan, limit=steps, name="a look at the picture") as call:
         try:
-            with defaults.undisturbed(model):
-                sequences = model.generate(**generation_inputs(vlm, batch), **options)
+            for said in decode(call, MostProbable(), defaults.ends(vlm.model)):
+                for row, seen in zip(said.samples, reader.maps(), strict=True):
+                    found[row].append(seen)
         except _Enough:
-            return list(reader.maps())
-    lengths = _answer_lengths(model, sequences[:, batch.length :])
-    room = lengths if watch.room is None else watch.room.tolist()
-    return [found[: min(each)] for found, *each in zip(reader.maps(), lengths, room, strict=True)]
+            return [seen[None] for seen in reader.maps()]
+    return [torch.stack(own) for own in found]
 
 
 def image_attention(vlm: Checkpoint, batch: Batch, layers: LayerSet, *, steps: int = 1) -> list[Tensor]:
     """The same, for each row at its image-patch tokens alone: (S, N, patch tokens of the row)."""
     maps, tokens = attention_maps(vlm, batch, layers, steps=steps), vlm.layout(batch).tokens.cpu()
     return [found[..., own] for found, own in zip(maps, tokens, strict=True)]
-
-
-def _answer_lengths(model: PreTrainedModel, answers: Tensor) -> list[int]:
-    """Number of tokens of each answer, its end token included and what fills it up left out."""
-    ended = torch.isin(answers, torch.tensor(defaults.ends(model), device=answers.device))  # (B, S)
-    return (answers.shape[1] - (ended.int().cumsum(dim=1) - ended.int() > 0).sum(dim=1)).tolist()
 
 
 def attention_gradients(vlm: Checkpoint, batch: Batch, layers: LayerSet) -> list[Tensor]:
@@ -167,28 +146,16 @@ def attention_gradients(vlm: Checkpoint, batch: Batch, layers: LayerSet) -> list
 
     Raises:
         UnsupportedAttentionError: A layer does not exist, or its attention cannot be read.
-        IncompatibleDecodersError: The model's cache cannot give back its last token.
+        DataError: A prompt ends with a picture, or fills a sliding window.
     """
     read = existing_layers(layers, vlm.layers)
     chosen = LayerSet("/".join(map(str, read)))
     room_for_answers(vlm, batch.lengths)
-    layout, model = vlm.layout(batch), vlm.model
-    found: list[Tensor] = []
-
-    def once(model: PreTrainedModel, input_ids: Tensor, **kwargs: Any) -> Tensor:
-        with saliency_steps(vlm, layout, chosen, input_ids, kwargs, answer=1) as passes, torch.enable_grad():
-            passes.advance(input_ids)
-            weights = [passes.recorder.seen[layer] for layer in read]  # (B, H, 1, T) each
-            logits = passes.newest[0]  # (B, V)
-            certainty = -SCALE * token_loss(logits, logits.argmax(dim=1)).sum()
-            for weight, gradient in zip(weights, torch.autograd.grad(certainty, weights), strict=True):
-                owed = weight.detach() * (gradient / SCALE).clamp(min=0)
-                found.append(owed[:, :, 0].float().mean(dim=1).cpu())  # (B, T)
-        return input_ids
-
-    generate: Any = model.generate
-    with turn_of(model).taken(), defaults.undisturbed(model):
-        generate(**generation_inputs(vlm, batch), max_new_tokens=1, disable_compile=True, custom_generate=once)
+    plan, found = DecodingPlan(asks=chosen), list[Tensor]()
+    with running(vlm, batch, vlm.layout(batch), plan, limit=1, name="a gradient") as call:
+        for weights, gradient in call.owed.gradients(call.prompt().argmax(dim=1)):  # (B, H, T) each
+            owed = weights * (-gradient).clamp(min=0)  # the gradient is that of -v
+            found.append(owed.float().mean(dim=1).cpu())  # (B, T)
     return list(torch.stack(found, dim=1))  # (N, T) each
 
 

@@ -203,7 +203,8 @@ def lost_in_prompt(work: Work, step: LastStep, copies: int) -> Tensor:
             logits = model(**copied, use_cache=False, logits_to_keep=1).logits[:, -1].float()  # (N, V)
         return torch.as_tensor(logits.softmax(dim=-1)[:, step.token])
 
-    bytes_each = PROMPT * step.embeds.nbytes * batch.length
+    embeddings: Any = work.vlm.model.get_input_embeddings()
+    bytes_each = PROMPT * embeddings.weight[0].nbytes * batch.length
     return _lost(probability, work.layers, work.heads, max(1, min(copies, last_step.MEMORY // bytes_each - 1)))
 
 

@@ -11,7 +11,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from vlmfix.attention.saliency import Recorder
+from vlmfix.decoding.newest import Recorder
 from vlmfix.heads.profiler import Profiler, State
 from vlmfix.insight.last_step import SCALE, LastStep
 from vlmfix.insight.work import Ran, Work
@@ -53,7 +53,7 @@ class _State(State):
 @torch.enable_grad()
 def _row(step: LastStep, image: Tensor) -> Tensor:
     """(L, H) of one row; ``image`` (T,) marks its patches."""
-    recorder = Recorder()
+    recorder = Recorder(first=0)
     loss = -SCALE * step.logits([recorder]).log_softmax(dim=-1)[0, step.token]
     seen = [recorder.seen[layer] for layer in sorted(recorder.seen)]  # each (1, H, 1, K)
     slopes = torch.autograd.grad(loss, seen)
