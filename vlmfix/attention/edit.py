@@ -11,6 +11,7 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
+import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
@@ -205,6 +206,23 @@ class BiasEdit(AttentionEdit, ABC):
     @abstractmethod
     def bias(self, site: Site) -> Tensor:
         """Returns a float tensor broadcastable to (B, H, R, K)."""
+
+
+class ProductBias(BiasEdit):
+    """Adds a number of the row times a number of the key: in prefill, one more dimension of queries and keys.
+
+    No row is recomputed then, however many it concerns. In prefill ``site.allowed`` is what the pass's last row may
+    see, (1 or B, 1, 1, K).
+    """
+
+    @abstractmethod
+    def factors(self, site: Site) -> tuple[Tensor, Tensor]:
+        """Returns (B, 1 or H, R) and (B, K) float tensors; a key's -inf hides it from every row that is not 0."""
+
+    def bias(self, site: Site) -> Tensor:
+        """(B, 1 or H, R, K)."""
+        rows, keys = (factor[..., None] for factor in self.factors(site))
+        return torch.where(rows != 0, rows * keys.mT[:, None], 0.0)
 
 
 class ScoreEdit(AttentionEdit, ABC):

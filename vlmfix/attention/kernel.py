@@ -5,19 +5,21 @@ A plan lives as an attribute on each edited attention module, and only there: an
 
 Cost: bias and output edits stay on SDPA. Score and weight edits, and any edit in prefill, recompute only the query
 rows that they edit and overwrite their output, so memory grows with K and not with K squared. Edits of every row of the
-prompt come in blocks of rows for the same reason. Output edits of all rows recompute nothing.
+prompt come in blocks of rows for the same reason. Nothing is recomputed for output edits of all rows, nor for biases
+that are products of a row's and a key's number.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import pad
 
-from vlmfix.attention.edit import BiasEdit, OutputEdit, PromptReading, ScoreEdit, Site, WeightEdit
+from vlmfix.attention.edit import BiasEdit, OutputEdit, ProductBias, PromptReading, ScoreEdit, Site, WeightEdit
 from vlmfix.attention.rows import Block, Step, chosen, read, total_bias
 from vlmfix.errors import UnsupportedAttentionError, WindowError
 from vlmfix.upstream import attention as upstream
@@ -27,6 +29,10 @@ NAME = "vlmfix"
 """Name of the attention function in transformers' registries."""
 HEADROOM = 65536
 """Keys past the prompt for which masks are kept ready, so that a decoding step takes a view and pads nothing."""
+ALIGNED = 8
+"""Numbers that kernels of SDPA want the dimensions of a head to be a multiple of."""
+STRONGEST = 1e4
+"""Size of a bias that stands for an infinite one, where 0 times infinity would be no number."""
 PLAN = "_vlmfix_plan"
 """Attribute of an attention module, and of its layer, that holds the plan."""
 
@@ -68,6 +74,12 @@ class LayerPlan:
     def biases(self) -> bool:
         """Whether some edit adds to the scores."""
         return any(isinstance(step.edit, BiasEdit) for step in self.steps)
+
+    @property
+    def products(self) -> bool:
+        """Whether all that is done to scores and weights is to add products of a row's and a key's number."""
+        scored = [step.edit for step in self.steps if not isinstance(step.edit, OutputEdit)]
+        return bool(scored) and all(isinstance(edit, ProductBias) for edit in scored)
 
     @property
     def reads(self) -> bool:
@@ -157,16 +169,44 @@ def _prefill(plan: LayerPlan, call: Call) -> Tensor:
             f"a pass over {length} tokens of a prompt of {plan.prompt}",
             "attention edits need the prompt in one piece: no chunked prefill",
         )
-    output = call.sdpa()
     rows = plan.rows
     if length > plan.prompt:  # a pass without a cache: rows past the prompt are decode rows, all edited
         rows = torch.cat([rows, torch.arange(plan.prompt, length, device=rows.device)])
     own = rows - plan.start  # (R,) among the queries of this pass
-    some, every = (rows[None], _allowed(call, own, length)), _every(call, length)
+    every = _every(call, length)
+    some = rows[None], every[1] if plan.products else _allowed(call, own, length)
     sites = [_site(plan, step, call, length, *(every if step.edit.rows == "all" else some)) for step in plan.steps]
-    if rows.shape[0] > 0:
-        output = _weighted(plan, sites, call, output, own, some[1])
+    if rows.shape[0] == 0:
+        output = call.sdpa()
+    elif plan.products:
+        output = _with_products(plan, sites, call, own)
+    else:
+        output = _weighted(plan, sites, call, call.sdpa(), own, some[1])
     return _outputs(plan, sites, output, own)
+
+
+def _with_products(plan: LayerPlan, sites: list[Site], call: Call, own: Tensor) -> Tensor:
+    """SDPA of all rows, (B, Q, H, D), with each product of a row's and a key's number as dimensions of their own.
+
+    A key's number takes two, the second for what the model's precision takes off the first.
+    """
+    kind, size = call.query.dtype, call.query.shape[-1]
+    exact = torch.promote_types(kind, torch.float32)
+    most = min(STRONGEST, torch.finfo(kind).max * call.scale / 2)
+    factors: list[tuple[Tensor, Tensor]] = []
+    for step, site in zip(plan.steps, sites, strict=True):
+        if isinstance(step.edit, ProductBias):
+            rows, keys = step.edit.factors(site)
+            rows = torch.where(site.acts[:, None], rows, 0.0).to(kind)  # (B, 1 or H, R)
+            keys = keys.to(exact).clamp(-most, most) / call.scale  # (B, K)
+            high = keys.to(kind)
+            factors += [(rows, high), (rows, (keys - high).to(kind))]
+    wider = -(-len(factors) // ALIGNED) * ALIGNED
+    query, key, value = (pad(part, (0, wider)) for part in (call.query, call.key, call.value))
+    for place, (rows, keys) in enumerate(factors, size):
+        query[:, :, own, place] = rows.expand(-1, query.shape[1], -1)
+        key[:, :, : keys.shape[1], place] = keys[:, None]
+    return replace(call, query=query, key=key, value=value).sdpa()[..., :size]
 
 
 def _allowed(call: Call, own: Tensor, length: int) -> Tensor:
