@@ -241,6 +241,34 @@ class WeightEdit(AttentionEdit, ABC):
         """Returns new weights for ``weights`` (B, H, R, K) float32."""
 
 
+class PartEdit(WeightEdit):
+    """Multiplies the weights of some keys by one number and those of all others by another.
+
+    Both depend on how much attention the row gives to either, so no row need be materialised in prefill. There
+    ``site.allowed`` is then what the pass's last row may see, (1 or B, 1, 1, K).
+    """
+
+    @abstractmethod
+    def keys(self, site: Site) -> Tensor:
+        """Returns (B, H, K) bool, the keys that are apart."""
+
+    @abstractmethod
+    def factors(self, own: Tensor, rest: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns the factor of the keys that are apart, and that of the others.
+
+        Args:
+            own: Attention of each row to the keys that are apart; what is returned has its shape.
+            rest: The same for the others.
+        """
+
+    def weights(self, site: Site, weights: Tensor) -> Tensor:
+        """(B, H, R, K)."""
+        apart = self.keys(site)
+        own, rest = (weights @ keys[..., None].to(weights.dtype) for keys in (apart, ~apart))  # (B, H, R, 1)
+        factor, others = self.factors(own, rest)
+        return weights * torch.where(apart[:, :, None], factor, others)
+
+
 class OutputEdit(AttentionEdit, ABC):
     """Rewrites the head outputs before the output projection; stays on SDPA."""
 
@@ -261,3 +289,24 @@ class PromptReading(AttentionEdit, ABC):
 
         A ``blockwise`` reading is called once for each block, and begins anew with block 0.
         """
+
+
+class ColumnReading(PromptReading):
+    """Reads how much attention each key of the prompt gets from all of its rows that count.
+
+    No row need be materialised for it; ``site.allowed`` may be what the pass's last row may see, (1 or B, 1, 1, K).
+    """
+
+    @abstractmethod
+    def counts(self, site: Site) -> Tensor:
+        """Returns (B, R) bool, the rows that are summed over."""
+
+    @abstractmethod
+    def add(self, site: Site, sums: Tensor, numbers: Tensor) -> None:
+        """Takes (B, H, K) sums over the rows of a block, or over all, and (B, K) how many of them may see each key."""
+
+    def read(self, site: Site, weights: Tensor) -> None:
+        """Adds the rows of a block."""
+        counted = self.counts(site)  # (B, R)
+        sums = (counted[:, None, None].to(weights.dtype) @ weights).squeeze(2)
+        self.add(site, sums, (site.allowed[:, 0] & counted[:, :, None]).sum(dim=1))
