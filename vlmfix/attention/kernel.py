@@ -92,9 +92,9 @@ class LayerPlan:
 
     @property
     def parts(self) -> bool:
-        """Whether what is done to scores and weights is to read columns, and behind that to change parts of one row.
+        """Whether scores stay, and of weights of the prompt's rows columns are read, and behind that parts are changed.
 
-        Of few rows, all of that is computed faster.
+        A few rows are computed anew in less time than SDPA takes for all.
         """
         scored = [step.edit for step in self.steps if not isinstance(step.edit, OutputEdit)]
         kinds = [PartEdit if isinstance(edit, PartEdit) else ColumnReading for edit in scored]

@@ -80,9 +80,10 @@ class ACT(Decoder):
     that the row sums to more than 1; here, in both presets, the sinks of the prompt shrink as in any other row. That
     code edits the first sample of a batch alone. ``spared_tail`` is 3 in preset ``paper``, this package's choice.
 
-    *Cost*: one pass per token. Prefill materialises all of attention, in blocks of rows that hold at most 2**25
-    weights; long prompts, of several blocks, twice: to find the sinks and to shrink them. Questions about one picture
-    read it anew. Decoding materialises one row per head. Beams and compiled decoding work.
+    *Cost*: one pass per token. Prefill runs SDPA three times and once backwards, to find the sinks and to shrink them,
+    and materialises nothing; behind an edit of weights or scores in a chain it materialises all of attention, in blocks
+    of rows that hold at most 2**25 weights. Questions about one picture read it anew. Decoding materialises one row per
+    head. Beams and compiled decoding work.
 
     Example:
         >>> ACT(heads="L2H8/L3H1").kept_fraction

@@ -72,9 +72,10 @@ class CARVE(Refiner):
     asked as it is given; the official code appends the terse sentence there too. A question about several pictures
     refines each by its own part of the map.
 
-    *Cost*: one answer of at most ``probe_tokens`` tokens to the question, one to the general instruction for each
-    distinct picture (kept for later questions), and the answer itself, with two pictures when ``both`` are shown. With
-    ``steps=first`` a probe is a part of a forward: layers behind the last one that is read are not run. Memory:
+    *Cost*: one answer of at most ``probe_tokens`` tokens to the question, beside it in the same passes one to the
+    general instruction for each distinct picture (kept for later questions), and the answer itself, with two pictures
+    when ``both`` are shown. With ``steps=first`` a probe is a part of a forward: layers behind the last one that is
+    read are not run. Memory:
     S x N x T floats of a row. A row without a picture is left as it is.
 
     Example:

@@ -91,9 +91,9 @@ class ViCrop(Refiner):
     In a flat map the first window is taken, as published, and the look says so.
 
     *Cost*: the answer with twice the pictures, and beforehand, for each question and block: rel-att one part of a
-    forward up to the last layer that is read, and one more per picture (kept for later questions); grad-att one forward
-    and one backward for a single token, whose activations are kept; pure-grad one forward and one backward that keep
-    the activations of the vision tower and of all tokens in all layers, row by row, and the same per picture with
+    forward up to the last layer that is read, with one more row per picture (kept for later questions); grad-att one
+    forward and one backward for a single token, whose activations are kept; pure-grad one forward and one backward that
+    keep the activations of the vision tower and of all tokens in all layers, row by row, and the same per picture with
     ``against_general``. Memory: rel-att and grad-att keep one row of attention per layer and head, grad-att also one
     token's activations; pure-grad's grows with tokens x layers, about 2 x (10 x width + 4 x inner width) bytes for each
     of them in bfloat16 (LLaVA-1.5-7B at 620 tokens: counted, 3.4 GB). A row without a picture is left as it is.
