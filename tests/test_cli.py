@@ -44,6 +44,7 @@ def test_run_asks_and_goes_on(tmp_path, model, vlmfix):
     assert (code, printed) == (0, "")
     assert f"3 answers in {out}/answers.jsonl" in told
     assert f"1 failures in {out}/failed.jsonl" in told
+    assert f"vlmfix view {out}" in told
     records = list(read_lines(out / "answers.jsonl"))
     assert [record["prompt"] for record in records] == ["What?"] * 3
     assert all(1 <= record["tokens"] <= 4 for record in records)

@@ -13,7 +13,7 @@ from transformers.models.mistral.modeling_mistral import MistralAttention
 from tests.contracts.support import PICTURES, STRONG, close, logits, method_of, plain, vlm_of
 from tests.tiny import tiny_vlm
 from tests.tiny.text import DECODER, drawn
-from vlmfix.answering import Answerer, Question
+from vlmfix.answering import Answerer
 from vlmfix.attention.windows import narrowest
 from vlmfix.decoders import DECODERS, DecodingPlan, Greedy, parse
 from vlmfix.decoding.branches import Contrast, with_instruction
@@ -23,6 +23,7 @@ from vlmfix.generation import VLM
 from vlmfix.heads.measure import profile
 from vlmfix.insight.grounding import grounding
 from vlmfix.settings import Settings
+from vlmfix.supply import Question
 from vlmfix.upstream import attention
 from vlmfix.upstream.positions import context
 

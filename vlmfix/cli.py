@@ -11,7 +11,7 @@ from contextlib import suppress
 import click
 
 from vlmfix import __version__
-from vlmfix.commands import about, answers, bench, compare, evaluate, grounding, options, profile, tune, world
+from vlmfix.commands import about, answers, bench, compare, evaluate, grounding, options, profile, tune, view, world
 from vlmfix.errors import SystematicError, UsageError, VlmfixError
 from vlmfix.files import FULL
 
@@ -31,6 +31,7 @@ for _command in (
     answers.ask,
     grounding.grounding,
     evaluate.evaluate,
+    view.view,
     compare.compare,
     compare.reproduce,
     tune.tune,

@@ -2,24 +2,17 @@
 
 from __future__ import annotations
 
-import base64
-import html
-import io
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
-
-from PIL import Image
 
 from vlmfix.decoders import Decoder, parse
-from vlmfix.errors import DataError
-from vlmfix.files import replacing
 from vlmfix.generation import VLM, load
 from vlmfix.images import open_picture
 from vlmfix.jobs.folder import DESCRIBE
-from vlmfix.parsing import escaped
+from vlmfix.view.page import page_of, refuse_foreign, write_page
+from vlmfix.view.sheet import Card, Column, Judgement, Kind, PictureFile, Row, Said, Sheet
 from vlmfix.world import coco
 from vlmfix.world.categories import category
 from vlmfix.world.mentions import mentions
@@ -28,8 +21,10 @@ from vlmfix.world.scenes import scene
 SCENES = 12
 MAX_NEW_TOKENS = 96
 PLAIN = "greedy"
-
-Mark = Literal["", "present", "absent"]
+NAME = "vlmfix demo"
+"""What tells a page of the demonstration from others."""
+HEADING = "Plain decoding and a mitigation, side by side"
+INTRO = "The model that comes with vlmfix describes scenes that it has never seen."
 
 
 @dataclass(frozen=True)
@@ -41,7 +36,7 @@ class Described:
         named: COCO names of the objects that it mentions, each once.
     """
 
-    pieces: tuple[tuple[str, Mark], ...]
+    pieces: tuple[tuple[str, Kind], ...]
     named: tuple[str, ...]
 
 
@@ -103,7 +98,7 @@ def demonstrate(
     """
     arms = {spec: parse(spec) for spec in (PLAIN, decoder)}
     page_file = out / "index.html"
-    _refuse_foreign(page_file)
+    refuse_foreign(page_file, NAME)
     folder = out / f"scenes-{seed}-{count}"
     coco.make(folder, count=count, seed=seed)
     files = [folder / "images" / coco.image_name(number) for number in range(count)]
@@ -116,19 +111,8 @@ def demonstrate(
         comparison.scenes.append(Scene(image=file, present=present, answers=answers))
         for spec, described in answers.items():
             _add(comparison.counts[spec], described, present)
-    with replacing(page_file) as draft:
-        draft.write(page(comparison).encode())
+    write_page(page_file, page(comparison), NAME)
     return comparison
-
-
-def _refuse_foreign(path: Path) -> None:
-    """Refuses to write over a page that is none of the demonstration's."""
-    try:
-        ours = not path.exists() or (path.is_file() and path.read_bytes().startswith(BEGINNING.encode()))
-    except OSError as error:
-        raise DataError(f"cannot read {path}: {error.strerror}", "choose another --out") from error
-    if not ours:
-        raise DataError(f"{path} is there and is no page of the demonstration", "choose another --out")
 
 
 def _answers(vlm: VLM, files: list[Path], decoder: Decoder) -> list[str]:
@@ -145,7 +129,7 @@ def describe(text: str, present: tuple[str, ...]) -> Described:
         present: COCO names of what is in the picture.
     """
     names = mentions(text)
-    pieces: list[tuple[str, Mark]] = []
+    pieces: list[tuple[str, Kind]] = []
     end = 0
     for name in names:  # in the order of the text, so that each is the next occurrence of its own forms
         forms = "|".join(re.escape(form) for form in (category(name).plural, name))
@@ -169,54 +153,30 @@ def _add(count: Count, described: Described, present: tuple[str, ...]) -> None:
 
 def page(comparison: Comparison) -> str:
     """The comparison as one HTML page that needs no other file."""
-    arms = list(comparison.counts)
-    head = "".join(f"<th>{html.escape(escaped(arm))}</th>" for arm in arms)
-    rows = "".join(_row(shown, arms) for shown in comparison.scenes)
-    sums = "".join(
-        f"<td><b>{count.hallucinated}</b> of {count.mentioned} objects mentioned are not in the picture<br>"
-        f"{count.found} of {count.present} objects in the pictures are mentioned</td>"
-        for count in comparison.counts.values()
+    columns = tuple(Column(arm, summary=tuple(counted(count))) for arm, count in comparison.counts.items())
+    cards = tuple(_card(shown) for shown in comparison.scenes)
+    return page_of(Sheet("", columns, cards), len(cards), name=NAME, heading=HEADING, intro=[INTRO])
+
+
+def counted(count: Count) -> tuple[str, str]:
+    """What the objects of a decoder's answers amount to, in two sentences."""
+    return (
+        f"{count.hallucinated} of {count.mentioned} objects mentioned are not in the picture",
+        f"{count.found} of {count.present} objects in the pictures are mentioned",
     )
-    return BEGINNING + PAGE.format(head=head, rows=rows, sums=sums)
 
 
-def _row(shown: Scene, arms: list[str]) -> str:
-    cells = "".join(f"<td>{_marked(shown.answers[arm])}</td>" for arm in arms)
-    contents = html.escape(", ".join(shown.present))
-    picture = f'<img src="{_thumbnail(shown.image)}" alt="{contents}"><small>{contents}</small>'
-    return f"<tr><td>{picture}</td>{cells}</tr>\n"
+def _card(shown: Scene) -> Card:
+    judged = tuple(_judged(described, shown.present) for described in shown.answers.values())
+    said = tuple(Said("".join(words for words, _ in described.pieces)) for described in shown.answers.values())
+    truth = f"In the picture: {', '.join(shown.present)}"
+    return Card(PictureFile(shown.image.name, shown.image), (Row(DESCRIBE, said, truth, judged),))
 
 
-def _marked(described: Described) -> str:
-    tags = {"": "{}", "present": "<b>{}</b>", "absent": "<del>{}</del>"}
-    return "".join(tags[mark].format(html.escape(escaped(words, lines=True))) for words, mark in described.pieces)
-
-
-def _thumbnail(path: Path) -> str:
-    data = io.BytesIO()
-    open_picture(path).image.resize((256, 256), Image.Resampling.LANCZOS).save(data, "JPEG", quality=88)
-    return "data:image/jpeg;base64," + base64.b64encode(data.getvalue()).decode()
-
-
-BEGINNING = '<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>vlmfix demo</title>\n'
-"""What tells a page of the demonstration from others."""
-PAGE = """<style>
-body {{ font: 16px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 75rem; padding: 0 1rem;
-  color: #222; }}
-table {{ border-collapse: collapse; width: 100%; }}
-th, td {{ text-align: left; vertical-align: top; padding: .75rem; border-bottom: 1px solid #ddd; }}
-td:first-child {{ width: 256px; }}
-img {{ display: block; width: 256px; height: 256px; border-radius: 4px; }}
-small {{ color: #666; }}
-b {{ font-weight: 600; }}
-del {{ color: #b00020; font-weight: 600; }}
-</style></head><body>
-<h1>Plain decoding and a mitigation, side by side</h1>
-<p>The model that comes with vlmfix describes scenes that it has never seen. Under each picture stands
-what is in it. <b>Bold</b> objects are in the picture, <del>struck</del> ones are not.</p>
-<table><thead><tr><th>picture</th>{head}</tr></thead>
-<tbody>
-<tr><td>all pictures</td>{sums}</tr>
-{rows}</tbody></table>
-</body></html>
-"""
+def _judged(described: Described, present: tuple[str, ...]) -> Judgement:
+    marks, end = list[tuple[int, int, Kind]](), 0
+    for words, kind in described.pieces:
+        if kind:
+            marks.append((end, end + len(words), kind))
+        end += len(words)
+    return Judgement(tuple(marks), tuple(name for name in described.named if name not in present))

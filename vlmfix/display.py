@@ -20,7 +20,7 @@ from rich.text import Text
 
 from vlmfix.card import plain, reading_notes
 from vlmfix.decoders import DecoderInfo
-from vlmfix.demo import Comparison, Count, Described
+from vlmfix.demo import Comparison, Described, counted
 from vlmfix.generation import VLM, load
 from vlmfix.jobs.folder import Progress
 from vlmfix.language.parameters import written
@@ -150,6 +150,7 @@ def summary(end: Progress, out: Path) -> str:
     if totals.ms_per_token is not None:
         speed = f"{totals.tokens} tokens, {totals.ms_per_token:.1f} ms per token"
         lines.append(f"vlmfix: {speed}; settings in {folder}/run.json")
+        lines.append(f"vlmfix: to look at the answers beside the pictures: vlmfix view {folder}")
     return "\n".join(lines)
 
 
@@ -281,13 +282,8 @@ def comparison_text(comparison: Comparison) -> str:
         present = Text(f"{scene.image.name}\n").append(", ".join(scene.present), style="dim")
         table.add_row(present, *(_marked(described) for described in scene.answers.values()))
     legend = Text("[in brackets]: not in the picture")
-    return rendered(table, legend, "", *(Text(_counted(spec, count)) for spec, count in comparison.counts.items()))
-
-
-def _counted(spec: str, count: Count) -> str:
-    return (
-        f"{spec}: {count.hallucinated} of {count.mentioned} objects mentioned are not in the picture; "
-        f"{count.found} of {count.present} objects in the pictures are mentioned"
+    return rendered(
+        table, legend, "", *(Text(f"{spec}: {'; '.join(counted(count))}") for spec, count in comparison.counts.items())
     )
 
 

@@ -43,6 +43,9 @@ class VlmfixError(Exception):
     def __str__(self) -> str:
         return f"{self.message} ({self.hint})" if self.hint else self.message
 
+    def __reduce__(self) -> tuple[type[VlmfixError], tuple[str, str]]:  # else a copy, or another process, has no hint
+        return type(self), (self.message, self.hint)
+
 
 class UsageError(VlmfixError):
     """A parameter, option or specification that is not allowed; exit code 2 on the command line."""

@@ -38,7 +38,7 @@ from vlmfix.decoding.running import Running, running
 from vlmfix.errors import IncompatibleDecodersError, UsageError
 from vlmfix.models.checkpoint import Checkpoint, limited
 from vlmfix.models.families import family_of
-from vlmfix.models.layout import Batch
+from vlmfix.models.layout import Batch, Prepared
 from vlmfix.models.turns import turn_of
 from vlmfix.settings import Settings
 from vlmfix.upstream import defaults
@@ -101,6 +101,7 @@ class VLM(Checkpoint):
         top_p: float = 1.0,
         seed: int = 0,
         static_cache: bool = False,
+        prepared: Prepared | None = None,
     ) -> list[Answer]:
         """Answers questions about pictures, as one batch.
 
@@ -119,15 +120,20 @@ class VLM(Checkpoint):
             top_p: Nucleus of sampling, in (0, 1].
             seed: Seed of sampling, together with the row's question and pixels.
             static_cache: Preallocates the cache; on a GPU decoding is then compiled, which pays over many batches.
+            prepared: What ``prepared`` has made of the same pictures and questions; None makes it here. A decoder that
+                refines pictures has no use for it.
 
         Raises:
             DataError: The numbers of pictures and prompts differ, or are zero, or something else is among them; a
                 prompt leaves no room for an answer in the model's context; or an answer could outgrow a sliding window
                 in which the decoder edits attention.
-            UsageError: A parameter is out of range, or contradicts the decoder.
+            UsageError: A parameter is out of range, or contradicts the decoder; or other pictures or questions were
+                prepared.
             IncompatibleDecodersError: The decoder cannot act on this model or kind of run.
         """
         rows, asked = _questions(pictures, prompts)
+        if prepared is not None:
+            _check_prepared(prepared, rows, asked)
         method = _method(decoder)
         request = _Request(
             rows=rows,
@@ -137,6 +143,7 @@ class VLM(Checkpoint):
             strategy=_strategy(method, Strategy(num_beams=num_beams, temperature=temperature, top_p=top_p)),
             seed=seed,
             static_cache=static_cache,
+            prepared=prepared,
         )
         with turn_of(self.model).taken():
             started = time.perf_counter()
@@ -257,7 +264,7 @@ class VLM(Checkpoint):
             return request, [None] * len(request.rows)
         found = request.decoder.refine(self, request.rows, request.prompts, self.memo.of(weights_of(self.model)))
         rows = [refined.pictures for refined in found]
-        return replace(request, rows=rows, decoder=request.decoder.decoding), found
+        return replace(request, rows=rows, decoder=request.decoder.decoding, prepared=None), found
 
     def _found(
         self, request: _Request, streamer: TextIteratorStreamer | None = None, left: threading.Event | None = None
@@ -269,7 +276,8 @@ class VLM(Checkpoint):
             streamer: Gets the tokens of the one answer as they come, and is told its end.
             left: Set when nobody reads any more.
         """
-        batch, method, beams = self.encode(request.prompts, request.rows), request.decoder, request.strategy.num_beams
+        batch = self.placed(request.prepared or self.prepared(request.prompts, request.rows))
+        method, beams = request.decoder, request.strategy.num_beams
         layout, plan = method.planned(self, batch, num_beams=beams)
         shadowed = "generate" in vars(self.model)  # by a block of ``applied`` around this call, or by whoever
         if request.static_cache or shadowed:
@@ -386,6 +394,7 @@ class _Request:
     strategy: Strategy = field(default_factory=Strategy)
     seed: int = 0
     static_cache: bool = False
+    prepared: Prepared | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "max_new_tokens", whole("max_new_tokens", self.max_new_tokens, 1))
@@ -395,6 +404,16 @@ class _Request:
 def _questions(pictures: Sequence[Shown], prompts: str | Sequence[str]) -> tuple[list[list[Image.Image]], list[str]]:
     rows = pictures_of(pictures)
     return rows, questions_of(prompts, len(rows))
+
+
+def _check_prepared(prepared: Prepared, rows: Sequence[Sequence[Image.Image]], prompts: Sequence[str]) -> None:
+    """Refuses what was made of other pictures or questions."""
+    shown = [[id(picture) for picture in row] for row in rows]
+    if prepared.prompts != tuple(prompts) or [[id(picture) for picture in row] for row in prepared.pictures] != shown:
+        raise UsageError(
+            "other pictures or questions were prepared",
+            "prepare the same RGB pictures and questions, in the same order",
+        )
 
 
 def _method(decoder: Decoder | str) -> Decoder:
@@ -437,9 +456,19 @@ def load(
     device: str = "auto",
     dtype: str = "auto",
     max_pixels: int | None = None,
+    device_map: str | None = None,
+    quantize: str | None = None,
 ) -> VLM:
     """Loads a model; see ``Checkpoint.load``. ``load("tiny")`` is the model that comes with the package."""
-    return VLM.load(model, revision=revision, device=device, dtype=dtype, max_pixels=max_pixels)
+    return VLM.load(
+        model,
+        revision=revision,
+        device=device,
+        dtype=dtype,
+        max_pixels=max_pixels,
+        device_map=device_map,
+        quantize=quantize,
+    )
 
 
 def wrap(model: nn.Module, processor: ProcessorMixin, *, max_pixels: int | None = None) -> VLM:

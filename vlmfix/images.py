@@ -29,9 +29,11 @@ BOMBS = (Image.DecompressionBombError, Image.DecompressionBombWarning)
 
 PAUSES = (0.1, 0.5, 0.0)
 """Seconds after each attempt to open a picture in which trouble that passes may pass."""
-READERS = 2
+READERS = max(2, min(8, (os.cpu_count() or 1) - 1))
+"""Pictures that are opened at once."""
 AHEAD = 8
-"""Pictures that wait, decoded, for the model: it never waits for the disk, and memory stays bounded."""
+"""Pictures that wait, decoded, for the model, or as many as a batch has: it never waits for the disk, and memory stays
+bounded."""
 
 
 @dataclass(frozen=True)
@@ -244,11 +246,14 @@ def named_picture(path: Path) -> Image.Image:
         raise PassingError(f"{path}: {error.message}", error.hint) from error
 
 
-def read_ahead(files: Iterable[Found]) -> Generator[tuple[Found, Picture | DataError | PassingError]]:
+def read_ahead(
+    files: Iterable[Found], *, batch: int = 1
+) -> Generator[tuple[Found, Picture | DataError | PassingError]]:
     """Opens pictures in background threads, a few ahead of the caller, in order; ``close()`` ends the threads.
 
     Args:
         files: What to open; taken one by one as the caller goes on.
+        batch: Pictures that the caller takes at once.
 
     Yields:
         Each file with its picture, or with the error that says why there is none; trouble that passes has then been
@@ -259,7 +264,7 @@ def read_ahead(files: Iterable[Found]) -> Generator[tuple[Found, Picture | DataE
     try:
         for file in files:
             waiting.append((file, pool.submit(_open_or_error, file)))
-            if len(waiting) >= AHEAD:
+            if len(waiting) >= max(AHEAD, batch):
                 first, future = waiting.popleft()
                 yield first, future.result()
         while waiting:

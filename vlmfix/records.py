@@ -281,7 +281,9 @@ def _is_deep(document: object) -> bool:
             value.values() if isinstance(value, dict) else value for value in level if isinstance(value, dict | list)
         )
         level = [inner for held in objects for inner in held if isinstance(inner, dict | list)]
-    return bool(level)
+        if not level:
+            return False
+    return True
 
 
 def refuse_other(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,7 +10,7 @@ from vlmfix.shapes import NUMBER, SEED, SIZE, TEXT
 
 MODEL = {"revision": TEXT.or_null(), "commit": TEXT.or_null(), "weights": TEXT, "dtype": TEXT}
 """What a card says of the model beside its name."""
-LOADED = {"max_pixels": SIZE.or_null()}
+LOADED = {"max_pixels": SIZE.or_null(), "device_map": TEXT.or_null(), "quantize": TEXT.or_null()}
 """What a card says of how the model was loaded, by names of ``Settings``; cards of earlier versions lack some."""
 DECODED = {"max_new_tokens": SIZE, "num_beams": SIZE, "temperature": NUMBER, "seed": SEED}
 """What a card says of decoding, by names of ``Settings``."""
@@ -30,6 +31,8 @@ class Settings:
         temperature: Sampling temperature; 0 takes the most probable token, or leaves the choice to the decoder.
         seed: Seed of sampling.
         max_pixels: The most pixels that the processor makes of a picture; None leaves its own limit.
+        device_map: ``auto`` spreads the model over all devices; None keeps it on one.
+        quantize: ``int8`` or ``int4`` weights; None leaves them as they are.
     """
 
     model: str = "tiny"
@@ -42,6 +45,8 @@ class Settings:
     temperature: float = 0.0
     seed: int = 0
     max_pixels: int | None = None
+    device_map: str | None = None
+    quantize: str | None = None
 
     def loading(self) -> dict[str, Any]:
         """What a loader is told beside the model, as keyword arguments of ``vlmfix.load``."""
@@ -54,3 +59,20 @@ class Settings:
     def decoding(self) -> dict[str, Any]:
         """The generation settings that two comparable runs share."""
         return {name: getattr(self, name) for name in DECODED}
+
+
+def decoding_text(decoding: Mapping[str, Any]) -> str:
+    """Generation settings in words; sampling and beams only where they are used.
+
+    Args:
+        decoding: What a card says of decoding.
+    """
+    words = [f"up to {decoding['max_new_tokens']} tokens"]
+    if decoding["num_beams"] > 1:
+        words.append(f"{decoding['num_beams']} beams")
+    if decoding["temperature"] > 0:
+        rest = ", ".join(
+            f"{name} {value}" for name, value in decoding.items() if name not in ("max_new_tokens", "num_beams")
+        )
+        words.append(f"sampling ({rest})")
+    return ", ".join(words)

@@ -8,7 +8,7 @@ import torch
 from tests.contracts.support import STRONG, batch_of, close, crossed, method_of, vlm_of
 from tests.tiny import TINY
 from vlmfix.attention.kernel import PLAN
-from vlmfix.decoding.graphs import forget
+from vlmfix.decoding.graphs import forget, recordings_of
 from vlmfix.decoding.running import running
 
 STEPS = 16
@@ -121,6 +121,37 @@ def test_a_recording_serves_later_calls_and_what_has_changed_none(recording, mon
     assert len(recording) == 6, "weights were written to"
     assert forget(vlm.model)
     assert not forget(vlm.model)
+
+
+def test_what_a_broken_answer_leaves_in_the_memory_reaches_no_later_one(recording, monkeypatch):
+    vlm, method = vlm_of("llava"), method_of(STRONG["var"])
+    scores(vlm, method, monkeypatch, recorded=True)
+    for layer in recordings_of(vlm).arena.fixed(4, 64, torch.zeros(1, dtype=torch.long)).layers:
+        layer.keys.untyped_storage().fill_(255)  # bytes of numbers that are none
+        layer.values.untyped_storage().fill_(255)
+    made = len(recording)
+    for one, other in zip(
+        scores(vlm, method, monkeypatch, recorded=True), scores(vlm, method, monkeypatch, recorded=False), strict=True
+    ):
+        close(one, other)
+    assert len(recording) == made
+
+
+SHORT, LONG = (0, 0, 0, 0), (0, 1, 0, 1)
+"""Pictures whose prompts have 56 and 117 tokens."""
+
+
+@pytest.mark.parametrize(
+    ("calls", "made"), [((SHORT, LONG, SHORT), [2, 4, 6]), ((LONG, SHORT, LONG, SHORT), [2, 4, 4, 4])]
+)
+def test_a_recording_is_for_as_many_keys_and_for_the_memory_it_was_made_over(calls, made, recording, monkeypatch):
+    """Longer prompts move the memory; shorter ones leave it, and have their own, whatever came before."""
+    vlm, method = vlm_of("llava"), method_of(STRONG["locore"])
+    for shown, expected in zip(calls, made, strict=True):
+        found = scores(vlm, method, monkeypatch, recorded=True, keys=64, shown=shown)
+        assert len(recording) == expected
+        for one, other in zip(found, scores(vlm, method, monkeypatch, recorded=False, shown=shown), strict=True):
+            close(one, other)
 
 
 @pytest.mark.parametrize("room", [1, 3])

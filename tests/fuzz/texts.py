@@ -29,6 +29,8 @@ from vlmfix.jobs.folder.reproduce import reproduce as run_again
 from vlmfix.language.recipe import read_recipe, write_recipe
 from vlmfix.models.checkpoint import EMBEDDED, Checkpoint
 from vlmfix.settings import Settings
+from vlmfix.view.folders import read_sheet
+from vlmfix.view.page import page_of
 from vlmfix.world import coco as world
 
 PICTURES = 3
@@ -208,6 +210,10 @@ def reproduce(folder):
     run_again(folder / "out", folder / "again", loader=FakeVLM().load)
 
 
+def look(folder):
+    page_of(read_sheet([folder / "out"]), 10)
+
+
 def workload(folder):
     pope_questions(folder)
     return pope.read(folder / "random.json", images(folder))
@@ -272,9 +278,11 @@ FORMATS = {
         Format("model", model, read_model, (*MODEL, "chat_template.jinja"), suite=12),
         Format("run", answers, ask, RUN, writes=True, suite=100),
         Format("run, again", answers, reproduce, RUN),
+        Format("run, looked at", answers, look, RUN, suite=30),
         Format("evaluation", evaluation, evaluate_in, EVALUATION, writes=True),
         Format("evaluation, scored", evaluation, read_evaluation, EVALUATION, writes=True, suite=30),
         Format("evaluation, again", evaluation, reproduce_evaluation, EVALUATION, suite=30),
+        Format("evaluation, looked at", evaluation, look, EVALUATION, suite=30),
         Format("search", search, search, ("out/tune.json", "out/trials.jsonl"), writes=True, suite=30),
         Format("world", drawn, drawn, ("world.json",), writes=True),
     )

@@ -7,6 +7,7 @@ import torch
 from PIL import Image
 
 from vlmfix.generation import Answer
+from vlmfix.models.layout import Prepared
 
 
 class FakeVLM:
@@ -15,10 +16,17 @@ class FakeVLM:
 
     def __init__(self, *, fails=None, seconds=0.0, broken=()):
         text = SimpleNamespace(
-            num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, hidden_size=32, head_dim=8
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            hidden_size=32,
+            head_dim=8,
+            intermediate_size=64,
+            vocab_size=100,
         )
         config = SimpleNamespace(get_text_config=lambda: text)
         self.model = SimpleNamespace(dtype=torch.float32, config=config)
+        self.family = SimpleNamespace(layers=lambda model: [torch.nn.Identity()] * 2)
         self.reading = {"ends": [2], "set_aside": {}, "completed": {}}
         self.batches = []
         self.options = {}
@@ -39,7 +47,23 @@ class FakeVLM:
             for colour, prompt in batch
         ]
 
-    def load(self, model, *, revision=None, device="auto", dtype="auto", max_pixels=None):
+    def beside(self):
+        return self
+
+    def prepared(self, prompts, pictures, *, each=map):
+        return Prepared(inputs={"input_ids": torch.ones(len(prompts), 16)}, sources={}, prompts=(), pictures=())
+
+    def load(
+        self,
+        model,
+        *,
+        revision=None,
+        device="auto",
+        dtype="auto",
+        max_pixels=None,
+        device_map=None,
+        quantize=None,
+    ):
         return self
 
     def enlarged(self, picture):

@@ -8,11 +8,12 @@ from PIL import Image
 import vlmfix
 from tests.contracts.support import vlm_of
 from tests.tiny import TINY, tiny_vlm
-from vlmfix.answering import Answerer, Question
+from vlmfix.answering import Answerer
 from vlmfix.decoders import parse
 from vlmfix.errors import DataError, UsageError
 from vlmfix.models.checkpoint import Checkpoint
 from vlmfix.settings import Settings
+from vlmfix.supply import Question
 
 QWEN = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
 
@@ -79,9 +80,9 @@ def test_the_pictures_of_a_batch_have_the_limit_of_one_together(monkeypatch):
     rows = []
 
     class Counted(type(vlm)):
-        def encode(self, prompts, pictures, **more):
+        def prepared(self, prompts, pictures, **more):
             rows.append(len(pictures))
-            return super().encode(prompts, pictures, **more)
+            return super().prepared(prompts, pictures, **more)
 
     counted = Counted(model=vlm.model, processor=vlm.processor, family=vlm.family)
     answerer = Answerer(counted, parse("greedy"), Settings(max_new_tokens=1), batch_size=8)

@@ -24,11 +24,11 @@ class Memory:
 
     Attributes:
         of_rows: (B, ...) tensors.
-        of_keys: (B, ..., T) tensors, and what stands at the keys behind the prompt.
+        of_keys: (B, ..., T) tensors; zero at the keys behind the prompt.
     """
 
     of_rows: dict[str, Tensor] = field(default_factory=dict)
-    of_keys: dict[str, tuple[Tensor, float]] = field(default_factory=dict)
+    of_keys: dict[str, Tensor] = field(default_factory=dict)
 
 
 Rows = Literal["text", "last", "prompt", "all", "none"]
@@ -85,7 +85,7 @@ class Site:
     """Where and when an edit is applied: one layer of one forward pass.
 
     Attributes:
-        layer: Layer number, from 0.
+        number: Layer number, from 0; None in a compiled step, which all layers share.
         heads: H, number of query heads.
         tokens: T, number of prompt tokens, padding included.
         prefill: True when the prompt itself passes through, False for one new token.
@@ -103,7 +103,7 @@ class Site:
             prefill, read by ``learned`` in both. Rows that have ended are taken out of it.
     """
 
-    layer: int
+    number: int | None
     heads: int
     tokens: int
     prefill: bool
@@ -117,6 +117,13 @@ class Site:
     block: int = 0
     hidden: Tensor | None = None
     memory: Memory = field(default_factory=Memory)
+
+    @property
+    def layer(self) -> int:
+        """Layer number, from 0; known in prefill, and in decoding where each layer's code is its own."""
+        if self.number is None:
+            raise RuntimeError("a compiled decoding step that depends on the layer's number; learn it from the prompt")
+        return self.number
 
     @property
     def prompt(self) -> int:
@@ -140,9 +147,9 @@ class Site:
         """Keeps (B, ...) values until the call ends."""
         self.memory.of_rows[name] = values
 
-    def learn_of_keys(self, name: str, values: Tensor, *, fill: float = 0) -> None:
-        """Keeps (B, ..., T) values of the prompt's tokens until the call ends; later tokens have ``fill``."""
-        self.memory.of_keys[name] = values, fill
+    def learn_of_keys(self, name: str, values: Tensor) -> None:
+        """Keeps (B, ..., T) values of the prompt's tokens until the call ends; later tokens have zero."""
+        self.memory.of_keys[name] = values
 
     def learned(self, name: str) -> Tensor:
         """Gives what the edit has learned from the prompt: (B, ...) of rows, (B, ..., K) of keys.
@@ -154,9 +161,9 @@ class Site:
             return self.memory.of_rows[name]
         if name not in self.memory.of_keys:
             raise UnsupportedAttentionError("a token came before its prompt", "let generate read the prompt itself")
-        values, fill = self.memory.of_keys[name]
+        values = self.memory.of_keys[name]
         later = self.image_keys.shape[1] - values.shape[-1]
-        return pad(values, (0, later), value=fill) if later else values
+        return pad(values, (0, later)) if later else values
 
     def spread(self, values: Tensor) -> Tensor:
         """Hands what is known of the samples out to the rows of the pass: every beam gets its sample's.

@@ -51,7 +51,7 @@ class LayerPlan:
     """What to do in one layer: the edits in order, and the prompt rows that any of them edits or reads.
 
     Attributes:
-        layer: Layer number.
+        layer: Layer number; None for all layers.
         rows: (R,) int64, positions of these prompt rows; those of an edit of all rows are not among them.
         prompt: T, number of prompt tokens, padding included.
         steps: The edits.
@@ -64,7 +64,7 @@ class LayerPlan:
             edits of one kind. None to run the edits as they are written.
     """
 
-    layer: int
+    layer: int | None
     rows: Tensor
     prompt: int
     steps: tuple[Step, ...]
@@ -337,7 +337,7 @@ def _fused_row(
 ) -> Tensor:
     """The head outputs of a decoding step, (B, 1, H, D), as one function of tensors; it does not know the layer."""
     call = Call(query=query, key=key, value=value, mask=mask, scale=scale)
-    plan = LayerPlan(layer=-1, rows=query, prompt=0, steps=steps)
+    plan = LayerPlan(layer=None, rows=query, prompt=0, steps=steps)
     queries, allowed = _newest(call)
     sites = [_site(plan, step, call, key.shape[2], queries, allowed) for step in steps]
     output = Block(query, key, value, allowed, scale, steps, sites).weighted(reads=False)
@@ -355,7 +355,7 @@ def _fused_outputs(
 ) -> Tensor:
     """The same for edits of outputs alone, which follow SDPA; ``output`` (B, 1, H, D)."""
     call = Call(query=query, key=key, value=value, mask=mask, scale=scale)
-    plan = LayerPlan(layer=-1, rows=query, prompt=0, steps=steps)
+    plan = LayerPlan(layer=None, rows=query, prompt=0, steps=steps)
     queries, allowed = _newest(call)
     sites = [_site(plan, step, call, key.shape[2], queries, allowed) for step in steps]
     return _outputs(plan, sites, output).contiguous()
@@ -375,7 +375,7 @@ def _site(plan: LayerPlan, step: Step, call: Call, length: int, queries: Tensor,
         later = acts.expand(-1, queries.shape[1] - step.prompt_rows.shape[1])
         acts = torch.cat([step.prompt_rows & acts, later], dim=1)  # (B, R)
     return Site(
-        layer=plan.layer,
+        number=plan.layer,
         heads=heads,
         tokens=plan.prompt,
         prefill=count > 1,

@@ -62,7 +62,7 @@ class Step:
             self,
             memory=Memory(
                 {name: pick(values) for name, values in self.memory.of_rows.items()},
-                {name: (pick(values), fill) for name, (values, fill) in self.memory.of_keys.items()},
+                {name: pick(values) for name, values in self.memory.of_keys.items()},
             ),
             prompt_rows=pick(self.prompt_rows),
             live=pick(self.live),

@@ -10,7 +10,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from typing import Any, Literal
 
-import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
@@ -31,9 +30,9 @@ def key_of(plans: Plans) -> Hashable:
     """Gives something that is equal for plans whose decoding steps differ in the content of tensors alone."""
     places: dict[int, int] = {}
 
-    def told(values: Tensor, axes: Axes, fill: float) -> Hashable:
+    def told(values: Tensor, axes: Axes) -> Hashable:
         shape = {"rows": values.shape[1:], "keys": (len(values) == 1, values.shape[1:-1]), "own": values.shape}[axes]
-        return axes, shape, values.dtype, values.device, fill, places.setdefault(id(values), len(places))
+        return axes, shape, values.dtype, values.device, places.setdefault(id(values), len(places))
 
     return tuple(
         (layer, step.mixed, _about(step.edit), tuple(told(*tensor) for tensor in _tensors(step)))
@@ -57,19 +56,19 @@ def _decoding(edit: AttentionEdit) -> Iterator[tuple[str, Any]]:
     return ((field.name, getattr(edit, field.name)) for field in fields(edit) if field.name not in left_out)
 
 
-def _tensors(step: Step) -> Iterator[tuple[Tensor, Axes, float]]:
-    """What a decoding step reads, always in the same order, with what stands at later keys."""
-    yield step.image_keys, "keys", False
-    yield step.text_keys, "keys", False
-    yield step.answer_keys, "keys", True
-    yield step.live, "rows", False
+def _tensors(step: Step) -> Iterator[tuple[Tensor, Axes]]:
+    """What a decoding step reads, always in the same order."""
+    yield step.image_keys, "keys"
+    yield step.text_keys, "keys"
+    yield step.answer_keys, "keys"
+    yield step.live, "rows"
     for _, values in sorted(step.memory.of_rows.items()):
-        yield values, "rows", 0
-    for _, (values, fill) in sorted(step.memory.of_keys.items()):
-        yield values, "keys", fill
+        yield values, "rows"
+    for _, values in sorted(step.memory.of_keys.items()):
+        yield values, "keys"
     for _, value in _decoding(step.edit):
         if isinstance(value, Tensor):
-            yield value, "own", 0
+            yield value, "own"
 
 
 @dataclass(frozen=True, eq=False)
@@ -116,10 +115,10 @@ class State:
         done: set[int] = set()
         for layer, steps in self.steps.items():
             for mine, theirs in zip(steps, plans[layer].steps, strict=True):
-                for (room, axes, _), (values, _, fill) in zip(_tensors(mine), _tensors(theirs), strict=True):
+                for (room, axes), (values, _) in zip(_tensors(mine), _tensors(theirs), strict=True):
                     if id(room) not in done:
                         done.add(id(room))
-                        _write(room, values, axes, fill)
+                        _write(room, values, axes)
 
     @contextmanager
     def standing_in(self, plans: Plans) -> Iterator[None]:
@@ -147,17 +146,17 @@ def _over(step: Step, edits: Mapping[AttentionEdit, AttentionEdit], room: Callab
         answer_keys=room(step.answer_keys, "keys"),
         memory=Memory(
             {name: room(values, "rows") for name, values in memory.of_rows.items()},
-            {name: (room(values, "keys"), fill) for name, (values, fill) in memory.of_keys.items()},
+            {name: room(values, "keys") for name, values in memory.of_keys.items()},
         ),
     )
 
 
-def _write(room: Tensor, values: Tensor, axes: Axes, fill: float) -> None:
+def _write(room: Tensor, values: Tensor, axes: Axes) -> None:
     if axes == "own":
         room.copy_(values)
         return
-    if axes == "keys":
+    if axes == "keys":  # masks say something of more keys than there are, and what was learned of fewer
         keys = room.shape[-1]
-        values = pad(values[..., :keys], (0, max(0, keys - values.shape[-1])), value=fill)
+        values = pad(values[..., :keys], (0, max(0, keys - values.shape[-1])))
     room[: len(values)] = values
-    room[len(values) :] = torch.zeros((), dtype=room.dtype, device=room.device)
+    room[len(values) :].zero_()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -27,6 +28,9 @@ from vlmfix.settings import Settings
     help="Folder for refined pictures and maps, of carve and vicrop.",
 )
 @options.retry_failed("OUT/failed.jsonl")
+@click.option(
+    "--devices", metavar="all|N,N,...", help="GPUs that answer together, a process on each.  [default: one, --device]"
+)
 @options.generation_options()
 def run(
     pictures: Path,
@@ -36,6 +40,7 @@ def run(
     batch_size: int | None,
     save_maps: Path | None,
     retry_failed: bool,
+    devices: str | None,
     settings: Settings,
 ) -> None:
     """Ask about every picture in PICTURES, a folder or a file.
@@ -46,8 +51,13 @@ def run(
     """
     if prompt is not None and prompts is not None:
         raise UsageError("--prompt and --prompts are both given", "give one of them")
+    if devices is not None and settings.device != "auto":
+        raise UsageError("--device and --devices are both given", "give one of them")
+    if devices is not None and settings.device_map is not None:
+        raise UsageError("--device-map spreads a model, and --devices has one on each", "give one of them")
     options.quieten()
-    from vlmfix.display import loading, run_display, summary
+    from vlmfix.crew import devices_of
+    from vlmfix.display import run_display, summary
     from vlmfix.jobs import folder
 
     if prompts is not None:
@@ -63,12 +73,21 @@ def run(
             batch_size=batch_size,
             save_maps=save_maps,
             retry_failed=retry_failed,
+            devices=() if devices is None else devices_of(devices),
             report=report,
-            loader=loading,
+            loader=_loading,
         )
     options.say(summary(end, out), err=True, lines=True)
     if end.in_vain:
         click.get_current_context().exit(1)
+
+
+def _loading(model: str, **how: Any) -> Any:  # noqa: ANN401 (its type would import torch)
+    """Loads a model, in whatever process."""
+    options.quieten()
+    from vlmfix.display import loading
+
+    return loading(model, **how)
 
 
 @click.command()

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+from click.core import ParameterSource
 
 from vlmfix.commands import options
 from vlmfix.errors import UsageError
@@ -77,9 +78,13 @@ def score(
 def compare(*, folders: tuple[Path, ...], out: Path | None, draws: int, seed: int, as_json: bool) -> None:
     """Compare the arms of evaluation FOLDERS with plain decoding, by paired intervals.
 
-    Runs whose questions, model, prompt or decoding differ are refused.
+    Runs whose questions, model, prompt or decoding differ are refused. Of FOLDERS that vlmfix run wrote, which have no
+    truth, it says what changed: how many answers, their lengths and the objects that they name.
     """
     options.quieten()
+    if any((folder / "run.json").exists() for folder in folders):
+        _tell_changes(folders, as_json=as_json)
+        return
     from vlmfix.evals.record import read_run
 
     runs = [read_run(folder) for folder in folders]
@@ -87,6 +92,31 @@ def compare(*, folders: tuple[Path, ...], out: Path | None, draws: int, seed: in
         listed = " and ".join(str(run.folder) for run in runs)
         raise UsageError(f"there is only the plain arm in {listed}", "add arms: vlmfix eval ... --decoder SPEC")
     tell(runs, out or folders[0], as_json=as_json, draws=draws, seed=seed)
+
+
+def _tell_changes(folders: tuple[Path, ...], *, as_json: bool) -> None:
+    if evaluated := [folder for folder in folders if not (folder / "run.json").exists()]:
+        raise UsageError(
+            f"{evaluated[0]} is no folder of vlmfix run, as others are",
+            "compare folders of one kind; vlmfix view mixes",
+        )
+    context = click.get_current_context()
+    for name in ("out", "draws", "seed"):
+        if context.get_parameter_source(name) is not ParameterSource.DEFAULT:
+            raise UsageError(f"--{name} does not go with folders of vlmfix run", "it is about evaluations alone")
+    from vlmfix.display import rendered
+    from vlmfix.reports.changes import changes_json, changes_table
+    from vlmfix.view.changes import changes
+    from vlmfix.view.folders import read_sheet
+
+    sheet = read_sheet(folders)
+    for note in sheet.notes:
+        options.say(f"vlmfix: {note}", err=True)
+    found = changes(sheet)
+    if as_json:
+        options.say_json(changes_json(found))
+    else:
+        click.echo(rendered(*changes_table(found)), nl=False)
 
 
 @click.command()

@@ -69,6 +69,16 @@ _OPTIONS = {
         type=click.IntRange(min=1),
         help="Most pixels that a Qwen-VL processor makes of a picture.  [default: its own]",
     ),
+    "device_map": click.option(
+        "--device-map",
+        type=click.Choice(["auto"]),
+        help="auto: layers spread over all GPUs, and the memory beside them.  [default: one device]",
+    ),
+    "quantize": click.option(
+        "--quantize",
+        type=click.Choice(["int8", "int4"]),
+        help="Weights of 8 or 4 bits, on a GPU; needs bitsandbytes.  [default: as they are]",
+    ),
 }
 
 

@@ -149,8 +149,8 @@ def running(
     """
     branches = [branch for contrast in plan.contrasts for branch in contrast.branches]
     with turn_of(vlm.model).taken(), torch.no_grad():
-        recorded = plan.compiles and plan.asks is None and not reorders and vlm.device.type in RECORDING
-        recordings = recordings_of(vlm) if recorded else None
+        stays = plan.compiles and plan.asks is None and not reorders
+        recordings = recordings_of(vlm) if stays and _can_record(vlm) else None
         rows = rows_of(vlm, batch, branches)
         left = room_for_answers(vlm, rows.longest)
         wanted = [limit] * batch.rows if isinstance(limit, int) else list(limit)
@@ -171,6 +171,12 @@ def running(
             finally:
                 if newest is not None:
                     newest.forget()
+
+
+def _can_record(vlm: Checkpoint) -> bool:
+    """Whether a step is one launch on one GPU: not where the text decoder is spread over several devices."""
+    devices = {weight.device for weight in vlm.family.decoder(vlm.model).parameters()}
+    return devices == {vlm.device} and vlm.device.type in RECORDING
 
 
 def fused(contrasts: Sequence[Contrast], logits: Tensor) -> Tensor:

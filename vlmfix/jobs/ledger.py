@@ -10,7 +10,6 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
-from vlmfix.answering import Question
 from vlmfix.card import Known, model_files, refuse_older_card, weights_digest
 from vlmfix.errors import DataError, PassingError, UsageError
 from vlmfix.files import make_folder, remove_drafts
@@ -18,6 +17,7 @@ from vlmfix.images import open_picture
 from vlmfix.records import JsonLines, read_json, refuse_other, replace_json
 from vlmfix.settings import Settings
 from vlmfix.shapes import Shape
+from vlmfix.supply import Question
 
 CARD_SECONDS = 30.0
 """The card is at most this old while a model answers."""

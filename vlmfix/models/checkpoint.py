@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from copy import copy, deepcopy
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Self
 
@@ -25,8 +26,9 @@ from vlmfix.errors import (
 from vlmfix.models import loading
 from vlmfix.models.families import family_of
 from vlmfix.models.family import Family
-from vlmfix.models.layout import Batch, ImageLayout
-from vlmfix.models.repeats import process_once
+from vlmfix.models.layout import Batch, ImageLayout, Prepared
+from vlmfix.models.quantization import check_quantize
+from vlmfix.models.repeats import Each, process_once
 from vlmfix.upstream import defaults, features, hub, panics
 from vlmfix.upstream.contracts import check_model
 from vlmfix.upstream.names import PROCESSED
@@ -74,6 +76,8 @@ class Checkpoint:
         device: str = "auto",
         dtype: str = "auto",
         max_pixels: int | None = None,
+        device_map: str | None = None,
+        quantize: str | None = None,
     ) -> Self:
         """Loads a checkpoint through stock transformers classes.
 
@@ -84,22 +88,30 @@ class Checkpoint:
             dtype: ``auto`` (the checkpoint's own on a GPU, float32 on the CPU), ``float32``, ``bfloat16`` or
                 ``float16``.
             max_pixels: The most pixels that the processor makes of a picture, for Qwen-VL; None leaves its own limit.
+            device_map: ``auto`` spreads the layers over all GPUs, and over the memory beside them where that is too
+                little; None keeps the model on ``device``.
+            quantize: ``int8`` or ``int4`` quantizes the weights while they are loaded, by bitsandbytes on a GPU; None
+                leaves them as they are.
 
         Raises:
             UnsupportedModelError: The model's family is not one that vlmfix knows.
             DataError: There is no such checkpoint, a file of it cannot be read, or its files do not fit each other.
             SystematicError: It cannot take a picture in.
             UpstreamError: The installed transformers hands masks over in an unknown way.
-            UsageError: Unknown device or dtype, or a limit on pixels that the processor does not know or cannot keep.
+            UsageError: Unknown device, dtype, device map or quantization, or such as do not go together or need what is
+                not there; or a limit on pixels that the processor does not know or cannot keep.
         """
         path = str(EMBEDDED.get(str(model), model))
         place = device_named(device)
+        _check_device_map(device_map, device)
         kind = dtype_named(dtype, place)
+        check_quantize(quantize, place)
         config = loading.configuration(path, revision)
         family = family_of(str(config["model_type"]))
         described = loading.described(path, revision, config)
         processor = limited(family, loading.processor(path, revision), max_pixels)
-        loaded = loading.model(path, revision, described, dtype=kind, place=place).eval()
+        spread: torch.device | str = place if device_map is None else device_map
+        loaded = loading.model(path, revision, described, dtype=kind, place=spread, quantize=quantize).eval()
         check_model(loaded, family.decoder(loaded))
         processor, completed = family.completed(loaded, processor)
         completed |= completed_tokens(loaded, processor, family.image_token(loaded.config))
@@ -230,7 +242,24 @@ class Checkpoint:
         *,
         system: str | None = None,
     ) -> Batch:
-        """Renders the chat template and runs the processor, left-padded.
+        """Renders the chat template and runs the processor, left-padded; see ``prepared``.
+
+        Raises:
+            DataError: See ``prepared``.
+            UnsupportedModelError: The processor has no chat template.
+            UpstreamError: The processor returns its tensors under other names.
+        """
+        return self.placed(self.prepared(prompts, pictures, system=system))
+
+    def prepared(
+        self,
+        prompts: str | Sequence[str | None],
+        pictures: Sequence[Image.Image | Sequence[Image.Image]],
+        *,
+        system: str | None = None,
+        each: Each = map,
+    ) -> Prepared:
+        """Does the part of ``encode`` that needs no device, which may be done ahead of the model.
 
         The image processor sees pictures that several rows share, the same objects in the same order, once.
 
@@ -239,6 +268,8 @@ class Checkpoint:
             pictures: B pictures, or B lists of them, which may be empty; the right way up: EXIF's orientation is not
                 looked at. What is not RGB becomes RGB as in a file.
             system: System message; None keeps the template's own.
+            each: Calls a function with every row's pictures, as ``map`` does and a pool of threads does at once. It is
+                used where the family's image processor makes the same of a row whatever stands beside it.
 
         Raises:
             DataError: ``prompts`` and ``pictures`` differ in length, there is no row, something else than questions and
@@ -251,18 +282,37 @@ class Checkpoint:
         self._check_enlarged(rows)
         texts = [self.render(prompt, len(row), system=system) for prompt, row in zip(asked, rows, strict=True)]
         with panics.as_errors():
-            processed, sources = process_once(self.family, self.model, self.processor, texts, rows)
+            processed, sources = process_once(self.family, self.model, self.processor, texts, rows, each)
         if absent := [name for name in PROCESSED if name not in processed and (name != "pixel_values" or any(rows))]:
             raise missing(f"{type(self.processor).__name__} returns no {' and '.join(absent)}")
-        inputs = {name: self._placed(value) for name, value in processed.items() if isinstance(value, Tensor)}
-        repeated = {name: inputs[name][source.to(self.device)] for name, source in sources.items()}
-        return Batch(
-            inputs={**inputs, **repeated},
+        return Prepared(
+            inputs={name: self._rounded(value) for name, value in processed.items() if isinstance(value, Tensor)},
+            sources=sources,
             prompts=tuple(asked),
             pictures=tuple(tuple(row) for row in rows),
-            sizes=tuple(tuple((picture.height, picture.width) for picture in row) for row in rows),
             system=system,
         )
+
+    def placed(self, prepared: Prepared) -> Batch:
+        """Brings prepared rows to the device and hands repeated pictures out there."""
+        inputs = {name: value.to(self.device) for name, value in prepared.inputs.items()}
+        repeated = {name: inputs[name][source.to(self.device)] for name, source in prepared.sources.items()}
+        return Batch(
+            inputs={**inputs, **repeated},
+            prompts=prepared.prompts,
+            pictures=prepared.pictures,
+            sizes=tuple(tuple((picture.height, picture.width) for picture in row) for row in prepared.pictures),
+            system=prepared.system,
+        )
+
+    def beside(self) -> Self:
+        """The same model for a thread that prepares while another answers: with a tokenizer of its own.
+
+        A tokenizer that two threads use at once refuses one of them.
+        """
+        processor = copy(self.processor)
+        processor.tokenizer = deepcopy(self.processor.tokenizer)
+        return replace(self, processor=processor)
 
     def enlarged(self, picture: Image.Image, together: int = 1) -> int:
         """Pixels of the largest picture that the processor makes of one; see ``Family.enlarged``."""
@@ -353,8 +403,7 @@ class Checkpoint:
             boxes=torch.where(boxes.isinf(), float("nan"), boxes),
         )
 
-    def _placed(self, value: Tensor) -> Tensor:
-        value = value.to(self.device)
+    def _rounded(self, value: Tensor) -> Tensor:
         return value.to(self.model.dtype) if value.is_floating_point() else value
 
 
@@ -382,6 +431,13 @@ def device_named(name: str) -> torch.device:
     if place.type == "cuda" and not torch.cuda.is_available():
         raise UsageError(f"device {name!r} asked for, but torch sees no GPU", "use --device cpu")
     return place
+
+
+def _check_device_map(name: str | None, device: str) -> None:
+    if name not in (None, "auto"):
+        raise UsageError(f"unknown device_map {name!r}", "use auto, or leave it out")
+    if name is not None and device != "auto":
+        raise UsageError(f"device_map={name} and device={device} are both given", "give one of them")
 
 
 def dtype_named(name: str, device: torch.device) -> torch.dtype | str:

@@ -23,6 +23,9 @@ class Family(ABC):
     """Name in messages and tables, for instance ``LLaVA-1.5``."""
     model_types: ClassVar[frozenset[str]]
     """Values of ``config.model_type`` that this family serves."""
+    apart: ClassVar[bool] = False
+    """Whether the image processor makes the same tensors of rows apart, one behind the other, as of all at once; where
+    it is False, it pads the pictures of a call to each other."""
 
     def decoder(self, model: PreTrainedModel) -> nn.Module:
         """The text decoder: the module that owns ``layers``."""

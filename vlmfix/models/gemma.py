@@ -28,6 +28,7 @@ class Gemma(Family):
 
     title = "Gemma 3"
     model_types = frozenset({"gemma3"})
+    apart = True
 
     def patches(self, model: PreTrainedModel, processor: ProcessorMixin, batch: Batch) -> list[list[Tensor]]:
         """Boxes of the whole picture, then of its crops; see ``Family.patches``."""

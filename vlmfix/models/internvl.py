@@ -30,6 +30,7 @@ class InternVL(Family):
 
     title = "InternVL"
     model_types = frozenset({"internvl"})
+    apart = True
 
     def sharing(self, processor: ProcessorMixin) -> Any:  # noqa: ANN401 (see the base)
         """A copy that leaves the tiles as the image processor returned them; see ``Family.sharing``."""

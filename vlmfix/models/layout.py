@@ -79,6 +79,31 @@ class Batch(Mapping[str, Tensor]):
 
 
 @dataclass(frozen=True, eq=False)
+class Prepared:
+    """Rows that wait for the model, on the CPU; ``Checkpoint.placed`` makes a ``Batch`` of them.
+
+    Attributes:
+        inputs: What the processor returned, in the model's precision; those named in ``sources`` have the entries of
+            distinct pictures alone, ``input_ids`` is (B, T), left-padded.
+        sources: For each entry of the whole input, which of those in ``inputs`` it is, (n,) int64.
+        prompts: The question of each row.
+        pictures: The pictures of each row.
+        system: The system message of all rows, or None for the chat template's own.
+    """
+
+    inputs: Mapping[str, Tensor]
+    sources: Mapping[str, Tensor]
+    prompts: tuple[str | None, ...]
+    pictures: Pictures
+    system: str | None = None
+
+    @property
+    def length(self) -> int:
+        """T, the padded prompt length in tokens."""
+        return int(self.inputs["input_ids"].shape[1])
+
+
+@dataclass(frozen=True, eq=False)
 class ImageLayout:
     """Which prompt token shows which part of which picture.
 

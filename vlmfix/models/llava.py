@@ -28,6 +28,7 @@ class Llava(Family):
 
     title = "LLaVA-1.5"
     model_types = frozenset({"llava"})
+    apart = True
 
     def patches(self, model: PreTrainedModel, processor: ProcessorMixin, batch: Batch) -> list[list[Tensor]]:
         """Boxes of the grid, of the visible part alone; see ``Family.patches``.

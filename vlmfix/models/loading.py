@@ -25,6 +25,7 @@ from transformers import (
 )
 
 from vlmfix.errors import DataError, VlmfixError
+from vlmfix.models.quantization import quantization
 from vlmfix.upstream import hub, panics
 
 WHAT_LOADS = "give 'tiny', 'tiny-qwen', a Hub id such as llava-hf/llava-1.5-7b-hf, or a directory with config.json"
@@ -136,7 +137,13 @@ def processor(path: str, revision: str | None) -> ProcessorMixin:
 
 
 def model(
-    path: str, revision: str | None, config: PreTrainedConfig, *, dtype: torch.dtype | str, place: torch.device
+    path: str,
+    revision: str | None,
+    config: PreTrainedConfig,
+    *,
+    dtype: torch.dtype | str,
+    place: torch.device | str,
+    quantize: str | None = None,
 ) -> PreTrainedModel:
     """The model, with every weight from its files.
 
@@ -145,11 +152,14 @@ def model(
         revision: Branch, tag or commit on the Hub.
         config: What config.json describes.
         dtype: Precision of the weights, or ``auto``.
-        place: Device of the weights.
+        place: Device of the weights, or how transformers is to spread them.
+        quantize: ``int8`` or ``int4`` weights; None leaves them as they are.
 
     Raises:
         DataError: A file is missing, damaged, does not fit the others, or needs code of its own.
+        UsageError: The weights to be quantized are quantized in their files.
     """
+    quantized = {} if quantize is None else {"quantization_config": quantization(quantize, config, dtype)}
     with _told(path, lambda error: _at_fault_beside_config(path, revision)):
         loading: Any = AutoModelForImageTextToText.from_pretrained(
             path,
@@ -160,6 +170,7 @@ def model(
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # they are reported, and refused below
             weights_only=True,  # where weights are pickled, nothing but tensors is unpickled
+            **quantized,
             **PLAIN,
             **ATTENTION,
         )

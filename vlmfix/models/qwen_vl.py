@@ -26,6 +26,7 @@ class QwenVL(Family):
 
     title = "Qwen2-VL, Qwen2.5-VL and Qwen3-VL"
     model_types = frozenset({"qwen2_vl", "qwen2_5_vl", "qwen3_vl"})
+    apart = True
 
     def patches(self, model: PreTrainedModel, processor: ProcessorMixin, batch: Batch) -> list[list[Tensor]]:
         """One box per merged square of patches; see ``Family.patches``."""

@@ -2,23 +2,30 @@
 
 The processor itself runs on all rows, so every token is its own doing. In a copy of it, made for the call, two parts
 are replaced: the image processor is shown each distinct list of pictures once, and the text that stands for a picture
-is made once. What belongs to the pictures is then handed out to all rows that show them.
+is made once. What belongs to the pictures is then handed out to all rows that show them. Where a family's pictures are
+processed apart, the image processor is shown one list after the other, in as many threads as the caller has: at once,
+a batch of photographs takes longer than one by one even in one thread, because it leaves the processor's caches.
 
 Shape letters (``docs/notation.md``): B rows; here also U rows that no earlier row repeats.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import functools
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from copy import copy
 from typing import Any, NamedTuple
 
 import torch
 from PIL import Image
 from torch import Tensor
-from transformers import PreTrainedModel, ProcessorMixin
+from transformers import BatchFeature, PreTrainedModel, ProcessorMixin
 
 from vlmfix.models.family import Family
 from vlmfix.models.layout import Batch
+
+Each = Callable[[Callable[[Any], Any], Iterable[Any]], Iterable[Any]]
+"""What calls a function with one thing after the other and gives the results in order, as ``map`` does."""
 
 
 class Processed(NamedTuple):
@@ -52,6 +59,7 @@ def process_once(
     processor: ProcessorMixin,
     texts: Sequence[str],
     pictures: Sequence[Sequence[Image.Image]],
+    each: Each = map,
 ) -> Processed:
     """``family.process``, in which the image processor sees each distinct list of picture objects once.
 
@@ -61,13 +69,19 @@ def process_once(
         processor: The model's processor; it is left as it was found.
         texts: B rendered chat prompts with the family's picture placeholders.
         pictures: Pictures of each row, RGB; a row may have none.
+        each: Calls the image processor with one row after the other, where the family's rows are processed apart.
     """
-    if not repeats_pictures(pictures):
+    alike = repeats_pictures(pictures)
+    if not alike and not (family.apart and any(pictures)):
         return Processed(family.process(processor, texts, pictures), {})
     first = first_rows(pictures)
     rows = sorted(set(first))
     counts = [len(pictures[row]) for row in rows]
-    shown = _Shown(processor.image_processor, rows)
+    shown = _Shown(processor.image_processor, rows, each if family.apart else None)
+    if not alike:
+        own: Any = copy(processor)
+        own.image_processor = shown
+        return Processed(family.process(own, texts, pictures), {})
     sharing = family.sharing(processor)
     sharing.image_processor = shown
     numbers = _sources(torch.arange(len(rows)).repeat_interleave(torch.tensor(counts)), rows, first).tolist()
@@ -115,19 +129,40 @@ def _replacing(replace: Callable[..., str], numbers: Sequence[int]) -> Callable[
 class _Shown:
     """An image processor that is shown some rows of every batch; in all else the one that it is made of.
 
+    Args:
+        image_processor: The one.
+        rows: Numbers of the rows.
+        each: Calls it with one row after the other; None to call it once with all of them.
+
     Attributes:
         names: Names of what it returned last.
     """
 
     names: frozenset[str] = frozenset()
 
-    def __init__(self, image_processor: Any, rows: Sequence[int]) -> None:  # noqa: ANN401 (families differ)
-        self._image_processor, self._rows = image_processor, rows
+    def __init__(self, image_processor: Any, rows: Sequence[int], each: Each | None) -> None:  # noqa: ANN401 (families differ)
+        self._image_processor, self._rows, self._each = image_processor, rows, each
 
     def __call__(self, images: Sequence[Any], **kwargs: Any) -> Any:  # noqa: ANN401
-        returned = self._image_processor([images[row] for row in self._rows], **kwargs)
+        shown = [images[row] for row in self._rows]
+        if self._each is None:
+            returned = self._image_processor(shown, **kwargs)
+        else:
+            process = functools.partial(self._image_processor, **kwargs)
+            returned = _joined(list(self._each(process, [[row] for row in shown if row])))
         self.names = frozenset(returned)
         return returned
 
     def __getattr__(self, name: str) -> Any:  # noqa: ANN401
         return getattr(self._image_processor, name)
+
+
+def _joined(parts: Sequence[Mapping[str, Any]]) -> BatchFeature:
+    """What an image processor returned of several rows, as it would of all at once."""
+    values = {name: [part[name] for part in parts] for name in parts[0]}
+    return BatchFeature(
+        {
+            name: torch.cat(found) if isinstance(found[0], Tensor) else [entry for one in found for entry in one]
+            for name, found in values.items()
+        }
+    )

@@ -7,6 +7,7 @@ from typing import Any
 
 from vlmfix.evals.comparison.compare import ALPHA, FEW_UNITS, Change, Comparison
 from vlmfix.parsing import escaped
+from vlmfix.settings import decoding_text
 
 NONE = "-"
 """Stands for a figure without a value."""
@@ -63,25 +64,12 @@ def heading(comparison: Comparison) -> str:
     """What was measured, in one line."""
     card = comparison.card
     counted = f"{card['count']} samples about {_units(comparison)} {comparison.unit}"
-    return escaped(f"{comparison.task}: {_model(card)}, {card['dtype']}, {_decoding(card['decoding'])}, {counted}")
+    return escaped(f"{comparison.task}: {_model(card)}, {card['dtype']}, {decoding_text(card['decoding'])}, {counted}")
 
 
 def _model(card: Mapping[str, Any]) -> str:
     version = card["commit"] or card["revision"]
     return f"{card['model']} ({version[:12]})" if version else str(card["model"])
-
-
-def _decoding(decoding: Mapping[str, Any]) -> str:
-    """Generation settings in words; sampling and beams only where they are used."""
-    words = [f"up to {decoding['max_new_tokens']} tokens"]
-    if decoding["num_beams"] > 1:
-        words.append(f"{decoding['num_beams']} beams")
-    if decoding["temperature"] > 0:
-        rest = ", ".join(
-            f"{name} {value}" for name, value in decoding.items() if name not in ("max_new_tokens", "num_beams")
-        )
-        words.append(f"sampling ({rest})")
-    return ", ".join(words)
 
 
 def _units(comparison: Comparison) -> str:

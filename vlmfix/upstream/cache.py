@@ -281,12 +281,14 @@ class RoomyLayer(DynamicLayer):
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Goes on with some of the rows, in the order given."""
         if self._room is not None and self.keys is not None and self.values is not None:
-            both = []
-            for room, old in zip(self._room, (self.keys, self.values), strict=True):
-                kept = old.index_select(0, beam_idx.to(old.device))  # apart: rows may be written over each other
-                room[: len(kept), :, : kept.shape[2]] = kept
-                both.append(room[: len(kept), :, : kept.shape[2]])
-            self.keys, self.values = both
+            # apart: rows may be written over each other
+            kept = [old.index_select(0, beam_idx.to(old.device)) for old in (self.keys, self.values)]
+            if len(beam_idx) > len(self._room[0]):
+                self._rows = len(beam_idx)
+                self._room = self._arena.part(self._number, kept[0], kept[1], self._rows, self._capacity)
+            for room, values in zip(self._room, kept, strict=True):
+                room[: len(values), :, : values.shape[2]] = values
+            self.keys, self.values = (room[: len(beam_idx), :, : kept[0].shape[2]] for room in self._room)
 
     def reserve(self, rows: int, capacity: int) -> None:
         """Sees to it that there is room for rows and tokens, with zeros where no row or token is yet."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator
+from collections.abc import Hashable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -137,3 +137,8 @@ def present(module: nn.Module, name: str) -> Iterator[Tensor]:
 
     with align_module_device(module):
         yield getattr(module, name)
+
+
+def layer_devices(layers: Iterable[nn.Module], device: torch.device) -> list[torch.device]:
+    """Where each layer works: where accelerate brings its inputs, else where the whole model takes them."""
+    return [_brought_to(layer) or device for layer in layers]

@@ -97,7 +97,7 @@ def test_invariants():
     assert (got[~PROMPT.allowed.expand_as(got)] == 0).all()
     assert torch.equal(got[:, :, 0], full[:, :, 0])
     assert (got[..., 0] >= full[..., 0]).all()
-    (sink,) = (memory.of_keys["sinks"][0] for memory in method.memory.values())
+    (sink,) = (memory.of_keys["sinks"] for memory in method.memory.values())
     assert sink[0, :, 5].all()
     kept = (~sink)[:, :, None] & (full > 0)
     ratio = torch.where(kept, got / full, torch.nan)
@@ -114,8 +114,8 @@ def test_identities(changed):
 def test_planted_sinks_are_found():
     method = edit(threshold=0.3)
     applied(method, PROMPT, maps(planted=[3, 6]))
-    assert method.memory[0].of_keys["sinks"][0].all(1)[0].nonzero().flatten().tolist() == [3, 6]
-    assert method.memory[0].of_keys["sinks"][0].any(1)[0, [0, 1, 2, 4]].sum() == 0
+    assert method.memory[0].of_keys["sinks"].all(1)[0].nonzero().flatten().tolist() == [3, 6]
+    assert method.memory[0].of_keys["sinks"].any(1)[0, [0, 1, 2, 4]].sum() == 0
 
 
 def test_sparing_the_first_sink_spares_a_real_one_where_the_first_token_is_none():
@@ -123,8 +123,8 @@ def test_sparing_the_first_sink_spares_a_real_one_where_the_first_token_is_none(
     assert (full[..., 0].sum(2) / N < 0.3).all()
     method = edit(threshold=0.3, first_sink=True)
     applied(method, PROMPT, full)
-    assert not method.memory[0].of_keys["sinks"][0][..., 3].any()
-    assert method.memory[0].of_keys["sinks"][0][..., 6].all()
+    assert not method.memory[0].of_keys["sinks"][..., 3].any()
+    assert method.memory[0].of_keys["sinks"][..., 6].all()
 
 
 def test_no_kept_share_empties_sinks_and_a_lone_first_token_takes_all():

@@ -242,7 +242,7 @@ def learned(vlm, batch, method):
 
     logits(vlm, batch, Planned(), steps=2)
     memory = next(iter(plan.edits[-1].memory.values()))
-    return {name: values for name, (values, _) in memory.of_keys.items()}
+    return dict(memory.of_keys)
 
 
 def test_a_map_of_its_own_pass_equals_the_one_of_the_same_pass():

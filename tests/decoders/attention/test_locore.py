@@ -19,7 +19,7 @@ def site(queries, *, keys, prompt, image=(), text=(), rows=1):
     image_keys[:, list(image)] = True
     text_keys[:, list(text)] = True
     return Site(
-        layer=0,
+        number=0,
         heads=2,
         tokens=prompt,
         prefill=True,

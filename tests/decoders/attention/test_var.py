@@ -192,7 +192,7 @@ def sinks_after(vlm, batch, method):
     logits(vlm, batch, Planned(**LOOSE))
     (edit,) = plan.edits
     assert isinstance(edit, Redistribution)
-    return {layer: memory.of_keys["sinks"][0] for layer, memory in edit.memory.items()}
+    return {layer: memory.of_keys["sinks"] for layer, memory in edit.memory.items()}
 
 
 def test_sinks_are_found_anew_for_every_picture_and_match_the_hidden_states():

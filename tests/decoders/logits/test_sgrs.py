@@ -501,7 +501,7 @@ class Silent:
         ({"use_cache": False}, "an empty dynamic cache of its own, not NoneType"),
         ({"cache_implementation": "static"}, "an empty dynamic cache of its own, not StaticCache"),
     ],
-    ids=str,
+    ids=lambda value: "" if isinstance(value, str) else ",".join(value),
 )
 def test_what_a_users_call_would_not_get_is_refused_by_name(options, named):
     vlm = vlm_of("llava")

@@ -381,9 +381,9 @@ def test_out_is_a_file(tmp_path):
 
 def test_an_automatic_batch_fits_the_free_memory(tmp_path, monkeypatch):
     pictures = draw(tmp_path / "in", 20)
-    row = 2 * 2 * 2 * 2 * 8 * 4 * 4096  # twice: keys and values, layers, heads, width, bytes, tokens
-    for free, expected in ((100 * row, 8), (3 * row, 3), (0, 1)):
-        monkeypatch.setattr("vlmfix.answering.free_memory", lambda device, free=free: free)
+    row = 2 * 2 * 2 * 8 * 4 * 192  # keys and values, layers, heads, width, bytes, tokens of prompt and answer
+    for free, expected in ((100 * row, 8), (7 * row, 3), (0, 1)):
+        monkeypatch.setattr("vlmfix.fitting.free_memory", lambda device, free=free: free)
         vlm = FakeVLM()
         go(pictures, tmp_path / f"out{free}", vlm, batch_size=None)
         assert len(vlm.batches[0]) == expected

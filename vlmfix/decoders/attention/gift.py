@@ -248,7 +248,7 @@ class Enhancement(WeightEdit):
         image = site.image_keys[:, : site.prompt]  # (B, T)
         saliency = self.reading.saliency() if self.known is None else per_row(site, self.known)
         gain = gains(saliency[:, : site.prompt], image, alpha=self.alpha, clip=self.clip)
-        site.learn_of_keys("gain", gain, fill=1)
+        site.learn_of_keys("gain", gain)
         site.learn_of_keys("question", per_row(site, self.question))
 
 

@@ -138,8 +138,10 @@ class Pruning(OutputEdit):
 
     pruned: Tensor
     rows: ClassVar[Rows] = "all"
+    of_prompt: ClassVar[frozenset[str]] = frozenset({"pruned"})
 
     def output(self, site: Site, output: Tensor) -> Tensor:
         """(B, R, H, D)."""
-        shown = site.image_keys.any(dim=1)[:, None, None, None]  # (B, 1, 1, 1)
-        return torch.where(shown & self.pruned[site.layer, :, None], 0.0, output)
+        if site.prefill:
+            site.learn("pruned", site.image_keys.any(dim=1, keepdim=True) & self.pruned[site.layer])  # (B, H)
+        return torch.where(site.learned("pruned")[:, None, :, None], 0.0, output)

@@ -16,18 +16,20 @@ from dataclasses import dataclass, replace
 from pathlib import Path, PurePath
 from typing import Any
 
-from vlmfix.answering import Answerer, Outcome, Question, fitting_batch
+from vlmfix.answering import Answerer, Outcome
 from vlmfix.card import known, peak_memory, refuse_other_pictures
 from vlmfix.decoders import Decoder, Greedy
 from vlmfix.errors import DataError, PassingError, UsageError
 from vlmfix.evals.record import PLAIN, EvalRun, read_run
 from vlmfix.evals.task import Sample, Task, Workload
+from vlmfix.fitting import fitting_batch, typical
 from vlmfix.generation import VLM, Answer, check_settings, load
 from vlmfix.images import Found, Picture, read_ahead
 from vlmfix.jobs.benchmark.output import ArmsFolder
 from vlmfix.jobs.ledger import asked_before
 from vlmfix.parsing import some
 from vlmfix.settings import Settings
+from vlmfix.supply import Question
 
 Report = Callable[[int, int], None]
 
@@ -105,7 +107,10 @@ def evaluate(
             refuse_changed(out, workload, output.pictures())
             vlm = loader(settings.model, **settings.loading())
             _refuse_idle(vlm, settings.model, arms)
-            rows = batch_size or output.batch_size or min(fitting_batch(vlm, decoder) for decoder in arms.values())
+            rows = batch_size or output.batch_size
+            if not rows:
+                sample = job.typical()
+                rows = min(fitting_batch(vlm, decoder, settings, sample) for decoder in arms.values())
             models = {arm: known(vlm, decoder) for arm, decoder in arms.items()}
             output.begin(models, settings, batch_size=rows, peak_memory=lambda: peak_memory(vlm.device))
             with output.working():
@@ -203,6 +208,12 @@ class _Job:
         self._tokens = 0
         self.asked = self.answered = 0
 
+    def typical(self) -> list[Question]:
+        """Questions that stand for all."""
+        names = dict.fromkeys(asked.image for asked in self._questions if asked.image is not None)
+        paths = [_path(self._workload, name) for name in names]
+        return typical(paths, (asked.prompt for asked in self._questions))
+
     def work(self, arm: str, answerer: Answerer) -> None:
         """Answers what is left of an arm."""
         done, size = self._output.done[arm], answerer.rows  # before memory runs out, which makes it smaller
@@ -214,8 +225,11 @@ class _Job:
         found = (Found(name, _path(self._workload, name)) for name in names)
         started, self._tokens = time.perf_counter(), 0
         try:
-            with closing(read_ahead(found)) as pictures:
-                for settled in answerer(_shown(open_batches, pictures), lambda: self._asked_before(arm)):
+            with (
+                closing(read_ahead(found, batch=size)) as pictures,
+                closing(answerer(_shown(open_batches, pictures), lambda: self._asked_before(arm))) as answers,
+            ):
+                for settled in answers:
                     before = self._total - self.left
                     for asked, outcome in settled:
                         self._write(arm, asked, outcome)

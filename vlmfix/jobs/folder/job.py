@@ -11,10 +11,12 @@ from typing import Any
 
 from PIL import Image
 
-from vlmfix.answering import Answerer, Outcome, Question
-from vlmfix.card import known, peak_memory, plain
+from vlmfix.answering import Answerer, Outcome
+from vlmfix.card import plain
+from vlmfix.crew import Crew
 from vlmfix.decoders import Decoder, parse
 from vlmfix.errors import DataError, PassingError, UsageError
+from vlmfix.fitting import fitting_batch, typical
 from vlmfix.generation import VLM, Answer, check_settings, load
 from vlmfix.images import Found, Picture, find, read_ahead
 from vlmfix.jobs.folder.maps import MapFolder
@@ -22,6 +24,7 @@ from vlmfix.jobs.folder.output import OutputFolder, Totals
 from vlmfix.jobs.folder.questions import Questions
 from vlmfix.jobs.ledger import asked_before
 from vlmfix.settings import Settings
+from vlmfix.supply import Question
 
 
 @dataclass(frozen=True)
@@ -66,6 +69,7 @@ def run(
     batch_size: int | None = None,
     save_maps: Path | None = None,
     retry_failed: bool = False,
+    devices: Sequence[str] = (),
     report: Callable[[Progress], None] = lambda progress: None,
     loader: Callable[..., VLM] = load,
 ) -> Progress:
@@ -82,6 +86,7 @@ def run(
         batch_size: Rows per batch; None takes as many as the free memory allows. Halved when memory runs out.
         save_maps: A folder for what a refining decoder makes of the pictures; see ``MapFolder``.
         retry_failed: Asks again what an earlier start noted in ``failed.jsonl``.
+        devices: Torch devices of as many processes, which answer together; empty for one model in this process.
         report: Called whenever something was written.
         loader: Loads the model; ``vlmfix.load`` unless a test gives another.
 
@@ -90,7 +95,7 @@ def run(
 
     Raises:
         UsageError: A setting is not allowed, a question names a picture that is not there, ``out``
-            belongs to another run, or ``save_maps`` is given to a decoder that makes none.
+            belongs to another run, or ``save_maps`` is given to a decoder that makes none, or with ``devices``.
         DataError: The pictures' folder or ``out`` cannot be used.
         UnsupportedModelError: The model cannot be used.
         SystematicError: Every question fails; nothing is noted about those that failed in the end.
@@ -103,7 +108,7 @@ def run(
     decoder = parse(settings.decoder)
     check_settings(decoder, settings)
     if save_maps is not None:
-        _check_maps(save_maps, pictures, decoder)
+        _check_maps(save_maps, pictures, decoder, devices)
     files = list(find(pictures, skip=out))
     questions.check(file.name for file in files)
     files = [file for file in files if questions.about_picture(file.name)]
@@ -115,14 +120,21 @@ def run(
         maps = None if save_maps is None else opened.enter_context(MapFolder(save_maps, asked))
         job = _Job(files, questions, output, maps, report)
         if job.left():
-            vlm = loader(settings.model, **settings.loading())
-            job.work(vlm, decoder, settings, batch_size)
+            if devices:
+                sample = job.typical() if batch_size is None else []
+                job.work(opened.enter_context(Crew(devices, settings, batch_size, sample, loader)), settings)
+            else:
+                vlm = loader(settings.model, **settings.loading())
+                rows = fitting_batch(vlm, decoder, settings, job.typical()) if batch_size is None else batch_size
+                job.work(Answerer(vlm, decoder, settings, rows), settings)
         else:
             output.conclude()
         return job.progress()
 
 
-def _check_maps(folder: Path, pictures: Path, decoder: Decoder) -> None:
+def _check_maps(folder: Path, pictures: Path, decoder: Decoder, devices: Sequence[str]) -> None:
+    if devices:
+        raise UsageError("--save-maps does not go with --devices", "save the maps on one device")
     if not decoder.refines:
         raise UsageError(f"{decoder.name} makes no maps to save", "use carve or vicrop, or leave --save-maps out")
     if pictures.is_dir() and folder.resolve().is_relative_to(pictures.resolve()):
@@ -177,20 +189,28 @@ class _Job:
     def progress(self) -> Progress:
         return Progress(self._total, self._before, self._done, self._answered, self._output.totals, self._batch_size)
 
-    def work(self, vlm: VLM, decoder: Decoder, settings: Settings, batch_size: int | None) -> None:
+    def typical(self) -> list[Question]:
+        """Questions that stand for those to come."""
+        paths = [file.path for file in self._files if not file.problem]
+        return typical(paths, {prompt for file in self._files for prompt in self._open_prompts(file.name)})
+
+    def work(self, answerer: Answerer | Crew, settings: Settings) -> None:
         """Deals with everything that is left."""
-        answerer = Answerer(vlm, decoder, settings, batch_size)
         self._batch_size = answerer.rows
         self._output.begin(
-            known(vlm, decoder),
+            answerer.known,
             settings,
             batch_size=answerer.rows,
             prompts_file=self._questions.file_name or None,
-            peak_memory=lambda: peak_memory(vlm.device),
+            peak_memory=lambda: answerer.peak_memory,
         )
         self._report(self.progress())
-        with self._output.working(), closing(read_ahead(self._files)) as pictures:
-            for settled in answerer(self._batches(pictures, answerer), self._asked_before):
+        with (
+            self._output.working(),
+            closing(read_ahead(self._files, batch=answerer.ahead)) as pictures,
+            closing(answerer(self._batches(pictures, answerer), self._asked_before)) as answers,
+        ):
+            for settled in answers:
                 for sample, outcome in settled:
                     self._write(sample, outcome)
                 self._batch_size = answerer.rows
@@ -198,7 +218,7 @@ class _Job:
             self._output.finish()
 
     def _batches(
-        self, pictures: Iterable[tuple[Found, Picture | DataError | PassingError]], answerer: Answerer
+        self, pictures: Iterable[tuple[Found, Picture | DataError | PassingError]], answerer: Answerer | Crew
     ) -> Iterator[list[tuple[_Sample, Question | PassingError]]]:
         samples = self._samples(pictures)
         while batch := list(itertools.islice(samples, answerer.rows)):

@@ -9,12 +9,10 @@ from typing import Any, ClassVar
 
 from vlmfix.card import Known, versions
 from vlmfix.jobs.ledger import Ledger, now
+from vlmfix.jobs.lines import ANSWER, ANSWERS, CARD, FAILED, FAILURE
 from vlmfix.settings import Settings
-from vlmfix.shapes import COUNT, DURATION, FLAG, OBJECT, TEXT, fields, list_of
+from vlmfix.shapes import COUNT, FLAG, OBJECT, TEXT, fields, list_of
 
-ANSWERS, FAILED, CARD = "answers.jsonl", "failed.jsonl", "run.json"
-ANSWER = fields({"image": TEXT, "prompt": TEXT, "answer": TEXT, "tokens": COUNT, "seconds": DURATION}, {"sha256": TEXT})
-FAILURE = fields({"image": TEXT, "reason": TEXT}, {"prompt": TEXT})
 RUN = fields(
     {
         "settings": OBJECT,

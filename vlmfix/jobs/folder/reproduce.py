@@ -12,8 +12,8 @@ from vlmfix.errors import DataError, UsageError
 from vlmfix.generation import VLM, load
 from vlmfix.images import find
 from vlmfix.jobs.folder.job import Progress, run
-from vlmfix.jobs.folder.output import ANSWER, ANSWERS, CARD
 from vlmfix.jobs.folder.questions import Questions
+from vlmfix.jobs.lines import ANSWER, ANSWERS, CARD
 from vlmfix.parsing import some
 from vlmfix.records import read_json, read_lines
 from vlmfix.settings import DECODED, LOADED, MODEL

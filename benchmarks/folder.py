@@ -1,0 +1,86 @@
+"""What ``vlmfix run`` makes of a folder: tokens per second over pictures of 1024x768, with a model of true shapes.
+
+    python benchmarks/folder.py --into /tmp/folder greedy spin:kept_share=0.95,suppression=0.08,layers=all vcd
+    python benchmarks/folder.py --into /tmp/folder --shapes tiny --pictures 16 greedy
+
+Saves a model with random weights and makes JPEGs, once, and then runs the command for one decoder after the other, each
+in a process of its own. The time of a run's card is that of its batches, without loading the model.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+from PIL import Image
+
+from vlmfix.bench.shapes import SHAPES, usual
+
+
+def draw(path: Path, number: int) -> None:
+    """Writes a picture of blurred noise, another one for each number."""
+    dice = torch.Generator().manual_seed(number)
+    small = torch.randint(256, (96, 128, 3), generator=dice, dtype=torch.uint8).numpy()
+    Image.fromarray(small).resize((1024, 768), Image.Resampling.BICUBIC).save(path, quality=90)
+
+
+def prepare(folder: Path, shapes: str, count: int) -> tuple[Path, Path]:
+    """Makes the model's folder and that of the pictures, where they are missing."""
+    model, pictures = folder / f"model-{shapes}", folder / f"pictures-{count}"
+    if not model.exists():
+        vlm = SHAPES[shapes]()
+        vlm.model.save_pretrained(model)
+        vlm.processor.save_pretrained(model)
+    if not pictures.exists():
+        pictures.mkdir(parents=True)
+        with ThreadPoolExecutor(8) as pool:
+            list(pool.map(lambda number: draw(pictures / f"{number:05d}.jpg", number), range(count)))
+    return model, pictures
+
+
+def run(model: Path, pictures: Path, out: Path, decoder: str, tokens: int) -> dict[str, float]:
+    """Runs the command once and reads its card."""
+    shutil.rmtree(out, ignore_errors=True)
+    options = ["--model", model, "--out", out, "--decoder", decoder, "--max-new-tokens", tokens]
+    started = time.perf_counter()
+    subprocess.run([sys.executable, "-m", "vlmfix", "run", *map(str, [pictures, *options])], check=True)
+    wall = time.perf_counter() - started
+    card = json.loads((out / "run.json").read_text())
+    totals = card["totals"]
+    return {
+        "wall": wall,
+        "tokens": totals["tokens"],
+        "per_second": totals["tokens"] / totals["seconds"],
+        "batch": card["sessions"][-1]["batch_size"],
+        "peak": card["peak_memory"] / 2**30,
+    }
+
+
+def main() -> None:
+    """Prints a line for each decoder."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("decoders", nargs="+", metavar="DECODER", help="as --decoder takes it")
+    parser.add_argument("--into", type=Path, required=True, help="a folder for the model, the pictures and the answers")
+    parser.add_argument("--shapes", choices=SHAPES, default=usual("auto"))
+    parser.add_argument("--pictures", type=int, default=512)
+    parser.add_argument("--tokens", type=int, default=64)
+    given = parser.parse_args()
+    model, pictures = prepare(given.into, given.shapes, given.pictures)
+    found = {spec: run(model, pictures, given.into / "out", spec, given.tokens) for spec in given.decoders}
+    print(f"{given.pictures} JPEGs of 1024x768, at most {given.tokens} tokens each")
+    for spec, row in found.items():
+        print(
+            f"{spec}: {row['per_second']:.0f} tokens/s, batches of {row['batch']:.0f}, peak {row['peak']:.1f} GiB, "
+            f"{row['wall']:.0f} s with loading, {row['tokens']:.0f} tokens"
+        )
+
+
+if __name__ == "__main__":
+    main()

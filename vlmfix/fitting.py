@@ -1,0 +1,123 @@
+"""How many rows go through a model at a time: as many as its free memory has room for.
+
+What a row needs is reckoned from the model's configuration and from questions that stand for those to come, which the
+processor has made tokens of: families make between a hundred and some ten thousand tokens of a picture. The reckoning
+is rough and on the safe side; a batch that memory has no room for all the same is halved (``vlmfix.answering``).
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from vlmfix.card import free_memory
+from vlmfix.decoders import Decoder
+from vlmfix.decoding.graphs import ROOM, capacity, slots
+from vlmfix.errors import DataError, PassingError
+from vlmfix.generation import VLM
+from vlmfix.images import open_picture
+from vlmfix.models.layout import Prepared
+from vlmfix.settings import Settings
+from vlmfix.supply import Question
+from vlmfix.upstream.wrappers import layer_devices
+
+LARGEST_BATCH = {"cuda": 128, "cpu": 8}
+"""Most rows of an automatic batch; from here on a step takes longer for each further row."""
+KEPT_BACK = 0.2
+"""Share of the free memory that is left for what is not reckoned: fragments, edits, libraries."""
+SAMPLED = 4
+"""Pictures that stand for all."""
+HIDDEN, INNER = 6, 3
+"""Values of a layer's width, and of its MLP's, that a prompt's token takes while a layer works on it."""
+TOWER = 100
+"""Values that the vision tower holds for each value of a picture's pixels: the states of all its layers, in which some
+families choose, and one layer at work. LLaVA-1.5's takes 70."""
+SCORES = 24
+"""Bytes for each entry of the vocabulary: logits of a step in two precisions, and what is sorted of them."""
+
+
+@dataclass(frozen=True)
+class Need:
+    """What a question takes of the memory.
+
+    Attributes:
+        rows: Rows that it is decoded in, branches and beams included.
+        kept: Bytes of keys and values of one of these rows, prompt and answer.
+        passing: Bytes that the prompt's pass of the question takes beside them, and gives back.
+    """
+
+    rows: int
+    kept: int
+    passing: int
+
+    def of(self, questions: int) -> int:
+        """Bytes for a batch of so many questions; there is room for as many rows as a recorded step has."""
+        return slots(questions * self.rows) * self.kept + questions * self.passing
+
+
+def typical(paths: Sequence[Path], prompts: Iterable[str]) -> list[Question]:
+    """Questions that stand for those to come: the longest prompt about a few pictures, or about none where none opens.
+
+    Args:
+        paths: Files of the pictures.
+        prompts: All prompts.
+    """
+    longest, shown = max(prompts, key=len, default=""), []
+    for path in paths[:: max(1, math.ceil(len(paths) / SAMPLED))]:
+        try:
+            shown.append(open_picture(path).image)
+        except (DataError, PassingError):  # said where it is asked about
+            continue
+    return [Question(picture, longest) for picture in shown] or [Question(None, longest)]
+
+
+def fitting_batch(vlm: VLM, decoder: Decoder, settings: Settings, questions: Sequence[Question]) -> int:
+    """Rows of a batch that the free memory has room for, at least 1.
+
+    Args:
+        vlm: The model.
+        decoder: How it decodes.
+        settings: Its generation settings.
+        questions: Some that stand for those to come; see ``typical``.
+    """
+    needs = [_need(vlm, decoder, settings, found) for found in _prepared(vlm, questions)]
+    if not needs:
+        return 1  # none can be prepared, which will be said of each where it is asked
+    devices = Counter(layer_devices(vlm.family.layers(vlm.model), vlm.device))
+    layers = devices.total()  # a device with half of them has half of all keys and values
+    free = min((1 - KEPT_BACK) * free_memory(device) * layers / own for device, own in devices.items())
+    most = LARGEST_BATCH.get(vlm.device.type, LARGEST_BATCH["cpu"])
+    return next((rows for rows in range(most, 1, -1) if all(need.of(rows) <= free for need in needs)), 1)
+
+
+def _prepared(vlm: VLM, questions: Sequence[Question]) -> Iterable[Prepared]:
+    for question in questions:
+        try:
+            yield vlm.prepared([question.prompt], [[] if question.picture is None else [question.picture]])
+        except Exception:  # of whatever kind: it is that question's, and is raised again where it is asked
+            continue
+
+
+def _need(vlm: VLM, decoder: Decoder, settings: Settings, prepared: Prepared) -> Need:
+    """What a question with such a prompt takes."""
+    config, size = vlm.model.config.get_text_config(), vlm.model.dtype.itemsize
+    groups = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    inner = getattr(config, "intermediate_size", None) or 4 * config.hidden_size
+    shown = 2 if decoder.refines else 1  # a refined part beside the picture
+    tokens, longest = shown * prepared.length, settings.max_new_tokens
+    own_beams = decoder.strategy is not None and decoder.strategy.num_beams > 1
+    rows = decoder.passes * (1 if own_beams else settings.num_beams)  # its passes count its own
+    keys = capacity(tokens, longest) if longest <= ROOM else tokens + longest + ROOM  # it grows by so many
+    states = tokens * (HIDDEN * config.hidden_size + INNER * inner) * size
+    mask = tokens * tokens * (1 + size)
+    pixels = sum(value.numel() for value in prepared.inputs.values() if value.is_floating_point())
+    pictures = shown * pixels * TOWER * size
+    return Need(
+        rows=rows,
+        kept=2 * config.num_hidden_layers * groups * width * size * keys,
+        passing=(states + mask + pictures) * decoder.passes + SCORES * config.vocab_size * rows,
+    )

@@ -1,0 +1,88 @@
+"""What a model is fed with: batches that are prepared while another decodes, and how many rows one may have.
+
+Preparing a photograph (opening, turning, resizing, normalising) takes some ten milliseconds of a core, nearly all of
+them in Pillow's and torch's own code, which lets other threads run. So threads are enough, and nothing has to be sent
+between processes.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Self
+
+from PIL import Image
+
+from vlmfix.generation import VLM
+from vlmfix.models.layout import Prepared
+
+THREADS = max(1, min(8, (os.cpu_count() or 1) - 1))
+"""Pictures that are prepared at once; a core is left to the thread that drives the model."""
+
+
+@dataclass(frozen=True, eq=False)
+class Question:
+    """One prompt about one picture, or about none.
+
+    Attributes:
+        picture: RGB; rows of a batch that hold the same object share its encoding. None for a prompt alone.
+        prompt: What is asked.
+    """
+
+    picture: Image.Image | None
+    prompt: str
+
+
+class Supply:
+    """Prepares one batch of questions in the background; leaving the block ends its threads.
+
+    Args:
+        vlm: The model that will answer; another thread may use it meanwhile.
+        threads: Pictures that are prepared at once.
+    """
+
+    def __init__(self, vlm: VLM, threads: int = THREADS) -> None:
+        self._vlm = vlm
+        self._beside: VLM | None = None
+        self._coming: tuple[Sequence[Question], Future[Prepared]] | None = None
+        self._batches = ThreadPoolExecutor(1, thread_name_prefix="vlmfix-batch")
+        self._pictures = ThreadPoolExecutor(threads, thread_name_prefix="vlmfix-prepared")
+
+    def begin(self, questions: Sequence[Question]) -> None:
+        """Begins to prepare a batch in place of the one before, if nobody took that; goes on with it for none."""
+        if questions:
+            self._drop()
+            self._coming = questions, self._batches.submit(self._prepared, questions)
+
+    def take(self, questions: Sequence[Question]) -> Prepared | None:
+        """What was begun for these questions, or is made now; it is waited for.
+
+        None where preparing them failed: what is wrong is found again where they are asked, and belongs to them there.
+        """
+        if self._coming is not None and [*map(id, self._coming[0])] == [*map(id, questions)]:
+            (_, future), self._coming = self._coming, None
+        else:
+            future = self._batches.submit(self._prepared, questions)
+        return None if future.exception() else future.result()
+
+    def _prepared(self, questions: Sequence[Question]) -> Prepared:
+        if self._beside is None:
+            self._beside = self._vlm.beside()
+        shown = [[] if question.picture is None else [question.picture] for question in questions]
+        prompts = [question.prompt for question in questions]
+        return self._beside.prepared(prompts, shown, each=self._pictures.map)
+
+    def _drop(self) -> None:
+        if self._coming is not None:
+            self._coming[1].cancel()
+            self._coming = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._drop()
+        self._pictures.shutdown(wait=True, cancel_futures=True)  # first: a batch ends where its pictures are cancelled
+        self._batches.shutdown(wait=True, cancel_futures=True)

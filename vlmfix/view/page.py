@@ -1,0 +1,277 @@
+"""One HTML page of answers that needs nothing from elsewhere; what answers and names hold is text, never markup."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cache
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlencode
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
+from vlmfix import __version__
+from vlmfix.errors import DataError
+from vlmfix.files import replacing
+from vlmfix.parsing import escaped
+from vlmfix.view.marks import pieces, side_by_side
+from vlmfix.view.pictures import small_pictures
+from vlmfix.view.runs import VERSIONS
+from vlmfix.view.sheet import Card, Row, Sheet
+
+NAME = "vlmfix view"
+FILTERS = (
+    ("differs", "answers differ"),
+    ("absent", "names something absent"),
+    ("wrong", "wrong"),
+    ("failed", "failed"),
+    ("cut", "cut off"),
+)
+"""Names of the flags of a row, and what a page calls them."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a page gets a picture from.
+
+    Attributes:
+        address: A data URI, or a place on the page's own server; empty when there is nothing to be seen.
+        problem: Why, in a sentence.
+    """
+
+    address: str = ""
+    problem: str = ""
+
+
+@dataclass(frozen=True)
+class Part:
+    """Which part of a sheet a page shows that a server gives out.
+
+    Attributes:
+        show: Name of the filter; empty for all.
+        find: What was searched for.
+        number: Number of the page, from 1.
+        pages: How many there are.
+        shown: Questions on all of them.
+    """
+
+    show: str
+    find: str
+    number: int
+    pages: int
+    shown: int
+
+
+def page(
+    sheet: Sheet,
+    cards: Sequence[tuple[Card, Source]],
+    *,
+    name: str = NAME,
+    heading: str = "",
+    intro: Iterable[str] = (),
+    part: Part | None = None,
+) -> str:
+    """Makes a page.
+
+    Args:
+        sheet: What there is to show.
+        cards: What of it the page shows, with the sources of its pictures.
+        name: The command that makes it; own pages are known by it, see ``write_page``.
+        heading: What stands above all; the sheet's title unless given.
+        intro: Sentences below; model, time and versions unless given.
+        part: Which part it is, of a page that a server gives out; None for a page that is a file.
+    """
+    shown = [row for card, _ in cards for row in card.rows]
+    counted = shown if part is None else list(sheet.rows())
+    prompts = {row.prompt for row in sheet.rows() if row.prompt}
+    script, style = _read("page.js"), _read("page.css")
+    text: str = _template().render(
+        name=name,
+        version=__version__,
+        policy=_policy(script, style, served=part is not None),
+        script=script,
+        style=style,
+        sheet=sheet,
+        heading=heading or sheet.title,
+        intro=list(intro) or _subtitle(sheet),
+        facts=_facts(sheet),
+        prompt=next(iter(prompts)) if len(prompts) == 1 else "",
+        notes=[
+            *sheet.notes,
+            *([_left_out(sheet, len(cards))] if part is None and len(cards) < len(sheet.cards) else []),
+        ],
+        legend=_legend(sheet, shown),
+        filters=FILTERS,
+        counts={flag: sum(flag in row.flags for row in counted) for flag, _ in FILTERS},
+        total=len(counted),
+        count=f"{len(shown)} shown" if part is None else f"{part.shown} of {len(counted)}",
+        cards=[_card(card, source) for card, source in cards],
+        served=part is not None,
+        chosen="" if part is None else part.show,
+        found="" if part is None else part.find,
+        number=0 if part is None else part.number,
+        pages=0 if part is None else part.pages,
+        address=_address,
+    )
+    return text
+
+
+def page_of(sheet: Sheet, limit: int, **how: Any) -> str:
+    """Makes a page with the pictures in it.
+
+    Args:
+        sheet: What there is to show.
+        limit: The most pictures that it shows.
+        **how: For ``page``.
+    """
+    cards = sheet.cards[:limit]
+    opened = small_pictures(card.picture for card in cards if card.picture is not None)
+    sources = [Source() if card.picture is None else _embedded(next(opened)) for card in cards]
+    return page(sheet, list(zip(cards, sources, strict=True)), **how)
+
+
+def write_page(path: Path, text: str, name: str = NAME) -> None:
+    """Writes a page whole.
+
+    Raises:
+        DataError: The file cannot be written, or is there and none of our pages.
+    """
+    refuse_foreign(path, name)
+    with replacing(path) as draft:
+        draft.write(text.encode())
+
+
+def refuse_foreign(path: Path, name: str = NAME) -> None:
+    """Refuses to write over what is no page of a command's own.
+
+    Args:
+        path: The file, which may be missing.
+        name: The command.
+
+    Raises:
+        DataError: It is another file, or cannot be read.
+    """
+    beginning = f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{name}'.encode()
+    try:
+        ours = not path.exists()
+        if path.is_file():
+            with path.open("rb") as file:
+                ours = file.read(len(beginning)) == beginning
+    except OSError as error:
+        raise DataError(f"cannot read {path}: {error.strerror}", "choose another --out") from error
+    if not ours:
+        raise DataError(f"{path} is there and is no page of {name}", "choose another --out")
+
+
+def _embedded(found: bytes | str) -> Source:
+    if isinstance(found, str):
+        return Source(problem=found)
+    return Source("data:image/jpeg;base64," + base64.b64encode(found).decode())
+
+
+@cache
+def _template() -> Any:  # noqa: ANN401 (jinja2's own type names no fields)
+    environment = Environment(
+        loader=PackageLoader("vlmfix.view", "template"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters["plain"] = lambda text: escaped(text, lines=True)
+    return environment.get_template("page.html.jinja")
+
+
+@cache
+def _read(name: str) -> str:
+    return files("vlmfix.view").joinpath("template", name).read_text(encoding="utf-8")
+
+
+def _policy(script: str, style: str, *, served: bool) -> str:
+    """What a browser may load and run of a page: its own script and style, known by their digests, and its pictures."""
+    own = {
+        kind: base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
+        for kind, text in (("script", script), ("style", style))
+    }
+    rules = [
+        "default-src 'none'",
+        f"script-src 'sha256-{own['script']}'",
+        f"style-src 'sha256-{own['style']}'",
+        f"img-src data:{' ' + repr('self') if served else ''}",
+        "base-uri 'none'",
+        "form-action 'self'" if served else "form-action 'none'",
+    ]
+    return "; ".join(rules)
+
+
+def _facts(sheet: Sheet) -> list[tuple[str, list[str]]]:
+    """What was run, fact by fact, with the values of all columns."""
+    names = dict.fromkeys(name for column in sheet.columns for name in column.facts)
+    return [(name, [column.facts.get(name, "") for column in sheet.columns]) for name in names]
+
+
+def _subtitle(sheet: Sheet) -> list[str]:
+    """Model, time and versions, which all columns may share or not."""
+    known = {name: list(dict.fromkeys(filter(None, values))) for name, values in _facts(sheet)}
+    parts = [", ".join(known[name]) for name in ("model", "date") if known.get(name)]
+    parts += [f"{name} {', '.join(known[name])}" for name in VERSIONS if known.get(name)]
+    return [" · ".join(parts)] if parts else []
+
+
+def _left_out(sheet: Sheet, shown: int) -> str:
+    left = len(sheet.cards) - shown
+    return (
+        f"The first {shown} of {len(sheet.cards)} pictures are on this page, {left} are left out: --limit says how many"
+        f" it may have, and vlmfix view --serve shows all, page by page. The figures above are of all."
+    )
+
+
+def _legend(sheet: Sheet, rows: Sequence[Row]) -> list[tuple[str, str, str]]:
+    """Class, sample and meaning of each kind of mark that a page has."""
+    kinds = {kind for row in rows for judgement in row.judged if judgement for _, _, kind in judgement.marks}
+    found = []
+    if len(sheet.columns) > 1 and any("differs" in row.flags for row in rows):
+        other = "the other answer" if len(sheet.columns) == 2 else f"the answer of {escaped(sheet.columns[0].label)}"
+        found.append(("differs", "words", f"that {other} does not have there"))
+    if "present" in kinds:
+        found.append(("present", "words", "name something in the picture"))
+    if "absent" in kinds:
+        found.append(("absent", "words", "name something that is not there"))
+    return found
+
+
+def _card(card: Card, source: Source) -> dict[str, Any]:
+    truths = {row.truth for row in card.rows}
+    return {
+        "picture": card.picture,
+        "source": source,
+        "truth": truths.pop() if len(truths) == 1 else "",
+        "rows": [_row(row) for row in card.rows],
+    }
+
+
+def _row(row: Row) -> dict[str, Any]:
+    texts = [None if said is None or said.failed else said.text for said in row.said]
+    judged = row.judged or (None,) * len(row.said)
+    return {
+        "prompt": row.prompt,
+        "group": row.group,
+        "flags": row.flags,
+        "truth": row.truth,
+        "said": row.said,
+        "judged": judged,
+        "pieces": [
+            pieces(text or "", () if judgement is None else judgement.marks, differing)
+            for text, judgement, differing in zip(texts, judged, side_by_side(texts), strict=True)
+        ],
+    }
+
+
+def _address(show: str, find: str, number: int) -> str:
+    """Where the server has a part of the sheet."""
+    asked = {"show": show, "find": find, "page": number if number > 1 else ""}
+    return "?" + urlencode({name: value for name, value in asked.items() if value}, errors="replace")

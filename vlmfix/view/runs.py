@@ -1,0 +1,123 @@
+"""Folders that `vlmfix run` wrote, read to be looked at."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from vlmfix.jobs.lines import ANSWER, ANSWERS, CARD, FAILED, FAILURE
+from vlmfix.records import read_json, read_lines
+from vlmfix.settings import DECODED, LOADED, decoding_text
+from vlmfix.shapes import FLAG, PATH, TEXT, fields, list_of, mapping_of
+from vlmfix.view.pictures import below
+from vlmfix.view.sheet import PictureFile, Said, Truth
+
+SESSION = fields({}, {"started": TEXT, "updated": TEXT, "device": TEXT, "versions": mapping_of(TEXT.or_null())})
+SHOWN = fields(
+    {
+        "settings": fields(
+            {"pictures": PATH, "model": TEXT, "decoder": TEXT, **DECODED},
+            {"commit": TEXT.or_null(), "dtype": TEXT, **LOADED},
+        )
+    },
+    {"sessions": list_of(SESSION), "updated": TEXT, "finished": FLAG},
+)
+"""What a run card must say for its answers to be shown, and what is shown of it besides."""
+VERSIONS = ("vlmfix", "torch", "transformers")
+
+
+@dataclass(frozen=True, eq=False)
+class Asked:
+    """One question of a folder with the answers that it has there.
+
+    Attributes:
+        picture: What it is about; None for a question without a picture.
+        prompt: What was asked.
+        said: Answers by the name of the arm.
+        truth: What is known; None when nothing is.
+        group: Part of the benchmark that it belongs to.
+    """
+
+    picture: PictureFile | None
+    prompt: str
+    said: Mapping[str, Said]
+    truth: Truth | None = None
+    group: str = ""
+
+
+@dataclass(frozen=True, eq=False)
+class Answers:
+    """What a folder holds.
+
+    Attributes:
+        folder: Where.
+        arms: For each arm what was run, by the names of the facts; the decoder's specification is among them.
+        asked: The questions, in order.
+        kind: What wrote it, in words.
+    """
+
+    folder: Path
+    arms: Mapping[str, Mapping[str, str]]
+    asked: list[Asked]
+    kind: str = "vlmfix run"
+
+
+def read_answers(folder: Path, images: Path | None = None) -> Answers:
+    """Reads a folder that ``vlmfix run`` wrote, finished or not.
+
+    Args:
+        folder: The folder.
+        images: Where its pictures are now; None for where they were.
+
+    Raises:
+        DataError: A file is missing or is not what it should be.
+    """
+    card = read_json(folder / CARD, SHOWN)
+    settings = card["settings"]
+    place = Path(settings["pictures"]) if images is None else images
+    arm = settings["decoder"]
+    asked: list[Asked] = []
+    known: dict[str, PictureFile] = {}
+    for line in read_lines(folder / ANSWERS, ANSWER):
+        name = line["image"]
+        if name not in known:
+            known[name] = PictureFile(name, below(place, name), line.get("sha256", ""))
+        asked.append(Asked(known[name], line["prompt"], {arm: Said(line["answer"], line.get("finish", ""))}))
+    for line in read_lines(folder / FAILED, FAILURE):
+        name = line["image"]
+        picture = known.get(name) or PictureFile(name, below(place, name))
+        asked.append(Asked(picture, line.get("prompt", ""), {arm: Said("", failed=line["reason"])}))
+    asked.sort(key=lambda question: "" if question.picture is None else question.picture.name.split("/"))
+    facts = {
+        "folder": str(folder),
+        "decoder": arm,
+        **model_facts(settings),
+        "decoding": decoding_text({name: settings[name] for name in DECODED}),
+        **session_facts(card.get("sessions", ()), str(card.get("updated", ""))),
+    }
+    if not card.get("finished"):
+        facts["state"] = "unfinished"
+    return Answers(folder, {arm: facts}, asked)
+
+
+def model_facts(settings: Mapping[str, Any]) -> dict[str, str]:
+    """Says which model a card is of."""
+    commit = settings.get("commit")
+    found = {"model": f"{settings['model']} ({commit[:12]})" if commit else settings["model"]}
+    found |= {"precision": settings["dtype"]} if "dtype" in settings else {}
+    return found | {name.replace("_", " "): f"{settings[name]}" for name in LOADED if settings.get(name) is not None}
+
+
+def session_facts(sessions: Any, updated: str = "") -> dict[str, str]:  # noqa: ANN401 (JSON values, checked before)
+    """Says when, where and by which versions a folder was written."""
+    if not sessions:
+        return {}
+    first, last = sessions[0], sessions[-1]
+    times = [
+        time[:16].replace("T", " ") for time in (first.get("started", ""), updated or last.get("updated", "")) if time
+    ]
+    found = {"date": " to ".join(dict.fromkeys(times)), "device": last.get("device", "")}
+    found |= {name: last.get("versions", {}).get(name) or "" for name in VERSIONS}
+    return {name: value for name, value in found.items() if value}
