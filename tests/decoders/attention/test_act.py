@@ -47,7 +47,7 @@ def applied(method, here, full):
 def calibrate(weights, sink, kept):
     keys = weights.shape[-1]
     here = site([keys - 1], keys=keys, prompt=keys, image=[], text=[0])
-    here = dataclasses.replace(here, prefill=False, memory=Memory({}, {"sinks": (sink, 0)}))
+    here = dataclasses.replace(here, prefill=False, memory=Memory({}, {"sinks": sink}))
     return edit(kept=kept).weights(here, weights)
 
 
