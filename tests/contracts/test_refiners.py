@@ -245,10 +245,8 @@ def test_a_tiny_picture_is_refined():
         assert all(min(shown.size) >= 1 for shown in found.pictures)
 
 
-@pytest.mark.parametrize(
-    ("spec", "ran"), [("vicrop:base=12,layers=1", [2, 2, 0, 0]), ("carve:steps=first,layers=2", [2, 2, 2, 0])]
-)
-def test_question_and_instruction_are_looked_at_in_one_pass_that_ends_early(spec, ran):
+@pytest.mark.parametrize("spec", ["vicrop:base=12,layers=1", "carve:steps=first,layers=1"])
+def test_question_and_instruction_are_looked_at_in_one_pass_that_ends_early(spec):
     """Two calls of a layer: of the beginning that both share, and of the rest."""
     vlm = vlm_of("llava")
     vlm.memo.clear()
@@ -261,5 +259,5 @@ def test_question_and_instruction_are_looked_at_in_one_pass_that_ends_early(spec
     finally:
         for hook in hooks:
             hook.remove()
-    assert [seen.count(n) for n in range(len(layers))] == ran[: len(layers)]
+    assert [seen.count(n) for n in range(len(layers))] == [2, 2] + [0] * (len(layers) - 2)
     assert len(towers) == 1

@@ -212,10 +212,7 @@ def _prefill(plan: LayerPlan, call: Call) -> Tensor:
 
 
 def _with_products(plan: LayerPlan, sites: list[Site], call: Call, own: Tensor) -> Tensor:
-    """SDPA of all rows, (B, Q, H, D), with each product of a row's and a key's number as dimensions of their own.
-
-    A key's number takes two, the second for what the model's precision takes off the first.
-    """
+    """SDPA of all rows, (B, Q, H, D), with each product of a row's and a key's number as a dimension of its own."""
     kind, size = call.query.dtype, call.query.shape[-1]
     exact = torch.promote_types(kind, torch.float32)
     most = min(STRONGEST, torch.finfo(kind).max * call.scale / 2)
@@ -225,8 +222,7 @@ def _with_products(plan: LayerPlan, sites: list[Site], call: Call, own: Tensor) 
             rows, keys = step.edit.factors(site)
             rows = torch.where(site.acts[:, None], rows, 0.0).to(kind)  # (B, 1 or H, R)
             keys = keys.to(exact).clamp(-most, most) / call.scale  # (B, K)
-            high = keys.to(kind)
-            factors += [(rows, high), (rows, (keys - high).to(kind))]
+            factors.append((rows, keys.to(kind)))
     wider = -(-len(factors) // ALIGNED) * ALIGNED
     query, key, value = (pad(part, (0, wider)) for part in (call.query, call.key, call.value))
     for place, (rows, keys) in enumerate(factors, size):
