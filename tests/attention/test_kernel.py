@@ -10,7 +10,16 @@ import torch
 from torch import nn
 
 from tests.attention.reference import attention as reference
-from vlmfix.attention.edit import BiasEdit, LayerSet, OutputEdit, PromptReading, Rows, ScoreEdit, WeightEdit
+from vlmfix.attention.edit import (
+    BiasEdit,
+    LayerSet,
+    OutputEdit,
+    ProductBias,
+    PromptReading,
+    Rows,
+    ScoreEdit,
+    WeightEdit,
+)
 from vlmfix.attention.kernel import HEADROOM, PLAN, LayerPlan, attention
 from vlmfix.attention.rows import Step
 from vlmfix.errors import UnsupportedAttentionError, UsageError
@@ -26,6 +35,17 @@ class Bias(BiasEdit):
     def bias(self, site):
         # a position that moved all keys of a row alike would be lost in the softmax
         return self.table[None, :, None, : site.allowed.shape[-1]] * (1 + site.queries[:, None, :, None] * 0.1)
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Product(ProductBias):
+    """The same for two heads in three, as a product; one key is hidden from rows that also see another."""
+
+    def factors(self, site):
+        rows = (1 + site.queries[:, None] * 0.1) * (torch.arange(H)[None, :, None] % 3 > 0)  # (1, H, R)
+        keys = TABLE[:1, : site.allowed.shape[-1]].clone()
+        keys[:, 4] = -torch.inf
+        return rows, keys.expand(B, -1)
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -267,6 +287,36 @@ def test_bias_on_sdpa_equals_the_same_bias_on_materialised_scores():
         setattr(module, PLAN, plan([edit], live=LIVE, image=IMAGE))
         outputs.append(attention(module, query, key, value, None, scaling=SCALE)[0])
     torch.testing.assert_close(*outputs, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("kind", [torch.float64, torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("masked", [False, True], ids=["unpadded", "padded"])
+@pytest.mark.parametrize("capacity", [T, 12], ids=["dynamic", "static"])
+def test_a_product_is_the_same_bias_without_a_row_computed_anew(kind, masked, capacity, monkeypatch):
+    """Two of them at once, and an edit of outputs behind them, against the biases in float64."""
+    query, key, value = (part.to(kind) for part in tensors(T, capacity))
+    allowed = torch.ones(T, capacity, dtype=torch.bool).tril().expand(B, -1, -1).clone()
+    if masked:
+        allowed[1, :, 0] = False
+        allowed[2, :, :2] = False
+    acts = edited_rows(T)
+    keys = TABLE[0, :capacity].double()
+    keys[4] = -torch.inf
+
+    def bias(b, h, q):
+        return 2 * keys * (1 + q * 0.1) if acts[b, q] and h % 3 else torch.zeros_like(keys)
+
+    def output(b, h, q, vector):
+        return vector * (h + 1) if acts[b, q] else vector
+
+    want = reference(query, key, value, allowed, SCALE, bias=bias, output=output)
+    module = Module()
+    setattr(module, PLAN, plan([Product(), Product(), Output()], live=LIVE, image=IMAGE))
+    monkeypatch.setattr("vlmfix.attention.kernel.Block", None)
+    got, _ = attention(module, query, key, value, allowed[:, None] if masked else None, scaling=SCALE)
+    sees = allowed.any(dim=-1)
+    accuracy = {torch.float64: 1e-6, torch.float32: 1e-5, torch.float16: 5e-3, torch.bfloat16: 4e-2}[kind]
+    torch.testing.assert_close(got.double()[sees], want[sees], atol=accuracy, rtol=accuracy)
 
 
 def test_prefill_memory_grows_with_the_prompt_and_not_with_its_square():

@@ -243,3 +243,21 @@ def test_a_tiny_picture_is_refined():
     for decoder in REFINERS.values():
         (found,) = vlm.refine([Image.new("RGB", (3, 2), "red")], "what?", decoder=decoder)
         assert all(min(shown.size) >= 1 for shown in found.pictures)
+
+
+@pytest.mark.parametrize("spec", ["vicrop:base=12,layers=1", "carve:steps=first,layers=1"])
+def test_question_and_instruction_are_looked_at_in_one_pass_that_ends_early(spec):
+    """Two calls of a layer: of the beginning that both share, and of the rest."""
+    vlm = vlm_of("llava")
+    vlm.memo.clear()
+    layers, seen = vlm.family.layers(vlm.model), []
+    towers = []
+    hooks = [layer.register_forward_pre_hook(lambda *_, n=n: seen.append(n)) for n, layer in enumerate(layers)]
+    hooks.append(vlm.model.get_submodule("model.vision_tower").register_forward_pre_hook(lambda *_: towers.append(1)))
+    try:
+        vlm.refine([picture(11, (50, 50))], ["what?"], decoder=spec)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    assert [seen.count(n) for n in range(len(layers))] == [2, 2] + [0] * (len(layers) - 2)
+    assert len(towers) == 1

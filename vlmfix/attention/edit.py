@@ -11,6 +11,7 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
+import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
@@ -214,6 +215,23 @@ class BiasEdit(AttentionEdit, ABC):
         """Returns a float tensor broadcastable to (B, H, R, K)."""
 
 
+class ProductBias(BiasEdit):
+    """Adds a number of the row times a number of the key: in prefill, one more dimension of queries and keys.
+
+    No row is recomputed then, however many it concerns. In prefill ``site.allowed`` is what the pass's last row may
+    see, (1 or B, 1, 1, K).
+    """
+
+    @abstractmethod
+    def factors(self, site: Site) -> tuple[Tensor, Tensor]:
+        """Returns (B, 1 or H, R) and (B, K) float tensors; a key's -inf hides it from every row that is not 0."""
+
+    def bias(self, site: Site) -> Tensor:
+        """(B, 1 or H, R, K)."""
+        rows, keys = (factor[..., None] for factor in self.factors(site))
+        return torch.where(rows != 0, rows * keys.mT[:, None], 0.0)
+
+
 class ScoreEdit(AttentionEdit, ABC):
     """Rewrites the scaled, unmasked scores; materialises the edited rows."""
 
@@ -228,6 +246,34 @@ class WeightEdit(AttentionEdit, ABC):
     @abstractmethod
     def weights(self, site: Site, weights: Tensor) -> Tensor:
         """Returns new weights for ``weights`` (B, H, R, K) float32."""
+
+
+class PartEdit(WeightEdit):
+    """Multiplies the weights of some keys by one number and those of all others by another.
+
+    Both depend on how much attention the row gives to either, so no row need be materialised in prefill. There
+    ``site.allowed`` is then what the pass's last row may see, (1 or B, 1, 1, K).
+    """
+
+    @abstractmethod
+    def keys(self, site: Site) -> Tensor:
+        """Returns (B, H, K) bool, the keys that are apart."""
+
+    @abstractmethod
+    def factors(self, own: Tensor, rest: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns the factor of the keys that are apart, and that of the others.
+
+        Args:
+            own: Attention of each row to the keys that are apart; what is returned has its shape.
+            rest: The same for the others.
+        """
+
+    def weights(self, site: Site, weights: Tensor) -> Tensor:
+        """(B, H, R, K)."""
+        apart = self.keys(site)
+        own, rest = (weights @ keys[..., None].to(weights.dtype) for keys in (apart, ~apart))  # (B, H, R, 1)
+        factor, others = self.factors(own, rest)
+        return weights * torch.where(apart[:, :, None], factor, others)
 
 
 class OutputEdit(AttentionEdit, ABC):
@@ -250,3 +296,24 @@ class PromptReading(AttentionEdit, ABC):
 
         The kernel calls a ``blockwise`` reading once for each block; the reading begins anew with block 0.
         """
+
+
+class ColumnReading(PromptReading):
+    """Reads how much attention each key of the prompt gets from all of its rows that count.
+
+    No row need be materialised for it; ``site.allowed`` may be what the pass's last row may see, (1 or B, 1, 1, K).
+    """
+
+    @abstractmethod
+    def counts(self, site: Site) -> Tensor:
+        """Returns (B, R) bool, the rows that are summed over."""
+
+    @abstractmethod
+    def add(self, site: Site, sums: Tensor, numbers: Tensor) -> None:
+        """Takes (B, H, K) sums over the rows of a block, or over all, and (B, K) how many of them may see each key."""
+
+    def read(self, site: Site, weights: Tensor) -> None:
+        """Adds the rows of a block."""
+        counted = self.counts(site)  # (B, R)
+        sums = (counted[:, None, None].to(weights.dtype) @ weights).squeeze(2)
+        self.add(site, sums, (site.allowed[:, 0] & counted[:, :, None]).sum(dim=1))

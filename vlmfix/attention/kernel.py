@@ -5,20 +5,33 @@ A plan lives as an attribute on each edited attention module, and only there: an
 
 Cost: bias and output edits stay on SDPA. Score and weight edits, and any edit in prefill, recompute only the query
 rows that they edit and overwrite their output, so memory grows with K and not with K squared. Edits of every row of the
-prompt come in blocks of rows for the same reason. Output edits of all rows recompute nothing.
+prompt come in blocks of rows for the same reason. Nothing is recomputed for output edits of all rows, nor for biases
+that are products of a row's and a key's number.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import pad
 
-from vlmfix.attention.edit import BiasEdit, OutputEdit, PromptReading, ScoreEdit, Site, WeightEdit
+from vlmfix.attention.edit import (
+    BiasEdit,
+    ColumnReading,
+    OutputEdit,
+    PartEdit,
+    ProductBias,
+    PromptReading,
+    ScoreEdit,
+    Site,
+    WeightEdit,
+)
 from vlmfix.attention.rows import Block, Step, chosen, read, total_bias
+from vlmfix.attention.whole import ALIGNED, Whole
 from vlmfix.errors import UnsupportedAttentionError, WindowError
 from vlmfix.upstream import attention as upstream
 from vlmfix.upstream.compiling import compiled, of_any_size
@@ -27,6 +40,8 @@ NAME = "vlmfix"
 """Name of the attention function in transformers' registries."""
 HEADROOM = 65536
 """Keys past the prompt for which masks are kept ready, so that a decoding step takes a view and pads nothing."""
+STRONGEST = 1e4
+"""Size of a bias that stands for an infinite one, where 0 times infinity would be no number."""
 PLAN = "_vlmfix_plan"
 """Attribute of an attention module, and of its layer, that holds the plan."""
 
@@ -68,6 +83,26 @@ class LayerPlan:
     def biases(self) -> bool:
         """Returns whether some edit adds to the scores."""
         return any(isinstance(step.edit, BiasEdit) for step in self.steps)
+
+    @property
+    def products(self) -> bool:
+        """Whether all that is done to scores and weights is to add products of a row's and a key's number."""
+        scored = [step.edit for step in self.steps if not isinstance(step.edit, OutputEdit)]
+        return bool(scored) and all(isinstance(edit, ProductBias) for edit in scored)
+
+    @property
+    def parts(self) -> bool:
+        """Whether scores stay, and of weights of the prompt's rows columns are read, and behind that parts are changed.
+
+        A few rows are computed anew in less time than SDPA takes for all.
+        """
+        scored = [step.edit for step in self.steps if not isinstance(step.edit, OutputEdit)]
+        kinds = [PartEdit if isinstance(edit, PartEdit) else ColumnReading for edit in scored]
+        return (
+            bool(scored)
+            and all(edit.rows == "prompt" and isinstance(edit, ColumnReading | PartEdit) for edit in scored)
+            and PartEdit not in kinds[:-1]
+        )
 
     @property
     def reads(self) -> bool:
@@ -157,16 +192,73 @@ def _prefill(plan: LayerPlan, call: Call) -> Tensor:
             f"a pass over {length} tokens of a prompt of {plan.prompt}",
             "attention edits need the prompt in one piece: no chunked prefill",
         )
-    output = call.sdpa()
     rows = plan.rows
     if length > plan.prompt:  # a pass without a cache: rows past the prompt are decode rows, all edited
         rows = torch.cat([rows, torch.arange(plan.prompt, length, device=rows.device)])
     own = rows - plan.start  # (R,) among the queries of this pass
-    some, every = (rows[None], _allowed(call, own, length)), _every(call, length)
+    every = _every(call, length)
+    whole = _whole(plan, call, length)
+    some = rows[None], every[1] if plan.products or whole else _allowed(call, own, length)
     sites = [_site(plan, step, call, length, *(every if step.edit.rows == "all" else some)) for step in plan.steps]
-    if rows.shape[0] > 0:
-        output = _weighted(plan, sites, call, output, own, some[1])
+    if rows.shape[0] == 0:
+        output = call.sdpa()
+    elif plan.products:
+        output = _with_products(plan, sites, call, own)
+    elif whole:
+        output = _in_parts(plan, sites, call.sdpa(), whole, own)
+    else:
+        output = _weighted(plan, sites, call, call.sdpa(), own, some[1])
     return _outputs(plan, sites, output, own)
+
+
+def _with_products(plan: LayerPlan, sites: list[Site], call: Call, own: Tensor) -> Tensor:
+    """SDPA of all rows, (B, Q, H, D), with each product of a row's and a key's number as a dimension of its own."""
+    kind, size = call.query.dtype, call.query.shape[-1]
+    exact = torch.promote_types(kind, torch.float32)
+    most = min(STRONGEST, torch.finfo(kind).max * call.scale / 2)
+    factors: list[tuple[Tensor, Tensor]] = []
+    for step, site in zip(plan.steps, sites, strict=True):
+        if isinstance(step.edit, ProductBias):
+            rows, keys = step.edit.factors(site)
+            rows = torch.where(site.acts[:, None], rows, 0.0).to(kind)  # (B, 1 or H, R)
+            keys = keys.to(exact).clamp(-most, most) / call.scale  # (B, K)
+            factors.append((rows, keys.to(kind)))
+    wider = -(-len(factors) // ALIGNED) * ALIGNED
+    query, key, value = (pad(part, (0, wider)) for part in (call.query, call.key, call.value))
+    for place, (rows, keys) in enumerate(factors, size):
+        query[:, :, own, place] = rows.expand(-1, query.shape[1], -1)
+        key[:, :, : keys.shape[1], place] = keys[:, None]
+    return replace(call, query=query, key=key, value=value).sdpa()[..., :size]
+
+
+def _whole(plan: LayerPlan, call: Call, length: int) -> Whole | None:
+    """The pass's attention for edits that need no weights; None where they need them, or cannot be had otherwise."""
+    queries = call.query.shape[2]
+    causal = call.mask is None and queries == length
+    if not plan.parts or not (causal or call.mask is not None):
+        return None
+    if torch.compiler.is_compiling() or torch.is_inference_mode_enabled():
+        return None  # no gradient
+    mask = None if call.mask is None else call.mask[..., :length].bool()
+    return Whole(call.query, call.key[:, :, :length], call.value[:, :, :length], mask, call.scale)
+
+
+def _in_parts(plan: LayerPlan, sites: list[Site], output: Tensor, whole: Whole, own: Tensor) -> Tensor:
+    """Lets columns be read, and changes the parts of ``output`` (B, Q, H, D) that edits of the prompt's rows want."""
+    for step, site in zip(plan.steps, sites, strict=True):
+        rows = torch.zeros(output.shape[:2], dtype=torch.bool, device=output.device)  # (B, Q)
+        if isinstance(step.edit, ColumnReading):
+            rows[:, own] = step.edit.counts(site)
+            step.edit.add(site, whole.column_sums(rows), whole.seeing(rows))
+        elif isinstance(step.edit, PartEdit):
+            rows[:, own] = site.acts
+            apart = step.edit.keys(site)
+            others, rest, own_share = whole.without(apart)
+            factor, of_others = step.edit.factors(own_share, rest)
+            new = (factor * (output - others) + of_others * others).to(output.dtype)
+            changes = rows[:, :, None] & apart.any(dim=-1)[:, None]  # (B, Q, H)
+            output = torch.where(changes[..., None], new, output)
+    return output
 
 
 def _allowed(call: Call, own: Tensor, length: int) -> Tensor:

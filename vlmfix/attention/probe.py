@@ -131,3 +131,23 @@ def leaving(vlm: Checkpoint, reader: Callable[[int, Tensor], None]) -> Iterator[
         for layer in layers:
             hooks.enter_context(layer.register_forward_hook(show))
         yield
+
+
+class Enough(Exception):  # noqa: N818 (a signal, not an error)
+    """A pass has come as far as it is wanted."""
+
+
+@contextmanager
+def ending_at(vlm: Checkpoint, layer: int) -> Iterator[None]:
+    """Ends every pass inside the block with ``Enough`` when a layer's attention is computed; nothing behind it is run.
+
+    Args:
+        vlm: The model.
+        layer: Number of the layer.
+    """
+
+    def end(module: nn.Module, args: object, output: object) -> None:
+        raise Enough
+
+    with vlm.family.attention_modules(vlm.model)[layer].register_forward_hook(end):
+        yield

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,6 +27,7 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
+from vlmfix.attention.probe import Enough
 from vlmfix.attention.session import continued, first_edited, recorded
 from vlmfix.decoding.branches import Branch
 from vlmfix.decoding.encoding import first_rows, repeats_pictures
@@ -241,7 +242,7 @@ def _run(vlm: Checkpoint, decoder: Callable[..., Any], split: Split, given: Give
     once = (split.pad[split.first, None] + columns[: split.length]).clamp(max=total - 1)  # (U, P)
     fresh = DynamicCache()
     inputs = _inputs(given, split.first[:, None], once)
-    with recorded(vlm) as hidden:
+    with recorded(vlm) as hidden, suppress(Enough):  # the second pass ends at the same layer
         decoder(**inputs, **{names.mask: _mask_among(given.mask, split.first, once), names.cache: fresh})
     token = (columns[: split.start] - split.pad[:, None]).clamp(min=0)  # (B, start), padding takes any
 

@@ -12,7 +12,7 @@ from tests.contracts.support import batch_of, close, logits, plain, vlm_of
 from tests.decoders.attention.test_locore import site
 from vlmfix.attention.edit import LayerSet, Memory
 from vlmfix.decoders import ACT, parse
-from vlmfix.decoders.attention.act import Calibration, SinkSearch, calibrate, published, read_heads, write_heads
+from vlmfix.decoders.attention.act import Calibration, SinkSearch, published, read_heads, write_heads
 from vlmfix.errors import IncompatibleDecodersError, UnsupportedAttentionError, UsageError
 
 N, H = 10, 3
@@ -42,6 +42,13 @@ def applied(method, here, full):
     """What the method makes of a prompt's map: the search reads it, the edit changes it."""
     method.search.read(here, full)
     return method.weights(dataclasses.replace(here, memory=method.memory.setdefault(0, Memory())), full)
+
+
+def calibrate(weights, sink, kept):
+    keys = weights.shape[-1]
+    here = site([keys - 1], keys=keys, prompt=keys, image=[], text=[0])
+    here = dataclasses.replace(here, prefill=False, memory=Memory({}, {"sinks": sink}))
+    return edit(kept=kept).weights(here, weights)
 
 
 def slow(full, theta, beta, *, first_sink=False, tail=0):

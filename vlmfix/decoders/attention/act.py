@@ -10,7 +10,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from vlmfix.attention.edit import LayerSet, PromptReading, Rows, Site, WeightEdit
+from vlmfix.attention.edit import ColumnReading, LayerSet, PartEdit, Rows, Site
 from vlmfix.decoders.base import Decoder, Source
 from vlmfix.decoding.plan import DecodingPlan
 from vlmfix.errors import IncompatibleDecodersError, UsageError
@@ -80,9 +80,10 @@ class ACT(Decoder):
     that the row sums to more than 1; here, in both presets, the sinks of the prompt shrink as in any other row. That
     code edits the first sample of a batch alone. ``spared_tail`` is 3 in preset ``paper``, this package's choice.
 
-    *Cost*: one pass per token. Prefill materialises all of attention, in blocks of rows that hold at most 2**25
-    weights; long prompts, of several blocks, twice: to find the sinks and to shrink them. Questions about one picture
-    read it anew. Decoding materialises one row per head. Beams and compiled decoding work.
+    *Cost*: one pass per token. Prefill runs SDPA three times and once backwards, to find the sinks and to shrink them,
+    and materialises nothing; behind an edit of weights or scores in a chain it materialises all of attention, in blocks
+    of rows that hold at most 2**25 weights. Questions about one picture read it anew. Decoding materialises one row per
+    head. Beams and compiled decoding work.
 
     Example:
         >>> ACT(heads="L2H8/L3H1").kept_fraction
@@ -209,7 +210,7 @@ def _is_listed(vlm: Checkpoint) -> bool:
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
-class SinkSearch(PromptReading):
+class SinkSearch(ColumnReading):
     """Averages the columns of one call's prompt, layer by layer.
 
     Attributes:
@@ -218,7 +219,7 @@ class SinkSearch(PromptReading):
         first_sink: Spare the first sink, not the first token.
         tail: Columns at the prompt's end that are never sinks.
         sums: Layer number -> (B, H, T), attention to each key summed over the rows that can see it.
-        counts: Layer number -> (B, T), how many rows these are.
+        numbers: Layer number -> (B, T), how many rows these are.
     """
 
     rows: ClassVar[Rows] = "prompt"
@@ -229,22 +230,23 @@ class SinkSearch(PromptReading):
     first_sink: bool
     tail: int
     sums: dict[int, Tensor] = field(default_factory=dict)
-    counts: dict[int, Tensor] = field(default_factory=dict)
+    numbers: dict[int, Tensor] = field(default_factory=dict)
 
-    def read(self, site: Site, weights: Tensor) -> None:
+    def counts(self, site: Site) -> Tensor:
+        """(B, R) bool, the rows of the prompt's tokens."""
+        return site.acts & (site.queries >= first_token(site)[:, None]) & (site.queries < site.prompt)
+
+    def add(self, site: Site, sums: Tensor, numbers: Tensor) -> None:
         """Adds the rows of a block."""
-        counted = site.acts & (site.queries >= first_token(site)[:, None]) & (site.queries < site.prompt)  # (B, R)
-        seen = weights[..., : site.prompt]  # (B, H, R, T)
-        sums = (counted[:, None, None].to(seen.dtype) @ seen).squeeze(2)  # (B, H, T); what is not seen has no weight
-        counts = (site.allowed[:, 0, :, : site.prompt] & counted[:, :, None]).sum(dim=1)  # (B, T)
+        sums, numbers = sums[..., : site.prompt], numbers[:, : site.prompt]  # (B, H, T), (B, T)
         if site.block > 0:
-            sums, counts = self.sums[site.layer] + sums, self.counts[site.layer] + counts
-        self.sums[site.layer], self.counts[site.layer] = sums, counts
+            sums, numbers = self.sums[site.layer] + sums, self.numbers[site.layer] + numbers
+        self.sums[site.layer], self.numbers[site.layer] = sums, numbers
 
     def sinks(self, site: Site) -> Tensor:
         """(B, H, T) bool, the sinks of the prompt in a layer that was read."""
         first = first_token(site)[:, None]  # (B, 1)
-        mean = self.sums[site.layer] / self.counts[site.layer].clamp(min=1)[:, None]  # (B, H, T)
+        mean = self.sums[site.layer] / self.numbers[site.layer].clamp(min=1)[:, None]  # (B, H, T)
         threshold = self.factor / (site.prompt - first) if self.threshold is None else self.threshold
         sink = mean > torch.as_tensor(threshold, device=mean.device).view(-1, 1, 1)
         key = torch.arange(site.prompt, device=mean.device)
@@ -260,7 +262,7 @@ class TextSinkSearch(SinkSearch):
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
-class Calibration(WeightEdit):
+class Calibration(PartEdit):
     """Calibrates attention in one call; it remembers the sinks of that call's prompt, (B, H, T) bool.
 
     Attributes:
@@ -277,12 +279,19 @@ class Calibration(WeightEdit):
     chosen: Tensor
     kept: float
 
-    def weights(self, site: Site, weights: Tensor) -> Tensor:
-        """(B, H, R, K), calibrated in the chosen heads."""
+    def keys(self, site: Site) -> Tensor:
+        """(B, H, K) bool, the sinks of the chosen heads; generated tokens are never sinks."""
         if site.prefill and site.block == 0:
             site.learn_of_keys("sinks", self.search.sinks(site) & self.chosen[site.layer, :, None])
-        sink = site.learned("sinks")  # (B, H, K); generated tokens are never sinks
-        return calibrate(weights, sink, kept=self.kept)
+        return site.learned("sinks")
+
+    def factors(self, own: Tensor, rest: Tensor) -> tuple[Tensor, Tensor]:
+        """What shrinks sinks, and what hands their loss to the other keys in proportion to what these have.
+
+        The row's sum stays; a row whose keys are all sinks is unchanged.
+        """
+        some, lost = rest > 0, 1 - self.kept
+        return 1 - lost * some.to(rest.dtype), 1 + lost * own / torch.where(some, rest, 1.0)
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -290,21 +299,3 @@ class TextCalibration(Calibration):
     """The same in the text rows behind a picture."""
 
     rows: ClassVar[Rows] = "text"
-
-
-def calibrate(weights: Tensor, sink: Tensor, *, kept: float) -> Tensor:
-    """Shrinks sinks and hands what they lose to the other keys, in proportion to what these have.
-
-    Args:
-        weights: (B, H, R, K) attention, rows sum to 1.
-        sink: (B, H, K) bool.
-        kept: beta, share of its weight that a sink keeps.
-
-    Returns:
-        (B, H, R, K) with the same row sums; a row whose keys are all sinks is unchanged.
-    """
-    surplus = weights @ sink[..., None].to(weights.dtype)  # (B, H, R, 1)
-    total = weights @ (~sink)[..., None].to(weights.dtype)  # (B, H, R, 1)
-    gain = 1 + (1 - kept) * surplus / torch.where(total > 0, total, 1.0)
-    loss = 1 - (1 - kept) * (total > 0).to(weights.dtype)
-    return weights * torch.where(sink[:, :, None], loss, gain)

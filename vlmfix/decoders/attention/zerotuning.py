@@ -10,7 +10,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from vlmfix.attention.edit import BiasEdit, LayerSet, Rows, Site
+from vlmfix.attention.edit import LayerSet, ProductBias, Rows, Site
 from vlmfix.decoders.base import Decoder, Source
 from vlmfix.decoding.plan import DecodingPlan
 from vlmfix.errors import IncompatibleDecodersError, UnsupportedAttentionError
@@ -56,9 +56,8 @@ class ZeroTuning(Decoder):
     between other weights change by the factor ``1 / D``. Where no head gives the first token 0.01 of its attention the
     method refuses, unless heads are named (a probe of 8 short prompts, once per model).
 
-    *Cost*: one pass per token and no state. An additive bias, so it stays on SDPA; prefill computes attention twice,
-    the second time with a mask, in blocks of rows that hold at most 2**25 weights. Questions about one picture read it
-    anew. Beams and compiled decoding work.
+    *Cost*: one pass per token and no state. An additive bias, so it stays on SDPA: in prefill it is one
+    more dimension of queries and keys. Questions about one picture read it anew. Beams and compiled decoding work.
 
     Example:
         >>> ZeroTuning(gain=0.5, heads=(0, 3)).spec()
@@ -123,7 +122,7 @@ class ZeroTuning(Decoder):
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
-class FirstTokenBias(BiasEdit):
+class FirstTokenBias(ProductBias):
     """log(gain) on the score of each prompt's first token, in every row but its own.
 
     Attributes:
@@ -137,14 +136,14 @@ class FirstTokenBias(BiasEdit):
     gain: float
     chosen: Tensor | None
 
-    def bias(self, site: Site) -> Tensor:
-        """(B, 1 or H, R, K)."""
+    def factors(self, site: Site) -> tuple[Tensor, Tensor]:
+        """Which rows, (B, 1 or H, R), and log(gain) at the first token, (B, K)."""
         key = torch.arange(site.allowed.shape[-1], device=site.queries.device)
-        first = first_token(site)[:, None, None, None]  # (B, 1, 1, 1)
-        here = (key == first) & (site.queries[:, None, :, None] > first)  # (B, 1, R, K)
+        first = first_token(site)[:, None]  # (B, 1)
+        here = (site.queries > first)[:, None]  # (B, 1, R)
         if self.chosen is not None:
-            here = here & self.chosen[None, :, None, None]  # (B, H, R, K)
-        return torch.where(here, math.log(self.gain) if self.gain > 0 else -math.inf, 0.0)
+            here = here & self.chosen[None, :, None]  # (B, H, R)
+        return here.float(), torch.where(key == first, math.log(self.gain) if self.gain > 0 else -math.inf, 0.0)
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -153,7 +152,7 @@ class TextBias(FirstTokenBias):
 
     rows: ClassVar[Rows] = "text"
 
-    def bias(self, site: Site) -> Tensor:
-        """(B, 1 or H, R, K)."""
-        pictured = site.image_keys.any(dim=1)[:, None, None, None]  # (B, 1, 1, 1)
-        return torch.where(pictured, super().bias(site), 0.0)
+    def factors(self, site: Site) -> tuple[Tensor, Tensor]:
+        """The same, for no row of a prompt without a picture."""
+        rows, keys = super().factors(site)
+        return rows * site.image_keys.any(dim=1)[:, None, None], keys

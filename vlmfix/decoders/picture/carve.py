@@ -13,13 +13,12 @@ from torch import Tensor
 
 from vlmfix.attention.edit import LayerSet
 from vlmfix.decoders.base import Refiner, Source
-from vlmfix.decoders.picture.probing import image_attention, missing_layers
+from vlmfix.decoders.picture.probing import compared, missing_layers
 from vlmfix.decoders.picture.prompts import GENERAL, check_wording, worded
 from vlmfix.decoders.picture.refined import WHOLE, Look, PictureMap, PictureMemo, Refined, places, token_map
 from vlmfix.decoders.picture.regions import Ranking, Rule, best_regions, bounding_box, carved, grown, threshold
 from vlmfix.language.parameters import Value, parameter
 from vlmfix.models.checkpoint import Checkpoint
-from vlmfix.pixels import digest
 
 PUBLISHED = LayerSet("20:26")
 """The layers of all four models of the paper, which have 28 to 40."""
@@ -73,9 +72,10 @@ class CARVE(Refiner):
     asked as it is given; the official code appends the terse sentence there too. A question about several pictures
     refines each by its own part of the map.
 
-    *Cost*: one answer of at most ``probe_tokens`` tokens to the question, one to the general instruction for each
-    distinct picture (kept for later questions), and the answer itself, with two pictures when ``both`` are shown. With
-    ``steps=first`` a probe is a part of a forward: layers behind the last one that is read are not run. Memory:
+    *Cost*: one answer of at most ``probe_tokens`` tokens to the question, beside it in the same passes one to the
+    general instruction for each distinct picture (kept for later questions), and the answer itself, with two pictures
+    when ``both`` are shown. With ``steps=first`` a probe is a part of a forward: layers behind the last one that is
+    read are not run. Memory:
     S x N x T floats of a row. A row without a picture is left as it is.
 
     Example:
@@ -161,15 +161,8 @@ class CARVE(Refiner):
         shown = [pictures[number] for number in about]
         layers, general = self.layers_of(vlm), worded(self.general_prompt, self.terse)
         budget = 1 if self.steps == "first" else self.probe_tokens
-
-        def ask_generally(rows: list[int]) -> list[Tensor]:
-            plain = vlm.encode([general] * len(rows), [shown[row] for row in rows])
-            return image_attention(vlm, plain, layers, steps=budget)
-
-        keys = [("attention", digest(row), general, str(layers), budget) for row in shown]
-        noise = memo.recall(keys, ask_generally)
-        batch = vlm.encode([worded(prompts[number], self.terse) for number in about], shown)
-        asked, layout = image_attention(vlm, batch, layers, steps=budget), vlm.layout(batch)
+        asking = [worded(prompts[number], self.terse) for number in about]
+        layout, asked, noise = compared(vlm, shown, asking, general, layers, memo, steps=budget)
         for row, number in enumerate(about):
             values = places(layout.tokens[row], self.fused(asked[row], noise[row]))
             maps = [token_map(layout, values, row=row, image=image) for image in range(len(shown[row]))]

@@ -7,17 +7,20 @@ are read.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
+from PIL import Image
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from vlmfix.attention.edit import LayerSet, Rows, Site, WeightEdit
+from vlmfix.attention.probe import Enough, ending_at
 from vlmfix.attention.saliency import SCALE, token_loss
+from vlmfix.decoders.picture.refined import PictureMemo
 from vlmfix.decoding.choice import MostProbable
 from vlmfix.decoding.loop import decode
 from vlmfix.decoding.plan import DecodingPlan
@@ -25,8 +28,9 @@ from vlmfix.decoding.running import running
 from vlmfix.errors import UnsupportedAttentionError
 from vlmfix.models.checkpoint import Checkpoint
 from vlmfix.models.context import room_for_answers
-from vlmfix.models.layout import Batch
+from vlmfix.models.layout import Batch, ImageLayout
 from vlmfix.models.turns import turn_of
+from vlmfix.pixels import digest
 from vlmfix.upstream import defaults
 
 
@@ -52,10 +56,6 @@ def existing_layers(layers: LayerSet, count: int) -> tuple[int, ...]:
     return tuple(sorted(layers.resolve(count)))
 
 
-class _Enough(Exception):  # noqa: N818 (a signal, not an error)
-    """The pass has shown what was asked for."""
-
-
 @dataclass(frozen=True, eq=False, kw_only=True)
 class NewestRows(WeightEdit):
     """Keeps the head mean of the newest row, and changes nothing.
@@ -63,34 +63,30 @@ class NewestRows(WeightEdit):
     Attributes:
         read: The layers that are read, in order; those of ``layers``.
         prompt: T.
-        stop: Whether the first step is all that is wanted: the layers behind the last one are then not run.
         newest: Layer -> (B, T) of the newest step.
     """
 
     read: tuple[int, ...]
     prompt: int
-    stop: bool
     newest: dict[int, Tensor] = field(default_factory=dict)
     rows: ClassVar[Rows] = "last"
 
     def weights(self, site: Site, weights: Tensor) -> Tensor:
         """The weights, as they were."""
         self.newest[site.layer] = weights[:, :, -1, : self.prompt].mean(dim=1)  # (B, T)
-        if self.stop and site.layer == self.read[-1]:
-            raise _Enough
         return weights
 
     def maps(self) -> Tensor:
-        """(B, N, T) float32 on the CPU, of the newest step."""
-        return torch.stack([self.newest[layer] for layer in self.read], dim=1).cpu()
+        """(B, N, T) float32, of the newest step."""
+        first = self.newest[self.read[0]].device  # layers may be on several
+        return torch.stack([self.newest[layer].to(first) for layer in self.read], dim=1)
 
 
-@torch.no_grad()
 def attention_maps(vlm: Checkpoint, batch: Batch, layers: LayerSet, *, steps: int = 1) -> list[Tensor]:
     """Lets the model answer greedily and keeps where the row that chose each token looked.
 
     Rows that share pictures share their encoding and the pass over the common beginning of their prompts. With one
-    step, the layers behind the last one asked for are not run.
+    step, nothing behind the last layer that is asked for is run.
 
     Args:
         vlm: The model; edits at work when this is called are at work in the passes too.
@@ -106,25 +102,72 @@ def attention_maps(vlm: Checkpoint, batch: Batch, layers: LayerSet, *, steps: in
         UnsupportedAttentionError: A layer does not exist, or its attention cannot be read.
         DataError: A prompt is longer than the model's context, or with its answer than a sliding window of the layers.
     """
+    return _maps(vlm, batch, vlm.layout(batch), layers, steps)
+
+
+@torch.no_grad()
+def _maps(vlm: Checkpoint, batch: Batch, layout: ImageLayout, layers: LayerSet, steps: int) -> list[Tensor]:
     read = existing_layers(layers, vlm.layers)
     chosen = LayerSet("/".join(map(str, read)))
-    reader = NewestRows(layers=chosen, read=read, prompt=batch.length, stop=steps == 1)
-    found: list[list[Tensor]] = [[] for _ in range(batch.rows)]
+    reader = NewestRows(layers=chosen, read=read, prompt=batch.length)
     plan = DecodingPlan(edits=(reader,), compiles=False)
-    with running(vlm, batch, vlm.layout(batch), plan, limit=steps, name="a look at the picture") as call:
-        try:
-            for said in decode(call, MostProbable(), defaults.ends(vlm.model)):
-                for row, seen in zip(said.samples, reader.maps(), strict=True):
-                    found[row].append(seen)
-        except _Enough:
-            return [seen[None] for seen in reader.maps()]
-    return [torch.stack(own) for own in found]
+    with running(vlm, batch, layout, plan, limit=steps, name="a look at the picture") as call:
+        if steps == 1:
+            with ending_at(vlm, read[-1]), suppress(Enough):
+                call.prompt()
+            return list(reader.maps().cpu()[:, None])
+        found: list[list[Tensor]] = [[] for _ in range(batch.rows)]
+        for said in decode(call, MostProbable(), defaults.ends(vlm.model)):
+            for row, seen in zip(said.samples, reader.maps(), strict=True):
+                found[row].append(seen)
+    return [torch.stack(own).cpu() for own in found]
 
 
-def image_attention(vlm: Checkpoint, batch: Batch, layers: LayerSet, *, steps: int = 1) -> list[Tensor]:
-    """The same, for each row at its image-patch tokens alone: (S, N, patch tokens of the row)."""
-    maps, tokens = attention_maps(vlm, batch, layers, steps=steps), vlm.layout(batch).tokens.cpu()
-    return [found[..., own] for found, own in zip(maps, tokens, strict=True)]
+def compared(
+    vlm: Checkpoint,
+    pictures: Sequence[Sequence[Image.Image]],
+    prompts: Sequence[str],
+    general: str,
+    layers: LayerSet,
+    memo: PictureMemo,
+    *,
+    steps: int = 1,
+) -> tuple[ImageLayout, list[Tensor], list[Tensor]]:
+    """Reads where the model looks under each question, and where under an instruction that says nothing.
+
+    The instruction is one more row of the same passes for each list of pictures that the memo does not know.
+
+    Args:
+        vlm: The model.
+        pictures: B lists of pictures.
+        prompts: B questions.
+        general: The instruction.
+        layers: Layers to read.
+        memo: What is known of pictures under the instruction.
+        steps: Longest answer in tokens.
+
+    Returns:
+        The layout, whose first B rows are the questions. For each question (S, N, its patch tokens), as
+        ``attention_maps`` gives them. The same under the instruction, with its own S.
+    """
+    layout: list[ImageLayout] = []
+    asked: list[Tensor] = []
+
+    def ask(beside: list[int]) -> list[Tensor]:
+        shown = [*pictures, *(pictures[row] for row in beside)]
+        batch = vlm.encode([*prompts, *[general] * len(beside)], shown)
+        layout.append(vlm.layout(batch))
+        tokens = layout[0].tokens.cpu()
+        maps = _maps(vlm, batch, layout[0], layers, steps)
+        found = [seen[..., own] for seen, own in zip(maps, tokens, strict=True)]
+        asked.extend(found[: len(pictures)])
+        return found[len(pictures) :]
+
+    keys = [("attention", digest(row), general, str(layers), steps) for row in pictures]
+    noise = memo.recall(keys, ask)
+    if not asked:  # all pictures are known
+        ask([])
+    return layout[0], asked, noise
 
 
 def attention_gradients(vlm: Checkpoint, batch: Batch, layers: LayerSet) -> list[Tensor]:

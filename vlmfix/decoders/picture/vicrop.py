@@ -14,7 +14,7 @@ from torch import Tensor
 from vlmfix.attention.edit import LayerSet
 from vlmfix.decoders.base import Refiner, Source
 from vlmfix.decoders.picture.pixels import View, edge_gradients, no_pixel_places, views
-from vlmfix.decoders.picture.probing import attention_gradients, image_attention, missing_layers, pixel_gradients
+from vlmfix.decoders.picture.probing import attention_gradients, compared, missing_layers, pixel_gradients
 from vlmfix.decoders.picture.prompts import GENERAL, check_wording, worded
 from vlmfix.decoders.picture.refined import (
     Array,
@@ -32,7 +32,7 @@ from vlmfix.decoders.picture.windows import best_window, block_grid, blocks, mos
 from vlmfix.errors import UsageError
 from vlmfix.language.parameters import Value, parameter
 from vlmfix.models.checkpoint import Checkpoint
-from vlmfix.models.layout import Batch
+from vlmfix.models.layout import Batch, ImageLayout
 from vlmfix.pixels import digest
 
 logger = logging.getLogger(__name__)
@@ -91,9 +91,9 @@ class ViCrop(Refiner):
     In a flat map the first window is taken, as published, and the look says so.
 
     *Cost*: the answer with twice the pictures, and beforehand, for each question and block: rel-att one part of a
-    forward up to the last layer that is read, and one more per picture (kept for later questions); grad-att one forward
-    and one backward for a single token, whose activations are kept; pure-grad one forward and one backward that keep
-    the activations of the vision tower and of all tokens in all layers, row by row, and the same per picture with
+    forward up to the last layer that is read, with one more row per picture (kept for later questions); grad-att one
+    forward and one backward for a single token, whose activations are kept; pure-grad one forward and one backward that
+    keep the activations of the vision tower and of all tokens in all layers, row by row, and the same per picture with
     ``against_general``. Memory: rel-att and grad-att keep one row of attention per layer and head, grad-att also one
     token's activations; pure-grad's grows with tokens x layers, about 2 x (10 x width + 4 x inner width) bytes for each
     of them in bfloat16 (LLaVA-1.5-7B at 620 tokens: counted, 3.4 GB). A row without a picture is left as it is.
@@ -183,34 +183,31 @@ class ViCrop(Refiner):
         """One map for each picture of each row; every row has pictures."""
         if self.method == "pure-grad":
             return [self._of_pixels(vlm, *row, memo) for row in zip(pictures, prompts, strict=True)]
-        batch = vlm.encode(prompts, pictures)
-        layout = vlm.layout(batch)
-        values = (self._relative if self.method == "rel-att" else self._gradients)(vlm, batch, memo)
+        layout, values = (self._relative if self.method == "rel-att" else self._gradients)(vlm, pictures, prompts, memo)
         return [
             [token_map(layout, places(layout.tokens[row], own), row=row, image=image) for image in range(len(shown))]
             for row, (own, shown) in enumerate(zip(values, pictures, strict=True))
         ]
 
-    def _relative(self, vlm: Checkpoint, batch: Batch, memo: PictureMemo) -> list[Tensor]:
-        """rel-att, (image tokens,) for each row."""
-        layers, general = self.layers_of(vlm), worded(self.general_prompt, self.terse)
-        pictures = batch.pictures or ()
-
-        def ask_generally(rows: list[int]) -> list[Tensor]:
-            return image_attention(vlm, vlm.encode([general] * len(rows), [pictures[row] for row in rows]), layers)
-
-        keys = [("attention", digest(row), general, str(layers), 1) for row in pictures]
-        noise = memo.recall(keys, ask_generally)
-        return [
+    def _relative(
+        self, vlm: Checkpoint, pictures: Rows, prompts: Sequence[str], memo: PictureMemo
+    ) -> tuple[ImageLayout, list[Tensor]]:
+        """rel-att, (image tokens,) for each row, and where these tokens are."""
+        general = worded(self.general_prompt, self.terse)
+        layout, asked, noise = compared(vlm, pictures, prompts, general, self.layers_of(vlm), memo)
+        return layout, [
             (own[0].double() / (other[0].double() + self.epsilon)).mean(dim=0)
-            for own, other in zip(image_attention(vlm, batch, layers), noise, strict=True)
+            for own, other in zip(asked, noise, strict=True)
         ]
 
-    def _gradients(self, vlm: Checkpoint, batch: Batch, memo: PictureMemo) -> list[Tensor]:
-        """grad-att, (image tokens,) for each row."""
-        found = attention_gradients(vlm, batch, self.layers_of(vlm))
-        tokens = vlm.layout(batch).tokens.cpu()
-        return [row[:, own].double().mean(dim=0) for row, own in zip(found, tokens, strict=True)]
+    def _gradients(
+        self, vlm: Checkpoint, pictures: Rows, prompts: Sequence[str], memo: PictureMemo
+    ) -> tuple[ImageLayout, list[Tensor]]:
+        """grad-att, (image tokens,) for each row, and where these tokens are."""
+        batch = vlm.encode(prompts, pictures)
+        found, layout = attention_gradients(vlm, batch, self.layers_of(vlm)), vlm.layout(batch)
+        tokens = layout.tokens.cpu()
+        return layout, [row[:, own].double().mean(dim=0) for row, own in zip(found, tokens, strict=True)]
 
     def _of_pixels(
         self, vlm: Checkpoint, pictures: Sequence[Image.Image], prompt: str, memo: PictureMemo
