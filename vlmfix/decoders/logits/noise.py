@@ -11,8 +11,8 @@ from vlmfix.decoding.draws import rounded, seed_of
 def row_noise(pixels: Tensor, owners: Tensor, seed: int, *, uniform: bool) -> Tensor:
     """Noise of the pixels' shape: N(0, 1), or U[0, 1) when ``uniform``.
 
-    It is drawn where the pixels are, from a seed made of ``seed`` and the row's own pixels, so a sample's noise depends
-    neither on its neighbours nor on their order; a photograph has tens of millions of values.
+    It is drawn on the CPU from a seed made of ``seed`` and the row's own pixels, so a sample's noise depends neither
+    on its neighbours nor on their order.
 
     Args:
         pixels: (n, ...) pixel values.
@@ -23,11 +23,11 @@ def row_noise(pixels: Tensor, owners: Tensor, seed: int, *, uniform: bool) -> Te
     Returns:
         (n, ...) float32 on the device of ``pixels``.
     """
-    device, draw = pixels.device, torch.rand if uniform else torch.randn
-    noise = torch.empty(pixels.shape, dtype=torch.float32, device=device)
+    noise = torch.empty(pixels.shape, dtype=torch.float32)
     for row in owners.unique().tolist():
-        mine = (owners == row).to(device)
-        content = pixels[mine]
-        generator = torch.Generator(device).manual_seed(seed_of(seed, [rounded(content)]))
-        noise[mine] = draw(content.shape, generator=generator, device=device)
-    return noise
+        mine = owners == row
+        content = pixels[mine.to(pixels.device)]
+        generator = torch.Generator().manual_seed(seed_of(seed, [rounded(content)]))
+        draw = torch.rand if uniform else torch.randn
+        noise[mine] = draw(content.shape, generator=generator)
+    return noise.to(pixels.device)
