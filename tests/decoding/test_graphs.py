@@ -10,6 +10,7 @@ from tests.tiny import TINY
 from vlmfix.attention.kernel import PLAN
 from vlmfix.decoding.graphs import forget, recordings_of
 from vlmfix.decoding.running import running
+from vlmfix.upstream.versions import say_once
 
 STEPS = 16
 COMPILES = {name: spec for name, spec in STRONG.items() if method_of(spec).compiles}
@@ -121,6 +122,25 @@ def test_a_recording_serves_later_calls_and_what_has_changed_none(recording, mon
     assert len(recording) == 6, "weights were written to"
     assert forget(vlm.model)
     assert not forget(vlm.model)
+
+
+def test_without_a_compiler_steps_are_recorded_with_the_edits_as_they_are(recording, monkeypatch, caplog):
+    def fails(function, kind):
+        raise RuntimeError("Failed to find a compiler\nand much more")
+
+    monkeypatch.setattr("vlmfix.attention.kernel.compiled", fails)
+    say_once.cache_clear()
+    vlm, method = vlm_of("llava"), method_of(STRONG["var"])
+    for _ in range(2):
+        for one, other in zip(
+            scores(vlm, method, monkeypatch, recorded=True),
+            scores(vlm, method, monkeypatch, recorded=False),
+            strict=True,
+        ):
+            close(one, other)
+    assert len(recording) == 2
+    said = [record.getMessage() for record in caplog.records]
+    assert said == ["vlmfix: edits are not compiled in recorded steps, which costs time: Failed to find a compiler"]
 
 
 def test_what_a_broken_answer_leaves_in_the_memory_reaches_no_later_one(recording, monkeypatch):

@@ -121,13 +121,18 @@ class State:
                         _write(room, values, axes)
 
     @contextmanager
-    def standing_in(self, plans: Plans) -> Iterator[None]:
-        """Makes the plans read these tensors inside the block, and run their edits in compiled form."""
+    def standing_in(self, plans: Plans, *, fused: bool) -> Iterator[None]:
+        """Makes the plans read these tensors inside the block.
+
+        Args:
+            plans: The plans.
+            fused: Whether the plans run their edits in compiled form.
+        """
         former = {layer: plan.steps for layer, plan in plans.items()}
         try:
             for layer, plan in plans.items():
                 plan.steps = self.steps[layer]
-                plan.fused = tuple((step.mixed, _about(step.edit)) for step in plan.steps)
+                plan.fused = tuple((step.mixed, _about(step.edit)) for step in plan.steps) if fused else None
             yield
         finally:
             for layer, plan in plans.items():

@@ -83,12 +83,14 @@ class Recordings:
         state: State of the model (``state_of``) when the steps were recorded.
         moved: ``arena.moved`` when they were recorded.
         made: Key of ``kind_of`` -> recording.
+        fuses: Whether edits are compiled; False once the compiler has failed.
     """
 
     arena: Arena = field(default_factory=Arena)
     state: Hashable = None
     moved: int = 0
     made: dict[Hashable, Recorded] = field(default_factory=dict)
+    fuses: bool = True
 
     def of(self, key: Hashable) -> Recorded | None:
         """Returns the recording for a key of ``kind_of``, or None without one over the present memory."""
@@ -159,7 +161,7 @@ class Recorded:
             return logits
 
         self.begin(plans, mask, positions)  # the first run writes behind the last token, and is overwritten
-        with self._state.standing_in(plans):
+        with self._state.standing_in(plans, fused=recordings.fuses):
             self._graph, self._logits = captured(once, device)
 
     def begin(self, plans: Plans, mask: Tensor, positions: Tensor) -> None:

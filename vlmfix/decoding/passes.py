@@ -131,16 +131,27 @@ class Passes:
         kind = kind_of(self._plans, self._next, rows, keys)
         recorded = recordings.of(kind)
         if recorded is None:
-            try:
-                recorded = Recorded(self._logits, recordings, self._plans, self._mask, self._next, rows, keys)
-            except (UpstreamError, RuntimeError) as error:
+            recorded = self._made(recordings, rows, keys)
+            if recorded is None:
                 self._recordings = None
-                say_once(f"decoding steps are not recorded as CUDA graphs, which costs time: {error}")
                 return
             recordings.made[kind] = recorded
             self._new = True
         recorded.begin(self._plans, self._mask, self._next)
         self._recorded = recorded
+
+    def _made(self, recordings: Recordings, rows: int, keys: int) -> Recorded | None:
+        """Records a step, without compiled edits where the compiler fails; says once what is missing."""
+        try:
+            return Recorded(self._logits, recordings, self._plans, self._mask, self._next, rows, keys)
+        except (UpstreamError, RuntimeError) as error:
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        if recordings.fuses and self._plans:
+            recordings.fuses = False
+            say_once(f"edits are not compiled in recorded steps, which costs time: {reason}")
+            return self._made(recordings, rows, keys)
+        say_once(f"decoding steps are not recorded as CUDA graphs, which costs time: {reason}")
+        return None
 
     def _logits(self, ids: Tensor, positions: Tensor, mask: Tensor, cache: Cache, **given: Any) -> Tensor:
         given |= dict(zip(self._names, (ids, positions, mask, cache), strict=True))
