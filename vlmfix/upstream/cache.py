@@ -357,8 +357,3 @@ def room_of(cache: Cache) -> list[RoomyLayer]:
 def fresh(model: PreTrainedModel) -> DynamicCache:
     """An empty dynamic cache with the layers, windows included, that the model's text decoder has."""
     return DynamicCache(config=model.config.get_text_config(decoder=True))
-
-
-def has_windows(cache: Cache) -> bool:
-    """Whether some layer of a dynamic cache keeps its last tokens alone."""
-    return any(bool(layer.is_sliding) for layer in list[Any](cache.layers))
