@@ -14,15 +14,25 @@ SETUPTOOLS = ["setuptools"]  # docopt, which num2words asks for, is published as
 EDITABLES = ["editables~=0.3"]  # hatchling asks for it when it installs the checkout itself
 
 
+def extra(project: dict, name: str) -> list[str]:
+    """Returns the requirements of an extra, with those of the extras that it names."""
+    lines = []
+    for line in project["optional-dependencies"][name]:
+        others = re.fullmatch(r"vlmfix\[(.*)\]", line)
+        lines += [one for other in others[1].split(",") for one in extra(project, other)] if others else [line]
+    return lines
+
+
 def main(which: str) -> None:
     """Prints one list, a requirement a line."""
     with (Path(__file__).parent.parent / "pyproject.toml").open("rb") as file:
         content = tomllib.load(file)
     project, build = content["project"], [*content["build-system"]["requires"], *EDITABLES, *SETUPTOOLS]
     if which == "floor":
-        lines = [re.sub(r"^([\w-]+)>=([\w.]+).*", r"\1==\2", line) for line in project["dependencies"]]
+        wanted = [*project["dependencies"], *extra(project, "all")]
+        lines = [re.sub(r"^([\w-]+)>=([\w.]+).*", r"\1==\2", line) for line in wanted]
     elif which == "newest":
-        wanted = [*project["dependencies"], *project["optional-dependencies"]["dev"], *build]
+        wanted = [*project["dependencies"], *extra(project, "dev"), *build]
         lines = [re.sub(r",<[\w.]+", "", line) for line in wanted]
     elif which == "build":
         lines = build
