@@ -8,6 +8,8 @@ import torch
 from tests.contracts.support import STRONG, batch_of, close, crossed, method_of, vlm_of
 from tests.tiny import TINY
 from vlmfix.attention.kernel import PLAN
+from vlmfix.decoding import loop
+from vlmfix.decoding.choice import MostProbable
 from vlmfix.decoding.graphs import forget, recordings_of
 from vlmfix.decoding.running import running
 from vlmfix.upstream.versions import say_once
@@ -192,3 +194,39 @@ def test_short_answers_and_beams_are_not_recorded(recording):
     assert not recording
     long = vlm.generate([shown], "what is it?", max_new_tokens=24)
     assert len(recording) == 1 or long[0].tokens < 2
+
+
+@torch.no_grad()
+def answers(spec, ends, *, limit, on=lambda call: None):
+    """Answers of four samples with limits of their own, greedily chosen by our loop."""
+    vlm, method, said = vlm_of("llava"), method_of(spec), [[] for _ in limit]
+    batch = batch_of(vlm, (0, 1, 0, 1))
+    plan = method.plan(vlm, batch, vlm.layout(batch))
+    with running(vlm, batch, vlm.layout(batch), plan, limit=limit, name=spec) as call:
+        on(call)
+        for one in loop.decode(call, MostProbable(), ends):
+            for sample, token in zip(one.samples, one.tokens, strict=True):
+                said[sample].append(token)
+    return said
+
+
+@pytest.mark.parametrize("name", ["var", "vcd"])
+def test_a_recorded_step_starts_before_the_tokens_of_the_last_one_are_read(name, recording, monkeypatch):
+    """Answers that end at different steps, by an end token or their own limit, stay the same."""
+    spec, limit = STRONG[name], [12, 7, 12, 12]
+    monkeypatch.setattr("vlmfix.decoding.running.RECORDING", ())
+    whole = answers(spec, (), limit=limit)
+    end = whole[0][3]
+    cut = [own[: own.index(end) + 1] if end in own else own for own in whole]
+    assert cut != whole
+    monkeypatch.setattr("vlmfix.decoding.running.RECORDING", ("cpu",))
+    started, seen = [], []
+    read = loop._Told.read
+    monkeypatch.setattr(loop._Told, "read", lambda told: seen.append(len(started)) or read(told))
+
+    def counted(call):
+        token = call.token
+        call.token = lambda tokens: started.append(tokens) or token(tokens)
+
+    assert answers(spec, (end,), limit=limit, on=counted) == cut
+    assert seen[:2] == [0, 2], "the second step is at work when the first one's tokens are read"

@@ -71,6 +71,11 @@ class Passes:
         return self._recorded is not None and not self._new
 
     @property
+    def replays(self) -> bool:
+        """Returns whether the next token passes in a step that is recorded."""
+        return self._recorded is not None and not self._recorded.full
+
+    @property
     def cache(self) -> DynamicCache:
         """Returns the KV cache of the present rows; valid while no step is recorded."""
         cache: DynamicCache = self._cache

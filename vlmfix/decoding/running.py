@@ -81,6 +81,11 @@ class Running:
         """Returns the KV cache of all rows, for a plan whose steps are not recorded."""
         return self._passes.cache
 
+    @property
+    def replays(self) -> bool:
+        """Returns whether the next token replays a recorded step, which the host need not wait for."""
+        return self._passes.replays
+
     def prompt(self) -> Tensor:
         """Runs prefill; returns the scores that follow each prompt, (B, V) float32."""
         with shared_prefixes(self._vlm, self._alike) if self._alike else nullcontext():
