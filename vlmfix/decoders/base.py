@@ -20,7 +20,7 @@ from vlmfix.attention.session import Acting, edited
 from vlmfix.decoders.picture.refined import PictureMemo, Refined
 from vlmfix.decoding.handed import HandedLoop
 from vlmfix.decoding.plan import DecodingPlan
-from vlmfix.decoding.prefix import prompts_of, shared_prefixes
+from vlmfix.decoding.prefix import cut_prefill, prompts_of
 from vlmfix.decoding.stack import Stack, stack_layout, stacked
 from vlmfix.decoding.strategy import Strategy
 from vlmfix.decoding.watch import Watch, longest_prompts
@@ -264,7 +264,7 @@ class Decoder(ABC):
             branches = [branch for contrast in plan.contrasts for branch in contrast.branches]
             prompts = prompts_of(vlm, batch, branches, beams=beams)
             if prompts is not None:
-                block.enter_context(shared_prefixes(vlm, prompts))
+                block.enter_context(cut_prefill(vlm, prompts))
             yield stack
 
 

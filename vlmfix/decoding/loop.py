@@ -1,9 +1,9 @@
 """Runs the decoding loop: prefill, then choose a token and run it, until every sample has ended.
 
-A sample that has ended leaves the batch with its branches, so that a long answer does not carry it along. A GPU does not
-wait for the host between two recorded steps: the next one is started before the host reads which tokens were chosen, and
-its scores for samples that have ended are dropped. Shape letters (``docs/notation.md``): B samples that go on, V
-vocabulary.
+A sample that has ended leaves the batch with its branches, so that a long answer does not carry it along. A GPU does
+not wait for the host between two recorded steps: the next one is started before the host reads which tokens were
+chosen, and its scores for samples that have ended are dropped. Shape letters (``docs/notation.md``): B samples that go
+on, V vocabulary.
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@ sample, side by side), N branches, R = (1 + N) * L rows in branch-major order, V
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import replace
 
 import torch
@@ -21,7 +21,7 @@ from vlmfix.decoding.graphs import recordings_of
 from vlmfix.decoding.newest import Newest, check_prompts
 from vlmfix.decoding.passes import Passes
 from vlmfix.decoding.plan import DecodingPlan
-from vlmfix.decoding.prefix import Prompts, prompts_of, shared_prefixes
+from vlmfix.decoding.prefix import Prompts, cut_prefill, prompts_of
 from vlmfix.decoding.rows import rows_of
 from vlmfix.decoding.watch import idle
 from vlmfix.models.checkpoint import Checkpoint
@@ -42,7 +42,7 @@ class Running:
         copies: 1 + N.
         work: The edits.
         contrasts: The rules that fuse the branches' logits, in order.
-        alike: The prompts that share a beginning, or None.
+        prompts: The prompts, and which of them share a beginning.
         room: Longest answer of each sample in tokens: the limit of the call, or less where the context ends.
         name: How the decoder is written, for messages.
         newest: Keeps the newest step with its graph, or None.
@@ -59,14 +59,14 @@ class Running:
         copies: int,
         work: AtWork,
         contrasts: Sequence[Contrast],
-        alike: Prompts | None,
+        prompts: Prompts,
         room: Sequence[int],
         name: str,
         newest: Newest | None,
     ) -> None:
         self.room, self.newest = room, newest
         self._vlm, self._passes, self._work, self._contrasts = vlm, passes, work, tuple(contrasts)
-        self._alike, self._copies, self._lines, self._width = alike, copies, len(room), 1
+        self._prompts, self._copies, self._lines, self._width = prompts, copies, len(room), 1
         self._acting, self._name = Acting(vlm), name
 
     @property
@@ -88,7 +88,7 @@ class Running:
 
     def prompt(self) -> Tensor:
         """Runs prefill; returns the scores that follow each prompt, (B, V) float32."""
-        with shared_prefixes(self._vlm, self._alike) if self._alike else nullcontext():
+        with cut_prefill(self._vlm, self._prompts):
             logits = self._passes.prompt()
         return self._scores(logits) if self.newest is None else self._kept(self.newest, self._passes.again)
 
@@ -170,9 +170,9 @@ def running(
         with edited(vlm, wide, edits, live=live) as work:
             roomy = newest is None and not reorders
             passes = Passes(vlm, rows, max(room), plans=work.plans, recordings=recordings, roomy=roomy)
-            alike = prompts_of(vlm, batch, branches)
+            prompts = prompts_of(vlm, batch, branches) or Prompts(rows.mask.bool(), None)
             try:
-                yield Running(vlm, passes, rows.copies, work, plan.contrasts, alike, room, name, newest)
+                yield Running(vlm, passes, rows.copies, work, plan.contrasts, prompts, room, name, newest)
             finally:
                 if newest is not None:
                     newest.forget()
