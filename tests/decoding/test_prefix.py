@@ -318,6 +318,7 @@ def test_a_long_prefill_in_pieces_equals_the_whole_one(family, name, rows, monke
     with counted(vlm) as whole:
         expected = scored(vlm, batch, method)
     monkeypatch.setattr(prefix, "PIECE", 24 * len(rows))
+    monkeypatch.setattr(prefix, "COLUMNS", 2)
     with counted(vlm) as passes:
         found = scored(vlm, batch, method)
     close(found, expected)

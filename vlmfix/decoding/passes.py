@@ -46,6 +46,7 @@ class Passes:
         roomy: bool = True,
     ) -> None:
         self._model: Any = vlm.model
+        self._decoder = vlm.family.decoder(vlm.model)
         taken = ("ids", "positions", "mask", "cache")
         self._names = [name_of(type(vlm.model), value) for value in taken]
         self._rows, self._plans = rows, plans
@@ -148,7 +149,7 @@ class Passes:
     def _made(self, recordings: Recordings, rows: int, keys: int) -> Recorded | None:
         """Records a step, without compiled edits where the compiler fails; says once what is missing."""
         try:
-            return Recorded(self._logits, recordings, self._plans, self._mask, self._next, rows, keys)
+            return Recorded(self._logits, self._decoder, recordings, self._plans, self._mask, self._next, rows, keys)
         except (UpstreamError, RuntimeError) as error:
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         if recordings.fuses and self._plans:

@@ -6,8 +6,8 @@ beginning; the columns from ``start`` on run per row, behind that cache. Columns
 and everything above the text decoder see one ordinary prompt. Where ``start`` cuts into a row's own beginning (its
 question is shorter than the longest), the row computes the few columns between once more.
 
-What remains of a pass is cut into pieces of at most ``PIECE`` tokens, each behind the cache of those before it, so that
-a photograph of many tokens, or a large batch, does not need the memory of a whole pass.
+What remains of the pass of a long prompt is cut into pieces, each behind the cache of those before it, so that a
+photograph of many tokens does not need the memory of a whole pass.
 
 A pass is cut only where that is the same computation: the beginnings are equal as the decoder sees them (embeddings,
 positions, deep features), no edit acts before ``start``, no sliding window ends inside the prompt, no rotary
@@ -43,9 +43,12 @@ from vlmfix.upstream import positions
 from vlmfix.upstream.names import TextNames
 from vlmfix.upstream.versions import say_once
 
-PIECE = 16_384
-"""Most tokens of all rows that pass through the text decoder together in prefill: enough for every matrix product to be
-at its best speed, with about 1 GiB beside the weights and the cache in a model of 7 billion parameters."""
+PIECE = 8_192
+"""Most tokens of all rows that pass through the text decoder together in prefill: enough for matrix products at their
+best speed, with less than 1 GiB beside the weights and the cache in a model of 7 billion parameters."""
+COLUMNS = 2_048
+"""Prompts of at most this many tokens are not cut into pieces: attention behind a cache is slower than in one pass, and
+what many short prompts need is their cache above all."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -124,7 +127,7 @@ def cut_prefill(vlm: Checkpoint, prompts: Prompts) -> Iterator[None]:
     @functools.wraps(original)
     def forward(*args: Any, **kwargs: Any) -> Any:  # noqa: ANN401 (families differ)
         restore()
-        short = prompts.real.numel() <= PIECE
+        short = prompts.real.shape[1] <= COLUMNS or prompts.real.numel() <= PIECE
         given = None if args or (prompts.alike is None and short) else _read(decoder, kwargs)
         if given is None or not _is_prefill(vlm, given, prompts.real):
             return original(*args, **kwargs)
@@ -299,13 +302,13 @@ def _rest(
 
 
 def _pieces(vlm: Checkpoint, given: Given, rows: int, start: int, end: int) -> list[tuple[int, int]]:
-    """Cuts the columns from ``start`` to ``end`` into pieces of at most ``PIECE`` tokens, as (begin, end) each.
+    """Cuts the columns from ``start`` to ``end`` into pieces of ``PIECE`` tokens, or ``COLUMNS``, as (begin, end) each.
 
     There is one piece where the mask has more in it than causality and padding (a picture whose tokens see each other
     must not be cut), or an edit reads the residual stream of all columns. The last piece has two columns at least,
     since one alone is a decoding step, and all columns that edits act on.
     """
-    size = max(2, PIECE // rows)
+    size = max(COLUMNS, PIECE // rows)
     first = first_edited(vlm)
     latest = end - 2 if first is None else min(end - 2, first)
     whole = isinstance(given.mask, dict) or (given.mask is not None and given.mask.dim() > 2) or reads_hidden(vlm)
