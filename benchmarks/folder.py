@@ -4,8 +4,8 @@
     python benchmarks/folder.py --into /tmp/folder --shapes tiny --pictures 16 greedy
 
 Saves a model with random weights and makes JPEGs, once, and then runs the command for one decoder after the other, each
-in a process of its own. The time of a run's card is that of its batches, without loading the model; how busy a GPU was in
-that time is asked of nvidia-smi (the share of the time in which some kernel ran).
+in a process of its own. The time of a run's card is that of its batches, without loading the model; how busy a GPU was
+in that time is asked of nvidia-smi (the share of the time in which some kernel ran).
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def prepare(folder: Path, shapes: str, count: int) -> tuple[Path, Path]:
 class Watched:
     """Asks nvidia-smi five times a second how busy the first GPU is, inside the block; says nothing without it."""
 
-    def __enter__(self) -> "Watched":
+    def __enter__(self) -> Watched:
         """Begins to ask."""
         asked = ["--query-gpu=utilization.gpu", "--format=csv,noheader,nounits", "--loop-ms=200", "--id=0"]
         tool = shutil.which("nvidia-smi")

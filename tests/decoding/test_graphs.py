@@ -12,6 +12,7 @@ from vlmfix.decoding import loop
 from vlmfix.decoding.choice import MostProbable
 from vlmfix.decoding.graphs import forget, recordings_of
 from vlmfix.decoding.running import running
+from vlmfix.upstream.compiling import compiled
 from vlmfix.upstream.versions import say_once
 
 STEPS = 16
@@ -63,6 +64,7 @@ def recording(monkeypatch):
 
     monkeypatch.setattr("vlmfix.decoding.running.RECORDING", ("cpu",))
     monkeypatch.setattr("vlmfix.decoding.graphs.captured", captured)
+    monkeypatch.setattr("vlmfix.decoding.running.start", lambda device: None)
     monkeypatch.setattr("vlmfix.attention.kernel.compiled", lambda function, kind: function)
     yield made
     for family in TINY:
@@ -194,6 +196,29 @@ def test_short_answers_and_beams_are_not_recorded(recording):
     assert not recording
     long = vlm.generate([shown], "what is it?", max_new_tokens=24)
     assert len(recording) == 1 or long[0].tokens < 2
+
+
+@pytest.mark.parametrize("name", ["var", "locore", "spin"])
+def test_edits_are_compiled_once_for_each_kind_of_layer_and_any_numbers_of_rows_and_keys(name, recording, monkeypatch):
+    kinds, graphs, plain = set(), [], torch.compile
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    def counted(function, kind):
+        kinds.add((function, kind))
+        return compiled(function, kind)
+
+    compiled.cache_clear()
+    monkeypatch.setattr(torch, "compile", lambda function, **_: plain(function, fullgraph=True, backend=backend))
+    monkeypatch.setattr("vlmfix.attention.kernel.compiled", counted)
+    vlm, method = vlm_of("llava"), method_of(STRONG[name])
+    for keys in (512, 64):  # with four rows and then two
+        scores(vlm, method, monkeypatch, recorded=True, keys=keys)
+    assert len(recording) == 4
+    assert 0 < len(graphs) == len(kinds)
+    compiled.cache_clear()
 
 
 @torch.no_grad()

@@ -24,8 +24,7 @@ from transformers import Cache
 from vlmfix.attention.state import Plans, State, key_of
 from vlmfix.models.checkpoint import Checkpoint
 from vlmfix.upstream.cache import Arena
-from vlmfix.upstream.compiling import quiet
-from vlmfix.upstream.norms import fused
+from vlmfix.upstream.compiling import quiet, settle
 from vlmfix.upstream.wrappers import state_of
 
 KEYS = 64
@@ -53,6 +52,7 @@ def captured(once: Callable[[], Tensor], device: torch.device) -> tuple[Replay, 
     Returns:
         The recording, and the tensor that each replay writes its result into.
     """
+    settle()
     aside = torch.cuda.Stream(device)
     aside.wait_stream(torch.cuda.current_stream(device))
     with torch.cuda.stream(aside), quiet():  # libraries' set-up at their first call must not be recorded
@@ -126,7 +126,6 @@ class Recorded:
     Args:
         step: Calls the model, with (G, 1) tokens, (..., G, 1) positions, a (G, 1, 1, K) bool mask and a cache; returns
             its (G, V) float32 logits.
-        decoder: The model's text decoder.
         recordings: The model's recordings, whose arena holds keys and values of all layers.
         plans: The edits at work, with what they know of the rows.
         mask: (R, tokens so far), 1 where a token is real.
@@ -138,7 +137,6 @@ class Recorded:
     def __init__(
         self,
         step: Callable[[Tensor, Tensor, Tensor, Cache], Tensor],
-        decoder: nn.Module,
         recordings: Recordings,
         plans: Plans,
         mask: Tensor,
@@ -164,7 +162,7 @@ class Recorded:
             return logits
 
         self.begin(plans, mask, positions)  # the first run writes behind the last token, and is overwritten
-        with self._state.standing_in(plans, fused=recordings.fuses), fused(decoder):
+        with self._state.standing_in(plans, fused=recordings.fuses):
             self._graph, self._logits = captured(once, device)
 
     def begin(self, plans: Plans, mask: Tensor, positions: Tensor) -> None:

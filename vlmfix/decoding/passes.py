@@ -6,6 +6,7 @@ The call owns the KV cache, the mask and the positions, and gives them to the mo
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from vlmfix.errors import UpstreamError
 from vlmfix.models.checkpoint import Checkpoint
 from vlmfix.upstream import cache as caches
 from vlmfix.upstream.names import name_of
+from vlmfix.upstream.norms import fused
 from vlmfix.upstream.versions import say_once
 
 
@@ -30,7 +32,7 @@ class Passes:
         rows: The rows.
         room: Longest answer in tokens.
         plans: The edits at work.
-        recordings: The model's recorded steps; None to record no step.
+        recordings: The model's recorded steps; None to record no step, and to run the model's own norms.
         roomy: Whether the cache reserves room for further keys and values; False for rows that change their order at
             every step, and for steps with an autograd graph, of which the cache is part.
     """
@@ -46,7 +48,7 @@ class Passes:
         roomy: bool = True,
     ) -> None:
         self._model: Any = vlm.model
-        self._decoder = vlm.family.decoder(vlm.model)
+        self._decoder, self._fuses = vlm.family.decoder(vlm.model), recordings is not None
         taken = ("ids", "positions", "mask", "cache")
         self._names = [name_of(type(vlm.model), value) for value in taken]
         self._rows, self._plans = rows, plans
@@ -149,7 +151,7 @@ class Passes:
     def _made(self, recordings: Recordings, rows: int, keys: int) -> Recorded | None:
         """Records a step, without compiled edits where the compiler fails; says once what is missing."""
         try:
-            return Recorded(self._logits, self._decoder, recordings, self._plans, self._mask, self._next, rows, keys)
+            return Recorded(self._logits, recordings, self._plans, self._mask, self._next, rows, keys)
         except (UpstreamError, RuntimeError) as error:
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         if recordings.fuses and self._plans:
@@ -161,7 +163,8 @@ class Passes:
 
     def _logits(self, ids: Tensor, positions: Tensor, mask: Tensor, cache: Cache, **given: Any) -> Tensor:
         given |= dict(zip(self._names, (ids, positions, mask, cache), strict=True))
-        output = self._model(**given, use_cache=True, logits_to_keep=1, return_dict=True)
+        with fused(self._decoder) if self._fuses else nullcontext():
+            output = self._model(**given, use_cache=True, logits_to_keep=1, return_dict=True)
         logits: Tensor = output.logits[:, -1].float()
         if logits.requires_grad:
             caches.detach(cache)  # else the cache would keep every step's graph alive

@@ -28,6 +28,7 @@ from vlmfix.models.checkpoint import Checkpoint
 from vlmfix.models.context import room_for_answers
 from vlmfix.models.layout import Batch, ImageLayout
 from vlmfix.models.turns import turn_of
+from vlmfix.upstream.compiling import start
 
 RECORDING = ("cuda",)
 """Kinds of devices on which decoding steps are recorded."""
@@ -156,6 +157,8 @@ def running(
     with turn_of(vlm.model).taken(), torch.no_grad():
         stays = plan.compiles and plan.asks is None and not reorders
         recordings = recordings_of(vlm) if stays and _can_record(vlm) else None
+        if recordings is not None and recordings.fuses and plan.edits:
+            start(vlm.device)  # while the prompt passes
         rows = rows_of(vlm, batch, branches)
         left = room_for_answers(vlm, rows.longest)
         wanted = [limit] * batch.rows if isinstance(limit, int) else list(limit)

@@ -1,7 +1,7 @@
 """RMS norms of a text decoder, each computed by one kernel.
 
-transformers writes a norm as six operations; in a decoding step of one row these kernels, of which each does next to
-nothing, take a fifth of the step.
+transformers writes a norm as six operations: in a decoding step of one row, six kernels that do next to nothing; in
+prefill, six passes over the memory of all tokens.
 """
 
 from __future__ import annotations
