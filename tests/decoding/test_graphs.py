@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import pytest
 import torch
 
 from tests.contracts.support import STRONG, batch_of, close, crossed, method_of, vlm_of
 from tests.tiny import TINY
+from vlmfix.attention.edit import LayerSet
 from vlmfix.attention.kernel import PLAN
+from vlmfix.decoders import DecodingPlan, Greedy
+from vlmfix.decoders.picture import probing
+from vlmfix.decoders.picture.probing import NewestRows, attention_maps
 from vlmfix.decoding import loop
 from vlmfix.decoding.choice import MostProbable
 from vlmfix.decoding.graphs import forget, recordings_of
@@ -198,7 +204,15 @@ def test_short_answers_and_beams_are_not_recorded(recording):
     assert len(recording) == 1 or long[0].tokens < 2
 
 
-@pytest.mark.parametrize("name", ["var", "locore", "spin"])
+@dataclass(frozen=True, kw_only=True)
+class Looks(Greedy):
+    """Keeps rows of attention, in place of which a compiled step has to write."""
+
+    def plan(self, vlm, batch, layout):
+        return DecodingPlan(edits=(NewestRows(),))
+
+
+@pytest.mark.parametrize("name", ["var", "locore", "spin", "looks"])
 def test_edits_are_compiled_once_for_each_kind_of_layer_and_any_numbers_of_rows_and_keys(name, recording, monkeypatch):
     kinds, graphs, plain = set(), [], torch.compile
 
@@ -213,7 +227,7 @@ def test_edits_are_compiled_once_for_each_kind_of_layer_and_any_numbers_of_rows_
     compiled.cache_clear()
     monkeypatch.setattr(torch, "compile", lambda function, **_: plain(function, fullgraph=True, backend=backend))
     monkeypatch.setattr("vlmfix.attention.kernel.compiled", counted)
-    vlm, method = vlm_of("llava"), method_of(STRONG[name])
+    vlm, method = vlm_of("llava"), Looks() if name == "looks" else method_of(STRONG[name])
     for keys in (512, 64):  # with four rows and then two
         scores(vlm, method, monkeypatch, recorded=True, keys=keys)
     assert len(recording) == 4
@@ -255,3 +269,19 @@ def test_a_recorded_step_starts_before_the_tokens_of_the_last_one_are_read(name,
 
     assert answers(spec, (end,), limit=limit, on=counted) == cut
     assert seen[:2] == [0, 2], "the second step is at work when the first one's tokens are read"
+
+
+@pytest.mark.parametrize("family", ["llava", "qwen2_5_vl"])
+def test_recorded_steps_show_where_the_newest_row_looked(family, recording, monkeypatch):
+    """Of samples that end at different steps, in answers that the next step has begun before they are read."""
+    vlm = vlm_of(family)
+    batch, layers = batch_of(vlm, (0, 1, 1, 0)), LayerSet("0/2")
+    monkeypatch.setattr(probing.defaults, "ends", lambda model: range(0, 1000, 5))
+    monkeypatch.setattr("vlmfix.decoding.running.RECORDING", ())
+    whole = attention_maps(vlm, batch, layers, steps=STEPS)
+    assert len({len(row) for row in whole}) > 1
+    monkeypatch.setattr("vlmfix.decoding.running.RECORDING", ("cpu",))
+    for _ in range(2):  # recorded, and replayed in a later call
+        for row, other in zip(attention_maps(vlm, batch, layers, steps=STEPS), whole, strict=True):
+            close(row, other)
+    assert recording

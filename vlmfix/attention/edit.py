@@ -100,7 +100,8 @@ class Site:
         block: In prefill, number, from 0, of the block that these R rows form; see ``AttentionEdit.blockwise``.
         hidden: (B, Q, hidden size) residual stream that enters the layer, when the edit asked for it.
         memory: What the edit learned from the prompt in this layer: ``learn`` and ``learn_of_keys`` write it in
-            prefill, ``learned`` reads it in prefill and decoding. Rows that have ended are removed from it.
+            prefill, ``learned`` reads it in prefill and decoding, ``relearn`` changes it in decoding. Rows that have
+            ended are removed from it.
     """
 
     number: int | None
@@ -150,6 +151,11 @@ class Site:
     def learn_of_keys(self, name: str, values: Tensor) -> None:
         """Keeps (B, ..., T) values of the prompt's tokens until the call ends; later tokens have zero."""
         self.memory.of_keys[name] = values
+
+    def relearn(self, name: str, values: Tensor) -> None:
+        """Writes (B, ..., K) values, in decoding, over those that ``learn_of_keys`` has kept, as far as those go."""
+        kept = self.memory.of_keys[name]
+        kept.copy_(values[..., : kept.shape[-1]])  # in place: a recorded step has no other way to tell anything
 
     def learned(self, name: str) -> Tensor:
         """Returns values that the edit learned from the prompt: (B, ...) of rows, (B, ..., K) of keys.

@@ -12,7 +12,7 @@ Shape letters (``docs/notation.md``): R rows that go on, G rows in the recorded 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
 from weakref import WeakKeyDictionary
@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 from transformers import Cache
 
+from vlmfix.attention.rows import Step
 from vlmfix.attention.state import Plans, State, key_of
 from vlmfix.models.checkpoint import Checkpoint
 from vlmfix.upstream.cache import Arena
@@ -181,6 +182,11 @@ class Recorded:
         self._column.fill_(self.tokens)
         self._positions.zero_()
         self._positions[..., :rows, :] = positions + 1
+
+    @property
+    def steps(self) -> Mapping[int, tuple[Step, ...]]:
+        """Returns, for each layer, the edits with what they know of the rows, as the newest step left it."""
+        return self._state.steps
 
     @property
     def full(self) -> bool:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from transformers import Cache, DynamicCache
 
+from vlmfix.attention.edit import AttentionEdit
 from vlmfix.attention.state import Plans
 from vlmfix.decoding.graphs import ROOM, SHORT, Recorded, Recordings, capacity, kind_of, slots
 from vlmfix.decoding.rows import Rows
@@ -83,6 +84,17 @@ class Passes:
         """Returns the KV cache of the present rows; valid while no step is recorded."""
         cache: DynamicCache = self._cache
         return cache
+
+    def learned(self, edit: AttentionEdit, name: str) -> dict[int, Tensor]:
+        """Returns what an edit has learned of keys, layer by layer; see ``Running.learned``."""
+        recorded, found = self._recorded, {}
+        for layer, plan in self._plans.items():
+            for place, step in enumerate(plan.steps):
+                if step.edit is edit and recorded is None:
+                    found[layer] = step.memory.of_keys[name]
+                elif step.edit is edit and recorded is not None:
+                    found[layer] = recorded.steps[layer][place].memory.of_keys[name][recorded.rows]
+        return found
 
     def prompt(self) -> Tensor:
         """Runs prefill; returns the logits that follow each prompt, (R, V) float32."""

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
+from vlmfix.attention.edit import AttentionEdit
 from vlmfix.attention.session import Acting, AtWork, edited
 from vlmfix.attention.windows import check_windows
 from vlmfix.decoding.branches import Contrast
@@ -86,6 +87,18 @@ class Running:
     def replays(self) -> bool:
         """Returns whether the next token replays a recorded step, which the host need not wait for."""
         return self._passes.replays
+
+    def learned(self, edit: AttentionEdit, name: str) -> dict[int, Tensor]:
+        """Returns what an edit at work has learned of keys, as the newest step left it.
+
+        Args:
+            edit: The edit.
+            name: As it told ``Site.learn_of_keys``.
+
+        Returns:
+            Layer number -> (R, ..., T) of the present rows, or with more keys behind the prompt's.
+        """
+        return self._passes.learned(edit, name)
 
     def prompt(self) -> Tensor:
         """Runs prefill; returns the scores that follow each prompt, (B, V) float32."""
