@@ -276,7 +276,7 @@ def test_recorded_steps_show_where_the_newest_row_looked(family, recording, monk
     """Of samples that end at different steps, in answers that the next step has begun before they are read."""
     vlm = vlm_of(family)
     batch, layers = batch_of(vlm, (0, 1, 1, 0)), LayerSet("0/2")
-    monkeypatch.setattr(probing.defaults, "ends", lambda model: range(0, 1000, 5))
+    monkeypatch.setattr(probing.defaults, "ends", lambda model: range(0, 1000, 7))
     monkeypatch.setattr("vlmfix.decoding.running.RECORDING", ())
     whole = attention_maps(vlm, batch, layers, steps=STEPS)
     assert len({len(row) for row in whole}) > 1
