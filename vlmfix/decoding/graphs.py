@@ -200,6 +200,10 @@ class Recorded:
         self.tokens += 1
         return self._logits[self.rows]
 
+    def give_back(self, plans: Plans) -> None:
+        """Copies into the plans of the call what their edits have learned of keys in these steps."""
+        self._state.give_back(plans, self.rows)
+
     def keep(self, rows: Tensor) -> bool:
         """Keeps some of the rows, (R',) int64 numbers of the present ones.
 

@@ -114,6 +114,7 @@ class Passes:
         """
         self._left, self._new = self._left - 1, False
         if self._recorded is not None and self._recorded.full:
+            self._recorded.give_back(self._plans)
             self._go_on_unrecorded(self._recorded)
         elif self._recorded is None and self._recordings is not None:
             self._record(self._recordings)
@@ -130,6 +131,7 @@ class Passes:
             rows: (R',) int64, numbers of the present rows.
         """
         if self._recorded is not None:
+            self._recorded.give_back(self._plans)  # of all rows, since the caller takes some out afterwards
             if not self._recorded.keep(rows):
                 self._go_on_unrecorded(self._recorded)
             return
