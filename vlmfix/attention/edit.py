@@ -282,6 +282,28 @@ class PartEdit(WeightEdit):
         return weights * torch.where(apart[:, :, None], factor, others)
 
 
+class SplitEdit(AttentionEdit, ABC):
+    """Rewrites head outputs from the part that some keys have in them; materialises the edited rows.
+
+    It acts on what weight edits have made of the weights, those behind it in the order included.
+    """
+
+    @abstractmethod
+    def keys(self, site: Site) -> Tensor:
+        """Returns (B, K) bool, the keys whose part is wanted."""
+
+    @abstractmethod
+    def output(self, site: Site, whole: Tensor, part: Tensor, mass: Tensor) -> Tensor:
+        """Returns new outputs.
+
+        Args:
+            site: Where it acts.
+            whole: (B, H, R, D) float32 outputs.
+            part: (B, H, R, D) float32, what the keys have in them.
+            mass: (B, H, R, 1) float32, attention to the keys.
+        """
+
+
 class OutputEdit(AttentionEdit, ABC):
     """Rewrites the head outputs before the output projection; stays on SDPA."""
 

@@ -245,7 +245,7 @@ class Decoder(ABC):
             )
             block.enter_context(watch.watching())
             arguments: dict[str, Any] = {} if loop is None else {"custom_generate": loop}
-            if not plan.compiles:
+            if not plan.steps_alike:
                 arguments["disable_compile"] = True
             yield arguments | (self.strategy.arguments() if self.strategy else {}), watch
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -124,7 +123,7 @@ class Running:
         rows = (lines + self._lines * torch.arange(self._copies, device=lines.device)[:, None]).flatten()  # (R',)
         self._passes.keep(rows)
         self._work.keep(rows)
-        self._contrasts = tuple(replace(contrast, rows=contrast.rows[lines]) for contrast in self._contrasts)
+        self._contrasts = tuple(contrast.keep(lines) for contrast in self._contrasts)
         self._lines, self._width = len(lines), width
 
     def _kept(self, newest: Newest, step: Callable[[], Tensor]) -> Tensor:
