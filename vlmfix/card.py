@@ -22,11 +22,11 @@ import vlmfix
 from vlmfix.decoders import Decoder
 from vlmfix.errors import DataError, UsageError
 from vlmfix.generation import VLM
-from vlmfix.language.parameters import Value, written
-from vlmfix.models.checkpoint import EMBEDDED, HEADS
+from vlmfix.models.checkpoint import HEADS
 from vlmfix.parsing import some
+from vlmfix.plugins import plugins_of
 from vlmfix.records import to_json
-from vlmfix.settings import LOADED, Settings
+from vlmfix.settings import EMBEDDED, LOADED, Settings
 
 PACKAGES = (
     "torch",
@@ -71,7 +71,8 @@ class Known:
         commit: Commit of its Hub snapshot; None for a local directory.
         reading: How its files were read; see ``Checkpoint.reading``.
         dtype: Precision of its weights.
-        facts: What the decoder depends on; see ``Decoder.facts``.
+        facts: What the decoder depends on, see ``Decoder.facts``, and where the model's family comes from when it is
+            not vlmfix's own.
         device: Where it is, in words.
     """
 
@@ -88,7 +89,7 @@ def known(vlm: VLM, decoder: Decoder) -> Known:
         commit=vlm.revision,
         reading=vlm.reading,
         dtype=str(vlm.model.dtype).removeprefix("torch."),
-        facts=decoder.facts(vlm),
+        facts=decoder.facts(vlm) | plugins_of([type(vlm.family)]),
         device=device_name(vlm.device),
     )
 
@@ -126,11 +127,6 @@ def peak_memory(device: torch.device) -> int:
         return torch.cuda.max_memory_allocated(device)
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-
-
-def plain(value: Value) -> bool | int | float | str | None:
-    """A decoder's parameter as JSON holds it; a layer set or a tuple is written as on the command line."""
-    return value if value is None or isinstance(value, bool | int | float | str) else written(value)
 
 
 def changed_facts(

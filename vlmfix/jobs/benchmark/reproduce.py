@@ -14,6 +14,7 @@ from vlmfix.evals.task import Task, Workload
 from vlmfix.generation import VLM, load
 from vlmfix.jobs.benchmark.job import Report, check, evaluate, refuse_changed
 from vlmfix.parsing import some
+from vlmfix.plugins import refuse_other_plugins
 from vlmfix.settings import DECODED
 from vlmfix.shapes import fault, fields, list_of
 
@@ -88,6 +89,7 @@ def reproduce(
         UsageError: ``model`` is given for a model of the Hub, or ``images`` for a run without pictures.
         DataError: The run is unfinished, the model's weights or pictures are not those of the run, or pictures are
             missing.
+        PluginError: A decoder of another distribution, or in a file, is not that of the run.
     """
     card = run.card
     if wrong := fault(card, REPEATABLE):
@@ -107,13 +109,16 @@ def reproduce(
     except DataError as error:
         raise DataError(f"{run.folder}: {error.message}", error.hint) from error
     refuse_changed(run.folder, workload, run.pictures())
+    arms = {arm: parse(about["spec"]) for arm, about in card["arms"].items()}
+    for arm, decoder in arms.items():
+        refuse_other_plugins(f"the arm {arm} of {run.folder}", card["arms"][arm].get("plugins"), decoder.plugins())
     settings = settings_again(card, card["decoding"], model=model, device=device)
     again = evaluate(
         out,
         _moved(run.task, images),
         workload,
         settings,
-        {arm: parse(about["spec"]) for arm, about in card["arms"].items()},
+        arms,
         batch_size=card["batch_size"],
         command=f"vlmfix reproduce {run.folder}",
         report=report,

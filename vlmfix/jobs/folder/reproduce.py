@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from vlmfix.card import changed_facts, changed_reading, refuse_other_pictures, settings_again
+from vlmfix.decoders import parse
 from vlmfix.errors import DataError, UsageError
 from vlmfix.generation import VLM, load
 from vlmfix.images import find
@@ -15,6 +16,7 @@ from vlmfix.jobs.folder.job import Progress, run
 from vlmfix.jobs.folder.questions import Questions
 from vlmfix.jobs.lines import ANSWER, ANSWERS, CARD
 from vlmfix.parsing import some
+from vlmfix.plugins import refuse_other_plugins
 from vlmfix.records import read_json, read_lines
 from vlmfix.settings import DECODED, LOADED, MODEL
 from vlmfix.shapes import FLAG, PATH, SIZE, TEXT, fields, list_of, mapping_of
@@ -32,7 +34,7 @@ FINISHED = fields(
                 "decoder": TEXT,
                 **DECODED,
             },
-            {"decoder_facts": mapping_of(TEXT), **LOADED},
+            {"decoder_facts": mapping_of(TEXT), "plugins": mapping_of(TEXT).or_null(), **LOADED},
         ),
         "sessions": list_of(fields({"prompts_file": PATH.or_null(), "batch_size": SIZE}), least=1),
     }
@@ -71,7 +73,7 @@ def reproduce(
 ) -> Repeated:
     """Runs a folder again with the settings of its card.
 
-    Before it loads the model, it checks that pictures, prompts and weights are those of the run.
+    Before it loads the model, it checks that pictures, prompts, weights and plug-ins are those of the run.
 
     Args:
         folder: A folder that ``run`` wrote and finished.
@@ -87,6 +89,7 @@ def reproduce(
         UsageError: ``model`` is given for a model of the Hub, or ``prompts`` for a run that had no file of them.
         DataError: The run is unfinished, or pictures, weights or the file of prompts are not there, or not those of the
             run.
+        PluginError: A decoder of another distribution, or in a file, is not that of the run.
     """
     card = read_json(folder / CARD, FINISHED)
     if not card["finished"]:
@@ -95,6 +98,7 @@ def reproduce(
     questions = _questions(folder, before, session["prompts_file"], prompts)
     pictures = Path(before["pictures"]) if images is None else images
     _refuse_other_pictures(folder, pictures, out)
+    refuse_other_plugins(str(folder), before.get("plugins"), parse(before["decoder"]).plugins())
     decoding = {name: before[name] for name in DECODED}
     settings = settings_again(before, decoding, model=model, device=device, decoder=before["decoder"])
     run(
