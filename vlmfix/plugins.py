@@ -265,12 +265,13 @@ def _sorted(
     from importlib.metadata import entry_points
 
     found: dict[str, list[Found]] = {}
-    for entry in sorted(entry_points(group=group), key=lambda entry: entry.name):
+    for entry in entry_points(group=group):
         distribution = "an unknown distribution" if entry.dist is None else f"{entry.dist.name} {entry.dist.version}"
         found.setdefault(entry.name, []).append(Found(entry.name, distribution, entry))
     used: dict[str, Found] = {}
     refused: list[tuple[str, str]] = []
-    for name, several in found.items():
+    for name, several in sorted(found.items()):
+        several.sort(key=lambda one: one.distribution)  # the order on the path says nothing
         by = " and ".join(one.distribution for one in several)
         if not NAME.fullmatch(name):
             sentence = f"the {noun} {name!r} of {by} is refused: a name has letters, digits, - and _ alone"

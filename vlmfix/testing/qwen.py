@@ -1,4 +1,4 @@
-"""Tiny Qwen2-VL, Qwen2.5-VL and Qwen3-VL: 8 by 8 pixels to a token, at most 24 tokens per picture."""
+"""Makes tiny Qwen2-VL, Qwen2.5-VL and Qwen3-VL: 8 by 8 pixels to a token, at most 24 tokens per picture."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ from transformers import (
     Qwen3VLVideoProcessor,
 )
 
-from tests.tiny.text import DECODER, byte_tokenizer, drawn
 from vlmfix.models.checkpoint import Checkpoint
 from vlmfix.models.qwen_vl import QwenVL
+from vlmfix.testing.text import DECODER, byte_tokenizer, drawn
 
 TEMPLATE = """\
 {%- if messages[0]['role'] != 'system' %}<|im_start|>system
@@ -49,7 +49,7 @@ VISION = {"patch_size": 4, "spatial_merge_size": 2, "temporal_patch_size": 2, "d
 
 
 class Kind(NamedTuple):
-    """What one generation of Qwen-VL differs in."""
+    """Holds what one generation of Qwen-VL differs in."""
 
     config: type[PreTrainedConfig]
     model: type[PreTrainedModel]
@@ -100,7 +100,7 @@ KINDS = {
 
 
 def build(name: str, seed: int) -> Checkpoint:
-    """A tiny Qwen-VL.
+    """Makes a tiny Qwen-VL with random weights.
 
     Args:
         name: ``qwen2_vl``, ``qwen2_5_vl`` or ``qwen3_vl``.
