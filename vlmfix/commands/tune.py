@@ -85,7 +85,7 @@ def tune(
         seed=sample_seed,
         guards=guards,
     )
-    _show(found, out, max_recall_loss)
+    _show(found, out, guards)
     if found.recipe is None:
         click.get_current_context().exit(1)
 
@@ -154,31 +154,51 @@ def _evaluator(task: Any, settings: Settings, batch_size: int | None) -> Any:  #
     return run
 
 
-def _show(found: Any, out: Path, max_recall_loss: float) -> None:  # noqa: ANN401
+def _show(found: Any, out: Path, guards: Any) -> None:  # noqa: ANN401
     """Prints what tuning found, with the held-out comparison, and draws the trials."""
-    from vlmfix.reports import plots, tables
+    from vlmfix.reports import tables
     from vlmfix.terminal import rendered
 
-    name = found.objective
-    points = [plots.Point(found.plain.recall, found.plain.value, role="plain", name="greedy")]
+    drawn = _draw(found, out, guards)
+    if found.held_out is not None:
+        click.echo(rendered(tables.terminal(found.held_out)), nl=False)
+    options.say(found.verdict)
+    if found.recipe:
+        written = f"{found.recipe} and pareto.png" if drawn else str(found.recipe)
+    else:
+        written = f"no recipe; the trials are in {out / drawn if drawn else out}"
+    options.say(f"vlmfix: {written}", err=True)
+
+
+def _draw(found: Any, out: Path, guards: Any) -> str:  # noqa: ANN401
+    """Draws the trials against the guard that the benchmark has; without one there is no drawing, and no name."""
+    from vlmfix.reports import plots
+
+    plain = found.plain
+    if plain.recall is not None:
+        guard, limit = "recall", plain.recall - guards.max_recall_loss
+    elif plain.length is not None:
+        guard, limit = "length", plain.length * (1 - guards.max_length_loss)
+    else:
+        return ""
+    points = [plots.Point(getattr(plain, guard), plain.value, role="plain", name="greedy")]
     points += [
         plots.Point(
-            trial.outcome.recall, trial.outcome.value, trial.feasible, *(("chosen", trial.spec) if trial.chosen else ())
+            getattr(trial.outcome, guard),
+            trial.outcome.value,
+            trial.feasible,
+            *(("chosen", trial.spec) if trial.chosen else ()),
         )
         for trial in found.trials
-        if trial.outcome.value is not None
+        if trial.outcome.value is not None and getattr(trial.outcome, guard) is not None
     ]
     plots.pareto(
         points,
         out / "pareto.png",
-        objective=name,
-        guard="recall",
+        objective=found.objective,
+        guard=guard,
         objective_better=found.better,
-        limit=found.plain.recall - max_recall_loss,
+        limit=limit,
         title=f"{len(found.trials)} trials on the tuning split",
     )
-    if found.held_out is not None:
-        click.echo(rendered(tables.terminal(found.held_out)), nl=False)
-    options.say(found.verdict)
-    written = f"{found.recipe} and pareto.png" if found.recipe else f"no recipe; the trials are in {out}/pareto.png"
-    options.say(f"vlmfix: {written}", err=True)
+    return "pareto.png"

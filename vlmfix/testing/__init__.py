@@ -71,8 +71,8 @@ def picture(seed: int, size: tuple[int, int]) -> Image.Image:
     return Image.fromarray((pixels * 255).byte().permute(1, 2, 0).numpy(), mode="RGB")
 
 
-PROMPTS = ("what is here?", "and is there a dog in one of these two pictures?")
-PICTURES = ((picture(1, (40, 60)),), (picture(2, (60, 40)), picture(3, (50, 50))))
+PROMPTS: tuple[str, ...] = ("what is here?", "and is there a dog in one of these two pictures?")
+PICTURES: tuple[tuple[Image.Image, ...], ...] = ((picture(1, (40, 60)),), (picture(2, (60, 40)), picture(3, (50, 50))))
 """A short row with one picture and a longer row with two, so that the first is padded on the left."""
 
 

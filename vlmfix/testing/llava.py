@@ -18,7 +18,7 @@ from vlmfix.models.checkpoint import Checkpoint
 from vlmfix.models.families import family_of
 from vlmfix.testing.text import DECODER, byte_tokenizer, drawn
 
-VISION = {
+VISION: dict[str, Any] = {
     "hidden_size": 32,
     "intermediate_size": 64,
     "num_hidden_layers": 2,

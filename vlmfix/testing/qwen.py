@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 from transformers import (
-    PreTrainedConfig,
     PreTrainedModel,
     ProcessorMixin,
     Qwen2_5_VLConfig,
@@ -39,7 +38,7 @@ You are a helpful assistant.<|im_end|>
 {%- if add_generation_prompt %}<|im_start|>assistant
 {% endif %}"""
 
-PIXELS = {
+PIXELS: dict[str, Any] = {
     "patch_size": 4,
     "merge_size": 2,
     "temporal_patch_size": 2,
@@ -51,7 +50,7 @@ VISION = {"patch_size": 4, "spatial_merge_size": 2, "temporal_patch_size": 2, "d
 class Kind(NamedTuple):
     """Holds what one generation of Qwen-VL differs in."""
 
-    config: type[PreTrainedConfig]
+    config: type[Any]
     model: type[PreTrainedModel]
     processor: type[ProcessorMixin]
     video: type[Any]

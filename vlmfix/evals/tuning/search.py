@@ -121,20 +121,28 @@ class Space:
 
 def _openable(parts: Sequence[Part]) -> str:
     """Says how a specification that leaves nothing open would leave something: in its decoders, or of vlmfix's own."""
-    foreign = [part.decoder for part in parts if origin_of(part.decoder) is not None and not _searched(part.decoder)]
+    fixed = {part.decoder.called(): _searched(part.decoder) for part in parts if _searched(part.decoder)}
+    if fixed:
+        return f"leave one of these open: {_listed(fixed)}"
+    foreign = [part.decoder for part in parts if origin_of(part.decoder) is not None]
     undeclared = [
-        f"in {decoder.called()}, {name}: write parameter(..., search=({allowed.low:g}, {allowed.high:g})) or less"
+        f"{name} = parameter(..., search=({allowed.low:g}, {allowed.high:g}))"
         for decoder in foreign
         for name, allowed in ranges(decoder).items()
         if allowed.kind in (int, float) and math.isfinite(allowed.low) and math.isfinite(allowed.high)
     ]
     if undeclared:
-        return f"a parameter is tuned when its declaration says what to try: {'; '.join(undeclared)}"
+        return (
+            f"a parameter says what to try in its declaration; write, or with a smaller range: {'; '.join(undeclared)}"
+        )
     if foreign:
-        return "declare what tuning tries: parameter(..., search=(low, high)) for numbers, or the words to try"
+        return "a parameter says what to try in its declaration: search=(low, high) for numbers, else the words"
     named = {name: _searched(DECODERS[name]) for name in DECODERS.homes if _searched(DECODERS[name])}
-    listed = "; ".join(f"{name}: {', '.join(searched)}" for name, searched in named.items())
-    return f"leave one of these open: {listed}"
+    return f"leave one of these open: {_listed(named)}"
+
+
+def _listed(named: Mapping[str, Sequence[str]]) -> str:
+    return "; ".join(f"{name}: {', '.join(searched)}" for name, searched in named.items())
 
 
 def _labels(parts: Sequence[Part]) -> list[str]:
