@@ -100,7 +100,7 @@ def test_the_demonstration_runs_from_the_wheel_alone(wheel, tmp_path):
 
 def test_the_source_distribution_holds_what_make_needs():
     held = {Path(file.distribution_path).as_posix() for file in SdistBuilder(str(ROOT)).recurse_included_files()}
-    for folder in ("vlmfix", "tests", "tools", "benchmarks", "docs", "requirements", ".ci"):
+    for folder in ("vlmfix", "tests", "tools", "benchmarks", "docs", "examples", "requirements", ".ci"):
         assert files(ROOT / folder, ROOT) <= held
     alone = {"pyproject.toml", "Makefile", "README.md", "CONTRIBUTING.md", "CHANGELOG.md", "CITATION.cff", "LICENSE"}
     assert alone | {".pre-commit-config.yaml"} <= held
