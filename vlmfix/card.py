@@ -19,12 +19,12 @@ import psutil
 import torch
 
 import vlmfix
-from vlmfix.decoders import Decoder
-from vlmfix.errors import DataError, UsageError
+from vlmfix.decoders import Decoder, parse
+from vlmfix.errors import DataError, PluginError, UsageError
 from vlmfix.generation import VLM
 from vlmfix.models.checkpoint import HEADS
 from vlmfix.parsing import some
-from vlmfix.plugins import plugins_of
+from vlmfix.plugins import plugins_of, refuse_other_plugins
 from vlmfix.records import to_json
 from vlmfix.settings import EMBEDDED, LOADED, Settings
 
@@ -145,6 +145,31 @@ def changed_facts(
         return {}
     both = ((name, before.get(name), now.get(name)) for name in dict.fromkeys([*before, *now]))
     return {name: (first, second) for name, first, second in both if first != second}
+
+
+def decoder_again(where: str, spec: str, plugins: Mapping[str, str] | None) -> Decoder:
+    """Reads the decoder of a run again, and makes sure that what is not vlmfix's own in it is as it was.
+
+    Args:
+        where: The run, for the message.
+        spec: What its card says of the decoder.
+        plugins: What its card says of plug-ins; None when it says nothing.
+
+    Raises:
+        PluginError: A plug-in is missing, or another.
+        UsageError: The specification is not understood.
+    """
+    try:
+        decoder = parse(spec)
+    except UsageError as error:
+        if not plugins:
+            raise
+        listed = ", ".join(f"{name} ({made_by})" for name, made_by in plugins.items())
+        raise PluginError(
+            f"{where} was made with {listed}: {error.message}", "install that distribution, or put the file back"
+        ) from error
+    refuse_other_plugins(where, plugins, decoder.plugins())
+    return decoder
 
 
 def refuse_other_pictures(

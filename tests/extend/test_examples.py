@@ -78,6 +78,9 @@ def test_another_version_is_refused_by_name(vlmfix, scenes, tmp_path, monkeypatc
     code, _, told = vlmfix("compare", "out")
     assert code == 1
     assert "unknown benchmark 'one-wrod'\nhint: did you mean one-word?" in told
+    plugins = {"one-wrod": "vlmfix-outside 0.0.8"}
+    (tmp_path / "out" / "card.json").write_text(json.dumps(card | {"task": "one-wrod", "plugins": plugins}))
+    assert "hint: install vlmfix-outside 0.0.8, or put the file back" in vlmfix("compare", "out")[2]
 
 
 def test_the_benchmark_is_read_from_a_file_too(vlmfix, scenes, tmp_path):

@@ -109,6 +109,11 @@ def test_a_run_names_the_file_and_goes_on_with_no_other(here, vlmfix):
         f"mine.py:Textless is not what out was made with: it was {before}, now it is {digest(here / 'mine.py')}" in told
     )
     assert not (here / "second").exists()
+    (here / "mine.py").rename("gone.py")
+    code, _, told = vlmfix("reproduce", "out", "--out", "second")
+    assert code == 1
+    assert told.startswith(f"vlmfix: out was made with mine.py:Textless ({before}): cannot read mine.py: No such file")
+    (here / "gone.py").rename("mine.py")
     code, _, told = vlmfix(*asked)
     assert code == 2
     assert f"plugins.mine.py:Textless was '{before}', now '{digest(here / 'mine.py')}'" in told

@@ -220,7 +220,9 @@ def _task(path: Path, card: Mapping[str, Any]) -> Task:
     try:
         kind: type[Task] = TASKS.find(card["task"])
     except UsageError as error:
-        raise DataError(f"{path}: {error.message}", error.hint) from error
+        made_by = (card.get("plugins") or {}).get(card["task"])
+        hint = f"install {made_by}, or put the file back" if made_by else error.hint
+        raise DataError(f"{path}: {error.message}", hint) from error
     options, hints = card["options"], get_type_hints(kind)
     if strange := sorted(field.name for field in fields_of(kind) if hints[field.name] not in OPTIONS):
         raise PluginError(

@@ -6,15 +6,13 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from vlmfix.card import changed_facts, changed_reading, settings_again
-from vlmfix.decoders import parse
+from vlmfix.card import changed_facts, changed_reading, decoder_again, settings_again
 from vlmfix.errors import DataError, UsageError
 from vlmfix.evals.record import CARD, MADE_BY, SESSION, EvalRun, Record
 from vlmfix.evals.task import Task, Workload
 from vlmfix.generation import VLM, load
 from vlmfix.jobs.benchmark.job import Report, check, evaluate, refuse_changed
 from vlmfix.parsing import some
-from vlmfix.plugins import refuse_other_plugins
 from vlmfix.settings import DECODED
 from vlmfix.shapes import fault, fields, list_of
 
@@ -109,9 +107,10 @@ def reproduce(
     except DataError as error:
         raise DataError(f"{run.folder}: {error.message}", error.hint) from error
     refuse_changed(run.folder, workload, run.pictures())
-    arms = {arm: parse(about["spec"]) for arm, about in card["arms"].items()}
-    for arm, decoder in arms.items():
-        refuse_other_plugins(f"the arm {arm} of {run.folder}", card["arms"][arm].get("plugins"), decoder.plugins())
+    arms = {
+        arm: decoder_again(f"the arm {arm} of {run.folder}", about["spec"], about.get("plugins"))
+        for arm, about in card["arms"].items()
+    }
     settings = settings_again(card, card["decoding"], model=model, device=device)
     again = evaluate(
         out,

@@ -7,8 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from vlmfix.card import changed_facts, changed_reading, refuse_other_pictures, settings_again
-from vlmfix.decoders import parse
+from vlmfix.card import changed_facts, changed_reading, decoder_again, refuse_other_pictures, settings_again
 from vlmfix.errors import DataError, UsageError
 from vlmfix.generation import VLM, load
 from vlmfix.images import find
@@ -16,7 +15,6 @@ from vlmfix.jobs.folder.job import Progress, run
 from vlmfix.jobs.folder.questions import Questions
 from vlmfix.jobs.lines import ANSWER, ANSWERS, CARD
 from vlmfix.parsing import some
-from vlmfix.plugins import refuse_other_plugins
 from vlmfix.records import read_json, read_lines
 from vlmfix.settings import DECODED, LOADED, MODEL
 from vlmfix.shapes import FLAG, PATH, SIZE, TEXT, fields, list_of, mapping_of
@@ -98,7 +96,7 @@ def reproduce(
     questions = _questions(folder, before, session["prompts_file"], prompts)
     pictures = Path(before["pictures"]) if images is None else images
     _refuse_other_pictures(folder, pictures, out)
-    refuse_other_plugins(str(folder), before.get("plugins"), parse(before["decoder"]).plugins())
+    decoder_again(str(folder), before["decoder"], before.get("plugins"))
     decoding = {name: before[name] for name in DECODED}
     settings = settings_again(before, decoding, model=model, device=device, decoder=before["decoder"])
     run(
