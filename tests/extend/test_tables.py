@@ -173,3 +173,9 @@ def test_profilers_and_benchmarks_are_listed_and_told(monkeypatch, tmp_path, vlm
         profilers_of(["gain"])
     with pytest.raises(UsageError, match=r"unknown profiler 'gian' \(did you mean gain\? known profilers: vhd"):
         profilers_of(["gian"])
+
+
+@pytest.mark.parametrize("table", [DECODERS, PROFILERS, TASKS], ids=lambda table: table.noun)
+def test_vlmfixs_own_are_called_what_their_classes_say(table):
+    assert {name: table[name].name for name in table.homes} == {name: name for name in table.homes}
+    assert all(origin_of(table[name]) is None for name in table.homes)

@@ -25,7 +25,7 @@ PROFILERS: Table[Profiler] = Table(
         "ablation": "vlmfix.heads.profilers.ablation:Ablation",
         "patching": "vlmfix.heads.profilers.patching:Patching",
         "localization": "vlmfix.heads.profilers.localization:Localization",
-        "sink-tokens": "vlmfix.heads.profilers.sink_tokens:SinkTokens",
+        "sinks": "vlmfix.heads.profilers.sink_tokens:SinkTokens",
     },
     needs=("name", "title"),
 )
