@@ -15,7 +15,10 @@ from vlmfix.attention.kernel import PLAN
 from vlmfix.card import device_name, machine, versions
 from vlmfix.decoders import DECODERS, Decoder, parse
 from vlmfix.errors import PluginError, VlmfixError
+from vlmfix.evals.tasks import TASKS
 from vlmfix.generation import VLM, load
+from vlmfix.heads.profilers import PROFILERS
+from vlmfix.models.families import FAMILIES
 from vlmfix.upstream import contracts
 from vlmfix.upstream.attention import window
 from vlmfix.upstream.defaults import undisturbed
@@ -85,7 +88,7 @@ def diagnose(
             "device": device_name(vlm.device),
         },
         "contracts": [asdict(finding) for finding in contracts.examined()],
-        "refused": DECODERS.refused(),
+        "refused": [sentence for table in (DECODERS, FAMILIES, PROFILERS, TASKS) for sentence in table.refused()],
         "decoders": {name: found["plain"] for name, found in ways.items()},
         "ways": ways,
         "reach": reach,

@@ -177,7 +177,7 @@ class Table(Mapping[str, type[T]], Generic[T]):
         elif name.endswith(".py"):
             raise UsageError(f"{name} names no class", f"write {name}:CLASS, with the name of the {self.noun}'s class")
         elif name not in self:
-            if clashing := self._clashes().get(name):
+            if clashing := self.clashes().get(name):
                 raise UsageError(clashing, "uninstall one of the two")
             known = f"known {self.plural}: {', '.join(self)}"
             raise UsageError(f"unknown {self.noun} {name!r}", f"{near(name, self)}{known}")
@@ -188,10 +188,10 @@ class Table(Mapping[str, type[T]], Generic[T]):
 
     def refused(self) -> list[str]:
         """Says in a sentence each which names of other distributions are not used, and why."""
-        refused = _sorted(self.group, self._taken, self.noun, tuple(sys.path))[1]
-        return [sentence for _, sentence in refused]
+        return [*self.clashes().values()]
 
-    def _clashes(self) -> dict[str, str]:
+    def clashes(self) -> dict[str, str]:
+        """Maps the names that are refused to the same sentences."""
         return dict(_sorted(self.group, self._taken, self.noun, tuple(sys.path))[1])
 
     def _loaded(self, found: Found) -> type[T]:

@@ -41,6 +41,8 @@ def test_it_is_read_and_written_in_chains_and_with_parameters(here):
     assert decoder.decoders[1].spec() == "mine.py:Textless:gamma=2.0"
     assert parse(decoder.spec()) == decoder
     assert decoder.plugins() == {"mine.py:Textless": digest(here / "mine.py")}
+    (here / "r.toml").write_text('decoder = "mine.py:Textless:gamma=2"')
+    assert parse("vcd+@r.toml").decoders[1] == decoder.decoders[1]
     odd = here / "a+b, c:d=e"
     odd.mkdir()
     shutil.copy("mine.py", odd)

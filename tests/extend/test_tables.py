@@ -106,6 +106,7 @@ def test_doctor_says_what_is_broken_and_tries_the_rest(mine, vlmfix, monkeypatch
     assert found["ways"]["mine"] == {"plain": None, "beams": None, "static cache": None}
     assert found["decoders"]["broken"].startswith("the decoder broken of my-method 1.2 cannot be loaded")
     assert len(found["refused"]) == 2
+    assert all("my-method 1.2 is refused" in sentence for sentence in found["refused"])
     code, printed, _ = vlmfix("doctor", "--decoder", "greedy+mine:strength=2")
     assert code == 0
     assert re.search(r"\ngreedy\+mine:strength=2 +works +works +works", printed)
@@ -119,6 +120,13 @@ def test_two_distributions_with_one_name_are_both_refused(monkeypatch, tmp_path,
     for name in ("first", "second"):
         install(monkeypatch, tmp_path / name, name, modules={"my_method": MINE}, decoders="mine = my_method:Mine")
     assert "mine" not in DECODERS
+    for name in ("third", "fourth"):
+        install(monkeypatch, tmp_path / name, name, families="my_vl = no:No", benchmarks="words = no:No")
+    code, _, told = vlmfix("eval", "words", "--out", "y")
+    assert code == 2
+    assert "vlmfix: the benchmark words is refused: fourth 1.2 and third 1.2 both have one of that name\n" in told
+    with pytest.raises(UnsupportedModelError, match="the family my_vl is refused: fourth"):
+        family_of("my_vl")
     code, _, told = vlmfix("run", "x", "--out", "y", "--decoder", "mine")
     assert code == 2
     assert told == (
@@ -169,6 +177,9 @@ def test_profilers_and_benchmarks_are_listed_and_told(monkeypatch, tmp_path, vlm
     code, _, told = vlmfix("eval", "words", "--out", tmp_path / "out")
     assert code == 1
     assert "the benchmark words of more 1.2 cannot be loaded: ModuleNotFoundError: No module named 'no'" in told
+    code, _, told = vlmfix("eval", "mine.py", "--out", tmp_path / "out")
+    assert code == 2
+    assert "mine.py names no class\nhint: write mine.py:CLASS, with the name of the benchmark's class" in told
     with pytest.raises(PluginError, match=r"the profiler gain of more 1\.2 cannot be loaded"):
         profilers_of(["gain"])
     with pytest.raises(UsageError, match=r"unknown profiler 'gian' \(did you mean gain\? known profilers: vhd"):

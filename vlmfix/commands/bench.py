@@ -38,7 +38,7 @@ def _counts(context: click.Context, parameter: click.Parameter, value: str) -> l
     "decoders",
     multiple=True,
     type=options.DecoderSpec(),
-    help="Measured beside plain greedy, which always is; may be repeated.  [default: every method]",
+    help="Measured beside plain greedy, which always is; may be repeated.  [default: every method of vlmfix]",
 )
 @click.option("--rows", default="1,8", show_default=True, callback=_counts, help="Questions at once.")
 @click.option("--tokens", default=64, show_default=True, type=click.IntRange(min=16), help="Tokens of an answer.")

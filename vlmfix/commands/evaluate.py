@@ -124,6 +124,8 @@ class _Benchmarks(click.Group):
         from vlmfix.language.grammar import split
 
         words, *more = split(cmd_name)
+        if not ctx.resilient_parsing and (words.name.endswith(".py") or words.name in TASKS.clashes()):
+            TASKS.check(words.name)  # it says more than that there is no such command
         if more or words.name in TASKS.homes or words.name not in TASKS:
             return None
         return _other(cmd_name, TASKS.plugins()[words.name].distribution if words.name in TASKS.plugins() else "a file")

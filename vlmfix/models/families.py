@@ -42,6 +42,8 @@ def family_of(model_type: str) -> Family:
         PluginError: Another distribution's serves it, and cannot be used.
     """
     if model_type not in FAMILIES:
+        if clashing := FAMILIES.clashes().get(model_type):
+            raise UnsupportedModelError(clashing, "uninstall one of the two")
         raise UnsupportedModelError(
             f"model type {model_type!r} is not supported",
             f"{near(model_type, FAMILIES)}supported model types: {', '.join(FAMILIES)}; docs/extending.md says how to "
