@@ -41,7 +41,8 @@ def write(name: str, kind: str, folder: Path) -> tuple[Path, Path, str]:
     for path in files:
         if path.exists() or path.is_symlink():
             raise UsageError(f"{path} is there", "nothing is overwritten: choose another name, or move it away")
-    if find_spec(module) is not None:
+    found = find_spec(module)
+    if found is not None and found.origin is not None:  # a folder of that name hides nothing
         raise UsageError(f"{module}.py would hide the module {module} from the test", "choose another name")
     templates = Environment(
         loader=FileSystemLoader(Path(__file__).parent), undefined=StrictUndefined, keep_trailing_newline=True
