@@ -77,7 +77,7 @@ PICTURES: tuple[tuple[Image.Image, ...], ...] = ((picture(1, (40, 60)),), (pictu
 
 
 def logits(
-    vlm: VLM, batch: Mapping[str, Tensor], decoder: Decoder | str, *, steps: int = STEPS, **options: Any
+    vlm: VLM, batch: Mapping[str, Tensor], decoder: Decoder | str = "greedy", *, steps: int = STEPS, **options: Any
 ) -> Tensor:
     """Decodes greedily with a decoder, and lets no row end early.
 
