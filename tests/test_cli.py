@@ -270,10 +270,10 @@ def test_bad_input_gets_one_line_and_a_hint(tmp_path, vlmfix, monkeypatch, argum
 
 
 def test_a_fault_of_ours_is_one_line_unless_debug(vlmfix, monkeypatch):
-    def broken(decoder):
+    def broken(*_):
         raise ZeroDivisionError("ours")
 
-    monkeypatch.setattr("vlmfix.decoders.describe", broken)
+    monkeypatch.setattr("vlmfix.reports.decoders.decoder_table", broken)
     assert vlmfix("decoders") == (
         1,
         "",
@@ -304,6 +304,7 @@ def test_decoders_are_listed(vlmfix):
     assert list(listed) == list(DECODERS)
     assert set(listed["vcd"]) == {
         "name",
+        "made_by",
         "title",
         "summary",
         "arxiv",
@@ -338,7 +339,9 @@ def test_a_named_decoder_is_described(vlmfix):
     assert [info["name"] for info in json.loads(printed)] == ["vcd"]
     code, printed, told = vlmfix("decoders", "vdc")
     assert (code, printed) == (2, "")
-    assert told.startswith("vlmfix: unknown decoder 'vdc'\nhint: known decoders: greedy, sample, beam")
+    assert told.startswith(
+        "vlmfix: unknown decoder 'vdc'\nhint: did you mean vcd? known decoders: greedy, sample, beam"
+    )
 
 
 def test_doctor_says_what_works(model, vlmfix, monkeypatch):
@@ -360,7 +363,7 @@ def test_doctor_says_what_works(model, vlmfix, monkeypatch):
     assert diagnosis["machine"]["memory"] > 0
 
 
-def test_settings_that_a_checkpoint_brings_in_are_said_everywhere(model, vlmfix, tmp_path, monkeypatch):
+def test_settings_that_a_checkpoint_brings_in_are_said_everywhere(model, vlmfix, tmp_path):
     folder, pictures, out = shutil.copytree(model, tmp_path / "model"), draw(tmp_path / "in", 1), tmp_path / "out"
     path = folder / "generation_config.json"
     path.write_text(json.dumps(read_json(path) | {"repetition_penalty": 1.05, "do_sample": True}))
@@ -370,8 +373,7 @@ def test_settings_that_a_checkpoint_brings_in_are_said_everywhere(model, vlmfix,
     card = read_json(out / "run.json")["settings"]
     assert card["checkpoint"]["set_aside"] == {"do_sample": True, "repetition_penalty": 1.05}
     assert card["files"].keys() > {"generation_config.json", "config.json", "tokenizer.json", "model.safetensors"}
-    monkeypatch.setattr("vlmfix.doctor.DECODERS", {"greedy": DECODERS["greedy"]})
-    assert said in vlmfix("doctor", folder)[1].replace("\n", " ")
+    assert said in vlmfix("doctor", folder, "--decoder", "greedy")[1].replace("\n", " ")
     path.write_text(path.read_text().replace("1.05", "1.1"))
     draw(tmp_path / "in", 2)
     code, _, told = vlmfix("run", pictures, *options)
@@ -600,6 +602,7 @@ def test_what_doctor_finds_is_text():
             "model": model,
             "versions": {"torch": "[red]1"},
             "untested": [],
+            "refused": [],
             "contracts": [],
             "ways": {"vcd": {"plain": "[/why]", "beams": None}},
             "reach": {"vcd": None},

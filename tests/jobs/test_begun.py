@@ -73,7 +73,7 @@ def test_a_run_over_pictures(pictures):
 
 
 def test_an_evaluation(pictures, monkeypatch):
-    monkeypatch.setitem(tasks.TASKS, "says", Says)
+    monkeypatch.setitem(tasks.TASKS.homes, "says", "tests.evals.fake:Says")
     work, out = workload(pictures, 4), left("eval-begun", pictures)
     (pictures / "0002.png").write_bytes(b"broken")
     samples = (out / "samples.jsonl").read_bytes()

@@ -17,7 +17,7 @@ from vlmfix.settings import Settings
 
 @pytest.fixture(autouse=True)
 def _known_task(monkeypatch):
-    monkeypatch.setitem(tasks.TASKS, "says", Says)
+    monkeypatch.setitem(tasks.TASKS.homes, "says", "tests.evals.fake:Says")
 
 
 def ask(base, vlm, **more):

@@ -21,9 +21,9 @@ from transformers import (
     SmolVLMVideoProcessor,
 )
 
-from tests.tiny.text import DECODER, byte_tokenizer, drawn
 from vlmfix.models.checkpoint import Checkpoint
 from vlmfix.models.smolvlm import SmolVLM
+from vlmfix.testing.text import DECODER, byte_tokenizer, drawn
 
 TEMPLATE = """\
 %s

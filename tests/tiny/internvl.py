@@ -10,9 +10,9 @@ from transformers import (
     InternVLVideoProcessor,
 )
 
-from tests.tiny.text import DECODER, byte_tokenizer, drawn
 from vlmfix.models.checkpoint import Checkpoint
 from vlmfix.models.internvl import InternVL
+from vlmfix.testing.text import DECODER, byte_tokenizer, drawn
 
 TEMPLATE = """\
 {%- for message in messages %}<|im_start|>{{ message['role'] }}

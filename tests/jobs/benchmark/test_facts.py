@@ -35,8 +35,8 @@ class Dated(VCD):
 
 @pytest.fixture(autouse=True)
 def _known(monkeypatch):
-    monkeypatch.setitem(tasks.TASKS, "says", Says)
-    monkeypatch.setitem(DECODERS, "dated", Dated)
+    monkeypatch.setitem(tasks.TASKS.homes, "says", "tests.evals.fake:Says")
+    monkeypatch.setitem(DECODERS.homes, "dated", f"{__name__}:Dated")
     monkeypatch.setattr(Dated, "found", {"profile_digest": "one"})
 
 

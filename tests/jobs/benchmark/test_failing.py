@@ -28,7 +28,7 @@ from vlmfix.settings import Settings
 
 @pytest.fixture(autouse=True)
 def _known_task(monkeypatch):
-    monkeypatch.setitem(tasks.TASKS, "says", Says)
+    monkeypatch.setitem(tasks.TASKS.homes, "says", "tests.evals.fake:Says")
 
 
 def go(out, work, vlm, *, arms=(), batch_size=4, retry_failed=False):
@@ -181,7 +181,7 @@ def test_asking_again_with_every_question_failing_stops_too(tmp_path):
 
 def killed_at(step, base, out, pictures=6, retry_failed=True):
     """Asks, in a process that dies just before one of the calls that change the folder."""
-    tasks.TASKS["says"] = Says
+    tasks.TASKS.homes["says"] = "tests.evals.fake:Says"
     work = workload(base / "in", pictures)
     (base / "in" / f"{pictures - 2:04d}.png").write_bytes(b"broken")
     die_at(step)

@@ -29,7 +29,7 @@ from vlmfix.settings import Settings
 
 @pytest.fixture(autouse=True)
 def _known_task(monkeypatch):
-    monkeypatch.setitem(tasks.TASKS, "says", Says)
+    monkeypatch.setitem(tasks.TASKS.homes, "says", "tests.evals.fake:Says")
 
 
 def go(out, work, vlm, *, arms=(), batch_size=4, task=None, report=lambda done, total: None, **settings):
@@ -465,7 +465,7 @@ def test_a_changed_run_is_told_in_words(tmp_path, file, text, message):
 
 def slowly(base):
     """Runs in a process of its own, to be killed."""
-    tasks.TASKS["says"] = Says
+    tasks.TASKS.homes["says"] = "tests.evals.fake:Says"
     go(base / "out", workload(base / "in", 20), FakeVLM(seconds=0.004), arms=("vcd",))
 
 
