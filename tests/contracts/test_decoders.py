@@ -36,7 +36,13 @@ def test_a_padded_batch_equals_each_row_alone(family, name):
         close(together[:, row], logits(vlm, batch_of(vlm, [row]), STRONG[name])[:, 0])
 
 
-@pytest.mark.parametrize(("family", "name"), crossed(STRONG))
+def test_a_static_cache_has_no_room_for_the_longer_prompt_of_a_branch():
+    vlm = vlm_of("llava")
+    with pytest.raises(IncompatibleDecodersError, match="the cache is static"):
+        logits(vlm, batch_of(vlm), STRONG["icd"], cache_implementation="static")
+
+
+@pytest.mark.parametrize(("family", "name"), crossed({name: STRONG[name] for name in STRONG if name != "icd"}))
 @pytest.mark.parametrize("rows", [(0, 1), (0,)], ids=["padded", "unpadded"])
 def test_a_static_cache_equals_the_dynamic_one(family, name, rows):
     vlm = vlm_of(family)

@@ -8,20 +8,27 @@ from typing import TYPE_CHECKING, Any
 from vlmfix.decoders.index import DECODERS, HOMES, DecoderInfo, Parameter
 
 if TYPE_CHECKING:
+    from vlmfix.decoders.attention.acg import ACG
     from vlmfix.decoders.attention.act import ACT
     from vlmfix.decoders.attention.adhh import ADHH
     from vlmfix.decoders.attention.gift import GIFT
     from vlmfix.decoders.attention.imbalance import Imbalance
     from vlmfix.decoders.attention.locore import LocoRE
+    from vlmfix.decoders.attention.pai import PAI
     from vlmfix.decoders.attention.ph3 import PH3
     from vlmfix.decoders.attention.spin import SPIN
+    from vlmfix.decoders.attention.vaf import VAF
     from vlmfix.decoders.attention.var import VAR
     from vlmfix.decoders.attention.vhr import VHR
     from vlmfix.decoders.attention.zerotuning import ZeroTuning
     from vlmfix.decoders.base import Chain, Decoder, Greedy, Source
     from vlmfix.decoders.choice.beam import Beam
     from vlmfix.decoders.choice.sample import Sample
+    from vlmfix.decoders.logits.apc import APC
+    from vlmfix.decoders.logits.flb import FLB
+    from vlmfix.decoders.logits.icd import ICD
     from vlmfix.decoders.logits.inter import INTER
+    from vlmfix.decoders.logits.m3id import M3ID
     from vlmfix.decoders.logits.sgrs import SGRS
     from vlmfix.decoders.logits.vcd import VCD
     from vlmfix.decoders.picture.carve import CARVE
@@ -67,15 +74,22 @@ def parse(spec: str, *, files: bool = True) -> Decoder:
 
 
 __all__ = [
+    "ACG",
     "ACT",
     "ADHH",
+    "APC",
     "CARVE",
     "DECODERS",
+    "FLB",
     "GIFT",
+    "ICD",
     "INTER",
+    "M3ID",
+    "PAI",
     "PH3",
     "SGRS",
     "SPIN",
+    "VAF",
     "VAR",
     "VCD",
     "VHR",

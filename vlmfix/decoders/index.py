@@ -41,6 +41,13 @@ HOMES = {
     "adhh": "vlmfix.decoders.attention.adhh:ADHH",
     "ph3": "vlmfix.decoders.attention.ph3:PH3",
     "imbalance": "vlmfix.decoders.attention.imbalance:Imbalance",
+    "apc": "vlmfix.decoders.logits.apc:APC",
+    "icd": "vlmfix.decoders.logits.icd:ICD",
+    "m3id": "vlmfix.decoders.logits.m3id:M3ID",
+    "flb": "vlmfix.decoders.logits.flb:FLB",
+    "pai": "vlmfix.decoders.attention.pai:PAI",
+    "vaf": "vlmfix.decoders.attention.vaf:VAF",
+    "acg": "vlmfix.decoders.attention.acg:ACG",
 }
 """Name on the command line -> module and class, of vlmfix's own methods."""
 
