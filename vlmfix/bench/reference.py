@@ -15,9 +15,9 @@ from PIL import Image
 from vlmfix.bench.measure import Arm, Ids
 from vlmfix.bench.shapes import QUESTION
 from vlmfix.decoders import Chain, Decoder, Greedy
+from vlmfix.decoding.branches import fused
 from vlmfix.decoding.passes import Passes
 from vlmfix.decoding.rows import rows_of
-from vlmfix.decoding.running import fused
 from vlmfix.generation import VLM
 from vlmfix.upstream.defaults import undisturbed
 

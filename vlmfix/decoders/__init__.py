@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from vlmfix.decoders.choice.beam import Beam
     from vlmfix.decoders.choice.sample import Sample
     from vlmfix.decoders.logits.apc import APC
+    from vlmfix.decoders.logits.deco import DeCo
+    from vlmfix.decoders.logits.dola import DoLa
     from vlmfix.decoders.logits.flb import FLB
     from vlmfix.decoders.logits.icd import ICD
     from vlmfix.decoders.logits.inter import INTER
@@ -95,9 +97,11 @@ __all__ = [
     "VHR",
     "Beam",
     "Chain",
+    "DeCo",
     "Decoder",
     "DecoderInfo",
     "DecodingPlan",
+    "DoLa",
     "Greedy",
     "Imbalance",
     "LocoRE",

@@ -45,6 +45,8 @@ HOMES = {
     "icd": "vlmfix.decoders.logits.icd:ICD",
     "m3id": "vlmfix.decoders.logits.m3id:M3ID",
     "flb": "vlmfix.decoders.logits.flb:FLB",
+    "dola": "vlmfix.decoders.logits.dola:DoLa",
+    "deco": "vlmfix.decoders.logits.deco:DeCo",
     "pai": "vlmfix.decoders.attention.pai:PAI",
     "vaf": "vlmfix.decoders.attention.vaf:VAF",
     "acg": "vlmfix.decoders.attention.acg:ACG",

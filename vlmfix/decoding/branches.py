@@ -16,6 +16,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn.functional import pad
 
+from vlmfix.decoding.exits import Exit
 from vlmfix.errors import DataError
 from vlmfix.models.checkpoint import Checkpoint
 from vlmfix.models.layout import Batch
@@ -46,12 +47,14 @@ class Contrast(ABC):
         steps_alike: Whether all steps are the same computation; False for a rule that counts or remembers them.
 
     Attributes:
-        branches: The N branches; none for a rule that needs the clean logits alone.
+        branches: The N branches; none for a rule that needs the clean rows alone.
         rows: (B,) bool, rows on which the rule acts; the other rows keep their scores.
+        exits: E early layers of the clean rows whose logits it takes as well.
     """
 
     branches: tuple[Branch, ...]
     rows: Tensor
+    exits: tuple[Exit, ...] = ()
     steps_alike: ClassVar[bool] = True
 
     @abstractmethod
@@ -60,7 +63,7 @@ class Contrast(ABC):
 
         Args:
             clean: (B, V) float32 raw logits of the clean rows.
-            others: (N, B, V) float32 raw logits of the branches.
+            others: (N + E, B, V) float32 raw logits of the branches, then of the exits.
             scores: (B, V) the scores that earlier methods of a chain made of ``clean``; ``clean`` for the first.
 
         Returns:
@@ -70,6 +73,28 @@ class Contrast(ABC):
     def keep(self, rows: Tensor) -> Self:
         """Returns the rule for some of the rows, or for repeated ones, (B',) int64; see ``Running.keep``."""
         return replace(self, rows=self.rows[rows])
+
+
+def fused(contrasts: Sequence[Contrast], logits: Tensor, early: Tensor | None = None) -> Tensor:
+    """Fuses the logits of one step: each contrast in turn changes the samples' scores.
+
+    Args:
+        contrasts: The rules, in order; each takes the logits of its own branches and exits.
+        logits: (1 + N, B, V) float32 of the clean rows and of all branches.
+        early: (E, B, V) float32 of all exits; None without any.
+
+    Returns:
+        (B, V) float32.
+    """
+    clean, scores, branch, place = logits[0], logits[0], 1, 0
+    for contrast in contrasts:
+        others = logits[branch : branch + len(contrast.branches)]
+        branch += len(contrast.branches)
+        if early is not None and contrast.exits:
+            others = torch.cat([others, early[place : place + len(contrast.exits)]])
+            place += len(contrast.exits)
+        scores = torch.where(contrast.rows[:, None], contrast.fuse(clean, others, scores), scores)
+    return scores
 
 
 def without_picture(vlm: Checkpoint, batch: Batch) -> Branch:

@@ -6,7 +6,7 @@ The call owns the KV cache, the mask and the positions, and gives them to the mo
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from transformers import Cache, DynamicCache
 
 from vlmfix.attention.edit import AttentionEdit
 from vlmfix.attention.state import Plans
+from vlmfix.decoding.exits import Reader
 from vlmfix.decoding.graphs import ROOM, SHORT, Recorded, Recordings, capacity, kind_of, slots
 from vlmfix.decoding.rows import Rows
 from vlmfix.errors import UpstreamError
@@ -47,12 +48,13 @@ class Passes:
         plans: Plans,
         recordings: Recordings | None = None,
         roomy: bool = True,
+        reader: Reader | None = None,
     ) -> None:
         self._model: Any = vlm.model
         self._decoder, self._fuses = vlm.family.decoder(vlm.model), recordings is not None
         taken = ("ids", "positions", "mask", "cache")
         self._names = [name_of(type(vlm.model), value) for value in taken]
-        self._rows, self._plans = rows, plans
+        self._rows, self._plans, self._reader = rows, plans, reader
         self._left = room
         self._recordings = recordings if room > SHORT else None
         self._recorded: Recorded | None = None
@@ -150,7 +152,8 @@ class Passes:
         rows, keys = slots(len(self._mask)), capacity(self._mask.shape[1], self._left + 1)
         for layer in caches.room_of(self._cache):
             layer.reserve(rows, keys)
-        kind = kind_of(self._plans, self._next, rows, keys)
+        exits = () if self._reader is None else self._reader.exits
+        kind = (kind_of(self._plans, self._next, rows, keys), exits)
         recorded = recordings.of(kind)
         if recorded is None:
             recorded = self._made(recordings, rows, keys)
@@ -177,9 +180,13 @@ class Passes:
 
     def _logits(self, ids: Tensor, positions: Tensor, mask: Tensor, cache: Cache, **given: Any) -> Tensor:
         given |= dict(zip(self._names, (ids, positions, mask, cache), strict=True))
-        with fused(self._decoder) if self._fuses else nullcontext():
+        with ExitStack() as block:
+            if self._fuses:
+                block.enter_context(fused(self._decoder))
+            if self._reader is not None:
+                block.enter_context(self._reader.listening())
             output = self._model(**given, use_cache=True, logits_to_keep=1, return_dict=True)
         logits: Tensor = output.logits[:, -1].float()
         if logits.requires_grad:
             caches.detach(cache)  # else the cache would keep every step's graph alive
-        return logits
+        return logits if self._reader is None else torch.cat([logits[:, None], self._reader.logits()], dim=1)

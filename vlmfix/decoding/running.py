@@ -16,7 +16,8 @@ from transformers import DynamicCache
 from vlmfix.attention.edit import AttentionEdit
 from vlmfix.attention.session import Acting, AtWork, edited
 from vlmfix.attention.windows import check_windows
-from vlmfix.decoding.branches import Contrast
+from vlmfix.decoding.branches import Contrast, fused
+from vlmfix.decoding.exits import Reader
 from vlmfix.decoding.graphs import recordings_of
 from vlmfix.decoding.newest import Newest, check_prompts
 from vlmfix.decoding.passes import Passes
@@ -134,7 +135,10 @@ class Running:
     def _scores(self, logits: Tensor) -> Tensor:
         if (layer := self._acting.idle()) is not None and not self._passes.recorded:
             raise idle(self._name, f"attention of layer {layer} was computed without it")
-        return fused(self._contrasts, logits.view(self._copies, self._lines, -1))
+        if logits.dim() == 2:
+            return fused(self._contrasts, logits.view(self._copies, self._lines, -1))
+        early = logits[: self._lines, 1:].transpose(0, 1)  # (E, L, V), of the samples alone
+        return fused(self._contrasts, logits[:, 0].view(self._copies, self._lines, -1), early)
 
 
 @contextmanager
@@ -184,7 +188,9 @@ def running(
         wide, live = rows.layout(layout)
         with edited(vlm, wide, edits, live=live) as work:
             roomy = newest is None and not reorders
-            passes = Passes(vlm, rows, max(room), plans=work.plans, recordings=recordings, roomy=roomy)
+            exits = [place for contrast in plan.contrasts for place in contrast.exits]
+            reader = Reader(vlm, exits) if exits else None
+            passes = Passes(vlm, rows, max(room), plans=work.plans, recordings=recordings, roomy=roomy, reader=reader)
             prompts = prompts_of(vlm, batch, branches) or Prompts(rows.mask.bool(), None)
             try:
                 yield Running(vlm, passes, rows.copies, work, plan.contrasts, prompts, room, name, newest)
@@ -197,22 +203,3 @@ def _can_record(vlm: Checkpoint) -> bool:
     """Returns whether the whole text decoder is on the model's device, and steps are recorded on that kind."""
     devices = {weight.device for weight in vlm.family.decoder(vlm.model).parameters()}
     return devices == {vlm.device} and vlm.device.type in RECORDING
-
-
-def fused(contrasts: Sequence[Contrast], logits: Tensor) -> Tensor:
-    """Fuses the logits of one step: each contrast in turn changes the samples' scores.
-
-    Args:
-        contrasts: The rules, in order; each takes its own branches' logits.
-        logits: (1 + N, L, V) float32; the samples come first.
-
-    Returns:
-        (L, V) float32.
-    """
-    clean, scores, first = logits[0], logits[0], 1
-    for contrast in contrasts:
-        count = len(contrast.branches)
-        new = contrast.fuse(clean, logits[first : first + count], scores)
-        scores = torch.where(contrast.rows[:, None], new, scores)
-        first += count
-    return scores

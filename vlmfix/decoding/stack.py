@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -21,8 +21,9 @@ import torch
 from torch import Tensor
 from transformers import Cache, PreTrainedModel
 
-from vlmfix.decoding.branches import Branch, Contrast
+from vlmfix.decoding.branches import Branch, Contrast, fused
 from vlmfix.decoding.encoding import encoded_once
+from vlmfix.decoding.exits import Reader
 from vlmfix.errors import IncompatibleDecodersError
 from vlmfix.models.checkpoint import Checkpoint
 from vlmfix.models.layout import Batch, ImageLayout
@@ -52,6 +53,7 @@ class Stack:
         features: Features of each branch's pictures; None where it has none or shares the clean rows' features.
         shares: Which branches share the clean rows' features.
         types: Under each name in ``TYPES`` that the clean batch has, (N*B, T') of the branches.
+        reader: Reads early layers, where a rule takes their logits.
         passed: Whether a pass went through the stack since this was last set to False.
     """
 
@@ -67,6 +69,7 @@ class Stack:
     features: tuple[Features | None, ...]
     shares: tuple[bool, ...]
     types: dict[str, Tensor]
+    reader: Reader | None = None
     passed: bool = False
 
     @property
@@ -168,7 +171,9 @@ def _stack(
     masks = [_wide(_left(b.attention_mask, length), beams) for b in (batch, *batches)]
     positions = [_wide(_left(prompt_positions(vlm.model, b), length), beams) for b in (batch, *batches)]
     clean = positions[0][..., -1:]
+    exits = [place for contrast in contrasts for place in contrast.exits]
     return Stack(
+        reader=Reader(vlm, exits) if exits else None,
         forward=forward,
         names=ModelNames.of(vlm.model),
         contrasts=tuple(replace(c, rows=c.rows.repeat_interleave(beams)) for c in contrasts),
@@ -207,7 +212,8 @@ def _forward(model: PreTrainedModel, stack: Stack, reordered: list[caches.Reorde
         _prefill(model, stack, reordered, kwargs)
     else:
         _decode(stack, kwargs)
-    output = stack.forward(**kwargs)
+    with stack.reader.listening() if stack.reader else nullcontext():
+        output = stack.forward(**kwargs)
     stack.passed = True
     return _fused(stack, output)
 
@@ -285,13 +291,8 @@ def _decode_mask(stack: Stack, mask: Tensor | None, cache: Cache | None) -> Tens
 def _fused(stack: Stack, output: Any) -> Any:  # noqa: ANN401 (families differ)
     logits = torch.as_tensor(output.logits)  # ((1+N)*B, Q, V)
     rows = logits[:, -1].float().view(stack.copies, stack.clean, -1)  # (1+N, B, V)
-    clean, others = rows[0], rows[1:]
-    scores, first = clean, 0
-    for contrast in stack.contrasts:
-        count = len(contrast.branches)
-        fused = contrast.fuse(clean, others[first : first + count], scores)
-        scores = torch.where(contrast.rows[:, None], fused, scores)
-        first += count
+    early = None if stack.reader is None else stack.reader.logits()[: stack.clean].transpose(0, 1)  # (E, B, V)
+    scores = fused(stack.contrasts, rows, early)
     # Fused scores stay in float32: rounded to bfloat16, a contrast would tie where the clean logits do not.
     output.logits = torch.cat([logits[: stack.clean, :-1].float(), scores[:, None]], dim=1)
     for name in ("hidden_states", "attentions"):

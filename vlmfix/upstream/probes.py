@@ -25,6 +25,7 @@ from vlmfix.upstream import (
     names,
     norms,
     positions,
+    readout,
     wrappers,
 )
 from vlmfix.upstream.bench import END, PAD, PICTURE, TEXT, Bench, library, noise
@@ -275,6 +276,19 @@ def roomy_cache(bench: Bench) -> None:
         visible = torch.nn.functional.pad(mask, (0, 12 - mask.shape[1])).bool()[:, None, None]
         found = bench.logits(model, **newest, attention_mask=visible, **cache.handed_over(model, fixed))
     _close(found[:, -1], expected[:, -1], "a step that writes at a column gives other logits")
+
+
+def output_head(bench: Bench) -> None:
+    """The output head, behind the decoder's last norm, makes the model's logits of what leaves the last layer."""
+    model = bench.llava
+    decoder, streams = model.model.language_model, list[Any]()
+
+    def keep(layer: nn.Module, args: object, output: Any) -> None:  # noqa: ANN401 (a tensor, or a tuple that has it)
+        streams.append(output if isinstance(output, Tensor) else output[0])
+
+    with decoder.layers[-1].register_forward_hook(keep), torch.no_grad():
+        logits = bench.logits(model, **bench.prompt)
+        _close(readout.read_out(model, decoder, streams[0], normed=True), logits, "the output head gives other logits")
 
 
 def decoder_norms(bench: Bench) -> None:
