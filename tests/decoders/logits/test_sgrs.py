@@ -253,13 +253,13 @@ def slow_sgrs(vlm, batch, method, steps):
 
 
 @pytest.mark.parametrize("family", TINY)
-@pytest.mark.parametrize("scope", ["post_image", "generated"])
-def test_the_loop_says_what_the_slow_algorithm_says(family, scope):
+@pytest.mark.parametrize(("scope", "row"), [("post_image", 1), ("generated", 0)])
+def test_the_loop_says_what_the_slow_algorithm_says(family, scope, row):
+    """In the scope that asks where pictures end, behind two of them."""
     vlm = vlm_of(family)
     method = SGRS(draw="greedy", strictness=1.3, top_k=8, window=3, layers="1:", scope=scope)
-    for row in (0, 1):
-        batch = batch_of(vlm, [row])
-        assert tokens(vlm, batch, method, steps=6)[0].tolist() == slow_sgrs(vlm, batch, method, 6)
+    batch = batch_of(vlm, [row])
+    assert tokens(vlm, batch, method, steps=6)[0].tolist() == slow_sgrs(vlm, batch, method, 6)
 
 
 def test_a_text_streamer_yields_the_answer():
@@ -309,7 +309,7 @@ def test_seeds_are_the_rows_own():
 
 @pytest.mark.parametrize(
     ("family", "name"),
-    crossed(STRONG, families=["llava", "gemma3", "qwen3_vl", "internvl"], pair=["llava", "qwen3_vl"]),
+    crossed(STRONG, families=["llava", "gemma3", "qwen3_vl", "internvl"], pair=["llava", "qwen3_vl"], turn=2),
 )
 def test_a_chain_gives_the_logits_of_its_other_parts(family, name):
     """Edits and branches act in the prompt's pass, in the step back and behind it, on either side of the gate."""
