@@ -1,17 +1,20 @@
 """The command line, as a person at a terminal meets it; with a tiny random model where one is needed."""
 
 import json
+import os
 import re
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 
 import pytest
 from PIL import Image
 
 from tests.jobs.fake import draw
+from tests.processes import command, started
 from tests.tiny import tiny_vlm
 from vlmfix.commands import options
 from vlmfix.decoders import DECODERS
@@ -468,32 +471,25 @@ def test_a_real_interrupt_and_a_quiet_terminal(tmp_path, model):
     assert card["totals"]["answers"] == len(list(read_lines(out / "answers.jsonl")))
 
 
-def asking(tmp_path, stdout):
+def asking(tmp_path, stdout=None):
     """`vlmfix ask` in a process of its own, about a question with a long answer."""
     Image.effect_noise((60, 60), 90).save(tmp_path / "a.png")
     question = ("Please describe this image in detail.", "--max-new-tokens", "2000", "--decoder", "sample")
-    heard = signal.signal(signal.SIGINT, signal.default_int_handler)
-    try:
-        return subprocess.Popen(
-            [sys.executable, "-m", "vlmfix", "ask", tmp_path / "a.png", *question],
-            stdout=stdout,
-            stderr=subprocess.PIPE,
-            bufsize=0,
-        )
-    finally:
-        signal.signal(signal.SIGINT, heard)
+    return started(command, "ask", tmp_path / "a.png", *question, stdout=stdout)
 
 
-@pytest.mark.parametrize("pause", [None, 0.05], ids=["once", "twice"])
+@pytest.mark.parametrize("pause", [None, 0.01], ids=["once", "twice"])
 def test_an_answer_is_interrupted_and_nothing_aborts(tmp_path, pause):
-    with asking(tmp_path, subprocess.PIPE) as process:
-        assert process.stdout.read(1)  # words appear
-        process.send_signal(signal.SIGINT)
+    with asking(tmp_path) as (process, stdout, stderr):
+        assert stdout.read(1)  # words appear
+        os.kill(process.pid, signal.SIGINT)
         if pause is not None:
             time.sleep(pause)
-            process.send_signal(signal.SIGINT)
-        told = process.stderr.read().decode()
-        assert process.wait(timeout=60) == 130
+            with suppress(ProcessLookupError):  # it has ended by then
+                os.kill(process.pid, signal.SIGINT)
+        told = stderr.read().decode()
+        process.join(60)
+        assert process.exitcode == 130
     assert [line for line in told.splitlines() if line] in (
         ["vlmfix: loading tiny", "vlmfix: stopped"],
         ["vlmfix: loading tiny"],  # the second came before the first was answered
@@ -501,17 +497,20 @@ def test_an_answer_is_interrupted_and_nothing_aborts(tmp_path, pause):
 
 
 def test_an_answer_that_cannot_be_written_is_one_line_and_a_reader_who_leaves_none(tmp_path):
-    with open("/dev/full", "w") as full, asking(tmp_path, full) as stuck, asking(tmp_path, subprocess.PIPE) as left:
-        assert left.stdout.read(1)
-        left.stdout.close()
-        told = {process: process.stderr.read().decode() for process in (stuck, left)}
-        assert (stuck.wait(timeout=60), left.wait(timeout=60)) == (1, 1)
-    assert told[left] == "vlmfix: loading tiny\n"
-    assert told[stuck].splitlines() == [
-        "vlmfix: loading tiny",
-        "vlmfix: cannot write the answer: No space left on device",
-        "hint: make room, or write elsewhere",
-    ]
+    with asking(tmp_path, "/dev/full") as (process, _, stderr):
+        assert stderr.read().decode().splitlines() == [
+            "vlmfix: loading tiny",
+            "vlmfix: cannot write the answer: No space left on device",
+            "hint: make room, or write elsewhere",
+        ]
+        process.join(60)
+        assert process.exitcode == 1
+    with asking(tmp_path) as (process, stdout, stderr):
+        assert stdout.read(1)
+        stdout.close()
+        assert stderr.read() == b"vlmfix: loading tiny\n"
+        process.join(60)
+        assert process.exitcode == 1
 
 
 def test_a_process_may_end_with_a_stream_half_read():
@@ -524,10 +523,11 @@ def test_a_process_may_end_with_a_stream_half_read():
     assert (done.returncode, done.stdout) == (0, "True\n"), done.stderr
 
 
-def test_a_full_device_is_one_line():
+@pytest.mark.parametrize("asked", ["--version", "--help"])
+def test_a_full_device_is_one_line(asked):
     with open("/dev/full", "w") as full:
         done = subprocess.run(
-            [sys.executable, "-m", "vlmfix", "--version"], stdout=full, stderr=subprocess.PIPE, text=True, check=False
+            [sys.executable, "-m", "vlmfix", asked], stdout=full, stderr=subprocess.PIPE, text=True, check=False
         )
     assert done.returncode == 1
     assert done.stderr == (
@@ -536,24 +536,28 @@ def test_a_full_device_is_one_line():
 
 
 def test_a_reader_that_leaves_is_no_error():
-    command = f"{sys.executable} -m vlmfix decoders --json | head -n 1"
-    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=True)
-    assert (done.stdout, done.stderr) == ("[\n", "")
+    reader, writer = os.pipe()
+    os.close(reader)
+    with open(writer, "w") as left:
+        done = subprocess.run(
+            [sys.executable, "-m", "vlmfix", "--help"], stdout=left, stderr=subprocess.PIPE, text=True, check=False
+        )
+    assert (done.returncode, done.stderr) == (1, "")
 
 
-@pytest.mark.parametrize("arguments", ["--help", "decoders --json"])
-def test_an_output_that_is_full_is_told_in_words(arguments):
-    command = f"{sys.executable} -m vlmfix {arguments} > /dev/full"
-    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False)
-    assert (done.returncode, done.stderr) == (
+def test_a_long_output_that_is_full_is_told_in_words():
+    with started(command, "decoders", "--json", stdout="/dev/full") as (process, _, stderr):
+        told = stderr.read().decode()
+        process.join(60)
+    assert (process.exitcode, told) == (
         1,
         "vlmfix: cannot write the output: No space left on device\nhint: free some space, or write elsewhere\n",
     )
 
 
 def test_closed_streams_take_no_place_of_files():
-    command = f"{sys.executable} -m vlmfix decoders vcd <&- >&- 2>&-; echo $?"
-    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=True)
+    closed = f"{sys.executable} -m vlmfix --help <&- >&- 2>&-; echo $?"
+    done = subprocess.run(["bash", "-c", closed], capture_output=True, text=True, check=True)
     assert (done.stdout, done.stderr) == ("0\n", "")
 
 

@@ -10,6 +10,7 @@ import torch
 from transformers import AttentionInterface
 
 from tests.contracts.support import PAIR, HeadGain, batch_of, close, logits, plain, vlm_of
+from tests.processes import said
 from tests.tiny import TINY
 from vlmfix.attention.edit import BiasEdit, LayerSet, OutputEdit, Rows, ScoreEdit, WeightEdit
 from vlmfix.attention.session import bare, edited, first_edited
@@ -320,16 +321,13 @@ def test_capped_scores_are_refused(monkeypatch):
         run(vlm, batch_of(vlm), ImageBias())
 
 
-def test_nothing_is_registered_before_the_first_session():
-    import subprocess
-    import sys
+def not_registered():
+    """For a process that has imported everything and opened no session."""
+    assert "vlmfix" not in AttentionInterface().valid_keys()
 
-    code = (
-        "import vlmfix.attention.session, vlmfix.decoders, vlmfix.generation;"
-        "from transformers import AttentionInterface;"
-        "assert 'vlmfix' not in AttentionInterface().valid_keys()"
-    )
-    subprocess.run([sys.executable, "-c", code], check=True)
+
+def test_nothing_is_registered_before_the_first_session():
+    assert said(not_registered) == (0, "")
     vlm = vlm_of("llava")
     run(vlm, batch_of(vlm, [0]), ImageBias(), steps=1)
     assert "vlmfix" in AttentionInterface().valid_keys()

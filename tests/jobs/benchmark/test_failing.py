@@ -1,6 +1,5 @@
 """Errors of every question end an evaluation and leave nothing behind; failures of single samples are asked again."""
 
-import multiprocessing
 import os
 import shutil
 import signal
@@ -14,6 +13,7 @@ from PIL import Image
 from tests.deadly import die_at
 from tests.evals.fake import Says, workload
 from tests.jobs.fake import FakeVLM, colour
+from tests.processes import server
 from vlmfix import images
 from vlmfix.answering import FAILURES_IN_A_ROW
 from vlmfix.decoders import parse
@@ -192,12 +192,10 @@ def test_killed_at_every_change_of_the_folder(tmp_path):
     work, whole = workload(tmp_path / "in", 2), tmp_path / "whole"
     (tmp_path / "in" / "0000.png").write_bytes(b"broken")
     go(whole, work, FakeVLM())
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.jobs.benchmark.test_failing"])
     step, code, complete = 0, -signal.SIGKILL, 0
     while code == -signal.SIGKILL:
         out = tmp_path / f"out{step}"
-        process = context.Process(target=killed_at, args=(step, tmp_path, out, 2, False))
+        process = server().Process(target=killed_at, args=(step, tmp_path, out, 2, False))
         process.start()
         process.join()
         code = process.exitcode
@@ -216,13 +214,11 @@ def test_killed_at_every_change_of_the_folder(tmp_path):
 def test_killed_while_it_asks_again(tmp_path):
     work, whole = spoiled(tmp_path)
     kept = [line for line in files(whole)[Path("greedy/answers.jsonl")].splitlines() if b"failed" not in line]
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.jobs.benchmark.test_failing"])
     step, code = 0, -signal.SIGKILL
     while code == -signal.SIGKILL:
         out = tmp_path / f"out{step}"
         shutil.copytree(whole, out)
-        process = context.Process(target=killed_at, args=(step, tmp_path, out))
+        process = server().Process(target=killed_at, args=(step, tmp_path, out))
         process.start()
         process.join()
         code = process.exitcode

@@ -1,7 +1,6 @@
 """Several decoders over one workload: order, resume, refusals and failures."""
 
 import json
-import multiprocessing
 import shutil
 import signal
 import time
@@ -14,6 +13,7 @@ from PIL import Image
 
 from tests.evals.fake import Says, workload
 from tests.jobs.fake import FakeVLM, colour
+from tests.processes import server
 from vlmfix.decoders import VCD, parse
 from vlmfix.errors import DataError, LayoutError, UsageError, VlmfixError
 from vlmfix.evals import tasks
@@ -472,11 +472,9 @@ def slowly(base):
 def test_killed_at_any_moment(tmp_path):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     go(whole / "out", workload(whole / "in", 20), FakeVLM(), arms=("vcd",))
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.jobs.benchmark.test_job"])
     kills, code = 0, None
     while code != 0:
-        process = context.Process(target=slowly, args=(killed,))
+        process = server().Process(target=slowly, args=(killed,))
         process.start()
         enough, deadline = _lines(killed) + 23, time.monotonic() + 60
         while process.is_alive() and _lines(killed) < enough and time.monotonic() < deadline:

@@ -2,7 +2,6 @@
 
 import errno
 import json
-import multiprocessing
 import os
 import shutil
 import signal
@@ -14,6 +13,7 @@ from PIL import Image
 
 from tests.deadly import die_at
 from tests.jobs.fake import FakeVLM, colour, draw
+from tests.processes import server
 from vlmfix import images
 from vlmfix.answering import FAILURES_IN_A_ROW
 from vlmfix.errors import DataError, LayoutError, PassingError, SystematicError, UsageError
@@ -300,13 +300,11 @@ def killed_at(step, pictures, out):
 def test_killed_while_it_asks_again(tmp_path, retry_again):
     pictures, whole = spoiled(tmp_path)
     before = answered(whole)
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.jobs.folder.test_failing"])
     step, code = 0, -signal.SIGKILL
     while code == -signal.SIGKILL:
         out = tmp_path / f"out{step}"
         shutil.copytree(whole, out)
-        process = context.Process(target=killed_at, args=(step, pictures, out))
+        process = server().Process(target=killed_at, args=(step, pictures, out))
         process.start()
         process.join()
         code = process.exitcode
