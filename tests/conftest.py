@@ -9,14 +9,20 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 import pytest
 import torch
 
+from tests.tiny import tiny_vlm
 from vlmfix import cli
+from vlmfix.commands import options
 
 torch.set_num_threads(1)
 
 
 @pytest.fixture
-def vlmfix(capsys):
-    """The command line: called with arguments, it gives exit code, standard output and standard error."""
+def vlmfix(capsys, monkeypatch):
+    """The command line: called with arguments, it gives exit code, standard output and standard error.
+
+    It leaves warnings and other packages' chatter in this process as they are.
+    """
+    monkeypatch.setattr(options, "quieten", lambda: None)
 
     def call(*arguments):
         code = cli._run([str(argument) for argument in arguments])
@@ -24,3 +30,13 @@ def vlmfix(capsys):
         return code, out, err
 
     return call
+
+
+@pytest.fixture(scope="session")
+def model(tmp_path_factory):
+    """The folder of a tiny random LLaVA."""
+    folder = tmp_path_factory.mktemp("model")
+    vlm = tiny_vlm("llava")
+    vlm.model.save_pretrained(folder)
+    vlm.processor.save_pretrained(folder)
+    return str(folder)

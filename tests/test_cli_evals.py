@@ -7,7 +7,6 @@ import shutil
 import pytest
 from PIL import Image
 
-from vlmfix.commands import options
 from vlmfix.models.checkpoint import EMBEDDED
 from vlmfix.records import read_json, read_lines
 from vlmfix.world import coco
@@ -18,8 +17,7 @@ SPLIT = {"accuracy", "precision", "recall", "f1", "yes_ratio", "n", "unparsed"}
 
 
 @pytest.fixture(autouse=True)
-def _keep_the_process_as_it_is(monkeypatch, tmp_path):
-    monkeypatch.setattr(options, "quieten", lambda: None)
+def _cache_of_its_own(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
 
 

@@ -10,7 +10,6 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from vlmfix.commands import options
 from vlmfix.heads.plot import draw
 from vlmfix.heads.profile import load_profiles
 from vlmfix.models.checkpoint import EMBEDDED
@@ -20,8 +19,7 @@ NAMES = "image-mass,vhd"
 
 
 @pytest.fixture(autouse=True)
-def _keep_the_process_as_it_is(monkeypatch, tmp_path):
-    monkeypatch.setattr(options, "quieten", lambda: None)
+def _cache_of_its_own(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
 
 

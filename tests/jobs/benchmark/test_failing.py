@@ -12,36 +12,16 @@ from PIL import Image
 
 from tests.deadly import die_at
 from tests.evals.fake import Says, workload
+from tests.jobs.benchmark.asked import go
 from tests.jobs.fake import FakeVLM, colour
 from tests.processes import server
 from vlmfix import images
 from vlmfix.answering import FAILURES_IN_A_ROW
-from vlmfix.decoders import parse
 from vlmfix.errors import LayoutError, PassingError, SystematicError
 from vlmfix.evals import tasks
 from vlmfix.evals.record import read_run
-from vlmfix.jobs.benchmark.job import evaluate
 from vlmfix.jobs.benchmark.reproduce import reproduce
 from vlmfix.records import read_lines
-from vlmfix.settings import Settings
-
-
-@pytest.fixture(autouse=True)
-def _known_task(monkeypatch):
-    monkeypatch.setitem(tasks.TASKS, "says", Says)
-
-
-def go(out, work, vlm, *, arms=(), batch_size=4, retry_failed=False):
-    return evaluate(
-        out,
-        Says(),
-        work,
-        Settings(),
-        {name: parse(name) for name in arms},
-        batch_size=batch_size,
-        retry_failed=retry_failed,
-        loader=vlm.load,
-    )
 
 
 def renamed(batch):

@@ -13,26 +13,12 @@ from PIL import Image
 
 from tests.deadly import die_at
 from tests.jobs.fake import FakeVLM, colour, draw
+from tests.jobs.folder.asked import go
 from tests.processes import server
 from vlmfix import images
 from vlmfix.answering import FAILURES_IN_A_ROW
 from vlmfix.errors import DataError, LayoutError, PassingError, SystematicError, UsageError
-from vlmfix.jobs.folder import Questions, run
 from vlmfix.records import read_json, read_lines
-from vlmfix.settings import Settings
-
-
-def go(pictures, out, vlm, *, batch_size=4, retry_failed=False, report=lambda progress: None):
-    return run(
-        pictures,
-        out,
-        questions=Questions.text("What?"),
-        settings=Settings(),
-        batch_size=batch_size,
-        retry_failed=retry_failed,
-        report=report,
-        loader=vlm.load,
-    )
 
 
 def answered(out):
