@@ -9,7 +9,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 import pytest
 import torch
 
-from tests.tiny import tiny_vlm
+from tests.tiny import saved, tiny_vlm
 from vlmfix import cli
 from vlmfix.commands import options
 
@@ -35,8 +35,4 @@ def vlmfix(capsys, monkeypatch):
 @pytest.fixture(scope="session")
 def model(tmp_path_factory):
     """The folder of a tiny random LLaVA."""
-    folder = tmp_path_factory.mktemp("model")
-    vlm = tiny_vlm("llava")
-    vlm.model.save_pretrained(folder)
-    vlm.processor.save_pretrained(folder)
-    return str(folder)
+    return str(saved(tiny_vlm("llava"), tmp_path_factory.mktemp("model")))

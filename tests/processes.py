@@ -37,6 +37,14 @@ def said(work, *arguments):
         return process.exitcode, told
 
 
+def ended(work, *arguments):
+    """Exit code of a function that runs in a process of its own to its end."""
+    process = server().Process(target=work, args=arguments)
+    process.start()
+    process.join()
+    return process.exitcode
+
+
 @contextmanager
 def started(work, *arguments, stdout=None):
     """A process that runs a function; gives it, and its two outputs as files of bytes.

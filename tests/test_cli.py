@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from tests.jobs.fake import draw
-from tests.tiny import tiny_vlm
+from tests.tiny import saved, tiny_vlm
 from vlmfix.decoders import DECODERS
 from vlmfix.errors import DataError
 from vlmfix.records import read_json, read_lines
@@ -105,10 +105,8 @@ def test_run_reads_prompts_from_a_file(tmp_path, model, vlmfix):
 
 
 def test_a_limit_on_pixels_belongs_to_the_run(tmp_path, vlmfix):
-    folder, pictures, out = tmp_path / "model", tmp_path / "in", tmp_path / "out"
-    tiny = tiny_vlm("qwen2_vl")
-    tiny.model.save_pretrained(folder)
-    tiny.processor.save_pretrained(folder)
+    pictures, out = tmp_path / "in", tmp_path / "out"
+    folder = saved(tiny_vlm("qwen2_vl"), tmp_path / "model")
     pictures.mkdir()
     Image.effect_noise((60, 90), 90).save(pictures / "a.png")
     options = ("run", pictures, "--model", folder, "--max-new-tokens", 4, "--out")

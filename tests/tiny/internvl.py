@@ -10,7 +10,7 @@ from transformers import (
     InternVLVideoProcessor,
 )
 
-from tests.tiny.text import DECODER, byte_tokenizer, drawn
+from tests.tiny.text import byte_tokenizer, drawn, text_config
 from vlmfix.models.checkpoint import Checkpoint
 from vlmfix.models.internvl import InternVL
 
@@ -41,15 +41,7 @@ def build(name: str, seed: int) -> Checkpoint:
     """
     tokenizer = byte_tokenizer(["<|im_start|>"], named=NAMED, pad="<|endoftext|>", eos="<|im_end|>")
     config = InternVLConfig(
-        text_config={
-            **DECODER,
-            "model_type": "qwen2",
-            "vocab_size": len(tokenizer),
-            "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
-            "pad_token_id": tokenizer.pad_token_id,
-            "bos_token_id": tokenizer.bos_token_id,
-            "eos_token_id": tokenizer.eos_token_id,
-        },
+        text_config=text_config("qwen2", tokenizer),
         vision_config={
             "hidden_size": 32,
             "intermediate_size": 64,

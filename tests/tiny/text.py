@@ -23,6 +23,19 @@ DECODER = {
 PAD, BOS, EOS = "<pad>", "<bos>", "<eos>"
 
 
+def text_config(model_type: str, tokenizer: PreTrainedTokenizerFast) -> dict[str, Any]:
+    """The entries of a decoder with plain rotary embeddings, in a configuration that holds several."""
+    return {
+        **DECODER,
+        "model_type": model_type,
+        "vocab_size": len(tokenizer),
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+        "pad_token_id": tokenizer.pad_token_id,
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+    }
+
+
 def byte_tokenizer(
     special: Sequence[str] = (),
     *,

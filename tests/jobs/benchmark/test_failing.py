@@ -14,7 +14,7 @@ from tests.deadly import die_at
 from tests.evals.fake import Says, workload
 from tests.jobs.benchmark.asked import go
 from tests.jobs.fake import FakeVLM, colour
-from tests.processes import server
+from tests.processes import ended
 from vlmfix import images
 from vlmfix.answering import FAILURES_IN_A_ROW
 from vlmfix.errors import LayoutError, PassingError, SystematicError
@@ -175,10 +175,7 @@ def test_killed_at_every_change_of_the_folder(tmp_path):
     step, code, complete = 0, -signal.SIGKILL, 0
     while code == -signal.SIGKILL:
         out = tmp_path / f"out{step}"
-        process = server().Process(target=killed_at, args=(step, tmp_path, out, 2, False))
-        process.start()
-        process.join()
-        code = process.exitcode
+        code = ended(killed_at, step, tmp_path, out, 2, False)
         complete += files(out) == files(whole)
         go(out, work, FakeVLM())
         assert files(out) == files(whole)
@@ -198,10 +195,7 @@ def test_killed_while_it_asks_again(tmp_path):
     while code == -signal.SIGKILL:
         out = tmp_path / f"out{step}"
         shutil.copytree(whole, out)
-        process = server().Process(target=killed_at, args=(step, tmp_path, out))
-        process.start()
-        process.join()
-        code = process.exitcode
+        code = ended(killed_at, step, tmp_path, out)
         found = files(out)[Path("greedy/answers.jsonl")].splitlines()
         assert [line for line in found if line in kept] == kept
         run = go(out, work, FakeVLM(), retry_failed=any(b"odd" in line for line in found))

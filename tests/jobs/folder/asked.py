@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import pytest
+from PIL import Image
 
+from vlmfix import images
 from vlmfix.jobs.folder import Questions, run
 from vlmfix.records import read_lines
 from vlmfix.settings import Settings
@@ -44,3 +46,22 @@ def failures(out):
 
 def never_loaded(*_, **__):
     pytest.fail("the model was loaded")
+
+
+def living(monkeypatch):
+    """A list with the files of all pictures that were opened and are still held."""
+    alive = []
+    open_picture = images.open_picture
+
+    class Counted(Image.Image):
+        def __del__(self):
+            alive.pop()
+
+    def opened(path):
+        picture = open_picture(path)
+        picture.image.__class__ = Counted
+        alive.append(path)
+        return picture
+
+    monkeypatch.setattr(images, "open_picture", opened)
+    return alive

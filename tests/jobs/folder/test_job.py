@@ -5,10 +5,9 @@ from dataclasses import replace
 
 import pytest
 import torch
-from PIL import Image
 
 from tests.jobs.fake import FakeVLM, colour, draw
-from tests.jobs.folder.asked import answers, failures, go, never_loaded
+from tests.jobs.folder.asked import answers, failures, go, living, never_loaded
 from vlmfix import images
 from vlmfix.errors import DataError, IncompatibleDecodersError, LayoutError, UsageError
 from vlmfix.jobs.folder import Questions
@@ -308,21 +307,7 @@ def test_an_automatic_batch_fits_the_free_memory(tmp_path, monkeypatch):
 
 
 def test_pictures_are_not_kept(tmp_path, monkeypatch):
-    alive = []
-    open_picture = images.open_picture
-
-    class Counted(Image.Image):
-        def __del__(self):
-            alive.pop()
-
-    def opened(path):
-        picture = open_picture(path)
-        picture.image.__class__ = Counted
-        alive.append(path)
-        return picture
-
-    most = []
-    monkeypatch.setattr(images, "open_picture", opened)
+    alive, most = living(monkeypatch), []
     vlm = FakeVLM(fails=lambda batch: most.append(len(alive)))
     go(draw(tmp_path / "in", 60), tmp_path / "out", vlm, batch_size=2)
     assert max(most) <= images.AHEAD + 2 * 2 + 1

@@ -9,7 +9,7 @@ import pytest
 
 from tests.deadly import die_at
 from tests.jobs.fake import FakeVLM, draw
-from tests.processes import server
+from tests.processes import ended, server
 from vlmfix.errors import UsageError
 from vlmfix.jobs.folder import Questions, run
 from vlmfix.jobs.folder.reproduce import reproduce
@@ -96,10 +96,7 @@ def test_killed_at_every_change_of_the_folder(tmp_path):
     step, code, unfinished = 0, -signal.SIGKILL, 0
     while code == -signal.SIGKILL:
         out = tmp_path / f"out{step}"
-        process = server().Process(target=killed_at, args=(step, pictures, out))
-        process.start()
-        process.join()
-        code = process.exitcode
+        code = ended(killed_at, step, pictures, out)
         complete = len(list(read_lines(out / "answers.jsonl"))) == 3
         unfinished += complete and not read_json(out / "run.json")["finished"]
         end = go(pictures, out, FakeVLM())
