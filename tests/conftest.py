@@ -9,7 +9,6 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 import pytest
 import torch
 
-from tests.tiny import saved, tiny_vlm
 from vlmfix import cli
 from vlmfix.commands import options
 
@@ -35,4 +34,6 @@ def vlmfix(capsys, monkeypatch):
 @pytest.fixture(scope="session")
 def model(tmp_path_factory):
     """The folder of a tiny random LLaVA."""
+    from tests.tiny import saved, tiny_vlm  # transformers, for which tests of other things need not wait
+
     return str(saved(tiny_vlm("llava"), tmp_path_factory.mktemp("model")))

@@ -1,11 +1,12 @@
 """Processes that begin with everything imported: one server forks them all, so that no test waits for torch.
 
-They are processes of their own in all but their beginning: signals, streams and exit codes are theirs. What happens at
-the beginning and at the very end of an interpreter only a process shows that is started anew.
+They are processes of their own in all but their beginning: signals, streams and exit codes are theirs, and their
+interpreter ends as any does, with what threads and streams do to that.
 """
 
 from __future__ import annotations
 
+import ctypes
 import multiprocessing
 import os
 import signal
@@ -86,5 +87,12 @@ def _begin(work, arguments, stdout, stderr):
     if not isinstance(stdout, str):
         stdout.close()
     stderr.close()
+    # buffered as streams to files and pipes are, whatever the tests' own environment says
+    sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", buffering=1, closefd=False)
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell starts its background jobs deaf to Ctrl-C
-    work(*arguments)
+    try:
+        work(*arguments)
+        code = 0
+    except SystemExit as end:
+        code = end.code
+    ctypes.pythonapi.Py_Exit(code)  # multiprocessing would leave at once, past threads that are still at work

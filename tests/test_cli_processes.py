@@ -83,8 +83,8 @@ def test_an_answer_that_cannot_be_written_is_one_line_and_a_reader_who_leaves_no
     with asking(tmp_path, "/dev/full") as (process, _, stderr):
         assert stderr.read().decode().splitlines() == [
             "vlmfix: loading tiny",
-            "vlmfix: cannot write the answer: No space left on device",
-            "hint: make room, or write elsewhere",
+            "vlmfix: cannot write the output: No space left on device",
+            "hint: free some space, or write elsewhere",
         ]
         process.join(60)
         assert process.exitcode == 1
@@ -106,12 +106,17 @@ def test_a_process_may_end_with_a_stream_half_read():
     assert (done.returncode, done.stdout) == (0, "True\n"), done.stderr
 
 
+def written(asked, stdout):
+    """A short output in a process that keeps it in a buffer, as processes do."""
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    command = [sys.executable, "-m", "vlmfix", asked]
+    return subprocess.run(command, stdout=stdout, stderr=subprocess.PIPE, text=True, check=False, env=environment)
+
+
 @pytest.mark.parametrize("asked", ["--version", "--help"])
 def test_a_full_device_is_one_line(asked):
     with open("/dev/full", "w") as full:
-        done = subprocess.run(
-            [sys.executable, "-m", "vlmfix", asked], stdout=full, stderr=subprocess.PIPE, text=True, check=False
-        )
+        done = written(asked, full)
     assert done.returncode == 1
     assert done.stderr == (
         "vlmfix: cannot write the output: No space left on device\nhint: free some space, or write elsewhere\n"
@@ -122,9 +127,7 @@ def test_a_reader_that_leaves_is_no_error():
     reader, writer = os.pipe()
     os.close(reader)
     with open(writer, "w") as left:
-        done = subprocess.run(
-            [sys.executable, "-m", "vlmfix", "--help"], stdout=left, stderr=subprocess.PIPE, text=True, check=False
-        )
+        done = written("--help", left)
     assert (done.returncode, done.stderr) == (1, "")
 
 
