@@ -10,7 +10,7 @@ PIP     = $(PYTHON) -m pip --python $(1)/bin/python install -qq --disable-pip-ve
 COMPILE := .venv-lock/bin/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --upgrade \
 	--no-header --no-annotate --no-emit-index-url --no-emit-find-links --constraint requirements/held.txt
 
-.PHONY: demo test test-tools fuzz lint format effects lock test-floor test-newest clean
+.PHONY: demo test test-tools fuzz lint format index effects lock test-floor test-newest clean
 
 demo: $(VENV)/installed
 	@$(BIN)/vlmfix demo
@@ -36,6 +36,10 @@ lint: $(VENV)/installed
 format: $(VENV)/installed
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+
+# What the command line knows of decoders without importing them, after one was added or its declaration changed.
+index: $(VENV)/installed
+	$(OFFLINE) $(BIN)/python -m tools.index
 
 # docs/effects.md; see there.
 effects: $(VENV)/installed

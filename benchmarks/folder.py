@@ -4,7 +4,8 @@
     python benchmarks/folder.py --into /tmp/folder --shapes tiny --pictures 16 greedy
 
 Saves a model with random weights and makes JPEGs, once, and then runs the command for one decoder after the other, each
-in a process of its own. The time of a run's card is that of its batches, without loading the model.
+in a process of its own. The time of a run's card is that of its batches, without loading the model; how busy a GPU was
+in that time is asked of nvidia-smi (the share of the time in which some kernel ran).
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image
@@ -45,12 +47,37 @@ def prepare(folder: Path, shapes: str, count: int) -> tuple[Path, Path]:
     return model, pictures
 
 
-def run(model: Path, pictures: Path, out: Path, decoder: str, tokens: int) -> dict[str, float]:
+class Watched:
+    """Asks nvidia-smi five times a second how busy the first GPU is, inside the block; says nothing without it."""
+
+    def __enter__(self) -> Watched:
+        """Begins to ask."""
+        asked = ["--query-gpu=utilization.gpu", "--format=csv,noheader,nounits", "--loop-ms=200", "--id=0"]
+        tool = shutil.which("nvidia-smi")
+        self.process = tool and subprocess.Popen([tool, *asked], stdout=subprocess.PIPE, text=True)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Ends, and keeps what was answered."""
+        self.values: list[int] = []
+        if self.process:
+            self.process.terminate()
+            said = self.process.communicate()[0]
+            self.values = [int(line) for line in said.split() if line.isdigit()]
+
+    def busy(self, seconds: float) -> float | None:
+        """Returns the mean of the last so many seconds in percent, or None when nobody answered."""
+        last = self.values[-max(1, round(5 * seconds)) :]
+        return sum(last) / len(last) if last else None
+
+
+def run(model: Path, pictures: Path, out: Path, decoder: str, tokens: int) -> dict[str, Any]:
     """Runs the command once and reads its card."""
     shutil.rmtree(out, ignore_errors=True)
     options = ["--model", model, "--out", out, "--decoder", decoder, "--max-new-tokens", tokens]
     started = time.perf_counter()
-    subprocess.run([sys.executable, "-m", "vlmfix", "run", *map(str, [pictures, *options])], check=True)
+    with Watched() as watched:
+        subprocess.run([sys.executable, "-m", "vlmfix", "run", *map(str, [pictures, *options])], check=True)
     wall = time.perf_counter() - started
     card = json.loads((out / "run.json").read_text())
     totals = card["totals"]
@@ -60,6 +87,7 @@ def run(model: Path, pictures: Path, out: Path, decoder: str, tokens: int) -> di
         "per_second": totals["tokens"] / totals["seconds"],
         "batch": card["sessions"][-1]["batch_size"],
         "peak": card["peak_memory"] / 2**30,
+        "busy": watched.busy(totals["seconds"]),
     }
 
 
@@ -76,9 +104,10 @@ def main() -> None:
     found = {spec: run(model, pictures, given.into / "out", spec, given.tokens) for spec in given.decoders}
     print(f"{given.pictures} JPEGs of 1024x768, at most {given.tokens} tokens each")
     for spec, row in found.items():
+        busy = "" if row["busy"] is None else f", GPU busy {row['busy']:.0f} %"
         print(
             f"{spec}: {row['per_second']:.0f} tokens/s, batches of {row['batch']:.0f}, peak {row['peak']:.1f} GiB, "
-            f"{row['wall']:.0f} s with loading, {row['tokens']:.0f} tokens"
+            f"{row['wall']:.0f} s with loading, {row['tokens']:.0f} tokens{busy}"
         )
 
 

@@ -25,7 +25,7 @@ from vlmfix.errors import UnsupportedModelError
 from vlmfix.generation import VLM, load, wrap
 from vlmfix.heads.measure import profile
 from vlmfix.heads.profilers import PROFILERS
-from vlmfix.models.checkpoint import EMBEDDED
+from vlmfix.settings import EMBEDDED
 
 QUESTION = "Please describe this image in detail."
 VISION = {"depth": 32, "hidden_size": 1280, "intermediate_size": 3420, "num_heads": 16, "out_hidden_size": 3584}

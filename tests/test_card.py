@@ -8,6 +8,7 @@ import torch
 from vlmfix import card
 from vlmfix.attention.edit import LayerSet
 from vlmfix.errors import DataError, UsageError
+from vlmfix.language.parameters import plain
 
 
 def test_versions_name_what_answers_depend_on():
@@ -77,7 +78,7 @@ def test_a_folder_without_weights_is_an_error(tmp_path):
     [(None, None), (0.5, 0.5), (True, True), ("a", "a"), ((1, 2), "1/2"), (LayerSet("2:-1"), "2:-1")],
 )
 def test_parameters_become_plain(value, expected):
-    assert card.plain(value) == expected
+    assert plain(value) == expected
 
 
 @pytest.fixture

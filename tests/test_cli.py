@@ -9,7 +9,6 @@ from PIL import Image
 
 from tests.jobs.fake import draw
 from tests.tiny import saved, tiny_vlm
-from vlmfix.decoders import DECODERS
 from vlmfix.errors import DataError
 from vlmfix.records import read_json, read_lines
 
@@ -246,10 +245,10 @@ def test_bad_input_gets_one_line_and_a_hint(tmp_path, vlmfix, monkeypatch, argum
 
 
 def test_a_fault_of_ours_is_one_line_unless_debug(vlmfix, monkeypatch):
-    def broken(decoder):
+    def broken(*_):
         raise ZeroDivisionError("ours")
 
-    monkeypatch.setattr("vlmfix.decoders.describe", broken)
+    monkeypatch.setattr("vlmfix.reports.decoders.decoder_table", broken)
     assert vlmfix("decoders") == (
         1,
         "",
@@ -268,7 +267,7 @@ def test_debug_shows_the_cause_of_an_expected_error(tmp_path, vlmfix):
     assert "no config.json" in told.splitlines()[-2]
 
 
-def test_settings_that_a_checkpoint_brings_in_are_said_everywhere(model, vlmfix, tmp_path, monkeypatch):
+def test_settings_that_a_checkpoint_brings_in_are_said_everywhere(model, vlmfix, tmp_path):
     folder, pictures, out = shutil.copytree(model, tmp_path / "model"), draw(tmp_path / "in", 1), tmp_path / "out"
     path = folder / "generation_config.json"
     path.write_text(json.dumps(read_json(path) | {"repetition_penalty": 1.05, "do_sample": True}))
@@ -278,8 +277,7 @@ def test_settings_that_a_checkpoint_brings_in_are_said_everywhere(model, vlmfix,
     card = read_json(out / "run.json")["settings"]
     assert card["checkpoint"]["set_aside"] == {"do_sample": True, "repetition_penalty": 1.05}
     assert card["files"].keys() > {"generation_config.json", "config.json", "tokenizer.json", "model.safetensors"}
-    monkeypatch.setattr("vlmfix.doctor.DECODERS", {"greedy": DECODERS["greedy"]})
-    assert said in vlmfix("doctor", folder)[1].replace("\n", " ")
+    assert said in vlmfix("doctor", folder, "--decoder", "greedy")[1].replace("\n", " ")
     path.write_text(path.read_text().replace("1.05", "1.1"))
     draw(tmp_path / "in", 2)
     code, _, told = vlmfix("run", pictures, *options)

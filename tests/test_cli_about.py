@@ -23,6 +23,7 @@ def test_decoders_are_listed(vlmfix):
     assert list(listed) == list(DECODERS)
     assert set(listed["vcd"]) == {
         "name",
+        "made_by",
         "title",
         "summary",
         "arxiv",
@@ -57,7 +58,9 @@ def test_a_named_decoder_is_described(vlmfix):
     assert [info["name"] for info in json.loads(printed)] == ["vcd"]
     code, printed, told = vlmfix("decoders", "vdc")
     assert (code, printed) == (2, "")
-    assert told.startswith("vlmfix: unknown decoder 'vdc'\nhint: known decoders: greedy, sample, beam")
+    assert told.startswith(
+        "vlmfix: unknown decoder 'vdc'\nhint: did you mean vcd? known decoders: greedy, sample, beam"
+    )
 
 
 def test_doctor_says_what_works(model, vlmfix, monkeypatch):
@@ -103,6 +106,7 @@ def test_what_doctor_finds_is_text():
             "model": model,
             "versions": {"torch": "[red]1"},
             "untested": [],
+            "refused": [],
             "contracts": [],
             "ways": {"vcd": {"plain": "[/why]", "beams": None}},
             "reach": {"vcd": None},

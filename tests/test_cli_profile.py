@@ -129,7 +129,7 @@ def test_ablation_wants_both_kinds_of_annotations_of_these_pictures(images, tmp_
     ("arguments", "code", "message"),
     [
         ((), 2, "--profiler, --images and --out are needed"),
-        (("--profiler", "vhd,nose", "--images", ".", "--out", "heads"), 2, "'nose' is no profiler"),
+        (("--profiler", "vhd,nose", "--images", ".", "--out", "heads"), 2, "unknown profiler 'nose'"),
         (("--profiler", "vhd", "--images", ".", "--out", "no/such/heads"), 2, "there is no folder no/such"),
         (("--profiler", "vhd", "--images", "no/such", "--out", "heads"), 1, "cannot read no/such"),
         (("show", "no/such"), 1, "cannot read no/such"),

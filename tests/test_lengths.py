@@ -12,7 +12,6 @@ from transformers.models.mistral.modeling_mistral import MistralAttention
 
 from tests.contracts.support import PICTURES, STRONG, close, logits, method_of, plain, vlm_of
 from tests.tiny import tiny_vlm
-from tests.tiny.text import DECODER, drawn
 from vlmfix.answering import Answerer
 from vlmfix.attention.windows import narrowest
 from vlmfix.decoders import DECODERS, DecodingPlan, Greedy, parse
@@ -24,6 +23,7 @@ from vlmfix.heads.measure import profile
 from vlmfix.insight.grounding import grounding
 from vlmfix.settings import Settings
 from vlmfix.supply import Question
+from vlmfix.testing.text import DECODER, drawn
 from vlmfix.upstream import attention
 from vlmfix.upstream.positions import context
 

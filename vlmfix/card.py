@@ -19,14 +19,14 @@ import psutil
 import torch
 
 import vlmfix
-from vlmfix.decoders import Decoder
-from vlmfix.errors import DataError, UsageError
+from vlmfix.decoders import Decoder, parse
+from vlmfix.errors import DataError, PluginError, UsageError
 from vlmfix.generation import VLM
-from vlmfix.language.parameters import Value, written
-from vlmfix.models.checkpoint import EMBEDDED, HEADS
+from vlmfix.models.checkpoint import HEADS
 from vlmfix.parsing import some
+from vlmfix.plugins import plugins_of, refuse_other_plugins
 from vlmfix.records import to_json
-from vlmfix.settings import LOADED, Settings
+from vlmfix.settings import EMBEDDED, LOADED, Settings
 
 PACKAGES = (
     "torch",
@@ -71,7 +71,8 @@ class Known:
         commit: Commit of its Hub snapshot; None for a local directory.
         reading: How its files were read; see ``Checkpoint.reading``.
         dtype: Precision of its weights.
-        facts: What the decoder depends on; see ``Decoder.facts``.
+        facts: What the decoder depends on, see ``Decoder.facts``, and where the model's family comes from when it is
+            not vlmfix's own.
         device: Where it is, in words.
     """
 
@@ -88,7 +89,7 @@ def known(vlm: VLM, decoder: Decoder) -> Known:
         commit=vlm.revision,
         reading=vlm.reading,
         dtype=str(vlm.model.dtype).removeprefix("torch."),
-        facts=decoder.facts(vlm),
+        facts=decoder.facts(vlm) | plugins_of([type(vlm.family)]),
         device=device_name(vlm.device),
     )
 
@@ -128,11 +129,6 @@ def peak_memory(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-def plain(value: Value) -> bool | int | float | str | None:
-    """A decoder's parameter as JSON holds it; a layer set or a tuple is written as on the command line."""
-    return value if value is None or isinstance(value, bool | int | float | str) else written(value)
-
-
 def changed_facts(
     before: Mapping[str, str] | None, now: Mapping[str, str] | None
 ) -> dict[str, tuple[str | None, str | None]]:
@@ -149,6 +145,31 @@ def changed_facts(
         return {}
     both = ((name, before.get(name), now.get(name)) for name in dict.fromkeys([*before, *now]))
     return {name: (first, second) for name, first, second in both if first != second}
+
+
+def decoder_again(where: str, spec: str, plugins: Mapping[str, str] | None) -> Decoder:
+    """Reads the decoder of a run again, and makes sure that what is not vlmfix's own in it is as it was.
+
+    Args:
+        where: The run, for the message.
+        spec: What its card says of the decoder.
+        plugins: What its card says of plug-ins; None when it says nothing.
+
+    Raises:
+        PluginError: A plug-in is missing, or another.
+        UsageError: The specification is not understood.
+    """
+    try:
+        decoder = parse(spec)
+    except UsageError as error:
+        if not plugins:
+            raise
+        listed = ", ".join(f"{name} ({made_by})" for name, made_by in plugins.items())
+        raise PluginError(
+            f"{where} was made with {listed}: {error.message}", "install that distribution, or put the file back"
+        ) from error
+    refuse_other_plugins(where, plugins, decoder.plugins())
+    return decoder
 
 
 def refuse_other_pictures(

@@ -11,7 +11,20 @@ from contextlib import suppress
 import click
 
 from vlmfix import __version__
-from vlmfix.commands import about, answers, bench, compare, evaluate, grounding, options, profile, tune, view, world
+from vlmfix.commands import (
+    about,
+    answers,
+    bench,
+    compare,
+    evaluate,
+    grounding,
+    new,
+    options,
+    profile,
+    tune,
+    view,
+    world,
+)
 from vlmfix.errors import SystematicError, UsageError, VlmfixError
 from vlmfix.files import FULL
 
@@ -39,6 +52,7 @@ for _command in (
     bench.bench,
     about.decoders,
     about.doctor,
+    new.new,
     world.world,
     world.demo,
 ):

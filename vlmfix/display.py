@@ -2,39 +2,33 @@
 
 from __future__ import annotations
 
-import io
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console, ConsoleOptions, RenderableType
+from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
-from rich.segment import Segment
 from rich.table import Table
 from rich.text import Text
 
-from vlmfix.card import plain, reading_notes
-from vlmfix.decoders import DecoderInfo
+from vlmfix.card import reading_notes
 from vlmfix.demo import Comparison, Described, counted
 from vlmfix.generation import VLM, load
 from vlmfix.jobs.folder import Progress
-from vlmfix.language.parameters import written
 from vlmfix.parsing import escaped
 from vlmfix.reports.bench import bench_table
+from vlmfix.terminal import rendered
 from vlmfix.upstream.versions import remedy
 
 LINE_SECONDS = 10.0
 """Between two lines of progress where there is no terminal to draw a bar on."""
 RATE_SECONDS = 1.0
 """A batch is reported all at once; before this time a speed would say nothing."""
-WIDTH = 110
-"""Columns of a table that does not go to a terminal."""
-
 LARGE_FILE = 1 << 25
 """Bytes from which the reading of a file is shown."""
 
@@ -154,73 +148,6 @@ def summary(end: Progress, out: Path) -> str:
     return "\n".join(lines)
 
 
-def decoder_table(infos: Sequence[DecoderInfo]) -> str:
-    """Decoders, one in a line as far as the width allows, and where to read on."""
-    table = Table(box=None, pad_edge=False)
-    for title in ("decoder", "title", "acts on", "passes", "beams", "arXiv"):
-        table.add_column(title, justify="right" if title == "passes" else "left")
-    for info in infos:
-        beams = "yes" if info.beams else "no"
-        table.add_row(info.name, info.title, info.acts_on, str(info.passes), beams, info.arxiv)
-    return rendered(table, "", Text("Parameters and presets: vlmfix decoders NAME; of all: vlmfix decoders --all"))
-
-
-def decoder_pages(infos: Sequence[DecoderInfo]) -> str:
-    """What each of some decoders does, with its parameters and presets."""
-    parts: list[RenderableType] = []
-    for info in infos:
-        parts += [*([""] if parts else []), *_decoder_page(info)]
-    return rendered(*parts)
-
-
-def _decoder_page(info: DecoderInfo) -> Iterator[RenderableType]:
-    links = [f"arXiv {info.arxiv}" if info.arxiv else "", info.code]
-    source = "; ".join(filter(None, links))
-    yield Text(f"{info.name}: {info.title}{f' ({source})' if source else ''}", style="bold")
-    yield Text(info.summary)
-    works = ", ".join(f"{what} {'works' if flag else 'does not work'}" for what, flag in _abilities(info))
-    yield Text(f"Acts on: {info.acts_on}. Rows per sample: {info.passes}. {works[0].upper()}{works[1:]}.")
-    if info.parameters:
-        table = Table(box=None, pad_edge=False)
-        for title in ("parameter", "default", "allowed", "meaning"):
-            table.add_column(title)
-        for parameter in info.parameters:
-            table.add_row(parameter.name, written(parameter.default), parameter.range, parameter.help)
-        yield from ("", table)
-    for name, values in info.presets.items():
-        yield Text(f"preset={name}: {', '.join(f'{key}={written(value)}' for key, value in values.items())}")
-
-
-def _abilities(info: DecoderInfo) -> tuple[tuple[str, bool], ...]:
-    return ("beam search", info.beams), ("compiled decoding", info.compiles)
-
-
-def info_json(info: DecoderInfo) -> dict[str, Any]:
-    """A decoder's description in plain JSON values."""
-    return {
-        "name": info.name,
-        "title": info.title,
-        "summary": info.summary,
-        "arxiv": info.arxiv,
-        "code": info.code,
-        "acts_on": info.acts_on,
-        "passes": info.passes,
-        "beams": info.beams,
-        "compiles": info.compiles,
-        "parameters": [
-            {
-                "name": parameter.name,
-                "default": plain(parameter.default),
-                "range": parameter.range,
-                "search": parameter.search,
-                "help": parameter.help,
-            }
-            for parameter in info.parameters
-        ],
-        "presets": {name: {key: plain(v) for key, v in values.items()} for name, values in info.presets.items()},
-    }
-
-
 def diagnosis_text(diagnosis: dict[str, Any]) -> str:
     """What ``doctor`` found, in lines."""
     machine, model = diagnosis["machine"], diagnosis["model"]
@@ -236,7 +163,7 @@ def diagnosis_text(diagnosis: dict[str, Any]) -> str:
         ("runs on", f"{model['device']}, {model['dtype']}"),
     ):
         facts.add_row(name, value)
-    notes = [Text(note) for note in reading_notes(diagnosis["checkpoint"])]
+    notes = [Text(note) for note in (*reading_notes(diagnosis["checkpoint"]), *diagnosis["refused"])]
     ways = _ways(diagnosis["ways"], diagnosis["reach"])
     return rendered(facts, *notes, "", ways, "", *_contracts(diagnosis)).rstrip("\n")
 
@@ -292,22 +219,3 @@ def _marked(described: Described) -> Text:
     for words, mark in described.pieces:
         text.append(f"[{words}]" if mark == "absent" else words, style=STYLES[mark])
     return text
-
-
-class _Literal(Console):
-    """Takes no text for markup, and shows control characters: names of models, files and arms come from elsewhere."""
-
-    def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
-        for segment in super().render(renderable, options):
-            yield segment if segment.control else Segment(escaped(segment.text, lines=True), segment.style)
-
-
-def rendered(*parts: RenderableType) -> str:
-    """Renders for the terminal's width, or for a fixed one where there is none; text is shown as it is."""
-    terminal = sys.stdout.isatty()
-    out = io.StringIO()
-    width = None if terminal else WIDTH
-    console = _Literal(file=out, width=width, force_terminal=terminal, markup=False, emoji=False, highlight=False)
-    for part in parts:
-        console.print(part)
-    return out.getvalue()

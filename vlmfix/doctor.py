@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from typing import Any
@@ -13,9 +13,12 @@ from torch import nn
 
 from vlmfix.attention.kernel import PLAN
 from vlmfix.card import device_name, machine, versions
-from vlmfix.decoders import DECODERS, Decoder
-from vlmfix.errors import VlmfixError
+from vlmfix.decoders import DECODERS, Decoder, parse
+from vlmfix.errors import PluginError, VlmfixError
+from vlmfix.evals.tasks import TASKS
 from vlmfix.generation import VLM, load
+from vlmfix.heads.profilers import PROFILERS
+from vlmfix.models.families import FAMILIES
 from vlmfix.upstream import contracts
 from vlmfix.upstream.attention import window
 from vlmfix.upstream.defaults import undisturbed
@@ -23,6 +26,8 @@ from vlmfix.upstream.versions import untested
 
 TOKENS = 2
 """Tokens that each decoder generates: one from the prompt's pass, one from a decoding step."""
+WAYS = ("plain", "beams", "static cache")
+"""The ways in which a decoder is tried."""
 QUESTION = "What is in this picture?"
 
 
@@ -30,14 +35,16 @@ def diagnose(
     model: str,
     *,
     revision: str | None = None,
+    decoders: Sequence[str] = (),
     loader: Callable[..., VLM] = load,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> dict[str, Any]:
-    """Loads a model, probes what vlmfix relies on, and lets every decoder generate two tokens in three ways.
+    """Loads a model, probes what vlmfix relies on, and lets decoders generate two tokens in three ways.
 
     Args:
         model: ``tiny``, a Hub id or a local directory.
         revision: Branch, tag or commit on the Hub.
+        decoders: Specifications of those to try; every known one when there is none.
         loader: Loads the model; ``vlmfix.load`` unless a test gives another.
         progress: Called with the number of decoders that were tried, and how many there are.
 
@@ -45,23 +52,28 @@ def diagnose(
         ``versions``; ``untested``, those among them that vlmfix was not tested with; ``machine``; ``model`` (id,
         revision, family, layers, dtype, device); ``checkpoint``, see ``Checkpoint.reading``; ``contracts``, a list of
         ``name``, ``protects`` and ``reason``, which is None where it holds; ``decoders``, which maps each name to None,
-        or to the reason why it does not work; ``ways``, which maps each name to the same for ``plain``, ``beams`` and
+        or to the reason why it does not work; ``refused``, sentences about names of other distributions that are not
+        used; ``ways``, which maps each name to the same for ``plain``, ``beams`` and
         ``static cache``; ``reach``, which maps each name to the tokens up to which it works, where a sliding window
         limits it, or to None.
 
     Raises:
         UnsupportedModelError: The model's family is not known.
         DataError: The model cannot be loaded.
+        UsageError: A specification is not understood.
     """
+    for spec in decoders:
+        parse(spec)  # what is wrong with one is said before the model is loaded
     vlm = loader(model, revision=revision)
     ways: dict[str, dict[str, str | None]] = {}
     reach: dict[str, int | None] = {}
-    for number, (name, decoder) in enumerate(DECODERS.items()):
-        progress(number, len(DECODERS))
+    specs = list(dict.fromkeys(decoders)) or list(DECODERS)
+    for number, spec in enumerate(specs):
+        progress(number, len(specs))
         with met(vlm) as windows:
-            ways[name] = tried(vlm, decoder())
-        reach[name] = min(windows) - 1 if windows else None
-    progress(len(DECODERS), len(DECODERS))
+            ways[spec] = _tried(vlm, spec)
+        reach[spec] = min(windows) - 1 if windows else None
+    progress(len(specs), len(specs))
     return {
         "versions": versions(),
         "untested": untested(),
@@ -76,10 +88,18 @@ def diagnose(
             "device": device_name(vlm.device),
         },
         "contracts": [asdict(finding) for finding in contracts.examined()],
+        "refused": [sentence for table in (DECODERS, FAMILIES, PROFILERS, TASKS) for sentence in table.refused()],
         "decoders": {name: found["plain"] for name, found in ways.items()},
         "ways": ways,
         "reach": reach,
     }
+
+
+def _tried(vlm: VLM, spec: str) -> dict[str, str | None]:
+    try:
+        return tried(vlm, parse(spec))
+    except PluginError as error:  # it stops nothing but itself
+        return dict.fromkeys(WAYS, error.message)
 
 
 def tried(vlm: VLM, decoder: Decoder) -> dict[str, str | None]:
@@ -90,16 +110,16 @@ def tried(vlm: VLM, decoder: Decoder) -> dict[str, str | None]:
         decoder: The decoder.
 
     Returns:
-        ``plain``, ``beams`` and ``static cache``, each with None, or with the reason why it does not work.
+        Each of ``WAYS`` with None, or with the reason why it does not work.
     """
     own = decoder.strategy.num_beams if decoder.strategy else 1
-    ways: dict[str, Callable[[], str | None]] = {
-        "plain": lambda: _generate(vlm, decoder, 1),
-        "beams": lambda: _generate(vlm, decoder, max(own, 2)),
-        "static cache": lambda: _with_static_cache(vlm, decoder),
-    }
+    runs: tuple[Callable[[], str | None], ...] = (
+        lambda: _generate(vlm, decoder, 1),
+        lambda: _generate(vlm, decoder, max(own, 2)),
+        lambda: _with_static_cache(vlm, decoder),
+    )
     reason = _reason(lambda: decoder.check(vlm))
-    return {way: reason or _reason(run) for way, run in ways.items()}
+    return {way: reason or _reason(run) for way, run in zip(WAYS, runs, strict=True)}
 
 
 @contextmanager

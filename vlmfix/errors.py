@@ -79,6 +79,10 @@ class ProfileMismatchError(VlmfixError):
     """A head profile was measured on another model, or two profiles are of different models."""
 
 
+class PluginError(VlmfixError):
+    """A plug-in of another distribution, or a class in a file, cannot be used, or is another than before."""
+
+
 class UpstreamError(VlmfixError):
     """The installed transformers or torch lacks something that vlmfix builds on; the hint says which version has it."""
 

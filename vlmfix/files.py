@@ -12,7 +12,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
-from vlmfix.errors import DataError
+from vlmfix.errors import DataError, UsageError
 
 DRAFT = ".vlmfix-"
 """Stands in a draft's name between the file's own and eight random digits: drafts are told from all other files."""
@@ -21,6 +21,20 @@ SHORT = 60
 NAME = 255
 """Bytes that file systems allow a name."""
 FULL = (errno.ENOSPC, errno.EDQUOT)
+
+
+def path_of(text: str) -> Path:
+    """Returns the path that a parameter names; ``~`` and ``~NAME`` at its beginning stand for a home folder.
+
+    Raises:
+        UsageError: There is no such home, or no file can have that name.
+    """
+    if "\0" in text:
+        raise UsageError(f"{text!r} is no path", "write the path of a file")
+    try:
+        return Path(text).expanduser()
+    except RuntimeError as error:
+        raise UsageError(f"{text}: there is no such home folder", "write the path out, or ./~ for a file") from error
 
 
 def make_folder(folder: Path) -> None:

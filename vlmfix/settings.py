@@ -4,16 +4,31 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+from vlmfix.errors import UsageError
+from vlmfix.plugins import near
 from vlmfix.shapes import NUMBER, SEED, SIZE, TEXT
 
+EMBEDDED = {name: Path(__file__).parent / "world" / "assets" / name for name in ("tiny", "tiny-qwen")}
+"""Models that come with the package, by name."""
 MODEL = {"revision": TEXT.or_null(), "commit": TEXT.or_null(), "weights": TEXT, "dtype": TEXT}
 """What a card says of the model beside its name."""
 LOADED = {"max_pixels": SIZE.or_null(), "device_map": TEXT.or_null(), "quantize": TEXT.or_null()}
 """What a card says of how the model was loaded, by names of ``Settings``; cards of earlier versions lack some."""
 DECODED = {"max_new_tokens": SIZE, "num_beams": SIZE, "temperature": NUMBER, "seed": SEED}
 """What a card says of decoding, by names of ``Settings``."""
+
+
+def check_model_name(name: str) -> None:
+    """Refuses a misspelt name of an embedded model, which would be looked for on the Hub.
+
+    Raises:
+        UsageError: There is no such folder, and an embedded model has nearly that name.
+    """
+    if name not in EMBEDDED and "/" not in name and not Path(name).exists() and (meant := near(name, EMBEDDED)):
+        raise UsageError(f"there is no model {name!r}", f"{meant}else give a Hub id, OWNER/NAME, or a directory")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,9 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from PIL import Image
 from torch import Tensor
-from transformers import LogitsProcessor
 
 from tests.tiny import TINY, tiny_vlm
 from vlmfix.attention import edit as edits
@@ -20,6 +18,12 @@ from vlmfix.decoders import Decoder, DecodingPlan, Greedy, Strategy, parse
 from vlmfix.generation import VLM
 from vlmfix.models.checkpoint import Checkpoint
 from vlmfix.models.layout import Batch, ImageLayout
+from vlmfix.testing import PICTURES as PICTURES
+from vlmfix.testing import PROMPTS as PROMPTS
+from vlmfix.testing import Forced as Forced
+from vlmfix.testing import close as close
+from vlmfix.testing import logits as logits
+from vlmfix.testing import picture as picture
 from vlmfix.upstream.names import TYPES
 
 
@@ -102,19 +106,6 @@ EVERY_ROW = ("vhr", "ph3", "chain-heads", "zerotuning", "act", "chain-attention"
 def method_of(spec: str | Decoder) -> Decoder:
     """A decoder, or the one that a specification names."""
     return parse(spec) if isinstance(spec, str) else spec
-
-
-def picture(seed: int, size: tuple[int, int]) -> Image.Image:
-    """A picture of random cells, (height, width)."""
-    generator = torch.Generator().manual_seed(seed)
-    cells = torch.rand(1, 3, 7, 5, generator=generator)
-    pixels = torch.nn.functional.interpolate(cells, size=size, mode="nearest")[0]
-    return Image.fromarray((pixels * 255).byte().permute(1, 2, 0).numpy(), mode="RGB")
-
-
-PROMPTS = ("what is here?", "and is there a dog in one of these two pictures?")
-PICTURES = ((picture(1, (40, 60)),), (picture(2, (60, 40)), picture(3, (50, 50))))
-"""A short row with one picture and a longer row with two, so that the first is padded."""
 
 
 def vlm_of(family: str, seed: int = 0) -> VLM:
@@ -220,46 +211,6 @@ def parts_of(method: Decoder) -> frozenset[str]:
     return frozenset(kinds | rows | asked | {name for name, _ in chosen} | ({"gate"} if plan.gate else set()))
 
 
-def logits(
-    vlm: VLM, batch: Mapping[str, Tensor], decoder: Decoder | str = "greedy", *, steps: int = 3, **options: Any
-) -> Tensor:
-    """(steps, B, V) raw logits of greedy decoding; no row ends early."""
-    with method_of(decoder).applied(vlm, batch) as arguments:
-        output = vlm.model.generate(
-            **batch,
-            **arguments,
-            max_new_tokens=steps,
-            min_new_tokens=steps,
-            do_sample=False,
-            suppress_tokens=[vlm.family.image_token(vlm.model.config)],  # a random model may say one
-            return_dict_in_generate=True,
-            output_logits=True,
-            **options,
-        )
-    return torch.stack(output.logits)
-
-
 def plain(vlm: VLM, batch: Mapping[str, Tensor], **options: Any) -> Tensor:
     """The same without any decoder of ours."""
     return logits(vlm, batch, Greedy(), **options)
-
-
-def close(left: Tensor, right: Tensor, tolerance: float = 1e-4) -> None:
-    """Fails unless both are equal within a tolerance, -inf where -inf."""
-    torch.testing.assert_close(left.float(), right.float(), atol=tolerance, rtol=tolerance)
-
-
-class Forced(LogitsProcessor):
-    """Makes greedy search take given tokens.
-
-    Args:
-        tokens: (B, steps).
-        prompt: T, length of the prompt.
-    """
-
-    def __init__(self, tokens: Tensor, prompt: int) -> None:
-        self.tokens, self.prompt = tokens, prompt
-
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        column = self.tokens[:, input_ids.shape[1] - self.prompt]
-        return torch.full_like(scores, float("-inf")).scatter(1, column[:, None], 0.0)

@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import pytest
 import torch
 
 from tests.contracts.support import STRONG, UNLIKE, batch_of, close, crossed, method_of, vlm_of
 from tests.tiny import TINY
+from vlmfix.attention.edit import LayerSet
 from vlmfix.attention.kernel import PLAN
+from vlmfix.decoders import DecodingPlan, Greedy
+from vlmfix.decoders.picture import probing
+from vlmfix.decoders.picture.probing import NewestRows, attention_maps
+from vlmfix.decoding import loop
+from vlmfix.decoding.choice import MostProbable
 from vlmfix.decoding.graphs import forget, recordings_of
 from vlmfix.decoding.running import running
+from vlmfix.upstream.compiling import compiled
 from vlmfix.upstream.versions import say_once
 
 STEPS = 16
@@ -61,6 +70,7 @@ def recording(monkeypatch):
 
     monkeypatch.setattr("vlmfix.decoding.running.RECORDING", ("cpu",))
     monkeypatch.setattr("vlmfix.decoding.graphs.captured", captured)
+    monkeypatch.setattr("vlmfix.decoding.running.start", lambda device: None)
     monkeypatch.setattr("vlmfix.attention.kernel.compiled", lambda function, kind: function)
     yield made
     for family in TINY:
@@ -192,3 +202,86 @@ def test_short_answers_and_beams_are_not_recorded(recording):
     assert not recording
     long = vlm.generate([shown], "what is it?", max_new_tokens=24)
     assert len(recording) == 1 or long[0].tokens < 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class Looks(Greedy):
+    """Keeps rows of attention, in place of which a compiled step has to write."""
+
+    def plan(self, vlm, batch, layout):
+        return DecodingPlan(edits=(NewestRows(),))
+
+
+@pytest.mark.parametrize("name", ["var", "locore", "spin", "looks"])
+def test_edits_are_compiled_once_for_each_kind_of_layer_and_any_numbers_of_rows_and_keys(name, recording, monkeypatch):
+    kinds, graphs, plain = set(), [], torch.compile
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    def counted(function, kind):
+        kinds.add((function, kind))
+        return compiled(function, kind)
+
+    compiled.cache_clear()
+    monkeypatch.setattr(torch, "compile", lambda function, **_: plain(function, fullgraph=True, backend=backend))
+    monkeypatch.setattr("vlmfix.attention.kernel.compiled", counted)
+    vlm, method = vlm_of("llava"), Looks() if name == "looks" else method_of(STRONG[name])
+    for keys in (512, 64):  # with four rows and then two
+        scores(vlm, method, monkeypatch, recorded=True, keys=keys)
+    assert len(recording) == 4
+    assert 0 < len(graphs) == len(kinds)
+    compiled.cache_clear()
+
+
+@torch.no_grad()
+def answers(spec, ends, *, limit, on=lambda call: None):
+    """Answers of four samples with limits of their own, greedily chosen by our loop."""
+    vlm, method, said = vlm_of("llava"), method_of(spec), [[] for _ in limit]
+    batch = batch_of(vlm, (0, 1, 0, 1))
+    plan = method.plan(vlm, batch, vlm.layout(batch))
+    with running(vlm, batch, vlm.layout(batch), plan, limit=limit, name=spec) as call:
+        on(call)
+        for one in loop.decode(call, MostProbable(), ends):
+            for sample, token in zip(one.samples, one.tokens, strict=True):
+                said[sample].append(token)
+    return said
+
+
+@pytest.mark.parametrize("name", ["var", "vcd"])
+def test_a_recorded_step_starts_before_the_tokens_of_the_last_one_are_read(name, recording, monkeypatch):
+    """Answers that end at different steps, by an end token or their own limit, stay the same."""
+    spec, limit = STRONG[name], [12, 7, 12, 12]
+    monkeypatch.setattr("vlmfix.decoding.running.RECORDING", ())
+    whole = answers(spec, (), limit=limit)
+    end = whole[0][3]
+    cut = [own[: own.index(end) + 1] if end in own else own for own in whole]
+    assert cut != whole
+    monkeypatch.setattr("vlmfix.decoding.running.RECORDING", ("cpu",))
+    started, seen = [], []
+    read = loop._Told.read
+    monkeypatch.setattr(loop._Told, "read", lambda told: seen.append(len(started)) or read(told))
+
+    def counted(call):
+        token = call.token
+        call.token = lambda tokens: started.append(tokens) or token(tokens)
+
+    assert answers(spec, (end,), limit=limit, on=counted) == cut
+    assert seen[:2] == [0, 2], "the second step is at work when the first one's tokens are read"
+
+
+@pytest.mark.parametrize("family", ["llava", "qwen2_5_vl"])
+def test_recorded_steps_show_where_the_newest_row_looked(family, recording, monkeypatch):
+    """Of samples that end at different steps, in answers that the next step has begun before they are read."""
+    vlm = vlm_of(family)
+    batch, layers = batch_of(vlm, (0, 1, 1, 0)), LayerSet("0/2")
+    monkeypatch.setattr(probing.defaults, "ends", lambda model: range(0, 1000, 7))
+    monkeypatch.setattr("vlmfix.decoding.running.RECORDING", ())
+    whole = attention_maps(vlm, batch, layers, steps=STEPS)
+    assert len({len(row) for row in whole}) > 1
+    monkeypatch.setattr("vlmfix.decoding.running.RECORDING", ("cpu",))
+    for _ in range(2):  # recorded, and replayed in a later call
+        for row, other in zip(attention_maps(vlm, batch, layers, steps=STEPS), whole, strict=True):
+            close(row, other)
+    assert recording

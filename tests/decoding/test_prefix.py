@@ -25,6 +25,7 @@ from tests.tiny import TINY
 from vlmfix.attention.session import continued, edited, first_edited
 from vlmfix.decoders import Greedy, base
 from vlmfix.decoding import prefix
+from vlmfix.decoding.running import running
 from vlmfix.errors import UnsupportedAttentionError
 from vlmfix.upstream import features, names
 from vlmfix.upstream.cache import handed_over
@@ -306,3 +307,40 @@ def test_prompts_padded_on_the_right_are_not_cut():
     assert prefix.prompts_of(vlm, batch, []) is not None
     flipped = batch.with_inputs(**{name: batch[name].flip(1) for name in ("input_ids", "attention_mask")})
     assert prefix.prompts_of(vlm, flipped, []) is None
+
+
+RESIDUAL = ("var", "chain")
+"""Methods that read the residual stream of every column."""
+BEHIND = ("greedy", "vcd", "inter", "spin", "locore")
+"""Methods that change nothing before the end of the pictures."""
+PIECEWISE = [(family, "inter") for family in TINY] + [
+    (family, name) for family in ("llava", "qwen2_5_vl") for name in METHODS
+]
+
+
+@pytest.mark.parametrize(("family", "name"), sorted(set(PIECEWISE)))
+@pytest.mark.parametrize("rows", [(0, 3, 4, 7), (6,)], ids=["padded", "unpadded"])
+def test_a_long_prefill_in_pieces_equals_the_whole_one(family, name, rows, monkeypatch):
+    """The last piece has every edited column, which may be all; pictures of Gemma 3 are not cut."""
+    vlm, (method, batch) = vlm_of(family), (METHODS[name], mixed(vlm_of(family), rows))
+    with counted(vlm) as whole:
+        expected = scored(vlm, batch, method)
+    monkeypatch.setattr(prefix, "PIECE", 24 * len(rows))
+    monkeypatch.setattr(prefix, "COLUMNS", 2)
+    with counted(vlm) as passes:
+        found = scored(vlm, batch, method)
+    close(found, expected)
+    assert sum(passes) == sum(whole)
+    if family == "gemma3" or name in (*EVERY_ROW, *RESIDUAL):
+        assert passes == whole
+    elif name in BEHIND:
+        assert len(passes) > len(whole)
+        assert max(passes[:-1]) <= prefix.PIECE
+
+
+@torch.no_grad()
+def scored(vlm, batch, spec):
+    """Scores of our loop that follow the prompts and one more token."""
+    method, layout = method_of(spec), vlm.layout(batch)
+    with running(vlm, batch, layout, method.plan(vlm, batch, layout), limit=4, name=spec) as call:
+        return torch.stack([call.prompt(), call.token(torch.full((batch.rows,), 7))])

@@ -195,7 +195,7 @@ def test_wrong_use_is_refused():
     vlm = vlm_of("llava")
     with pytest.raises(DataError, match="no picture"):
         profile(vlm, [], [Made()])
-    with pytest.raises(UsageError, match="'nothing' is no profiler"):
+    with pytest.raises(UsageError, match="unknown profiler 'nothing'"):
         profile(vlm, [PICTURE], ["nothing"])
     with pytest.raises(UsageError, match="named twice"):
         profile(vlm, [PICTURE], ["vhd", "vhd"])

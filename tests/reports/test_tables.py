@@ -10,11 +10,11 @@ import pytest
 from rich.console import Console
 
 from tests.evals.exam import answers, exam, samples
-from vlmfix.display import rendered
 from vlmfix.evals.comparison.compare import Change, Estimate, compare
 from vlmfix.evals.record import PLAIN
 from vlmfix.reports.tables import csv_text, json_text, markdown, sheets, terminal
 from vlmfix.reports.words import difference_text, heading, interval_text, value_text
+from vlmfix.terminal import rendered
 
 LONG = "vcd:contrast=0.5,noise_step=400+locore:beta=0.15"
 

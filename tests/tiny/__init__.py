@@ -13,18 +13,18 @@ from pathlib import Path
 from vlmfix.models.checkpoint import Checkpoint
 
 MODULES = {
-    "llava": "llava",
-    "llava_next": "llava",
-    "llava_onevision": "llava",
-    "gemma3": "gemma",
-    "qwen2_vl": "qwen",
-    "qwen2_5_vl": "qwen",
-    "qwen3_vl": "qwen",
-    "internvl": "internvl",
-    "idefics3": "idefics",
-    "smolvlm": "idefics",
+    "llava": "tests.tiny.llava",
+    "llava_next": "tests.tiny.llava",
+    "llava_onevision": "tests.tiny.llava",
+    "gemma3": "tests.tiny.gemma",
+    "qwen2_vl": "vlmfix.testing.qwen",
+    "qwen2_5_vl": "vlmfix.testing.qwen",
+    "qwen3_vl": "vlmfix.testing.qwen",
+    "internvl": "tests.tiny.internvl",
+    "idefics3": "tests.tiny.idefics",
+    "smolvlm": "tests.tiny.idefics",
 }
-"""The module of this package that builds each model."""
+"""The module that builds each model."""
 
 TINY: tuple[str, ...] = tuple(MODULES)
 """Names that ``tiny_vlm`` takes."""
@@ -38,7 +38,7 @@ def tiny_vlm(family: str, *, seed: int = 0) -> Checkpoint:
         family: One of ``TINY``.
         seed: Seed of its weights; another seed gives another model.
     """
-    builder = import_module(f"tests.tiny.{MODULES[family]}")
+    builder = import_module(MODULES[family])
     return builder.build(family, seed)
 
 

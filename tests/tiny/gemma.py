@@ -11,9 +11,9 @@ from transformers import (
     SiglipVisionConfig,
 )
 
-from tests.tiny.text import DECODER, byte_tokenizer, drawn
 from vlmfix.models.checkpoint import Checkpoint
 from vlmfix.models.families import family_of
+from vlmfix.testing.text import DECODER, byte_tokenizer, drawn
 
 TURNS = """{{ bos_token }}
 {%- set ns = namespace(system='') -%}

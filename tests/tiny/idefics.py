@@ -21,9 +21,10 @@ from transformers import (
     SmolVLMVideoProcessor,
 )
 
-from tests.tiny.text import byte_tokenizer, drawn, text_config
+from tests.tiny.decoder import text_config
 from vlmfix.models.checkpoint import Checkpoint
 from vlmfix.models.smolvlm import SmolVLM
+from vlmfix.testing.text import byte_tokenizer, drawn
 
 TEMPLATE = """\
 %s

@@ -10,9 +10,10 @@ from transformers import (
     InternVLVideoProcessor,
 )
 
-from tests.tiny.text import byte_tokenizer, drawn, text_config
+from tests.tiny.decoder import text_config
 from vlmfix.models.checkpoint import Checkpoint
 from vlmfix.models.internvl import InternVL
+from vlmfix.testing.text import byte_tokenizer, drawn
 
 TEMPLATE = """\
 {%- for message in messages %}<|im_start|>{{ message['role'] }}

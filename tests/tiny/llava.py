@@ -2,14 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from transformers import (
-    CLIPImageProcessor,
     CLIPVisionConfig,
     LlamaConfig,
-    LlavaConfig,
-    LlavaForConditionalGeneration,
     LlavaNextConfig,
     LlavaNextForConditionalGeneration,
     LlavaNextImageProcessor,
@@ -19,32 +14,13 @@ from transformers import (
     LlavaOnevisionImageProcessor,
     LlavaOnevisionProcessor,
     LlavaOnevisionVideoProcessor,
-    LlavaProcessor,
-    PreTrainedTokenizerFast,
     Qwen2Config,
     SiglipVisionConfig,
 )
 
-from tests.tiny.text import DECODER, byte_tokenizer, drawn
 from vlmfix.models.checkpoint import Checkpoint
-from vlmfix.models.families import family_of
-
-VISION = {
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "patch_size": 8,
-}
-
-VICUNA = """{%- for message in messages -%}
-{%- if message.role == 'user' -%}USER: {% elif message.role == 'assistant' -%}ASSISTANT: {% endif -%}
-{%- for part in message.content if part.type == 'image' -%}<image>{{ '\n' }}{%- endfor -%}
-{%- for part in message.content if part.type == 'text' -%}{{ part.text }}{%- endfor -%}
-{{ ' ' }}
-{%- endfor -%}
-{%- if add_generation_prompt -%}ASSISTANT:{%- endif -%}"""
-"""Vicuna's dialogue as LLaVA-1.5 and LLaVA-NeXT write it: a bare system message, pictures first."""
+from vlmfix.testing.llava import VICUNA, VISION, checkpoint, llava, text_parts
+from vlmfix.testing.text import byte_tokenizer, drawn
 
 CHATML = """{%- for message in messages -%}
 <|im_start|>{{ message.role }} {% for part in message.content if part.type == 'image' -%}<image>{%- endfor -%}
@@ -56,26 +32,7 @@ CHATML = """{%- for message in messages -%}
 
 def build(name: str, seed: int) -> Checkpoint:
     """The tiny model ``llava``, ``llava_next`` or ``llava_onevision``."""
-    return {"llava": _llava, "llava_next": _llava_next, "llava_onevision": _llava_onevision}[name](seed)
-
-
-def _llava(seed: int) -> Checkpoint:
-    """5 x 5 tokens of the middle square; CLIP's class token is dropped."""
-    tokenizer = byte_tokenizer(named={"image_token": "<image>"})
-    config = LlavaConfig(
-        vision_config=CLIPVisionConfig(**VISION, image_size=40, projection_dim=32),
-        image_seq_length=25,
-        **_text(LlamaConfig, tokenizer),
-    )
-    processor = LlavaProcessor(
-        image_processor=CLIPImageProcessor(size={"shortest_edge": 40}, crop_size={"height": 40, "width": 40}),
-        tokenizer=tokenizer,
-        patch_size=8,
-        vision_feature_select_strategy="default",
-        num_additional_image_tokens=1,
-        chat_template=VICUNA,
-    )
-    return _checkpoint(drawn(LlavaForConditionalGeneration, config, tokenizer, seed=seed), processor)
+    return {"llava": llava, "llava_next": _llava_next, "llava_onevision": _llava_onevision}[name](seed)
 
 
 def _llava_next(seed: int) -> Checkpoint:
@@ -86,7 +43,7 @@ def _llava_next(seed: int) -> Checkpoint:
         vision_config=CLIPVisionConfig(**VISION, image_size=24, projection_dim=32),
         image_grid_pinpoints=pinpoints,
         image_seq_length=9,
-        **_text(LlamaConfig, tokenizer),
+        **text_parts(LlamaConfig, tokenizer),
     )
     processor = LlavaNextProcessor(
         image_processor=LlavaNextImageProcessor(
@@ -98,7 +55,7 @@ def _llava_next(seed: int) -> Checkpoint:
         num_additional_image_tokens=1,
         chat_template=VICUNA,
     )
-    return _checkpoint(drawn(LlavaNextForConditionalGeneration, config, tokenizer, seed=seed), processor)
+    return checkpoint(drawn(LlavaNextForConditionalGeneration, config, tokenizer, seed=seed), processor)
 
 
 def _llava_onevision(seed: int) -> Checkpoint:
@@ -114,7 +71,7 @@ def _llava_onevision(seed: int) -> Checkpoint:
         video_token_index=tokenizer.video_token_id,
         image_grid_pinpoints=pinpoints,
         vision_aspect_ratio="anyres_max_4",
-        **_text(Qwen2Config, tokenizer),
+        **text_parts(Qwen2Config, tokenizer),
     )
     processor = LlavaOnevisionProcessor(
         image_processor=LlavaOnevisionImageProcessor(size={"height": 26, "width": 26}, image_grid_pinpoints=pinpoints),
@@ -125,20 +82,4 @@ def _llava_onevision(seed: int) -> Checkpoint:
         vision_aspect_ratio="anyres_max_4",
         chat_template=CHATML,
     )
-    return _checkpoint(drawn(LlavaOnevisionForConditionalGeneration, config, tokenizer, seed=seed), processor)
-
-
-def _text(kind: type[Any], tokenizer: PreTrainedTokenizerFast) -> dict[str, Any]:
-    """The text config and the image token, as every LLaVA config takes them."""
-    text = kind(
-        **DECODER,
-        vocab_size=len(tokenizer),
-        pad_token_id=tokenizer.pad_token_id,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-    )
-    return {"text_config": text, "image_token_index": tokenizer.image_token_id}
-
-
-def _checkpoint(model: Any, processor: Any) -> Checkpoint:
-    return Checkpoint(model=model, processor=processor, family=family_of(model.config.model_type))
+    return checkpoint(drawn(LlavaOnevisionForConditionalGeneration, config, tokenizer, seed=seed), processor)

@@ -73,7 +73,7 @@ def test_beginnings_that_can_no_longer_be_shared_are_told_once_and_the_answers_s
     for _ in range(2):
         assert [answer.ids for answer in vlm.generate(**ask)] == expected
     (record,) = caplog.records
-    assert "beginnings of prompts are not shared, which costs time: " in record.getMessage()
+    assert "prompts pass whole and apart, which costs time and memory: " in record.getMessage()
     say_once.cache_clear()
 
 

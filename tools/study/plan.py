@@ -72,7 +72,7 @@ def arms(only: Sequence[str] = ()) -> list[Arm]:
     Args:
         only: Specifications to take instead; empty for all.
     """
-    return [Arm(spec, spec) for spec in only or (*DECODERS, *CHAINS) if spec != PLAIN]
+    return [Arm(spec, spec) for spec in only or (*DECODERS.homes, *CHAINS) if spec != PLAIN]
 
 
 def listed(only: Sequence[str] = ()) -> list[Arm]:

@@ -100,7 +100,8 @@ class Site:
         block: In prefill, number, from 0, of the block that these R rows form; see ``AttentionEdit.blockwise``.
         hidden: (B, Q, hidden size) residual stream that enters the layer, when the edit asked for it.
         memory: What the edit learned from the prompt in this layer: ``learn`` and ``learn_of_keys`` write it in
-            prefill, ``learned`` reads it in prefill and decoding. Rows that have ended are removed from it.
+            prefill, ``learned`` reads it in prefill and decoding, ``relearn`` changes it in decoding. Rows that have
+            ended are removed from it.
     """
 
     number: int | None
@@ -150,6 +151,11 @@ class Site:
     def learn_of_keys(self, name: str, values: Tensor) -> None:
         """Keeps (B, ..., T) values of the prompt's tokens until the call ends; later tokens have zero."""
         self.memory.of_keys[name] = values
+
+    def relearn(self, name: str, values: Tensor) -> None:
+        """Writes (B, ..., K) values, in decoding, over those that ``learn_of_keys`` has kept, as far as those go."""
+        kept = self.memory.of_keys[name]
+        kept.copy_(values[..., : kept.shape[-1]])  # in place: a recorded step has no other way to tell anything
 
     def learned(self, name: str) -> Tensor:
         """Returns values that the edit learned from the prompt: (B, ...) of rows, (B, ..., K) of keys.
@@ -274,6 +280,28 @@ class PartEdit(WeightEdit):
         own, rest = (weights @ keys[..., None].to(weights.dtype) for keys in (apart, ~apart))  # (B, H, R, 1)
         factor, others = self.factors(own, rest)
         return weights * torch.where(apart[:, :, None], factor, others)
+
+
+class SplitEdit(AttentionEdit, ABC):
+    """Rewrites head outputs from the part that some keys have in them; materialises the edited rows.
+
+    It acts on what weight edits have made of the weights, those behind it in the order included.
+    """
+
+    @abstractmethod
+    def keys(self, site: Site) -> Tensor:
+        """Returns (B, K) bool, the keys whose part is wanted."""
+
+    @abstractmethod
+    def output(self, site: Site, whole: Tensor, part: Tensor, mass: Tensor) -> Tensor:
+        """Returns new outputs.
+
+        Args:
+            site: Where it acts.
+            whole: (B, H, R, D) float32 outputs.
+            part: (B, H, R, D) float32, what the keys have in them.
+            mass: (B, H, R, 1) float32, attention to the keys.
+        """
 
 
 class OutputEdit(AttentionEdit, ABC):

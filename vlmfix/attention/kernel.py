@@ -28,6 +28,7 @@ from vlmfix.attention.edit import (
     PromptReading,
     ScoreEdit,
     Site,
+    SplitEdit,
     WeightEdit,
 )
 from vlmfix.attention.rows import Block, Step, chosen, read, total_bias
@@ -76,8 +77,8 @@ class LayerPlan:
 
     @property
     def materialises(self) -> bool:
-        """Returns whether some edit needs the scores or the weights themselves."""
-        return any(isinstance(step.edit, ScoreEdit | WeightEdit) for step in self.steps)
+        """Returns whether some edit needs the scores, the weights or parts of the output."""
+        return any(isinstance(step.edit, ScoreEdit | WeightEdit | SplitEdit) for step in self.steps)
 
     @property
     def biases(self) -> bool:
@@ -277,7 +278,7 @@ def _every(call: Call, length: int) -> tuple[Tensor, Tensor]:
 
 def _weighted(plan: LayerPlan, sites: list[Site], call: Call, output: Tensor, own: Tensor, allowed: Tensor) -> Tensor:
     """Recomputes the rows that bias, score and weight edits change or readings read; returns (B, Q, H, D)."""
-    changes = (BiasEdit, ScoreEdit, WeightEdit)
+    changes = (BiasEdit, ScoreEdit, WeightEdit, SplitEdit)
     acts = [site.acts for site, step in zip(sites, plan.steps, strict=True) if isinstance(step.edit, changes)]
     if not acts and not plan.reads:
         return output

@@ -20,6 +20,7 @@ from vlmfix.attention.edit import (
     PromptReading,
     ScoreEdit,
     Site,
+    SplitEdit,
     WeightEdit,
 )
 
@@ -137,16 +138,29 @@ class Block:
         Args:
             reads: Whether readings are called.
         """
-        if not any(isinstance(step.edit, ScoreEdit | WeightEdit | PromptReading) for step in self.steps):
+        if not any(isinstance(step.edit, ScoreEdit | WeightEdit | SplitEdit | PromptReading) for step in self.steps):
             return self._biased()
         return self.weighted(reads=reads)
 
     def weighted(self, *, reads: bool) -> Tensor:
         """Computes the head outputs from materialised weights, (B, R, H, D), even if a bias alone could use SDPA."""
-        rows, heads, length, _ = self.query.shape
-        weights = self.weights(reads=reads).to(self.value.dtype)
-        grouped = weights.view(rows, self.value.shape[1], -1, weights.shape[-1])  # (B, G, H/G*R, K)
-        return (grouped @ self.value).view(rows, heads, length, -1).transpose(1, 2)  # (B, R, H, D)
+        weights = self.weights(reads=reads)
+        output = self._summed(weights)  # (B, H, R, D)
+        for step, site in zip(self.steps, self.sites, strict=True):
+            if isinstance(step.edit, SplitEdit):
+                own = weights * step.edit.keys(site)[:, None, None, : weights.shape[-1]]
+                whole, part = output.float(), self._summed(own).float()
+                new = step.edit.output(site, whole, part, own.sum(dim=-1, keepdim=True)).to(output.dtype)
+                output = chosen(step, site, site.acts[:, None, :, None], new, output)
+        return output.transpose(1, 2)  # (B, R, H, D)
+
+    def _summed(self, weights: Tensor) -> Tensor:
+        """Sums the values with (B, H, R, K) weights, (B, H, R, D)."""
+        rows, heads, length, _ = weights.shape
+        grouped = weights.to(self.value.dtype).view(
+            rows, self.value.shape[1], -1, weights.shape[-1]
+        )  # (B, G, H/G*R, K)
+        return (grouped @ self.value).view(rows, heads, length, -1)
 
     def _biased(self) -> Tensor:
         bias, dtype = total_bias(self.steps, self.sites), self.query.dtype

@@ -158,6 +158,11 @@ def first_edited(vlm: Checkpoint) -> int | None:
     return int(columns.min()) if len(columns) else None
 
 
+def reads_hidden(vlm: Checkpoint) -> bool:
+    """Returns whether some edit at work reads the residual stream."""
+    return any(step.edit.needs_hidden for plan in _at_work(vlm).values() for step in plan.steps)
+
+
 @contextmanager
 def recorded(vlm: Checkpoint) -> Iterator[dict[int, Tensor]]:
     """Lifts every edit inside the block, and records the residual stream that the edits would have read.

@@ -120,6 +120,19 @@ class State:
                         done.add(id(room))
                         _write(room, values, axes)
 
+    def give_back(self, plans: Plans, rows: Tensor) -> None:
+        """Copies into a call's plans what decoding has learned of keys since ``load``.
+
+        Args:
+            plans: The plans.
+            rows: (R,) int64, which rows of these tensors are those of the plans.
+        """
+        for layer, steps in self.steps.items():
+            for mine, theirs in zip(steps, plans[layer].steps, strict=True):
+                for name, values in theirs.memory.of_keys.items():
+                    room = mine.memory.of_keys[name]
+                    values.copy_((room if len(values) == len(room) == 1 else room[rows])[..., : values.shape[-1]])
+
     @contextmanager
     def standing_in(self, plans: Plans, *, fused: bool) -> Iterator[None]:
         """Makes the plans read these tensors inside the block.

@@ -17,7 +17,7 @@ def arms_of(vlm: VLM, specs: Sequence[str], *, beside: bool = False) -> list[Arm
 
     Args:
         vlm: The model.
-        specs: Decoders as the command line writes them; without any, every method, with ``suited`` parameters.
+        specs: Decoders as the command line writes them; without any, vlmfix's own, with ``suited`` parameters.
         beside: Adds stock transformers and the released way; see ``reference.arms_beside``.
 
     Raises:
@@ -47,7 +47,7 @@ def _short(decoder: Decoder) -> str:
 
 
 def suited(vlm: VLM) -> list[str]:
-    """Every method, with parameters by which it acts on a model that nobody knows heads, sinks or layers of.
+    """Every method of vlmfix, with parameters by which it acts on a model that nobody knows heads, sinks or layers of.
 
     Args:
         vlm: The model.
@@ -64,4 +64,4 @@ def suited(vlm: VLM) -> list[str]:
         "adhh": f"adhh:heads={some}",
         "ph3": f"ph3:heads={some}",
     }
-    return [given.get(name, name) for name in DECODERS]
+    return [given.get(name, name) for name in DECODERS.homes]

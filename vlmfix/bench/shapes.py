@@ -26,7 +26,8 @@ from transformers import (
 
 from vlmfix.errors import UsageError
 from vlmfix.generation import VLM, load, wrap
-from vlmfix.models.checkpoint import EMBEDDED, device_named, dtype_named
+from vlmfix.models.checkpoint import device_named, dtype_named
+from vlmfix.settings import EMBEDDED
 
 QUESTION = "Please describe this image in detail."
 """What every model is asked."""

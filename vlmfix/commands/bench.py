@@ -25,7 +25,9 @@ def _counts(context: click.Context, parameter: click.Parameter, value: str) -> l
 
 
 @click.command()
-@click.option("--model", help="tiny, tiny-qwen, a Hub id, or a directory; with its own weights.")
+@click.option(
+    "--model", type=options.ModelName(), help="tiny, tiny-qwen, a Hub id, or a directory; with its own weights."
+)
 @click.option(
     "--shapes",
     type=click.Choice(["llava-1.5-7b", "qwen2.5-vl-7b", "tiny"]),
@@ -35,8 +37,8 @@ def _counts(context: click.Context, parameter: click.Parameter, value: str) -> l
     "--decoder",
     "decoders",
     multiple=True,
-    metavar="SPEC",
-    help="Measured beside plain greedy, which always is; may be repeated.  [default: every method]",
+    type=options.DecoderSpec(),
+    help="Measured beside plain greedy, which always is; may be repeated.  [default: every method of vlmfix]",
 )
 @click.option("--rows", default="1,8", show_default=True, callback=_counts, help="Questions at once.")
 @click.option("--tokens", default=64, show_default=True, type=click.IntRange(min=16), help="Tokens of an answer.")

@@ -104,8 +104,8 @@ def _tell_changes(folders: tuple[Path, ...], *, as_json: bool) -> None:
     for name in ("out", "draws", "seed"):
         if context.get_parameter_source(name) is not ParameterSource.DEFAULT:
             raise UsageError(f"--{name} does not go with folders of vlmfix run", "it is about evaluations alone")
-    from vlmfix.display import rendered
     from vlmfix.reports.changes import changes_json, changes_table
+    from vlmfix.terminal import rendered
     from vlmfix.view.changes import changes
     from vlmfix.view.folders import read_sheet
 
@@ -202,10 +202,10 @@ def _answer_again(folder: Path, out: Path, as_json: bool, **where: Any) -> None:
 
 def tell(runs: list[Any], out: Path, *, as_json: bool, draws: int = 10_000, seed: int = 0) -> None:
     """Compares runs, writes the comparison's files and prints it."""
-    from vlmfix.display import rendered
     from vlmfix.evals.comparison.compare import compare as compare_runs
     from vlmfix.reports import tables
     from vlmfix.reports.files import save
+    from vlmfix.terminal import rendered
 
     comparison = compare_runs(runs, draws=draws, seed=seed)
     written = save(comparison, out)

@@ -83,7 +83,7 @@ def _planned(command: Callable[..., None]) -> Callable[..., None]:
             "--decoder",
             "decoders",
             multiple=True,
-            metavar="SPEC",
+            type=options.DecoderSpec(),
             help="An arm beside plain greedy, which always runs; may be repeated. See: vlmfix decoders.",
         ),
         click.option("--out", required=True, type=PATH, help="Folder of the run; goes on where it was."),
@@ -109,9 +109,75 @@ def _sampled(what: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
     return decorate
 
 
-@click.group("eval")
+class _Benchmarks(click.Group):
+    """Adds benchmarks of other distributions to the commands, and those in files, ``mine.py:Mine``."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        from vlmfix.evals.tasks import TASKS
+
+        return [*super().list_commands(ctx), *TASKS.plugins()]
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if (own := super().get_command(ctx, cmd_name)) is not None:
+            return own
+        from vlmfix.evals.tasks import TASKS
+        from vlmfix.language.grammar import split
+
+        words, *more = split(cmd_name)
+        if not ctx.resilient_parsing and (words.name.endswith(".py") or words.name in TASKS.clashes()):
+            TASKS.check(words.name)  # it says more than that there is no such command
+        if more or words.name in TASKS.homes or words.name not in TASKS:
+            return None
+        return _other(cmd_name, TASKS.plugins()[words.name].distribution if words.name in TASKS.plugins() else "a file")
+
+
+@click.group("eval", cls=_Benchmarks)
 def evaluate() -> None:
-    """Benchmarks: several decoders over the same questions, with intervals."""
+    """Benchmarks: several decoders over the same questions, with intervals.
+
+    One in a file of your own is called path/to/file.py:CLASS.
+    """
+
+
+def _other(spec: str, source: str) -> click.Command:
+    """The command of a benchmark that is not vlmfix's own.
+
+    Args:
+        spec: Its name or its file and class, with options behind it as a decoder has parameters.
+        source: Where it comes from, in words.
+    """
+
+    @click.command(spec, short_help=f"From {source}.")
+    @click.option("--questions", type=PATH, help="File or folder that the benchmark reads its questions from.")
+    @click.option("--images", type=PATH, help="Folder of the pictures.")
+    @_planned
+    def command(*, questions: Path | None, images: Path | None, plan: Plan) -> None:
+        task = benchmark(spec)
+        _run(task, task.read(questions=questions, images=images), plan)
+
+    command.help = f"{spec}, a benchmark from {source}."
+    return command
+
+
+def benchmark(spec: str) -> Any:  # noqa: ANN401 (a Benchmark, whose module would import numpy)
+    """Makes a benchmark that is not vlmfix's own.
+
+    Raises:
+        UsageError: It is not known, or an option of it is not allowed.
+        PluginError: It cannot be used.
+    """
+    from vlmfix.decoders.index import check_parameters
+    from vlmfix.evals.tasks import TASKS
+    from vlmfix.language.grammar import split
+    from vlmfix.language.parameters import ranges
+
+    words, *more = split(spec)
+    if more:
+        raise UsageError(f"{spec} names several benchmarks", "name one")
+    kind = TASKS.find(words.name)
+    allowed = ranges(kind)
+    check_parameters(words, list(allowed))
+    return kind(**{key: allowed[key].parse(words.name, key, text) for key, _, text in words.given})
 
 
 @evaluate.command()

@@ -92,7 +92,7 @@ def _row(found: Any, place: int) -> dict[str, Any]:  # noqa: ANN401 (its class n
 def _table(rows: list[dict[str, Any]]) -> str:
     from rich.table import Table
 
-    from vlmfix.display import rendered
+    from vlmfix.terminal import rendered
 
     table = Table(box=None, pad_edge=False)
     table.add_column("token")

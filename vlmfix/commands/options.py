@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import functools
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import click
+from click.shell_completion import CompletionItem
 
 from vlmfix.parsing import escaped
 from vlmfix.records import to_json
@@ -18,11 +19,122 @@ from vlmfix.settings import Settings
 INTERRUPTED = 130
 """Exit code after Ctrl-C, as a shell reports it."""
 
+
+class DecoderSpec(click.ParamType[str]):
+    """Takes a specification of a decoder, and checks its names at once, which needs no torch."""
+
+    name = "SPEC"
+
+    def convert(self, value: str, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        """Returns the specification as it is.
+
+        Raises:
+            UsageError: A name in it is not known.
+        """
+        from vlmfix.decoders.index import check
+
+        check(value)
+        return value
+
+    def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+        """Completes the last name of a chain, or the last parameter of its last decoder."""
+        from vlmfix.decoders.index import DECODERS, own
+
+        before, plus, last = incomplete.rpartition("+")
+        name, colon, given = last.partition(":")
+        if not colon:
+            found = _completed(DECODERS, last, before + plus)
+            return found or [CompletionItem(incomplete, type="file")]
+        earlier, comma, begun = given.rpartition(",")
+        known = [f"{parameter.name}=" for parameter in own()[name].parameters] if name in own() else []
+        return _completed(known, begun, f"{before}{plus}{name}:{earlier}{comma}")
+
+
+class DecoderName(click.ParamType[str]):
+    """Takes the name of a decoder, or a file and a class."""
+
+    name = "NAME"
+
+    def convert(self, value: str, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        """Returns the name as it is.
+
+        Raises:
+            UsageError: There is no such decoder.
+        """
+        from vlmfix.decoders.index import DECODERS
+
+        DECODERS.check(value)
+        return value
+
+    def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+        """Completes the names of decoders, or else files."""
+        from vlmfix.decoders.index import DECODERS
+
+        return _completed(DECODERS, incomplete) or [CompletionItem(incomplete, type="file")]
+
+
+class ProfilerNames(click.ParamType[list[str]]):
+    """Takes names of profilers with commas between them."""
+
+    name = "NAME[,NAME...]"
+
+    def convert(self, value: str, param: click.Parameter | None, ctx: click.Context | None) -> list[str]:
+        """Returns the names.
+
+        Raises:
+            UsageError: One is not known.
+        """
+        from vlmfix.heads.profilers import PROFILERS
+
+        names = [name.strip() for name in value.split(",")]
+        for name in names:
+            PROFILERS.check(name)
+        return names
+
+    def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+        """Completes the last name."""
+        from vlmfix.heads.profilers import PROFILERS
+
+        before, comma, last = incomplete.rpartition(",")
+        return _completed(PROFILERS, last, before + comma) or [CompletionItem(incomplete, type="file")]
+
+
+class ModelName(click.ParamType[str]):
+    """Takes the name of a model, and tells a misspelt one of those that come with the package at once."""
+
+    name = "TEXT"
+
+    def convert(self, value: str, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        """Returns the name as it is.
+
+        Raises:
+            UsageError: It is nearly the name of an embedded model.
+        """
+        from vlmfix.settings import check_model_name
+
+        check_model_name(value)
+        return value
+
+    def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+        """Completes the embedded models, or else directories."""
+        from vlmfix.settings import EMBEDDED
+
+        return _completed(EMBEDDED, incomplete) or [CompletionItem(incomplete, type="dir")]
+
+
+def _completed(names: Iterable[str], begun: str, before: str = "") -> list[CompletionItem]:
+    return [CompletionItem(before + name) for name in names if name.startswith(begun)]
+
+
 debug = click.option("--debug", is_flag=True, expose_value=False, help="Show the traceback of an error.")
 
 _OPTIONS = {
     "model": click.option(
-        "--model", default="tiny", show_default=True, help="tiny, tiny-qwen, a Hub id, or a directory."
+        "--model",
+        default="tiny",
+        show_default=True,
+        type=ModelName(),
+        help="tiny, tiny-qwen, a Hub id, or a directory.",
     ),
     "revision": click.option("--revision", help="Branch, tag or commit of a Hub model."),
     "device": click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N."),
@@ -37,8 +149,8 @@ _OPTIONS = {
         "--decoder",
         default="greedy",
         show_default=True,
-        metavar="SPEC",
-        help="name, or name:parameter=value,parameter=value, or @recipe.toml; + joins. See: vlmfix decoders.",
+        type=DecoderSpec(),
+        help="NAME or FILE.py:CLASS, then :parameter=value,...; or @recipe.toml; + joins. See: vlmfix decoders.",
     ),
     "max_new_tokens": click.option(
         "--max-new-tokens",

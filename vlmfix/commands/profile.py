@@ -21,7 +21,12 @@ PATH = click.Path(path_type=Path)
 
 
 @click.group(invoke_without_command=True)
-@click.option("--profiler", "names", metavar="NAME[,NAME...]", help="What to measure, for instance vhd,image-mass.")
+@click.option(
+    "--profiler",
+    "names",
+    type=options.ProfilerNames(),
+    help="What to measure, for instance vhd,image-mass; FILE.py:CLASS for one of your own.",
+)
 @click.option("--images", type=PATH, help="Folder of pictures, drawn from in random order.")
 @click.option("--out", type=PATH, help="File for the profiles, such as heads.safetensors.")
 @click.option("--count", type=click.IntRange(min=1), help="Show at most so many pictures.  [default: all]")
@@ -41,7 +46,7 @@ PATH = click.Path(path_type=Path)
 def profile(
     context: click.Context,
     *,
-    names: str | None,
+    names: list[str] | None,
     images: Path | None,
     out: Path | None,
     count: int | None,
@@ -80,7 +85,7 @@ def profile(
         from vlmfix.figures import check_target
 
         check_target(plot)
-    chosen = profilers_of([name.strip() for name in names.split(",")])
+    chosen = profilers_of(names)
     files = _shuffled(images, seed)
     shown: list[str] = []
     if instances or captions:
@@ -151,7 +156,7 @@ def diff(*, left: Path, right: Path, name: str | None, count: int, as_json: bool
         return
     from rich.table import Table
 
-    from vlmfix.display import rendered
+    from vlmfix.terminal import rendered
 
     table = Table(box=None, pad_edge=False)
     for title in ("profiler", "heads compared", "in both", "by chance", "rank correlation"):
@@ -242,7 +247,7 @@ def _show(found: dict[str, Any], count: int) -> None:
     """Prints, for each profile, its origin and its strongest heads."""
     from rich.table import Table
 
-    from vlmfix.display import rendered
+    from vlmfix.terminal import rendered
 
     parts: list[Any] = []
     for name, profile in found.items():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 import sys
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 import click
 
 from vlmfix.commands import options
+from vlmfix.commands.evaluate import benchmark
 from vlmfix.errors import UsageError
 from vlmfix.settings import Settings
 
@@ -19,12 +21,14 @@ NEEDED = {"pope": ("questions",), "chair": ("instances", "captions")}
 
 
 @click.command()
-@click.argument("spec")
-@click.option("--task", "benchmark", required=True, type=click.Choice(sorted(NEEDED)), help="What to tune for.")
+@click.argument("spec", type=options.DecoderSpec(), metavar="SPEC")
+@click.option(
+    "--task", required=True, metavar="NAME", help="What to tune for: pope, chair, or a benchmark of your own."
+)
 @click.option("--budget", default=20, show_default=True, type=click.IntRange(min=1), help="Number of trials.")
 @click.option("--out", required=True, type=PATH, help="Folder of the search; goes on where it was.")
 @click.option("--images", required=True, type=PATH, help="Folder of the pictures.")
-@click.option("--questions", type=PATH, help="pope: question file, or a folder of them.")
+@click.option("--questions", type=PATH, help="pope: question file, or a folder of them; others: what they read.")
 @click.option("--instances", type=PATH, multiple=True, help="chair: COCO instances.")
 @click.option("--captions", type=PATH, multiple=True, help="chair: COCO captions.")
 @click.option("--count", type=click.IntRange(min=2), help="chair: draw so many pictures.  [default: all]")
@@ -37,7 +41,7 @@ NEEDED = {"pope": ("questions",), "chair": ("instances", "captions")}
 def tune(
     *,
     spec: str,
-    benchmark: str,
+    task: str,
     budget: int,
     out: Path,
     images: Path,
@@ -57,36 +61,52 @@ def tune(
     Writes OUT/recipe.toml, which every --decoder takes as @OUT/recipe.toml, and OUT/pareto.png. Parameters that SPEC
     gives stay fixed: vcd:plausibility=0.1,noise_step=500 searches contrast alone.
     """
-    given = {"questions": questions, "instances": instances, "captions": captions}
-    for name, value in given.items():
-        if bool(value) != (name in NEEDED[benchmark]):
-            need = " and ".join(f"--{needed}" for needed in NEEDED[benchmark])
-            raise UsageError(f"--task {benchmark} {'needs' if not value else 'does not take'} --{name}", f"give {need}")
-    if count is not None and benchmark != "chair":
-        raise UsageError(f"--task {benchmark} does not take --count", "all questions of its files are asked")
+    _check(task, {"questions": questions, "instances": instances, "captions": captions}, count)
     options.quieten()
     from vlmfix.evals.tuning import tune as tuning
 
-    if questions is not None:
-        task, workload = _pope(questions, images)
+    if task not in NEEDED:
+        rules = benchmark(task)
+        workload = rules.read(questions=questions, images=images)
+    elif questions is not None:
+        rules, workload = _pope(questions, images)
     else:
-        task, workload = _chair(instances, captions, images, count, sample_seed)
-    settings = replace(settings, max_new_tokens=max_new_tokens or task.max_new_tokens)
+        rules, workload = _chair(instances, captions, images, count, sample_seed)
+    settings = replace(settings, max_new_tokens=max_new_tokens or rules.max_new_tokens)
     guards = tuning.Guards(max_recall_loss=max_recall_loss, max_length_loss=max_length_loss)
     found = tuning.tune(
         spec,
         workload,
-        task,
+        rules,
         settings,
         budget=budget,
         out=out,
-        evaluate=_evaluator(task, settings, batch_size),
+        evaluate=_evaluator(rules, settings, batch_size),
         seed=sample_seed,
         guards=guards,
     )
-    _show(found, out, max_recall_loss)
+    _show(found, out, guards)
     if found.recipe is None:
         click.get_current_context().exit(1)
+
+
+def _check(task: str, given: Mapping[str, object], count: int | None) -> None:
+    """Checks that a benchmark is known, and gets what it needs and nothing else; of one's own, it says that itself."""
+    if task not in NEEDED:
+        from vlmfix.evals.tasks import TASKS
+        from vlmfix.language.grammar import split
+
+        name = next(split(task)).name
+        if name in TASKS.homes:
+            raise UsageError(f"{task} cannot be tuned for", f"tune for {' or '.join(NEEDED)}")
+        TASKS.check(name)
+    needed = NEEDED.get(task, ("questions",))
+    for name, value in given.items():
+        if (value and name not in needed) or (not value and name in NEEDED.get(task, ())):
+            need = " and ".join(f"--{option}" for option in needed)
+            raise UsageError(f"--task {task} {'needs' if not value else 'does not take'} --{name}", f"give {need}")
+    if count is not None and task != "chair":
+        raise UsageError(f"--task {task} does not take --count", "all questions of its files are asked")
 
 
 def _pope(questions: Path, images: Path) -> tuple[Any, Any]:
@@ -134,31 +154,51 @@ def _evaluator(task: Any, settings: Settings, batch_size: int | None) -> Any:  #
     return run
 
 
-def _show(found: Any, out: Path, max_recall_loss: float) -> None:  # noqa: ANN401
+def _show(found: Any, out: Path, guards: Any) -> None:  # noqa: ANN401
     """Prints what tuning found, with the held-out comparison, and draws the trials."""
-    from vlmfix.display import rendered
-    from vlmfix.reports import plots, tables
+    from vlmfix.reports import tables
+    from vlmfix.terminal import rendered
 
-    name = found.objective
-    points = [plots.Point(found.plain.recall, found.plain.value, role="plain", name="greedy")]
+    drawn = _draw(found, out, guards)
+    if found.held_out is not None:
+        click.echo(rendered(tables.terminal(found.held_out)), nl=False)
+    options.say(found.verdict)
+    if found.recipe:
+        written = f"{found.recipe} and pareto.png" if drawn else str(found.recipe)
+    else:
+        written = f"no recipe; the trials are in {out / drawn if drawn else out}"
+    options.say(f"vlmfix: {written}", err=True)
+
+
+def _draw(found: Any, out: Path, guards: Any) -> str:  # noqa: ANN401
+    """Draws the trials against the guard that the benchmark has; without one there is no drawing, and no name."""
+    from vlmfix.reports import plots
+
+    plain = found.plain
+    if plain.recall is not None:
+        guard, limit = "recall", plain.recall - guards.max_recall_loss
+    elif plain.length is not None:
+        guard, limit = "length", plain.length * (1 - guards.max_length_loss)
+    else:
+        return ""
+    points = [plots.Point(getattr(plain, guard), plain.value, role="plain", name="greedy")]
     points += [
         plots.Point(
-            trial.outcome.recall, trial.outcome.value, trial.feasible, *(("chosen", trial.spec) if trial.chosen else ())
+            getattr(trial.outcome, guard),
+            trial.outcome.value,
+            trial.feasible,
+            *(("chosen", trial.spec) if trial.chosen else ()),
         )
         for trial in found.trials
-        if trial.outcome.value is not None
+        if trial.outcome.value is not None and getattr(trial.outcome, guard) is not None
     ]
     plots.pareto(
         points,
         out / "pareto.png",
-        objective=name,
-        guard="recall",
+        objective=found.objective,
+        guard=guard,
         objective_better=found.better,
-        limit=found.plain.recall - max_recall_loss,
+        limit=limit,
         title=f"{len(found.trials)} trials on the tuning split",
     )
-    if found.held_out is not None:
-        click.echo(rendered(tables.terminal(found.held_out)), nl=False)
-    options.say(found.verdict)
-    written = f"{found.recipe} and pareto.png" if found.recipe else f"no recipe; the trials are in {out}/pareto.png"
-    options.say(f"vlmfix: {written}", err=True)
+    return "pareto.png"

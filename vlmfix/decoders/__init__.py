@@ -1,64 +1,69 @@
-"""Lists the decoding methods, of which each has its file, in one table."""
+"""Gives the decoding methods by name and by class; each has its file, and is imported when it is first used."""
 
 from __future__ import annotations
 
-from vlmfix.decoders import spec as _spec
-from vlmfix.decoders.attention.act import ACT
-from vlmfix.decoders.attention.adhh import ADHH
-from vlmfix.decoders.attention.gift import GIFT
-from vlmfix.decoders.attention.imbalance import Imbalance
-from vlmfix.decoders.attention.locore import LocoRE
-from vlmfix.decoders.attention.ph3 import PH3
-from vlmfix.decoders.attention.spin import SPIN
-from vlmfix.decoders.attention.var import VAR
-from vlmfix.decoders.attention.vhr import VHR
-from vlmfix.decoders.attention.zerotuning import ZeroTuning
-from vlmfix.decoders.base import Chain, Decoder, Greedy, Source
-from vlmfix.decoders.choice.beam import Beam
-from vlmfix.decoders.choice.sample import Sample
-from vlmfix.decoders.logits.inter import INTER
-from vlmfix.decoders.logits.sgrs import SGRS
-from vlmfix.decoders.logits.vcd import VCD
-from vlmfix.decoders.picture.carve import CARVE
-from vlmfix.decoders.picture.vicrop import ViCrop
-from vlmfix.decoders.spec import DecoderInfo, Parameter, describe
-from vlmfix.decoding.plan import DecodingPlan
-from vlmfix.decoding.strategy import Strategy
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
-DECODERS: dict[str, type[Decoder]] = {
-    decoder.name: decoder
-    for decoder in (
-        Greedy,
-        Sample,
-        Beam,
-        VAR,
-        LocoRE,
-        VCD,
-        INTER,
-        SGRS,
-        CARVE,
-        ViCrop,
-        VHR,
-        GIFT,
-        ZeroTuning,
-        ACT,
-        SPIN,
-        ADHH,
-        PH3,
-        Imbalance,
-    )
-}
-"""Name on the command line -> method."""
+from vlmfix.decoders.index import DECODERS, HOMES, DecoderInfo, Parameter
+
+if TYPE_CHECKING:
+    from vlmfix.decoders.attention.act import ACT
+    from vlmfix.decoders.attention.adhh import ADHH
+    from vlmfix.decoders.attention.gift import GIFT
+    from vlmfix.decoders.attention.imbalance import Imbalance
+    from vlmfix.decoders.attention.locore import LocoRE
+    from vlmfix.decoders.attention.ph3 import PH3
+    from vlmfix.decoders.attention.spin import SPIN
+    from vlmfix.decoders.attention.var import VAR
+    from vlmfix.decoders.attention.vhr import VHR
+    from vlmfix.decoders.attention.zerotuning import ZeroTuning
+    from vlmfix.decoders.base import Chain, Decoder, Greedy, Source
+    from vlmfix.decoders.choice.beam import Beam
+    from vlmfix.decoders.choice.sample import Sample
+    from vlmfix.decoders.logits.inter import INTER
+    from vlmfix.decoders.logits.sgrs import SGRS
+    from vlmfix.decoders.logits.vcd import VCD
+    from vlmfix.decoders.picture.carve import CARVE
+    from vlmfix.decoders.picture.vicrop import ViCrop
+    from vlmfix.decoders.spec import describe
+    from vlmfix.decoding.plan import DecodingPlan
+    from vlmfix.decoding.strategy import Strategy
+else:
+    _CLASSES = {name: module for module, _, name in (home.partition(":") for home in HOMES.values())}
+    _REST = {
+        "Chain": "vlmfix.decoders.base",
+        "Decoder": "vlmfix.decoders.base",
+        "DecodingPlan": "vlmfix.decoding.plan",
+        "Source": "vlmfix.decoders.base",
+        "Strategy": "vlmfix.decoding.strategy",
+        "describe": "vlmfix.decoders.spec",
+    }
+
+    def __getattr__(name: str) -> Any:  # noqa: ANN401
+        home = (_CLASSES | _REST).get(name)
+        if home is None:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        return getattr(import_module(home), name)
 
 
-def parse(spec: str) -> Decoder:
-    """Reads a decoder such as ``var:moved_fraction=0.4+locore:strength=0.15`` or ``@recipe.toml``.
+def parse(spec: str, *, files: bool = True) -> Decoder:
+    """Reads a decoder such as ``var:moved_fraction=0.4+locore:strength=0.15``, ``@recipe.toml`` or ``mine.py:Mine``.
+
+    Args:
+        spec: The decoder; a class in a file is named by the file's path and its name, and the file is run.
+        files: Whether it may name recipes and files of classes; give False for what a stranger wrote.
 
     Raises:
         UsageError: A name or a parameter is unknown, or a value is not allowed.
         DataError: A recipe cannot be read.
+        PluginError: A decoder of another distribution, or in a file, cannot be used.
     """
-    return _spec.parse(spec, DECODERS)
+    from vlmfix.decoders import spec as language  # it needs torch, and names are wanted without
+
+    if not files:
+        language.refuse_files(spec)
+    return language.parse(spec, DECODERS)
 
 
 __all__ = [

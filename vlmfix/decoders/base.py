@@ -20,7 +20,7 @@ from vlmfix.attention.session import Acting, edited
 from vlmfix.decoders.picture.refined import PictureMemo, Refined
 from vlmfix.decoding.handed import HandedLoop
 from vlmfix.decoding.plan import DecodingPlan
-from vlmfix.decoding.prefix import prompts_of, shared_prefixes
+from vlmfix.decoding.prefix import cut_prefill, prompts_of
 from vlmfix.decoding.stack import Stack, stack_layout, stacked
 from vlmfix.decoding.strategy import Strategy
 from vlmfix.decoding.watch import Watch, longest_prompts
@@ -30,6 +30,7 @@ from vlmfix.models.checkpoint import Checkpoint
 from vlmfix.models.context import room_for_answers
 from vlmfix.models.layout import Batch, ImageLayout
 from vlmfix.models.turns import turn_of
+from vlmfix.plugins import origin_of, plugins_of
 
 logger = logging.getLogger(__name__)
 
@@ -145,6 +146,19 @@ class Decoder(ABC):
         """Returns how tokens are chosen from the scores; None leaves that to the options of the call."""
         return None
 
+    @classmethod
+    def called(cls) -> str:
+        """Returns what a specification names the method by: its name, or the file and the class that it was read from.
+
+        See ``vlmfix.plugins``.
+        """
+        origin = origin_of(cls)
+        return cls.name if origin is None else origin.name
+
+    def plugins(self) -> dict[str, str]:
+        """Maps the methods that are not vlmfix's own to their distribution and version, or to their file's digest."""
+        return plugins_of([type(self)])
+
     def parameters(self) -> dict[str, Value]:
         """Returns all parameters with their values."""
         return {name: getattr(self, name) for name in ranges(type(self))}
@@ -152,7 +166,7 @@ class Decoder(ABC):
     def spec(self) -> str:
         """Writes the decoder as on the command line; parsing the text gives an equal decoder."""
         given = ",".join(f"{name}={written(value)}" for name, value in self.parameters().items())
-        return f"{self.name}:{given}" if given else self.name
+        return f"{self.called()}:{given}" if given else self.called()
 
     @contextmanager
     def applied(self, vlm: Checkpoint, batch: Mapping[str, Tensor], *, num_beams: int = 1) -> Iterator[dict[str, Any]]:
@@ -245,7 +259,7 @@ class Decoder(ABC):
             )
             block.enter_context(watch.watching())
             arguments: dict[str, Any] = {} if loop is None else {"custom_generate": loop}
-            if not plan.compiles:
+            if not plan.steps_alike:
                 arguments["disable_compile"] = True
             yield arguments | (self.strategy.arguments() if self.strategy else {}), watch
 
@@ -264,7 +278,7 @@ class Decoder(ABC):
             branches = [branch for contrast in plan.contrasts for branch in contrast.branches]
             prompts = prompts_of(vlm, batch, branches, beams=beams)
             if prompts is not None:
-                block.enter_context(shared_prefixes(vlm, prompts))
+                block.enter_context(cut_prefill(vlm, prompts))
             yield stack
 
 
@@ -339,6 +353,10 @@ class Chain(Decoder):
         return {
             f"{decoder.name}.{name}": value for decoder in self.decoders for name, value in decoder.facts(vlm).items()
         }
+
+    def plugins(self) -> dict[str, str]:
+        """Returns those of all parts."""
+        return {name: made_by for decoder in self.decoders for name, made_by in decoder.plugins().items()}
 
     def parameters(self) -> dict[str, Value]:
         """Returns the parameters of all parts, each under ``part.parameter``."""

@@ -2,45 +2,17 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 from vlmfix.decoders.base import Chain, Decoder
+from vlmfix.decoders.index import DecoderInfo, Parameter, check_parameters
 from vlmfix.errors import DataError, UsageError, VlmfixError
-from vlmfix.language.parameters import Value, path_of, ranges
+from vlmfix.files import path_of
+from vlmfix.language.grammar import Words, split
+from vlmfix.language.parameters import Value, plain, ranges
 from vlmfix.language.recipe import read_recipe
-
-PART = re.compile(r"(@.*?\.toml\s*(?=\+|$)|.*?)(?:\+(?=\s*[a-zA-Z@])|$)", re.DOTALL)
-"""A part of a chain and the ``+`` after it; the path of a recipe may hold a ``+``, and so may a number."""
-
-
-@dataclass(frozen=True)
-class Parameter:
-    """Describes one parameter of a decoder, for tables."""
-
-    name: str
-    default: Value
-    range: str
-    help: str
-    search: str
-
-
-@dataclass(frozen=True)
-class DecoderInfo:
-    """Describes one decoder, for tables: ``summary`` is one sentence, ``presets`` the values of each named set."""
-
-    name: str
-    title: str
-    summary: str
-    arxiv: str
-    code: str
-    acts_on: str
-    passes: int
-    beams: bool
-    compiles: bool
-    parameters: tuple[Parameter, ...]
-    presets: Mapping[str, Mapping[str, Value]]
+from vlmfix.plugins import FILE, Table, near
 
 
 @dataclass(frozen=True)
@@ -60,7 +32,8 @@ def parse(spec: str, decoders: Mapping[str, type[Decoder]]) -> Decoder:
     """Reads a decoder.
 
     Args:
-        spec: ``name``, ``name:parameter=value,parameter=value``, ``@recipe.toml``, or several joined by ``+``.
+        spec: ``name``, ``path/to/file.py:Class``, either with ``:parameter=value,parameter=value`` behind it,
+            ``@recipe.toml``, or several joined by ``+``.
         decoders: Known decoders by name.
 
     Raises:
@@ -79,9 +52,23 @@ def read_parts(spec: str, decoders: Mapping[str, type[Decoder]]) -> tuple[Part, 
         DataError: A recipe cannot be read.
     """
     parts: list[Part] = []
-    for text in [found[1].strip() for found in PART.finditer(spec) if found[0]] or [""]:
-        parts += _recipe(text[1:], decoders) if text.startswith("@") else [_one(text, decoders)]
+    for words in split(spec):
+        parts += [_one(words, decoders)] if words.recipe is None else _recipe(words.recipe, decoders)
     return tuple(parts)
+
+
+def refuse_files(spec: str) -> None:
+    """Refuses a specification that names recipes, or files with classes.
+
+    Raises:
+        UsageError: It does.
+    """
+    for words in split(spec):
+        if words.recipe is not None or FILE.fullmatch(words.name):
+            raise UsageError(
+                f"{words.name or f'@{words.recipe}'}: files are not read here",
+                "name a decoder of vlmfix or of an installed distribution, and write its parameters out",
+            )
 
 
 def _recipe(name: str, decoders: Mapping[str, type[Decoder]]) -> tuple[Part, ...]:
@@ -96,31 +83,25 @@ def _recipe(name: str, decoders: Mapping[str, type[Decoder]]) -> tuple[Part, ...
         raise DataError(f"{path}: {error.message}", error.hint) from error
 
 
-def _one(spec: str, decoders: Mapping[str, type[Decoder]]) -> Part:
-    name, _, rest = spec.partition(":")
-    if name not in decoders:
-        raise UsageError(f"unknown decoder {name!r}", f"known decoders: {', '.join(decoders)}")
-    allowed = ranges(decoders[name])
-    values: dict[str, Value] = {}
-    for item in filter(None, rest.split(",")):
-        key, equals, text = item.partition("=")
-        key = key.strip()
-        if key not in allowed or not equals:
-            known = ", ".join(allowed) or "none"
-            raise UsageError(
-                f"{name}: {item!r} is no parameter", f"write parameter=value; parameters of {name}: {known}"
-            )
-        if key in values:
-            raise UsageError(f"{name}: {key} is given twice", "give each parameter once")
-        values[key] = allowed[key].parse(name, key, text.strip())
-    return Part(decoders[name], values)
+def _one(words: Words, decoders: Mapping[str, type[Decoder]]) -> Part:
+    if isinstance(decoders, Table):
+        kind: type[Decoder] = decoders.find(words.name)
+    elif words.name in decoders:
+        kind = decoders[words.name]
+    else:
+        known = f"known decoders: {', '.join(decoders)}"
+        raise UsageError(f"unknown decoder {words.name!r}", f"{near(words.name, decoders)}{known}")
+    allowed = ranges(kind)
+    check_parameters(words, list(allowed))
+    return Part(kind, {key: allowed[key].parse(words.name, key, text) for key, _, text in words.given})
 
 
 def describe(decoder: type[Decoder]) -> DecoderInfo:
     """Describes a decoder for tables."""
     defaults = decoder()
     return DecoderInfo(
-        name=decoder.name,
+        name=decoder.called(),
+        made_by=next(iter(defaults.plugins().values()), ""),
         title=decoder.source.title,
         summary=" ".join((decoder.__doc__ or "").split("\n\n")[0].replace("``", "").split()),
         arxiv=decoder.source.arxiv,
@@ -130,8 +111,8 @@ def describe(decoder: type[Decoder]) -> DecoderInfo:
         beams=decoder.beams,
         compiles=decoder.compiles,
         parameters=tuple(
-            Parameter(name, getattr(defaults, name), allowed.text(), allowed.help, allowed.search_text())
+            Parameter(name, plain(getattr(defaults, name)), allowed.text(), allowed.search_text(), allowed.help)
             for name, allowed in ranges(decoder).items()
         ),
-        presets=decoder.presets,
+        presets={name: {key: plain(value) for key, value in set_.items()} for name, set_ in decoder.presets.items()},
     )

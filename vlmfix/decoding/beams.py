@@ -76,7 +76,7 @@ def search(call: Running, beams: int, ends: Collection[int]) -> list[Search]:
     going, step = every, 0
     while going:
         step += 1
-        for place, odd in enumerate(broken(scores)):
+        for place, odd in enumerate(broken(scores).tolist()):
             searched = going[place * len(going) // len(scores)]
             searched.broken += [step - 1] * odd
         totals = scores.log_softmax(dim=-1).view(len(going), -1, scores.shape[-1]) + sums[..., None]  # (B, beams, V)

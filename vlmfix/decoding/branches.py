@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import ClassVar, Self
 
 import torch
 from PIL import Image
@@ -41,13 +42,17 @@ class Branch:
 class Contrast(ABC):
     """Fuses the logits of contrast branches with the clean logits.
 
+    Class attributes:
+        steps_alike: Whether all steps are the same computation; False for a rule that counts or remembers them.
+
     Attributes:
-        branches: The N branches.
+        branches: The N branches; none for a rule that needs the clean logits alone.
         rows: (B,) bool, rows on which the rule acts; the other rows keep their scores.
     """
 
     branches: tuple[Branch, ...]
     rows: Tensor
+    steps_alike: ClassVar[bool] = True
 
     @abstractmethod
     def fuse(self, clean: Tensor, others: Tensor, scores: Tensor) -> Tensor:
@@ -61,6 +66,10 @@ class Contrast(ABC):
         Returns:
             (B, V) new scores.
         """
+
+    def keep(self, rows: Tensor) -> Self:
+        """Returns the rule for some of the rows, or for repeated ones, (B',) int64; see ``Running.keep``."""
+        return replace(self, rows=self.rows[rows])
 
 
 def without_picture(vlm: Checkpoint, batch: Batch) -> Branch:
@@ -82,6 +91,11 @@ def without_question(vlm: Checkpoint, batch: Batch, *, prompt: str | None = "") 
 def with_instruction(vlm: Checkpoint, batch: Batch, instruction: str) -> Branch:
     """Makes a branch with the same pictures and question under another system message."""
     return _asked(vlm, batch, _prompts(batch), instruction)
+
+
+def with_question(vlm: Checkpoint, batch: Batch, change: Callable[[str], str]) -> Branch:
+    """Makes a branch with the same pictures and, in place of each question, what ``change`` makes of it."""
+    return _asked(vlm, batch, [change(prompt or "") for prompt in _prompts(batch)], batch.system)
 
 
 def with_pixels(vlm: Checkpoint, branch: Batch, change: Callable[[Tensor, Tensor], Tensor]) -> Branch:

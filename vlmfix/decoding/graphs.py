@@ -12,7 +12,7 @@ Shape letters (``docs/notation.md``): R rows that go on, G rows in the recorded 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
 from weakref import WeakKeyDictionary
@@ -21,10 +21,11 @@ import torch
 from torch import Tensor, nn
 from transformers import Cache
 
+from vlmfix.attention.rows import Step
 from vlmfix.attention.state import Plans, State, key_of
 from vlmfix.models.checkpoint import Checkpoint
 from vlmfix.upstream.cache import Arena
-from vlmfix.upstream.compiling import quiet
+from vlmfix.upstream.compiling import quiet, settle
 from vlmfix.upstream.wrappers import state_of
 
 KEYS = 64
@@ -52,6 +53,7 @@ def captured(once: Callable[[], Tensor], device: torch.device) -> tuple[Replay, 
     Returns:
         The recording, and the tensor that each replay writes its result into.
     """
+    settle()
     aside = torch.cuda.Stream(device)
     aside.wait_stream(torch.cuda.current_stream(device))
     with torch.cuda.stream(aside), quiet():  # libraries' set-up at their first call must not be recorded
@@ -182,6 +184,11 @@ class Recorded:
         self._positions[..., :rows, :] = positions + 1
 
     @property
+    def steps(self) -> Mapping[int, tuple[Step, ...]]:
+        """Returns, for each layer, the edits with what they know of the rows, as the newest step left it."""
+        return self._state.steps
+
+    @property
     def full(self) -> bool:
         """Returns whether there is no room for a further token."""
         return self.tokens == self.capacity
@@ -192,6 +199,10 @@ class Recorded:
         self._graph.replay()
         self.tokens += 1
         return self._logits[self.rows]
+
+    def give_back(self, plans: Plans) -> None:
+        """Copies into the plans of the call what their edits have learned of keys in these steps."""
+        self._state.give_back(plans, self.rows)
 
     def keep(self, rows: Tensor) -> bool:
         """Keeps some of the rows, (R',) int64 numbers of the present ones.

@@ -1,7 +1,9 @@
 """Runs the decoding loop: prefill, then choose a token and run it, until every sample has ended.
 
-A sample that has ended leaves the batch with its branches, so that a long answer does not carry it along. Shape letters
-(``docs/notation.md``): B samples that go on, V vocabulary.
+A sample that has ended leaves the batch with its branches, so that a long answer does not carry it along. A GPU does
+not wait for the host between two recorded steps: the next one is started before the host reads which tokens were
+chosen, and its scores for samples that have ended are dropped. Shape letters (``docs/notation.md``): B samples that go
+on, V vocabulary.
 """
 
 from __future__ import annotations
@@ -48,8 +50,11 @@ def decode(call: Running, choice: Choice, ends: Collection[int]) -> Iterator[Sai
     scores = call.prompt()  # (B, V)
     for step in itertools.count(1):
         tokens = choice(scores)
-        said = tokens.tolist()
-        yield Said(tuple(going), said, broken(scores))
+        told = _Told(tokens, scores)
+        ahead = call.replays and step < min(call.room[sample] for sample in going)
+        scores = call.token(tokens) if ahead else scores
+        said, odd = told.read()
+        yield Said(tuple(going), said, odd)
         stay = [n for n, token in enumerate(said) if token not in ends and step < call.room[going[n]]]
         if not stay:
             return
@@ -57,10 +62,34 @@ def decode(call: Running, choice: Choice, ends: Collection[int]) -> Iterator[Sai
             lines = torch.tensor(stay, device=tokens.device)
             call.keep(lines)
             choice.keep(lines)
-            going, tokens = [going[place] for place in stay], tokens[lines]
-        scores = call.token(tokens)
+            going, tokens, scores = [going[place] for place in stay], tokens[lines], scores[lines]
+        if not ahead:
+            scores = call.token(tokens)
 
 
-def broken(scores: Tensor) -> list[bool]:
-    """Returns, for each row of (B, V) scores, whether it holds NaN or +inf."""
-    return (~(scores < math.inf).all(dim=-1)).tolist()
+class _Told:
+    """Brings what one step chose to the host, without waiting for what the device is told to do afterwards.
+
+    Args:
+        tokens: (B,) int64.
+        scores: (B, V), of which rows may be broken.
+    """
+
+    def __init__(self, tokens: Tensor, scores: Tensor) -> None:
+        both = torch.stack([tokens, broken(scores).long()])  # (2, B)
+        self._both = both.to("cpu", non_blocking=both.is_cuda)
+        self._there = torch.cuda.Event() if both.is_cuda else None
+        if self._there is not None:
+            self._there.record()
+
+    def read(self) -> tuple[list[int], list[bool]]:
+        """Waits for the B tokens, and for whether the scores of each held NaN or +inf."""
+        if self._there is not None:
+            self._there.synchronize()
+        tokens, odd = self._both.tolist()
+        return tokens, [bool(one) for one in odd]
+
+
+def broken(scores: Tensor) -> Tensor:
+    """Returns, for each row of (B, V) scores, whether it holds NaN or +inf, (B,) bool."""
+    return ~(scores < math.inf).all(dim=-1)

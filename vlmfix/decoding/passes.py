@@ -6,12 +6,14 @@ The call owns the KV cache, the mask and the positions, and gives them to the mo
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import Cache, DynamicCache
 
+from vlmfix.attention.edit import AttentionEdit
 from vlmfix.attention.state import Plans
 from vlmfix.decoding.graphs import ROOM, SHORT, Recorded, Recordings, capacity, kind_of, slots
 from vlmfix.decoding.rows import Rows
@@ -19,6 +21,7 @@ from vlmfix.errors import UpstreamError
 from vlmfix.models.checkpoint import Checkpoint
 from vlmfix.upstream import cache as caches
 from vlmfix.upstream.names import name_of
+from vlmfix.upstream.norms import fused
 from vlmfix.upstream.versions import say_once
 
 
@@ -30,7 +33,7 @@ class Passes:
         rows: The rows.
         room: Longest answer in tokens.
         plans: The edits at work.
-        recordings: The model's recorded steps; None to record no step.
+        recordings: The model's recorded steps; None to record no step, and to run the model's own norms.
         roomy: Whether the cache reserves room for further keys and values; False for rows that change their order at
             every step, and for steps with an autograd graph, of which the cache is part.
     """
@@ -46,6 +49,7 @@ class Passes:
         roomy: bool = True,
     ) -> None:
         self._model: Any = vlm.model
+        self._decoder, self._fuses = vlm.family.decoder(vlm.model), recordings is not None
         taken = ("ids", "positions", "mask", "cache")
         self._names = [name_of(type(vlm.model), value) for value in taken]
         self._rows, self._plans = rows, plans
@@ -71,10 +75,26 @@ class Passes:
         return self._recorded is not None and not self._new
 
     @property
+    def replays(self) -> bool:
+        """Returns whether the next token passes in a step that is recorded."""
+        return self._recorded is not None and not self._recorded.full
+
+    @property
     def cache(self) -> DynamicCache:
         """Returns the KV cache of the present rows; valid while no step is recorded."""
         cache: DynamicCache = self._cache
         return cache
+
+    def learned(self, edit: AttentionEdit, name: str) -> dict[int, Tensor]:
+        """Returns what an edit has learned of keys, layer by layer; see ``Running.learned``."""
+        recorded, found = self._recorded, {}
+        for layer, plan in self._plans.items():
+            for place, step in enumerate(plan.steps):
+                if step.edit is edit and recorded is None:
+                    found[layer] = step.memory.of_keys[name]
+                elif step.edit is edit and recorded is not None:
+                    found[layer] = recorded.steps[layer][place].memory.of_keys[name][recorded.rows]
+        return found
 
     def prompt(self) -> Tensor:
         """Runs prefill; returns the logits that follow each prompt, (R, V) float32."""
@@ -94,6 +114,7 @@ class Passes:
         """
         self._left, self._new = self._left - 1, False
         if self._recorded is not None and self._recorded.full:
+            self._recorded.give_back(self._plans)
             self._go_on_unrecorded(self._recorded)
         elif self._recorded is None and self._recordings is not None:
             self._record(self._recordings)
@@ -110,6 +131,7 @@ class Passes:
             rows: (R',) int64, numbers of the present rows.
         """
         if self._recorded is not None:
+            self._recorded.give_back(self._plans)  # of all rows, since the caller takes some out afterwards
             if not self._recorded.keep(rows):
                 self._go_on_unrecorded(self._recorded)
             return
@@ -155,7 +177,8 @@ class Passes:
 
     def _logits(self, ids: Tensor, positions: Tensor, mask: Tensor, cache: Cache, **given: Any) -> Tensor:
         given |= dict(zip(self._names, (ids, positions, mask, cache), strict=True))
-        output = self._model(**given, use_cache=True, logits_to_keep=1, return_dict=True)
+        with fused(self._decoder) if self._fuses else nullcontext():
+            output = self._model(**given, use_cache=True, logits_to_keep=1, return_dict=True)
         logits: Tensor = output.logits[:, -1].float()
         if logits.requires_grad:
             caches.detach(cache)  # else the cache would keep every step's graph alive

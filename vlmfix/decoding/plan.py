@@ -41,7 +41,7 @@ class DecodingPlan:
         gate: Chooses the tokens, at most one in a chain; None leaves that to greedy search, sampling or beams.
         asks: Layers whose saliency the gate reads; None when it reads none.
         beams: Whether beam search is meaningful.
-        compiles: Whether decoding steps can be compiled; False for plans with per-step Python effects.
+        compiles: Whether edits can be recorded and compiled; False for those with effects in Python at every step.
     """
 
     edits: tuple[AttentionEdit, ...] = ()
@@ -50,6 +50,11 @@ class DecodingPlan:
     asks: LayerSet | None = None
     beams: bool = True
     compiles: bool = True
+
+    @property
+    def steps_alike(self) -> bool:
+        """Returns whether all decoding steps are the same computation, fusion of logits included."""
+        return self.compiles and all(contrast.steps_alike for contrast in self.contrasts)
 
     @property
     def plain(self) -> bool:

@@ -1,4 +1,4 @@
-"""Runs the common beginning of several rows' prompts once, and copies its KV cache to each of the rows.
+"""Runs the common beginning of several rows' prompts once, and long prompts in pieces.
 
 Questions about one picture differ only behind it. Prefill, the text decoder's first call, is split in two: the columns
 before ``start`` run once per distinct beginning, and their keys and values are copied to every row with that
@@ -6,7 +6,10 @@ beginning; the columns from ``start`` on run per row, behind that cache. Columns
 and everything above the text decoder see one ordinary prompt. Where ``start`` cuts into a row's own beginning (its
 question is shorter than the longest), the row computes the few columns between once more.
 
-A pass is split only where that is the same computation: the beginnings are equal as the decoder sees them (embeddings,
+What remains of the pass of a long prompt is cut into pieces, each behind the cache of those before it, so that a
+photograph of many tokens does not need the memory of a whole pass.
+
+A pass is cut only where that is the same computation: the beginnings are equal as the decoder sees them (embeddings,
 positions, deep features), no edit acts before ``start``, no sliding window ends inside the prompt, no rotary
 embedding depends on the length of the pass, and no token of a beginning attends to one behind it. Everything else runs
 as it would without this module.
@@ -19,8 +22,9 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -28,7 +32,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 from vlmfix.attention.probe import Enough
-from vlmfix.attention.session import continued, first_edited, recorded
+from vlmfix.attention.session import bare, continued, first_edited, reads_hidden, recorded
 from vlmfix.decoding.branches import Branch
 from vlmfix.decoding.encoding import first_rows, repeats_pictures
 from vlmfix.errors import UpstreamError
@@ -39,19 +43,26 @@ from vlmfix.upstream import positions
 from vlmfix.upstream.names import TextNames
 from vlmfix.upstream.versions import say_once
 
+PIECE = 8_192
+"""Most tokens of all rows that pass through the text decoder together in prefill: enough for matrix products at their
+best speed, with less than 1 GiB beside the weights and the cache in a model of 7 billion parameters."""
+COLUMNS = 2_048
+"""Prompts of at most this many tokens are not cut into pieces: attention behind a cache is slower than in one pass, and
+what many short prompts need is their cache above all."""
+
 
 @dataclass(frozen=True, eq=False)
 class Prompts:
     """Describes the rows of a prefill, and which of them may have a common beginning.
 
     Attributes:
-        real: (B, T) bool, True where a prompt token is real; padding is on the left.
+        real: (B, T) bool, True where a prompt token is real; padding is on the left where beginnings are shared.
         alike: (B,) int64, the first row with the same pictures and the same tokens up to the last picture's end. A row
-            without a picture is like its own beams alone.
+            without a picture is like its own beams alone. None when no two rows share a beginning.
     """
 
     real: Tensor
-    alike: Tensor
+    alike: Tensor | None
 
 
 def prompts_of(vlm: Checkpoint, batch: Batch, branches: Sequence[Branch], *, beams: int = 1) -> Prompts | None:
@@ -102,8 +113,8 @@ def _keys(vlm: Checkpoint, shown: Batch, asked: Batch) -> list[Hashable]:
 
 
 @contextmanager
-def shared_prefixes(vlm: Checkpoint, prompts: Prompts) -> Iterator[None]:
-    """Splits the text decoder's first call inside the block, if it is a prefill, and leaves later calls alone.
+def cut_prefill(vlm: Checkpoint, prompts: Prompts) -> Iterator[None]:
+    """Cuts the text decoder's first call inside the block, if it is a prefill, and leaves later calls alone.
 
     Args:
         vlm: The model; its text decoder's ``forward`` is restored by the first call, and at the latest on leaving.
@@ -116,11 +127,14 @@ def shared_prefixes(vlm: Checkpoint, prompts: Prompts) -> Iterator[None]:
     @functools.wraps(original)
     def forward(*args: Any, **kwargs: Any) -> Any:  # noqa: ANN401 (families differ)
         restore()
-        given = None if args else _read(decoder, kwargs)
-        split = None if given is None else _split(vlm, prompts, given)
-        if given is None or split is None:
+        short = prompts.real.shape[1] <= COLUMNS or prompts.real.numel() <= PIECE
+        given = None if args or (prompts.alike is None and short) else _read(decoder, kwargs)
+        if given is None or not _is_prefill(vlm, given, prompts.real):
             return original(*args, **kwargs)
-        return _run(vlm, original, split, given)
+        split = None if prompts.alike is None else _split(vlm, prompts.real, prompts.alike, given)
+        if split is not None:
+            return _run(vlm, original, split, given)
+        return original(*args, **kwargs) if short else _rest(vlm, original, given, 0, {})
 
     def restore() -> None:
         if decoder.__dict__.get("forward") is forward:
@@ -166,12 +180,12 @@ def _read(decoder: nn.Module, kwargs: Mapping[str, Any]) -> Given | None:
     try:
         names = TextNames.of(decoder)
     except UpstreamError as error:
-        say_once(f"beginnings of prompts are not shared, which costs time: {error}")
+        say_once(f"prompts pass whole and apart, which costs time and memory: {error}")
         return None
     own = (names.embeds, names.mask, names.positions, names.cache, names.picture_tokens, names.deep)
     if strange := [name for name, value in kwargs.items() if name not in own and _by_token(value)]:
         say_once(
-            "beginnings of prompts are not shared, which costs time: "
+            "prompts pass whole and apart, which costs time and memory: "
             f"{type(decoder).__name__} was called with {', '.join(strange)}, which vlmfix does not know"
         )
         return None
@@ -212,21 +226,26 @@ class Split:
     length: int
 
 
-def _split(vlm: Checkpoint, prompts: Prompts, given: Given) -> Split | None:
-    """Decides where to split; returns None when the pass must stay whole or a split would save nothing."""
-    rows, total = prompts.real.shape
-    if not _is_prefill(vlm, given, prompts.real):
-        return None
-    pad = total - prompts.real.sum(dim=1)  # (B,)
+def _split(vlm: Checkpoint, real: Tensor, same: Tensor, given: Given) -> Split | None:
+    """Decides where to split; returns None when a split would save nothing.
+
+    Args:
+        vlm: The model.
+        real: As in ``Prompts``.
+        same: ``Prompts.alike``.
+        given: The call.
+    """
+    rows, total = real.shape
+    pad = total - real.sum(dim=1)  # (B,)
     common = torch.minimum(
-        _common(prompts.alike, pad, given), total - pad - 2
+        _common(same, pad, given), total - pad - 2
     )  # (B,); leaves two queries: one alone is a decoding step
-    common = common.scatter_reduce(0, prompts.alike, common, "amin")[prompts.alike]
+    common = common.scatter_reduce(0, same, common, "amin")[same]
     edited = first_edited(vlm)
     start = min(int((pad + common).min()), total if edited is None else edited)
     wanted = (start - pad).clamp(min=0)  # (B,) tokens of the beginning that each row takes over
-    wanted = wanted.scatter_reduce(0, prompts.alike, wanted, "amax")
-    alike = torch.where(wanted[prompts.alike] > 0, prompts.alike, prompts.alike[wanted.argmax()])
+    wanted = wanted.scatter_reduce(0, same, wanted, "amax")
+    alike = torch.where(wanted[same] > 0, same, same[wanted.argmax()])
     first, of = alike.unique(return_inverse=True)
     needed = _closed(given.mask, first, pad[first], wanted[first])  # (U,)
     length = int(needed.max())
@@ -236,14 +255,17 @@ def _split(vlm: Checkpoint, prompts: Prompts, given: Given) -> Split | None:
 
 
 def _run(vlm: Checkpoint, decoder: Callable[..., Any], split: Split, given: Given) -> Any:  # noqa: ANN401
-    """Both passes; returns the second's output, which has the last S columns."""
-    names, total = given.names, given.embeds.shape[1]
+    """Runs the beginnings, and then what each row has of its own; returns the last call's output."""
+    total = given.embeds.shape[1]
     columns = torch.arange(total, device=split.pad.device)
     once = (split.pad[split.first, None] + columns[: split.length]).clamp(max=total - 1)  # (U, P)
-    fresh = DynamicCache()
-    inputs = _inputs(given, split.first[:, None], once)
+    mask = _mask_among(given.mask, split.first, once)  # None where the pass is cut into pieces
+    fresh, first = DynamicCache(), split.first[:, None]
+    pieces = _pieces(vlm, given, len(first), 0, split.length)
     with recorded(vlm) as hidden, suppress(Enough):  # the second pass ends at the same layer
-        decoder(**inputs, **{names.mask: _mask_among(given.mask, split.first, once), names.cache: fresh})
+        for begin, end in pieces:
+            with suppress(Enough) if end < split.length else nullcontext():
+                _call(decoder, given, first, once[:, begin:end], mask, fresh)
     token = (columns[: split.start] - split.pad[:, None]).clamp(min=0)  # (B, start), padding takes any
 
     def copied(values: Tensor) -> Tensor:
@@ -254,10 +276,57 @@ def _run(vlm: Checkpoint, decoder: Callable[..., Any], split: Split, given: Give
         keys, values = (copied(x.transpose(1, 2)).transpose(1, 2) for x in pair)
         caches.fill(given.cache, number, keys, values)  # (B, G, start, D)
     past = {number: functools.partial(copied, value) for number, value in hidden.items()}
-    every = torch.arange(len(split.of), device=columns.device)[:, None]
-    inputs = _inputs(given, every, columns[None, split.start :].expand(len(every), -1))
-    with continued(vlm, split.start, past):
-        return decoder(**inputs, **{names.mask: _mask_from(given.mask, split.start), names.cache: given.cache})
+    return _rest(vlm, decoder, given, split.start, past)
+
+
+def _rest(
+    vlm: Checkpoint,
+    decoder: Callable[..., Any],
+    given: Given,
+    start: int,
+    past: Mapping[int, Callable[[], Tensor]],
+) -> Any:  # noqa: ANN401 (families differ)
+    """Runs the columns from ``start`` on, piece by piece; returns the last call's output.
+
+    Edits act in the last piece alone, which begins before the first column that they change.
+    """
+    rows, total, _ = given.embeds.shape
+    every = torch.arange(rows, device=given.embeds.device)[:, None]
+    columns = torch.arange(total, device=given.embeds.device).expand(rows, -1)
+    *before, (begin, _) = _pieces(vlm, given, rows, start, total)
+    for here, end in before:
+        with bare(vlm), suppress(Enough):
+            _call(decoder, given, every, columns[:, here:end], _mask_from(given.mask, here, end), given.cache)
+    with continued(vlm, begin, past):
+        return _call(decoder, given, every, columns[:, begin:], _mask_from(given.mask, begin, total), given.cache)
+
+
+def _pieces(vlm: Checkpoint, given: Given, rows: int, start: int, end: int) -> list[tuple[int, int]]:
+    """Cuts the columns from ``start`` to ``end`` into pieces of ``PIECE`` tokens, or ``COLUMNS``, as (begin, end) each.
+
+    There is one piece where the mask has more in it than causality and padding (a picture whose tokens see each other
+    must not be cut), or an edit reads the residual stream of all columns. The last piece has two columns at least,
+    since one alone is a decoding step, and all columns that edits act on.
+    """
+    size = max(COLUMNS, PIECE // rows)
+    first = first_edited(vlm)
+    latest = end - 2 if first is None else min(end - 2, first)
+    whole = isinstance(given.mask, dict) or (given.mask is not None and given.mask.dim() > 2) or reads_hidden(vlm)
+    cuts = [] if whole else range(start + size, latest + 1, size)
+    return list(pairwise([start, *cuts, end]))
+
+
+def _call(
+    decoder: Callable[..., Any],
+    given: Given,
+    rows: Tensor,
+    columns: Tensor,
+    mask: Any,  # noqa: ANN401
+    cache: Any,  # noqa: ANN401
+) -> Any:  # noqa: ANN401 (families differ)
+    """Runs the text decoder over some tokens behind what stands in a cache; see ``_inputs``."""
+    names = given.names
+    return decoder(**_inputs(given, rows, columns), **{names.mask: mask, names.cache: cache})
 
 
 def _is_prefill(vlm: Checkpoint, given: Given, real: Tensor) -> bool:
@@ -378,13 +447,15 @@ def _mask_among(mask: Any, rows: Tensor, columns: Tensor) -> Any:  # noqa: ANN40
     return mask[rows[:, None, None], 0, columns[:, :, None], columns[:, None, :]][:, None]
 
 
-def _mask_from(mask: Any, start: int) -> Any:  # noqa: ANN401
-    """Cuts out the mask of the queries from a column on; a (B, T) mask, which has no queries, stays as it is.
+def _mask_from(mask: Any, begin: int, end: int) -> Any:  # noqa: ANN401
+    """Cuts out the mask of the queries from one column to another; a (B, T) mask is that of the keys.
 
     It returns no dict whose values are all None: the decoder would take it for a finished mask, and use no mask at
     all behind the cache.
     """
     if isinstance(mask, dict):
-        parts = {name: _mask_from(part, start) for name, part in mask.items()}
+        parts = {name: _mask_from(part, begin, end) for name, part in mask.items()}
         return parts if any(part is not None for part in parts.values()) else None
-    return mask if mask is None or mask.dim() == 2 else mask[:, :, start:]
+    if mask is None:
+        return None
+    return mask[:, :end] if mask.dim() == 2 else mask[:, :, begin:end]

@@ -7,13 +7,13 @@ sample, side by side), N branches, R = (1 + N) * L rows in branch-major order, V
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
-from dataclasses import replace
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 from transformers import DynamicCache
 
+from vlmfix.attention.edit import AttentionEdit
 from vlmfix.attention.session import Acting, AtWork, edited
 from vlmfix.attention.windows import check_windows
 from vlmfix.decoding.branches import Contrast
@@ -21,13 +21,14 @@ from vlmfix.decoding.graphs import recordings_of
 from vlmfix.decoding.newest import Newest, check_prompts
 from vlmfix.decoding.passes import Passes
 from vlmfix.decoding.plan import DecodingPlan
-from vlmfix.decoding.prefix import Prompts, prompts_of, shared_prefixes
+from vlmfix.decoding.prefix import Prompts, cut_prefill, prompts_of
 from vlmfix.decoding.rows import rows_of
 from vlmfix.decoding.watch import idle
 from vlmfix.models.checkpoint import Checkpoint
 from vlmfix.models.context import room_for_answers
 from vlmfix.models.layout import Batch, ImageLayout
 from vlmfix.models.turns import turn_of
+from vlmfix.upstream.compiling import start
 
 RECORDING = ("cuda",)
 """Kinds of devices on which decoding steps are recorded."""
@@ -42,7 +43,7 @@ class Running:
         copies: 1 + N.
         work: The edits.
         contrasts: The rules that fuse the branches' logits, in order.
-        alike: The prompts that share a beginning, or None.
+        prompts: The prompts, and which of them share a beginning.
         room: Longest answer of each sample in tokens: the limit of the call, or less where the context ends.
         name: How the decoder is written, for messages.
         newest: Keeps the newest step with its graph, or None.
@@ -59,14 +60,14 @@ class Running:
         copies: int,
         work: AtWork,
         contrasts: Sequence[Contrast],
-        alike: Prompts | None,
+        prompts: Prompts,
         room: Sequence[int],
         name: str,
         newest: Newest | None,
     ) -> None:
         self.room, self.newest = room, newest
         self._vlm, self._passes, self._work, self._contrasts = vlm, passes, work, tuple(contrasts)
-        self._alike, self._copies, self._lines, self._width = alike, copies, len(room), 1
+        self._prompts, self._copies, self._lines, self._width = prompts, copies, len(room), 1
         self._acting, self._name = Acting(vlm), name
 
     @property
@@ -81,9 +82,26 @@ class Running:
         """Returns the KV cache of all rows, for a plan whose steps are not recorded."""
         return self._passes.cache
 
+    @property
+    def replays(self) -> bool:
+        """Returns whether the next token replays a recorded step, which the host need not wait for."""
+        return self._passes.replays
+
+    def learned(self, edit: AttentionEdit, name: str) -> dict[int, Tensor]:
+        """Returns what an edit at work has learned of keys, as the newest step left it.
+
+        Args:
+            edit: The edit.
+            name: As it told ``Site.learn_of_keys``.
+
+        Returns:
+            Layer number -> (R, ..., T) of the present rows, or with more keys behind the prompt's.
+        """
+        return self._passes.learned(edit, name)
+
     def prompt(self) -> Tensor:
         """Runs prefill; returns the scores that follow each prompt, (B, V) float32."""
-        with shared_prefixes(self._vlm, self._alike) if self._alike else nullcontext():
+        with cut_prefill(self._vlm, self._prompts):
             logits = self._passes.prompt()
         return self._scores(logits) if self.newest is None else self._kept(self.newest, self._passes.again)
 
@@ -105,7 +123,7 @@ class Running:
         rows = (lines + self._lines * torch.arange(self._copies, device=lines.device)[:, None]).flatten()  # (R',)
         self._passes.keep(rows)
         self._work.keep(rows)
-        self._contrasts = tuple(replace(contrast, rows=contrast.rows[lines]) for contrast in self._contrasts)
+        self._contrasts = tuple(contrast.keep(lines) for contrast in self._contrasts)
         self._lines, self._width = len(lines), width
 
     def _kept(self, newest: Newest, step: Callable[[], Tensor]) -> Tensor:
@@ -151,6 +169,8 @@ def running(
     with turn_of(vlm.model).taken(), torch.no_grad():
         stays = plan.compiles and plan.asks is None and not reorders
         recordings = recordings_of(vlm) if stays and _can_record(vlm) else None
+        if recordings is not None and recordings.fuses and plan.edits:
+            start(vlm.device)  # while the prompt passes
         rows = rows_of(vlm, batch, branches)
         left = room_for_answers(vlm, rows.longest)
         wanted = [limit] * batch.rows if isinstance(limit, int) else list(limit)
@@ -165,9 +185,9 @@ def running(
         with edited(vlm, wide, edits, live=live) as work:
             roomy = newest is None and not reorders
             passes = Passes(vlm, rows, max(room), plans=work.plans, recordings=recordings, roomy=roomy)
-            alike = prompts_of(vlm, batch, branches)
+            prompts = prompts_of(vlm, batch, branches) or Prompts(rows.mask.bool(), None)
             try:
-                yield Running(vlm, passes, rows.copies, work, plan.contrasts, alike, room, name, newest)
+                yield Running(vlm, passes, rows.copies, work, plan.contrasts, prompts, room, name, newest)
             finally:
                 if newest is not None:
                     newest.forget()

@@ -174,15 +174,20 @@ def _stack(
         contrasts=tuple(replace(c, rows=c.rows.repeat_interleave(beams)) for c in contrasts),
         clean=batch.rows * beams,
         prompt=batch.length,
-        ids=torch.cat([_wide(_left(b["input_ids"], length), beams) for b in batches]),
+        ids=torch.cat(
+            [batch["input_ids"].new_empty(0, length), *(_wide(_left(b["input_ids"], length), beams) for b in batches)]
+        ),
         mask=torch.cat(masks),
-        positions=torch.cat(positions[1:], dim=-2),
+        positions=torch.cat([positions[0][..., :0, :], *positions[1:]], dim=-2),
         shift=torch.cat([p[..., -1:] - clean for p in positions], dim=-2),
         features=_features(vlm, branches, beams),
         shares=tuple(branch.same_pictures for branch in branches),
         types={
             name: torch.cat(
-                [_wide(_left(b.get(name, torch.zeros_like(b["input_ids"])), length), beams) for b in batches]
+                [
+                    batch[name].new_empty(0, length),
+                    *(_wide(_left(b.get(name, torch.zeros_like(b["input_ids"])), length), beams) for b in batches),
+                ]
             )
             for name in TYPES
             if name in batch

@@ -10,16 +10,18 @@ from functools import cache
 from pathlib import Path, PurePath
 from typing import Any, get_type_hints
 
-from vlmfix.errors import DataError, UsageError, VlmfixError
+from vlmfix.errors import DataError, PluginError, UsageError, VlmfixError
 from vlmfix.evals.task import Judged, Sample, Task
 from vlmfix.evals.tasks import TASKS
 from vlmfix.files import plain_name, replacing
 from vlmfix.parsing import some
+from vlmfix.plugins import refuse_other_plugins
 from vlmfix.records import read_json, read_lines, shown, to_json
 from vlmfix.settings import DECODED, LOADED, MODEL
 from vlmfix.shapes import (
     COUNT,
     FLAG,
+    NUMBER,
     OBJECT,
     PATH,
     SIZE,
@@ -37,7 +39,9 @@ CARD, SAMPLES, ANSWERS = "card.json", "samples.jsonl", "answers.jsonl"
 RESULTS, REPORT = "results.json", "report.json"
 COMPARISON = ("comparison.csv", "comparison.md", "comparison.png")
 """What a comparison leaves: table, text and plot."""
-ARM = fields({"spec": TEXT, "parameters": OBJECT}, {"strategy": TEXT, "facts": mapping_of(TEXT)})
+PLUGINS = mapping_of(TEXT).or_null()
+"""What a card says of what is not vlmfix's own: name -> distribution and version, or digest of a file."""
+ARM = fields({"spec": TEXT, "parameters": OBJECT}, {"strategy": TEXT, "facts": mapping_of(TEXT), "plugins": PLUGINS})
 SESSION = fields({"versions": mapping_of(TEXT.or_null())}, {"arms": OBJECT})
 MADE_BY = {
     "images": PATH.or_null(),
@@ -56,7 +60,7 @@ SCORED = {
     "model": TEXT,
     "decoding": fields(DECODED),
 }
-BESIDES = MADE_BY | LOADED | {"sessions": list_of(SESSION)}
+BESIDES = MADE_BY | LOADED | {"sessions": list_of(SESSION), "plugins": PLUGINS}
 SCORABLE = fields(SCORED, BESIDES)
 """What a card must say for its answers to be scored, and what it may say besides."""
 RESUMABLE = fields(SCORED | {"sessions": list_of(SESSION)}, BESIDES)
@@ -72,6 +76,7 @@ OPTIONS: Mapping[Any, Shape] = {
     str | None: TEXT.or_null(),
     bool: FLAG,
     int: COUNT,
+    float: NUMBER,
     Sequence[str]: list_of(TEXT),
     Mapping[str, Sequence[str]]: mapping_of(list_of(TEXT)),
 }
@@ -180,17 +185,16 @@ def read_run(folder: Path) -> EvalRun:
     """Read a run.
 
     Raises:
-        DataError: The folder is not a run's, or a file in it was changed.
+        DataError: The folder is not a run's, a file in it was changed, or its benchmark is not known here.
+        PluginError: The benchmark is another distribution's or in a file, and is not that of the run.
     """
     if not (folder / CARD).exists():
         raise DataError(f"{folder} holds no {CARD}", "give a folder that vlmfix eval wrote")
     card = read_json(folder / CARD, SCORABLE)
-    if card["format"] != FORMAT or card["task"] not in TASKS:
-        raise DataError(
-            f"{folder / CARD} has format {card['format']!r} and task {card['task']!r}",
-            f"this version reads format {FORMAT}",
-        )
+    if card["format"] != FORMAT:
+        raise DataError(f"{folder / CARD} has format {card['format']!r}", f"this version reads format {FORMAT}")
     task = _task(folder / CARD, card)
+    refuse_other_plugins(str(folder), card.get("plugins"), task.plugins())
     samples = [_sample(folder, line) for line in read_lines(folder / SAMPLES, SAMPLE)]
     if digest(samples) != card["samples"]:
         raise DataError(f"{folder / SAMPLES} is not what the run asked", "restore the file, or run again")
@@ -213,8 +217,18 @@ def _sample(folder: Path, line: Mapping[str, Any]) -> Sample:
 
 def _task(path: Path, card: Mapping[str, Any]) -> Task:
     """The rules of scoring that a card says."""
-    kind, options = TASKS[card["task"]], card["options"]
-    hints = get_type_hints(kind)
+    try:
+        kind: type[Task] = TASKS.find(card["task"])
+    except UsageError as error:
+        made_by = (card.get("plugins") or {}).get(card["task"])
+        hint = f"install {made_by}, or put the file back" if made_by else error.hint
+        raise DataError(f"{path}: {error.message}", hint) from error
+    options, hints = card["options"], get_type_hints(kind)
+    if strange := sorted(field.name for field in fields_of(kind) if hints[field.name] not in OPTIONS):
+        raise PluginError(
+            f"{kind.called()}: {', '.join(strange)} has a type that a card cannot hold",
+            "options of a benchmark are str, bool, int or float",
+        )
     known = {field.name: OPTIONS[hints[field.name]] for field in fields_of(kind)}
     wrong = fault(options, fields({}, known))
     if strange := sorted(options.keys() - known.keys()):

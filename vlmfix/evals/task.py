@@ -15,6 +15,8 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from vlmfix.plugins import origin_of, plugins_of
+
 Numbers = NDArray[np.float64]
 
 
@@ -112,6 +114,16 @@ class Task(ABC):
     shifts: ClassVar[tuple[str, ...]] = ()
     max_new_tokens: ClassVar[int]
 
+    @classmethod
+    def called(cls) -> str:
+        """Returns what cards call it: its name, or the file and the class that it was read from."""
+        origin = origin_of(cls)
+        return cls.name if origin is None else origin.name
+
+    def plugins(self) -> dict[str, str]:
+        """Maps it to its distribution and version, or to its file's digest; nothing for vlmfix's own."""
+        return plugins_of([type(self)])
+
     def options(self) -> dict[str, Any]:
         """The fields in JSON values; ``type(self)(**options)`` makes an equal task."""
         return asdict(self)
@@ -162,6 +174,34 @@ class Task(ABC):
             answers: Their raw answers, in the same order.
         """
         return {}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Benchmark(Task):
+    """A benchmark that another distribution or a file adds: rules of scoring, and where its questions come from.
+
+    ``vlmfix eval NAME --questions PATH --images DIR`` asks them. Fields that are declared with ``parameter`` are
+    options, ``vlmfix eval NAME:field=value``; they are str, bool, int or float, and a run's card keeps them.
+
+    Class attributes:
+        objective: The figure that ``vlmfix tune --task NAME`` improves, which ``better`` must know; empty when it
+            cannot be tuned for. Figures whose names end in ``recall`` and ``length`` are guarded there.
+    """
+
+    objective: ClassVar[str] = ""
+
+    @abstractmethod
+    def read(self, *, questions: Path | None, images: Path | None) -> Workload:
+        """Reads what is asked.
+
+        Args:
+            questions: File or folder that ``--questions`` names; None when it was left out.
+            images: Folder that ``--images`` names; None when it was left out.
+
+        Raises:
+            UsageError: Something is missing, or given in vain.
+            DataError: A file cannot be read.
+        """
 
 
 def ratio(above: Numbers, below: Numbers) -> Numbers:

@@ -1,14 +1,27 @@
-"""The benchmarks by name."""
+"""The benchmarks by name, written by hand; each is imported when it is asked for."""
 
 from __future__ import annotations
 
-from vlmfix.evals.benchmarks.amber import Amber
-from vlmfix.evals.benchmarks.chair import Chair
-from vlmfix.evals.benchmarks.clipscore import ClipScore
-from vlmfix.evals.benchmarks.hallusion import Hallusion
-from vlmfix.evals.benchmarks.mme import Mme
-from vlmfix.evals.benchmarks.pope import Pope
-from vlmfix.evals.task import Task
+from typing import TYPE_CHECKING
 
-TASKS: dict[str, type[Task]] = {task.name: task for task in (Pope, Chair, Amber, Mme, Hallusion, ClipScore)}
-"""Every benchmark by its name on the command line."""
+from vlmfix.plugins import Table
+
+if TYPE_CHECKING:
+    from vlmfix.evals.task import Task
+
+TASKS: Table[Task] = Table(
+    "benchmark",
+    "vlmfix.benchmarks",
+    "vlmfix.evals.task:Benchmark",
+    {
+        "pope": "vlmfix.evals.benchmarks.pope:Pope",
+        "chair": "vlmfix.evals.benchmarks.chair:Chair",
+        "amber": "vlmfix.evals.benchmarks.amber:Amber",
+        "mme": "vlmfix.evals.benchmarks.mme:Mme",
+        "hallusion": "vlmfix.evals.benchmarks.hallusion:Hallusion",
+        "clipscore": "vlmfix.evals.benchmarks.clipscore:ClipScore",
+    },
+    reserved=("score",),  # which is a command beside them
+    needs=("name", "better", "max_new_tokens"),
+)
+"""Every benchmark by its name on the command line, those of other distributions included."""

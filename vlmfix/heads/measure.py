@@ -25,6 +25,7 @@ from vlmfix.models.checkpoint import Checkpoint
 from vlmfix.models.context import room_for_answers
 from vlmfix.models.turns import turn_of
 from vlmfix.pixels import content
+from vlmfix.plugins import plugins_of
 
 QUESTION = "Please describe this image in detail."
 PACKAGES = ("torch", "transformers", "numpy", "scipy")
@@ -152,7 +153,9 @@ class _Run:
             seed=self._seed,
             reliability=halves.reliability,
             stable=self.stable,
-            versions={"vlmfix": vlmfix.__version__} | {name: version(name) for name in PACKAGES},
+            versions={"vlmfix": vlmfix.__version__}
+            | {name: version(name) for name in PACKAGES}
+            | plugins_of([type(profiler), type(vlm.family)]),
         )
 
 

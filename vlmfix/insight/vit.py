@@ -18,7 +18,7 @@ from torch import Tensor
 
 from vlmfix.attention.tower import TowerReading
 from vlmfix.errors import DataError, UpstreamError
-from vlmfix.language.parameters import path_of
+from vlmfix.files import path_of
 from vlmfix.upstream import vit as upstream
 
 TOGETHER = 16

@@ -7,7 +7,6 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from vlmfix.attention.edit import LayerSet
@@ -154,20 +153,6 @@ def ranges(decoder: type) -> dict[str, Range]:
     return {f.name: f.metadata["range"] for f in dataclasses.fields(decoder) if "range" in f.metadata}
 
 
-def path_of(text: str) -> Path:
-    """The path that a parameter names; ``~`` and ``~NAME`` at its beginning stand for a home folder.
-
-    Raises:
-        UsageError: There is no such home, or no file can have that name.
-    """
-    if "\0" in text:
-        raise UsageError(f"{text!r} is no path", "write the path of a file")
-    try:
-        return Path(text).expanduser()
-    except RuntimeError as error:
-        raise UsageError(f"{text}: there is no such home folder", "write the path out, or ./~ for a file") from error
-
-
 def written(value: Value) -> str:
     """A value as a specification string writes it."""
     if isinstance(value, bool):
@@ -175,3 +160,8 @@ def written(value: Value) -> str:
     if isinstance(value, tuple):
         return "/".join(str(part) for part in value)
     return "none" if value is None else str(value)
+
+
+def plain(value: Value) -> bool | int | float | str | None:
+    """A decoder's parameter as JSON holds it; a layer set or a tuple is written as on the command line."""
+    return value if value is None or isinstance(value, bool | int | float | str) else written(value)

@@ -29,14 +29,12 @@ from vlmfix.models.family import Family
 from vlmfix.models.layout import Batch, ImageLayout, Prepared
 from vlmfix.models.quantization import check_quantize
 from vlmfix.models.repeats import Each, process_once
+from vlmfix.settings import EMBEDDED, check_model_name
 from vlmfix.upstream import defaults, features, hub, panics
 from vlmfix.upstream.contracts import check_model
 from vlmfix.upstream.names import PROCESSED
 from vlmfix.upstream.versions import missing
 from vlmfix.upstream.wrappers import device_of
-
-EMBEDDED = {name: Path(__file__).parent.parent / "world" / "assets" / name for name in ("tiny", "tiny-qwen")}
-"""Models that come with the package, by name."""
 
 HEADS = "heads.safetensors"
 """File in a model's folder that profiles of its heads are looked for in; it holds no weights."""
@@ -101,6 +99,7 @@ class Checkpoint:
             UsageError: Unknown device, dtype, device map or quantization, or such as do not go together or need what is
                 not there; or a limit on pixels that the processor does not know or cannot keep.
         """
+        check_model_name(str(model))
         path = str(EMBEDDED.get(str(model), model))
         place = device_named(device)
         _check_device_map(device_map, device)

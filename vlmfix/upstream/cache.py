@@ -204,7 +204,9 @@ class Arena:
             held = None
             self._held.pop(layer, None)  # before the new one is taken
             self.moved += 1
-            self._held[layer] = _room(keys, rows, capacity), _room(values, rows, capacity)
+            # One token more than is ever seen: what compiled functions read is then part of something from the first
+            # time on, and they are not compiled anew when a shorter part is read.
+            self._held[layer] = _room(keys, rows, capacity + 1), _room(values, rows, capacity + 1)
         keys, values = self._held[layer]
         return keys[:rows, :, :capacity], values[:rows, :, :capacity]
 

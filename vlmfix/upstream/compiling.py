@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import atexit
+import threading
 import types
 import warnings
 from collections.abc import Callable, Hashable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cache
 from typing import ParamSpec, TypeVar
 
@@ -34,6 +36,35 @@ def compiled(function: Callable[Given, Result], kind: Hashable) -> Callable[Give
     own = types.FunctionType(function.__code__.replace(), function.__globals__, function.__name__)
     made: Callable[Given, Result] = torch.compile(own, fullgraph=True, options=OPTIONS)
     return made
+
+
+_STARTING: list[threading.Thread] = []
+
+
+def start(device: torch.device) -> None:
+    """Starts the compiler in a thread of its own, once a process, since its first use takes seconds.
+
+    Args:
+        device: For what it is to compile.
+    """
+    if not _STARTING:
+        thread = threading.Thread(target=_compile_something, args=(device,), daemon=True)
+        _STARTING.append(thread)
+        thread.start()
+        atexit.register(thread.join)  # an interpreter that ends under a thread at work is aborted
+
+
+def settle() -> None:
+    """Waits until the compiler has started, if it was: what it does on a GPU must not be recorded."""
+    for thread in _STARTING:
+        thread.join()
+
+
+def _compile_something(device: torch.device) -> None:
+    with suppress(Exception):  # told by whoever needs the compiler
+        torch.compile(lambda x: x * 2 + 1, fullgraph=True, options=OPTIONS)(
+            torch.zeros(8, dtype=torch.int, device=device)
+        )
 
 
 def of_any_size(tensor: Tensor, *axes: int) -> Tensor:

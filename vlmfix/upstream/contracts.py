@@ -83,6 +83,7 @@ CONTRACTS = (
     Contract("sliding windows of a cache", ("shared beginnings",), probes.sliding_cache),
     Contract("static cache", (*BRANCHES, *EDITS), probes.static_cache),
     Contract("cache with room", (EVERYTHING, "recorded steps"), probes.roomy_cache),
+    Contract("norms of a text decoder", ("recorded steps",), probes.decoder_norms),
     Contract("loops of another's", ("sgrs", "vicrop", "grounding"), probes.decoding_loop),
     Contract("generation settings", (EVERYTHING,), probes.generation_settings),
     Contract("rotary embeddings", ("shared beginnings",), probes.rotary),

@@ -23,6 +23,7 @@ from vlmfix.upstream import (
     loops,
     memory,
     names,
+    norms,
     positions,
     wrappers,
 )
@@ -274,6 +275,18 @@ def roomy_cache(bench: Bench) -> None:
         visible = torch.nn.functional.pad(mask, (0, 12 - mask.shape[1])).bool()[:, None, None]
         found = bench.logits(model, **newest, attention_mask=visible, **cache.handed_over(model, fixed))
     _close(found[:, -1], expected[:, -1], "a step that writes at a column gives other logits")
+
+
+def decoder_norms(bench: Bench) -> None:
+    """A text decoder's norms are RMS norms that one kernel can compute, and nothing else is taken for one."""
+    model = bench.llava
+    found = [module for module in model.modules() if norms.is_rms(module)]
+    known = [module for module in model.modules() if type(module).__name__.endswith("RMSNorm")]
+    _require(bool(known), "a text decoder has no RMS norms")
+    _require(found == known, f"{len(found)} of {len(known)} RMS norms compute what their name says")
+    with torch.no_grad(), norms.fused(model):
+        fused = bench.logits(model, **bench.prompt)
+    _close(fused, bench.logits(model, **bench.prompt), "norms by one kernel give other logits")
 
 
 def decoding_loop(bench: Bench) -> None:

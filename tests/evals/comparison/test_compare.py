@@ -373,7 +373,7 @@ def test_what_cannot_be_compared_says_why():
 
 
 def test_a_run_on_the_disk_gives_the_same(tmp_path, monkeypatch, comparison):
-    monkeypatch.setitem(TASKS, "exam", Exam)
+    monkeypatch.setitem(TASKS.homes, "exam", "tests.evals.exam:Exam")
     found = compare([read_run(written(exam(tmp_path / "run")))], draws=DRAWS)
     assert [arm.changes for arm in found.arms] == [arm.changes for arm in comparison.arms]
     assert found.card == comparison.card

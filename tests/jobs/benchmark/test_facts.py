@@ -34,7 +34,7 @@ class Dated(VCD):
 
 @pytest.fixture(autouse=True)
 def _known(monkeypatch):
-    monkeypatch.setitem(DECODERS, "dated", Dated)
+    monkeypatch.setitem(DECODERS.homes, "dated", f"{__name__}:Dated")
     monkeypatch.setattr(Dated, "found", {"profile_digest": "one"})
 
 

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from tests.deadly import die_at
-from tests.evals.fake import Says, workload
+from tests.evals.fake import workload
 from tests.jobs.benchmark.asked import go
 from tests.jobs.fake import FakeVLM, colour
 from tests.processes import ended
@@ -161,7 +161,7 @@ def test_asking_again_with_every_question_failing_stops_too(tmp_path):
 
 def killed_at(step, base, out, pictures=6, retry_failed=True):
     """Asks, in a process that dies just before one of the calls that change the folder."""
-    tasks.TASKS["says"] = Says
+    tasks.TASKS.homes["says"] = "tests.evals.fake:Says"
     work = workload(base / "in", pictures)
     (base / "in" / f"{pictures - 2:04d}.png").write_bytes(b"broken")
     die_at(step)

@@ -182,7 +182,7 @@ def test_an_arm_with_other_parameters_under_the_same_name_is_refused(tmp_path):
 
 def slowly(base):
     """Runs in a process of its own, to be killed."""
-    tasks.TASKS["says"] = Says
+    tasks.TASKS.homes["says"] = "tests.evals.fake:Says"
     go(base / "out", workload(base / "in", 20), FakeVLM(seconds=0.004), arms=("vcd",))
 
 

@@ -69,7 +69,7 @@ def test_nothing_begins_when_the_time_is_over():
 
 @pytest.fixture
 def exam(tmp_path, monkeypatch):
-    monkeypatch.setitem(tasks.TASKS, "says", Says)
+    monkeypatch.setitem(tasks.TASKS.homes, "says", "tests.evals.fake:Says")
     vlm = FakeVLM()
     monkeypatch.setattr(runs, "loaded", vlm.load)
     monkeypatch.setattr(runs, "weights_digest", lambda model, commit: "sha256:1")

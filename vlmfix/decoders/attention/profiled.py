@@ -18,8 +18,8 @@ from weakref import WeakKeyDictionary
 from torch import nn
 
 from vlmfix.errors import DataError, VlmfixError
+from vlmfix.files import path_of
 from vlmfix.heads.profile import HeadProfile, load_profiles
-from vlmfix.language.parameters import path_of
 from vlmfix.models.checkpoint import HEADS, Checkpoint
 
 _State = tuple[Path, int, int]

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
@@ -24,7 +24,7 @@ from vlmfix.decoders.picture.refined import PictureMemo
 from vlmfix.decoding.choice import MostProbable
 from vlmfix.decoding.loop import decode
 from vlmfix.decoding.plan import DecodingPlan
-from vlmfix.decoding.running import running
+from vlmfix.decoding.running import Running, running
 from vlmfix.errors import UnsupportedAttentionError
 from vlmfix.models.checkpoint import Checkpoint
 from vlmfix.models.context import room_for_answers
@@ -58,28 +58,44 @@ def existing_layers(layers: LayerSet, count: int) -> tuple[int, ...]:
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class NewestRows(WeightEdit):
-    """Keeps the head mean of the newest row, and changes nothing.
+    """Keeps the head mean of the newest row, of the prompt's tokens alone, and changes nothing."""
 
-    Attributes:
-        read: The layers that are read, in order; those of ``layers``.
-        prompt: T.
-        newest: Layer -> (B, T) of the newest step.
-    """
-
-    read: tuple[int, ...]
-    prompt: int
-    newest: dict[int, Tensor] = field(default_factory=dict)
     rows: ClassVar[Rows] = "last"
 
     def weights(self, site: Site, weights: Tensor) -> Tensor:
         """The weights, as they were."""
-        self.newest[site.layer] = weights[:, :, -1, : self.prompt].mean(dim=1)  # (B, T)
+        newest = weights[:, :, -1].mean(dim=1)  # (B, K)
+        if site.prefill:
+            site.learn_of_keys("newest", newest[:, : site.prompt].contiguous())
+        else:
+            site.relearn("newest", newest)
         return weights
 
-    def maps(self) -> Tensor:
-        """(B, N, T) float32, of the newest step."""
-        first = self.newest[self.read[0]].device  # layers may be on several
-        return torch.stack([self.newest[layer].to(first) for layer in self.read], dim=1)
+
+class Looking(MostProbable):
+    """Takes the token with the highest score, and sees where the row that chooses it looked.
+
+    Args:
+        call: The call, with ``reader`` at work.
+        reader: Keeps the rows.
+        prompt: T.
+
+    Attributes:
+        seen: (B, N, T) float32 of the newest token.
+    """
+
+    def __init__(self, call: Running, reader: NewestRows, prompt: int) -> None:
+        self._call, self._reader, self._prompt = call, reader, prompt
+
+    def __call__(self, scores: Tensor) -> Tensor:
+        """Chooses (B,) int64 tokens from (B, V) float32 scores."""
+        self.seen = self.look()  # before the next step begins
+        return super().__call__(scores)
+
+    def look(self) -> Tensor:
+        """Returns where the newest row looked, (B, N, T) float32."""
+        found = [values for _, values in sorted(self._call.learned(self._reader, "newest").items())]
+        return torch.stack([values[:, : self._prompt].to(found[0].device) for values in found], dim=1)
 
 
 def attention_maps(vlm: Checkpoint, batch: Batch, layers: LayerSet, *, steps: int = 1) -> list[Tensor]:
@@ -109,16 +125,16 @@ def attention_maps(vlm: Checkpoint, batch: Batch, layers: LayerSet, *, steps: in
 def _maps(vlm: Checkpoint, batch: Batch, layout: ImageLayout, layers: LayerSet, steps: int) -> list[Tensor]:
     read = existing_layers(layers, vlm.layers)
     chosen = LayerSet("/".join(map(str, read)))
-    reader = NewestRows(layers=chosen, read=read, prompt=batch.length)
-    plan = DecodingPlan(edits=(reader,), compiles=False)
-    with running(vlm, batch, layout, plan, limit=steps, name="a look at the picture") as call:
+    reader = NewestRows(layers=chosen)
+    with running(vlm, batch, layout, DecodingPlan(edits=(reader,)), limit=steps, name="a look at the picture") as call:
+        choice = Looking(call, reader, batch.length)
         if steps == 1:
             with ending_at(vlm, read[-1]), suppress(Enough):
                 call.prompt()
-            return list(reader.maps().cpu()[:, None])
+            return list(choice.look().cpu()[:, None])
         found: list[list[Tensor]] = [[] for _ in range(batch.rows)]
-        for said in decode(call, MostProbable(), defaults.ends(vlm.model)):
-            for row, seen in zip(said.samples, reader.maps(), strict=True):
+        for said in decode(call, choice, defaults.ends(vlm.model)):
+            for row, seen in zip(said.samples, choice.seen, strict=True):
                 found[row].append(seen)
     return [torch.stack(own).cpu() for own in found]
 

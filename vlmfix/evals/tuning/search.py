@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -23,6 +24,7 @@ from vlmfix.decoders import DECODERS, Chain, Decoder
 from vlmfix.decoders.spec import Part, read_parts
 from vlmfix.errors import DataError, UsageError
 from vlmfix.language.parameters import Range, Value, ranges
+from vlmfix.plugins import origin_of
 from vlmfix.records import JsonLines
 from vlmfix.shapes import NUMBER, OBJECT, Shape, fields, mapping_of
 
@@ -96,9 +98,7 @@ class Space:
             if allowed.search and name not in part.given
         }
         if not axes:
-            named = {name: _searched(decoder) for name, decoder in DECODERS.items() if _searched(decoder)}
-            listed = "; ".join(f"{name}: {', '.join(searched)}" for name, searched in named.items())
-            raise UsageError(f"{spec} leaves nothing to tune", f"leave one of these open: {listed}")
+            raise UsageError(f"{spec} leaves nothing to tune", _openable(parts))
         space = cls(parts, axes)
         space.build({})
         return space
@@ -117,6 +117,32 @@ class Space:
         decoders = [part.decoder(**part.given) for part in self.parts]
         values = {label: decoders[axis.part].parameters()[axis.name] for label, axis in self.axes.items()}
         return {label: value for label, value in values.items() if self.axes[label].holds(value)}
+
+
+def _openable(parts: Sequence[Part]) -> str:
+    """Says how a specification that leaves nothing open would leave something: in its decoders, or of vlmfix's own."""
+    fixed = {part.decoder.called(): _searched(part.decoder) for part in parts if _searched(part.decoder)}
+    if fixed:
+        return f"leave one of these open: {_listed(fixed)}"
+    foreign = [part.decoder for part in parts if origin_of(part.decoder) is not None]
+    undeclared = [
+        f"{name} = parameter(..., search=({allowed.low:g}, {allowed.high:g}))"
+        for decoder in foreign
+        for name, allowed in ranges(decoder).items()
+        if allowed.kind in (int, float) and math.isfinite(allowed.low) and math.isfinite(allowed.high)
+    ]
+    if undeclared:
+        return (
+            f"a parameter says what to try in its declaration; write, or with a smaller range: {'; '.join(undeclared)}"
+        )
+    if foreign:
+        return "a parameter says what to try in its declaration: search=(low, high) for numbers, else the words"
+    named = {name: _searched(DECODERS[name]) for name in DECODERS.homes if _searched(DECODERS[name])}
+    return f"leave one of these open: {_listed(named)}"
+
+
+def _listed(named: Mapping[str, Sequence[str]]) -> str:
+    return "; ".join(f"{name}: {', '.join(searched)}" for name, searched in named.items())
 
 
 def _labels(parts: Sequence[Part]) -> list[str]:

@@ -16,7 +16,7 @@ from vlmfix.errors import DataError, UsageError
 from vlmfix.evals.comparison.compare import Comparison, compare
 from vlmfix.evals.record import CARD as RUN
 from vlmfix.evals.record import PLAIN, EvalRun, digest
-from vlmfix.evals.task import Task, Workload, plain
+from vlmfix.evals.task import Benchmark, Task, Workload, plain
 from vlmfix.evals.tuning.search import Measured, Space, Tried, search
 from vlmfix.files import is_draft, make_folder, remove_drafts
 from vlmfix.language.parameters import Value
@@ -182,7 +182,7 @@ def tune(
         raise UsageError(f"budget={budget} is not allowed", "give a number of trials from 1")
     space = Space.of(spec)
     tuning, held_out = split(workload, seed)
-    _claim(out, spec, workload, task, settings, seed, guards)
+    _claim(out, spec, space.build({}).plugins(), workload, task, settings, seed, guards)
 
     def run(arms: Mapping[str, Decoder]) -> EvalRun:
         return evaluate({PLAIN: Greedy(), **arms}, tuning, out / TUNING)
@@ -222,9 +222,12 @@ def tune(
 
 
 def _objective(task: Task) -> tuple[str, Literal["higher", "lower"]]:
-    if task.name not in OBJECTIVES:
-        raise UsageError(f"{task.name} cannot be tuned for", f"tune for {' or '.join(OBJECTIVES)}")
-    figure = OBJECTIVES[task.name]
+    figure = OBJECTIVES.get(task.called()) or (task.objective if isinstance(task, Benchmark) else "")
+    if not figure:
+        raise UsageError(
+            f"{task.called()} cannot be tuned for",
+            f"tune for {' or '.join(OBJECTIVES)}, or for a benchmark of your own that says objective",
+        )
     return figure, task.better[figure.rpartition("/")[2]]
 
 
@@ -256,11 +259,21 @@ def arm_name(decoder: Decoder) -> str:
     return f"trial-{hashlib.sha256(decoder.spec().encode()).hexdigest()[:6]}"
 
 
-def _claim(out: Path, spec: str, workload: Workload, task: Task, settings: Settings, seed: int, guards: Guards) -> None:
+def _claim(
+    out: Path,
+    spec: str,
+    plugins: Mapping[str, str],
+    workload: Workload,
+    task: Task,
+    settings: Settings,
+    seed: int,
+    guards: Guards,
+) -> None:
     """Makes the folder this search's own, or finds that it is."""
     card = {
         "format": FORMAT,
         "spec": spec,
+        "plugins": plugins or None,
         "task": task.name,
         "options": task.options(),
         "data": dict(workload.about),
@@ -276,7 +289,7 @@ def _claim(out: Path, spec: str, workload: Workload, task: Task, settings: Setti
     begun = (out / TUNING / RUN).exists() or (out / JOURNAL).exists()  # else no model has answered anything
     if (out / CARD).exists():
         former = read_json(out / CARD)
-        if not begun and former.keys() != card.keys():
+        if not begun and former.keys() | {"plugins"} != card.keys():  # earlier versions noted none
             raise UsageError(f"{out / CARD} is not of a search", "choose another --out")
         if begun:
             refuse_other(out, out / CARD, former, card)
@@ -360,6 +373,7 @@ def _about(found: Tuned, chosen: Trial, after: EvalRun, guards: Guards, spec: st
         "task": {"name": card["task"], "options": card["options"]},
         "search": {
             "spec": spec,
+            "plugins": after.card["arms"][chosen.arm].get("plugins"),
             "objective": found.objective,
             "better": found.better,
             "trials": len(found.trials),

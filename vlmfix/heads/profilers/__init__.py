@@ -1,50 +1,54 @@
-"""The profilers by name, written by hand."""
+"""The profilers by name, written by hand; each is imported when it is asked for."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from vlmfix.errors import UsageError
-from vlmfix.heads.profiler import Profiler
-from vlmfix.heads.profilers.ablation import Ablation
-from vlmfix.heads.profilers.gaze_shift import GazeShift
-from vlmfix.heads.profilers.image_mass import ImageMass
-from vlmfix.heads.profilers.localization import Localization
-from vlmfix.heads.profilers.non_sink import NonSink
-from vlmfix.heads.profilers.patching import Patching
-from vlmfix.heads.profilers.retrieval import Retrieval
-from vlmfix.heads.profilers.saliency import Saliency
-from vlmfix.heads.profilers.sink_tokens import SinkTokens
-from vlmfix.heads.profilers.vhd import HeadDivergence
+from vlmfix.plugins import Table
 
-PROFILERS: dict[str, type[Profiler]] = {
-    kind.name: kind
-    for kind in (
-        HeadDivergence,
-        ImageMass,
-        NonSink,
-        GazeShift,
-        Saliency,
-        Retrieval,
-        Ablation,
-        Patching,
-        Localization,
-        SinkTokens,
-    )
-}
-"""Every profiler that the command line offers."""
+if TYPE_CHECKING:
+    from vlmfix.heads.profiler import Profiler
+
+PROFILERS: Table[Profiler] = Table(
+    "profiler",
+    "vlmfix.profilers",
+    "vlmfix.heads.profiler:Profiler",
+    {
+        "vhd": "vlmfix.heads.profilers.vhd:HeadDivergence",
+        "image-mass": "vlmfix.heads.profilers.image_mass:ImageMass",
+        "non-sink": "vlmfix.heads.profilers.non_sink:NonSink",
+        "gaze-shift": "vlmfix.heads.profilers.gaze_shift:GazeShift",
+        "saliency": "vlmfix.heads.profilers.saliency:Saliency",
+        "retrieval": "vlmfix.heads.profilers.retrieval:Retrieval",
+        "ablation": "vlmfix.heads.profilers.ablation:Ablation",
+        "patching": "vlmfix.heads.profilers.patching:Patching",
+        "localization": "vlmfix.heads.profilers.localization:Localization",
+        "sinks": "vlmfix.heads.profilers.sink_tokens:SinkTokens",
+    },
+    needs=("name", "title"),
+)
+"""Every profiler that the command line offers, those of other distributions included."""
 
 
 def profilers_of(names: Sequence[str | Profiler]) -> list[Profiler]:
     """Profilers, or those that names stand for with their defaults.
 
     Raises:
-        UsageError: There is none, one is not known, or one is named twice.
+        UsageError: There is none, one is not known, or two have one name.
+        PluginError: One is a plug-in's or in a file, and cannot be used.
     """
-    unknown = [name for name in names if isinstance(name, str) and name not in PROFILERS]
-    if unknown or not names:
-        raise UsageError(f"{unknown[0]!r} is no profiler" if unknown else "no profiler", f"use {', '.join(PROFILERS)}")
-    found = [PROFILERS[name]() if isinstance(name, str) else name for name in names]
+    if not names:
+        raise UsageError("no profiler", f"use {', '.join(PROFILERS)}")
+    for name in names:
+        if (
+            isinstance(name, str)
+            and name not in set(PROFILERS)
+            and (taken := PROFILERS.find(name).name) in PROFILERS.homes
+        ):
+            raise UsageError(f"{name} says name = {taken!r}, which vlmfix's own profiler has", "choose another name")
+    found = [PROFILERS.find(name)() if isinstance(name, str) else name for name in names]
     chosen = [profiler.name for profiler in found]
     if len(set(chosen)) < len(chosen):
         raise UsageError(f"profilers {', '.join(chosen)}: one is named twice", "name each once")

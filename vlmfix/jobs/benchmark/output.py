@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
-from vlmfix.card import Known, plain, versions, weights_digest
+from vlmfix.card import Known, versions, weights_digest
 from vlmfix.decoders import Decoder
 from vlmfix.errors import UsageError
 from vlmfix.evals.record import (
@@ -29,9 +29,9 @@ from vlmfix.evals.record import (
 from vlmfix.evals.task import Task, Workload
 from vlmfix.files import remove_drafts
 from vlmfix.jobs.ledger import Ledger, now
-from vlmfix.models.checkpoint import EMBEDDED
+from vlmfix.language.parameters import plain
 from vlmfix.records import read_lines
-from vlmfix.settings import Settings
+from vlmfix.settings import EMBEDDED, Settings
 
 
 class ArmsFolder(Ledger):
@@ -76,8 +76,9 @@ class ArmsFolder(Ledger):
         self._command = command
         self._known: dict[str, Any] = {
             "format": FORMAT,
-            "task": task.name,
+            "task": task.called(),
             "options": task.options(),
+            "plugins": task.plugins() or None,
             "data": dict(workload.about),
             "samples": digest(workload.samples),
             "count": len(workload.samples),
@@ -204,8 +205,10 @@ def _refuse_shared_folders(arms: Iterable[str]) -> None:
 
 
 def _about(decoder: Decoder) -> dict[str, Any]:
-    about = {
+    about: dict[str, Any] = {
         "spec": decoder.spec(),
         "parameters": {name: plain(value) for name, value in decoder.parameters().items()},
     }
-    return about | ({"strategy": str(decoder.strategy)} if decoder.strategy else {})
+    if decoder.strategy:
+        about["strategy"] = str(decoder.strategy)
+    return about | {"plugins": decoder.plugins() or None}

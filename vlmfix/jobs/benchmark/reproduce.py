@@ -6,8 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from vlmfix.card import changed_facts, changed_reading, settings_again
-from vlmfix.decoders import parse
+from vlmfix.card import changed_facts, changed_reading, decoder_again, settings_again
 from vlmfix.errors import DataError, UsageError
 from vlmfix.evals.record import CARD, MADE_BY, SESSION, EvalRun, Record
 from vlmfix.evals.task import Task, Workload
@@ -88,6 +87,7 @@ def reproduce(
         UsageError: ``model`` is given for a model of the Hub, or ``images`` for a run without pictures.
         DataError: The run is unfinished, the model's weights or pictures are not those of the run, or pictures are
             missing.
+        PluginError: A decoder of another distribution, or in a file, is not that of the run.
     """
     card = run.card
     if wrong := fault(card, REPEATABLE):
@@ -107,13 +107,17 @@ def reproduce(
     except DataError as error:
         raise DataError(f"{run.folder}: {error.message}", error.hint) from error
     refuse_changed(run.folder, workload, run.pictures())
+    arms = {
+        arm: decoder_again(f"the arm {arm} of {run.folder}", about["spec"], about.get("plugins"))
+        for arm, about in card["arms"].items()
+    }
     settings = settings_again(card, card["decoding"], model=model, device=device)
     again = evaluate(
         out,
         _moved(run.task, images),
         workload,
         settings,
-        {arm: parse(about["spec"]) for arm, about in card["arms"].items()},
+        arms,
         batch_size=card["batch_size"],
         command=f"vlmfix reproduce {run.folder}",
         report=report,

@@ -12,7 +12,6 @@ from typing import Any
 from PIL import Image
 
 from vlmfix.answering import Answerer, Outcome
-from vlmfix.card import plain
 from vlmfix.crew import Crew
 from vlmfix.decoders import Decoder, parse
 from vlmfix.errors import DataError, PassingError, UsageError
@@ -23,6 +22,7 @@ from vlmfix.jobs.folder.maps import MapFolder
 from vlmfix.jobs.folder.output import OutputFolder, Totals
 from vlmfix.jobs.folder.questions import Questions
 from vlmfix.jobs.ledger import asked_before
+from vlmfix.language.parameters import plain
 from vlmfix.settings import Settings
 from vlmfix.supply import Question
 
@@ -153,6 +153,7 @@ def _known_settings(pictures: Path, questions: Questions, settings: Settings, de
         **asked,
         "decoder": decoder.spec(),
         "decoder_parameters": parameters,
+        "plugins": decoder.plugins() or None,
     }
 
 

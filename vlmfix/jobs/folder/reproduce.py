@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from vlmfix.card import changed_facts, changed_reading, refuse_other_pictures, settings_again
+from vlmfix.card import changed_facts, changed_reading, decoder_again, refuse_other_pictures, settings_again
 from vlmfix.errors import DataError, UsageError
 from vlmfix.generation import VLM, load
 from vlmfix.images import find
@@ -32,7 +32,7 @@ FINISHED = fields(
                 "decoder": TEXT,
                 **DECODED,
             },
-            {"decoder_facts": mapping_of(TEXT), **LOADED},
+            {"decoder_facts": mapping_of(TEXT), "plugins": mapping_of(TEXT).or_null(), **LOADED},
         ),
         "sessions": list_of(fields({"prompts_file": PATH.or_null(), "batch_size": SIZE}), least=1),
     }
@@ -71,7 +71,7 @@ def reproduce(
 ) -> Repeated:
     """Runs a folder again with the settings of its card.
 
-    Before it loads the model, it checks that pictures, prompts and weights are those of the run.
+    Before it loads the model, it checks that pictures, prompts, weights and plug-ins are those of the run.
 
     Args:
         folder: A folder that ``run`` wrote and finished.
@@ -87,6 +87,7 @@ def reproduce(
         UsageError: ``model`` is given for a model of the Hub, or ``prompts`` for a run that had no file of them.
         DataError: The run is unfinished, or pictures, weights or the file of prompts are not there, or not those of the
             run.
+        PluginError: A decoder of another distribution, or in a file, is not that of the run.
     """
     card = read_json(folder / CARD, FINISHED)
     if not card["finished"]:
@@ -95,6 +96,7 @@ def reproduce(
     questions = _questions(folder, before, session["prompts_file"], prompts)
     pictures = Path(before["pictures"]) if images is None else images
     _refuse_other_pictures(folder, pictures, out)
+    decoder_again(str(folder), before["decoder"], before.get("plugins"))
     decoding = {name: before[name] for name in DECODED}
     settings = settings_again(before, decoding, model=model, device=device, decoder=before["decoder"])
     run(

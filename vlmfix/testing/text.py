@@ -1,4 +1,4 @@
-"""What every tiny model shares: a byte-level tokenizer, decoder sizes and a way to draw the weights."""
+"""Makes what every tiny model shares: a byte-level tokenizer, decoder sizes and random weights."""
 
 from __future__ import annotations
 
@@ -23,19 +23,6 @@ DECODER = {
 PAD, BOS, EOS = "<pad>", "<bos>", "<eos>"
 
 
-def text_config(model_type: str, tokenizer: PreTrainedTokenizerFast) -> dict[str, Any]:
-    """The entries of a decoder with plain rotary embeddings, in a configuration that holds several."""
-    return {
-        **DECODER,
-        "model_type": model_type,
-        "vocab_size": len(tokenizer),
-        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
-        "pad_token_id": tokenizer.pad_token_id,
-        "bos_token_id": tokenizer.bos_token_id,
-        "eos_token_id": tokenizer.eos_token_id,
-    }
-
-
 def byte_tokenizer(
     special: Sequence[str] = (),
     *,
@@ -44,7 +31,7 @@ def byte_tokenizer(
     bos: str = BOS,
     eos: str = EOS,
 ) -> PreTrainedTokenizerFast:
-    """A fast tokenizer of 256 byte tokens, so that any text encodes, and special tokens.
+    """Makes a fast tokenizer of 256 byte tokens, so that any text encodes, and special tokens.
 
     Args:
         special: Further special tokens, such as ``<|im_start|>``.
@@ -78,8 +65,8 @@ def drawn(
     *,
     seed: int,
     std: float = 0.15,
-) -> Any:
-    """A model of a class with random weights: matrices with a wide normal, so that logits are far from flat.
+) -> Any:  # noqa: ANN401 (an instance of ``kind``)
+    """Makes a model of a class with random weights: matrices with a wide normal, so that logits are far from flat.
 
     Args:
         kind: The model class.

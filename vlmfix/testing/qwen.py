@@ -1,11 +1,10 @@
-"""Tiny Qwen2-VL, Qwen2.5-VL and Qwen3-VL: 8 by 8 pixels to a token, at most 24 tokens per picture."""
+"""Makes tiny Qwen2-VL, Qwen2.5-VL and Qwen3-VL: 8 by 8 pixels to a token, at most 24 tokens per picture."""
 
 from __future__ import annotations
 
 from typing import Any, NamedTuple
 
 from transformers import (
-    PreTrainedConfig,
     PreTrainedModel,
     ProcessorMixin,
     Qwen2_5_VLConfig,
@@ -22,9 +21,9 @@ from transformers import (
     Qwen3VLVideoProcessor,
 )
 
-from tests.tiny.text import DECODER, byte_tokenizer, drawn
 from vlmfix.models.checkpoint import Checkpoint
 from vlmfix.models.qwen_vl import QwenVL
+from vlmfix.testing.text import DECODER, byte_tokenizer, drawn
 
 TEMPLATE = """\
 {%- if messages[0]['role'] != 'system' %}<|im_start|>system
@@ -39,7 +38,7 @@ You are a helpful assistant.<|im_end|>
 {%- if add_generation_prompt %}<|im_start|>assistant
 {% endif %}"""
 
-PIXELS = {
+PIXELS: dict[str, Any] = {
     "patch_size": 4,
     "merge_size": 2,
     "temporal_patch_size": 2,
@@ -49,9 +48,9 @@ VISION = {"patch_size": 4, "spatial_merge_size": 2, "temporal_patch_size": 2, "d
 
 
 class Kind(NamedTuple):
-    """What one generation of Qwen-VL differs in."""
+    """Holds what one generation of Qwen-VL differs in."""
 
-    config: type[PreTrainedConfig]
+    config: type[Any]
     model: type[PreTrainedModel]
     processor: type[ProcessorMixin]
     video: type[Any]
@@ -100,7 +99,7 @@ KINDS = {
 
 
 def build(name: str, seed: int) -> Checkpoint:
-    """A tiny Qwen-VL.
+    """Makes a tiny Qwen-VL with random weights.
 
     Args:
         name: ``qwen2_vl``, ``qwen2_5_vl`` or ``qwen3_vl``.

@@ -1,0 +1,1 @@
+"""Shows what adds to vlmfix from outside: a decoder, a family, a profiler and a benchmark."""
