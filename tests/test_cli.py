@@ -3,37 +3,14 @@
 import json
 import re
 import shutil
-import signal
-import subprocess
-import sys
-import time
 
 import pytest
 from PIL import Image
 
 from tests.jobs.fake import draw
-from tests.tiny import tiny_vlm
-from vlmfix.commands import options
-from vlmfix.decoders import DECODERS
-from vlmfix.display import diagnosis_text
+from tests.tiny import saved, tiny_vlm
 from vlmfix.errors import DataError
 from vlmfix.records import read_json, read_lines
-from vlmfix.upstream import names
-from vlmfix.upstream.contracts import CONTRACTS
-
-
-@pytest.fixture(autouse=True)
-def _keep_the_process_as_it_is(monkeypatch):
-    monkeypatch.setattr(options, "quieten", lambda: None)
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("model")
-    vlm = tiny_vlm("llava")
-    vlm.model.save_pretrained(folder)
-    vlm.processor.save_pretrained(folder)
-    return str(folder)
 
 
 def test_run_asks_and_goes_on(tmp_path, model, vlmfix):
@@ -127,10 +104,8 @@ def test_run_reads_prompts_from_a_file(tmp_path, model, vlmfix):
 
 
 def test_a_limit_on_pixels_belongs_to_the_run(tmp_path, vlmfix):
-    folder, pictures, out = tmp_path / "model", tmp_path / "in", tmp_path / "out"
-    tiny = tiny_vlm("qwen2_vl")
-    tiny.model.save_pretrained(folder)
-    tiny.processor.save_pretrained(folder)
+    pictures, out = tmp_path / "in", tmp_path / "out"
+    folder = saved(tiny_vlm("qwen2_vl"), tmp_path / "model")
     pictures.mkdir()
     Image.effect_noise((60, 90), 90).save(pictures / "a.png")
     options = ("run", pictures, "--model", folder, "--max-new-tokens", 4, "--out")
@@ -292,77 +267,6 @@ def test_debug_shows_the_cause_of_an_expected_error(tmp_path, vlmfix):
     assert "no config.json" in told.splitlines()[-2]
 
 
-def test_decoders_are_listed(vlmfix):
-    code, printed, _ = vlmfix("decoders")
-    assert code == 0
-    for name in DECODERS:
-        assert f"\n{name} " in printed
-    assert "plausibility" not in printed
-    assert printed.splitlines()[-1].startswith("Parameters and presets: vlmfix decoders NAME")
-    code, printed, _ = vlmfix("decoders", "--json")
-    listed = {info["name"]: info for info in json.loads(printed)}
-    assert list(listed) == list(DECODERS)
-    assert set(listed["vcd"]) == {
-        "name",
-        "made_by",
-        "title",
-        "summary",
-        "arxiv",
-        "code",
-        "acts_on",
-        "passes",
-        "beams",
-        "compiles",
-        "parameters",
-        "presets",
-    }
-    contrast = next(p for p in listed["vcd"]["parameters"] if p["name"] == "contrast")
-    assert (contrast["default"], contrast["range"]) == (1.0, "float in [0, 10]")
-    assert (listed["greedy"]["passes"], listed["vcd"]["passes"], listed["inter"]["passes"]) == (1, 2, 4)
-
-
-def test_a_named_decoder_is_described(vlmfix):
-    code, printed, _ = vlmfix("decoders", "act", "beam")
-    assert code == 0
-    first, second = printed.split("\n\nbeam: ")
-    assert first.startswith(
-        "act: Attention Calibration Technique (arXiv 2406.15765; https://github.com/GATECH-EIC/ACT)"
-    )
-    assert "preset=official-code: sink_threshold=0.1, spared=first-sink, spared_tail=0" in first
-    assert re.search(r"kept_fraction +0\.4 +float in \[0, 1\] +beta", first)
-    assert second.startswith("Plain decoding, beam search\nThe model as it is, searched with beams")
-    assert "Rows per sample: 5. Beam search works" in second
-    code, everything, _ = vlmfix("decoders", "--all")
-    assert first in everything
-    assert all(f"\n{name}: " in f"\n{everything}" for name in DECODERS)
-    code, printed, _ = vlmfix("decoders", "vcd", "--json")
-    assert [info["name"] for info in json.loads(printed)] == ["vcd"]
-    code, printed, told = vlmfix("decoders", "vdc")
-    assert (code, printed) == (2, "")
-    assert told.startswith(
-        "vlmfix: unknown decoder 'vdc'\nhint: did you mean vcd? known decoders: greedy, sample, beam"
-    )
-
-
-def test_doctor_says_what_works(model, vlmfix, monkeypatch):
-    monkeypatch.setattr(DECODERS["var"], "check", lambda self, vlm: "it has no visual sinks")
-    code, printed, _ = vlmfix("doctor", model)
-    assert code == 0
-    lines = printed.splitlines()
-    assert any(line.split() == ["vcd", "works", "works", "works"] for line in lines)
-    assert any(line.split() == ["var", "no", "no", "no", "it", "has", "no", "visual", "sinks"] for line in lines)
-    assert f"{len(CONTRACTS)} of {len(CONTRACTS)} things that vlmfix builds on are as it needs them" in lines[-1]
-    diagnosis = json.loads(vlmfix("doctor", model, "--json")[1])
-    assert diagnosis["decoders"]["var"] == "it has no visual sinks"
-    assert diagnosis["decoders"]["greedy"] is None
-    assert diagnosis["ways"]["sgrs"]["plain"] is None
-    assert "does not work with beam search" in diagnosis["ways"]["sgrs"]["beams"]
-    assert "dynamic cache" in diagnosis["ways"]["sgrs"]["static cache"]
-    assert [finding["reason"] for finding in diagnosis["contracts"]] == [None] * len(CONTRACTS)
-    assert diagnosis["model"]["layers"] == 3
-    assert diagnosis["machine"]["memory"] > 0
-
-
 def test_settings_that_a_checkpoint_brings_in_are_said_everywhere(model, vlmfix, tmp_path):
     folder, pictures, out = shutil.copytree(model, tmp_path / "model"), draw(tmp_path / "in", 1), tmp_path / "out"
     path = folder / "generation_config.json"
@@ -382,21 +286,6 @@ def test_settings_that_a_checkpoint_brings_in_are_said_everywhere(model, vlmfix,
     code, _, told = vlmfix("reproduce", out)
     assert code == 1
     assert "generation_config.json was changed\nhint: put the former files back" in told
-
-
-@pytest.mark.parametrize(
-    ("value", "works", "does_not"),
-    [("features", "locore", "vcd"), ("cache", None, "greedy")],
-)
-def test_doctor_says_what_a_renamed_argument_breaks(value, works, does_not, model, vlmfix, monkeypatch):
-    monkeypatch.setitem(names.KNOWN, value, ("under_another_name",))
-    code, printed, _ = vlmfix("doctor", model, "--json")
-    diagnosis = json.loads(printed)
-    assert code == 0
-    assert works is None or diagnosis["decoders"][works] is None
-    assert diagnosis["decoders"][does_not] is not None
-    broken = [finding["protects"] for finding in diagnosis["contracts"] if finding["reason"]]
-    assert any(does_not in protects or "everything" in protects for protects in broken)
 
 
 def test_world_is_drawn(tmp_path, vlmfix):
@@ -431,134 +320,6 @@ def test_failures_while_running_are_failures(tmp_path, vlmfix, monkeypatch):
     )
 
 
-def test_a_real_interrupt_and_a_quiet_terminal(tmp_path, model):
-    pictures, out = draw(tmp_path / "in", 400), tmp_path / "out"
-    command = [
-        sys.executable,
-        "-m",
-        "vlmfix",
-        "run",
-        pictures,
-        "--out",
-        out,
-        "--model",
-        model,
-        "--batch-size",
-        "2",
-    ]
-    # a shell starts its background jobs deaf to Ctrl-C, and a process inherits that from whoever runs the tests
-    heard = signal.signal(signal.SIGINT, signal.default_int_handler)
-    try:
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    finally:
-        signal.signal(signal.SIGINT, heard)
-    until = time.monotonic() + 120
-    while time.monotonic() < until and not (out / "answers.jsonl").exists():
-        time.sleep(0.05)
-    while time.monotonic() < until and not (out / "answers.jsonl").stat().st_size:
-        time.sleep(0.05)
-    process.send_signal(signal.SIGINT)
-    printed, told = process.communicate(timeout=60)
-    assert process.returncode == 130
-    assert printed == ""
-    lines = told.splitlines()
-    assert lines[0] == f"vlmfix: loading {model}"
-    assert lines[-1] == f"vlmfix: stopped; what is done is in {out}. The same command goes on from there."
-    assert all(line.startswith("vlmfix: ") for line in lines)
-    card = read_json(out / "run.json")
-    assert card["finished"] is False
-    assert card["totals"]["answers"] == len(list(read_lines(out / "answers.jsonl")))
-
-
-def asking(tmp_path, stdout):
-    """`vlmfix ask` in a process of its own, about a question with a long answer."""
-    Image.effect_noise((60, 60), 90).save(tmp_path / "a.png")
-    question = ("Please describe this image in detail.", "--max-new-tokens", "2000", "--decoder", "sample")
-    heard = signal.signal(signal.SIGINT, signal.default_int_handler)
-    try:
-        return subprocess.Popen(
-            [sys.executable, "-m", "vlmfix", "ask", tmp_path / "a.png", *question],
-            stdout=stdout,
-            stderr=subprocess.PIPE,
-            bufsize=0,
-        )
-    finally:
-        signal.signal(signal.SIGINT, heard)
-
-
-@pytest.mark.parametrize("pause", [None, 0.05], ids=["once", "twice"])
-def test_an_answer_is_interrupted_and_nothing_aborts(tmp_path, pause):
-    with asking(tmp_path, subprocess.PIPE) as process:
-        assert process.stdout.read(1)  # words appear
-        process.send_signal(signal.SIGINT)
-        if pause is not None:
-            time.sleep(pause)
-            process.send_signal(signal.SIGINT)
-        told = process.stderr.read().decode()
-        assert process.wait(timeout=60) == 130
-    assert [line for line in told.splitlines() if line] in (
-        ["vlmfix: loading tiny", "vlmfix: stopped"],
-        ["vlmfix: loading tiny"],  # the second came before the first was answered
-    )
-
-
-def test_an_answer_that_cannot_be_written_is_one_line_and_a_reader_who_leaves_none(tmp_path):
-    with open("/dev/full", "w") as full, asking(tmp_path, full) as stuck, asking(tmp_path, subprocess.PIPE) as left:
-        assert left.stdout.read(1)
-        left.stdout.close()
-        told = {process: process.stderr.read().decode() for process in (stuck, left)}
-        assert (stuck.wait(timeout=60), left.wait(timeout=60)) == (1, 1)
-    assert told[left] == "vlmfix: loading tiny\n"
-    assert told[stuck].splitlines() == [
-        "vlmfix: loading tiny",
-        "vlmfix: cannot write the answer: No space left on device",
-        "hint: make room, or write elsewhere",
-    ]
-
-
-def test_a_process_may_end_with_a_stream_half_read():
-    script = (
-        "import vlmfix; from PIL import Image; vlm = vlmfix.load('tiny'); shown = Image.new('RGB', (60, 60), 'red')\n"
-        "pieces = vlm.stream(shown, 'What?', decoder='sample', max_new_tokens=2000)\n"
-        "print(bool(next(pieces)))"
-    )
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
-    assert (done.returncode, done.stdout) == (0, "True\n"), done.stderr
-
-
-def test_a_full_device_is_one_line():
-    with open("/dev/full", "w") as full:
-        done = subprocess.run(
-            [sys.executable, "-m", "vlmfix", "--version"], stdout=full, stderr=subprocess.PIPE, text=True, check=False
-        )
-    assert done.returncode == 1
-    assert done.stderr == (
-        "vlmfix: cannot write the output: No space left on device\nhint: free some space, or write elsewhere\n"
-    )
-
-
-def test_a_reader_that_leaves_is_no_error():
-    command = f"{sys.executable} -m vlmfix decoders --json | head -n 1"
-    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=True)
-    assert (done.stdout, done.stderr) == ("[\n", "")
-
-
-@pytest.mark.parametrize("arguments", ["--help", "decoders --json"])
-def test_an_output_that_is_full_is_told_in_words(arguments):
-    command = f"{sys.executable} -m vlmfix {arguments} > /dev/full"
-    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False)
-    assert (done.returncode, done.stderr) == (
-        1,
-        "vlmfix: cannot write the output: No space left on device\nhint: free some space, or write elsewhere\n",
-    )
-
-
-def test_closed_streams_take_no_place_of_files():
-    command = f"{sys.executable} -m vlmfix decoders vcd <&- >&- 2>&-; echo $?"
-    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=True)
-    assert (done.stdout, done.stderr) == ("0\n", "")
-
-
 def test_a_start_that_answers_nothing_ends_with_a_failure(tmp_path, model, vlmfix):
     pictures, out = tmp_path / "in", tmp_path / "out"
     pictures.mkdir()
@@ -591,25 +352,3 @@ def test_names_are_told_as_text(tmp_path, model, vlmfix):
     assert "\x1b" not in printed
     code, printed, _ = vlmfix("reproduce", out, "--json")
     assert json.loads(printed)["other"][0][0] == "b\x1b[2J\ncaf\udce9.png"
-
-
-def test_what_doctor_finds_is_text():
-    machine = {"system": "[bold]", "cores": 2, "memory": 1, "memory_available": 1, "gpus": []}
-    model = {"id": "m[/x]\x1b", "family": "LLaVA", "layers": 2, "device": "cpu", "dtype": "float32"}
-    shown = diagnosis_text(
-        {
-            "machine": machine,
-            "model": model,
-            "versions": {"torch": "[red]1"},
-            "untested": [],
-            "refused": [],
-            "contracts": [],
-            "ways": {"vcd": {"plain": "[/why]", "beams": None}},
-            "reach": {"vcd": None},
-            "checkpoint": {"ends": [2], "set_aside": {"[b]": "[/b]"}, "completed": {}},
-        }
-    )
-    assert r"m[/x]\u001b: LLaVA" in shown
-    assert "[bold]" in shown
-    assert "[/why]" in shown
-    assert "torch [red]1" in shown

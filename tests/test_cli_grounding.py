@@ -8,17 +8,11 @@ import pytest
 from PIL import Image
 
 import vlmfix as package
-from vlmfix.commands import options
 from vlmfix.insight.grounding import grounding
 from vlmfix.models.checkpoint import EMBEDDED
 from vlmfix.world import coco
 
 QUESTION = "What is in the picture?"
-
-
-@pytest.fixture(autouse=True)
-def _keep_the_process_as_it_is(monkeypatch):
-    monkeypatch.setattr(options, "quieten", lambda: None)
 
 
 @pytest.fixture(scope="module")

@@ -6,10 +6,9 @@ import json
 
 import pytest
 
-from tests.tiny import tiny_vlm
 from vlmfix.bench import measure
 from vlmfix.bench.shapes import SHAPES
-from vlmfix.commands import bench, options
+from vlmfix.commands import bench
 from vlmfix.reports.bench import cells
 
 QUICK = ("bench", "--device", "cpu", "--tokens", measure.LEAST)
@@ -17,18 +16,8 @@ QUICK = ("bench", "--device", "cpu", "--tokens", measure.LEAST)
 
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch):
-    monkeypatch.setattr(options, "quieten", lambda: None)
     monkeypatch.setattr(bench, "ROUNDS", 1)
     monkeypatch.setitem(measure.COPIED, "cpu", 1 << 16)
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("model")
-    vlm = tiny_vlm("llava")
-    vlm.model.save_pretrained(folder)
-    vlm.processor.save_pretrained(folder)
-    return folder
 
 
 def test_the_table_shows_what_the_file_holds(tmp_path, model, vlmfix):

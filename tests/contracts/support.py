@@ -158,29 +158,54 @@ def unlike(families: Sequence[str] = TINY) -> list:
     return [pytest.param(name, marks=() if name in UNLIKE else pytest.mark.product) for name in families]
 
 
-def crossed(table: Mapping[str, str | Decoder], *, families: Sequence[str] = TINY, pair: Sequence[str] = PAIR) -> list:
+def crossed(
+    table: Mapping[str, str | Decoder],
+    *,
+    families: Sequence[str] = TINY,
+    pair: Sequence[str] = PAIR,
+    turn: int | None = None,
+) -> list:
     """Pairs (family, name) of a table's methods, for ``parametrize``.
 
     Families differ in layouts, positions and towers, methods in mathematics, so few pairs say more than their parts:
     every method meets the families of ``pair``, and every family meets each method whose plan has a part that no method
-    before it in the table has. The other pairs are marked ``product`` and left to ``pytest -m product``.
+    before it in the table has. Tests that ask much the same of a pair share the pairs between them, by a number of
+    their own: such a method meets one family in three beside ``pair``, another one in each of three tests, and a method
+    that brings nothing new meets one family of ``pair``. The other pairs are marked ``product`` and left to
+    ``pytest -m product``.
 
     Args:
         table: Methods by name.
         families: Names of tiny models, or of whatever stands for a family.
         pair: Those of them that every method meets.
+        turn: Number of the test among those that share the pairs; None for one that shares with nobody.
     """
     seen: set[str] = set()
-    pairs = []
-    for name, spec in table.items():
+    others = [family for family in families if family not in pair]
+    pairs, kinds = [], 0
+    for place, (name, spec) in enumerate(table.items()):
         parts = parts_of(method_of(spec))
         spread = not parts <= seen
         seen |= parts
-        pairs += [
-            pytest.param(family, name, marks=() if spread or family in pair else pytest.mark.product)
-            for family in families
-        ]
+        met = {*pair, *(others if spread else ())}
+        if turn is not None:
+            third = {family for number, family in enumerate(others) if (number + kinds + turn) % 3 == 0}
+            half = {family for number, family in enumerate(pair) if (number + place + turn) % 2 == 0}
+            met = {*pair, *third} if spread else half
+        kinds += spread
+        pairs += [pytest.param(family, name, marks=() if family in met else pytest.mark.product) for family in families]
     return pairs
+
+
+def few(table: Mapping[str, str | Decoder]) -> list[str]:
+    """Names of a table's methods that together have every part that any of them has: the richest first."""
+    parts = {name: parts_of(method_of(spec)) for name, spec in table.items()}
+    chosen: list[str] = []
+    missing = frozenset().union(*parts.values())
+    while missing:
+        chosen.append(max(table, key=lambda name: len(parts[name] & missing)))
+        missing -= parts[chosen[-1]]
+    return chosen
 
 
 @functools.cache

@@ -14,7 +14,6 @@ from tests.fuzz.corpus import READ, corpus, size_of
 from tests.fuzz.mutations import Change, changed, changes, checked_again
 from tests.jobs.fake import FakeVLM
 from vlmfix import display
-from vlmfix.commands import options
 from vlmfix.errors import DataError
 from vlmfix.images import FORMATS, open_picture
 from vlmfix.records import read_json, read_lines
@@ -115,7 +114,6 @@ def test_cut_pictures(rounds, tmp_path):
 
 def test_a_run_over_damaged_pictures(rounds, tmp_path, vlmfix, monkeypatch):
     """Every file is answered or has a reason, and the run ends well."""
-    monkeypatch.setattr(options, "quieten", lambda: None)
     monkeypatch.setattr(display, "loading", lambda *model, **how: FakeVLM())
     turn = iter(range(10**9))
 

@@ -15,7 +15,6 @@ import pytest
 from tests.evals.fake import Says, workload
 from tests.jobs.fake import FakeVLM, colour
 from vlmfix.decoders import parse
-from vlmfix.evals import tasks
 from vlmfix.jobs.benchmark.job import evaluate
 from vlmfix.jobs.folder import Questions, run
 from vlmfix.settings import Settings
@@ -73,7 +72,6 @@ def test_a_run_over_pictures(pictures):
 
 
 def test_an_evaluation(pictures, monkeypatch):
-    monkeypatch.setitem(tasks.TASKS.homes, "says", "tests.evals.fake:Says")
     work, out = workload(pictures, 4), left("eval-begun", pictures)
     (pictures / "0002.png").write_bytes(b"broken")
     samples = (out / "samples.jsonl").read_bytes()

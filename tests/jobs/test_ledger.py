@@ -7,17 +7,11 @@ import pytest
 from tests.evals.fake import Says, workload
 from tests.jobs.fake import FakeVLM, colour, draw
 from vlmfix.decoders import parse
-from vlmfix.evals import tasks
 from vlmfix.jobs import ledger
 from vlmfix.jobs.benchmark.job import evaluate
 from vlmfix.jobs.folder import Questions, run
 from vlmfix.records import read_json
 from vlmfix.settings import Settings
-
-
-@pytest.fixture(autouse=True)
-def _known_task(monkeypatch):
-    monkeypatch.setitem(tasks.TASKS.homes, "says", "tests.evals.fake:Says")
 
 
 def ask(base, vlm, **more):

@@ -11,7 +11,6 @@ from tests.evals.fake import Says, workload
 from tests.jobs.fake import FakeVLM, draw
 from vlmfix.decoders import VCD
 from vlmfix.errors import DataError, UsageError
-from vlmfix.evals import tasks
 from vlmfix.evals.record import read_run
 from vlmfix.jobs.benchmark import reproduce as evals_reproduce
 from vlmfix.jobs.benchmark.job import evaluate
@@ -97,7 +96,6 @@ def test_settings_that_a_model_brings_in_are_in_the_card(tmp_path: Path, model: 
 
 
 def test_an_evaluation_is_held_to_the_same(tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(tasks.TASKS.homes, "says", "tests.evals.fake:Says")
     work, settings = workload(tmp_path / "in"), Settings(model=str(model))
     evaluate(tmp_path / "out", Says(), work, settings, {}, batch_size=4, loader=Local().load)
     again = tmp_path / "again"

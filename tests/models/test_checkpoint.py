@@ -9,18 +9,15 @@ import pytest
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from tests.tiny import tiny_vlm
+from tests.tiny import saved, tiny_vlm
 from vlmfix.errors import DataError, UnsupportedModelError, UsageError
 from vlmfix.models.checkpoint import Checkpoint
 from vlmfix.models.families import HOMES, families, family_of
 
 
 @pytest.fixture
-def saved(tmp_path: Path) -> Path:
-    vlm = tiny_vlm("llava")
-    vlm.model.save_pretrained(tmp_path)
-    vlm.processor.save_pretrained(tmp_path)
-    return tmp_path
+def folder(tmp_path: Path) -> Path:
+    return saved(tiny_vlm("llava"), tmp_path)
 
 
 @pytest.mark.parametrize("name", ["/no/such/model", "./no-such-model", "no/such/model"])
@@ -56,29 +53,29 @@ def test_a_directory_without_a_config_is_refused(tmp_path: Path, text: str | Non
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "processor_config.json", "tokenizer.json"])
-def test_a_broken_file_is_refused(saved: Path, name: str) -> None:
-    (saved / name).write_bytes(b"{")
+def test_a_broken_file_is_refused(folder: Path, name: str) -> None:
+    (folder / name).write_bytes(b"{")
     with pytest.raises(DataError, match="cannot load model"):
-        Checkpoint.load(saved, device="cpu")
+        Checkpoint.load(folder, device="cpu")
 
 
-def test_missing_weights_are_never_replaced_by_random_ones(saved: Path) -> None:
-    weights = load_file(saved / "model.safetensors")
+def test_missing_weights_are_never_replaced_by_random_ones(folder: Path) -> None:
+    weights = load_file(folder / "model.safetensors")
     gone = next(name for name in weights if "layers.1.self_attn.k_proj" in name and "vision" not in name)
     del weights[gone]
-    save_file(weights, saved / "model.safetensors", metadata={"format": "pt"})
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(DataError, match=r"lacks 1 weights, .*k_proj"):
-        Checkpoint.load(saved, device="cpu")
+        Checkpoint.load(folder, device="cpu")
 
 
 @pytest.mark.parametrize(("option", "value"), [("device", "abacus"), ("dtype", "float8")])
-def test_unknown_device_or_dtype(saved: Path, option: str, value: str) -> None:
+def test_unknown_device_or_dtype(folder: Path, option: str, value: str) -> None:
     with pytest.raises(UsageError, match=value):
-        Checkpoint.load(saved, **{option: value})
+        Checkpoint.load(folder, **{option: value})
 
 
-def test_dtype_of_model_and_pixels_agree(saved: Path) -> None:
-    vlm = Checkpoint.load(saved, device="cpu", dtype="bfloat16")
+def test_dtype_of_model_and_pixels_agree(folder: Path) -> None:
+    vlm = Checkpoint.load(folder, device="cpu", dtype="bfloat16")
     batch = vlm.encode(["?"], [[Image.new("RGB", (40, 40))]])
     assert vlm.model.dtype == batch["pixel_values"].dtype
     assert not vlm.model.training

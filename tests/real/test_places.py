@@ -172,6 +172,7 @@ def unmixed(vlm, batch):
 THIN, TALL, WIDE = (1000, 37), (333, 777), (1300, 1000)
 """Photographs on which the map is measured."""
 FEW = {
+    "Idefics3-8B-Llama3": [TALL],  # a thin one is cut as by SmolVLM2, into more patches
     "InternVL3-1B-hf": [TALL],  # a thin one has more tiles, in one row
     "gemma-3-4b-it": [TALL],  # any picture is one square
     "SmolVLM-256M-Instruct": [],  # cuts pictures as SmolVLM2

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -62,11 +63,16 @@ def methods() -> dict[str, str]:
     return {name: name for name in DECODERS} | MORE
 
 
+@cache
+def pictures() -> list[Image.Image]:
+    """The picture of each row."""
+    pixels = render([scene(SEED, number) for number, _ in QUESTIONS])
+    return [Image.fromarray(each.permute(1, 2, 0).numpy()) for each in pixels]
+
+
 def answered(vlm: VLM, spec: str) -> list[list[int]]:
     """The generated tokens of each row."""
-    pixels = render([scene(SEED, number) for number, _ in QUESTIONS])
-    pictures = [Image.fromarray(each.permute(1, 2, 0).numpy()) for each in pixels]
-    answers = vlm.generate(pictures, [text for _, text in QUESTIONS], decoder=spec, max_new_tokens=TOKENS, seed=3)
+    answers = vlm.generate(pictures(), [text for _, text in QUESTIONS], decoder=spec, max_new_tokens=TOKENS, seed=3)
     return [list(answer.ids) for answer in answers]
 
 

@@ -4,19 +4,31 @@ from __future__ import annotations
 
 import pytest
 
-from tests.recorded.answers import answered, methods, recorded
+from tests.recorded.answers import MORE, answered, methods, recorded
 from vlmfix.generation import load
 from vlmfix.models.checkpoint import EMBEDDED
 
 
-@pytest.fixture(scope="module", params=EMBEDDED)
-def model(request):
-    return load(request.param, device="cpu", dtype="float32")
+@pytest.fixture(scope="module")
+def models():
+    return {name: load(name, device="cpu", dtype="float32") for name in EMBEDDED}
 
 
-@pytest.mark.parametrize("name", methods())
-def test_the_tokens_are_those_that_were_recorded(model, name):
-    assert answered(model, methods()[name]) == recorded()[model.name][name]
+def asked(place, name, number):
+    """Strong parameters and chains meet both models; defaults, which often say what greedy decoding says, one each."""
+    return name in MORE or (place + number) % len(EMBEDDED) == 0
+
+
+@pytest.mark.parametrize(
+    ("model", "name"),
+    [
+        pytest.param(model, name, marks=() if asked(place, name, number) else pytest.mark.product)
+        for number, model in enumerate(EMBEDDED)
+        for place, name in enumerate(methods())
+    ],
+)
+def test_the_tokens_are_those_that_were_recorded(models, model, name):
+    assert answered(models[model], methods()[name]) == recorded()[model][name]
 
 
 def test_the_cases_tell_methods_apart():

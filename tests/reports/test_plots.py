@@ -174,10 +174,10 @@ def test_files_that_are_of_no_comparison_are_not_touched(tmp_path, comparison):
     assert "|" in (tmp_path / "comparison.md").read_text()
 
 
-def test_a_drawing_goes_over_no_other_file(tmp_path, comparison):
+def test_a_drawing_goes_over_no_other_file(tmp_path):
     for name in ("plot.png", "plot.svg", "plot.pdf"):
         check_target(tmp_path / name)
-        differences(comparison, tmp_path / name)
+        pareto([Point(0.7, 0.1)], tmp_path / name, objective="f1", guard="recall", objective_better="higher")
         check_target(tmp_path / name)
         (tmp_path / name).write_text("precious")
         with pytest.raises(DataError, match="is there and is no drawing"):

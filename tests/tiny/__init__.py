@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from functools import cache
 from importlib import import_module
+from pathlib import Path
 
 from vlmfix.models.checkpoint import Checkpoint
 
@@ -39,3 +40,10 @@ def tiny_vlm(family: str, *, seed: int = 0) -> Checkpoint:
     """
     builder = import_module(MODULES[family])
     return builder.build(family, seed)
+
+
+def saved(vlm: Checkpoint, folder: Path) -> Path:
+    """Writes a model and its processor into a folder, which can then be loaded."""
+    vlm.model.save_pretrained(folder)
+    vlm.processor.save_pretrained(folder)
+    return folder

@@ -21,9 +21,10 @@ from transformers import (
     SmolVLMVideoProcessor,
 )
 
+from tests.tiny.decoder import text_config
 from vlmfix.models.checkpoint import Checkpoint
 from vlmfix.models.smolvlm import SmolVLM
-from vlmfix.testing.text import DECODER, byte_tokenizer, drawn
+from vlmfix.testing.text import byte_tokenizer, drawn
 
 TEMPLATE = """\
 %s
@@ -52,15 +53,7 @@ def build(name: str, seed: int) -> Checkpoint:
     special = SPECIAL + TILE_NAMES if small else SPECIAL
     tokenizer = byte_tokenizer(special, bos=begin, eos="<end_of_utterance>")
     config = (SmolVLMConfig if small else Idefics3Config)(
-        text_config={
-            **DECODER,
-            "model_type": "llama",
-            "vocab_size": len(tokenizer),
-            "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
-            "pad_token_id": tokenizer.pad_token_id,
-            "bos_token_id": tokenizer.bos_token_id,
-            "eos_token_id": tokenizer.eos_token_id,
-        },
+        text_config=text_config("llama", tokenizer),
         vision_config={
             "hidden_size": 32,
             "intermediate_size": 64,

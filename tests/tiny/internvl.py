@@ -10,9 +10,10 @@ from transformers import (
     InternVLVideoProcessor,
 )
 
+from tests.tiny.decoder import text_config
 from vlmfix.models.checkpoint import Checkpoint
 from vlmfix.models.internvl import InternVL
-from vlmfix.testing.text import DECODER, byte_tokenizer, drawn
+from vlmfix.testing.text import byte_tokenizer, drawn
 
 TEMPLATE = """\
 {%- for message in messages %}<|im_start|>{{ message['role'] }}
@@ -41,15 +42,7 @@ def build(name: str, seed: int) -> Checkpoint:
     """
     tokenizer = byte_tokenizer(["<|im_start|>"], named=NAMED, pad="<|endoftext|>", eos="<|im_end|>")
     config = InternVLConfig(
-        text_config={
-            **DECODER,
-            "model_type": "qwen2",
-            "vocab_size": len(tokenizer),
-            "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
-            "pad_token_id": tokenizer.pad_token_id,
-            "bos_token_id": tokenizer.bos_token_id,
-            "eos_token_id": tokenizer.eos_token_id,
-        },
+        text_config=text_config("qwen2", tokenizer),
         vision_config={
             "hidden_size": 32,
             "intermediate_size": 64,

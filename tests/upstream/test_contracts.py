@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import importlib
 import logging
-import subprocess
 import sys
 import time
 
 import pytest
+import transformers
 
 from tests.contracts.support import vlm_of
+from tests.processes import said
 from vlmfix.commands import bench as cost
 from vlmfix.commands import grounding, profile
 from vlmfix.decoders import DECODERS
@@ -131,14 +133,18 @@ def test_an_error_of_another_package_is_explained_by_what_it_breaks(value, vlmfi
     assert told.count("\n") == 2
 
 
+def asked_without_a_name():
+    """For a process of its own: imports the package anew, beside a transformers that has no ``DynamicLayer``."""
+    for name in [name for name in sys.modules if name.partition(".")[0] == "vlmfix"]:
+        del sys.modules[name]
+    del sys.modules[transformers.DynamicCache.__module__].DynamicLayer
+    sys.exit(importlib.import_module("vlmfix.cli")._run(["ask", "none.png", "what?"]))
+
+
 def test_a_name_that_has_moved_is_told_with_what_to_install():
-    code = (
-        "import sys, transformers.cache_utils as c; del c.DynamicLayer; import vlmfix.cli as v;"
-        "sys.exit(v._run(['ask', 'none.png', 'what?']))"
-    )
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert run.returncode == 1
-    first, second = run.stderr.splitlines()[-2:]
+    code, told = said(asked_without_a_name)
+    assert code == 1
+    first, second = told.splitlines()[-2:]
     assert first.startswith("vlmfix: ImportError: cannot import name 'DynamicLayer'")
     assert second.startswith("hint: ")
     assert "pip install" in second

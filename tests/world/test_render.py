@@ -170,20 +170,21 @@ def test_shrinking_is_an_exact_average(number: int, size: int):
 
 
 def average(picture: np.ndarray, row: int, column: int, rows: int, columns: int) -> list[int]:
-    """Colour and opacity of one pixel: areas of the old pixels under it, in exact fractions."""
+    """Colour and opacity of one pixel: areas of the old pixels under it, exactly, in 1 / (rows * columns) of one."""
     height, width = picture.shape[:2]
-    total, opacity = [Fraction(0)] * 3, Fraction(0)
+    total, opacity = [0] * 3, 0
     for y in range(row * height // rows, -(-(row + 1) * height // rows)):
-        tall = min(Fraction((row + 1) * height, rows), y + 1) - max(Fraction(row * height, rows), y)
+        tall = min((row + 1) * height, (y + 1) * rows) - max(row * height, y * rows)
         for x in range(column * width // columns, -(-(column + 1) * width // columns)):
-            wide = min(Fraction((column + 1) * width, columns), x + 1) - max(Fraction(column * width, columns), x)
-            weight = tall * wide * int(picture[y, x, 3])
+            wide = min((column + 1) * width, (x + 1) * columns) - max(column * width, x * columns)
+            red, green, blue, alpha = picture[y, x].tolist()
+            weight = tall * wide * alpha
             opacity += weight
-            total = [part + weight * int(picture[y, x, channel]) for channel, part in enumerate(total)]
+            total = [total[0] + weight * red, total[1] + weight * green, total[2] + weight * blue]
     if opacity == 0:
         return [0, 0, 0, 0]
-    area = Fraction(height * width, rows * columns)
-    return [int(part / opacity + Fraction(1, 2)) for part in total] + [int(opacity / area + Fraction(1, 2))]
+    area = height * width
+    return [(2 * part + opacity) // (2 * opacity) for part in total] + [(2 * opacity + area) // (2 * area)]
 
 
 def test_enlarging_keeps_a_plain_colour():

@@ -10,7 +10,7 @@ from typing import Any
 import click
 
 from vlmfix.commands import options
-from vlmfix.errors import DataError, UsageError
+from vlmfix.errors import UsageError
 from vlmfix.parsing import escaped
 from vlmfix.settings import Settings
 
@@ -119,15 +119,5 @@ def ask(picture: Path, question: str, settings: Settings) -> None:
     terminal = sys.stdout.isatty()  # a program that reads the answer gets it as it is
     with closing(pieces):
         for piece in pieces:
-            _say(escaped(piece, lines=True) if terminal else piece)
-    _say("\n")
-
-
-def _say(text: str) -> None:
-    """Writes a part of the answer to standard output."""
-    try:
-        click.echo(text, nl=False)
-    except BrokenPipeError:  # whoever read it has left
-        raise
-    except OSError as error:
-        raise DataError(f"cannot write the answer: {error.strerror}", "make room, or write elsewhere") from error
+            click.echo(escaped(piece, lines=True) if terminal else piece, nl=False)
+    click.echo()

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from tests.attention.test_tower import whole
-from tests.contracts.support import Forced, batch_of, close, logits, picture, plain, vlm_of
+from tests.contracts.support import PAIR, Forced, batch_of, close, logits, picture, plain, vlm_of
 from tests.contracts.test_reference import TOKENS, Slow, installed, same
 from tests.decoders.attention.test_locore import site
 from tests.decoders.made_vit import made_vit
@@ -203,8 +203,14 @@ def imbalance(vlm, batch, method):
 CASES = [(family, "received") for family in TINY] + [(family, "cls") for family in WITH_CLASS]
 
 
-@pytest.mark.parametrize(("family", "significance"), CASES)
-@pytest.mark.parametrize("preset", ["paper", "official-code"])
+@pytest.mark.parametrize(
+    ("family", "significance", "preset"),
+    [
+        pytest.param(*case, preset, marks=() if case[0] in PAIR or place % 2 == turn else pytest.mark.product)
+        for turn, preset in enumerate(Imbalance.presets)
+        for place, case in enumerate(CASES)
+    ],
+)
 def test_a_whole_model_with_the_slow_method_gives_the_same_logits(family, significance, preset):
     method = Imbalance(significance=significance, preset=preset, layers="1:", local_share=0.4)
     vlm = vlm_of(family)

@@ -13,7 +13,7 @@ import torch
 
 from tests.contracts.support import vlm_of
 from tests.heads.made import made_profile
-from tests.tiny import tiny_vlm
+from tests.tiny import saved, tiny_vlm
 from vlmfix.decoders.attention import profiled
 from vlmfix.decoders.attention.profiled import profile_facts, profile_for, why_no_profile
 from vlmfix.errors import DataError, ProfileMismatchError
@@ -24,10 +24,7 @@ from vlmfix.models.checkpoint import HEADS, Checkpoint
 @pytest.fixture
 def stored(tmp_path: Path) -> Path:
     """A tiny model's folder."""
-    vlm = tiny_vlm("llava")
-    vlm.model.save_pretrained(tmp_path)
-    vlm.processor.save_pretrained(tmp_path)
-    return tmp_path
+    return saved(tiny_vlm("llava"), tmp_path)
 
 
 def test_without_a_name_the_file_beside_the_weights_is_read(stored: Path) -> None:

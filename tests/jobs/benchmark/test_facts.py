@@ -12,7 +12,6 @@ from tests.evals.fake import Says, workload
 from tests.jobs.fake import FakeVLM
 from vlmfix.decoders import DECODERS, VCD, parse
 from vlmfix.errors import UsageError
-from vlmfix.evals import tasks
 from vlmfix.evals.comparison.compare import compare
 from vlmfix.evals.record import read_run
 from vlmfix.jobs.benchmark.job import evaluate
@@ -35,7 +34,6 @@ class Dated(VCD):
 
 @pytest.fixture(autouse=True)
 def _known(monkeypatch):
-    monkeypatch.setitem(tasks.TASKS.homes, "says", "tests.evals.fake:Says")
     monkeypatch.setitem(DECODERS.homes, "dated", f"{__name__}:Dated")
     monkeypatch.setattr(Dated, "found", {"profile_digest": "one"})
 

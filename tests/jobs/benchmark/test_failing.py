@@ -1,6 +1,5 @@
 """Errors of every question end an evaluation and leave nothing behind; failures of single samples are asked again."""
 
-import multiprocessing
 import os
 import shutil
 import signal
@@ -12,36 +11,17 @@ import torch
 from PIL import Image
 
 from tests.deadly import die_at
-from tests.evals.fake import Says, workload
+from tests.evals.fake import workload
+from tests.jobs.benchmark.asked import go
 from tests.jobs.fake import FakeVLM, colour
+from tests.processes import ended
 from vlmfix import images
 from vlmfix.answering import FAILURES_IN_A_ROW
-from vlmfix.decoders import parse
 from vlmfix.errors import LayoutError, PassingError, SystematicError
 from vlmfix.evals import tasks
 from vlmfix.evals.record import read_run
-from vlmfix.jobs.benchmark.job import evaluate
 from vlmfix.jobs.benchmark.reproduce import reproduce
 from vlmfix.records import read_lines
-from vlmfix.settings import Settings
-
-
-@pytest.fixture(autouse=True)
-def _known_task(monkeypatch):
-    monkeypatch.setitem(tasks.TASKS.homes, "says", "tests.evals.fake:Says")
-
-
-def go(out, work, vlm, *, arms=(), batch_size=4, retry_failed=False):
-    return evaluate(
-        out,
-        Says(),
-        work,
-        Settings(),
-        {name: parse(name) for name in arms},
-        batch_size=batch_size,
-        retry_failed=retry_failed,
-        loader=vlm.load,
-    )
 
 
 def renamed(batch):
@@ -192,15 +172,10 @@ def test_killed_at_every_change_of_the_folder(tmp_path):
     work, whole = workload(tmp_path / "in", 2), tmp_path / "whole"
     (tmp_path / "in" / "0000.png").write_bytes(b"broken")
     go(whole, work, FakeVLM())
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.jobs.benchmark.test_failing"])
     step, code, complete = 0, -signal.SIGKILL, 0
     while code == -signal.SIGKILL:
         out = tmp_path / f"out{step}"
-        process = context.Process(target=killed_at, args=(step, tmp_path, out, 2, False))
-        process.start()
-        process.join()
-        code = process.exitcode
+        code = ended(killed_at, step, tmp_path, out, 2, False)
         complete += files(out) == files(whole)
         go(out, work, FakeVLM())
         assert files(out) == files(whole)
@@ -216,16 +191,11 @@ def test_killed_at_every_change_of_the_folder(tmp_path):
 def test_killed_while_it_asks_again(tmp_path):
     work, whole = spoiled(tmp_path)
     kept = [line for line in files(whole)[Path("greedy/answers.jsonl")].splitlines() if b"failed" not in line]
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.jobs.benchmark.test_failing"])
     step, code = 0, -signal.SIGKILL
     while code == -signal.SIGKILL:
         out = tmp_path / f"out{step}"
         shutil.copytree(whole, out)
-        process = context.Process(target=killed_at, args=(step, tmp_path, out))
-        process.start()
-        process.join()
-        code = process.exitcode
+        code = ended(killed_at, step, tmp_path, out)
         found = files(out)[Path("greedy/answers.jsonl")].splitlines()
         assert [line for line in found if line in kept] == kept
         run = go(out, work, FakeVLM(), retry_failed=any(b"odd" in line for line in found))

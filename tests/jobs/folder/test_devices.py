@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 
 from tests.jobs.fake import FakeVLM, colour, draw
+from tests.processes import server
 from vlmfix import crew
 from vlmfix.crew import Crew, devices_of
 from vlmfix.errors import DataError, PassingError, SystematicError, UsageError
@@ -182,8 +183,7 @@ def work(pictures, out):
 def test_processes_end_with_the_job_that_is_killed(tmp_path):
     """Also one that is in the middle of a batch."""
     pictures, out = draw(tmp_path / "in", 24), tmp_path / "out"
-    context = multiprocessing.get_context("forkserver")
-    process = context.Process(target=work, args=(pictures, out))
+    process = server().Process(target=work, args=(pictures, out))
     process.start()
     until, said = time.monotonic() + 60, set()
     while len(said) < 2 and time.monotonic() < until:

@@ -2,7 +2,6 @@
 
 import errno
 import json
-import multiprocessing
 import os
 import shutil
 import signal
@@ -14,25 +13,12 @@ from PIL import Image
 
 from tests.deadly import die_at
 from tests.jobs.fake import FakeVLM, colour, draw
+from tests.jobs.folder.asked import go, living
+from tests.processes import ended
 from vlmfix import images
 from vlmfix.answering import FAILURES_IN_A_ROW
 from vlmfix.errors import DataError, LayoutError, PassingError, SystematicError, UsageError
-from vlmfix.jobs.folder import Questions, run
 from vlmfix.records import read_json, read_lines
-from vlmfix.settings import Settings
-
-
-def go(pictures, out, vlm, *, batch_size=4, retry_failed=False, report=lambda progress: None):
-    return run(
-        pictures,
-        out,
-        questions=Questions.text("What?"),
-        settings=Settings(),
-        batch_size=batch_size,
-        retry_failed=retry_failed,
-        report=report,
-        loader=vlm.load,
-    )
 
 
 def answered(out):
@@ -188,24 +174,12 @@ def test_failures_of_both_kinds_keep_their_reasons(tmp_path):
 
 
 def test_waiting_failures_keep_no_pictures(tmp_path, monkeypatch):
-    alive, most = [], []
-    open_picture = images.open_picture
-
-    class Counted(Image.Image):
-        def __del__(self):
-            alive.pop()
-
-    def opened(path):
-        picture = open_picture(path)
-        picture.image.__class__ = Counted
-        alive.append(path)
-        return picture
+    alive, most = living(monkeypatch), []
 
     def fails(batch):
         most.append(len(alive))
         return ValueError("odd") if len(most) == 1 else LayoutError("strange")
 
-    monkeypatch.setattr(images, "open_picture", opened)
     with pytest.raises(SystematicError):  # one odd picture, and no answer that would show that it is one
         go(draw(tmp_path / "in", 60), tmp_path / "out", FakeVLM(fails=fails), batch_size=1)
     assert max(most) <= images.AHEAD + 2 + 1
@@ -300,16 +274,11 @@ def killed_at(step, pictures, out):
 def test_killed_while_it_asks_again(tmp_path, retry_again):
     pictures, whole = spoiled(tmp_path)
     before = answered(whole)
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.jobs.folder.test_failing"])
     step, code = 0, -signal.SIGKILL
     while code == -signal.SIGKILL:
         out = tmp_path / f"out{step}"
         shutil.copytree(whole, out)
-        process = context.Process(target=killed_at, args=(step, pictures, out))
-        process.start()
-        process.join()
-        code = process.exitcode
+        code = ended(killed_at, step, pictures, out)
         assert answered(out)[: len(before)] == before
         assert set(failed(out)) <= {*names(2, 9), "broken.png"}
         go(pictures, out, FakeVLM(), retry_failed=retry_again or "0002.png" in failed(out))

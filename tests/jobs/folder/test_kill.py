@@ -1,6 +1,5 @@
 """kill -9 at any moment, and on from there: no picture lost, none twice, no torn line."""
 
-import multiprocessing
 import os
 import random
 import signal
@@ -10,6 +9,7 @@ import pytest
 
 from tests.deadly import die_at
 from tests.jobs.fake import FakeVLM, draw
+from tests.processes import ended, server
 from vlmfix.errors import UsageError
 from vlmfix.jobs.folder import Questions, run
 from vlmfix.jobs.folder.reproduce import reproduce
@@ -27,9 +27,7 @@ def work(pictures, out):
 
 @pytest.fixture(scope="module")
 def start():
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["vlmfix.jobs.folder", "tests.jobs.fake"])
-    return lambda *arguments: context.Process(target=work, args=arguments)
+    return lambda *arguments: server().Process(target=work, args=arguments)
 
 
 def wait_for(path, size):
@@ -95,15 +93,10 @@ def go(pictures, out, vlm):
 def test_killed_at_every_change_of_the_folder(tmp_path):
     pictures = draw(tmp_path / "in", 3)
     (pictures / "0001b.png").write_bytes(b"")
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.jobs.folder.test_kill"])
     step, code, unfinished = 0, -signal.SIGKILL, 0
     while code == -signal.SIGKILL:
         out = tmp_path / f"out{step}"
-        process = context.Process(target=killed_at, args=(step, pictures, out))
-        process.start()
-        process.join()
-        code = process.exitcode
+        code = ended(killed_at, step, pictures, out)
         complete = len(list(read_lines(out / "answers.jsonl"))) == 3
         unfinished += complete and not read_json(out / "run.json")["finished"]
         end = go(pictures, out, FakeVLM())
