@@ -298,7 +298,8 @@ def test_who_may_ask(server):
     assert fetched(server, "/v1/models", key="\xe4")[0] == 401
     status, content = fetched(server, "/v1/models", headers={"Host": "evil.example:80"})
     assert (status, "this machine alone" in content) == (403, True)
-    assert fetched(server, "/v1/models", headers={"Host": "localhost"})[0] == 200
+    for name in ("localhost", "LOCALHOST:80", "[::1]", "[::1]:8000", "127.0.0.1:1"):
+        assert fetched(server, "/v1/models", headers={"Host": name})[0] == 200
 
 
 def test_scores_that_are_no_numbers(server, client):

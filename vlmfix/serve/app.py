@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import hmac
 import logging
+import re
 import time
 from collections.abc import Awaitable, Callable, Collection, MutableMapping
 from concurrent.futures import ThreadPoolExecutor
@@ -81,7 +82,7 @@ class Service:
 
     async def check_host(self, request: Request) -> None:
         """Refuses requests under another name than this machine's, as another site in a browser would send them."""
-        name = request.headers.get("host", "").rpartition(":")[0] or request.headers.get("host", "")
+        name = re.sub(r":[0-9]*$", "", request.headers.get("host", ""))
         if self._hosts is not None and name.lower() not in self._hosts:
             raise RefusedError("this server answers to this machine alone", "ask 127.0.0.1, or give --host", status=403)
 

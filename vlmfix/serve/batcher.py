@@ -15,6 +15,7 @@ import torch
 from torch.nn.attention import sdpa_kernel
 
 from vlmfix.answering import REPEATABLE, going_together, is_memory
+from vlmfix.asked import MOST
 from vlmfix.decoders import Decoder, Strategy
 from vlmfix.decoding.graphs import forget
 from vlmfix.errors import DataError, LayoutError, PassingError, UnsupportedModelError, VlmfixError
@@ -142,7 +143,12 @@ class Batcher:
                     self.state = "ready"
             while (rows := self._next()) is not None:
                 self._running = rows
-                self._answer(rows)
+                try:
+                    self._answer(rows)
+                except torch.AcceleratorError:
+                    raise
+                except Exception as error:
+                    self._refuse(rows, error)
                 self._running = ()
         except BaseException as error:  # handed to the thread that started this one
             self.error = error
@@ -162,11 +168,12 @@ class Batcher:
                     continue
                 group = _group(next(iter(self._waiting)))
                 some = [row for ticket, rows in self._waiting.items() if _group(ticket) == group for row in rows[:1]]
-            size = self._size(group, some)
-            with self._changed:
-                rows = self._taken(group, size)
-                self._metrics.waiting.set(len(self._waiting))
-            if rows:
+            try:
+                size = self._size(group, some)
+            except Exception as error:
+                self._refuse(self._taken(group, MOST), error)
+                continue
+            if rows := self._taken(group, size):
                 return rows
 
     def _gather(self) -> None:
@@ -180,17 +187,17 @@ class Batcher:
                 return
 
     def _taken(self, group: Group, size: int) -> list[Row]:
+        """Takes the oldest answers of a group out of the line."""
         rows: list[Row] = []
-        for ticket in list(self._waiting):
-            if _group(ticket) == group:
-                own = self._waiting[ticket]
-                room = size - len(rows)
+        with self._changed:
+            for ticket in [ticket for ticket in self._waiting if _group(ticket) == group]:
+                own, room = self._waiting.pop(ticket), size - len(rows)
                 rows += own[:room]
-                self._waiting[ticket] = own[room:]
-                if not own[room:]:
-                    del self._waiting[ticket]
-            if len(rows) == size:
-                break
+                if own[room:]:
+                    self._waiting = {ticket: own[room:], **self._waiting}  # it stays the oldest
+                if len(rows) == size:
+                    break
+            self._metrics.waiting.set(len(self._waiting))
         return rows
 
     def _size(self, group: Group, some: Sequence[Row]) -> int:
@@ -206,6 +213,11 @@ class Batcher:
         wanted = [row.ticket.wanted for row in some]
         questions = [Question(asked.pictures[0] if asked.pictures else None, asked.prompt) for asked in wanted]
         return fitting_batch(self._model, decoder, self._settings, questions)
+
+    @property
+    def busy(self) -> bool:
+        """Returns whether some request is not answered yet."""
+        return bool(self._running or self._waiting)
 
     @property
     def _model(self) -> VLM:

@@ -21,6 +21,8 @@ from vlmfix.serve.metrics import Metrics
 from vlmfix.serve.protocol import Served
 from vlmfix.settings import Settings
 
+logger = logging.getLogger(__name__)
+
 LOOPBACK = ("127.0.0.1", "localhost", "[::1]")
 """Names of this machine for itself."""
 CLOSING = 5.0
@@ -115,6 +117,8 @@ class Server(uvicorn.Server):
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Ends taking requests; those that run have the grace time."""
+        if self.batcher.busy:
+            logger.warning("vlmfix: ending; running requests have %g seconds", self._grace)
         asyncio.get_running_loop().call_later(self._grace, self.batcher.give_up)
         await super().shutdown(sockets)
 
