@@ -148,3 +148,13 @@ def test_a_listener_hears_every_token_and_lets_samples_go(decoder):
     assert listener.prompts == vlm.encode(prompts, rows).lengths.tolist()
     with pytest.raises(IncompatibleDecodersError, match="a listener with a static cache"):
         vlm.generate(rows, prompts, listener=listener, static_cache=True, **call)
+
+
+@pytest.mark.parametrize("family", unlike())
+def test_a_picture_that_is_written_is_refused(family):
+    vlm = vlm_of(family)
+    mark = vlm.processor.tokenizer.convert_ids_to_tokens(vlm.family.image_token(vlm.model.config))
+    with pytest.raises(DataError, match="stands for a picture"):
+        vlm.generate([ONE], f"what is {mark} here?", max_new_tokens=2)
+    with pytest.raises(DataError, match="stands for a picture"):
+        vlm.generate([ONE], "and now?", earlier=[[Turn("user", mark), Turn("assistant", "a dog")]], max_new_tokens=2)

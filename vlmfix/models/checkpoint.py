@@ -356,6 +356,10 @@ class Checkpoint:
         """The chat template's text for one question about ``pictures`` pictures, ready for the answer.
 
         Those of the pictures that belong to earlier turns stand there; of a turn, pictures come before the text.
+
+        Raises:
+            DataError: A text holds the token that stands for a picture.
+            UnsupportedModelError: There is no chat template, it fails, or it leaves a turn out.
         """
         template = self._template()
         if template is None:
@@ -365,6 +369,9 @@ class Checkpoint:
             )
         if system is not None:
             earlier = [Turn("system", system), *(turn for turn in earlier if turn.role != "system")]
+        mark = str(self.processor.tokenizer.convert_ids_to_tokens(self.family.image_token(self.model.config)))
+        if any(mark in said for said in (prompt or "", *(turn.text for turn in earlier))):
+            raise DataError(f"{mark} in a question stands for a picture there", "leave it out: pictures come before it")
         messages = [_message(turn.role, turn.text, turn.pictures) for turn in earlier]
         messages.append(_message("user", prompt, pictures - sum(turn.pictures for turn in earlier)))
         try:

@@ -136,10 +136,11 @@ class Service:
                 if self._batcher.state != "ready":
                     raise unready(self._batcher.state)
                 ours = content, self._served, self._limits, self._gallery
-                wanted = await asyncio.get_running_loop().run_in_executor(self._readers, read, *ours)
+                with self._batcher.announced():
+                    wanted = await asyncio.get_running_loop().run_in_executor(self._readers, read, *ours)
+                    return self._batcher.submit(wanted)
         except TimeoutError as error:
             raise RefusedError("the request took too long to come", "send it faster", status=408) from error
-        return self._batcher.submit(wanted)
 
     async def _body(self, request: Request) -> bytes:
         content, most = bytearray(), self._limits.body

@@ -6,9 +6,9 @@ import asyncio
 import logging
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from typing import Literal
 
 import torch
@@ -33,9 +33,9 @@ from vlmfix.supply import THREADS, Question
 logger = logging.getLogger(__name__)
 
 QUIET = 0.005
-"""Seconds without a further request after which a batch begins: a step of a large model takes four times as long."""
-GATHERING = 0.05
-"""Most seconds that a batch waits for further requests."""
+"""Seconds without a further request after which a batch begins."""
+GATHERING = 0.1
+"""Most seconds that a batch waits for requests whose pictures are being opened, or that keep coming."""
 SIZES = 64
 """Decoders whose number of rows is remembered."""
 
@@ -72,7 +72,7 @@ class Batcher:
         self._changed = threading.Condition()
         self._waiting: dict[Ticket, list[Row]] = {}  # oldest first, each with the answers that have not begun
         self._running: Sequence[Row] = ()
-        self._arrivals = 0
+        self._arrivals = self._coming = 0
         self._sizes: dict[Decoder, int] = {}
         self._thread = threading.Thread(target=self._work, name="vlmfix-model", daemon=True)
         self._pictures = ThreadPoolExecutor(THREADS, thread_name_prefix="vlmfix-prepared")
@@ -86,6 +86,18 @@ class Batcher:
         """
         self._loop, self._ended = loop, ended
         self._thread.start()
+
+    @contextmanager
+    def announced(self) -> Iterator[None]:
+        """Lets a batch wait a little for a request that is read inside the block."""
+        with self._changed:
+            self._coming += 1
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._coming -= 1
+                self._changed.notify()
 
     def submit(self, wanted: Wanted) -> Ticket:
         """Puts a request into the line.
@@ -183,7 +195,7 @@ class Batcher:
         while (left := end - time.monotonic()) > 0 and sum(map(len, self._waiting.values())) < most:
             before = self._arrivals
             self._changed.wait(min(QUIET, left))
-            if self._arrivals == before:
+            if self._arrivals == before and not self._coming:
                 return
 
     def _taken(self, group: Group, size: int) -> list[Row]:
