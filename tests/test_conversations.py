@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from tests.contracts.support import PICTURES, PROMPTS, unlike, vlm_of
 from vlmfix import Turn
+from vlmfix.decoding.branches import without_picture, without_question
 from vlmfix.errors import DataError, IncompatibleDecodersError, UnsupportedModelError, UsageError
 from vlmfix.models.checkpoint import EMBEDDED
 
@@ -46,6 +49,18 @@ def test_an_answer_in_a_conversation_does_not_depend_on_its_neighbours(decoder):
         assert vlm.generate([row], prompt, earlier=[turns], **call)[0].ids == answer.ids
     plain = vlm.generate(rows, prompts, **call)
     assert [one.ids == other.ids for one, other in zip(together, plain, strict=True)] == [False, True, False]
+
+
+def test_branches_keep_what_was_said_before():
+    vlm = vlm_of("llava")
+    batch = vlm.encode(["and now?", PROMPTS[0]], [[TWO, THREE], [ONE]], earlier=[TALK, ()])
+    for make, asked, shown in ((without_question, "", [[TWO, THREE], [ONE]]), (without_picture, None, [[], []])):
+        branch = make(vlm, batch).batch
+        for row, (question, pictures) in enumerate(zip(batch.prompts, shown, strict=True)):
+            turns = [replace(turn, pictures=turn.pictures * bool(pictures)) for turn in (TALK, ())[row]]
+            alone = vlm.encode([question if asked is None else asked], [pictures], earlier=[turns])
+            real = branch["input_ids"][row][branch.attention_mask[row].bool()]
+            assert real.tolist() == alone["input_ids"][0].tolist()
 
 
 def test_a_system_message_of_all_rows_replaces_their_own():

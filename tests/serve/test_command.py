@@ -25,6 +25,7 @@ def ready(port):
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 0), (signal.SIGINT, 130)])
 def test_a_signal_ends_it_within_the_grace_time(vlmfix, monkeypatch, number, code):
     monkeypatch.setattr("vlmfix.display.loading", lambda model, **how: tiny())
+    monkeypatch.setattr(os, "_exit", lambda code: pytest.fail("the thread that decodes did not end"))
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     told = []

@@ -249,7 +249,7 @@ def test_who_leaves_in_the_middle_is_dropped(server, slow_model, stream):
             until(lambda: server.batcher._running)
             time.sleep(0.2)
     until(lambda: counted(server, gone) == left + 1)
-    until(lambda: not server.batcher._running)
+    until(lambda: not server.batcher._running, seconds=4)
     assert 0 < counted(server, said) - tokens < 100
 
 

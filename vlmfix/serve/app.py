@@ -80,6 +80,10 @@ class Service:
         app.add_exception_handler(HTTPException, _no_such_page)
         return app
 
+    def close(self) -> None:
+        """Reads no further requests."""
+        self._readers.shutdown(wait=False, cancel_futures=True)
+
     async def check_host(self, request: Request) -> None:
         """Refuses requests under another name than this machine's, as another site in a browser would send them."""
         name = re.sub(r":[0-9]*$", "", request.headers.get("host", ""))

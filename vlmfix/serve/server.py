@@ -26,7 +26,8 @@ logger = logging.getLogger(__name__)
 LOOPBACK = ("127.0.0.1", "localhost", "[::1]")
 """Names of this machine for itself."""
 CLOSING = 5.0
-"""Seconds that connections have, after running requests were refused, to take what was sent."""
+"""Seconds that connections have, after running requests were refused, to take what was sent; and that the thread which
+decodes has to end its step."""
 
 
 def listening(host: str, port: int) -> socket.socket:
@@ -81,10 +82,10 @@ class Server(uvicorn.Server):
         self.batcher = Batcher(load, settings, limits, metrics)
         self._grace, self._socket = limits.grace, open_socket
         hosts = LOOPBACK if shown in LOOPBACK else None
-        service = Service(self.batcher, served, limits, metrics, key=key, hosts=hosts)
+        self._service = Service(self.batcher, served, limits, metrics, key=key, hosts=hosts)
         logging.getLogger("uvicorn").setLevel(logging.CRITICAL)  # clients that send no HTTP are no news
         config = uvicorn.Config(
-            service.app(),
+            self._service.app(),
             lifespan="off",
             log_config=None,
             access_log=False,
@@ -105,7 +106,8 @@ class Server(uvicorn.Server):
             with _terminable():
                 self.run(sockets=[self._socket])
         finally:
-            ended = self.batcher.close(self._grace)
+            self._service.close()
+            ended = self.batcher.close(CLOSING)
         if self.batcher.error is not None:
             raise self.batcher.error
         return ended
