@@ -246,8 +246,7 @@ def test_who_leaves_in_the_middle_is_dropped(server, slow_model, stream):
         if stream:
             assert sock.recv(4096).startswith(b"HTTP/1.1 200")
         else:
-            until(lambda: server.batcher._running)
-            time.sleep(0.2)
+            until(lambda: any(row.tokens for row in server.batcher._running))
     until(lambda: counted(server, gone) == left + 1)
     until(lambda: not server.batcher._running, seconds=4)
     assert 0 < counted(server, said) - tokens < 100

@@ -154,7 +154,6 @@ class Batcher:
                 if self.state == "loading":
                     self.state = "ready"
             while (rows := self._next()) is not None:
-                self._running = rows
                 try:
                     self._answer(rows)
                 except torch.AcceleratorError:
@@ -199,7 +198,7 @@ class Batcher:
                 return
 
     def _taken(self, group: Group, size: int) -> list[Row]:
-        """Takes the oldest answers of a group out of the line."""
+        """Takes the oldest answers of a group out of the line; they run from now on."""
         rows: list[Row] = []
         with self._changed:
             for ticket in [ticket for ticket in self._waiting if _group(ticket) == group]:
@@ -209,6 +208,7 @@ class Batcher:
                     self._waiting = {ticket: own[room:], **self._waiting}  # it stays the oldest
                 if len(rows) == size:
                     break
+            self._running = rows
             self._metrics.waiting.set(len(self._waiting))
         return rows
 
