@@ -214,14 +214,8 @@ def _decoder(body: Mapping[str, Any], served: Served) -> tuple[str, Decoder]:
 
 def _parsed(spec: str, param: str, served: Served) -> Decoder:
     """The decoder of a request, which must not make the server read files or fetch anything."""
-    if "@" in spec:
-        raise RefusedError(
-            "a request cannot name a recipe",
-            "write the decoder's parameters out, or start the server with it",
-            param=param,
-        )
     try:
-        decoder = parse(spec)
+        decoder = parse(spec, files=False)
     except VlmfixError as error:
         raise RefusedError(error.message, error.hint, param=param) from error
     if decoder == served.decoder:
