@@ -83,8 +83,12 @@ def test_64_clients_at_once_have_the_answers_that_they_would_have_alone(server, 
         kind = dict(KINDS[number % 4])
         extra = {"decoder": kind.pop("decoder", None), "top_k": kind.pop("top_k", None)}
         messages = about(number % 8, DESCRIBE if number % 3 else "Is there a dog in the image?")
-        found = ask(client, messages, seed=number % 8, extra_body=extra, tokens=6 + number % 5, **kind)
-        return text(found), found.usage.completion_tokens
+        call = {"seed": number % 8, "extra_body": extra, "tokens": 6 + number % 5, **kind}
+        if number % 2:
+            found = ask(client, messages, **call)
+            return text(found), found.usage.completion_tokens
+        *chunks, last = ask(client, messages, stream=True, stream_options={"include_usage": True}, **call)
+        return "".join(chunk.choices[0].delta.content or "" for chunk in chunks), last.usage.completion_tokens
 
     with ThreadPoolExecutor(64) as pool:
         found = list(pool.map(asked, range(64)))
