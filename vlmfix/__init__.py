@@ -9,6 +9,7 @@ __version__ = "0.1.0"
 
 _HOME = {
     "Answer": "vlmfix.generation",
+    "Turn": "vlmfix.models.layout",
     "VLM": "vlmfix.generation",
     "load": "vlmfix.generation",
     "wrap": "vlmfix.generation",
@@ -28,6 +29,7 @@ __all__ = [
     "Answer",
     "Decoder",
     "HeadProfile",
+    "Turn",
     "VlmfixError",
     "__version__",
     "load",

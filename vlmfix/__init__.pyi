@@ -8,6 +8,7 @@ from vlmfix.generation import load as load
 from vlmfix.generation import wrap as wrap
 from vlmfix.heads.measure import profile as profile
 from vlmfix.heads.profile import HeadProfile as HeadProfile
+from vlmfix.models.layout import Turn as Turn
 
 __version__: str
 __all__ = [
@@ -16,6 +17,7 @@ __all__ = [
     "Answer",
     "Decoder",
     "HeadProfile",
+    "Turn",
     "VlmfixError",
     "__version__",
     "load",

@@ -324,21 +324,9 @@ class Answerer(Settling):
                     yield from self.part([question])
 
     def _fitting(self, part: Sequence[Question]) -> int:
-        """Counts the rows that go together: at most ``rows``, and no more pixels than one picture may have.
-
-        A processor that keeps a picture's shape can make as many pixels of several thin or large pictures as of one
-        that would be refused; a picture that rows share is counted once.
-        """
-        limit, made = Image.MAX_IMAGE_PIXELS, 0
-        seen: set[int] = set()
-        for place, question in enumerate(part[: self.rows]):
-            if question.picture is None or id(question.picture) in seen:
-                continue
-            seen.add(id(question.picture))
-            made += self._vlm.enlarged(question.picture)
-            if place and limit is not None and made > limit:
-                return place
-        return self.rows
+        """Counts the rows that go together: at most ``rows``, and no more pixels than one picture may have."""
+        shown = [[] if question.picture is None else [question.picture] for question in part[: self.rows]]
+        return min(self.rows, going_together(self._vlm, shown)) if shown else self.rows
 
     def _attempt(self, part: Sequence[Question], prepared: Prepared | None) -> list[Answer] | Failure:
         """Answers a batch; returns a failure that concerns this batch, and raises one that concerns every batch."""
@@ -364,6 +352,28 @@ class Answerer(Settling):
             forget(self._vlm.model)  # a smaller batch needs the room that this one's KV cache took
             torch.cuda.empty_cache()
         return failure
+
+
+def going_together(vlm: VLM, shown: Sequence[Sequence[Image.Image]]) -> int:
+    """Counts the first rows whose pictures make together no more pixels than one picture may have, at least 1.
+
+    A processor that keeps a picture's shape can make as many pixels of several thin or large pictures as of one that
+    would be refused; a picture that rows share is counted once.
+
+    Args:
+        vlm: The model.
+        shown: The pictures of each row.
+    """
+    limit, made = Image.MAX_IMAGE_PIXELS, 0
+    seen: set[int] = set()
+    for place, pictures in enumerate(shown):
+        for picture in pictures:
+            if id(picture) not in seen:
+                seen.add(id(picture))
+                made += vlm.enlarged(picture, len(pictures))
+        if place and limit is not None and made > limit:
+            return place
+    return len(shown)
 
 
 def asked(batch: Iterable[Asked[Any]]) -> list[Question]:

@@ -71,6 +71,10 @@ class DataError(VlmfixError):
     """A file, picture or record is not what it should be."""
 
 
+class ContextError(DataError):
+    """A prompt leaves no room for an answer in the model's context."""
+
+
 class WindowError(UnsupportedAttentionError, DataError):
     """A question and its answer are too long for a sliding window of a layer whose every key an edit must see."""
 

@@ -32,14 +32,16 @@ from vlmfix.decoding.beams import search
 from vlmfix.decoding.choice import Choice, Drawn, MostProbable
 from vlmfix.decoding.draws import drawing, seed_of
 from vlmfix.decoding.encoding import generation_inputs
+from vlmfix.decoding.listening import Listener
 from vlmfix.decoding.loop import decode
 from vlmfix.decoding.plan import Gate
 from vlmfix.decoding.running import Running, running
-from vlmfix.errors import IncompatibleDecodersError, UsageError
-from vlmfix.models.checkpoint import Checkpoint, limited
+from vlmfix.errors import DataError, IncompatibleDecodersError, UsageError
+from vlmfix.models.checkpoint import Checkpoint, limited, said_before
 from vlmfix.models.families import family_of
-from vlmfix.models.layout import Batch, Prepared
+from vlmfix.models.layout import Batch, Earlier, Prepared, Turn
 from vlmfix.models.turns import turn_of
+from vlmfix.parsing import is_text
 from vlmfix.settings import Settings
 from vlmfix.upstream import defaults
 from vlmfix.upstream.contracts import check_model
@@ -95,13 +97,17 @@ class VLM(Checkpoint):
         prompts: str | Sequence[str],
         *,
         decoder: Decoder | str = "greedy",
-        max_new_tokens: int = 128,
+        max_new_tokens: int | Sequence[int] = 128,
         num_beams: int = 1,
         temperature: float = 0.0,
         top_p: float = 1.0,
-        seed: int = 0,
+        top_k: int = 0,
+        seed: int | Sequence[int] = 0,
+        system: str | None = None,
+        earlier: Sequence[Sequence[Turn]] | None = None,
         static_cache: bool = False,
         prepared: Prepared | None = None,
+        listener: Listener | None = None,
     ) -> list[Answer]:
         """Answers questions about pictures, as one batch.
 
@@ -113,15 +119,20 @@ class VLM(Checkpoint):
                 not RGB becomes RGB as in a file.
             prompts: One question for all, or B questions.
             decoder: A decoder, or its specification such as ``vcd:contrast=0.5``.
-            max_new_tokens: Longest answer in tokens.
+            max_new_tokens: Longest answer in tokens, or that of each row.
             num_beams: Beams; 1 is greedy search or sampling, or what the decoder says (``beam``).
             temperature: 0 takes the most probable token, or what the decoder says (``sample``); above, samples at this
                 temperature.
             top_p: Nucleus of sampling, in (0, 1].
-            seed: Seed of sampling, together with the row's question and pixels.
+            top_k: How many of the most probable tokens are sampled from; 0 for all.
+            seed: Seed of sampling, or that of each row, together with the row's question and pixels.
+            system: System message of all rows; None keeps the chat template's own.
+            earlier: For each row, what was said before its question, oldest first, which may begin with a system
+                message of the row's own. Pictures of these turns are the first of the row's.
             static_cache: Preallocates the cache; on a GPU decoding is then compiled, which pays over many batches.
             prepared: What ``prepared`` has made of the same pictures and questions; None makes it here. A decoder that
                 refines pictures has no use for it.
+            listener: Follows the answers token by token; not where beams search, which know theirs at the end.
 
         Raises:
             DataError: The numbers of pictures and prompts differ, or are zero, or something else is among them; a
@@ -129,22 +140,29 @@ class VLM(Checkpoint):
                 in which the decoder edits attention.
             UsageError: A parameter is out of range, or contradicts the decoder; or other pictures or questions were
                 prepared.
-            IncompatibleDecodersError: The decoder cannot act on this model or kind of run.
+            IncompatibleDecodersError: The decoder cannot act on this model or kind of run; it refines pictures and
+                something was said before; or a listener is to follow a static cache, or a model inside ``applied``.
+            UnsupportedModelError: The chat template has no place for a system message or for earlier turns.
         """
         rows, asked = _questions(pictures, prompts)
-        if prepared is not None:
-            _check_prepared(prepared, rows, asked)
         method = _method(decoder)
         request = _Request(
             rows=rows,
             prompts=asked,
             decoder=method,
-            max_new_tokens=max_new_tokens,
-            strategy=_strategy(method, Strategy(num_beams=num_beams, temperature=temperature, top_p=top_p)),
-            seed=seed,
+            limits=_each(max_new_tokens, len(rows), "max_new_tokens"),
+            strategy=_strategy(
+                method, Strategy(num_beams=num_beams, temperature=temperature, top_p=top_p, top_k=top_k)
+            ),
+            seeds=_each(seed, len(rows), "seed"),
+            system=system,
+            earlier=said_before(earlier, rows),
             static_cache=static_cache,
             prepared=prepared,
+            listener=listener,
         )
+        if prepared is not None:
+            _check_prepared(prepared, request)
         with turn_of(self.model).taken():
             started = time.perf_counter()
             request, refined = self._refined(request)
@@ -170,7 +188,7 @@ class VLM(Checkpoint):
         if not method.refines:
             raise IncompatibleDecodersError(f"{method.name} leaves pictures as they are", "use carve or vicrop")
         rows, asked = _questions(pictures, prompts)
-        request = _Request(rows=rows, prompts=asked, decoder=method, max_new_tokens=1)
+        request = _Request(rows=rows, prompts=asked, decoder=method, limits=[1] * len(rows), seeds=[0] * len(rows))
         with turn_of(self.model).taken():
             return method.refine(self, request.rows, request.prompts, self.memo.of(weights_of(self.model)))
 
@@ -183,9 +201,12 @@ class VLM(Checkpoint):
         max_new_tokens: int = 128,
         temperature: float = 0.0,
         top_p: float = 1.0,
+        top_k: int = 0,
         seed: int = 0,
+        system: str | None = None,
+        earlier: Sequence[Turn] = (),
     ) -> Generator[str]:
-        """Answers one question and yields the text as it comes; parameters as in ``generate``.
+        """Answers one question and yields the text as it comes; parameters as in ``generate``, ``earlier`` for the one.
 
         A decoder that searches with beams knows its answer at the end, and the text then comes in one piece. The model
         is this stream's until the answer is complete, or the generator is closed, which ends generation: other calls
@@ -203,9 +224,11 @@ class VLM(Checkpoint):
             rows=rows,
             prompts=asked,
             decoder=method,
-            max_new_tokens=max_new_tokens,
-            strategy=_strategy(method, Strategy(temperature=temperature, top_p=top_p)),
-            seed=seed,
+            limits=[max_new_tokens],
+            strategy=_strategy(method, Strategy(temperature=temperature, top_p=top_p, top_k=top_k)),
+            seeds=[seed],
+            system=system,
+            earlier=said_before([earlier], rows) if earlier else None,
         )
         return self._streamed(request)
 
@@ -213,7 +236,12 @@ class VLM(Checkpoint):
         """The text of a request for one answer, as it comes."""
         if request.strategy.num_beams > 1:
             (answer,) = self.generate(
-                request.rows, request.prompts, decoder=request.decoder, max_new_tokens=request.max_new_tokens
+                request.rows,
+                request.prompts,
+                decoder=request.decoder,
+                max_new_tokens=request.limits,
+                system=request.system,
+                earlier=request.earlier,
             )
             if answer.text:
                 yield answer.text
@@ -262,6 +290,11 @@ class VLM(Checkpoint):
         """The request with the pictures that the model is to see, and how they came about."""
         if not request.decoder.refines:
             return request, [None] * len(request.rows)
+        if request.system is not None or request.earlier is not None:
+            raise IncompatibleDecodersError(
+                f"{request.decoder.name} looks where one question makes the model look, and more than that was said",
+                "ask without system message and earlier turns, or with a decoder that leaves pictures as they are",
+            )
         found = request.decoder.refine(self, request.rows, request.prompts, self.memo.of(weights_of(self.model)))
         rows = [refined.pictures for refined in found]
         return replace(request, rows=rows, decoder=request.decoder.decoding, prepared=None), found
@@ -276,21 +309,32 @@ class VLM(Checkpoint):
             streamer: Gets the tokens of the one answer as they come, and is told its end.
             left: Set when nobody reads any more.
         """
-        batch = self.placed(request.prepared or self.prepared(request.prompts, request.rows))
+        prepared = request.prepared or self.prepared(
+            request.prompts, request.rows, system=request.system, earlier=request.earlier
+        )
+        if request.listener is not None:
+            request.listener.began(prepared.lengths)
+        batch = self.placed(prepared)
         method, beams = request.decoder, request.strategy.num_beams
         layout, plan = method.planned(self, batch, num_beams=beams)
         shadowed = "generate" in vars(self.model)  # by a block of ``applied`` around this call, or by whoever
+        if request.listener is not None and (request.static_cache or shadowed):
+            raise IncompatibleDecodersError(
+                "a listener with a static cache, or inside a block that has put a decoder to work on the same model",
+                "leave the block, the static cache or the listener out",
+            )
         if request.static_cache or shadowed:
             with method.at_work(self, batch, num_beams=beams, planned=(layout, plan)) as (given, watch):
                 return self._generated(request, batch, given, watch.room, streamer, left)
-        limit, name = request.max_new_tokens, method.spec()
-        with running(self, batch, layout, plan, limit=limit, name=name, reorders=beams > 1) as call:
+        limits, name = request.limits, method.spec()
+        with running(self, batch, layout, plan, limit=limits, name=name, reorders=beams > 1) as call:
             if beams > 1:
                 found = search(call, beams, defaults.ends(self.model))
                 said = [_Found(one.answer, one.broken) for one in found]
             else:
                 said = self._decoded(call, plan.gate, request, streamer, left)
-        return [replace(one, full=len(one.ids) == room < limit) for one, room in zip(said, call.room, strict=True)]
+        rooms = zip(said, call.room, limits, strict=True)
+        return [replace(one, full=len(one.ids) == room < limit) for one, room, limit in rooms]
 
     def _decoded(
         self,
@@ -307,7 +351,10 @@ class VLM(Checkpoint):
         choice: Choice = Drawn(draws) if draws else MostProbable()
         if gate is not None:
             choice = gate(call.newest, draws, sampling=False)
-        for step, said in enumerate(decode(call, choice, defaults.ends(self.model))):
+        if request.listener is not None:
+            choice = request.listener.following(choice)
+        unwanted: set[int] = set()
+        for step, said in enumerate(decode(call, choice, defaults.ends(self.model), unwanted)):
             for sample, token, odd in zip(said.samples, said.tokens, said.broken, strict=True):
                 ids[sample].append(token)
                 broken[sample] += [step] * odd
@@ -315,6 +362,8 @@ class VLM(Checkpoint):
                 streamer.put(torch.tensor(said.tokens))
             if left is not None and left.is_set():
                 break
+            if request.listener is not None:
+                unwanted.update(request.listener.said(said))
         if streamer is not None:
             streamer.end()
         return [_Found(tuple(own), steps) for own, steps in zip(ids, broken, strict=True)]
@@ -331,7 +380,7 @@ class VLM(Checkpoint):
     ) -> list[_Found]:
         """The answers of the model's own ``generate``: with a static cache, or in another's block."""
         model: Any = self.model
-        watch, most = NumberWatch(batch.length), request.max_new_tokens
+        watch, most = NumberWatch(batch.length), max(request.limits)
         own: dict[str, Any] = {"max_new_tokens": most, **Strategy(num_beams=request.strategy.num_beams).arguments()}
         # A decoder that samples lets transformers draw, here each row does.
         own["logits_processor"] = LogitsProcessorList([watch, *self._draws(request)])
@@ -345,16 +394,19 @@ class VLM(Checkpoint):
             own["token_streamer" if "custom_generate" in given else "streamer"] = streamer
         with defaults.undisturbed(model):
             sequences: Tensor = model.generate(**generation_inputs(self, batch), **given | own)
-        cut = [most] * batch.rows if room is None else room.clamp(max=most).tolist()
-        answers = zip(sequences[:, batch.length :].tolist(), watch.steps(batch.rows), cut, strict=True)
-        return [_Found(tuple(ids[:end]), broken, full=len(ids) >= end < most) for ids, broken, end in answers]
+        limits = request.limits
+        cut = limits if room is None else [min(pair) for pair in zip(limits, room.tolist(), strict=True)]
+        answers = zip(sequences[:, batch.length :].tolist(), watch.steps(batch.rows), cut, limits, strict=True)
+        return [_Found(tuple(ids[:end]), broken, full=len(ids) >= end < limit) for ids, broken, end, limit in answers]
 
     def _draws(self, request: _Request) -> list[LogitsProcessor]:
         """What makes the greatest score a draw of each row's own; nothing for a request that does not draw."""
         kind = request.strategy
         if kind.temperature == 0:
             return []
-        return drawing(_row_seeds(request), self.device, temperature=kind.temperature, top_p=kind.top_p)
+        return drawing(
+            _row_seeds(request), self.device, temperature=kind.temperature, top_p=kind.top_p, top_k=kind.top_k
+        )
 
     def _answer(self, said: _Found, seconds: float) -> Answer:
         """The answer of one row, whose batch took so many seconds for each."""
@@ -390,15 +442,20 @@ class _Request:
     rows: Sequence[Sequence[Image.Image]]
     prompts: Sequence[str]
     decoder: Decoder
-    max_new_tokens: int
+    limits: Sequence[int]
+    seeds: Sequence[int]
     strategy: Strategy = field(default_factory=Strategy)
-    seed: int = 0
+    system: str | None = None
+    earlier: Earlier | None = None
     static_cache: bool = False
     prepared: Prepared | None = None
+    listener: Listener | None = None
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "max_new_tokens", whole("max_new_tokens", self.max_new_tokens, 1))
-        object.__setattr__(self, "seed", whole("seed", self.seed, 0, SEEDS - 1))
+        object.__setattr__(self, "limits", [whole("max_new_tokens", limit, 1) for limit in self.limits])
+        object.__setattr__(self, "seeds", [whole("seed", seed, 0, SEEDS - 1) for seed in self.seeds])
+        if self.system is not None and not is_text(self.system):
+            raise DataError("system is no text", "give one system message for all questions")
 
 
 def _questions(pictures: Sequence[Shown], prompts: str | Sequence[str]) -> tuple[list[list[Image.Image]], list[str]]:
@@ -406,10 +463,22 @@ def _questions(pictures: Sequence[Shown], prompts: str | Sequence[str]) -> tuple
     return rows, questions_of(prompts, len(rows))
 
 
-def _check_prepared(prepared: Prepared, rows: Sequence[Sequence[Image.Image]], prompts: Sequence[str]) -> None:
+def _each(value: int | Sequence[int], rows: int, name: str) -> list[int]:
+    """A value for each row."""
+    values = list(value) if isinstance(value, Sequence) else [value] * rows
+    if len(values) != rows:
+        raise UsageError(f"{len(values)} values of {name} for {rows} questions", "give one for all, or one for each")
+    return values
+
+
+def _check_prepared(prepared: Prepared, request: _Request) -> None:
     """Refuses what was made of other pictures or questions."""
-    shown = [[id(picture) for picture in row] for row in rows]
-    if prepared.prompts != tuple(prompts) or [[id(picture) for picture in row] for row in prepared.pictures] != shown:
+    asked = prepared.prompts, prepared.system, prepared.earlier
+    shown = [[id(picture) for picture in row] for row in request.rows]
+    if (
+        asked != (tuple(request.prompts), request.system, request.earlier)
+        or [[id(picture) for picture in row] for row in prepared.pictures] != shown
+    ):
         raise UsageError(
             "other pictures or questions were prepared",
             "prepare the same RGB pictures and questions, in the same order",
@@ -528,7 +597,8 @@ class NumberWatch(LogitsProcessor):
 
 
 def _row_seeds(request: _Request) -> list[int]:
-    return [_row_seed(request.seed, prompt, row) for prompt, row in zip(request.prompts, request.rows, strict=True)]
+    rows = zip(request.seeds, request.prompts, request.rows, strict=True)
+    return [_row_seed(seed, prompt, row) for seed, prompt, row in rows]
 
 
 def _row_seed(seed: int, prompt: str, pictures: Sequence[Image.Image]) -> int:

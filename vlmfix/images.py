@@ -9,6 +9,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from io import BufferedReader, BytesIO
 from pathlib import Path
@@ -141,13 +142,36 @@ def open_picture(path: str | Path) -> Picture:
             has more pixels than ``PIL.Image.MAX_IMAGE_PIXELS``; the message is the reason alone, without the path.
         PassingError: It cannot be read now, and that is no fault of the file's.
     """
+    with (
+        _as_data_errors(),
+        Path(path).open("rb", buffering=0) as raw,
+        _Clamped(raw) as file,
+    ):
+        if os.fstat(file.fileno()).st_size == 0:
+            raise DataError("empty file")
+        image = _read(file, _decoded)
+        file.seek(0)
+        return Picture(image=image, sha256=hashlib.file_digest(file, "sha256").hexdigest())
+
+
+def picture_of(content: bytes) -> Image.Image:
+    """Decodes the bytes of a picture file; see ``open_picture``.
+
+    Raises:
+        DataError: They are no such picture, for the reasons that a file is none.
+        PassingError: They cannot be decoded now, for lack of memory.
+    """
+    with _as_data_errors():
+        if not content:
+            raise DataError("empty file")
+        return _read(BytesIO(content), _decoded)
+
+
+@contextmanager
+def _as_data_errors() -> Iterator[None]:
+    """Gives whatever reading a picture raises inside the block as the reason why it cannot be read."""
     try:
-        with Path(path).open("rb", buffering=0) as raw, _Clamped(raw) as file:
-            if os.fstat(file.fileno()).st_size == 0:
-                raise DataError("empty file")
-            image = _read(file, _decoded)
-            file.seek(0)
-            return Picture(image=image, sha256=hashlib.file_digest(file, "sha256").hexdigest())
+        yield
     except DataError:
         raise
     except UnidentifiedImageError as error:

@@ -10,6 +10,8 @@ from tests.contracts.support import PICTURES, PROMPTS, batch_of, unlike, vlm_of
 from vlmfix.decoders import Beam, Chain, Sample, Strategy, parse
 from vlmfix.decoders.base import Refiner
 from vlmfix.decoders.picture.refined import Refined
+from vlmfix.decoding.choice import Drawn
+from vlmfix.decoding.draws import drawing
 from vlmfix.errors import IncompatibleDecodersError, UsageError
 from vlmfix.generation import check_settings
 from vlmfix.jobs.folder import Questions, run
@@ -29,6 +31,7 @@ def test_a_strategy_gives_what_the_options_give(family, other):
     for spec, options in (
         ("beam:num_beams=3", {"num_beams": 3}),
         ("sample:temperature=1.3,top_p=0.9", {"temperature": 1.3, "top_p": 0.9}),
+        ("sample:temperature=1.3,top_k=5", {"temperature": 1.3, "top_k": 5}),
     ):
         expected = tokens(vlm, other or "greedy", seed=4, **options)
         for chain in {f"{spec}+{other}", f"{other}+{spec}"} if other else {spec}:
@@ -73,8 +76,8 @@ def test_a_users_own_generate_is_told_of_the_strategy(family):
         expected = vlm.model.generate(**batch, **arguments, max_new_tokens=4, num_beams=3, do_sample=False)
     assert torch.equal(own("vcd+beam:num_beams=3"), expected)
     torch.manual_seed(3)
-    expected = vlm.model.generate(**batch, max_new_tokens=4, do_sample=True, temperature=1.5, top_p=0.8, top_k=0)
-    assert torch.equal(own("sample:temperature=1.5,top_p=0.8"), expected)
+    expected = vlm.model.generate(**batch, max_new_tokens=4, do_sample=True, temperature=1.5, top_p=0.8, top_k=6)
+    assert torch.equal(own("sample:temperature=1.5,top_p=0.8,top_k=6"), expected)
 
 
 def test_a_stream_of_beams_comes_in_one_piece():
@@ -137,6 +140,8 @@ def test_ranges():
             make()
     with pytest.raises(UsageError, match="greedy search has no nucleus"):
         Sample(temperature=0.0, top_p=0.5)
+    with pytest.raises(UsageError, match="top_k=3 with temperature=0"):
+        Sample(temperature=0.0, top_k=3)
 
 
 def test_rows_of_a_search_are_counted():
@@ -146,12 +151,29 @@ def test_rows_of_a_search_are_counted():
 
 def test_strategies_in_words():
     said = [
-        str(parse(spec).strategy) for spec in ("beam", "sample", "sample:temperature=0.7,top_p=0.9", "beam:num_beams=1")
+        str(parse(spec).strategy)
+        for spec in ("beam", "sample", "sample:temperature=0.7,top_p=0.9,top_k=40", "beam:num_beams=1")
     ]
     assert said == [
         "5 beams",
         "sampling at temperature 1",
-        "sampling at temperature 0.7, top_p 0.9",
+        "sampling at temperature 0.7, top_p 0.9, top_k 40",
         "the most probable token",
     ]
     assert parse("greedy").strategy is parse("vcd+locore").strategy is None
+
+
+def test_draws_follow_the_formula():
+    scores = torch.randn(1, 12, generator=torch.Generator().manual_seed(0)) * 2
+    temperature, top_p, top_k, draws = 1.3, 0.8, 6, 20_000
+    order = scores[0].argsort(descending=True)[:top_k]
+    share = (scores[0, order] / temperature).softmax(dim=0)  # over the k best alone
+    kept = order[: int((share.cumsum(0) < top_p).sum()) + 1]
+    assert 1 < len(kept) < top_k  # both cut
+    expected = torch.zeros(12)
+    expected[kept] = (scores[0, kept] / temperature).softmax(dim=0)
+    kind = {"temperature": temperature, "top_p": top_p, "top_k": top_k}
+    choice = Drawn(drawing(range(draws), torch.device("cpu"), **kind))
+    found = choice(scores.expand(draws, -1)).bincount(minlength=12) / draws
+    assert (found[expected == 0] == 0).all()
+    assert (found - expected).abs().max() < 4 * (0.25 / draws) ** 0.5

@@ -66,7 +66,7 @@ class FakeVLM:
     ):
         return self
 
-    def enlarged(self, picture):
+    def enlarged(self, picture, together=1):
         return 0
 
 

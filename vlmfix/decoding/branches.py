@@ -99,7 +99,8 @@ def fused(contrasts: Sequence[Contrast], logits: Tensor, early: Tensor | None = 
 
 def without_picture(vlm: Checkpoint, batch: Batch) -> Branch:
     """Makes a branch that asks the same question without any picture."""
-    return Branch(vlm.encode(_prompts(batch), [()] * batch.rows, system=batch.system))
+    earlier = batch.earlier and [[replace(turn, pictures=0) for turn in turns] for turns in batch.earlier]
+    return Branch(vlm.encode(_prompts(batch), [()] * batch.rows, system=batch.system, earlier=earlier))
 
 
 def without_question(vlm: Checkpoint, batch: Batch, *, prompt: str | None = "") -> Branch:
@@ -178,7 +179,7 @@ def _cut_after_pictures(vlm: Checkpoint, batch: Batch, prompt: str | None) -> Br
 def _asked(vlm: Checkpoint, batch: Batch, prompts: Sequence[str | None], system: str | None) -> Branch:
     if batch.pictures is None:
         raise DataError("the pictures of these inputs are unknown", _ENCODE)
-    branch = vlm.encode(prompts, batch.pictures, system=system)
+    branch = vlm.encode(prompts, batch.pictures, system=system, earlier=batch.earlier)
     return Branch(branch, same_pictures=True)
 
 

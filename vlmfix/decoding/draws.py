@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
-from transformers import LogitsProcessor, TemperatureLogitsWarper, TopPLogitsWarper
+from transformers import LogitsProcessor, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 
 def seed_of(seed: int, contents: Iterable[bytes]) -> int:
@@ -55,18 +55,23 @@ class RowSampler(LogitsProcessor):
         self.generators = [self.generators[number] for number in rows.tolist()]
 
 
-def drawing(seeds: Sequence[int], device: torch.device, *, temperature: float, top_p: float) -> list[LogitsProcessor]:
+def drawing(
+    seeds: Sequence[int], device: torch.device, *, temperature: float, top_p: float, top_k: int = 0
+) -> list[LogitsProcessor]:
     """Makes the processors that turn greedy search into sampling: those that shape the scores, then a ``RowSampler``.
 
     Args:
         seeds: One seed per row.
         device: Where the scores are.
         temperature: Above 0; scores are divided by it.
-        top_p: Nucleus of the draw, in (0, 1].
+        top_p: Nucleus of the draw, in (0, 1]; of the tokens that ``top_k`` leaves.
+        top_k: How many of the most probable tokens are drawn from; 0 for all.
     """
     shaping: list[LogitsProcessor] = []
     if temperature != 1:
         shaping.append(TemperatureLogitsWarper(temperature))
+    if top_k:
+        shaping.append(TopKLogitsWarper(top_k))
     if top_p < 1:
         shaping.append(TopPLogitsWarper(top_p))
     return [*shaping, RowSampler(seeds, device)]

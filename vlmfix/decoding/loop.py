@@ -35,16 +35,18 @@ class Said:
     broken: Sequence[bool]
 
 
-def decode(call: Running, choice: Choice, ends: Collection[int]) -> Iterator[Said]:
+def decode(call: Running, choice: Choice, ends: Collection[int], unwanted: Collection[int] = ()) -> Iterator[Said]:
     """Decodes a call step by step.
 
     Args:
         call: The samples at work.
         choice: How tokens are chosen.
         ends: Tokens that end an answer.
+        unwanted: Samples that nobody waits for any more; they leave at the next step. The caller may add to them.
 
     Yields:
-        The tokens of each step; a sample's last token is one of ``ends``, or the last that it has room for.
+        The tokens of each step; a sample's last token is one of ``ends``, the last that it has room for, or the
+        last before it became unwanted.
     """
     going = list(range(len(call.room)))
     scores = call.prompt()  # (B, V)
@@ -55,7 +57,11 @@ def decode(call: Running, choice: Choice, ends: Collection[int]) -> Iterator[Sai
         scores = call.token(tokens) if ahead else scores
         said, odd = told.read()
         yield Said(tuple(going), said, odd)
-        stay = [n for n, token in enumerate(said) if token not in ends and step < call.room[going[n]]]
+        stay = [
+            place
+            for place, (sample, token) in enumerate(zip(going, said, strict=True))
+            if token not in ends and step < call.room[sample] and sample not in unwanted
+        ]
         if not stay:
             return
         if len(stay) < len(going):

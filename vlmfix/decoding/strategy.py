@@ -17,6 +17,7 @@ class Strategy:
         num_beams: Beams of the search, at least 1; 1 is greedy search or sampling.
         temperature: In [0, 100]; 0 takes the most probable token, a higher one draws tokens.
         top_p: Nucleus of the draw, in (0, 1].
+        top_k: How many of the most probable tokens are drawn from, those of equal scores included; 0 for all.
 
     Raises:
         UsageError: A value is out of range, or values that do not go together.
@@ -25,11 +26,13 @@ class Strategy:
     num_beams: int = 1
     temperature: float = 0.0
     top_p: float = 1.0
+    top_k: int = 0
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "num_beams", whole("num_beams", self.num_beams, 1))
         object.__setattr__(self, "temperature", number("temperature", self.temperature))
         object.__setattr__(self, "top_p", number("top_p", self.top_p))
+        object.__setattr__(self, "top_k", whole("top_k", self.top_k, 0))
         if not 0 <= self.temperature <= 100 or not 0 < self.top_p <= 1:
             given = f"temperature={self.temperature}, top_p={self.top_p}"
             raise UsageError(f"{given} are not allowed", "temperature is in [0, 100], top_p in (0, 1]")
@@ -39,19 +42,23 @@ class Strategy:
         if self.top_p < 1 and self.temperature == 0:
             given = f"top_p={self.top_p} with temperature=0"
             raise UsageError(given, "greedy search has no nucleus; give a temperature")
+        if self.top_k and self.temperature == 0:
+            given = f"top_k={self.top_k} with temperature=0"
+            raise UsageError(given, "greedy search draws from no tokens; give a temperature")
 
     def __str__(self) -> str:
         if self.num_beams > 1:
             return f"{self.num_beams} beams"
         if self.temperature > 0:
             nucleus = f", top_p {self.top_p:g}" if self.top_p < 1 else ""
-            return f"sampling at temperature {self.temperature:g}{nucleus}"
+            best = f", top_k {self.top_k}" if self.top_k else ""
+            return f"sampling at temperature {self.temperature:g}{nucleus}{best}"
         return "the most probable token"
 
     def combined(self, decoders: Strategy | None) -> Strategy:
         """Merges the options of a call with the decoder's own strategy (None if it has none).
 
-        Options at their defaults (one beam, temperature 0, top_p 1) leave the choice to the decoder.
+        Options at their defaults (one beam, temperature 0, top_p 1, top_k 0) leave the choice to the decoder.
 
         Raises:
             UsageError: An option is neither at its default nor the decoder's own.
@@ -75,5 +82,5 @@ class Strategy:
             "do_sample": drawn,
             "temperature": self.temperature if drawn else None,
             "top_p": self.top_p if drawn else None,
-            "top_k": 0 if drawn else None,
+            "top_k": self.top_k if drawn else None,
         }

@@ -72,6 +72,7 @@ class Range:
         search: What tuning tries: the lowest and highest number, or the words; empty for a parameter that tuning
             leaves alone, such as a seed.
         log: Tuning tries numbers on a logarithmic scale.
+        file: It names a file, a folder or a model to load: whoever may not read what the process can may not set it.
     """
 
     kind: type
@@ -82,6 +83,7 @@ class Range:
     help: str = ""
     search: tuple[bool | int | float | str, ...] = ()
     log: bool = False
+    file: bool = False
 
     def text(self) -> str:
         """The allowed values in words."""

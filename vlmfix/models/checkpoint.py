@@ -26,9 +26,10 @@ from vlmfix.errors import (
 from vlmfix.models import loading
 from vlmfix.models.families import family_of
 from vlmfix.models.family import Family
-from vlmfix.models.layout import Batch, ImageLayout, Prepared
+from vlmfix.models.layout import Batch, Earlier, ImageLayout, Prepared, Turn
 from vlmfix.models.quantization import check_quantize
 from vlmfix.models.repeats import Each, process_once
+from vlmfix.parsing import is_text
 from vlmfix.settings import EMBEDDED, check_model_name
 from vlmfix.upstream import defaults, features, hub, panics
 from vlmfix.upstream.contracts import check_model
@@ -240,6 +241,7 @@ class Checkpoint:
         pictures: Sequence[Image.Image | Sequence[Image.Image]],
         *,
         system: str | None = None,
+        earlier: Sequence[Sequence[Turn]] | None = None,
     ) -> Batch:
         """Renders the chat template and runs the processor, left-padded; see ``prepared``.
 
@@ -248,7 +250,7 @@ class Checkpoint:
             UnsupportedModelError: The processor has no chat template.
             UpstreamError: The processor returns its tensors under other names.
         """
-        return self.placed(self.prepared(prompts, pictures, system=system))
+        return self.placed(self.prepared(prompts, pictures, system=system, earlier=earlier))
 
     def prepared(
         self,
@@ -256,6 +258,7 @@ class Checkpoint:
         pictures: Sequence[Image.Image | Sequence[Image.Image]],
         *,
         system: str | None = None,
+        earlier: Sequence[Sequence[Turn]] | None = None,
         each: Each = map,
     ) -> Prepared:
         """Does the part of ``encode`` that needs no device, which may be done ahead of the model.
@@ -267,19 +270,27 @@ class Checkpoint:
             pictures: B pictures, or B lists of them, which may be empty; the right way up: EXIF's orientation is not
                 looked at. What is not RGB becomes RGB as in a file.
             system: System message; None keeps the template's own.
+            earlier: For each row, what was said before its question, oldest first; a system message of the row's own
+                may stand first, which ``system`` replaces. The row's pictures are those of these turns and then the
+                question's. None for nothing.
             each: Calls a function with every row's pictures, as ``map`` does and a pool of threads does at once. It is
                 used where the family's image processor makes the same of a row whatever stands beside it.
 
         Raises:
-            DataError: ``prompts`` and ``pictures`` differ in length, there is no row, something else than questions and
-                pictures is among them, or the processor would make too large a picture of one.
-            UnsupportedModelError: The processor has no chat template.
+            DataError: ``prompts`` and ``pictures`` differ in length, there is no row, something else than questions,
+                turns and pictures is among them, or the processor would make too large a picture of one.
+            UnsupportedModelError: The processor has no chat template, or it has no place for a system message or for
+                such turns.
             UpstreamError: The processor returns its tensors under other names.
         """
         rows = pictures_of(pictures)
         asked = questions_of(prompts, len(rows), silent=True)
         self._check_enlarged(rows)
-        texts = [self.render(prompt, len(row), system=system) for prompt, row in zip(asked, rows, strict=True)]
+        before = said_before(earlier, rows)
+        texts = [
+            self.render(prompt, len(row), system=system, earlier=turns)
+            for prompt, row, turns in zip(asked, rows, before or [()] * len(rows), strict=True)
+        ]
         with panics.as_errors():
             processed, sources = process_once(self.family, self.model, self.processor, texts, rows, each)
         if absent := [name for name in PROCESSED if name not in processed and (name != "pixel_values" or any(rows))]:
@@ -290,6 +301,7 @@ class Checkpoint:
             prompts=tuple(asked),
             pictures=tuple(tuple(row) for row in rows),
             system=system,
+            earlier=before,
         )
 
     def placed(self, prepared: Prepared) -> Batch:
@@ -302,6 +314,7 @@ class Checkpoint:
             pictures=prepared.pictures,
             sizes=tuple(tuple((picture.height, picture.width) for picture in row) for row in prepared.pictures),
             system=prepared.system,
+            earlier=prepared.earlier,
         )
 
     def beside(self) -> Self:
@@ -337,20 +350,30 @@ class Checkpoint:
                 "show fewer at once",
             )
 
-    def render(self, prompt: str | None, pictures: int, *, system: str | None = None) -> str:
-        """The chat template's text for one question about ``pictures`` pictures, ready for the answer."""
+    def render(
+        self, prompt: str | None, pictures: int, *, system: str | None = None, earlier: Sequence[Turn] = ()
+    ) -> str:
+        """The chat template's text for one question about ``pictures`` pictures, ready for the answer.
+
+        Those of the pictures that belong to earlier turns stand there; of a turn, pictures come before the text.
+
+        Raises:
+            DataError: A text holds the token that stands for a picture.
+            UnsupportedModelError: There is no chat template, it fails, or it leaves a turn out.
+        """
         template = self._template()
         if template is None:
             raise UnsupportedModelError(
                 f"{self._called} has no chat template, neither with its processor nor with its tokenizer",
                 "put chat_template.jinja of the checkpoint that it was made from into its folder",
             )
-        content = [{"type": "image"}] * pictures
-        if prompt is not None:
-            content = [*content, {"type": "text", "text": prompt}]
-        messages: list[dict[str, Any]] = [{"role": "user", "content": content}]
         if system is not None:
-            messages.insert(0, {"role": "system", "content": [{"type": "text", "text": system}]})
+            earlier = [Turn("system", system), *(turn for turn in earlier if turn.role != "system")]
+        mark = str(self.processor.tokenizer.convert_ids_to_tokens(self.family.image_token(self.model.config)))
+        if any(mark in said for said in (prompt or "", *(turn.text for turn in earlier))):
+            raise DataError(f"{mark} in a question stands for a picture there", "leave it out: pictures come before it")
+        messages = [_message(turn.role, turn.text, turn.pictures) for turn in earlier]
+        messages.append(_message("user", prompt, pictures - sum(turn.pictures for turn in earlier)))
         try:
             text = self.processor.apply_chat_template(
                 messages, chat_template=template, tokenize=False, add_generation_prompt=True
@@ -360,7 +383,13 @@ class Checkpoint:
                 f"the chat template of {self._called} fails: {loading.words(error)}",
                 "put chat_template.jinja of the checkpoint that it was made from into its folder",
             ) from error
-        asked = len(prompt or "") + len(system or "")
+        for turn in earlier:
+            if turn.text.strip() not in text:
+                raise UnsupportedModelError(
+                    f"the chat template of {self._called} leaves out what the {turn.role} said before the question",
+                    "leave it out, or write it into the question",
+                )
+        asked = len(prompt or "") + sum(len(turn.text) for turn in earlier)
         if len(text) > loading.LONGEST_TEXT + loading.LONGEST_TEXT * asked // 1000:
             raise UnsupportedModelError(
                 f"the chat template of {self._called} makes {len(text)} characters of a question of {asked}",
@@ -404,6 +433,49 @@ class Checkpoint:
 
     def _rounded(self, value: Tensor) -> Tensor:
         return value.to(self.model.dtype) if value.is_floating_point() else value
+
+
+def said_before(earlier: Any, rows: Sequence[Sequence[Image.Image]]) -> Earlier | None:  # noqa: ANN401
+    """Checks what was said before the questions of a batch.
+
+    Args:
+        earlier: For each row, its turns; None for nothing in any.
+        rows: The pictures of each row.
+
+    Raises:
+        DataError: It is something else; there are not as many rows; a system message does not stand first; turns have
+            more pictures than their row; or the turns do not alternate between user and assistant.
+    """
+    if earlier is None:
+        return None
+    hint = "give for each question a list of vlmfix.Turn(role, text), oldest first"
+    if not isinstance(earlier, Sequence) or len(earlier) != len(rows):
+        raise DataError(f"earlier is not a list with one list for each of {len(rows)} questions", hint)
+    for number, (turns, pictures) in enumerate(zip(earlier, rows, strict=True)):
+        place = f"earlier[{number}]"
+        if not isinstance(turns, Sequence) or not all(isinstance(turn, Turn) for turn in turns):
+            raise DataError(f"{place} is not a list of turns", hint)
+        if not all(is_text(turn.text) for turn in turns):
+            raise DataError(f"{place} has a turn that is no text", hint)
+        said = [turn.role for turn in turns if turn.role != "system"]
+        if "system" in [turn.role for turn in turns[1:]] or said != ["user", "assistant"] * (len(said) // 2):
+            roles = ", ".join(turn.role for turn in turns)
+            raise DataError(
+                f"{place} has the roles {roles}",
+                "after at most one system message, user and assistant take turns, and the question comes last",
+            )
+        if any(turn.pictures < 0 or (turn.pictures and turn.role != "user") for turn in turns):
+            raise DataError(f"{place} has pictures in a turn that is not the user's", "only the user shows pictures")
+        if sum(turn.pictures for turn in turns) > len(pictures):
+            shown = sum(turn.pictures for turn in turns)
+            raise DataError(f"{place} has {shown} pictures and its row {len(pictures)}", "give the row all pictures")
+    return tuple(tuple(turns) for turns in earlier)
+
+
+def _message(role: str, text: str | None, pictures: int) -> dict[str, Any]:
+    """One message as chat templates read it."""
+    content: list[dict[str, Any]] = [{"type": "image"}] * pictures
+    return {"role": role, "content": content if text is None else [*content, {"type": "text", "text": text}]}
 
 
 def limited(family: Family, processor: ProcessorMixin, max_pixels: int | None) -> ProcessorMixin:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from vlmfix.errors import DataError
+from vlmfix.errors import ContextError
 from vlmfix.models.checkpoint import Checkpoint
 from vlmfix.upstream.positions import context
 
@@ -24,7 +24,7 @@ def room_for_answers(vlm: Checkpoint, lengths: Tensor, *, wanted: int = 1) -> Te
         (B,) int64, or None when the model has no limit.
 
     Raises:
-        DataError: A row has no such room.
+        ContextError: A row has no such room.
     """
     most = context(vlm.family.decoder(vlm.model))
     if most is None:
@@ -33,7 +33,7 @@ def room_for_answers(vlm: Checkpoint, lengths: Tensor, *, wanted: int = 1) -> Te
     if longest + wanted > most:
         row = f" of row {int(lengths.argmax())}" if len(lengths) > 1 else ""
         answer = "" if wanted == 1 else f" and its answer {wanted}"
-        raise DataError(
+        raise ContextError(
             f"the prompt{row} has {longest} tokens, pictures included{answer}, and the model's context is {most}",
             "shorten the question, or show fewer or smaller pictures",
         )

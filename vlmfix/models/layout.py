@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
 from PIL import Image
@@ -20,6 +21,25 @@ Sizes = tuple[tuple[tuple[int, int], ...], ...]
 """(height, width) in pixels of every picture of every row, as it came from the file."""
 
 
+@dataclass(frozen=True)
+class Turn:
+    """Holds what somebody said before a question.
+
+    Attributes:
+        role: Who: the ``user``, the ``assistant``, which is the model, or the ``system``, which speaks first.
+        text: The words.
+        pictures: How many of the row's pictures were shown with them; the earlier turns' come first among these.
+    """
+
+    role: Literal["system", "user", "assistant"]
+    text: str
+    pictures: int = 0
+
+
+Earlier = tuple[tuple[Turn, ...], ...]
+"""What was said in each row before its question."""
+
+
 @dataclass(frozen=True, eq=False)
 class Batch(Mapping[str, Tensor]):
     """Model inputs, with what they were made from; ``model.generate(**batch)`` takes it as it is.
@@ -30,6 +50,7 @@ class Batch(Mapping[str, Tensor]):
         pictures: The pictures of each row, or None when the inputs come from elsewhere.
         sizes: Original (height, width) of every picture, or None when unknown.
         system: The system message of all rows, or None for the chat template's own.
+        earlier: What was said in each row before its question; None for nothing.
     """
 
     inputs: Mapping[str, Tensor]
@@ -37,6 +58,7 @@ class Batch(Mapping[str, Tensor]):
     pictures: Pictures | None = None
     sizes: Sizes | None = None
     system: str | None = None
+    earlier: Earlier | None = None
 
     @classmethod
     def of(cls, inputs: Mapping[str, Tensor]) -> Batch:
@@ -89,6 +111,7 @@ class Prepared:
         prompts: The question of each row.
         pictures: The pictures of each row.
         system: The system message of all rows, or None for the chat template's own.
+        earlier: What was said in each row before its question; None for nothing.
     """
 
     inputs: Mapping[str, Tensor]
@@ -96,6 +119,14 @@ class Prepared:
     prompts: tuple[str | None, ...]
     pictures: Pictures
     system: str | None = None
+    earlier: Earlier | None = None
+
+    @property
+    def lengths(self) -> list[int]:
+        """Tokens of each row's prompt, pictures included and padding left out."""
+        ids = self.inputs["input_ids"]
+        mask = self.inputs.get("attention_mask")
+        return [ids.shape[1]] * len(ids) if mask is None else [int(row.sum()) for row in mask.bool()]
 
     @property
     def length(self) -> int:

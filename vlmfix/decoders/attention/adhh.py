@@ -100,7 +100,11 @@ class ADHH(Decoder):
         0.4, float, low=0, high=2, search=(0.0, 0.9), help="theta, attention to text from which on it is taken away"
     )
     profile: str | None = parameter(
-        None, str, optional=True, help="file with an ablation profile of captions; none: heads.safetensors of the model"
+        None,
+        str,
+        optional=True,
+        file=True,
+        help="file with an ablation profile of captions; none: heads.safetensors of the model",
     )
 
     def __post_init__(self) -> None:

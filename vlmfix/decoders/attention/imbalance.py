@@ -116,12 +116,16 @@ class Imbalance(Decoder):
         optional=True,
         help="what chooses tokens; none: vit when one is given, else cls",
     )
-    vit: str | None = parameter(None, str, optional=True, help="a timm ViT by name, or a folder with one")
+    vit: str | None = parameter(None, str, optional=True, file=True, help="a timm ViT by name, or a folder with one")
     sensitivity: float = parameter(0.0, float, low=0, high=10, help="lambda, how much gains follow a profile of heads")
     least_gain: float = parameter(0.0, float, low=0, high=10, help="g_min, least factor on a head's gains")
     most_gain: float = parameter(2.0, float, low=0, high=10, help="g_max, largest factor on a head's gains")
     profile: str | None = parameter(
-        None, str, optional=True, help="file with an image-mass profile; none: the one beside the model's weights"
+        None,
+        str,
+        optional=True,
+        file=True,
+        help="file with an image-mass profile; none: the one beside the model's weights",
     )
 
     def __post_init__(self) -> None:

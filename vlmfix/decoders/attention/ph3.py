@@ -70,7 +70,7 @@ class PH3(Decoder):
     )
     heads: HeadList | None = parameter(None, HeadList, optional=True, help="heads to prune; none: those of the profile")
     profile: str | None = parameter(
-        None, str, optional=True, help="file with a patching profile; none: heads.safetensors of the model"
+        None, str, optional=True, file=True, help="file with a patching profile; none: heads.safetensors of the model"
     )
 
     def __post_init__(self) -> None:

@@ -117,7 +117,11 @@ class VHR(Decoder):
     keep_positions: bool = parameter(False, bool, help="keep positions when the picture is taken away")
     reinforce_text_branch: bool = parameter(False, bool, help="reinforce the pass without the picture too")
     profile: str | None = parameter(
-        None, str, optional=True, help="file with a vhd profile to take heads from; none: measured for each row"
+        None,
+        str,
+        optional=True,
+        file=True,
+        help="file with a vhd profile to take heads from; none: measured for each row",
     )
 
     def __post_init__(self) -> None:

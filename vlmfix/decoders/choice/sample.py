@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+from vlmfix.asked import MOST
 from vlmfix.decoders.base import Decoder, Source
 from vlmfix.decoding.plan import DecodingPlan
 from vlmfix.decoding.strategy import Strategy
@@ -17,13 +18,14 @@ from vlmfix.models.layout import Batch, ImageLayout
 class Sample(Decoder):
     """Draws every token from the model's distribution: ``p_i ~ exp(s_i / temperature)`` over the nucleus.
 
-    The nucleus is the smallest set of the most probable tokens that together have ``top_p``. In a chain it says how
-    tokens are chosen from the scores that the other methods make, and its place does not matter; ``sample`` and
-    ``beam`` do not go together.
+    The nucleus is the smallest set of the most probable tokens that together have ``top_p``, of the ``top_k`` most
+    probable ones where that is given. In a chain it says how tokens are chosen from the scores that the other methods
+    make, and its place does not matter; ``sample`` and ``beam`` do not go together.
 
     Args:
         temperature: In [0, 100]; 1 is the model's own distribution, 0 takes the most probable token.
         top_p: Share of the nucleus, in (0, 1]; 1 is the whole vocabulary.
+        top_k: How many of the most probable tokens are drawn from, those of equal scores included; 0 for all.
 
     *Source*: Holtzman et al., "The Curious Case of Neural Text Degeneration", arXiv 1904.09751, for the nucleus. The
     defaults are what comparisons of these methods call direct sampling.
@@ -36,7 +38,7 @@ class Sample(Decoder):
 
     Example:
         >>> Sample(temperature=0.7).spec()
-        'sample:temperature=0.7,top_p=1.0'
+        'sample:temperature=0.7,top_p=1.0,top_k=0'
     """
 
     name: ClassVar[str] = "sample"
@@ -46,15 +48,16 @@ class Sample(Decoder):
 
     temperature: float = parameter(1.0, float, low=0, high=100, search=(0.1, 1.5), help="0 takes the most probable")
     top_p: float = parameter(1.0, float, low=0, high=1, search=(0.5, 1.0), help="share of the nucleus, above 0")
+    top_k: int = parameter(0, int, low=0, high=MOST, help="draws from so many most probable tokens; 0: from all")
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        Strategy(temperature=self.temperature, top_p=self.top_p)
+        Strategy(temperature=self.temperature, top_p=self.top_p, top_k=self.top_k)
 
     @property
     def strategy(self) -> Strategy:
         """Returns sampling as the strategy."""
-        return Strategy(temperature=self.temperature, top_p=self.top_p)
+        return Strategy(temperature=self.temperature, top_p=self.top_p, top_k=self.top_k)
 
     def plan(self, vlm: Checkpoint, batch: Batch, layout: ImageLayout) -> DecodingPlan:
         """Returns an empty plan."""

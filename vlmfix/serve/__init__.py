@@ -1,0 +1,1 @@
+"""A server that speaks the chat-completions protocol of OpenAI, with a decoder for each request."""

@@ -1,0 +1,92 @@
+"""Spells answers while they come: characters that are whole, and none of a text that ends the answer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+
+from transformers import PreTrainedTokenizerBase
+
+UNFINISHED = "\ufffd"
+"""What the tokens of a character decode to before its last one has come."""
+
+
+class Spelling:
+    """Spells one answer token by token; the joined pieces are what ``VLM.generate`` gives as text.
+
+    Tokens are decoded a few at a time, behind those before them, because many write their white space only there.
+
+    Args:
+        tokenizer: The model's.
+        stops: Texts that end the answer, and do not belong to it.
+
+    Attributes:
+        text: What was said so far, without white space at its beginning; cut before the first stop.
+        stopped: Whether a stop was met.
+        starts: Where in ``text`` each token begins.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, stops: Sequence[str]) -> None:
+        self._tokenizer, self._stops = tokenizer, tuple(stops)
+        self._ids: list[int] = []
+        self._behind = self._spelled = 0
+        self.text = ""
+        self.stopped = False
+        self.starts: list[int] = []
+
+    def add(self, token: int) -> None:
+        """Takes the next token, unless a stop was met."""
+        self.starts.append(len(self.text))
+        self._ids.append(token)
+        self._spell(last=False)
+
+    def end(self) -> None:
+        """Spells what is left, whole or not, when no token comes any more."""
+        if not self.stopped:
+            self._spell(last=True)
+        self.text = self.text.rstrip()
+
+    @property
+    def safe(self) -> int:
+        """Counts the first characters of the text that no further token can take back."""
+        longest = max((_overlap(self.text, stop) for stop in self._stops), default=0)
+        return len(self.text[: len(self.text) - longest].rstrip())
+
+    def _spell(self, *, last: bool) -> None:
+        before = self._decoded(self._ids[self._behind : self._spelled])
+        now = self._decoded(self._ids[self._behind :])
+        piece = now[len(before) :]
+        if not piece or (now.endswith(UNFINISHED) and not last):
+            return
+        self._behind, self._spelled = self._spelled, len(self._ids)
+        known = len(self.text)
+        self.text += piece if self.text else piece.lstrip()
+        longest = max((len(stop) for stop in self._stops), default=0)
+        found = [at for stop in self._stops if (at := self.text.find(stop, max(0, known - longest + 1))) >= 0]
+        if found:
+            self.text, self.stopped = self.text[: min(found)], True
+
+    def _decoded(self, ids: Sequence[int]) -> str:
+        return str(self._tokenizer.decode(list(ids), skip_special_tokens=True)) if ids else ""
+
+
+def _overlap(text: str, stop: str) -> int:
+    """Counts the characters at the end of a text that may be the beginning of a stop."""
+    return next((size for size in range(min(len(stop) - 1, len(text)), 0, -1) if text.endswith(stop[:size])), 0)
+
+
+class Words:
+    """Writes single tokens, each as it stands behind another.
+
+    Args:
+        tokenizer: The model's.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        self._tokenizer = tokenizer
+        self._before = tokenizer.encode("a", add_special_tokens=False)[-1:]
+        self._skipped = len(str(tokenizer.decode(self._before)))
+        self.of = lru_cache(maxsize=1 << 16)(self._of)
+
+    def _of(self, token: int) -> str:
+        return str(self._tokenizer.decode([*self._before, token]))[self._skipped :]
