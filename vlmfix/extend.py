@@ -18,6 +18,7 @@ from vlmfix.attention.edit import (
     PromptReading,
     ScoreEdit,
     Site,
+    SplitEdit,
     WeightEdit,
 )
 from vlmfix.attention.probe import LastRows, TextRows, mass
@@ -30,9 +31,11 @@ from vlmfix.decoding.branches import (
     Contrast,
     with_instruction,
     with_pixels,
+    with_question,
     without_picture,
     without_question,
 )
+from vlmfix.decoding.exits import Exit
 from vlmfix.decoding.plan import DecodingPlan
 from vlmfix.decoding.strategy import Strategy
 from vlmfix.errors import (
@@ -65,6 +68,7 @@ __all__ = [
     "Decoder",
     "DecodingPlan",
     "Edit",
+    "Exit",
     "Family",
     "HeadList",
     "ImageLayout",
@@ -90,6 +94,7 @@ __all__ = [
     "ScoreEdit",
     "Site",
     "Source",
+    "SplitEdit",
     "State",
     "Strategy",
     "Tally",
@@ -111,6 +116,7 @@ __all__ = [
     "ratio",
     "with_instruction",
     "with_pixels",
+    "with_question",
     "without_picture",
     "without_question",
 ]
