@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 
 import vlmfix
-from tests.contracts.support import PICTURES, PROMPTS, batch_of, vlm_of
+from tests.contracts.support import PICTURES, PROMPTS, Forced, batch_of, logits, vlm_of
 from tests.tiny import tiny_vlm
 from vlmfix.decoders import VCD
 from vlmfix.errors import DataError, IncompatibleDecodersError, UnsupportedModelError, UsageError
@@ -225,3 +225,31 @@ def test_pictures_of_any_size_and_one_colour():
     vlm = vlm_of("llava")
     odd = [Image.new("RGB", size, "black") for size in ((1, 1), (3000, 15), (15, 3000))]
     assert len(vlm.generate(odd, "what?", max_new_tokens=2, decoder="vcd")) == 3
+
+
+@pytest.mark.parametrize("spec", ["greedy", "vcd:plausibility=0.3", "apc:plausibility=0.5", "sample:temperature=1.5"])
+def test_an_answer_says_how_sure_its_tokens_were(spec):
+    """By the scores that the decoder made, before any temperature; tokens that are cut count for nothing."""
+    vlm = vlm_of("llava")
+    pictures, prompts = [PICTURES[row] for row in (0, 1)], [PROMPTS[row] for row in (0, 1)]
+    for row, answer in enumerate(vlm.generate(pictures, prompts, decoder=spec, max_new_tokens=5, seed=3)):
+        batch = batch_of(vlm, [row])
+        forced = logits(
+            vlm,
+            batch,
+            "greedy" if "sample" in spec else spec,
+            steps=answer.tokens,
+            logits_processor=[Forced(torch.tensor([answer.ids]), batch.length)],
+        )[:, 0].double()
+        shares = forced.softmax(-1)
+        own = [float(shares[step, token].log()) for step, token in enumerate(answer.ids)]
+        spread = [-float((share[share > 0] * share[share > 0].log()).sum()) for share in shares]
+        assert answer.logprob == pytest.approx(sum(own) / len(own), abs=1e-4)
+        assert answer.entropy == pytest.approx(sum(spread) / len(spread), abs=1e-4)
+
+
+def test_nobody_knows_how_sure_beams_and_static_caches_were():
+    vlm = vlm_of("llava")
+    for options in ({"num_beams": 2}, {"static_cache": True}):
+        (answer,) = vlm.generate([PICTURES[0]], PROMPTS[0], max_new_tokens=3, **options)
+        assert (answer.logprob, answer.entropy) == (None, None)

@@ -70,6 +70,9 @@ class Answer:
             tokens then mean nothing.
         seconds: Wall-clock time of its batch, divided by the batch's rows.
         ids: The generated tokens, ``tokens`` many: the end token included, what is filled up behind it not.
+        logprob: Mean natural log-probability of its tokens, under the scores that the decoder made and before any
+            temperature; at most 0. None for beams, a static cache and answers whose scores were not numbers.
+        entropy: Mean entropy, in nats, of the distributions that its tokens were chosen from; None likewise.
         refined: What a refining decoder made of the question's pictures; None for other decoders.
     """
 
@@ -78,6 +81,8 @@ class Answer:
     finish: Finish
     seconds: float
     ids: tuple[int, ...]
+    logprob: float | None = None
+    entropy: float | None = None
     refined: Refined | None = None
 
 
@@ -347,6 +352,7 @@ class VLM(Checkpoint):
         """The answers of our own loop, with tokens chosen as the request says, through the gate where there is one."""
         ids: list[list[int]] = [[] for _ in request.rows]
         broken: list[list[int]] = [[] for _ in request.rows]
+        sure: list[list[tuple[float, float]]] = [[] for _ in request.rows]
         draws = self._draws(request)
         choice: Choice = Drawn(draws) if draws else MostProbable()
         if gate is not None:
@@ -358,6 +364,8 @@ class VLM(Checkpoint):
             for sample, token, odd in zip(said.samples, said.tokens, said.broken, strict=True):
                 ids[sample].append(token)
                 broken[sample] += [step] * odd
+            for sample, *numbers in zip(said.samples, said.logprobs, said.entropies, strict=True):
+                sure[sample].append((numbers[0], numbers[1]))
             if streamer is not None:
                 streamer.put(torch.tensor(said.tokens))
             if left is not None and left.is_set():
@@ -366,7 +374,7 @@ class VLM(Checkpoint):
                 unwanted.update(request.listener.said(said))
         if streamer is not None:
             streamer.end()
-        return [_Found(tuple(own), steps) for own, steps in zip(ids, broken, strict=True)]
+        return [_Found(tuple(own), odd, sure=both) for own, odd, both in zip(ids, broken, sure, strict=True)]
 
     @torch.no_grad()
     def _generated(
@@ -417,7 +425,8 @@ class VLM(Checkpoint):
         finish: Finish = "eos" if last is not None else "context" if said.full else "length"
         if any(step < len(own) for step in said.broken):  # a row that has ended may still run
             finish = "nan"
-        return Answer(text=text, tokens=len(own), finish=finish, seconds=seconds, ids=own)
+        logprob, entropy = (None, None) if finish == "nan" else _means(said.sure[: len(own)])
+        return Answer(text, len(own), finish, seconds, own, logprob=logprob, entropy=entropy)
 
 
 @dataclass(frozen=True)
@@ -428,11 +437,13 @@ class _Found:
         ids: Generated tokens; what fills them up behind an end token may stand there.
         broken: Steps, from 0, whose scores were not numbers.
         full: Whether the model's context left less room than was asked for.
+        sure: Of each token its log-probability, and the entropy of what it was chosen from; empty where nobody looked.
     """
 
     ids: tuple[int, ...]
     broken: Sequence[int]
     full: bool = False
+    sure: Sequence[tuple[float, float]] = ()
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -456,6 +467,14 @@ class _Request:
         object.__setattr__(self, "seeds", [whole("seed", seed, 0, SEEDS - 1) for seed in self.seeds])
         if self.system is not None and not is_text(self.system):
             raise DataError("system is no text", "give one system message for all questions")
+
+
+def _means(pairs: Sequence[tuple[float, float]]) -> tuple[float, float] | tuple[None, None]:
+    """The means of both numbers, where there are any."""
+    if not pairs:
+        return None, None
+    first, second = (sum(column) / len(pairs) for column in zip(*pairs, strict=True))
+    return first, second
 
 
 def _questions(pictures: Sequence[Shown], prompts: str | Sequence[str]) -> tuple[list[list[Image.Image]], list[str]]:

@@ -261,7 +261,7 @@ def test_a_recorded_step_starts_before_the_tokens_of_the_last_one_are_read(name,
     monkeypatch.setattr("vlmfix.decoding.running.RECORDING", ("cpu",))
     started, seen = [], []
     read = loop._Told.read
-    monkeypatch.setattr(loop._Told, "read", lambda told: seen.append(len(started)) or read(told))
+    monkeypatch.setattr(loop._Told, "read", lambda told, going: seen.append(len(started)) or read(told, going))
 
     def counted(call):
         token = call.token

@@ -28,11 +28,15 @@ class Said:
         samples: Numbers, in the batch, of the samples that had not ended before the step.
         tokens: The new token of each.
         broken: Whether the scores of each held NaN or +inf.
+        logprobs: Natural log-probability of each token under the scores, as the decoder made them.
+        entropies: Entropy of the distribution that each was chosen from, in nats.
     """
 
     samples: Sequence[int]
     tokens: Sequence[int]
     broken: Sequence[bool]
+    logprobs: Sequence[float]
+    entropies: Sequence[float]
 
 
 def decode(call: Running, choice: Choice, ends: Collection[int], unwanted: Collection[int] = ()) -> Iterator[Said]:
@@ -55,11 +59,11 @@ def decode(call: Running, choice: Choice, ends: Collection[int], unwanted: Colle
         told = _Told(tokens, scores)
         ahead = call.replays and step < min(call.room[sample] for sample in going)
         scores = call.token(tokens) if ahead else scores
-        said, odd = told.read()
-        yield Said(tuple(going), said, odd)
+        said = told.read(going)
+        yield said
         stay = [
             place
-            for place, (sample, token) in enumerate(zip(going, said, strict=True))
+            for place, (sample, token) in enumerate(zip(going, said.tokens, strict=True))
             if token not in ends and step < call.room[sample] and sample not in unwanted
         ]
         if not stay:
@@ -82,18 +86,26 @@ class _Told:
     """
 
     def __init__(self, tokens: Tensor, scores: Tensor) -> None:
-        both = torch.stack([tokens, broken(scores).long()])  # (2, B)
-        self._both = both.to("cpu", non_blocking=both.is_cuda)
-        self._there = torch.cuda.Event() if both.is_cuda else None
+        logs = scores.log_softmax(dim=-1)
+        own = logs.gather(1, tokens[:, None])[:, 0]
+        numbers = torch.stack([own, entropies(logs)])  # (2, B)
+        whole = torch.stack([tokens, broken(scores).long()])  # (2, B)
+        self._numbers, self._whole = (part.to("cpu", non_blocking=part.is_cuda) for part in (numbers, whole))
+        self._there = torch.cuda.Event() if whole.is_cuda else None
         if self._there is not None:
             self._there.record()
 
-    def read(self) -> tuple[list[int], list[bool]]:
-        """Waits for the B tokens, and for whether the scores of each held NaN or +inf."""
+    def read(self, samples: Sequence[int]) -> Said:
+        """Waits for what the step chose for these B samples."""
         if self._there is not None:
             self._there.synchronize()
-        tokens, odd = self._both.tolist()
-        return tokens, [bool(one) for one in odd]
+        tokens, odd = self._whole.tolist()
+        return Said(tuple(samples), tokens, [bool(one) for one in odd], *self._numbers.tolist())
+
+
+def entropies(logs: Tensor) -> Tensor:
+    """Returns the entropy in nats of each row of (B, V) log-probabilities, (B,); tokens at -inf count for nothing."""
+    return -torch.where(logs > -math.inf, logs.exp() * logs, 0.0).sum(dim=-1)
 
 
 def broken(scores: Tensor) -> Tensor:

@@ -22,7 +22,8 @@ def test_every_picture_gets_its_answer(tmp_path):
     records = answers(out)
     assert [record["image"] for record in records] == [f"{number:04d}.png" for number in range(10)]
     for number, record in enumerate(records):
-        assert list(record) == ["image", "sha256", "prompt", "answer", "tokens", "finish", "seconds"]
+        said = ["image", "sha256", "prompt", "answer", "tokens", "finish", "seconds", "logprob", "entropy"]
+        assert list(record) == said
         assert record["answer"] == f"What?: {colour(number)}"
         assert record["sha256"] == hashlib.sha256((pictures / record["image"]).read_bytes()).hexdigest()
     assert [len(batch) for batch in vlm.batches] == [4, 4, 2]

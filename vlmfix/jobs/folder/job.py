@@ -275,4 +275,6 @@ def _record(sample: _Sample, answer: Answer) -> dict[str, Any]:
         "tokens": answer.tokens,
         "finish": answer.finish,
         "seconds": round(answer.seconds, 4),
+        "logprob": None if answer.logprob is None else round(answer.logprob, 4),
+        "entropy": None if answer.entropy is None else round(answer.entropy, 4),
     }
