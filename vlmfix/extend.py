@@ -29,6 +29,7 @@ from vlmfix.decoders.picture.refined import Look, PictureMap, PictureMemo, Refin
 from vlmfix.decoding.branches import (
     Branch,
     Contrast,
+    with_blanks,
     with_instruction,
     with_pixels,
     with_question,
@@ -114,6 +115,7 @@ __all__ = [
     "parameter",
     "plain",
     "ratio",
+    "with_blanks",
     "with_instruction",
     "with_pixels",
     "with_question",

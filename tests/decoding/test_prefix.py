@@ -44,7 +44,9 @@ QUESTIONS = [
 ]
 """Two groups of three, their questions of different lengths, a picture of its own and a row without one."""
 METHODS = {"greedy": "greedy", **STRONG}
-SHARING = {name: method for name, method in METHODS.items() if name not in EVERY_ROW}
+LOOKING = ("avisc", "mod")
+"""Methods that read the prompt once more, to see where the model looks."""
+SHARING = {name: method for name, method in METHODS.items() if name not in (*EVERY_ROW, *LOOKING)}
 
 
 @contextmanager

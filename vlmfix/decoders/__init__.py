@@ -25,12 +25,14 @@ if TYPE_CHECKING:
     from vlmfix.decoders.choice.beam import Beam
     from vlmfix.decoders.choice.sample import Sample
     from vlmfix.decoders.logits.apc import APC
+    from vlmfix.decoders.logits.avisc import AvisC
     from vlmfix.decoders.logits.deco import DeCo
     from vlmfix.decoders.logits.dola import DoLa
     from vlmfix.decoders.logits.flb import FLB
     from vlmfix.decoders.logits.icd import ICD
     from vlmfix.decoders.logits.inter import INTER
     from vlmfix.decoders.logits.m3id import M3ID
+    from vlmfix.decoders.logits.mod import MoD
     from vlmfix.decoders.logits.sgrs import SGRS
     from vlmfix.decoders.logits.vcd import VCD
     from vlmfix.decoders.picture.carve import CARVE
@@ -95,6 +97,7 @@ __all__ = [
     "VAR",
     "VCD",
     "VHR",
+    "AvisC",
     "Beam",
     "Chain",
     "DeCo",
@@ -105,6 +108,7 @@ __all__ = [
     "Greedy",
     "Imbalance",
     "LocoRE",
+    "MoD",
     "Parameter",
     "Sample",
     "Source",

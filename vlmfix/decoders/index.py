@@ -47,6 +47,8 @@ HOMES = {
     "flb": "vlmfix.decoders.logits.flb:FLB",
     "dola": "vlmfix.decoders.logits.dola:DoLa",
     "deco": "vlmfix.decoders.logits.deco:DeCo",
+    "avisc": "vlmfix.decoders.logits.avisc:AvisC",
+    "mod": "vlmfix.decoders.logits.mod:MoD",
     "pai": "vlmfix.decoders.attention.pai:PAI",
     "vaf": "vlmfix.decoders.attention.vaf:VAF",
     "acg": "vlmfix.decoders.attention.acg:ACG",

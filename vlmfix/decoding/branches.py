@@ -33,10 +33,12 @@ class Branch:
     Attributes:
         batch: Its inputs; row i belongs to row i of the clean batch.
         same_pictures: Whether the pictures are the clean batch's own, so that both share the features.
+        blank: (B, T) bool, tokens of its prompts whose embeddings are zero; None when it has none.
     """
 
     batch: Batch
     same_pictures: bool = False
+    blank: Tensor | None = None
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -122,6 +124,16 @@ def with_instruction(vlm: Checkpoint, batch: Batch, instruction: str) -> Branch:
 def with_question(vlm: Checkpoint, batch: Batch, change: Callable[[str], str]) -> Branch:
     """Makes a branch with the same pictures and, in place of each question, what ``change`` makes of it."""
     return _asked(vlm, batch, [change(prompt or "") for prompt in _prompts(batch)], batch.system)
+
+
+def with_blanks(batch: Batch, blank: Tensor) -> Branch:
+    """Makes a branch with the same prompt and pictures, some of whose tokens are zeros.
+
+    Args:
+        batch: The clean rows.
+        blank: (B, T) bool, those tokens.
+    """
+    return Branch(batch, same_pictures=True, blank=blank)
 
 
 def with_pixels(vlm: Checkpoint, branch: Batch, change: Callable[[Tensor, Tensor], Tensor]) -> Branch:

@@ -36,6 +36,7 @@ class Rows:
         types: (R, T) each, under the names in ``TYPES`` that the samples have.
         pictures: Arguments of the model for all pictures, row after row: encoded features, or pixels where no picture
             serves several rows.
+        blank: (R, T) bool, tokens that branches blank; None where none does.
     """
 
     samples: int
@@ -45,6 +46,7 @@ class Rows:
     positions: Tensor
     types: dict[str, Tensor]
     pictures: Mapping[str, Any]
+    blank: Tensor | None = None
 
     @property
     def length(self) -> int:
@@ -107,7 +109,26 @@ def rows_of(vlm: Checkpoint, batch: Batch, branches: Sequence[Branch]) -> Rows:
             if name in batch
         },
         pictures=_pictures(vlm, batch, branches),
+        blank=blank_of(batch, branches, length),
     )
+
+
+def blank_of(batch: Batch, branches: Sequence[Branch], length: int) -> Tensor | None:
+    """Stacks the tokens that branches blank, (R, T) bool; None where no branch does.
+
+    Args:
+        batch: The samples.
+        branches: Their branches.
+        length: T.
+    """
+    if all(branch.blank is None for branch in branches):
+        return None
+    none = torch.zeros_like(batch["input_ids"], dtype=torch.bool)
+    parts = [
+        none,
+        *(torch.zeros_like(b.batch["input_ids"], dtype=torch.bool) if b.blank is None else b.blank for b in branches),
+    ]
+    return torch.cat([pad(part, (length - part.shape[1], 0)) for part in parts])
 
 
 def _pictures(vlm: Checkpoint, batch: Batch, branches: Sequence[Branch]) -> Mapping[str, Any]:

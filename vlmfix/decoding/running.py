@@ -16,6 +16,7 @@ from transformers import DynamicCache
 from vlmfix.attention.edit import AttentionEdit
 from vlmfix.attention.session import Acting, AtWork, edited
 from vlmfix.attention.windows import check_windows
+from vlmfix.decoding.blanks import blanked
 from vlmfix.decoding.branches import Contrast, fused
 from vlmfix.decoding.exits import Reader
 from vlmfix.decoding.graphs import recordings_of
@@ -45,6 +46,7 @@ class Running:
         work: The edits.
         contrasts: The rules that fuse the branches' logits, in order.
         prompts: The prompts, and which of them share a beginning.
+        blank: (R, T) bool, tokens of the prompts that are zeros; None without any.
         room: Longest answer of each sample in tokens: the limit of the call, or less where the context ends.
         name: How the decoder is written, for messages.
         newest: Keeps the newest step with its graph, or None.
@@ -62,13 +64,14 @@ class Running:
         work: AtWork,
         contrasts: Sequence[Contrast],
         prompts: Prompts,
+        blank: Tensor | None,
         room: Sequence[int],
         name: str,
         newest: Newest | None,
     ) -> None:
         self.room, self.newest = room, newest
         self._vlm, self._passes, self._work, self._contrasts = vlm, passes, work, tuple(contrasts)
-        self._prompts, self._copies, self._lines, self._width = prompts, copies, len(room), 1
+        self._prompts, self._blank, self._copies, self._lines, self._width = prompts, blank, copies, len(room), 1
         self._acting, self._name = Acting(vlm), name
 
     @property
@@ -102,7 +105,7 @@ class Running:
 
     def prompt(self) -> Tensor:
         """Runs prefill; returns the scores that follow each prompt, (B, V) float32."""
-        with cut_prefill(self._vlm, self._prompts):
+        with cut_prefill(self._vlm, self._prompts), blanked(self._vlm, self._blank):
             logits = self._passes.prompt()
         return self._scores(logits) if self.newest is None else self._kept(self.newest, self._passes.again)
 
@@ -193,7 +196,7 @@ def running(
             passes = Passes(vlm, rows, max(room), plans=work.plans, recordings=recordings, roomy=roomy, reader=reader)
             prompts = prompts_of(vlm, batch, branches) or Prompts(rows.mask.bool(), None)
             try:
-                yield Running(vlm, passes, rows.copies, work, plan.contrasts, prompts, room, name, newest)
+                yield Running(vlm, passes, rows.copies, work, plan.contrasts, prompts, rows.blank, room, name, newest)
             finally:
                 if newest is not None:
                     newest.forget()

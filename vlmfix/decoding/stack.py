@@ -21,9 +21,11 @@ import torch
 from torch import Tensor
 from transformers import Cache, PreTrainedModel
 
+from vlmfix.decoding.blanks import blanked
 from vlmfix.decoding.branches import Branch, Contrast, fused
 from vlmfix.decoding.encoding import encoded_once
 from vlmfix.decoding.exits import Reader
+from vlmfix.decoding.rows import blank_of
 from vlmfix.errors import IncompatibleDecodersError
 from vlmfix.models.checkpoint import Checkpoint
 from vlmfix.models.layout import Batch, ImageLayout
@@ -53,6 +55,7 @@ class Stack:
         features: Features of each branch's pictures; None where it has none or shares the clean rows' features.
         shares: Which branches share the clean rows' features.
         types: Under each name in ``TYPES`` that the clean batch has, (N*B, T') of the branches.
+        blank: ((1+N)*B, T') bool, prompt tokens that are zeros; None without any.
         reader: Reads early layers, where a rule takes their logits.
         passed: Whether a pass went through the stack since this was last set to False.
     """
@@ -69,6 +72,7 @@ class Stack:
     features: tuple[Features | None, ...]
     shares: tuple[bool, ...]
     types: dict[str, Tensor]
+    blank: Tensor | None = None
     reader: Reader | None = None
     passed: bool = False
 
@@ -146,7 +150,8 @@ def stacked(vlm: Checkpoint, batch: Batch, contrasts: Sequence[Contrast], *, bea
     try:
         setattr(model, STACK, stack)
         model.forward = forward
-        yield stack
+        with blanked(vlm, stack.blank):
+            yield stack
     finally:
         for cache in reordered:
             cache.restore()
@@ -172,8 +177,10 @@ def _stack(
     positions = [_wide(_left(prompt_positions(vlm.model, b), length), beams) for b in (batch, *batches)]
     clean = positions[0][..., -1:]
     exits = [place for contrast in contrasts for place in contrast.exits]
+    blank = blank_of(batch, branches, length)
     return Stack(
         reader=Reader(vlm, exits) if exits else None,
+        blank=None if blank is None else _wide(blank, beams),
         forward=forward,
         names=ModelNames.of(vlm.model),
         contrasts=tuple(replace(c, rows=c.rows.repeat_interleave(beams)) for c in contrasts),
