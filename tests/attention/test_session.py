@@ -348,10 +348,10 @@ def test_edits_never_write_into_their_argument():
                 checked.append(type(edit).__name__)
                 original = getattr(edit, stage)
 
-                def guarded(site, tensor, original=original):
-                    version = tensor._version
-                    result = original(site, tensor)
-                    assert tensor._version == version
+                def guarded(site, *tensors, original=original):
+                    versions = [tensor._version for tensor in tensors]
+                    result = original(site, *tensors)
+                    assert [tensor._version for tensor in tensors] == versions
                     return result
 
                 object.__setattr__(edit, stage, guarded)

@@ -59,7 +59,13 @@ def same_card(out, finished, name, pictures):
 def same_lines(out, finished):
     names = [path.relative_to(BEGUN / finished) for path in (BEGUN / finished).rglob("*.jsonl")]
     assert len(names) == 2
-    return all((out / name).read_bytes() == (BEGUN / finished / name).read_bytes() for name in names)
+    return all(lines(out / name) == lines(BEGUN / finished / name) for name in names)
+
+
+def lines(path):
+    """The lines without what later versions add."""
+    found = [json.loads(line) for line in path.read_text().splitlines()]
+    return [{name: value for name, value in line.items() if name not in ("logprob", "entropy")} for line in found]
 
 
 def test_a_run_over_pictures(pictures):
