@@ -15,6 +15,7 @@ from vlmfix.files import is_draft, make_folder, remove_drafts, replacing
 from vlmfix.world import pope
 from vlmfix.world.captions import references
 from vlmfix.world.categories import CATEGORIES, DRAWN, category
+from vlmfix.world.drawn import signature
 from vlmfix.world.render import render
 from vlmfix.world.scenes import CANVAS, Placed, Scene, scene
 
@@ -28,9 +29,9 @@ CARD_SIZE = 1 << 16
 def make(directory: Path, *, count: int, seed: int, progress: Callable[[int], None] | None = None) -> None:
     """Write a world to a folder; go on with one that was begun.
 
-    The folder gets `images/%012d.png` (512x512), `annotations/instances.json`, `annotations/captions.json`,
-    `pope/random.json`, `pope/popular.json`, `pope/adversarial.json` and `world.json`. The picture with
-    number n shows `scene(seed, n)`. The same arguments give the same pixels and the same annotation bytes
+    The folder gets `images/%012d.png` (512x512, with a text that says who drew it), `annotations/instances.json`,
+    `annotations/captions.json`, `pope/random.json`, `pope/popular.json`, `pope/adversarial.json` and `world.json`. The
+    picture with number n shows `scene(seed, n)`. The same arguments give the same pixels and the same annotation bytes
     everywhere.
 
     Args:
@@ -50,7 +51,7 @@ def make(directory: Path, *, count: int, seed: int, progress: Callable[[int], No
         if not path.exists():
             picture = render([scene(seed, index)])[0].permute(1, 2, 0).contiguous()  # (512, 512, 3)
             with replacing(path, tidied=True) as file:
-                Image.fromarray(picture.numpy()).save(file, format="PNG", compress_level=4)
+                Image.fromarray(picture.numpy()).save(file, format="PNG", compress_level=4, pnginfo=signature())
         if progress is not None:
             progress(index + 1)
     _annotate(directory, count, seed)
