@@ -108,6 +108,25 @@ def test_what_the_page_says_is_what_the_files_say():
         assert one.decoder in PAGE
 
 
+def test_the_front_page_says_what_the_files_say():
+    front = (ROOT / "README.md").read_text()
+    lines = {
+        one.name: line for one in recipes() for line in front.splitlines() if line.startswith(f"| `@{one.name}` |")
+    }
+    kept, fewest, fast = recipes()
+    shares = [
+        1 + one.figures["chair_i"].change / one.figures["chair_i"].plain
+        for recipe in (kept, fewest)
+        for one in recipe.models.values()
+    ]
+    assert "({:.2f} and {:.2f} of plain".format(*shares[:2]) in lines[kept.name]
+    assert all(0.25 <= share < 0.34 for share in shares[2:])
+    lost = sorted(round(-100 * one.figures["recall"].change) for one in fewest.models.values())
+    assert "{} to {} of 100 objects".format(*lost) in lines[fewest.name]
+    assert ("no clear effect" in lines[fast.name]) == (not any(one.helps for one in fast.models.values()))
+    assert all(f"{one.run['scenes']} drawn scenes" in front for one in recipes())
+
+
 def test_recommending_and_listing_need_no_torch():
     run = "import sys, vlmfix.cli as c; codes = [c._run([name]) for name in ('recommend', 'decoders')]"
     code = f"{run}; print(codes, {{'torch', 'transformers'}} & set(sys.modules))"
