@@ -6,7 +6,7 @@ import pytest
 from PIL import Image, UnidentifiedImageError
 
 from vlmfix.world.coco import make
-from vlmfix.world.drawn import is_drawn
+from vlmfix.world.drawn import is_drawn, signature
 
 
 @pytest.fixture
@@ -36,6 +36,9 @@ def test_a_photograph_is_not_one(tmp_path):
     many = Image.effect_noise((512, 512), 80)
     Image.merge("RGB", (noise.getchannel(0), many, many.rotate(90))).save(tmp_path / "a.png")
     assert not is_drawn(tmp_path / "a.png")
+    with Image.open(tmp_path / "a.png") as picture:
+        picture.save(tmp_path / "b.png", pnginfo=signature())
+    assert is_drawn(tmp_path / "b.png")  # whatever it shows, it says so
     Image.new("RGB", (512, 512)).save(tmp_path / "a.jpg")
     assert not is_drawn(tmp_path / "a.jpg")
 

@@ -149,7 +149,6 @@ class OutputFolder(Ledger):
         self.card |= {
             "updated": now(),
             "finished": self._finished,
-            "notes": list(self.notes),
             "totals": {
                 "answers": totals.answers,
                 "failed": totals.failed,
@@ -159,4 +158,5 @@ class OutputFolder(Ledger):
             },
             "ms_per_token": None if totals.ms_per_token is None else round(totals.ms_per_token, 3),
             "peak_memory": max((session["peak_memory"] for session in self.card["sessions"]), default=0),
+            "notes": list(self.notes),
         }
