@@ -38,7 +38,7 @@ def main(which: str) -> None:
         lines = build
     else:
         sys.exit(f"no such list: {which}")
-    print("\n".join(lines))
+    print("\n".join(dict.fromkeys(lines)))  # an extra may stand in several
 
 
 if __name__ == "__main__":

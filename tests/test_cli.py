@@ -35,6 +35,55 @@ def test_run_asks_and_goes_on(tmp_path, model, vlmfix):
     assert "\nhint: choose another --out" in told
 
 
+def test_who_names_no_decoder_is_told_that_nothing_is_mitigated(tmp_path, model, vlmfix):
+    pictures, out = draw(tmp_path / "in", 1), tmp_path / "out"
+    note = "no --decoder is given: plain decoding mitigates nothing; try --decoder @keep-recall"
+    begun = ("run", pictures, "--out", out, "--model", model, "--max-new-tokens", 2)
+    _, _, told = vlmfix(*begun)
+    assert told.splitlines()[0] == f"vlmfix: {note}"
+    assert told.count(note) == 2  # at once, and in the summary
+    assert read_json(out / "run.json")["notes"] == [note]
+    _, _, told = vlmfix("ask", pictures / "0000.png", "What?", "--model", model, "--max-new-tokens", 2)
+    assert told.splitlines()[0] == f"vlmfix: {note}"
+    for decoder in ("greedy", "vcd"):  # who names plain decoding knows
+        assert "mitigates" not in vlmfix(*begun[:3], tmp_path / decoder, *begun[4:], "--decoder", decoder)[2]
+    assert "mitigates" not in vlmfix(*begun[:3], tmp_path / "beams", *begun[4:], "--num-beams", 2)[2]
+
+
+def test_an_embedded_model_says_that_it_knows_no_photographs(tmp_path, model, vlmfix):
+    note = "dot.jpg does not look like a scene of vlmfix world, and tiny knows only those"
+    (tmp_path / "in").mkdir()
+    Image.new("RGB", (60, 40)).save(tmp_path / "in" / "dot.jpg")
+    (tmp_path / "in" / "a.txt").write_text("no picture")
+    run = ("run", tmp_path / "in", "--decoder", "greedy", "--max-new-tokens", 2, "--out")
+    _, _, told = vlmfix(*run, tmp_path / "out")
+    assert told.startswith(f"vlmfix: {note}")
+    assert told.index(note) < told.index("loading tiny")
+    assert "such as --model llava-hf/" in told.splitlines()[0]
+    assert told.count(note) == 2
+    assert read_json(tmp_path / "out" / "run.json")["notes"][0].startswith(note)
+    ask = ("ask", tmp_path / "in" / "dot.jpg", "What?", "--decoder", "greedy", "--max-new-tokens", 2)
+    assert vlmfix(*ask)[2].startswith(f"vlmfix: {note}")
+    assert "drawn" not in vlmfix(*ask, "--model", model)[2]
+
+
+def test_an_embedded_model_says_nothing_of_drawn_scenes(tmp_path, vlmfix):
+    assert vlmfix("world", "make", tmp_path / "w", "--count", 1)[0] == 0
+    run = ("run", tmp_path / "w" / "images", "--decoder", "greedy", "--max-new-tokens", 2, "--out", tmp_path / "out")
+    assert "scene" not in vlmfix(*run)[2]
+    assert read_json(tmp_path / "out" / "run.json")["notes"] == []
+
+
+def test_answers_that_were_cut_are_counted(tmp_path, model, vlmfix):
+    run = ("run", draw(tmp_path / "in", 3), "--out", tmp_path / "out", "--model", model, "--max-new-tokens", 2)
+    for _ in range(2):  # and counted again from the file
+        told = vlmfix(*run)[2]
+        cut = sum(record["finish"] == "length" for record in read_lines(tmp_path / "out" / "answers.jsonl"))
+        assert cut > 1
+        assert f"vlmfix: {cut} answers were cut at 2 tokens (--max-new-tokens)" in told
+        assert read_json(tmp_path / "out" / "run.json")["totals"]["cut"] == cut
+
+
 def test_an_error_of_every_picture_is_a_failure_of_the_run(tmp_path, model, vlmfix, monkeypatch):
     def broken(*_, **__):
         raise AttributeError("'Processor' object has no attribute 'patches'")
@@ -215,7 +264,7 @@ def test_ask_streams_what_run_writes(tmp_path, model, vlmfix, decoder):
         ),
         (["run", "{}/none", "--out", "x"], 2, "there is no {}/none", "give a picture"),
         (["run", "{}", "--out", "x", "--prompt", ""], 2, "the prompt is empty", "write a question"),
-        (["run", "{}", "--out", "{}/out", "--model", "{}"], 1, "no config.json", "llava-hf"),
+        (["run", "{}", "--out", "{}/out", "--model", "{}", "--decoder", "greedy"], 1, "no config.json", "llava-hf"),
         (["ask", "{}/none", "Q?"], 2, "there is no file {}/none", "give a picture"),
         (["ask", "{}/0000.png", " "], 2, "the question is empty", "write"),
         (["ask", "{}/a.txt", "Q?"], 1, "{}/a.txt: not a picture", "JPEG"),

@@ -27,6 +27,8 @@ def test_a_real_interrupt_and_a_quiet_terminal(tmp_path, model):
         out,
         "--model",
         model,
+        "--decoder",
+        "greedy",
         "--batch-size",
         "2",
     ]
@@ -56,7 +58,7 @@ def test_a_real_interrupt_and_a_quiet_terminal(tmp_path, model):
 
 def asking(tmp_path, stdout=None):
     """`vlmfix ask` in a process of its own, about a question with a long answer."""
-    Image.effect_noise((60, 60), 90).save(tmp_path / "a.png")
+    Image.effect_noise((512, 512), 90).save(tmp_path / "a.png")  # of a drawn scene's size, so nothing is said of it
     question = ("Please describe this image in detail.", "--max-new-tokens", "2000", "--decoder", "sample")
     return started(command, "ask", tmp_path / "a.png", *question, stdout=stdout)
 

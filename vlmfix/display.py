@@ -132,8 +132,14 @@ def _lines() -> Iterator[Callable[[str, int, int, float], None]]:
     yield show
 
 
-def summary(end: Progress, out: Path) -> str:
-    """The last words of a run."""
+def summary(end: Progress, out: Path, limit: int) -> str:
+    """The last words of a run.
+
+    Args:
+        end: Its final state.
+        out: Its folder.
+        limit: Tokens that an answer may have.
+    """
     totals = end.totals
     folder = escaped(str(out))
     lines = [f"vlmfix: {totals.answers} answers in {folder}/answers.jsonl"]
@@ -141,6 +147,10 @@ def summary(end: Progress, out: Path) -> str:
         lines[0] += f", {min(end.before, totals.answers)} of them from before"
     if totals.failed:
         lines.append(f"vlmfix: {totals.failed} failures in {folder}/failed.jsonl; --retry-failed asks again")
+    if totals.cut:
+        were = "answer was" if totals.cut == 1 else "answers were"
+        lines.append(f"vlmfix: {totals.cut:,} {were} cut at {limit} tokens (--max-new-tokens)")
+    lines += [f"vlmfix: {escaped(note)}" for note in end.notes]
     if totals.ms_per_token is not None:
         speed = f"{totals.tokens} tokens, {totals.ms_per_token:.1f} ms per token"
         lines.append(f"vlmfix: {speed}; settings in {folder}/run.json")

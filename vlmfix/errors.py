@@ -87,6 +87,10 @@ class PluginError(VlmfixError):
     """A plug-in of another distribution, or a class in a file, cannot be used, or is another than before."""
 
 
+class MissingExtraError(VlmfixError):
+    """Packages are not installed that only some work needs; the message names the extra of vlmfix that has them."""
+
+
 class UpstreamError(VlmfixError):
     """The installed transformers or torch lacks something that vlmfix builds on; the hint says which version has it."""
 

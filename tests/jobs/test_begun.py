@@ -1,7 +1,8 @@
 """Folders that vlmfix 0.1.0 began are gone on with, and come out as it would have left them, field by field.
 
 ``begun`` has both folders as that version left them when it was interrupted, each file of answers with a torn line, and
-as it finished them: answers, failures and cards. Its pictures' folder is called ``/pictures``.
+as it finished them: answers, failures and cards, to which the run's has the fields that later versions add (``cut``,
+``notes``). Its pictures' folder is called ``/pictures``.
 """
 
 from __future__ import annotations

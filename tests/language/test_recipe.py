@@ -8,9 +8,10 @@ from datetime import UTC, datetime
 import pytest
 
 from vlmfix.decoders import DECODERS, VCD, Chain, LocoRE, parse
+from vlmfix.decoders.index import check
 from vlmfix.decoders.spec import read_parts
-from vlmfix.errors import DataError
-from vlmfix.language.recipe import read_recipe, write_recipe
+from vlmfix.errors import DataError, UsageError
+from vlmfix.language.recipe import SHIPPED, read_recipe, write_recipe
 
 DECODER = VCD(contrast=0.3)
 
@@ -106,11 +107,38 @@ def test_a_recipe_that_is_not_text(tmp_path):
         parse(f"@{tmp_path / 'a.toml'}")
 
 
-@pytest.mark.parametrize("name", ["no.toml", "no", ""])
+@pytest.mark.parametrize("name", ["no.toml", "./no", ""])
 def test_a_missing_recipe(tmp_path, monkeypatch, name):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(DataError, match=r"cannot read the recipe .*check the path after @"):
         parse(f"@{name}")
+
+
+def test_a_bare_name_is_a_recipe_of_the_package_unless_it_is_a_file(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert parse("@fast") == parse(read_recipe(SHIPPED["fast"])["decoder"])
+    assert parse("vcd+@fast+locore").spec().count("spin") == 1
+    (tmp_path / "fast").write_text('decoder = "vcd:contrast=0.3"')
+    assert parse("@fast") == DECODER
+
+
+def test_a_misspelt_recipe_is_told_without_torch(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UsageError, match=r"there is no recipe 'keep-recal' \(did you mean keep-recall\? recipes of"):
+        check("beam+@keep-recal")
+
+
+def test_the_fast_recipe_is_one_pass_without_beams():
+    fast = parse("@fast")
+    assert (fast.passes, fast.strategy) == (1, None)
+
+
+def test_a_stranger_may_name_recipes_of_the_package_alone(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert parse("@fast", files=False) == parse("@fast")
+    (tmp_path / "fast").write_text('decoder = "vcd"')
+    with pytest.raises(UsageError, match="files are not read here"):
+        parse("@fast", files=False)
 
 
 def test_a_folder_that_cannot_be_written(tmp_path):

@@ -17,11 +17,12 @@ from vlmfix.errors import PluginError
 @click.option("--json", "as_json", is_flag=True, help="Print JSON, parameters included.")
 @options.debug
 def decoders(names: tuple[str, ...], everything: bool, as_json: bool) -> None:
-    """List the decoders; of those that are named, say what they do, with parameters and presets.
+    """List recipes and decoders; of decoders that are named, say what they do, with parameters and presets.
 
     A decoder in a file is named by path/to/file.py:CLASS. What other distributions add is listed by name, and imported
     when it is named, or with --all or --json.
     """
+    from vlmfix.advice.recipes import recipes
     from vlmfix.decoders.index import DECODERS, own
     from vlmfix.reports.decoders import decoder_pages, decoder_table
 
@@ -29,7 +30,7 @@ def decoders(names: tuple[str, ...], everything: bool, as_json: bool) -> None:
     for sentence in DECODERS.refused():
         options.say(f"vlmfix: {sentence}", err=True)
     if not (names or everything or as_json):
-        click.echo(decoder_table(list(known.values()), list(plugins.values())), nl=False)
+        click.echo(decoder_table(list(known.values()), list(plugins.values()), recipes()), nl=False)
         return
     infos = [known[name] if name in known else _described(name) for name in names]
     if not names:

@@ -2,17 +2,28 @@
 
 from __future__ import annotations
 
+import functools
 import sys
+from collections.abc import Iterator, Sequence
 from contextlib import closing
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
+from click.core import ParameterSource
 
 from vlmfix.commands import options
 from vlmfix.errors import UsageError
 from vlmfix.parsing import escaped
-from vlmfix.settings import Settings
+from vlmfix.settings import EMBEDDED, Settings
+
+if TYPE_CHECKING:
+    from vlmfix.images import Found
+
+LOOKED_AT = 100
+"""Pictures of a folder that are looked at to see whether the model knows such."""
+PHOTOGRAPHS = "llava-hf/llava-1.5-7b-hf"
+"""A model to name where photographs are shown to one that knows none."""
 
 
 @click.command()
@@ -74,12 +85,49 @@ def run(
             save_maps=save_maps,
             retry_failed=retry_failed,
             devices=() if devices is None else devices_of(devices),
+            remarks=functools.partial(_told, settings),
             report=report,
             loader=_loading,
         )
-    options.say(summary(end, out), err=True, lines=True)
+    options.say(summary(end, out, settings.max_new_tokens), err=True, lines=True)
     if end.in_vain:
         click.get_current_context().exit(1)
+
+
+def _told(settings: Settings, files: Sequence[Found]) -> list[str]:
+    """Says at once, before anything is answered, what somebody who begins may not know."""
+    notes = [*_unmitigated(settings), *_unfamiliar(settings.model, files)]
+    for note in notes:
+        options.say(f"vlmfix: {note}", err=True)
+    return notes
+
+
+def _unmitigated(settings: Settings) -> Iterator[str]:
+    given = click.get_current_context().get_parameter_source("decoder") is not ParameterSource.DEFAULT
+    if not given and settings.num_beams == 1:
+        how = "plain decoding" if settings.temperature == 0 else "plain sampling"
+        yield f"no --decoder is given: {how} mitigates nothing; try --decoder @keep-recall"
+
+
+def _unfamiliar(model: str, files: Sequence[Found]) -> Iterator[str]:
+    """Says that an embedded model is shown what it does not know, where one of the first pictures was not drawn."""
+    from vlmfix.world.drawn import is_drawn
+
+    if model not in EMBEDDED:
+        return
+    for file in files[:LOOKED_AT]:
+        try:
+            drawn = bool(file.problem) or is_drawn(file.path)
+        except (
+            Exception
+        ):  # Pillow's readers raise nearly anything on a damaged file; the run says what is wrong with it
+            continue
+        if not drawn:
+            yield (
+                f"{file.name} does not look like a scene of vlmfix world, and {model} knows only those: what it says "
+                f"of other pictures is made up; give a model that has seen photographs, such as --model {PHOTOGRAPHS}"
+            )
+            return
 
 
 def _loading(model: str, **how: Any) -> Any:  # noqa: ANN401 (its type would import torch)
@@ -102,11 +150,12 @@ def ask(picture: Path, question: str, settings: Settings) -> None:
     from vlmfix.decoders import parse
     from vlmfix.display import loading
     from vlmfix.generation import check_settings
-    from vlmfix.images import named_picture
+    from vlmfix.images import Found, named_picture
 
     decoder = parse(settings.decoder)
     check_settings(decoder, settings)
     shown = named_picture(picture)
+    _told(settings, [Found(picture.name, picture)])
     vlm = loading(settings.model, **settings.loading())
     pieces = vlm.stream(
         shown,

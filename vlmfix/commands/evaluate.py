@@ -15,6 +15,7 @@ import click
 from vlmfix.commands import options
 from vlmfix.commands.compare import tell
 from vlmfix.errors import UsageError
+from vlmfix.extras import need
 from vlmfix.settings import Settings
 
 PATH = click.Path(path_type=Path)
@@ -57,6 +58,7 @@ def _planned(command: Callable[..., None]) -> Callable[..., None]:
         **given: Any,
     ) -> None:
         options.quieten()
+        need("eval")  # to score, after the last answer
         settings = replace(settings, max_new_tokens=max_new_tokens or 0)
         plan = Plan(
             out=out,
@@ -389,9 +391,10 @@ def _run(task: Any, workload: Any, plan: Plan, longest: int | None = None) -> No
 
 
 def _arms(specs: tuple[str, ...]) -> dict[str, Any]:
-    """Decoders by what they are called in tables: as typed, and a recipe by its file and the folder that it lies in."""
+    """Decoders by what they are called in tables: as typed, and a recipe in a file by its own and its folder's name."""
     from vlmfix.decoders import DECODERS, parse
     from vlmfix.evals.record import PLAIN
+    from vlmfix.language.recipe import SHIPPED, recipe_file
 
     arms: dict[str, Any] = {}
     for spec in specs:
@@ -399,8 +402,8 @@ def _arms(specs: tuple[str, ...]) -> dict[str, Any]:
         if isinstance(decoder, DECODERS[PLAIN]):
             name = PLAIN
         elif spec.startswith("@") and "+" not in spec:
-            recipe = Path(spec[1:]).resolve()
-            name = f"{recipe.parent.name}/{recipe.stem}"
+            file = recipe_file(spec[1:]).resolve()
+            name = spec if file in SHIPPED.values() else f"{file.parent.name}/{file.stem}"
         else:
             name = spec
         if name in arms or decoder in arms.values():

@@ -39,8 +39,11 @@ class DecoderSpec(click.ParamType[str]):
     def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
         """Completes the last name of a chain, or the last parameter of its last decoder."""
         from vlmfix.decoders.index import DECODERS, own
+        from vlmfix.language.recipe import SHIPPED
 
         before, plus, last = incomplete.rpartition("+")
+        if last.startswith("@"):
+            return _completed(SHIPPED, last[1:], f"{before}{plus}@") or [CompletionItem(incomplete, type="file")]
         name, colon, given = last.partition(":")
         if not colon:
             found = _completed(DECODERS, last, before + plus)
@@ -150,7 +153,7 @@ _OPTIONS = {
         default="greedy",
         show_default=True,
         type=DecoderSpec(),
-        help="NAME or FILE.py:CLASS, then :parameter=value,...; or @recipe.toml; + joins. See: vlmfix decoders.",
+        help="@RECIPE, or NAME or FILE.py:CLASS, then :parameter=value,...; + joins. See: vlmfix decoders.",
     ),
     "max_new_tokens": click.option(
         "--max-new-tokens",

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import os
 import sys
-from importlib.util import find_spec
 from pathlib import Path
 
 import click
 
 from vlmfix.commands import options
 from vlmfix.errors import UsageError
+from vlmfix.extras import need
 from vlmfix.settings import Settings
-
-NEEDED = ("fastapi", "uvicorn", "prometheus_client")
 
 
 @click.command()
@@ -84,8 +82,7 @@ def serve(
 
     A request names its decoder in the model's name, such as tiny@vcd; --decoder is that of requests that name none.
     """
-    if any(find_spec(name) is None for name in NEEDED):
-        raise UsageError("vlmfix serve needs FastAPI, uvicorn and prometheus-client", "pip install 'vlmfix[serve]'")
+    need("serve")
     if allow is not None and not allow.is_dir():
         raise UsageError(f"--allow {allow} is no folder", "name a folder with pictures")
     if api_key is not None and not (api_key.isascii() and api_key.isprintable() and api_key.strip() == api_key != ""):

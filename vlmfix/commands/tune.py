@@ -14,6 +14,7 @@ import click
 from vlmfix.commands import options
 from vlmfix.commands.evaluate import benchmark
 from vlmfix.errors import UsageError
+from vlmfix.extras import need
 from vlmfix.settings import Settings
 
 PATH = click.Path(path_type=Path)
@@ -62,6 +63,8 @@ def tune(
     gives stay fixed: vcd:plausibility=0.1,noise_step=500 searches contrast alone.
     """
     _check(task, {"questions": questions, "instances": instances, "captions": captions}, count)
+    need("tune")
+    need("eval")
     options.quieten()
     from vlmfix.evals.tuning import tune as tuning
 

@@ -59,11 +59,12 @@ else:
 
 
 def parse(spec: str, *, files: bool = True) -> Decoder:
-    """Reads a decoder such as ``var:moved_fraction=0.4+locore:strength=0.15``, ``@recipe.toml`` or ``mine.py:Mine``.
+    """Reads a decoder such as ``var:moved_fraction=0.4+locore:strength=0.15``, ``@keep-recall`` or ``mine.py:Mine``.
 
     Args:
-        spec: The decoder; a class in a file is named by the file's path and its name, and the file is run.
-        files: Whether it may name recipes and files of classes; give False for what a stranger wrote.
+        spec: The decoder; ``@`` and a path is a recipe in a file, ``@`` and a name one that comes with the package; a
+            class in a file is named by the file's path and its name, and the file is run.
+        files: Whether it may name files of recipes and of classes; give False for what a stranger wrote.
 
     Raises:
         UsageError: A name or a parameter is unknown, or a value is not allowed.

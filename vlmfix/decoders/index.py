@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from vlmfix.errors import UsageError
 from vlmfix.language.grammar import Words, split
+from vlmfix.language.recipe import recipe_file
 from vlmfix.plugins import Table, near
 
 if TYPE_CHECKING:
@@ -108,14 +109,17 @@ def own() -> Mapping[str, DecoderInfo]:
 
 
 def check(spec: str) -> None:
-    """Checks the names in a specification without importing a decoder; values and recipes are left to ``parse``.
+    """Checks the names in a specification without importing a decoder; values and what recipes hold are for ``parse``.
 
     Raises:
-        UsageError: A decoder is not known, a file of one cannot be read, or a parameter of vlmfix's own is not known.
+        UsageError: A decoder or a recipe is not known, a file of a decoder cannot be read, or a parameter of vlmfix's
+            own is not known.
     """
     for words in split(spec):
         if words.recipe is None:
             DECODERS.check(words.name)
+        else:
+            recipe_file(words.recipe)
         if words.name in HOMES:
             check_parameters(words, [parameter.name for parameter in own()[words.name].parameters])
 

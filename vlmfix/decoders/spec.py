@@ -8,10 +8,9 @@ from dataclasses import dataclass
 from vlmfix.decoders.base import Chain, Decoder
 from vlmfix.decoders.index import DecoderInfo, Parameter, check_parameters
 from vlmfix.errors import DataError, UsageError, VlmfixError
-from vlmfix.files import path_of
 from vlmfix.language.grammar import Words, split
 from vlmfix.language.parameters import Value, plain, ranges
-from vlmfix.language.recipe import read_recipe
+from vlmfix.language.recipe import SHIPPED, read_recipe, recipe_file
 from vlmfix.plugins import FILE, Table, near
 
 
@@ -33,7 +32,7 @@ def parse(spec: str, decoders: Mapping[str, type[Decoder]]) -> Decoder:
 
     Args:
         spec: ``name``, ``path/to/file.py:Class``, either with ``:parameter=value,parameter=value`` behind it,
-            ``@recipe.toml``, or several joined by ``+``.
+            ``@recipe.toml``, ``@keep-recall`` (one that comes with the package), or several joined by ``+``.
         decoders: Known decoders by name.
 
     Raises:
@@ -58,13 +57,14 @@ def read_parts(spec: str, decoders: Mapping[str, type[Decoder]]) -> tuple[Part, 
 
 
 def refuse_files(spec: str) -> None:
-    """Refuses a specification that names recipes, or files with classes.
+    """Refuses a specification that names files: recipes other than the package's, or files with classes.
 
     Raises:
         UsageError: It does.
     """
     for words in split(spec):
-        if words.recipe is not None or FILE.fullmatch(words.name):
+        recipe = words.recipe is not None and recipe_file(words.recipe) not in SHIPPED.values()
+        if recipe or FILE.fullmatch(words.name):
             raise UsageError(
                 f"{words.name or f'@{words.recipe}'}: files are not read here",
                 "name a decoder of vlmfix or of an installed distribution, and write its parameters out",
@@ -72,7 +72,7 @@ def refuse_files(spec: str) -> None:
 
 
 def _recipe(name: str, decoders: Mapping[str, type[Decoder]]) -> tuple[Part, ...]:
-    path = path_of(name)
+    path = recipe_file(name)
     spec = read_recipe(path)["decoder"]
     if "@" in spec:
         raise DataError(f"{path}: its decoder {spec!r} names a recipe", "write the decoder's parameters out")

@@ -1,20 +1,44 @@
-"""Recipes: a tuned decoder in a file, with what it was tuned for and what that gave."""
+"""Recipes: a tuned decoder in a file, with what it was tuned for and what that gave; some come with the package."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import tomli_w
-
-from vlmfix.errors import DataError
-from vlmfix.files import replacing
+from vlmfix.errors import DataError, UsageError
+from vlmfix.extras import need
+from vlmfix.files import path_of, replacing
 from vlmfix.parsing import UnreadableError, told, toml_of
+from vlmfix.plugins import near
 
 FORMAT = 1
 """Of the file; raised when an older reader could not understand it."""
 HINT = 'give a recipe that vlmfix tune wrote, or a TOML file with a line such as decoder = "vcd:contrast=0.5"'
+
+SHIPPED = {file.stem: file for file in sorted((Path(__file__).parent.parent / "recipes").glob("*.toml"))}
+"""Name behind ``@`` -> file, of the recipes that come with the package."""
+BARE = re.compile(r"[A-Za-z][A-Za-z0-9_-]*")
+
+
+def recipe_file(name: str) -> Path:
+    """Returns the file of a recipe.
+
+    Args:
+        name: What stands behind ``@``: a path, or the name of a recipe that comes with the package, unless a file is
+            called so.
+
+    Raises:
+        UsageError: No recipe and no file has the name.
+    """
+    path = path_of(name)
+    if not BARE.fullmatch(name) or path.exists():
+        return path
+    if name not in SHIPPED:
+        known = f"recipes of vlmfix: {', '.join(f'@{one}' for one in SHIPPED)}; else give a file, @recipe.toml"
+        raise UsageError(f"there is no recipe {name!r}", f"{near(name, SHIPPED)}{known}")
+    return SHIPPED[name]
 
 
 def read_recipe(path: Path) -> dict[str, Any]:
@@ -53,6 +77,9 @@ def write_recipe(path: Path, decoder: str, about: Mapping[str, Any]) -> None:
     Raises:
         DataError: The file cannot be written.
     """
+    need("tune")
+    import tomli_w
+
     recipe = {"format": FORMAT, "decoder": decoder, **_without_none(about)}
     text = f"# Use it with --decoder @{path.name}\n{tomli_w.dumps(recipe)}"
     with replacing(path) as file:

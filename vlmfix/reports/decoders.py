@@ -8,17 +8,20 @@ from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from vlmfix.advice.recipes import Recipe
 from vlmfix.decoders.index import DecoderInfo, Plain
 from vlmfix.plugins import Found
+from vlmfix.reports.recipes import recipe_table
 from vlmfix.terminal import rendered
 
 
-def decoder_table(infos: Sequence[DecoderInfo], plugins: Sequence[Found] = ()) -> str:
-    """Decoders, one in a line as far as the width allows, and where to read on.
+def decoder_table(infos: Sequence[DecoderInfo], plugins: Sequence[Found], recipes: Sequence[Recipe]) -> str:
+    """Recipes; decoders, one in a line as far as the width allows; and where to read on.
 
     Args:
         infos: Those that are described.
         plugins: Those of other distributions, of which the names alone are known.
+        recipes: Those that come with the package.
     """
     table = Table(box=None, pad_edge=False)
     for title in ("decoder", "title", "acts on", "passes", "beams", "arXiv"):
@@ -28,7 +31,13 @@ def decoder_table(infos: Sequence[DecoderInfo], plugins: Sequence[Found] = ()) -
         table.add_row(info.name, info.title, info.acts_on, str(info.passes), beams, info.arxiv)
     for found in plugins:
         table.add_row(found.name, f"of {found.distribution}", "", "", "", "")
-    return rendered(table, "", Text("Parameters and presets: vlmfix decoders NAME; of all: vlmfix decoders --all"))
+    return rendered(
+        *recipe_table(recipes),
+        "",
+        table,
+        "",
+        Text("Parameters and presets: vlmfix decoders NAME; of all: vlmfix decoders --all"),
+    )
 
 
 def decoder_pages(infos: Sequence[DecoderInfo]) -> str:

@@ -43,7 +43,7 @@ def test_the_run_card_says_what_was_done(tmp_path):
     assert settings["decoder_parameters"]["plausibility"] == 0.1
     assert (settings["model"], settings["commit"], settings["weights"]) == ("tiny", "abc", "commit:abc")
     assert (settings["prompt"], settings["dtype"], settings["max_new_tokens"]) == ("What?", "float32", 128)
-    assert card["totals"] == {"answers": 3, "failed": 0, "tokens": 9, "seconds": 1.5}
+    assert card["totals"] == {"answers": 3, "failed": 0, "cut": 0, "tokens": 9, "seconds": 1.5}
     assert card["ms_per_token"] == pytest.approx(166.667)
     assert card["peak_memory"] > 0
     assert card["finished"] is True

@@ -60,7 +60,7 @@ def test_killed_and_resumed(tmp_path, start):
     assert [(record["image"], record["prompt"]) for record in read_lines(answers)] == expected
     assert [record["image"] for record in read_lines(out / "failed.jsonl")] == ["0050x.png"]
     card = read_json(out / "run.json")
-    assert card["totals"] == {"answers": 300, "failed": 1, "tokens": 900, "seconds": 150.0}
+    assert card["totals"] == {"answers": 300, "failed": 1, "cut": 0, "tokens": 900, "seconds": 150.0}
     assert len(card["sessions"]) >= 6
     assert sorted(os.listdir(out)) == ["answers.jsonl", "failed.jsonl", "run.json"]
 

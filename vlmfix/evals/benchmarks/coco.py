@@ -14,9 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
-import ijson
-
 from vlmfix.errors import DataError
+from vlmfix.extras import need
 from vlmfix.files import make_folder, replacing
 from vlmfix.parsing import is_text, some, told
 
@@ -273,6 +272,9 @@ def _entries(path: Path, file: _Metered, kind: Kind) -> Iterator[tuple[str, dict
     ``ijson.parse`` would keep the names of all levels for every event of a block, which takes memory by the square of
     the depth; so the levels are counted here, and a file that nests deeply ends with the first block.
     """
+    need("eval")
+    import ijson
+
     wanted = _WANTED[kind]
     missing = set(wanted)
     entry: dict[str, Any] = {}

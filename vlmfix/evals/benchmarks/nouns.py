@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from functools import cache
 
 from vlmfix.errors import DataError
+from vlmfix.extras import need
 
 SIMILAR = 0.8
 """Words are taken for one another above this."""
@@ -121,8 +122,10 @@ def installed_language() -> Language:
     """English as AMBER's own script knows it; loaded once.
 
     Raises:
-        DataError: A package or its data is not installed; the message names all that are missing.
+        MissingExtraError: The extra ``eval`` is not installed.
+        DataError: spaCy or data are not installed; the message names all that are missing.
     """
+    need("eval")
     missing = list(_missing())
     if missing:
         raise DataError(

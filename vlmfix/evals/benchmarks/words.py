@@ -20,6 +20,7 @@ from typing import Any
 
 from vlmfix.errors import DataError
 from vlmfix.evals.inputs import read_source
+from vlmfix.extras import need
 from vlmfix.world.categories import CATEGORIES
 
 Phrase = tuple[str, ...]
@@ -308,6 +309,7 @@ def _original_phrases(nodes: Mapping[str, str]) -> dict[Phrase, str]:
 @cache
 def _singular(token: str) -> str:
     """Singular as pattern.en has it; textblob's rules are the same but for these endings."""
+    need("eval")
     from textblob.en.inflect import singularize
 
     if token.endswith(("collies", "doggies")):
@@ -338,6 +340,7 @@ def _split(words: str) -> Phrase:
 @cache
 def _nltk() -> tuple[Any, Any]:
     """NLTK's splitter and tokenizer; imported here because NLTK takes a second to import."""
+    need("eval")
     from nltk.tokenize import NLTKWordTokenizer
     from nltk.tokenize.punkt import PunktSentenceTokenizer
 

@@ -38,6 +38,7 @@ class Progress:
         answered: Questions that this start answered.
         totals: Totals of the output folder.
         batch_size: Rows per batch at present.
+        notes: What is to be said of the run.
     """
 
     total: int
@@ -46,6 +47,7 @@ class Progress:
     answered: int
     totals: Totals
     batch_size: int
+    notes: tuple[str, ...] = ()
 
     @property
     def in_vain(self) -> bool:
@@ -70,6 +72,7 @@ def run(
     save_maps: Path | None = None,
     retry_failed: bool = False,
     devices: Sequence[str] = (),
+    remarks: Callable[[Sequence[Found]], Sequence[str]] = lambda files: (),
     report: Callable[[Progress], None] = lambda progress: None,
     loader: Callable[..., VLM] = load,
 ) -> Progress:
@@ -87,6 +90,7 @@ def run(
         save_maps: A folder for a refining decoder's pictures and maps; see ``MapFolder``.
         retry_failed: Asks the questions again that an earlier start noted in ``failed.jsonl``.
         devices: Torch devices of as many processes, which answer together; empty for one model in this process.
+        remarks: Called with the files before the model is loaded; the card and the final state keep what it returns.
         report: Called whenever something was written.
         loader: Loads the model; ``vlmfix.load`` unless a test gives another.
 
@@ -117,6 +121,7 @@ def run(
     with ExitStack() as opened:
         asked = _known_settings(pictures, questions, settings, decoder)
         output = opened.enter_context(OutputFolder(out, asked, retry_failed=retry_failed))
+        output.notes = tuple(remarks(files))
         maps = None if save_maps is None else opened.enter_context(MapFolder(save_maps, asked))
         job = _Job(files, questions, output, maps, report)
         if job.left():
@@ -188,7 +193,10 @@ class _Job:
         return sum(len(self._open_prompts(file.name)) for file in self._files)
 
     def progress(self) -> Progress:
-        return Progress(self._total, self._before, self._done, self._answered, self._output.totals, self._batch_size)
+        output = self._output
+        return Progress(
+            self._total, self._before, self._done, self._answered, output.totals, self._batch_size, output.notes
+        )
 
     def typical(self) -> list[Question]:
         """Returns questions that represent those to come."""

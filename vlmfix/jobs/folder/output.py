@@ -26,10 +26,11 @@ RUN = fields(
 
 @dataclass
 class Totals:
-    """Holds the totals of a folder of answers, over all starts."""
+    """Holds the totals of a folder of answers, over all starts; ``cut`` counts those that ``max_new_tokens`` ended."""
 
     answers: int = 0
     failed: int = 0
+    cut: int = 0
     tokens: int = 0
     seconds: float = 0.0
 
@@ -56,6 +57,8 @@ class OutputFolder(Ledger):
         super().__init__(folder, {ANSWERS: ANSWER, FAILED: FAILURE}, retry_failed=retry_failed)
         self._settings = dict(settings)
         self._finished = False
+        self.notes: tuple[str, ...] = ()
+        """What is to be said of the run; the card keeps it."""
         self.totals = Totals()
         self.done: set[tuple[str, str]] = set()
         """(image, prompt) pairs that have an answer or failed."""
@@ -84,6 +87,7 @@ class OutputFolder(Ledger):
     def _count(self, record: Mapping[str, Any]) -> None:
         self.done.add((record["image"], record["prompt"]))
         self.totals.answers += 1
+        self.totals.cut += record.get("finish") == "length"
         self.totals.tokens += record["tokens"]
         self.totals.seconds += record["seconds"]
 
@@ -148,9 +152,11 @@ class OutputFolder(Ledger):
             "totals": {
                 "answers": totals.answers,
                 "failed": totals.failed,
+                "cut": totals.cut,
                 "tokens": totals.tokens,
                 "seconds": round(totals.seconds, 3),
             },
             "ms_per_token": None if totals.ms_per_token is None else round(totals.ms_per_token, 3),
             "peak_memory": max((session["peak_memory"] for session in self.card["sessions"]), default=0),
+            "notes": list(self.notes),
         }
