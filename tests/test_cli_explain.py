@@ -5,7 +5,8 @@ import json
 import pytest
 import torch
 
-from tests.contracts.support import STRONG, batch_of, method_of, vlm_of
+from tests.contracts.support import PICTURES, PROMPTS, STRONG, batch_of, method_of, vlm_of
+from vlmfix.decoding import prefix
 from vlmfix.decoding.running import running
 from vlmfix.fitting import key_bytes
 from vlmfix.planned import parts_of, planned
@@ -62,7 +63,7 @@ def test_with_a_model_it_says_where_parts_act_and_what_is_refused(vlmfix, model)
     code, printed, _ = vlmfix("explain", spec, "--model", model)
     assert code == 0
     printed = " ".join(printed.split())
-    assert "Changes head outputs in" in printed
+    assert "Changes attention weights in" in printed
     assert "Changes attention scores in layers 1-2 of 3; rows: the prompt's last row" in printed
     assert "Branch: a row more per sample, with no picture and" in printed
     assert "because a branch has a longer prompt than the question" in printed
@@ -109,3 +110,25 @@ def test_a_call_has_the_rows_and_takes_the_memory_that_was_said(name, beams):
 )
 def test_layers_in_words(layers, count, text):
     assert layers_text(layers, count) == text
+
+
+KINDS = ("locore", "var", "vhr", "zerotuning", "zerotuning-text", "vaf", "act", "vcd", "pai")
+"""Methods that edit the last row, the text or all of the prompt, read the residual stream, or have branches."""
+
+
+@pytest.mark.parametrize("family", ["llava", "gemma3"])
+@pytest.mark.parametrize("name", KINDS)
+def test_beginnings_are_shared_and_prompts_cut_where_that_was_said(family, name, monkeypatch):
+    vlm, shared, cut = vlm_of(family), [], []
+    run, pieces = prefix._run, prefix._pieces
+    monkeypatch.setattr(prefix, "_run", lambda *given: shared.append(given) or run(*given))
+    monkeypatch.setattr(prefix, "_pieces", lambda *given: cut.append(pieces(*given)) or cut[-1])
+    total = planned(vlm, parts_of(STRONG[name]), max_new_tokens=1)["total"]
+    shown = PICTURES[0][0]
+    vlm.generate([shown, shown], [PROMPTS[0], PROMPTS[0] + "?"], decoder=STRONG[name], max_new_tokens=1)
+    assert bool(shared) == (not total["shares"])
+    cut.clear()
+    monkeypatch.setattr(prefix, "PIECE", 8)
+    monkeypatch.setattr(prefix, "COLUMNS", 8)
+    vlm.generate([shown], PROMPTS[0], decoder=STRONG[name], max_new_tokens=1)
+    assert any(len(found) > 1 for found in cut) == (not total["pieces"])
