@@ -10,7 +10,7 @@ PIP     = $(PYTHON) -m pip --python $(1)/bin/python install -qq --disable-pip-ve
 COMPILE := .venv-lock/bin/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --upgrade \
 	--no-header --no-annotate --no-emit-index-url --no-emit-find-links --constraint requirements/held.txt
 
-.PHONY: demo test test-tools fuzz lint format index effects lock test-floor test-newest clean
+.PHONY: demo test test-tools fuzz lint format index support effects lock test-floor test-newest clean
 
 demo: $(VENV)/installed
 	@$(BIN)/vlmfix demo
@@ -40,6 +40,10 @@ format: $(VENV)/installed
 # What the command line knows of decoders without importing them, after one was added or its declaration changed.
 index: $(VENV)/installed
 	$(OFFLINE) $(BIN)/python -m tools.index
+
+# docs/support.md, and what the command line says of it; some minutes.
+support: $(VENV)/installed
+	$(OFFLINE) $(BIN)/python -m tools.support
 
 # docs/effects.md; see there.
 effects: $(VENV)/installed

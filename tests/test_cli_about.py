@@ -16,7 +16,7 @@ def test_decoders_are_listed(vlmfix):
     assert code == 0
     for name in DECODERS:
         assert f"\n{name} " in printed
-    assert "plausibility" not in printed
+    assert "noise_step" not in printed
     assert printed.splitlines()[-1].startswith("Parameters and presets: vlmfix decoders NAME")
     code, printed, _ = vlmfix("decoders", "--json")
     listed = {info["name"]: info for info in json.loads(printed)}
@@ -29,9 +29,12 @@ def test_decoders_are_listed(vlmfix):
         "arxiv",
         "code",
         "acts_on",
+        "cost",
         "passes",
         "beams",
         "compiles",
+        "refines",
+        "chooses",
         "parameters",
         "presets",
     }
@@ -71,7 +74,10 @@ def test_doctor_says_what_works(model, vlmfix, monkeypatch):
     assert any(line.split() == ["vcd", "works", "works", "works"] for line in lines)
     assert any(line.split() == ["var", "no", "no", "no", "it", "has", "no", "visual", "sinks"] for line in lines)
     assert f"{len(CONTRACTS)} of {len(CONTRACTS)} things that vlmfix builds on are as it needs them" in lines[-1]
+    assert any("sampling, own generate, recorded steps work, but for:" in line for line in lines)
+    assert any(line.startswith("  own generate of carve: refused: carve changes pictures") for line in lines)
     diagnosis = json.loads(vlmfix("doctor", model, "--json")[1])
+    assert diagnosis["support"]["vcd"]["recorded steps"] == "works"
     assert diagnosis["decoders"]["var"] == "it has no visual sinks"
     assert diagnosis["decoders"]["greedy"] is None
     assert diagnosis["ways"]["sgrs"]["plain"] is None
@@ -110,6 +116,7 @@ def test_what_doctor_finds_is_text():
             "contracts": [],
             "ways": {"vcd": {"plain": "[/why]", "beams": None}},
             "reach": {"vcd": None},
+            "support": {"vcd": {"sampling": "refused: [/so]"}},
             "checkpoint": {"ends": [2], "set_aside": {"[b]": "[/b]"}, "completed": {}},
         }
     )
@@ -117,3 +124,4 @@ def test_what_doctor_finds_is_text():
     assert "[bold]" in shown
     assert "[/why]" in shown
     assert "torch [red]1" in shown
+    assert "  sampling of vcd: refused: [/so]" in shown

@@ -17,6 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 from vlmfix.card import reading_notes
+from vlmfix.decoders.support import WORKS
 from vlmfix.demo import Comparison, Described, counted
 from vlmfix.generation import VLM, load
 from vlmfix.jobs.folder import Progress
@@ -32,6 +33,8 @@ RATE_SECONDS = 1.0
 LARGE_FILE = 1 << 25
 """Bytes from which the reading of a file is shown."""
 
+BEFOREHAND = ("sampling", "own generate", "recorded steps")
+"""Ways to run a decoder that `doctor` does not try, and says what was found of."""
 STYLES = {"": "", "present": "bold", "absent": "bold red strike"}
 
 
@@ -175,7 +178,8 @@ def diagnosis_text(diagnosis: dict[str, Any]) -> str:
         facts.add_row(name, value)
     notes = [Text(note) for note in (*reading_notes(diagnosis["checkpoint"]), *diagnosis["refused"])]
     ways = _ways(diagnosis["ways"], diagnosis["reach"])
-    return rendered(facts, *notes, "", ways, "", *_contracts(diagnosis)).rstrip("\n")
+    beforehand = list(_beforehand(diagnosis["support"]))
+    return rendered(facts, *notes, "", ways, *beforehand, "", *_contracts(diagnosis)).rstrip("\n")
 
 
 def _ways(ways: dict[str, dict[str, str | None]], reach: dict[str, int | None]) -> Table:
@@ -188,6 +192,22 @@ def _ways(ways: dict[str, dict[str, str | None]], reach: dict[str, int | None]) 
         works = "works" if reach[name] is None else f"works up to {reach[name]} tokens"
         table.add_row(name, *(works if reason is None else "no" for reason in found.values()), "; ".join(reasons))
     return table
+
+
+def _beforehand(support: dict[str, dict[str, str]]) -> Iterator[Text]:
+    """What was found with tiny models of the family in ways that are not tried here."""
+    found: dict[tuple[str, str], list[str]] = {}
+    ways = dict.fromkeys(way for verdicts in support.values() for way in verdicts if way in BEFOREHAND)
+    for name, verdicts in support.items():
+        for way in ways:
+            if verdicts[way] != WORKS:
+                found.setdefault((way, verdicts[way]), []).append(name)
+    if ways:
+        yield Text("")
+        but = ", but for:" if found else ""
+        yield Text(f"With a tiny model of this family (docs/support.md), {', '.join(ways)} work{but}")
+    for (way, verdict), names in found.items():
+        yield Text(f"  {way} of {', '.join(names)}: {verdict}")
 
 
 def _contracts(diagnosis: dict[str, Any]) -> Iterator[Text]:

@@ -14,6 +14,7 @@ from torch import nn
 from vlmfix.attention.kernel import PLAN
 from vlmfix.card import device_name, machine, versions
 from vlmfix.decoders import DECODERS, Decoder, parse
+from vlmfix.decoders.support import support
 from vlmfix.errors import PluginError, VlmfixError
 from vlmfix.evals.tasks import TASKS
 from vlmfix.generation import VLM, load
@@ -53,8 +54,9 @@ def diagnose(
         revision, family, layers, dtype, device); ``checkpoint``, see ``Checkpoint.reading``; ``contracts``, a list of
         ``name``, ``protects`` and ``reason``, which is None where it holds; ``decoders``, which maps each name to None,
         or to the reason why it does not work; ``refused``, sentences about names of other distributions that are not
-        used; ``ways``, which maps each name to the same for ``plain``, ``beams`` and
-        ``static cache``; ``reach``, which maps each name to the tokens up to which it works, where a sliding window
+        used; ``ways``, which maps each name to the same for ``plain``, ``beams`` and ``static cache``; ``support``,
+        which maps the names of vlmfix's own to what was found beforehand with a tiny model of the family, see
+        ``docs/support.md``; ``reach``, which maps each name to the tokens up to which it works, where a sliding window
         limits it, or to None.
 
     Raises:
@@ -91,6 +93,7 @@ def diagnose(
         "refused": [sentence for table in (DECODERS, FAMILIES, PROFILERS, TASKS) for sentence in table.refused()],
         "decoders": {name: found["plain"] for name, found in ways.items()},
         "ways": ways,
+        "support": {name: support()[name].of(vlm.model.config.model_type) for name in specs if name in support()},
         "reach": reach,
     }
 

@@ -104,8 +104,6 @@ def _prepared(vlm: VLM, questions: Sequence[Question]) -> Iterable[Prepared]:
 def _need(vlm: VLM, decoder: Decoder, settings: Settings, prepared: Prepared) -> Need:
     """Estimates the memory of a question with such a prompt."""
     config, size = vlm.model.config.get_text_config(), vlm.model.dtype.itemsize
-    groups = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     inner = getattr(config, "intermediate_size", None) or 4 * config.hidden_size
     shown = 2 if decoder.refines else 1  # a refined part beside the picture
     tokens, longest = shown * prepared.length, settings.max_new_tokens
@@ -118,6 +116,14 @@ def _need(vlm: VLM, decoder: Decoder, settings: Settings, prepared: Prepared) ->
     pictures = shown * pixels * TOWER * size
     return Need(
         rows=rows,
-        kept=2 * config.num_hidden_layers * groups * width * size * keys,
+        kept=key_bytes(vlm) * keys,
         passing=(states + mask + pictures) * decoder.passes + SCORES * config.vocab_size * rows,
     )
+
+
+def key_bytes(vlm: VLM) -> int:
+    """Computes the bytes that keys and values of one row's token take in all layers."""
+    config = vlm.model.config.get_text_config()
+    groups = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return int(2 * config.num_hidden_layers * groups * width * vlm.model.dtype.itemsize)

@@ -1,4 +1,4 @@
-"""Recorded steps, with a recording that runs the step again: what is in buffers must be what a step of its own sees."""
+"""Recorded steps, with recordings that run the step again."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from tests.contracts.support import STRONG, UNLIKE, batch_of, close, crossed, method_of, vlm_of
+from tests.decoding.again import recording_on_cpu
 from tests.tiny import TINY
 from vlmfix.attention.edit import LayerSet
-from vlmfix.attention.kernel import PLAN
 from vlmfix.decoders import DecodingPlan, Greedy
 from vlmfix.decoders.picture import probing
 from vlmfix.decoders.picture.probing import NewestRows, attention_maps
@@ -25,56 +25,11 @@ STEPS = 16
 COMPILES = {name: spec for name, spec in STRONG.items() if method_of(spec).compiles}
 
 
-class Again:
-    """A recording that runs the step.
-
-    Like a graph it writes its result where the first one stands, and finds the edits of the call that it was made in.
-    """
-
-    def __init__(self, once):
-        self.once, self.result = once, once()
-        self.plans = planned()
-
-    def replay(self):
-        present = planned()
-        put(self.plans)
-        self.result.copy_(self.once())
-        put(present)
-
-
-def planned():
-    """The attention modules of the tiny models, and what is planned in them."""
-    owners = [module for family in TINY for module in vlm_of(family).family.attention_modules(vlm_of(family).model)]
-    plans = [(owner, getattr(owner, PLAN, None)) for owner in owners]
-    return [(owner, plan, plan and (plan.steps, plan.fused)) for owner, plan in plans]
-
-
-def put(plans):
-    """Puts plans where they belong."""
-    for owner, plan, content in plans:
-        if plan is not None:
-            plan.steps, plan.fused = content
-            setattr(owner, PLAN, plan)
-        elif getattr(owner, PLAN, None) is not None:
-            delattr(owner, PLAN)
-
-
 @pytest.fixture
-def recording(monkeypatch):
+def recording():
     """Lets a CPU record, counted."""
-    made = []
-
-    def captured(once, device):
-        made.append(Again(once))
-        return made[-1], made[-1].result
-
-    monkeypatch.setattr("vlmfix.decoding.running.RECORDING", ("cpu",))
-    monkeypatch.setattr("vlmfix.decoding.graphs.captured", captured)
-    monkeypatch.setattr("vlmfix.decoding.running.start", lambda device: None)
-    monkeypatch.setattr("vlmfix.attention.kernel.compiled", lambda function, kind: function)
-    yield made
-    for family in TINY:
-        forget(vlm_of(family).model)
+    with recording_on_cpu([vlm_of(family) for family in TINY]) as made:
+        yield made
 
 
 @torch.no_grad()

@@ -79,8 +79,9 @@ class Parameter:
 class DecoderInfo:
     """Describes one decoder, for tables.
 
-    ``summary`` is one sentence, ``presets`` has the values of each named set, and ``made_by`` is the distribution and
-    its version, or the digest of a file; empty for vlmfix's own.
+    ``summary`` is one sentence, ``cost`` is what the class says of its cost, ``presets`` has the values of each named
+    set, and ``made_by`` is the distribution and its version, or the digest of a file; empty for vlmfix's own.
+    ``chooses`` is the kind of a decoder's own strategy, with its defaults: ``beams``, ``sampling``, or empty.
     """
 
     name: str
@@ -90,9 +91,12 @@ class DecoderInfo:
     arxiv: str
     code: str
     acts_on: str
+    cost: str
     passes: int
     beams: bool
     compiles: bool
+    refines: bool
+    chooses: str
     parameters: tuple[Parameter, ...]
     presets: Mapping[str, Mapping[str, Plain]]
 

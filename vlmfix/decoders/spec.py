@@ -99,20 +99,30 @@ def _one(words: Words, decoders: Mapping[str, type[Decoder]]) -> Part:
 def describe(decoder: type[Decoder]) -> DecoderInfo:
     """Describes a decoder for tables."""
     defaults = decoder()
+    paragraphs = [" ".join(text.replace("``", "").split()) for text in (decoder.__doc__ or "").split("\n\n")]
+    costs = [text.removeprefix("*Cost*: ") for text in paragraphs if text.startswith("*Cost*: ")]
     return DecoderInfo(
         name=decoder.called(),
         made_by=next(iter(defaults.plugins().values()), ""),
         title=decoder.source.title,
-        summary=" ".join((decoder.__doc__ or "").split("\n\n")[0].replace("``", "").split()),
+        summary=paragraphs[0],
         arxiv=decoder.source.arxiv,
         code=decoder.source.code,
         acts_on=decoder.acts_on,
+        cost=costs[0] if costs else "",
         passes=decoder.passes,
         beams=decoder.beams,
         compiles=decoder.compiles,
+        refines=decoder.refines,
+        chooses=_chosen(defaults),
         parameters=tuple(
             Parameter(name, plain(getattr(defaults, name)), allowed.text(), allowed.search_text(), allowed.help)
             for name, allowed in ranges(decoder).items()
         ),
         presets={name: {key: plain(value) for key, value in set_.items()} for name, set_ in decoder.presets.items()},
     )
+
+
+def _chosen(decoder: Decoder) -> str:
+    own = decoder.strategy
+    return "" if own is None else "beams" if own.num_beams > 1 else "sampling"
