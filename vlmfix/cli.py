@@ -22,6 +22,7 @@ from vlmfix.commands import (
     options,
     profile,
     serve,
+    status,
     tune,
     view,
     world,
@@ -43,6 +44,7 @@ def cli() -> None:
 for _command in (
     answers.run,
     answers.ask,
+    status.status,
     grounding.grounding,
     evaluate.evaluate,
     view.view,

@@ -177,6 +177,7 @@ class _Job:
         self._total = sum(len(questions.about_picture(file.name)) for file in files)
         self._files = [file for file in files if self._open_prompts(file.name)]
         self._before = self._done = self._total - self.left()
+        self._note()
 
     def _open_prompts(self, name: str) -> list[str]:
         if name in self._output.unreadable:
@@ -248,8 +249,12 @@ class _Job:
         answered = self._output.answered()
         return asked_before((self._paths[image], prompt) for image, prompt in answered if image in self._paths)
 
+    def _note(self) -> None:
+        self._output.asked, self._output.left = self._total, self._total - self._done
+
     def _step(self, count: int) -> None:
         self._done += count
+        self._note()
         self._output.save_in_time()
         self._report(self.progress())
 

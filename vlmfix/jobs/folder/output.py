@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 
 from vlmfix.card import Known, versions
 from vlmfix.jobs.ledger import Ledger, now
-from vlmfix.jobs.lines import ANSWER, ANSWERS, CARD, FAILED, FAILURE
+from vlmfix.jobs.lines import ANSWER, ANSWERS, CARD, FAILED, FAILURE, MARKS, PROGRESS
 from vlmfix.settings import Settings
 from vlmfix.shapes import COUNT, FLAG, OBJECT, TEXT, fields, list_of
 
@@ -19,7 +19,8 @@ RUN = fields(
         "started": TEXT,
         "finished": FLAG,
         "sessions": list_of(fields({"peak_memory": COUNT}), least=1),
-    }
+    },
+    {"progress": PROGRESS},
 )
 """Shape that the card of a run must have for the run to resume."""
 
@@ -61,6 +62,10 @@ class OutputFolder(Ledger):
         """(image, prompt) pairs that have an answer or failed."""
         self.unreadable: set[str] = set()
         """Pictures that could not be opened."""
+        self.asked = self.left = 0
+        """Questions of the run, and those of them that have neither an answer nor a failure; the job counts them."""
+        self._at_work = False
+        self._recent: list[dict[str, Any]] = []
 
     def new_card(self) -> dict[str, Any]:
         """Makes a card with the settings alone."""
@@ -69,6 +74,7 @@ class OutputFolder(Ledger):
     def go_on(self) -> None:
         """Refuses settings that differ from the card's."""
         self.refuse_other(self.card["settings"], self._settings)
+        self._recent = self.card.get("progress", {}).get("recent", [])
 
     def read_back(self) -> None:
         """Counts the answers and failures of earlier starts."""
@@ -105,6 +111,7 @@ class OutputFolder(Ledger):
             prompts_file: The file that the questions come from, if any.
             peak_memory: Returns the most bytes held so far.
         """
+        self._at_work, self._recent = True, []
         self.start_session(
             model,
             settings,
@@ -140,11 +147,14 @@ class OutputFolder(Ledger):
             self.save()
 
     def sum_up(self) -> None:
-        """Writes the totals into the card."""
+        """Writes the totals into the card, and how far the run is and lately was."""
         totals = self.totals
+        if self._at_work:
+            self._recent = [*self._recent, {"time": now(), "done": totals.answers + totals.failed}][-MARKS:]
         self.card |= {
             "updated": now(),
             "finished": self._finished,
+            "progress": {"total": self.asked, "left": self.left, "recent": self._recent},
             "totals": {
                 "answers": totals.answers,
                 "failed": totals.failed,
