@@ -96,7 +96,7 @@ def _left(card: dict[str, Any] | None, done: int) -> int | None:
     """Returns the card's figure, which may be half a minute old, less what was written since."""
     if card is None or "progress" not in card:
         return None
-    since = done - card["totals"]["answers"] - card["totals"]["failed"]
+    since: int = done - card["totals"]["answers"] - card["totals"]["failed"]
     return max(0, int(card["progress"]["left"]) - max(0, since))
 
 

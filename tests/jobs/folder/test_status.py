@@ -87,7 +87,7 @@ def test_before_the_first_card_a_lock_alone_is_known(tmp_path):
 
 
 def test_what_is_no_folder_of_a_run_is_refused(tmp_path):
-    with pytest.raises(DataError, match="neither run.json nor answers.jsonl"):
+    with pytest.raises(DataError, match=r"neither run\.json nor answers\.jsonl"):
         read_status(tmp_path)
     (tmp_path / "run.json").write_text('{"finished": 1}')
     with pytest.raises(DataError, match="has no updated, totals"):
