@@ -9,7 +9,7 @@ import math
 import os
 import stat
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, BinaryIO, Self
@@ -135,16 +135,26 @@ class JsonLines:
             self.sync()
 
     def keep(self, wanted: Callable[[dict[str, Any]], bool]) -> None:
-        """Leaves lines out; a reader sees the old file or the new one, never a part, and the lock is never free.
+        """Leaves lines out; see ``replace``.
 
         Args:
             wanted: Says of an object whether its line stays.
+        """
+        self.replace(record for record in self if wanted(record))
+
+    def replace(self, records: Iterable[Mapping[str, Any]]) -> None:
+        """Puts other lines in place of all; a reader sees the old file or the new one, never a part.
+
+        The lock is never free meanwhile.
+
+        Args:
+            records: The objects of the new lines.
 
         Raises:
             DataError: A line is not a JSON object, or the new file cannot be written; the old one then stays.
         """
         with replacing(self.path) as file:
-            file.writelines(to_json(record).encode() + b"\n" for record in self if wanted(record))
+            file.writelines(to_json(record).encode() + b"\n" for record in records)
             file.flush()
             replacement = os.dup(file.fileno())  # with the lock that the draft has from its beginning
             fcntl.fcntl(replacement, fcntl.F_SETFL, os.O_APPEND)

@@ -31,6 +31,9 @@ from vlmfix.settings import Settings
 @click.option(
     "--devices", metavar="all|N,N,...", help="GPUs that answer together, a process on each.  [default: one, --device]"
 )
+@click.option(
+    "--shard", metavar="I/N", help="Ask part I of N of the pictures, 0 <= I < N, into OUT/shards; vlmfix merge joins."
+)
 @options.generation_options()
 def run(
     pictures: Path,
@@ -41,6 +44,7 @@ def run(
     save_maps: Path | None,
     retry_failed: bool,
     devices: str | None,
+    shard: str | None,
     settings: Settings,
 ) -> None:
     """Ask about every picture in PICTURES, a folder or a file.
@@ -59,12 +63,15 @@ def run(
     from vlmfix.crew import devices_of
     from vlmfix.display import run_display, summary
     from vlmfix.jobs import folder
+    from vlmfix.jobs.shards import Shard
 
+    part = None if shard is None else Shard.of(shard)
+    place = out if part is None else part.folder(out)
     if prompts is not None:
         questions = folder.Questions.file(prompts)
     else:
         questions = folder.Questions.text(folder.DESCRIBE if prompt is None else prompt)
-    with options.stoppable(out), run_display() as report:
+    with options.stoppable(place), run_display() as report:
         end = folder.run(
             pictures,
             out,
@@ -74,10 +81,11 @@ def run(
             save_maps=save_maps,
             retry_failed=retry_failed,
             devices=() if devices is None else devices_of(devices),
+            shard=part,
             report=report,
             loader=_loading,
         )
-    options.say(summary(end, out), err=True, lines=True)
+    options.say(summary(end, place), err=True, lines=True)
     if end.in_vain:
         click.get_current_context().exit(1)
 

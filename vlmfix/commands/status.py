@@ -9,8 +9,10 @@ from typing import Any
 import click
 
 from vlmfix.commands import options
-from vlmfix.jobs.status import Status, read_status
-from vlmfix.parsing import escaped
+from vlmfix.jobs.lines import CARD
+from vlmfix.jobs.shards import Shard, shards_in
+from vlmfix.jobs.status import Status, read_status, together
+from vlmfix.parsing import escaped, some
 
 REASONS = 10
 """Most reasons of failures that are told; the rest are counted."""
@@ -24,13 +26,24 @@ def status(folder: Path, as_json: bool) -> None:
     """Say how far the run that writes FOLDER is, or was when it ended: done, failed, left and how fast.
 
     It reads what vlmfix run has written, in another terminal or on another machine that has the folder, and changes
-    nothing.
+    nothing. Of shards that are not merged yet it tells each, and all together.
     """
-    found = read_status(folder)
+    shards = [] if (folder / CARD).exists() else shards_in(folder)
+    found = [read_status(shard.folder(folder)) for shard in shards] or [read_status(folder)]
+    if not shards:
+        (alone,) = found
+        options.say_json(_json(alone)) if as_json else options.say("\n".join(_lines(alone)), lines=True)
+        return
+    count = max(shard.count for shard in shards)
+    absent = [str(shard) for index in range(count) if (shard := Shard(index, count)) not in shards]
+    whole = together(folder, found, absent=bool(absent))
     if as_json:
-        options.say_json(_json(found))
-    else:
-        options.say("\n".join(_lines(found)), lines=True)
+        parts = {str(shard): _json(one) for shard, one in zip(shards, found, strict=True)}
+        options.say_json(_json(whole) | {"shards": parts, "absent": absent})
+        return
+    lines = [line for one in [*found, whole] for line in _lines(one)]
+    lines += [f"  shards that have not begun: {some(absent)}"] if absent else []
+    options.say("\n".join(lines), lines=True)
 
 
 def _json(found: Status) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -89,6 +90,36 @@ def read_status(folder: Path, now: datetime | None = None) -> Status:
         rate,
         over,
         "" if card is None else card["updated"],
+    )
+
+
+def together(folder: Path, parts: Sequence[Status], *, absent: bool) -> Status:
+    """Sums up the shards of a run.
+
+    Args:
+        folder: The folder that they have in common.
+        parts: The state of each, at least one. The rate is that of those that run, if all of them have one.
+        absent: Whether shards have not begun, whose questions nobody has counted.
+    """
+    reasons = Counter[str]()
+    for part in parts:
+        reasons.update(part.reasons)
+    running = [part for part in parts if part.running]
+    rates = [part.rate for part in running if part.rate is not None]
+    totals = [part.total for part in parts if part.total is not None]
+    left = [part.left for part in parts if part.left is not None]
+    return Status(
+        folder,
+        bool(running),
+        not absent and all(part.finished for part in parts),
+        sum(part.answers for part in parts),
+        sum(part.failed for part in parts),
+        dict(reasons.most_common()),
+        sum(totals) if len(totals) == len(parts) and not absent else None,
+        sum(left) if len(left) == len(parts) and not absent else None,
+        sum(rates) if running and len(rates) == len(running) else None,
+        max((part.over for part in running), default=0.0),
+        max(part.updated for part in parts),
     )
 
 

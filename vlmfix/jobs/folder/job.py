@@ -22,6 +22,7 @@ from vlmfix.jobs.folder.maps import MapFolder
 from vlmfix.jobs.folder.output import OutputFolder, Totals
 from vlmfix.jobs.folder.questions import Questions
 from vlmfix.jobs.ledger import asked_before
+from vlmfix.jobs.shards import Shard, shards_in
 from vlmfix.language.parameters import plain
 from vlmfix.settings import Settings
 from vlmfix.supply import Question
@@ -50,7 +51,7 @@ class Progress:
     @property
     def in_vain(self) -> bool:
         """Returns whether every question of this start failed, or no question of the folder was ever answered."""
-        return self.totals.answers == 0 or (self.done > self.before and self.answered == 0)
+        return self.total > 0 and (self.totals.answers == 0 or (self.done > self.before and self.answered == 0))
 
 
 @dataclass(frozen=True)
@@ -70,6 +71,7 @@ def run(
     save_maps: Path | None = None,
     retry_failed: bool = False,
     devices: Sequence[str] = (),
+    shard: Shard | None = None,
     report: Callable[[Progress], None] = lambda progress: None,
     loader: Callable[..., VLM] = load,
 ) -> Progress:
@@ -87,6 +89,7 @@ def run(
         save_maps: A folder for a refining decoder's pictures and maps; see ``MapFolder``.
         retry_failed: Asks the questions again that an earlier start noted in ``failed.jsonl``.
         devices: Torch devices of as many processes, which answer together; empty for one model in this process.
+        shard: Asks about this part of the pictures alone, and writes to its folder below ``out``.
         report: Called whenever something was written.
         loader: Loads the model; ``vlmfix.load`` unless a test gives another.
 
@@ -114,9 +117,15 @@ def run(
     files = [file for file in files if questions.about_picture(file.name)]
     if not files:
         raise DataError(f"no file in {pictures}", "give a picture, or a folder with pictures")
+    if shard is not None:
+        _refuse_other_shards(out, shard)
+        files = [file for file in files if shard.holds(file.name)]
     with ExitStack() as opened:
-        asked = _known_settings(pictures, questions, settings, decoder)
-        output = opened.enter_context(OutputFolder(out, asked, retry_failed=retry_failed))
+        asked = _known_settings(pictures, questions, settings, decoder) | {
+            "shard": None if shard is None else str(shard)
+        }
+        place = out if shard is None else shard.folder(out)
+        output = opened.enter_context(OutputFolder(place, asked, retry_failed=retry_failed))
         maps = None if save_maps is None else opened.enter_context(MapFolder(save_maps, asked))
         job = _Job(files, questions, output, maps, report)
         if job.left():
@@ -130,6 +139,14 @@ def run(
         else:
             output.conclude()
         return job.progress()
+
+
+def _refuse_other_shards(out: Path, shard: Shard) -> None:
+    if others := [str(other) for other in shards_in(out) if other.count != shard.count]:
+        raise UsageError(
+            f"{out} holds the shard {others[0]}, and {shard} would ask about the same pictures",
+            f"choose another --out, or shards of {others[0].partition('/')[2]}",
+        )
 
 
 def _check_maps(folder: Path, pictures: Path, decoder: Decoder, devices: Sequence[str]) -> None:

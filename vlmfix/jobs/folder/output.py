@@ -18,7 +18,7 @@ RUN = fields(
         "settings": OBJECT,
         "started": TEXT,
         "finished": FLAG,
-        "sessions": list_of(fields({"peak_memory": COUNT}), least=1),
+        "sessions": list_of(fields({"peak_memory": COUNT})),
     },
     {"progress": PROGRESS},
 )
@@ -33,6 +33,25 @@ class Totals:
     failed: int = 0
     tokens: int = 0
     seconds: float = 0.0
+
+    def count(self, answer: Mapping[str, Any]) -> None:
+        """Adds an answer's line."""
+        self.answers += 1
+        self.tokens += answer["tokens"]
+        self.seconds += answer["seconds"]
+
+    def noted(self) -> dict[str, Any]:
+        """Returns the totals as a card has them."""
+        return {
+            "answers": self.answers,
+            "failed": self.failed,
+            "tokens": self.tokens,
+            "seconds": round(self.seconds, 3),
+        }
+
+    def noted_pace(self) -> float | None:
+        """Returns ``ms_per_token`` as a card has it."""
+        return None if self.ms_per_token is None else round(self.ms_per_token, 3)
 
     @property
     def ms_per_token(self) -> float | None:
@@ -89,9 +108,7 @@ class OutputFolder(Ledger):
 
     def _count(self, record: Mapping[str, Any]) -> None:
         self.done.add((record["image"], record["prompt"]))
-        self.totals.answers += 1
-        self.totals.tokens += record["tokens"]
-        self.totals.seconds += record["seconds"]
+        self.totals.count(record)
 
     def begin(
         self,
@@ -112,6 +129,7 @@ class OutputFolder(Ledger):
             peak_memory: Returns the most bytes held so far.
         """
         self._at_work, self._recent = True, []
+        self.card.pop("merged", None)  # from now on a run writes here, whose answers no merge may replace
         self.start_session(
             model,
             settings,
@@ -141,8 +159,8 @@ class OutputFolder(Ledger):
         self._finished = not self.left_open
 
     def conclude(self) -> None:
-        """Rewrites the run card when an earlier start did all the work and was killed before noting that."""
-        if not self.card["finished"]:
+        """Rewrites the card when nothing is left and it does not say so: a kill came first, or a shard is empty."""
+        if not self.card.get("finished"):
             self.finish()
             self.save()
 
@@ -155,12 +173,7 @@ class OutputFolder(Ledger):
             "updated": now(),
             "finished": self._finished,
             "progress": {"total": self.asked, "left": self.left, "recent": self._recent},
-            "totals": {
-                "answers": totals.answers,
-                "failed": totals.failed,
-                "tokens": totals.tokens,
-                "seconds": round(totals.seconds, 3),
-            },
-            "ms_per_token": None if totals.ms_per_token is None else round(totals.ms_per_token, 3),
+            "totals": totals.noted(),
+            "ms_per_token": totals.noted_pace(),
             "peak_memory": max((session["peak_memory"] for session in self.card["sessions"]), default=0),
         }

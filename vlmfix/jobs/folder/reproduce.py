@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,6 +14,7 @@ from vlmfix.images import find
 from vlmfix.jobs.folder.job import Progress, run
 from vlmfix.jobs.folder.questions import Questions
 from vlmfix.jobs.lines import ANSWER, ANSWERS, CARD
+from vlmfix.jobs.shards import Shard
 from vlmfix.parsing import some
 from vlmfix.records import read_json, read_lines
 from vlmfix.settings import DECODED, LOADED, MODEL
@@ -32,7 +33,12 @@ FINISHED = fields(
                 "decoder": TEXT,
                 **DECODED,
             },
-            {"decoder_facts": mapping_of(TEXT), "plugins": mapping_of(TEXT).or_null(), **LOADED},
+            {
+                "decoder_facts": mapping_of(TEXT),
+                "plugins": mapping_of(TEXT).or_null(),
+                "shard": TEXT.or_null(),
+                **LOADED,
+            },
         ),
         "sessions": list_of(fields({"prompts_file": PATH.or_null(), "batch_size": SIZE}), least=1),
     }
@@ -93,29 +99,46 @@ def reproduce(
     if not card["finished"]:
         raise DataError(f"{folder} is unfinished", "finish it with the command that began it")
     before, session = card["settings"], card["sessions"][-1]
-    questions = _questions(folder, before, session["prompts_file"], prompts)
+    questions = questions_again(folder, before, session["prompts_file"], prompts)
     pictures = Path(before["pictures"]) if images is None else images
     _refuse_other_pictures(folder, pictures, out)
     decoder_again(str(folder), before["decoder"], before.get("plugins"))
     decoding = {name: before[name] for name in DECODED}
     settings = settings_again(before, decoding, model=model, device=device, decoder=before["decoder"])
+    shard = Shard.of(before["shard"]) if before.get("shard") else None
     run(
         pictures,
         out,
+        shard=shard,
         questions=questions,
         settings=settings,
         batch_size=session["batch_size"],
         report=report,
         loader=loader,
     )
-    first, second = (_answers(place) for place in (folder, out))
+    again = out if shard is None else shard.folder(out)
+    first, second = _answers(folder), _answers(again)
     other = tuple(key for key, answer in first.items() if second.get(key) != answer)
-    now = read_json(out / CARD, FINISHED)["settings"]
+    now = read_json(again / CARD, FINISHED)["settings"]
     facts = changed_facts(before.get("decoder_facts"), now.get("decoder_facts")) | changed_reading(before, now)
-    return Repeated(out, len(first), other, facts)
+    return Repeated(again, len(first), other, facts)
 
 
-def _questions(folder: Path, settings: dict[str, str | None], prompts: str | None, elsewhere: Path | None) -> Questions:
+def questions_again(
+    folder: Path, settings: Mapping[str, str | None], prompts: str | None, elsewhere: Path | None
+) -> Questions:
+    """Reads the questions of a run again.
+
+    Args:
+        folder: The run's folder, for messages.
+        settings: Settings of its card.
+        prompts: Where its file of prompts was; None when it had none.
+        elsewhere: Where that file is now; None for where it was.
+
+    Raises:
+        UsageError: ``elsewhere`` is given for a run that had no file of prompts.
+        DataError: The file is not there, or has other prompts now.
+    """
     if prompts is None:
         if elsewhere is not None:
             raise UsageError("the run had one prompt for every picture, and no file", "leave --prompts out")
