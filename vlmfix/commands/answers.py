@@ -18,6 +18,7 @@ from vlmfix.settings import Settings
 @click.command()
 @click.argument("pictures", type=click.Path(path_type=Path))
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder for the answers.")
+@click.option("--column", help="Column of the paths, of a CSV file of pictures.  [default: image or path]")
 @click.option("--prompt", help="Asked about every picture.  [default: Please describe this image in detail.]")
 @click.option("--prompts", type=click.Path(path_type=Path), help="CSV file with the columns prompt or image,prompt.")
 @options.batch_size("Questions at a time.")
@@ -38,6 +39,7 @@ from vlmfix.settings import Settings
 def run(
     pictures: Path,
     out: Path,
+    column: str | None,
     prompt: str | None,
     prompts: Path | None,
     batch_size: int | None,
@@ -47,14 +49,12 @@ def run(
     shard: str | None,
     settings: Settings,
 ) -> None:
-    """Ask about every picture in PICTURES, a folder or a file.
+    """Ask about every picture in PICTURES: a folder, a picture, a tar file, or a list of paths (.txt, .list, .csv).
 
     Answers go to OUT/answers.jsonl, failures to OUT/failed.jsonl, settings and totals to OUT/run.json.
     Started again with the same options, it goes on where it was; what failed stays failed unless --retry-failed is
     given.
     """
-    if prompt is not None and prompts is not None:
-        raise UsageError("--prompt and --prompts are both given", "give one of them")
     if devices is not None and settings.device != "auto":
         raise UsageError("--device and --devices are both given", "give one of them")
     if devices is not None and settings.device_map is not None:
@@ -64,18 +64,17 @@ def run(
     from vlmfix.display import run_display, summary
     from vlmfix.jobs import folder
     from vlmfix.jobs.shards import Shard
+    from vlmfix.sources import source_of
 
     part = None if shard is None else Shard.of(shard)
     place = out if part is None else part.folder(out)
-    if prompts is not None:
-        questions = folder.Questions.file(prompts)
-    else:
-        questions = folder.Questions.text(folder.DESCRIBE if prompt is None else prompt)
+    questions = folder.Questions.of(source_of(pictures, column=column), prompt, prompts)
     with options.stoppable(place), run_display() as report:
         end = folder.run(
             pictures,
             out,
             questions=questions,
+            column=column,
             settings=settings,
             batch_size=batch_size,
             save_maps=save_maps,

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from vlmfix.errors import DataError, UsageError, VlmfixError
-from vlmfix.images import find
 from vlmfix.jobs.folder.output import Totals
 from vlmfix.jobs.folder.reproduce import questions_again
 from vlmfix.jobs.ledger import CardFolder, now
@@ -19,6 +18,7 @@ from vlmfix.parsing import some
 from vlmfix.records import flat, is_held, read_json, read_lines, shown
 from vlmfix.settings import DECODED
 from vlmfix.shapes import COUNT, FLAG, OBJECT, PATH, SIZE, TEXT, fields, list_of
+from vlmfix.sources import source_of
 
 PART = fields(
     {
@@ -26,7 +26,14 @@ PART = fields(
         "started": TEXT,
         "progress": PROGRESS,
         "settings": fields(
-            {"pictures": PATH, "prompt": TEXT.or_null(), "prompts": TEXT.or_null(), "shard": TEXT, **DECODED}
+            {
+                "pictures": PATH,
+                "prompt": TEXT.or_null(),
+                "prompts": TEXT.or_null(),
+                "column": TEXT.or_null(),
+                "shard": TEXT,
+                **DECODED,
+            }
         ),
         "sessions": list_of(fields({"started": TEXT, "peak_memory": COUNT, "prompts_file": PATH.or_null()})),
     }
@@ -194,17 +201,18 @@ def _missing(
     card = next((card for card in cards.values() if card["sessions"]), next(iter(cards.values())))
     settings = card["settings"]
     try:
-        file = card["sessions"][-1]["prompts_file"] if card["sessions"] else None
-        questions = questions_again(out, settings, file, None)
+        source = source_of(Path(settings["pictures"]), column=settings["column"], skip=out)
+        file = card["sessions"][-1]["prompts_file"] if card["sessions"] else settings["pictures"]
+        questions = questions_again(out, settings, file, None, source)
         names = [
-            picture.name
-            for picture in find(Path(settings["pictures"]), skip=out)
-            if (picture.name, None) not in done
-            and any((picture.name, prompt) not in done for prompt in questions.about_picture(picture.name))
+            file.name
+            for file in source
+            if (file.name, None) not in done
+            and any((file.name, prompt) not in done for prompt in questions.of_picture(file))
         ]
     except VlmfixError as error:
         return error.message, []
-    return "", names
+    return "", list(dict.fromkeys(names))
 
 
 def _refuse_gaps(

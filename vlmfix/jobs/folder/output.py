@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -78,7 +79,7 @@ class OutputFolder(Ledger):
         self._finished = False
         self.totals = Totals()
         self.done: set[tuple[str, str]] = set()
-        """(image, prompt) pairs that have an answer or failed."""
+        """(image, prompt) pairs that have an answer or failed, and those that this start asks."""
         self.unreadable: set[str] = set()
         """Pictures that could not be opened."""
         self.asked = self.left = 0
@@ -107,7 +108,7 @@ class OutputFolder(Ledger):
                 self.unreadable.add(record["image"])
 
     def _count(self, record: Mapping[str, Any]) -> None:
-        self.done.add((record["image"], record["prompt"]))
+        self.done.add((record["image"], sys.intern(record["prompt"])))  # the same for all pictures, or nearly so
         self.totals.count(record)
 
     def begin(
@@ -152,11 +153,14 @@ class OutputFolder(Ledger):
         """Writes the reason why a picture, or one question about it, has no answer."""
         about = {} if prompt is None else {"prompt": prompt}
         self.lines[FAILED].append({"image": image, "reason": reason, **about})
+        if prompt is None:
+            self.unreadable.add(image)
         self.totals.failed += 1
 
     def finish(self) -> None:
         """Notes that every question was answered or failed, except those left open."""
         self._finished = not self.left_open
+        self.left = len(self.left_open)
 
     def conclude(self) -> None:
         """Rewrites the card when nothing is left and it does not say so: a kill came first, or a shard is empty."""
