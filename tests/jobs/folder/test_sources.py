@@ -90,6 +90,15 @@ def test_a_list_is_made_again_viewed_and_split(tmp_path, listed):
     assert {name for name, shown in seen.items() if isinstance(shown, bytes)} == {*ASKED} - {*ASKED[2:4]}
 
 
+def test_pictures_in_a_tar_of_a_folder_are_seen(tmp_path):
+    shown = draw(tmp_path / "shown", 2)
+    packed(draw(tmp_path / "in", 1) / "x.tar", [("a.png", (shown / "0001.png").read_bytes())])
+    go(tmp_path / "in", tmp_path / "out")
+    cards = read_sheet([tmp_path / "out"]).cards
+    assert [card.picture.name for card in cards] == ["0000.png", "x.tar/a.png"]
+    assert [isinstance(small, bytes) for small in small_pictures(card.picture for card in cards)] == [True, True]
+
+
 def test_a_table_asks_its_own_prompts(tmp_path):
     draw(tmp_path, 3)
     table, out = tmp_path / "t.csv", tmp_path / "out"
