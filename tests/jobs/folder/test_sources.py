@@ -103,7 +103,7 @@ def test_a_table_asks_its_own_prompts(tmp_path):
     draw(tmp_path, 3)
     table, out = tmp_path / "t.csv", tmp_path / "out"
     table.write_text(
-        "file,prompt\n0002.png,A?\n0002.png,B?\n0000.png,A?\n0002.png,C?\n0002.png,A?\n0009.png,A?\n0009.png,B?\n"
+        "file,prompt\n0009.png,A?\n0002.png,A?\n0002.png,B?\n0000.png,A?\n0002.png,C?\n0002.png,A?\n0009.png,B?\n"
     )
     source = source_of(table, column="file")
     questions = Questions.of(source)
