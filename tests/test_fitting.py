@@ -12,6 +12,7 @@ from vlmfix.answering import Answerer
 from vlmfix.decoders import parse
 from vlmfix.errors import DataError
 from vlmfix.fitting import fitting_batch, typical
+from vlmfix.images import Found
 from vlmfix.models.layout import Prepared
 from vlmfix.settings import Settings
 from vlmfix.supply import Question
@@ -130,12 +131,13 @@ def test_questions_that_cannot_be_prepared_leave_one_row(monkeypatch):
 def test_what_stands_for_the_questions_to_come(tmp_path):
     folder = draw(tmp_path, 40)
     paths = sorted(folder.iterdir())
-    found = typical(paths, ["What?", "What is in the picture?", "Who?"])
+    files = [Found(path.name, path) for path in paths]
+    found = typical(files, ["What?", "What is in the picture?", "Who?"])
     assert [question.picture.getpixel((0, 0))[0] for question in found] == [0, 10, 20, 30]
     assert {question.prompt for question in found} == {"What is in the picture?"}
     for number in (0, 10, 20, 30):
         paths[number].write_bytes(b"broken")
-    (alone,) = typical(paths, ["What?"])
+    (alone,) = typical(files, ["What?"])
     assert (alone.picture, alone.prompt) == (None, "What?")
     assert typical([], ["What?"])[0].picture is None
 

@@ -8,7 +8,7 @@ import pytest
 from vlmfix.errors import DataError, UsageError
 from vlmfix.files import plain_name
 from vlmfix.parsing import escaped
-from vlmfix.records import JsonLines, read_json, read_lines, replace_json
+from vlmfix.records import JsonLines, count_lines, is_held, read_json, read_lines, replace_json
 from vlmfix.shapes import COUNT, NUMBER, TEXT, fields, list_of
 
 
@@ -32,6 +32,24 @@ def test_an_unfinished_last_line_is_cut_off(tmp_path, rest):
     with JsonLines(path) as lines:
         lines.append({"n": 3})
     assert path.read_bytes() == b'{"n": 1}\n{"n": 3}\n'
+
+
+def test_who_looks_on_disturbs_nobody(tmp_path, monkeypatch):
+    path = tmp_path / "a.jsonl"
+    assert (is_held(path), count_lines(path)) == (False, 0)
+    with JsonLines(path) as lines:
+        lines.append({"n": 1})
+        assert is_held(path)
+    path.write_bytes(path.read_bytes() + b'{"n": 2')
+    assert (is_held(path), count_lines(path)) == (False, 1)
+    with path.open("rb") as looking:  # as another process does while it asks
+        fcntl.flock(looking, fcntl.LOCK_SH)
+        monkeypatch.setattr("time.sleep", lambda seconds: fcntl.flock(looking, fcntl.LOCK_UN))
+        JsonLines(path).close()
+    os.mkfifo(tmp_path / "pipe")
+    for ask in (is_held, count_lines):
+        with pytest.raises(DataError, match="it is not a file"):
+            ask(tmp_path / "pipe")
 
 
 def test_nothing_is_cut_off_before_the_file_is_claimed(tmp_path):

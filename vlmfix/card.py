@@ -8,7 +8,7 @@ import os
 import platform
 import resource
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib.metadata import PackageNotFoundError, version
@@ -22,6 +22,7 @@ import vlmfix
 from vlmfix.decoders import Decoder, parse
 from vlmfix.errors import DataError, PluginError, UsageError
 from vlmfix.generation import VLM
+from vlmfix.images import Found, digest_of
 from vlmfix.models.checkpoint import HEADS
 from vlmfix.parsing import some
 from vlmfix.plugins import plugins_of, refuse_other_plugins
@@ -173,35 +174,27 @@ def decoder_again(where: str, spec: str, plugins: Mapping[str, str] | None) -> D
 
 
 def refuse_other_pictures(
-    folder: Path, pictures: Path | None, files: Mapping[str, Path], known: Mapping[str, str], *, hint: str
+    folder: Path, pictures: Path | None, files: Sequence[Found], known: Mapping[str, str], *, hint: str
 ) -> None:
     """Makes sure that pictures are those that a folder of answers is about.
 
     Args:
         folder: The folder, for the message.
         pictures: The pictures' folder, for the message.
-        files: Where each picture is now, by its name in the run.
-        known: Hex sha256 of the files that the run was shown, by the same names; others are not looked at.
+        files: Each picture as it is now, by its name in the run.
+        known: Hex sha256 of the bytes that the run was shown, by these names; others are not looked at.
         hint: What to do about it.
 
     Raises:
         DataError: Some have another content, or cannot be read.
     """
-    changed = [name for name, path in files.items() if name in known and _picture_digest(path) != known[name]]
+    changed = [file.name for file in files if file.name in known and digest_of(file) != known[file.name]]
     if changed:
         raise DataError(
             f"{len(changed)} of {len(files)} pictures in {pictures} are not those that the answers in {folder} are "
             f"about: {some(changed)}",
             hint,
         )
-
-
-def _picture_digest(path: Path) -> str | None:
-    try:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError:
-        return None
 
 
 def settings_again(

@@ -11,14 +11,13 @@ import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from vlmfix.card import free_memory
 from vlmfix.decoders import Decoder
 from vlmfix.decoding.graphs import ROOM, capacity, slots
 from vlmfix.errors import DataError, PassingError
 from vlmfix.generation import VLM
-from vlmfix.images import open_picture
+from vlmfix.images import Found, open_found
 from vlmfix.models.layout import Prepared
 from vlmfix.settings import Settings
 from vlmfix.supply import Question
@@ -58,17 +57,17 @@ class Need:
         return slots(questions * self.rows) * self.kept + questions * self.passing
 
 
-def typical(paths: Sequence[Path], prompts: Iterable[str]) -> list[Question]:
+def typical(files: Sequence[Found], prompts: Iterable[str]) -> list[Question]:
     """Makes questions that represent those to come: the longest prompt about a few pictures, or alone if none opens.
 
     Args:
-        paths: Files of the pictures.
+        files: The pictures.
         prompts: All prompts.
     """
     longest, shown = max(prompts, key=len, default=""), []
-    for path in paths[:: max(1, math.ceil(len(paths) / SAMPLED))]:
+    for file in files[:: max(1, math.ceil(len(files) / SAMPLED))]:
         try:
-            shown.append(open_picture(path).image)
+            shown.append(open_found(file).image)
         except (DataError, PassingError):  # reported where the picture is asked about
             continue
     return [Question(picture, longest) for picture in shown] or [Question(None, longest)]

@@ -26,6 +26,8 @@ FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "BMP", "GIF")
 
 T = TypeVar("T")
 
+NO_CONTENT = "not a file with content (a device, socket or pipe)"
+
 BOMBS = (Image.DecompressionBombError, Image.DecompressionBombWarning)
 
 PAUSES = (0.1, 0.5, 0.0)
@@ -45,11 +47,15 @@ class Found:
         name: Path relative to the folder, with forward slashes.
         path: Where it is.
         problem: Why it cannot be a picture; empty when it may be one.
+        prompts: Questions about it alone; empty where all pictures are asked the same.
+        part: Offset and length, in bytes, of a picture that stands in a tar file; None for a whole file.
     """
 
     name: str
     path: Path
     problem: str = ""
+    prompts: tuple[str, ...] = ()
+    part: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -117,7 +123,7 @@ def _walk(
         identity = _identity(status)
         if not stat.S_ISDIR(status.st_mode):
             regular = stat.S_ISREG(status.st_mode)
-            yield Found(label, path, "" if regular else "not a file with content (a device, socket or pipe)")
+            yield Found(label, path, "" if regular else NO_CONTENT)
         elif identity in above:
             yield Found(label, path, "link to a folder that it lies in")
         elif identity != left_out:
@@ -152,6 +158,44 @@ def open_picture(path: str | Path) -> Picture:
         image = _read(file, _decoded)
         file.seek(0)
         return Picture(image=image, sha256=hashlib.file_digest(file, "sha256").hexdigest())
+
+
+def open_found(file: Found) -> Picture:
+    """Decodes a picture of a source, which may stand in a tar file; see ``open_picture``.
+
+    Raises:
+        DataError: It is no picture, for the reasons that a file is none.
+        PassingError: It cannot be read now.
+    """
+    if file.problem:
+        raise DataError(file.problem)
+    with _as_data_errors():
+        if not stat.S_ISREG(os.stat(file.path).st_mode):
+            raise DataError(NO_CONTENT)
+        if file.part is not None:
+            content = _part(file.path, *file.part)
+            return Picture(image=picture_of(content), sha256=hashlib.sha256(content).hexdigest())
+    return open_picture(file.path)
+
+
+def digest_of(file: Found) -> str | None:
+    """Computes the hex sha256 of a picture's bytes; None where they cannot be read."""
+    try:
+        if file.part is not None:
+            return hashlib.sha256(_part(file.path, *file.part)).hexdigest()
+        with file.path.open("rb") as whole:
+            return hashlib.file_digest(whole, "sha256").hexdigest()
+    except (OSError, DataError):
+        return None
+
+
+def _part(path: Path, start: int, length: int) -> bytes:
+    with path.open("rb", buffering=0) as raw, _Clamped(raw) as file:
+        file.seek(start)
+        content = file.read(length)
+    if len(content) < length:
+        raise DataError("cut off: its tar file ends before it does")
+    return content
 
 
 def picture_of(content: bytes) -> Image.Image:
@@ -299,11 +343,9 @@ def read_ahead(
 
 
 def _open_or_error(file: Found) -> Picture | DataError | PassingError:
-    if file.problem:
-        return DataError(file.problem)
     for pause in PAUSES:
         try:
-            return open_picture(file.path)
+            return open_found(file)
         except DataError as error:
             return error
         except PassingError as error:

@@ -9,7 +9,7 @@ import math
 import os
 import stat
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, BinaryIO, Self
@@ -27,6 +27,8 @@ DEEPEST = 64
 """Lists and objects within each other; no result nests as deeply."""
 LINE_HINT = "restore the file, remove that line, or choose another folder"
 DOCUMENT_HINT = "restore the file, or choose another folder"
+LOCK_PAUSES = (0.01, 0.04)
+"""Seconds after an attempt to lock a file: whoever asks ``is_held`` has it for some microseconds."""
 SYNC_SECONDS = 5.0
 """At most this much is lost in a power cut; a killed process loses nothing that was appended."""
 
@@ -71,7 +73,13 @@ class JsonLines:
 
     def _lock(self) -> None:
         try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            for pause in LOCK_PAUSES:
+                with suppress(BlockingIOError):
+                    fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    break
+                time.sleep(pause)
+            else:
+                fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if os.fstat(self._file).st_ino != os.stat(self.path).st_ino:
                 raise FileNotFoundError  # its holder has replaced it since it was opened
         except OSError as error:
@@ -127,16 +135,26 @@ class JsonLines:
             self.sync()
 
     def keep(self, wanted: Callable[[dict[str, Any]], bool]) -> None:
-        """Leaves lines out; a reader sees the old file or the new one, never a part, and the lock is never free.
+        """Leaves lines out; see ``replace``.
 
         Args:
             wanted: Says of an object whether its line stays.
+        """
+        self.replace(record for record in self if wanted(record))
+
+    def replace(self, records: Iterable[Mapping[str, Any]]) -> None:
+        """Puts other lines in place of all; a reader sees the old file or the new one, never a part.
+
+        The lock is never free meanwhile.
+
+        Args:
+            records: The objects of the new lines.
 
         Raises:
             DataError: A line is not a JSON object, or the new file cannot be written; the old one then stays.
         """
         with replacing(self.path) as file:
-            file.writelines(to_json(record).encode() + b"\n" for record in self if wanted(record))
+            file.writelines(to_json(record).encode() + b"\n" for record in records)
             file.flush()
             replacement = os.dup(file.fileno())  # with the lock that the draft has from its beginning
             fcntl.fcntl(replacement, fcntl.F_SETFL, os.O_APPEND)
@@ -193,6 +211,45 @@ def read_lines(path: Path, shape: Shape = OBJECT) -> Iterator[dict[str, Any]]:
         return
     except OSError as error:
         raise _cannot_read(path, error) from error
+
+
+def count_lines(path: Path) -> int:
+    """Counts the finished lines of a JSON-lines file, without a look at what they hold.
+
+    Args:
+        path: The file; one that does not exist has no lines.
+
+    Raises:
+        DataError: The file cannot be read.
+    """
+    try:
+        with _opened(path) as file:
+            return sum(block.count(b"\n") for block in iter(lambda: file.read(1 << 20), b""))
+    except FileNotFoundError:
+        return 0
+    except OSError as error:
+        raise _cannot_read(path, error) from error
+
+
+def is_held(path: Path) -> bool:
+    """Says whether a process writes to a JSON-lines file, as its lock tells.
+
+    Args:
+        path: The file; one that does not exist is held by nobody.
+
+    Raises:
+        DataError: The file cannot be read.
+    """
+    try:
+        with _opened(path) as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except FileNotFoundError:
+        return False
+    except OSError as error:
+        raise _cannot_read(path, error) from error
+    return False
 
 
 def replace_json(path: Path, document: Mapping[str, Any]) -> None:

@@ -46,6 +46,8 @@ COMMANDS = {
         Command("run", RUN, "run.json", places=5),
         Command("run --retry-failed", f"{RUN} --retry-failed", "run.json", (RUN,)),
         Command("run --save-maps", MAPS, "out/run.json", places=4),
+        Command("run --shard", f"{RUN} --shard 1/2", "shards/1-of-2/run.json", (f"{RUN} --shard 0/2",), places=1),
+        Command("merge", "merge {out}", "run.json", (f"{RUN} --shard 0/2", f"{RUN} --shard 1/2"), places=3),
         Command("eval", EVAL, "card.json"),
         Command("eval --retry-failed", f"{EVAL} --retry-failed", "card.json", (EVAL,), places=1),
         Command("tune", TUNE, "tune.json"),

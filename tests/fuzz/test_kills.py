@@ -15,7 +15,7 @@ import pytest
 from tests.fuzz.commands import COMMANDS, inputs
 
 KILLED = -9
-TIMES = {"started", "updated", "sessions", "peak_memory"}
+TIMES = {"started", "updated", "sessions", "peak_memory", "progress"}
 """What a card says of the starts and not of the answers."""
 NOTES = b"a file of somebody else, without a last line break"
 

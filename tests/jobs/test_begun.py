@@ -23,6 +23,8 @@ from vlmfix.settings import Settings
 BEGUN = Path(__file__).with_name("begun")
 OF_THE_START = {"started", "updated", "peak_memory", "versions", "device"}
 """What a card says of the machine and the clock."""
+SINCE = {"progress"}
+"""What that version did not say."""
 
 
 def odd(batch):
@@ -49,7 +51,11 @@ def lasting(value):
     if not isinstance(value, dict):
         return value
     timing = {"seconds"} if list(value) == ["tokens", "seconds"] else set()  # of an arm; elsewhere it is the answers'
-    return [(name, None if name in OF_THE_START | timing else lasting(inner)) for name, inner in value.items()]
+    return [
+        (name, None if name in OF_THE_START | timing else lasting(inner))
+        for name, inner in value.items()
+        if name not in SINCE
+    ]
 
 
 def same_card(out, finished, name, pictures):

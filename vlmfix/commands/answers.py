@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import functools
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import closing
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,6 +30,7 @@ PHOTOGRAPHS = "llava-hf/llava-1.5-7b-hf"
 @click.command()
 @click.argument("pictures", type=click.Path(path_type=Path))
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder for the answers.")
+@click.option("--column", help="Column of the paths, of a CSV file of pictures.  [default: image or path]")
 @click.option("--prompt", help="Asked about every picture.  [default: Please describe this image in detail.]")
 @click.option("--prompts", type=click.Path(path_type=Path), help="CSV file with the columns prompt or image,prompt.")
 @options.batch_size("Questions at a time.")
@@ -42,26 +44,29 @@ PHOTOGRAPHS = "llava-hf/llava-1.5-7b-hf"
 @click.option(
     "--devices", metavar="all|N,N,...", help="GPUs that answer together, a process on each.  [default: one, --device]"
 )
+@click.option(
+    "--shard", metavar="I/N", help="Ask part I of N of the pictures, 0 <= I < N, into OUT/shards; vlmfix merge joins."
+)
 @options.generation_options()
 def run(
     pictures: Path,
     out: Path,
+    column: str | None,
     prompt: str | None,
     prompts: Path | None,
     batch_size: int | None,
     save_maps: Path | None,
     retry_failed: bool,
     devices: str | None,
+    shard: str | None,
     settings: Settings,
 ) -> None:
-    """Ask about every picture in PICTURES, a folder or a file.
+    """Ask about every picture in PICTURES: a folder, a picture, a tar file, or a list of paths (.txt, .list, .csv).
 
     Answers go to OUT/answers.jsonl, failures to OUT/failed.jsonl, settings and totals to OUT/run.json.
     Started again with the same options, it goes on where it was; what failed stays failed unless --retry-failed is
     given.
     """
-    if prompt is not None and prompts is not None:
-        raise UsageError("--prompt and --prompts are both given", "give one of them")
     if devices is not None and settings.device != "auto":
         raise UsageError("--device and --devices are both given", "give one of them")
     if devices is not None and settings.device_map is not None:
@@ -70,31 +75,34 @@ def run(
     from vlmfix.crew import devices_of
     from vlmfix.display import run_display, summary
     from vlmfix.jobs import folder
+    from vlmfix.jobs.shards import Shard
+    from vlmfix.sources import source_of
 
-    if prompts is not None:
-        questions = folder.Questions.file(prompts)
-    else:
-        questions = folder.Questions.text(folder.DESCRIBE if prompt is None else prompt)
-    with options.stoppable(out), run_display() as report:
+    part = None if shard is None else Shard.of(shard)
+    place = out if part is None else part.folder(out)
+    questions = folder.Questions.of(source_of(pictures, column=column), prompt, prompts)
+    with options.stoppable(place), run_display() as report:
         end = folder.run(
             pictures,
             out,
             questions=questions,
+            column=column,
             settings=settings,
             batch_size=batch_size,
             save_maps=save_maps,
             retry_failed=retry_failed,
             devices=() if devices is None else devices_of(devices),
+            shard=part,
             remarks=functools.partial(_told, settings),
             report=report,
             loader=_loading,
         )
-    options.say(summary(end, out, settings.max_new_tokens), err=True, lines=True)
+    options.say(summary(end, place, settings.max_new_tokens), err=True, lines=True)
     if end.in_vain:
         click.get_current_context().exit(1)
 
 
-def _told(settings: Settings, files: Sequence[Found]) -> list[str]:
+def _told(settings: Settings, files: Iterable[Found]) -> list[str]:
     """Says at once, before anything is answered, what somebody who begins may not know."""
     notes = [*_unmitigated(settings), *_unfamiliar(settings.model, files)]
     for note in notes:
@@ -109,13 +117,15 @@ def _unmitigated(settings: Settings) -> Iterator[str]:
         yield f"no --decoder is given: {how} mitigates nothing; try --decoder @keep-recall"
 
 
-def _unfamiliar(model: str, files: Sequence[Found]) -> Iterator[str]:
+def _unfamiliar(model: str, files: Iterable[Found]) -> Iterator[str]:
     """Says that an embedded model is shown what it does not know, where one of the first pictures was not drawn."""
     from vlmfix.world.drawn import is_drawn
 
     if model not in EMBEDDED:
         return
-    for file in files[:LOOKED_AT]:
+    for file in islice(files, LOOKED_AT):
+        if file.part is not None:
+            continue  # of a tar file
         try:
             drawn = bool(file.problem) or is_drawn(file.path)
         except (

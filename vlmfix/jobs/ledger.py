@@ -13,7 +13,7 @@ from typing import Any, ClassVar, Self
 from vlmfix.card import Known, model_files, refuse_older_card, weights_digest
 from vlmfix.errors import DataError, PassingError, UsageError
 from vlmfix.files import make_folder, remove_drafts
-from vlmfix.images import open_picture
+from vlmfix.images import Found, open_found
 from vlmfix.records import JsonLines, read_json, refuse_other, replace_json
 from vlmfix.settings import Settings
 from vlmfix.shapes import Shape
@@ -270,15 +270,15 @@ class Ledger(CardFolder):
             self.save()
 
 
-def asked_before(answered: Iterable[tuple[Path | None, str]]) -> Question | None:
+def asked_before(answered: Iterable[tuple[Found | None, str]]) -> Question | None:
     """Finds the first answered question whose picture can still be opened; None without one.
 
     Args:
-        answered: For each answer, the picture's file, or None for a prompt alone, and the prompt.
+        answered: For each answer, the picture, or None for a prompt alone, and the prompt.
     """
-    for path, prompt in answered:
+    for file, prompt in answered:
         try:
-            return Question(None if path is None else open_picture(path).image, prompt)
+            return Question(None if file is None else open_found(file).image, prompt)
         except (DataError, PassingError):  # broken since, or not available now
             continue
     return None

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from vlmfix.shapes import COUNT, DURATION, NUMBER, TEXT, fields
+from vlmfix.shapes import COUNT, DURATION, NUMBER, TEXT, fields, list_of
 
 ANSWERS, FAILED, CARD = "answers.jsonl", "failed.jsonl", "run.json"
 ANSWER = fields(
     {"image": TEXT, "prompt": TEXT, "answer": TEXT, "tokens": COUNT, "seconds": DURATION},
     {"sha256": TEXT, "finish": TEXT, "logprob": NUMBER.or_null(), "entropy": NUMBER.or_null()},
 )
+MARKS = 12
+"""Most times in a card at which it was noted how many questions were done: half a minute lies between two of them."""
 FAILURE = fields({"image": TEXT, "reason": TEXT}, {"prompt": TEXT})
+PROGRESS = fields({"total": COUNT, "left": COUNT, "recent": list_of(fields({"time": TEXT, "done": COUNT}))})
+"""Shape of what a card says of how far the run is."""

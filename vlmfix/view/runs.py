@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from vlmfix.errors import VlmfixError
+from vlmfix.images import Found
 from vlmfix.jobs.lines import ANSWER, ANSWERS, CARD, FAILED, FAILURE
 from vlmfix.records import read_json, read_lines
 from vlmfix.settings import DECODED, LOADED, decoding_text
 from vlmfix.shapes import FLAG, PATH, TEXT, fields, list_of, mapping_of
+from vlmfix.sources import TAR, source_of
 from vlmfix.view.pictures import below
 from vlmfix.view.sheet import PictureFile, Said, Truth
 
@@ -19,7 +22,7 @@ SHOWN = fields(
     {
         "settings": fields(
             {"pictures": PATH, "model": TEXT, "decoder": TEXT, **DECODED},
-            {"commit": TEXT.or_null(), "dtype": TEXT, **LOADED},
+            {"commit": TEXT.or_null(), "column": TEXT.or_null(), "dtype": TEXT, **LOADED},
         )
     },
     {"sessions": list_of(SESSION), "updated": TEXT, "finished": FLAG},
@@ -78,17 +81,19 @@ def read_answers(folder: Path, images: Path | None = None) -> Answers:
     settings = card["settings"]
     place = Path(settings["pictures"]) if images is None else images
     arm = settings["decoder"]
+    picture = _pictures(folder, place, settings.get("column"))
     asked: list[Asked] = []
     known: dict[str, PictureFile] = {}
     for line in read_lines(folder / ANSWERS, ANSWER):
         name = line["image"]
         if name not in known:
-            known[name] = PictureFile(name, below(place, name), line.get("sha256", ""))
+            known[name] = picture(name, line.get("sha256", ""))
         asked.append(Asked(known[name], line["prompt"], {arm: Said(line["answer"], line.get("finish", ""))}))
     for line in read_lines(folder / FAILED, FAILURE):
         name = line["image"]
-        picture = known.get(name) or PictureFile(name, below(place, name))
-        asked.append(Asked(picture, line.get("prompt", ""), {arm: Said("", failed=line["reason"])}))
+        asked.append(
+            Asked(known.get(name) or picture(name), line.get("prompt", ""), {arm: Said("", failed=line["reason"])})
+        )
     asked.sort(key=lambda question: "" if question.picture is None else question.picture.name.split("/"))
     facts = {
         "folder": str(folder),
@@ -100,6 +105,28 @@ def read_answers(folder: Path, images: Path | None = None) -> Answers:
     if not card.get("finished"):
         facts["state"] = "unfinished"
     return Answers(folder, {arm: facts}, asked)
+
+
+def _pictures(folder: Path, place: Path, column: str | None) -> Callable[..., PictureFile]:
+    """Finds out where the pictures of a run are, and returns what makes the picture of a name and a digest.
+
+    In a folder a name says where. What a list names, and where a picture stands in a tar file, only these know; a
+    picture that they do not name any more is gone.
+    """
+    names = {line["image"] for line in read_lines(folder / ANSWERS, ANSWER)}
+    if not place.is_file() and not any(f"{TAR}/" in name.lower() for name in names):
+        return lambda name, sha256="": PictureFile(name, below(place, name), sha256)
+    try:
+        found = {file.name: file for file in source_of(place, column=column, skip=folder) if file.name in names}
+    except VlmfixError:  # what was a list is something else now
+        found = {}
+    gone = Found("", place / "gone")
+
+    def picture(name: str, sha256: str = "") -> PictureFile:
+        file = found.get(name, gone)
+        return PictureFile(name, file.path, sha256, file.part)
+
+    return picture
 
 
 def model_facts(settings: Mapping[str, Any]) -> dict[str, str]:

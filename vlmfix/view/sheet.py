@@ -117,11 +117,13 @@ class PictureFile:
         name: Path below the pictures' folder, with forward slashes.
         path: Where it should be; None when the name leads out of that folder.
         sha256: Digest of the bytes that the model was shown; empty where it is not known.
+        part: Offset and length, in bytes, of a picture that stands in a tar file.
     """
 
     name: str
     path: Path | None
     sha256: str = ""
+    part: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,6 +1,9 @@
+from pathlib import Path
+
 import pytest
 
 from vlmfix.errors import UsageError
+from vlmfix.images import Found
 from vlmfix.jobs.folder import Questions
 
 
@@ -11,28 +14,28 @@ def written(tmp_path, text):
 
 
 def test_one_prompt_for_all():
-    assert Questions.text("What?").about_picture("any.png") == ("What?",)
+    assert Questions.text("What?").of_picture(Found("any.png", Path())) == ("What?",)
 
 
 def test_a_column_of_prompts_is_for_every_picture(tmp_path):
     questions = Questions.file(written(tmp_path, 'prompt\nA?\n"B, or\nC?"\n'))
-    assert questions.about_picture("x.png") == ("A?", "B, or\nC?")
+    assert questions.of_picture(Found("x.png", Path())) == ("A?", "B, or\nC?")
     questions.check([])
 
 
 def test_rows_with_pictures_are_for_those_pictures(tmp_path):
     text = "\ufeffimage,prompt\r\na/x.png,A?\r\nb.png,B?\r\na/x.png,C\u2028?\r\n"
     questions = Questions.file(written(tmp_path, text))
-    assert questions.about_picture("a/x.png") == ("A?", "C\u2028?")
-    assert questions.about_picture("b.png") == ("B?",)
-    assert questions.about_picture("other.png") == ()
+    assert questions.of_picture(Found("a/x.png", Path())) == ("A?", "C\u2028?")
+    assert questions.of_picture(Found("b.png", Path())) == ("B?",)
+    assert questions.of_picture(Found("other.png", Path())) == ()
     assert questions.file_name.endswith("prompts.csv")
 
 
 def test_all_missing_pictures_are_listed(tmp_path):
     questions = Questions.file(written(tmp_path, "image,prompt\n" + "".join(f"{n:02d}.png,A?\n" for n in range(13))))
     with pytest.raises(UsageError, match=r"12 pictures .* 00\.png, .*, 10\.png and 2 more") as caught:
-        questions.check(["05.png"])
+        questions.check([Found("05.png", Path())])
     assert "05.png" not in caught.value.message
 
 

@@ -160,7 +160,7 @@ def refuse_changed(out: Path, workload: Workload, known: Mapping[str, str]) -> N
         DataError: Some have another content.
     """
     names = dict.fromkeys(sample.image for sample in workload.samples if sample.image is not None)
-    files = {name: _path(workload, name) for name in names}
+    files = [Found(name, _path(workload, name)) for name in names]
     hint = "give the folder of the same pictures with --images, or choose another --out"
     refuse_other_pictures(out, workload.images, files, known, hint=hint)
 
@@ -211,8 +211,8 @@ class _Job:
     def typical(self) -> list[Question]:
         """Returns questions that represent all."""
         names = dict.fromkeys(asked.image for asked in self._questions if asked.image is not None)
-        paths = [_path(self._workload, name) for name in names]
-        return typical(paths, (asked.prompt for asked in self._questions))
+        files = [Found(name, _path(self._workload, name)) for name in names]
+        return typical(files, (asked.prompt for asked in self._questions))
 
     def work(self, arm: str, answerer: Answerer) -> None:
         """Answers the open questions of an arm."""
@@ -244,7 +244,7 @@ class _Job:
         """Returns a question that this arm has an answer to."""
         answered = self._output.answered(arm)
         return asked_before(
-            (None if asked.image is None else _path(self._workload, asked.image), asked.prompt)
+            (None if asked.image is None else Found(asked.image, _path(self._workload, asked.image)), asked.prompt)
             for asked in self._questions
             if any(sample.id in answered for sample in asked.samples)
         )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, closing
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +17,19 @@ from vlmfix.decoders import Decoder, parse
 from vlmfix.errors import DataError, PassingError, UsageError
 from vlmfix.fitting import fitting_batch, typical
 from vlmfix.generation import VLM, Answer, check_settings, load
-from vlmfix.images import Found, Picture, find, read_ahead
+from vlmfix.images import Found, Picture, read_ahead
 from vlmfix.jobs.folder.maps import MapFolder
 from vlmfix.jobs.folder.output import OutputFolder, Totals
 from vlmfix.jobs.folder.questions import Questions
 from vlmfix.jobs.ledger import asked_before
+from vlmfix.jobs.shards import Shard, shards_in
 from vlmfix.language.parameters import plain
 from vlmfix.settings import Settings
+from vlmfix.sources import Source, source_of
 from vlmfix.supply import Question
+
+SPREAD = 8
+"""Pictures, spread over all, at which every second one is let go of those that represent the others."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +57,7 @@ class Progress:
     @property
     def in_vain(self) -> bool:
         """Returns whether every question of this start failed, or no question of the folder was ever answered."""
-        return self.totals.answers == 0 or (self.done > self.before and self.answered == 0)
+        return self.total > 0 and (self.totals.answers == 0 or (self.done > self.before and self.answered == 0))
 
 
 @dataclass(frozen=True)
@@ -68,28 +73,32 @@ def run(
     *,
     questions: Questions,
     settings: Settings,
+    column: str | None = None,
     batch_size: int | None = None,
     save_maps: Path | None = None,
     retry_failed: bool = False,
     devices: Sequence[str] = (),
-    remarks: Callable[[Sequence[Found]], Sequence[str]] = lambda files: (),
+    shard: Shard | None = None,
+    remarks: Callable[[Iterable[Found]], Sequence[str]] = lambda files: (),
     report: Callable[[Progress], None] = lambda progress: None,
     loader: Callable[..., VLM] = load,
 ) -> Progress:
-    """Asks a model about every picture of a folder, and resumes where an earlier start ended.
+    """Asks a model about every picture of a source, and resumes where an earlier start ended.
 
     It writes ``answers.jsonl``, ``failed.jsonl`` and ``run.json`` into ``out``;
     ``docs/cli.md`` lists their fields.
 
     Args:
-        pictures: A folder, read recursively, or one picture.
+        pictures: A folder, read recursively, one picture, a list of paths, a CSV file or a tar file; see ``source_of``.
         out: The folder to write; made when it is missing.
         questions: The prompts.
         settings: Model, decoder and generation settings.
+        column: Column of the paths in a CSV file; None for ``image`` or ``path``.
         batch_size: Rows per batch; None takes as many as the free memory allows. Halved when memory runs out.
         save_maps: A folder for a refining decoder's pictures and maps; see ``MapFolder``.
         retry_failed: Asks the questions again that an earlier start noted in ``failed.jsonl``.
         devices: Torch devices of as many processes, which answer together; empty for one model in this process.
+        shard: Asks about this part of the pictures alone, and writes to its folder below ``out``.
         remarks: Called with the files before the model is loaded; the card and the final state keep what it returns.
         report: Called whenever something was written.
         loader: Loads the model; ``vlmfix.load`` unless a test gives another.
@@ -113,18 +122,22 @@ def run(
     check_settings(decoder, settings)
     if save_maps is not None:
         _check_maps(save_maps, pictures, decoder, devices)
-    files = list(find(pictures, skip=out))
-    questions.check(file.name for file in files)
-    files = [file for file in files if questions.about_picture(file.name)]
-    if not files:
+    source = source_of(pictures, column=column, skip=out)
+    if source.prompts is not None and not questions.tabled:
+        raise UsageError(f"{pictures} has a column of prompts", "ask these, by Questions.of")
+    questions.check(source)
+    if not any(questions.of_picture(file) for file in source):
         raise DataError(f"no file in {pictures}", "give a picture, or a folder with pictures")
+    if shard is not None:
+        _refuse_other_shards(out, shard)
     with ExitStack() as opened:
-        asked = _known_settings(pictures, questions, settings, decoder)
-        output = opened.enter_context(OutputFolder(out, asked, retry_failed=retry_failed))
-        output.notes = tuple(remarks(files))
+        asked = _known_settings(source, questions, settings, decoder, shard)
+        place = out if shard is None else shard.folder(out)
+        output = opened.enter_context(OutputFolder(place, asked, retry_failed=retry_failed))
+        output.notes = tuple(remarks(source))
         maps = None if save_maps is None else opened.enter_context(MapFolder(save_maps, asked))
-        job = _Job(files, questions, output, maps, report)
-        if job.left():
+        job = _Job(source, shard, questions, output, maps, report)
+        if job.left:
             if devices:
                 sample = job.typical() if batch_size is None else []
                 job.work(opened.enter_context(Crew(devices, settings, batch_size, sample, loader)), settings)
@@ -137,6 +150,14 @@ def run(
         return job.progress()
 
 
+def _refuse_other_shards(out: Path, shard: Shard) -> None:
+    if others := [str(other) for other in shards_in(out) if other.count != shard.count]:
+        raise UsageError(
+            f"{out} holds the shard {others[0]}, and {shard} would ask about the same pictures",
+            f"choose another --out, or shards of {others[0].partition('/')[2]}",
+        )
+
+
 def _check_maps(folder: Path, pictures: Path, decoder: Decoder, devices: Sequence[str]) -> None:
     if devices:
         raise UsageError("--save-maps does not go with --devices", "save the maps on one device")
@@ -146,14 +167,18 @@ def _check_maps(folder: Path, pictures: Path, decoder: Decoder, devices: Sequenc
         raise UsageError(f"{folder} is in the folder of the pictures", "they would be read as pictures; choose another")
 
 
-def _known_settings(pictures: Path, questions: Questions, settings: Settings, decoder: Decoder) -> dict[str, Any]:
+def _known_settings(
+    source: Source, questions: Questions, settings: Settings, decoder: Decoder, shard: Shard | None
+) -> dict[str, Any]:
     """Returns the settings that can be compared before the model is loaded."""
     asked = asdict(settings)
     for name in ("device", "dtype"):  # their values are known only with the model
         del asked[name]
     parameters = {name: plain(value) for name, value in decoder.parameters().items()}
     return {
-        "pictures": str(pictures.resolve()),
+        "pictures": str(source.place.resolve()),
+        "column": source.column,
+        "shard": None if shard is None else str(shard),
         **questions.about,
         **asked,
         "decoder": decoder.spec(),
@@ -163,34 +188,68 @@ def _known_settings(pictures: Path, questions: Questions, settings: Settings, de
 
 
 class _Job:
+    """Asks what is left of a run's questions.
+
+    The source is read twice, once to count and once to ask; nothing is kept of its pictures but a few that represent
+    all. What is kept of every question is that it was asked: with the answers of a long run, resumption has to know
+    that anyway.
+    """
+
     def __init__(
         self,
-        files: Sequence[Found],
+        source: Source,
+        shard: Shard | None,
         questions: Questions,
         output: OutputFolder,
         maps: MapFolder | None,
         report: Callable[[Progress], None],
     ) -> None:
+        self._source = source
+        self._shard = shard
         self._questions = questions
         self._output = output
         self._maps = maps
         self._report = report
         self._batch_size = 1
         self._answered = 0
-        self._paths = {file.name: file.path for file in files if not file.problem}
         self._shown: dict[str, Image.Image] = {}
-        self._total = sum(len(questions.about_picture(file.name)) for file in files)
-        self._files = [file for file in files if self._open_prompts(file.name)]
-        self._before = self._done = self._total - self.left()
+        self._unreadable = frozenset(output.unreadable)
+        self._sample: list[Found] = []
+        self._longest = ""
+        self._total = self.left = 0
+        """``left``: questions that had neither answer nor failure when the source was counted."""
+        self._count()
+        self._before = self._done = self._total - self.left
+        self._note()
 
-    def _open_prompts(self, name: str) -> list[str]:
-        if name in self._output.unreadable:
-            return []
-        return [prompt for prompt in self._questions.about_picture(name) if (name, prompt) not in self._output.done]
+    def _files(self) -> Iterator[Found]:
+        return (file for file in self._source if self._shard is None or self._shard.holds(file.name))
 
-    def left(self) -> int:
-        """Counts the questions without an answer or a failure."""
-        return sum(len(self._open_prompts(file.name)) for file in self._files)
+    def _is_open(self, name: str, prompt: str) -> bool:
+        return name not in self._unreadable and (name, prompt) not in self._output.done
+
+    def _count(self) -> None:
+        """Counts the questions, each once, however often the source names its picture; keeps some pictures of all."""
+        known: set[tuple[str, str]] = set()  # let go at the end, before the first answer adds to what is done
+        stride = passed = 0
+        for file in self._files():
+            open_before = self.left
+            for prompt in self._questions.of_picture(file):
+                if self._source.repeats:
+                    if (file.name, prompt) in known:
+                        continue
+                    known.add((file.name, prompt))
+                self._total += 1
+                if self._is_open(file.name, prompt):
+                    self.left += 1
+                    self._longest = max(self._longest, prompt, key=len)
+            if self.left == open_before or file.problem:
+                continue
+            if passed % (1 << stride) == 0:
+                self._sample.append(file)
+            passed += 1
+            if len(self._sample) == SPREAD:
+                self._sample, stride = self._sample[::2], stride + 1
 
     def progress(self) -> Progress:
         output = self._output
@@ -200,8 +259,19 @@ class _Job:
 
     def typical(self) -> list[Question]:
         """Returns questions that represent those to come."""
-        paths = [file.path for file in self._files if not file.problem]
-        return typical(paths, {prompt for file in self._files for prompt in self._open_prompts(file.name)})
+        return typical(self._sample, [self._longest])
+
+    def _open_files(self) -> Iterator[Found]:
+        """Yields the pictures with their open questions, which are noted as asked: each is asked once in a start."""
+        asked = 0
+        for file in self._files():
+            prompts = tuple(prompt for prompt in self._questions.of_picture(file) if self._is_open(file.name, prompt))
+            if not prompts:
+                continue
+            self._output.done.update((file.name, prompt) for prompt in prompts)
+            asked += len(prompts)
+            self._total = max(self._total, self._before + asked)  # pictures that were added since they were counted
+            yield replace(file, prompts=prompts)
 
     def work(self, answerer: Answerer | Crew, settings: Settings) -> None:
         """Asks every question that is left."""
@@ -216,7 +286,7 @@ class _Job:
         self._report(self.progress())
         with (
             self._output.working(),
-            closing(read_ahead(self._files, batch=answerer.ahead)) as pictures,
+            closing(read_ahead(self._open_files(), batch=answerer.ahead)) as pictures,
             closing(answerer(self._batches(pictures, answerer), self._asked_before)) as answers,
         ):
             for settled in answers:
@@ -242,22 +312,27 @@ class _Job:
         self, pictures: Iterable[tuple[Found, Picture | DataError | PassingError]]
     ) -> Iterator[tuple[_Sample, Image.Image | PassingError]]:
         for file, picture in pictures:
-            prompts = self._open_prompts(file.name)
             if isinstance(picture, DataError):
-                self._output.fail(file.name, str(picture))
-                self._step(len(prompts))
+                if file.name not in self._output.unreadable:
+                    self._output.fail(file.name, str(picture))
+                self._step(len(file.prompts))
             elif isinstance(picture, PassingError):
-                yield from ((_Sample(file.name, "", prompt), picture) for prompt in prompts)
+                yield from ((_Sample(file.name, "", prompt), picture) for prompt in file.prompts)
             else:
-                yield from ((_Sample(file.name, picture.sha256, prompt), picture.image) for prompt in prompts)
+                shown, digest = picture.image, picture.sha256
+                yield from ((_Sample(file.name, digest, prompt), shown) for prompt in file.prompts)
 
     def _asked_before(self) -> Question | None:
         """Returns a question that this folder has an answer to."""
-        answered = self._output.answered()
-        return asked_before((self._paths[image], prompt) for image, prompt in answered if image in self._paths)
+        answered = dict(self._output.answered())
+        return asked_before((file, answered[file.name]) for file in self._files() if file.name in answered)
+
+    def _note(self) -> None:
+        self._output.asked, self._output.left = self._total, self._total - self._done
 
     def _step(self, count: int) -> None:
         self._done += count
+        self._note()
         self._output.save_in_time()
         self._report(self.progress())
 

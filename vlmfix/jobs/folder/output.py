@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any, ClassVar
 
 from vlmfix.card import Known, versions
 from vlmfix.jobs.ledger import Ledger, now
-from vlmfix.jobs.lines import ANSWER, ANSWERS, CARD, FAILED, FAILURE
+from vlmfix.jobs.lines import ANSWER, ANSWERS, CARD, FAILED, FAILURE, MARKS, PROGRESS
 from vlmfix.settings import Settings
 from vlmfix.shapes import COUNT, FLAG, OBJECT, TEXT, fields, list_of
 
@@ -18,8 +19,9 @@ RUN = fields(
         "settings": OBJECT,
         "started": TEXT,
         "finished": FLAG,
-        "sessions": list_of(fields({"peak_memory": COUNT}), least=1),
-    }
+        "sessions": list_of(fields({"peak_memory": COUNT})),
+    },
+    {"progress": PROGRESS},
 )
 """Shape that the card of a run must have for the run to resume."""
 
@@ -33,6 +35,27 @@ class Totals:
     cut: int = 0
     tokens: int = 0
     seconds: float = 0.0
+
+    def count(self, answer: Mapping[str, Any]) -> None:
+        """Adds an answer's line."""
+        self.answers += 1
+        self.cut += answer.get("finish") == "length"
+        self.tokens += answer["tokens"]
+        self.seconds += answer["seconds"]
+
+    def noted(self) -> dict[str, Any]:
+        """Returns the totals as a card has them."""
+        return {
+            "answers": self.answers,
+            "failed": self.failed,
+            "cut": self.cut,
+            "tokens": self.tokens,
+            "seconds": round(self.seconds, 3),
+        }
+
+    def noted_pace(self) -> float | None:
+        """Returns ``ms_per_token`` as a card has it."""
+        return None if self.ms_per_token is None else round(self.ms_per_token, 3)
 
     @property
     def ms_per_token(self) -> float | None:
@@ -61,9 +84,13 @@ class OutputFolder(Ledger):
         """What is to be said of the run; the card keeps it."""
         self.totals = Totals()
         self.done: set[tuple[str, str]] = set()
-        """(image, prompt) pairs that have an answer or failed."""
+        """(image, prompt) pairs that have an answer or failed, and those that this start asks."""
         self.unreadable: set[str] = set()
         """Pictures that could not be opened."""
+        self.asked = self.left = 0
+        """Questions of the run, and those of them that have neither an answer nor a failure; the job counts them."""
+        self._at_work = False
+        self._recent: list[dict[str, Any]] = []
 
     def new_card(self) -> dict[str, Any]:
         """Makes a card with the settings alone."""
@@ -72,6 +99,7 @@ class OutputFolder(Ledger):
     def go_on(self) -> None:
         """Refuses settings that differ from the card's."""
         self.refuse_other(self.card["settings"], self._settings)
+        self._recent = self.card.get("progress", {}).get("recent", [])
 
     def read_back(self) -> None:
         """Counts the answers and failures of earlier starts."""
@@ -85,11 +113,8 @@ class OutputFolder(Ledger):
                 self.unreadable.add(record["image"])
 
     def _count(self, record: Mapping[str, Any]) -> None:
-        self.done.add((record["image"], record["prompt"]))
-        self.totals.answers += 1
-        self.totals.cut += record.get("finish") == "length"
-        self.totals.tokens += record["tokens"]
-        self.totals.seconds += record["seconds"]
+        self.done.add((record["image"], sys.intern(record["prompt"])))  # the same for all pictures, or nearly so
+        self.totals.count(record)
 
     def begin(
         self,
@@ -109,6 +134,8 @@ class OutputFolder(Ledger):
             prompts_file: The file that the questions come from, if any.
             peak_memory: Returns the most bytes held so far.
         """
+        self._at_work, self._recent = True, []
+        self.card.pop("merged", None)  # from now on a run writes here, whose answers no merge may replace
         self.start_session(
             model,
             settings,
@@ -131,32 +158,32 @@ class OutputFolder(Ledger):
         """Writes the reason why a picture, or one question about it, has no answer."""
         about = {} if prompt is None else {"prompt": prompt}
         self.lines[FAILED].append({"image": image, "reason": reason, **about})
+        if prompt is None:
+            self.unreadable.add(image)
         self.totals.failed += 1
 
     def finish(self) -> None:
         """Notes that every question was answered or failed, except those left open."""
         self._finished = not self.left_open
+        self.left = len(self.left_open)
 
     def conclude(self) -> None:
-        """Rewrites the run card when an earlier start did all the work and was killed before noting that."""
-        if not self.card["finished"]:
+        """Rewrites the card when nothing is left and it does not say so: a kill came first, or a shard is empty."""
+        if not self.card.get("finished"):
             self.finish()
             self.save()
 
     def sum_up(self) -> None:
-        """Writes the totals into the card."""
+        """Writes the totals into the card, and how far the run is and lately was."""
         totals = self.totals
+        if self._at_work:
+            self._recent = [*self._recent, {"time": now(), "done": totals.answers + totals.failed}][-MARKS:]
         self.card |= {
             "updated": now(),
             "finished": self._finished,
-            "totals": {
-                "answers": totals.answers,
-                "failed": totals.failed,
-                "cut": totals.cut,
-                "tokens": totals.tokens,
-                "seconds": round(totals.seconds, 3),
-            },
-            "ms_per_token": None if totals.ms_per_token is None else round(totals.ms_per_token, 3),
+            "progress": {"total": self.asked, "left": self.left, "recent": self._recent},
+            "totals": totals.noted(),
+            "ms_per_token": totals.noted_pace(),
             "peak_memory": max((session["peak_memory"] for session in self.card["sessions"]), default=0),
             "notes": list(self.notes),
         }

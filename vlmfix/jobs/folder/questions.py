@@ -11,7 +11,9 @@ from pathlib import Path
 from typing import Self
 
 from vlmfix.errors import UsageError
+from vlmfix.images import Found
 from vlmfix.parsing import UnreadableError, some, text_of
+from vlmfix.sources import Source
 
 DESCRIBE = "Please describe this image in detail."
 """Prompt when no other is given."""
@@ -29,12 +31,14 @@ class Questions:
         named: Path relative to the folder -> prompts about that picture; empty unless a file names any.
         about: Identity of these prompts: the prompt, and the digest of the file.
         file_name: Name of the file with the prompts; empty for a single prompt.
+        tabled: Whether the file of the pictures has the prompts, too.
     """
 
     everywhere: tuple[str, ...] = ()
     named: dict[str, tuple[str, ...]] = field(default_factory=dict)
     about: dict[str, str | None] = field(default_factory=dict)
     file_name: str = ""
+    tabled: bool = False
 
     @classmethod
     def text(cls, prompt: str = DESCRIBE) -> Self:
@@ -73,20 +77,46 @@ class Questions:
             file_name=str(path.resolve()),
         )
 
-    def about_picture(self, name: str) -> tuple[str, ...]:
-        """Returns the prompts for one picture, in order."""
-        return self.named.get(name, ()) if self.named else self.everywhere
+    @classmethod
+    def of(cls, source: Source, prompt: str | None = None, file: Path | None = None) -> Self:
+        """Takes the prompts of a CSV file of pictures, or else those that are given.
 
-    def check(self, names: Iterable[str]) -> None:
+        Args:
+            source: The pictures.
+            prompt: A prompt for every picture; None for the usual one.
+            file: A file of prompts.
+
+        Raises:
+            UsageError: Prompts come from two places, or cannot be read.
+        """
+        if prompt is not None and file is not None:
+            raise UsageError("--prompt and --prompts are both given", "give one of them")
+        if source.prompts is not None:
+            if prompt is not None or file is not None:
+                raise UsageError(
+                    f"{source.place} has a column of prompts, and others are given",
+                    "leave --prompt and --prompts out, or give the column another name",
+                )
+            about = {"prompt": None, "prompts": source.prompts}
+            return cls(about=about, file_name=str(source.place.resolve()), tabled=True)
+        return cls.text(DESCRIBE if prompt is None else prompt) if file is None else cls.file(file)
+
+    def of_picture(self, file: Found) -> tuple[str, ...]:
+        """Returns the prompts for one picture, in order."""
+        if self.tabled:
+            return file.prompts
+        return self.named.get(file.name, ()) if self.named else self.everywhere
+
+    def check(self, files: Iterable[Found]) -> None:
         """Checks that every picture that a question names exists.
 
         Args:
-            names: The pictures of the folder.
+            files: The pictures of the run; looked through only when questions name any.
 
         Raises:
             UsageError: Some are not; the message lists them.
         """
-        missing = sorted(set(self.named).difference(names))
+        missing = sorted(set(self.named).difference(file.name for file in files)) if self.named else []
         if missing:
             raise UsageError(
                 f"the prompts name {len(missing)} pictures that are not in the folder: {some(missing, shown=SHOWN)}",

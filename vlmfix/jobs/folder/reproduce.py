@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from vlmfix.card import changed_facts, changed_reading, decoder_again, refuse_other_pictures, settings_again
 from vlmfix.errors import DataError, UsageError
 from vlmfix.generation import VLM, load
-from vlmfix.images import find
 from vlmfix.jobs.folder.job import Progress, run
 from vlmfix.jobs.folder.questions import Questions
 from vlmfix.jobs.lines import ANSWER, ANSWERS, CARD
+from vlmfix.jobs.shards import Shard
 from vlmfix.parsing import some
 from vlmfix.records import read_json, read_lines
 from vlmfix.settings import DECODED, LOADED, MODEL
 from vlmfix.shapes import FLAG, PATH, SIZE, TEXT, fields, list_of, mapping_of
+from vlmfix.sources import Source, source_of
 
 FINISHED = fields(
     {
@@ -32,7 +33,13 @@ FINISHED = fields(
                 "decoder": TEXT,
                 **DECODED,
             },
-            {"decoder_facts": mapping_of(TEXT), "plugins": mapping_of(TEXT).or_null(), **LOADED},
+            {
+                "decoder_facts": mapping_of(TEXT),
+                "plugins": mapping_of(TEXT).or_null(),
+                "shard": TEXT.or_null(),
+                "column": TEXT.or_null(),
+                **LOADED,
+            },
         ),
         "sessions": list_of(fields({"prompts_file": PATH.or_null(), "batch_size": SIZE}), least=1),
     }
@@ -93,29 +100,49 @@ def reproduce(
     if not card["finished"]:
         raise DataError(f"{folder} is unfinished", "finish it with the command that began it")
     before, session = card["settings"], card["sessions"][-1]
-    questions = _questions(folder, before, session["prompts_file"], prompts)
     pictures = Path(before["pictures"]) if images is None else images
-    _refuse_other_pictures(folder, pictures, out)
+    source = _source_again(folder, pictures, before.get("column"), out)
+    questions = questions_again(folder, before, session["prompts_file"], prompts, source)
+    _refuse_other_pictures(folder, source)
     decoder_again(str(folder), before["decoder"], before.get("plugins"))
     decoding = {name: before[name] for name in DECODED}
     settings = settings_again(before, decoding, model=model, device=device, decoder=before["decoder"])
+    shard = Shard.of(before["shard"]) if before.get("shard") else None
     run(
         pictures,
         out,
+        shard=shard,
         questions=questions,
+        column=before.get("column"),
         settings=settings,
         batch_size=session["batch_size"],
         report=report,
         loader=loader,
     )
-    first, second = (_answers(place) for place in (folder, out))
+    again = out if shard is None else shard.folder(out)
+    first, second = _answers(folder), _answers(again)
     other = tuple(key for key, answer in first.items() if second.get(key) != answer)
-    now = read_json(out / CARD, FINISHED)["settings"]
+    now = read_json(again / CARD, FINISHED)["settings"]
     facts = changed_facts(before.get("decoder_facts"), now.get("decoder_facts")) | changed_reading(before, now)
-    return Repeated(out, len(first), other, facts)
+    return Repeated(again, len(first), other, facts)
 
 
-def _questions(folder: Path, settings: dict[str, str | None], prompts: str | None, elsewhere: Path | None) -> Questions:
+def questions_again(
+    folder: Path, settings: Mapping[str, str | None], prompts: str | None, elsewhere: Path | None, source: Source
+) -> Questions:
+    """Reads the questions of a run again.
+
+    Args:
+        folder: The run's folder, for messages.
+        settings: Settings of its card.
+        prompts: Where its file of prompts was; None when it had none.
+        elsewhere: Where that file is now; None for where it was.
+        source: The pictures; a CSV file may have the prompts, too.
+
+    Raises:
+        UsageError: ``elsewhere`` is given for a run that had no file of prompts, or whose pictures' file has them.
+        DataError: The file is not there, or has other prompts now.
+    """
     if prompts is None:
         if elsewhere is not None:
             raise UsageError("the run had one prompt for every picture, and no file", "leave --prompts out")
@@ -123,32 +150,39 @@ def _questions(folder: Path, settings: dict[str, str | None], prompts: str | Non
             raise DataError(f"{folder / CARD} says neither what was asked nor from which file", "restore the file")
         return Questions.text(settings["prompt"])
     path = Path(prompts) if elsewhere is None else elsewhere
-    if not os.path.isfile(path):
+    if source.prompts is not None:
+        questions, path = Questions.of(source, file=elsewhere), source.place
+    elif not os.path.isfile(path):
         raise DataError(
             f"there is no file {path} with the prompts of {folder}", "give the file that they are in now with --prompts"
         )
-    questions = Questions.file(path)
+    else:
+        questions = Questions.file(path)
     if questions.about["prompts"] != settings["prompts"]:
         raise DataError(f"{path} has other prompts than the run in {folder}", "put the former file back")
     return questions
 
 
-def _refuse_other_pictures(folder: Path, pictures: Path, out: Path) -> None:
-    """Refuses, before the model is loaded, pictures that differ from those that the run was shown."""
+def _source_again(folder: Path, pictures: Path, column: str | None, out: Path) -> Source:
     if not os.path.exists(pictures):  # unlike a path's own method, it accepts names that no file can have
         raise DataError(
             f"there is no {pictures} with the pictures of {folder}", "give the folder that they are in with --images"
         )
+    return source_of(pictures, column=column, skip=out)
+
+
+def _refuse_other_pictures(folder: Path, source: Source) -> None:
+    """Refuses, before the model is loaded, pictures that differ from those that the run was shown."""
     lines = read_lines(folder / ANSWERS, ANSWER)
     known = {line["image"]: line["sha256"] for line in lines if "sha256" in line}
-    files = {file.name: file.path for file in find(pictures, skip=out)}
+    files = {file.name: file for file in source if file.name in known}
     if missing := [name for name in known if name not in files]:
         raise DataError(
-            f"{len(missing)} of {len(known)} pictures of {folder} are not in {pictures}: {some(missing)}",
+            f"{len(missing)} of {len(known)} pictures of {folder} are not in {source.place}: {some(missing)}",
             "give the folder that holds them with --images",
         )
-    shown = {name: files[name] for name in known}
-    refuse_other_pictures(folder, pictures, shown, known, hint="give the folder of the same pictures with --images")
+    hint = "give the folder of the same pictures with --images"
+    refuse_other_pictures(folder, source.place, [files[name] for name in known], known, hint=hint)
 
 
 def _answers(folder: Path) -> dict[tuple[str, str], str]:

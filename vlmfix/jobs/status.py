@@ -1,0 +1,158 @@
+"""Tells how far a run over pictures is from its folder alone, while another process may be writing there."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+from vlmfix.errors import DataError
+from vlmfix.jobs.lines import ANSWERS, CARD, FAILED, FAILURE, PROGRESS
+from vlmfix.records import count_lines, is_held, read_json, read_lines
+from vlmfix.shapes import COUNT, FLAG, TEXT, fields
+
+RECENT = timedelta(minutes=5)
+"""The last minutes, over which a rate is taken."""
+SHORTEST = timedelta(seconds=10)
+"""A batch is written all at once; over less time a rate would say nothing."""
+SHOWN = fields(
+    {"finished": FLAG, "updated": TEXT, "totals": fields({"answers": COUNT, "failed": COUNT})}, {"progress": PROGRESS}
+)
+
+
+@dataclass(frozen=True)
+class Status:
+    """Says how far a run is.
+
+    Attributes:
+        folder: The run's folder.
+        running: Whether a process holds the lock of its answers.
+        finished: Whether every question was answered or failed, as the card says.
+        answers: Answers that are written.
+        failed: Failures that are written, pictures and single questions.
+        reasons: Failures by their reasons, the most frequent first.
+        total: Questions of the run when it was last begun; None where the card does not say.
+        left: Questions that have neither answer nor failure; None where the total is not known.
+        rate: Questions a second in the last minutes, or in those before the run ended; None where not known.
+        over: Seconds that the rate is taken over; 0 without one.
+        updated: When the card was last written; empty before the first card.
+    """
+
+    folder: Path
+    running: bool
+    finished: bool
+    answers: int
+    failed: int
+    reasons: dict[str, int]
+    total: int | None
+    left: int | None
+    rate: float | None
+    over: float
+    updated: str
+
+    @property
+    def seconds_left(self) -> float | None:
+        """Returns the seconds until the end at this rate; None while nothing runs or the rate is not known."""
+        return self.left / self.rate if self.running and self.left is not None and self.rate else None
+
+
+def read_status(folder: Path, now: datetime | None = None) -> Status:
+    """Reads how far the run in a folder is; it changes nothing there, and needs neither pictures nor a model.
+
+    Args:
+        folder: A folder that ``vlmfix run`` writes or wrote.
+        now: The present time; None for the clock's.
+
+    Raises:
+        DataError: The folder is none of a run, or a file in it is damaged.
+    """
+    answers = folder / ANSWERS
+    if not (folder / CARD).exists() and not answers.exists():
+        raise DataError(f"{folder} holds neither {CARD} nor {ANSWERS}", "give a folder that vlmfix run wrote")
+    running = is_held(answers)
+    card = read_json(folder / CARD, SHOWN) if (folder / CARD).exists() else None
+    reasons = Counter(line["reason"] for line in read_lines(folder / FAILED, FAILURE))
+    written, failed = count_lines(answers), reasons.total()
+    rate, over = _rate(card, written + failed, (now or datetime.now(UTC)) if running else None)
+    progress = None if card is None else card.get("progress")
+    return Status(
+        folder,
+        running,
+        card is not None and card["finished"],
+        written,
+        failed,
+        dict(reasons.most_common()),
+        None if progress is None else progress["total"],
+        _left(card, written + failed),
+        rate,
+        over,
+        "" if card is None else card["updated"],
+    )
+
+
+def together(folder: Path, parts: Sequence[Status], *, absent: bool) -> Status:
+    """Sums up the shards of a run.
+
+    Args:
+        folder: The folder that they have in common.
+        parts: The state of each, at least one. The rate is that of those that run, if all of them have one.
+        absent: Whether shards have not begun, whose questions nobody has counted.
+    """
+    reasons = Counter[str]()
+    for part in parts:
+        reasons.update(part.reasons)
+    running = [part for part in parts if part.running]
+    rates = [part.rate for part in running if part.rate is not None]
+    totals = [part.total for part in parts if part.total is not None]
+    left = [part.left for part in parts if part.left is not None]
+    return Status(
+        folder,
+        bool(running),
+        not absent and all(part.finished for part in parts),
+        sum(part.answers for part in parts),
+        sum(part.failed for part in parts),
+        dict(reasons.most_common()),
+        sum(totals) if len(totals) == len(parts) and not absent else None,
+        sum(left) if len(left) == len(parts) and not absent else None,
+        sum(rates) if running and len(rates) == len(running) else None,
+        max((part.over for part in running), default=0.0),
+        max(part.updated for part in parts),
+    )
+
+
+def _left(card: dict[str, Any] | None, done: int) -> int | None:
+    """Returns the card's figure, which may be half a minute old, less what was written since."""
+    if card is None or "progress" not in card:
+        return None
+    since: int = done - card["totals"]["answers"] - card["totals"]["failed"]
+    return max(0, int(card["progress"]["left"]) - max(0, since))
+
+
+def _rate(card: dict[str, Any] | None, done: int, now: datetime | None) -> tuple[float | None, float]:
+    """Returns questions a second, and the seconds over which; of a run that has ended up to its last mark.
+
+    Args:
+        card: The run's card, if there is one.
+        done: Lines that are written.
+        now: The present time; None when nothing runs.
+    """
+    marks = [(_time(mark["time"]), int(mark["done"])) for mark in (card or {}).get("progress", {}).get("recent", ())]
+    if not marks:
+        return None, 0.0
+    end, last = (now, done) if now is not None else marks[-1]
+    begin, first = next(((time, count) for time, count in marks if end - time <= RECENT), marks[-1])
+    if end - begin < SHORTEST or last < first:
+        return None, 0.0
+    seconds = (end - begin).total_seconds()
+    return (last - first) / seconds, seconds
+
+
+def _time(text: str) -> datetime:
+    try:
+        time = datetime.fromisoformat(text)
+    except ValueError as error:
+        raise DataError(f"{text!r} in a {CARD} is no time", "restore the file") from error
+    return time if time.tzinfo else time.replace(tzinfo=UTC)
