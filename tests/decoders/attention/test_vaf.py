@@ -8,6 +8,7 @@ import torch
 from tests.contracts.support import close
 from tests.decoders.whole import both_ways
 from vlmfix.decoders import VAF
+from vlmfix.decoders.attention.vaf import middle
 
 
 def scaled(image, system, layers, *, safe):
@@ -30,3 +31,9 @@ def test_scores_of_text_rows_are_scaled(family, preset):
     close(found, expected)
     for other in (scaled(2, 0.3, (0, 1), safe=not safe), scaled(2, 1, (0, 1), safe=safe)):
         assert (expected - both_ways(method, other, family)[1]).abs().nan_to_num().max() > 1e-3
+
+
+@pytest.mark.parametrize(("count", "layers"), [(32, "9:15"), (8, "2:4"), (28, "8:13"), (3, "1:2"), (1, "0:1")])
+def test_the_layers_scale_with_the_depth(count, layers):
+    assert str(middle(count)) == layers
+    assert middle(count).resolve(count)

@@ -8,7 +8,7 @@ import torch
 from tests.contracts.support import batch_of, close, extended, logits, vlm_of
 from vlmfix.decoders import DeCo, DoLa
 from vlmfix.decoders.logits.deco import candidates
-from vlmfix.decoders.logits.dola import distances
+from vlmfix.decoders.logits.dola import distances, is_tied
 from vlmfix.decoders.logits.plausibility import cut
 
 STEPS = 3
@@ -82,8 +82,15 @@ def test_both_distances_rank_layers_differently():
 def test_the_buckets(preset, layers, tied, expected, monkeypatch):
     vlm = vlm_of("llava")
     monkeypatch.setattr(type(vlm), "layers", layers)
-    monkeypatch.setattr(vlm.model.config.get_text_config(), "tie_word_embeddings", tied)
+    monkeypatch.setattr("vlmfix.decoders.logits.dola.is_tied", lambda vlm: tied)
     assert DoLa(preset=preset).bucket(vlm) == list(expected)
+
+
+def test_a_tied_head_is_known_by_its_weights(monkeypatch):
+    vlm = vlm_of("llava")
+    assert not is_tied(vlm)
+    monkeypatch.setattr(vlm.model, "get_output_embeddings", vlm.model.get_input_embeddings)
+    assert is_tied(vlm)
 
 
 @pytest.mark.parametrize("family", ["llava", "qwen2_5_vl"])

@@ -30,7 +30,7 @@ class VAF(Decoder):
         image: Factor on scores of the picture, at least 0; above 1 raises them.
         system: Factor on scores of what stands before the picture, at least 0; below 1 lowers them.
         signs: ``safe`` or ``product``.
-        layers: Layers to act in.
+        layers: Layers to act in. None takes the authors' 9 to 14 of 32, as shares of the model's depth.
 
     *Source*: Yin et al., "ClearSight: Visual Signal Enhancement for Object Hallucination Mitigation in Multimodal Large
     Language Models", CVPR 2025, arXiv 2503.13107; the released code's adapter. The paper itself was not at hand:
@@ -44,7 +44,7 @@ class VAF(Decoder):
 
     Example:
         >>> VAF(image=1.2).spec()
-        'vaf:preset=safe,image=1.2,system=0.95,signs=safe,layers=9:15'
+        'vaf:preset=safe,image=1.2,system=0.95,signs=safe,layers=none'
     """
 
     name: ClassVar[str] = "vaf"
@@ -61,14 +61,23 @@ class VAF(Decoder):
         0.95, float, low=0, high=10, search=(0.5, 1.0), help="factor on scores of what stands before it"
     )
     signs: str = parameter(None, str, choices=("safe", "product"), help="how negative scores are treated")
-    layers: LayerSet = parameter("9:15", LayerSet, help="layers to act in")
+    layers: LayerSet | None = parameter(
+        None, LayerSet, optional=True, help="layers to act in; none: 9 to 14 of 32, by depth"
+    )
 
     def plan(self, vlm: Checkpoint, batch: Batch, layout: ImageLayout) -> DecodingPlan:
         """Plans one edit of the text's rows."""
         if not bool(layout.tokens.any()):
             return DecodingPlan()
-        edit = Amplified(layers=self.layers, image=self.image, system=self.system, safe=self.signs == "safe")
+        edit = Amplified(
+            layers=self.layers or middle(vlm.layers), image=self.image, system=self.system, safe=self.signs == "safe"
+        )
         return DecodingPlan(edits=(edit,))
+
+
+def middle(count: int) -> LayerSet:
+    """Returns, of a model with ``count`` layers, those that 9 to 14 are of 32."""
+    return LayerSet(f"{round(9 / 32 * count)}:{max(round(15 / 32 * count), round(9 / 32 * count) + 1)}")
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)

@@ -92,8 +92,7 @@ class DoLa(Decoder):
         count = vlm.layers
         if self.layers is not None:
             return sorted(self.layers.resolve(count))
-        tied = bool(vlm.model.config.get_text_config().tie_word_embeddings)
-        first = 2 if tied else 0  # the embeddings of a tied head say the token itself
+        first = 2 if is_tied(vlm) else 0  # a tied head reads the token itself off the embeddings
         if self.preset == "low":
             return list(range(first, count // 2 if count <= DEEP else 20, 2))
         return list(range(count // 2 if count <= DEEP else count - 20, count, 2))
@@ -101,6 +100,12 @@ class DoLa(Decoder):
     def check(self, vlm: Checkpoint) -> str | None:
         """Checks that the bucket holds a layer."""
         return None if self.bucket(vlm) else f"none of the model's {vlm.layers} layers is in the bucket"
+
+
+def is_tied(vlm: Checkpoint) -> bool:
+    """Returns whether the output head's weights are those of the embeddings."""
+    head, embeddings = vlm.model.get_output_embeddings(), vlm.model.get_input_embeddings()
+    return getattr(head, "weight", None) is embeddings.weight
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
