@@ -16,7 +16,7 @@ def test_decoders_are_listed(vlmfix):
     assert code == 0
     for name in DECODERS:
         assert f"\n{name} " in printed
-    assert "noise_step" not in printed
+    assert "noise_seed" not in printed
     assert printed.splitlines()[-1].startswith("Parameters and presets: vlmfix decoders NAME")
     code, printed, _ = vlmfix("decoders", "--json")
     listed = {info["name"]: info for info in json.loads(printed)}

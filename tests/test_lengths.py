@@ -198,7 +198,8 @@ def windowed(beyond):
     return vlm, window
 
 
-EDITING = sorted(name for name in STRONG if not name.startswith(("vcd", "inter", "chain")))
+LOGITS = ("vcd", "inter", "icd", "m3id", "flb", "dola", "deco", "avisc", "mod")
+EDITING = sorted(name for name in STRONG if not name.startswith((*LOGITS, "chain")))
 
 
 @pytest.mark.parametrize("name", [*EDITING, "sgrs:layers=all"])

@@ -72,6 +72,10 @@ class Contrast(ABC):
             (B, V) new scores.
         """
 
+    def begun(self) -> Self:
+        """Returns the rule as it is before the first step; a block may run several calls, one after the other."""
+        return self
+
     def keep(self, rows: Tensor) -> Self:
         """Returns the rule for some of the rows, or for repeated ones, (B',) int64; see ``Running.keep``."""
         return replace(self, rows=self.rows[rows])

@@ -216,6 +216,8 @@ def _forward(model: PreTrainedModel, stack: Stack, reordered: list[caches.Reorde
             "with beam search, give num_beams to decoder.applied(...); inputs_embeds are not supported",
         )
     if ids.shape[1] > 1:
+        if ids.shape[1] == stack.prompt:  # a call begins; without a cache every pass has more tokens
+            stack.contrasts = tuple(contrast.begun() for contrast in stack.contrasts)
         _prefill(model, stack, reordered, kwargs)
     else:
         _decode(stack, kwargs)

@@ -60,7 +60,7 @@ def test_the_weight_of_m3id_grows_with_the_answer(step, weight):
 @pytest.mark.parametrize("first", [0, 1])
 def test_m3id_contrasts_log_probabilities_step_by_step(first):
     rule = GrowingContrast(
-        branches=(), rows=EVERY, decay=0.3, plausibility=0.1, confidence=1, max_weight=math.inf, step=[first]
+        branches=(), rows=EVERY, decay=0.3, plausibility=0.1, confidence=1, max_weight=math.inf, first_step=first
     )
     for step in range(first, first + 4):
         clean, text = drawn(2, 3, 30).double() * (step + 1)

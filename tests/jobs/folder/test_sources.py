@@ -146,9 +146,9 @@ def test_a_long_list_takes_little_memory(tmp_path):
     finally:
         tracemalloc.stop()
     assert peak < 60 << 20
-    assert (
-        kept < 12 << 20
-    )  # Python's table of names, which pathlib enters the parts of paths in, and which never shrinks
+    # Python's table of names, which pathlib enters the parts of paths in, never shrinks, and doubles when it is full;
+    # entries that were kept would take more than 60 MB.
+    assert kept < 24 << 20
 
 
 def test_the_command_reads_a_table(tmp_path, model, vlmfix):

@@ -97,6 +97,10 @@ class Boost(Contrast):
         self.step[0] += 1
         return cut(scores, scores + weight * self.past[0], self.plausibility)
 
+    def begun(self) -> Boost:
+        """Returns the rule before the first step."""
+        return replace(self, past=[], step=[0])
+
     def keep(self, rows: Tensor) -> Boost:
         """Returns the rule for some of the rows, with their first logits."""
         return replace(self, rows=self.rows[rows], past=[first[rows] for first in self.past])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
 import torch
@@ -86,7 +86,7 @@ class M3ID(Decoder):
             plausibility=self.plausibility,
             confidence=self.confidence,
             max_weight=math.inf if self.max_weight is None else self.max_weight,
-            step=[self.first_step],
+            first_step=self.first_step,
         )
         return DecodingPlan(contrasts=(rule,))
 
@@ -100,25 +100,31 @@ class GrowingContrast(Contrast):
         plausibility: beta.
         confidence: Clean probability of the best token from which on a row is left alone.
         max_weight: Limit of the weight, or infinity.
-        step: One number, that of the step to come.
+        first_step: Number of the first token's step.
+        passed: One number, how many steps have passed.
     """
 
     decay: float
     plausibility: float
     confidence: float
     max_weight: float
-    step: list[int] = field(default_factory=lambda: [1])
+    first_step: int = 1
+    passed: list[int] = field(default_factory=lambda: [0])
     steps_alike: ClassVar[bool] = False
 
     def fuse(self, clean: Tensor, others: Tensor, scores: Tensor) -> Tensor:
         """Returns ``scores + weight * (clean - branch)``, cut by the clean logits."""
-        weight = weight_at(self.step[0], self.decay, self.max_weight)
-        self.step[0] += 1
+        weight = weight_at(self.first_step + self.passed[0], self.decay, self.max_weight)
+        self.passed[0] += 1
         new = cut(clean, scores + weight * (clean - others[0]), self.plausibility)
         if self.confidence == 1:
             return new
         unsure = clean.softmax(dim=-1).max(dim=-1, keepdim=True).values < self.confidence
         return torch.where(unsure, new, scores)
+
+    def begun(self) -> GrowingContrast:
+        """Returns the rule before the first step."""
+        return replace(self, passed=[0])
 
 
 def weight_at(step: int, decay: float, most: float) -> float:

@@ -126,6 +126,10 @@ class Mixture(Contrast):
         subtracted = scores + self.contrast * (clean - other)
         return cut(clean, torch.where(self.agreed[0][:, None], added, subtracted), self.plausibility)
 
+    def begun(self) -> Mixture:
+        """Returns the rule before the first step."""
+        return replace(self, agreed=[])
+
     def keep(self, rows: Tensor) -> Mixture:
         """Returns the rule for some of the rows, with their modes."""
         return replace(self, rows=self.rows[rows], agreed=[agreed[rows] for agreed in self.agreed])
