@@ -19,7 +19,7 @@ def peak_of(work: Callable[[], object]) -> int:
     Args:
         work: The call; it takes longer than usual meanwhile.
     """
-    with _quiet(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
+    with _quiet(), profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as seen:
         work()
     found: Any = seen.profiler
     held = most = 0
