@@ -126,10 +126,12 @@ def test_a_folder_is_run_and_reproduced_with_a_chain(vlmfix, scenes, tmp_path):
 def vip(tmp_path):
     """A tiny ViP-LLaVA on the disk, which no family of vlmfix's own serves."""
     tokenizer = byte_tokenizer(named={"image_token": "<image>"})
+    usual = VipLlavaConfig()
+    known = [name for name in ("vision_feature_layer", "vision_feature_layers") if hasattr(usual, name)]  # by version
     config = VipLlavaConfig(
         vision_config=CLIPVisionConfig(**VISION, image_size=40, projection_dim=32),
         image_seq_length=25,
-        vision_feature_layer=[-2, -1],
+        **dict.fromkeys(known, [-2, -1]),
         **text_parts(LlamaConfig, tokenizer),
     )
     processor = LlavaProcessor(
