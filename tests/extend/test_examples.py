@@ -131,7 +131,7 @@ def vip(tmp_path):
     config = VipLlavaConfig(
         vision_config=CLIPVisionConfig(**VISION, image_size=40, projection_dim=32),
         image_seq_length=25,
-        **dict.fromkeys(known, [-2, -1]),
+        **{name: [-2, -1] for name in known},
         **text_parts(LlamaConfig, tokenizer),
     )
     processor = LlavaProcessor(
