@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -83,12 +83,7 @@ class AvisC(Decoder):
         pictured = layout.tokens.any(dim=1)
         if not bool(pictured.any()):
             return DecodingPlan()
-        looks = attention_maps(vlm, batch, LayerSet("all"))  # (1, L, T) each
-        blank = torch.zeros_like(layout.tokens)
-        for row, own in enumerate(layout.tokens):
-            if bool(own.any()):
-                seen = looks[row][0].to(own.device)[:, own]  # (L, image tokens)
-                blank[row, own] = ~blind(seen, self.layer_share, self.deviations)
+        blank = unseen(vlm, batch, layout, lambda seen: blind(seen, self.layer_share, self.deviations))
         rule = ImageContrast(
             branches=(with_blanks(batch, blank),),
             rows=pictured,
@@ -96,6 +91,24 @@ class AvisC(Decoder):
             plausibility=self.plausibility,
         )
         return DecodingPlan(contrasts=(rule,))
+
+
+def unseen(vlm: Checkpoint, batch: Batch, layout: ImageLayout, chosen: Callable[[Tensor], Tensor]) -> Tensor:
+    """Marks the image tokens that a second row is not to see, (B, T) bool.
+
+    Args:
+        vlm: The model.
+        batch: The clean rows, which are read once.
+        layout: Where their image tokens are.
+        chosen: Given (L, N) attention to a row's N image tokens, of the row that predicts and mean over heads, returns
+            which of these the second row sees, (N,) bool.
+    """
+    looks = attention_maps(vlm, batch, LayerSet("all"))  # (1, L, T) each
+    blank = torch.zeros_like(layout.tokens)
+    for row, own in enumerate(layout.tokens):
+        if bool(own.any()):
+            blank[row, own] = ~chosen(looks[row][0].to(own.device)[:, own])
+    return blank
 
 
 def blind(seen: Tensor, layer_share: float, deviations: float) -> Tensor:

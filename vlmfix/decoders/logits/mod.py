@@ -8,11 +8,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from vlmfix.attention.edit import LayerSet
 from vlmfix.decoders.base import Decoder, Source
+from vlmfix.decoders.logits.avisc import unseen
 from vlmfix.decoders.logits.dola import distances
 from vlmfix.decoders.logits.plausibility import cut
-from vlmfix.decoders.picture.probing import attention_maps
 from vlmfix.decoding.branches import Contrast, with_blanks
 from vlmfix.decoding.plan import DecodingPlan
 from vlmfix.language.parameters import parameter
@@ -74,12 +73,7 @@ class MoD(Decoder):
         pictured = layout.tokens.any(dim=1)
         if not bool(pictured.any()):
             return DecodingPlan()
-        looks = attention_maps(vlm, batch, LayerSet("all"))  # (1, L, T) each
-        blank = torch.zeros_like(layout.tokens)
-        for row, own in enumerate(layout.tokens):
-            if bool(own.any()):
-                seen = looks[row][0].to(own.device)[:, own].double().sum(dim=0)
-                blank[row, own] = ~most_regarded(seen, self.kept)
+        blank = unseen(vlm, batch, layout, lambda seen: most_regarded(seen.double().sum(dim=0), self.kept))
         rule = Mixture(
             branches=(with_blanks(batch, blank),),
             rows=pictured,
