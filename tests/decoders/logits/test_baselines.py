@@ -105,6 +105,21 @@ def test_flb_keeps_the_first_logits_of_the_rows_that_go_on():
     close(kept.fuse(new, new[None, :0], new), new + weight * clean[[2, 2, 0]])
 
 
+@pytest.mark.parametrize("name", ["flb", "m3id"])
+def test_a_rule_that_counts_begins_anew(name):
+    common = {"branches": (), "rows": EVERY, "decay": 0.5, "plausibility": 0.0}
+    rule = (
+        Boost(**common, strength=2.0)
+        if name == "flb"
+        else GrowingContrast(**common, confidence=1, max_weight=math.inf, first_step=1)
+    )
+    clean, other = drawn(2, 3, 30)
+    first = rule.fuse(clean, other[None], clean)
+    rule.fuse(other, clean[None], other)
+    assert not torch.equal(rule.fuse(clean, other[None], clean), first)
+    assert torch.equal(rule.begun().fuse(clean, other[None], clean), first)
+
+
 def test_an_answer_of_one_token_by_flb_is_the_cut_alone():
     vlm = vlm_of("qwen2_5_vl")
     batch = batch_of(vlm)

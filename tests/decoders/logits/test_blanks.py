@@ -97,6 +97,7 @@ def test_mod_adds_where_both_rows_agree_and_subtracts_elsewhere():
         now, then = (clean, other) if step == 0 else (other, clean.flip(1))
         expected = torch.stack([now[0] + 4 * then[0], *(2 * now[row] - then[row] for row in (1, 2))])
         close(rule.fuse(now, then[None], now), cut(now, expected, 0.1))
+    assert not rule.begun().agreed
     kept = rule.keep(torch.tensor([2, 0]))
     two = clean[[2, 0]]
     close(kept.fuse(two, two[None], two), cut(two, torch.stack([two[0], 5 * two[1]]), 0.1))
