@@ -128,9 +128,7 @@ def _unfamiliar(model: str, files: Iterable[Found]) -> Iterator[str]:
             continue  # of a tar file
         try:
             drawn = bool(file.problem) or is_drawn(file.path)
-        except (
-            Exception
-        ):  # Pillow's readers raise nearly anything on a damaged file; the run says what is wrong with it
+        except Exception:  # Pillow's readers raise nearly anything on a damaged file, of which the run tells
             continue
         if not drawn:
             yield (
