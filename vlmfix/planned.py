@@ -226,8 +226,6 @@ def _total(
 def _unrecorded(vlm: VLM, plan: DecodingPlan, longest: int, beams: int) -> Iterator[str]:
     if not plan.compiles:
         yield "the decoder does something in Python at every step"
-    if plan.asks is not None:
-        yield "tokens are chosen by a graph of the newest step"
     if beams > 1:
         yield "beams reorder their rows at every step"
     if longest <= SHORT:
@@ -239,7 +237,7 @@ def _unrecorded(vlm: VLM, plan: DecodingPlan, longest: int, beams: int) -> Itera
 def _uncompiled(plan: DecodingPlan, *, longer: bool) -> Iterator[str]:
     if longer:
         yield "a branch has a longer prompt than the question, for which a static cache has no room"
-    if plan.asks is not None:
+    if plan.gate is not None:
         yield "the cache must be dynamic"
     if not plan.compiles:
         yield "the decoder does something in Python at every step"

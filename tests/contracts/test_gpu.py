@@ -8,6 +8,8 @@ import pytest
 import torch
 
 from tests.contracts.support import STRONG, batch_of, close, logits, method_of, vlm_of
+from tests.contracts.test_compile import ALIKE
+from tests.decoding.test_graphs import GATED, saliency_of_steps
 from vlmfix.decoding.running import running
 from vlmfix.generation import VLM
 
@@ -76,11 +78,28 @@ def test_recorded_steps_give_the_scores_of_others(family, name, monkeypatch):
             close(one, other, 2e-3)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("spec", GATED)
+def test_recorded_steps_give_the_gradients_of_others(spec, dtype, monkeypatch):
+    vlm = on_gpu("llava", dtype)
+    for shown in ((0, 1, 0, 1), (1, 1, 0, 1)):
+        for one, other in zip(
+            saliency_of_steps(vlm, spec, monkeypatch, recorded=True, shown=shown, device="cuda"),
+            saliency_of_steps(vlm, spec, monkeypatch, recorded=False, shown=shown, device="cuda"),
+            strict=True,
+        ):
+            if dtype is torch.float32:
+                close(one, other, 2e-3)
+            else:
+                assert torch.cosine_similarity(one.flatten(), other.flatten(), dim=0) > 0.98
+
+
 # advice of inductor's, and its placeholder of a graph, whose warning it swallows unless warnings are errors
 @pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores:UserWarning")
 @pytest.mark.filterwarnings("ignore:The CUDA Graph is empty:UserWarning")
-@pytest.mark.parametrize("name", [name for name in STRONG if not name.startswith("locore-")])
+@pytest.mark.parametrize("name", [name for name in ALIKE if not name.startswith(("locore-", "icd"))])
 def test_inductor_gives_the_eager_logits(name):
+    """Of methods whose steps are all alike; ``icd`` has a longer prompt than a static cache has room for."""
     vlm = on_gpu("llava", torch.float32)
     batch = batch_of(vlm)
     compiled = logits(vlm, batch, STRONG[name], steps=4, cache_implementation="static")

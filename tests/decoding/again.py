@@ -6,6 +6,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from unittest.mock import patch
 
+import torch
+
 from vlmfix.attention.kernel import PLAN
 from vlmfix.decoding.graphs import forget
 from vlmfix.generation import VLM
@@ -25,7 +27,9 @@ class Again:
     def replay(self):
         present = planned(self.vlms)
         put(self.plans)
-        self.result.copy_(self.once())
+        result = self.once()
+        with torch.no_grad():
+            self.result.detach().copy_(result)
         put(present)
 
 
@@ -51,7 +55,7 @@ def recording_on_cpu(vlms: Sequence[VLM]) -> Iterator[list[Again]]:
     """Lets a CPU record the steps of some models inside the block; yields the recordings as they are made."""
     made: list[Again] = []
 
-    def captured(once, device):
+    def captured(once, device, after=None):
         made.append(Again(once, vlms))
         return made[-1], made[-1].result
 

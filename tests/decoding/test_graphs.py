@@ -122,6 +122,63 @@ def test_what_a_broken_answer_leaves_in_the_memory_reaches_no_later_one(recordin
     assert len(recording) == made
 
 
+GATED = ("sgrs:strictness=1", "vcd+sgrs:layers=0:-1", "sgrs:layers=1+spin:kept_share=0.9,suppression=0.3,layers=all")
+
+
+def saliency_of_steps(vlm, spec, monkeypatch, *, recorded, shown, device="cpu"):
+    """Scores of four rows, of which two leave, and the saliency of two tokens behind each step."""
+    monkeypatch.setattr("vlmfix.decoding.running.RECORDING", (device,) if recorded else ())
+    batch, method, found = batch_of(vlm, shown), method_of(spec), []
+    layout = vlm.layout(batch)
+    plan = method.plan(vlm, batch, layout)
+    tokens = torch.arange(5, 5 + 4 * STEPS, device=device).view(STEPS, 4)
+    lines = torch.arange(4, device=device)
+    with running(vlm, batch, layout, plan, limit=STEPS + 2, name=spec) as call:
+        call.prompt()
+        for step, column in enumerate(tokens):
+            if step in (6, 10):
+                kept = torch.arange(1, len(lines), device=device)
+                call.keep(kept)
+                lines = lines[kept]
+            found.append(call.token(column[lines]))
+            for judged in (column[lines] + 1, column[lines] + 9):
+                found.append(call.owed.saliency(judged, judged % 3 != 1))
+        assert call._passes.recorded == recorded
+    return found
+
+
+@pytest.mark.parametrize("spec", GATED)
+@pytest.mark.parametrize("family", ["llava", "qwen2_5_vl"])
+def test_recorded_steps_give_the_gradients_of_others(family, spec, recording, monkeypatch):
+    vlm = vlm_of(family)
+    for shown in ((0, 1, 0, 1), (1, 1, 1, 1)):
+        for one, other in zip(
+            saliency_of_steps(vlm, spec, monkeypatch, recorded=True, shown=shown),
+            saliency_of_steps(vlm, spec, monkeypatch, recorded=False, shown=shown),
+            strict=True,
+        ):
+            assert bool(other.any())
+            close(one, other)
+    assert len(recording) == 4, "a step and the way back, for four rows and for two"
+
+
+def test_gradients_of_a_recorded_step_end_with_the_next(recording, monkeypatch):
+    vlm = vlm_of("llava")
+    batch, plan = batch_of(vlm), method_of("sgrs").plan(vlm, batch_of(vlm), vlm.layout(batch_of(vlm)))
+    token = torch.full((batch.rows,), 7)
+    with running(vlm, batch, vlm.layout(batch), plan, limit=STEPS, name="sgrs") as call:
+        call.prompt()
+        call.token(token)
+        assert not call.replays, "the gate must have chosen before the next step"
+        with torch.enable_grad():
+            loss = call._passes.token(token).sum()
+            nodes = list(call.owed.recorder.seen.values())
+            torch.autograd.grad(loss, nodes, retain_graph=True)
+            call._passes.token(token)
+            with pytest.raises(RuntimeError, match="a later step has taken the place"):
+                torch.autograd.grad(loss, nodes)
+
+
 SHORT, LONG = (0, 0, 0, 0), (0, 1, 0, 1)
 """Pictures whose prompts have 56 and 117 tokens."""
 

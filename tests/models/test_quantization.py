@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 from transformers import AutoModelForImageTextToText
 
+from tests.decoding.again import recording_on_cpu
 from tests.jobs.fake import FakeVLM, draw
 from vlmfix.errors import DataError, UsageError
 from vlmfix.generation import load
@@ -55,6 +56,21 @@ def test_what_transformers_is_told() -> None:
         assert (told.load_in_4bit, told.bnb_4bit_quant_type, told.bnb_4bit_compute_dtype) == (True, "nf4", expected)
     with pytest.raises(UsageError, match="the checkpoint is quantized already"):
         quantization("int4", SimpleNamespace(quantization_config={"bits": 4}), "auto")
+
+
+def test_steps_of_matrices_that_ask_the_host_are_not_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
+    told = {name: quantization(name, SimpleNamespace(dtype=torch.float16), "auto") for name in ("int8", "int4")}
+    models = {name: SimpleNamespace(config=SimpleNamespace(quantization_config=one)) for name, one in told.items()}
+    assert {name: made.waits_for_the_host(model) for name, model in models.items()} == {"int8": True, "int4": False}
+    vlm = load("tiny")
+    assert not made.waits_for_the_host(vlm.model)
+    with recording_on_cpu([vlm]) as recordings:
+        vlm.generate([PICTURE], "What is there?", max_new_tokens=6)
+        assert recordings
+        monkeypatch.setattr("vlmfix.decoding.running.waits_for_the_host", lambda model: True)
+        recordings.clear()
+        vlm.generate([PICTURE], "What is there?", max_new_tokens=6)
+        assert not recordings
 
 
 def test_it_is_told_when_the_weights_are_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -110,6 +126,7 @@ def test_the_command_line_hands_both_on(vlmfix, tmp_path) -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.filterwarnings("ignore:inner dimension")  # bitsandbytes has its fast kernels for widths of real models
 @pytest.mark.parametrize("decoder", ["greedy", "vcd", "spin"])
 @pytest.mark.parametrize("name", ["int8", "int4"])
 def test_quantized_weights_answer(name: str, decoder: str) -> None:

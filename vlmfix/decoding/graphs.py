@@ -7,14 +7,17 @@ recorded, and for how many rows and keys, follows from the call alone, so that a
 before it. Rows that have ended stay in a recorded step until half of its rows have; the rest then continue in a smaller
 one.
 
-Shape letters (``docs/notation.md``): R rows that go on, G rows in the recorded step, K keys, V vocabulary.
+A step of which gradients are wanted is recorded with its autograd graph, and the backward pass through it as a second
+CUDA graph, which is replayed for each gradient.
+
+Shape letters (``docs/notation.md``): R rows that go on, G rows in the recorded step, H heads, K keys, V vocabulary.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 from weakref import WeakKeyDictionary
 
 import torch
@@ -23,6 +26,7 @@ from transformers import Cache
 
 from vlmfix.attention.rows import Step
 from vlmfix.attention.state import Plans, State, key_of
+from vlmfix.decoding.newest import Recorder
 from vlmfix.models.checkpoint import Checkpoint
 from vlmfix.upstream.cache import Arena
 from vlmfix.upstream.compiling import quiet, settle
@@ -42,13 +46,17 @@ class Replay(Protocol):
     def replay(self) -> None:
         """Runs the recorded kernels once more."""
 
+    def pool(self) -> Any:  # noqa: ANN401 (torch gives it no type)
+        """Returns the memory that the recording works in."""
 
-def captured(once: Callable[[], Tensor], device: torch.device) -> tuple[Replay, Tensor]:
+
+def captured(once: Callable[[], Tensor], device: torch.device, after: Replay | None = None) -> tuple[Replay, Tensor]:
     """Runs a step once, and records it.
 
     Args:
         once: The step; it reads and writes the same memory whenever it is called.
         device: Where it runs.
+        after: The recording that is always replayed before this one, and whose results it reads.
 
     Returns:
         The recording, and the tensor that each replay writes its result into.
@@ -60,7 +68,7 @@ def captured(once: Callable[[], Tensor], device: torch.device) -> tuple[Replay, 
         once()
     torch.cuda.current_stream(device).wait_stream(aside)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, pool=None if after is None else after.pool()):
         result = once()  # recorded, and not run
     return graph, result
 
@@ -133,6 +141,8 @@ class Recorded:
         positions: (..., R, 1), those of the newest token.
         rows: G.
         keys: K.
+        recorder: The edit that begins the step's autograd graph and keeps its nodes, for steps of which gradients are
+            wanted; None for others.
     """
 
     def __init__(
@@ -144,6 +154,7 @@ class Recorded:
         positions: Tensor,
         rows: int,
         keys: int,
+        recorder: Recorder | None = None,
     ) -> None:
         device = mask.device
         self.capacity = keys
@@ -153,18 +164,28 @@ class Recorded:
         self._ids = torch.zeros(rows, 1, dtype=torch.long, device=device)
         self._positions = positions.new_zeros(*positions.shape[:-2], rows, 1)
         self._places = torch.arange(keys, device=device)  # an attribute, since the recording reads it
+        self._nodes: dict[int, Tensor] = {}
         cache = recordings.arena.fixed(rows, keys, self._column)
 
         def once() -> Tensor:
-            visible = (self._real & (self._places <= self._column))[:, None, None]  # (G, 1, 1, K)
-            logits = step(self._ids, self._positions, visible, cache)
             self._positions.add_(1)
             self._column.add_(1)
-            return logits
+            visible = (self._real & (self._places <= self._column))[:, None, None]  # (G, 1, 1, K)
+            with torch.no_grad():  # of which a recorder has its part taken out
+                self._now = step(self._ids, self._positions, visible, cache)
+            self._nodes = {} if recorder is None else dict(recorder.seen)
+            return self._now
+
+        def back() -> Tensor:
+            nodes = [self._nodes[layer] for layer in sorted(self._nodes)]
+            return torch.cat(torch.autograd.grad(self._now, nodes, self._slope, retain_graph=True), dim=1)
 
         self.begin(plans, mask, positions)  # the first run writes behind the last token, and is overwritten
-        with self._state.standing_in(plans, fused=recordings.fuses):
+        with self._state.standing_in(plans, fused=recordings.fuses and recorder is None):
             self._graph, self._logits = captured(once, device)
+        if recorder is not None:
+            self._slope = torch.zeros_like(self._logits)
+            self._back, self._gradients = captured(back, device, self._graph)
 
     def begin(self, plans: Plans, mask: Tensor, positions: Tensor) -> None:
         """Loads the rows of a call, whose keys and values are in the arena.
@@ -179,9 +200,9 @@ class Recorded:
         self._state.load(plans)
         self._real.fill_(True)
         self._real[:rows, : self.tokens] = mask.bool()
-        self._column.fill_(self.tokens)
+        self._column.fill_(self.tokens - 1)  # that of the newest token
         self._positions.zero_()
-        self._positions[..., :rows, :] = positions + 1
+        self._positions[..., :rows, :] = positions
 
     @property
     def steps(self) -> Mapping[int, tuple[Step, ...]]:
@@ -198,7 +219,43 @@ class Recorded:
         self._ids[self.rows, 0] = tokens
         self._graph.replay()
         self.tokens += 1
-        return self._logits[self.rows]
+        return self._logits.detach()[self.rows]
+
+    def with_nodes(self, tokens: Tensor) -> tuple[Tensor, dict[int, Tensor]]:
+        """Replays the step as ``token`` does, for gradients of its logits until the next token.
+
+        Args:
+            tokens: (R,) int64.
+
+        Returns:
+            The (R, V) float32 logits, and for each layer of the recorder its weights (R, H, 1, K up to the newest
+            token), on which the logits depend.
+        """
+        logits = self.token(tokens)
+        nodes = {
+            layer: node.detach()[self.rows][..., : self.tokens].requires_grad_()
+            for layer, node in sorted(self._nodes.items())
+        }
+        with torch.enable_grad():
+            return _Replayed.apply(self, logits, *nodes.values()), nodes
+
+    def back(self, slope: Tensor, tokens: int) -> list[Tensor]:
+        """Replays the backward pass through the newest step.
+
+        Args:
+            slope: (R, V) float32, gradients of something with respect to the logits.
+            tokens: ``self.tokens`` when the logits were computed.
+
+        Returns:
+            Its gradient with respect to the weights of each layer of the recorder, (R, H, 1, tokens) each.
+        """
+        if tokens != self.tokens:
+            raise RuntimeError("a later step has taken the place of the one that is asked about")
+        self._slope.zero_()
+        self._slope[self.rows] = slope
+        self._back.replay()
+        heads = [self._nodes[layer].shape[1] for layer in sorted(self._nodes)]
+        return list(self._gradients[self.rows][..., :tokens].split(heads, dim=1))
 
     def give_back(self, plans: Plans) -> None:
         """Copies into the plans of the call what their edits have learned of keys in these steps."""
@@ -216,7 +273,22 @@ class Recorded:
     def given_back(self) -> tuple[Tensor, Tensor]:
         """Returns the state for an unrecorded step: (R, tokens so far) mask, and (..., R, 1) newest positions."""
         mask = self._real[self.rows, : self.tokens].long()
-        return mask, self._positions[..., self.rows, :] - 1
+        return mask, self._positions[..., self.rows, :]
+
+
+class _Replayed(torch.autograd.Function):
+    """Stands in an autograd graph for a recorded step."""
+
+    @staticmethod
+    def forward(ctx: Any, recorded: Recorded, logits: Tensor, *nodes: Tensor) -> Tensor:  # noqa: ANN401
+        """Returns the step's logits."""
+        ctx.recorded, ctx.tokens = recorded, recorded.tokens
+        return logits.view_as(logits)
+
+    @staticmethod
+    def backward(ctx: Any, slope: Tensor) -> Any:  # noqa: ANN401
+        """Returns gradients with respect to the nodes."""
+        return None, None, *ctx.recorded.back(slope, ctx.tokens)
 
 
 def kind_of(plans: Plans, positions: Tensor, rows: int, keys: int) -> Hashable:

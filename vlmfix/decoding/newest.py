@@ -2,7 +2,8 @@
 
 Prefill runs without gradients; the prompt's last token is then dropped from the KV cache and passes once more, as
 every later token does: alone, behind keys and values that are constants. The graph of such a step begins with the
-attention of the first layer that is asked about; earlier layers have none. It lives until the next step.
+attention of the first layer that is asked about; earlier layers have none. It lives until the next step. On a GPU the
+step and the backward pass through it are recorded (``decoding/graphs.py``).
 
 Shape letters (``docs/notation.md``): L lines, R rows of the pass, branches included, H query heads, K keys, V
 vocabulary; here also N layers that are asked about.
@@ -32,17 +33,18 @@ class Recorder(WeightEdit):
 
     Attributes:
         first: Number of the first of its layers.
-        seen: Layer number -> (R, H, 1, K) float32 of the newest step.
+        seen: Layer number -> (R, H, 1, K) float32 of the newest step; written, and never read by a step.
     """
 
     first: int
     seen: dict[int, Tensor] = field(default_factory=dict)
     rows: ClassVar[Rows] = "none"
+    of_prompt: ClassVar[frozenset[str]] = frozenset({"seen"})
 
     def weights(self, site: Site, weights: Tensor) -> Tensor:
         """Returns the same weights as a node of the graph."""
         if site.layer == self.first:
-            torch.set_grad_enabled(True)  # ``Newest.step`` puts it back
+            torch.set_grad_enabled(True)  # whoever takes the step puts it back
         node = weights if weights.requires_grad else weights.detach().requires_grad_()
         self.seen[site.layer] = node
         return node

@@ -17,6 +17,7 @@ from vlmfix.attention.edit import AttentionEdit
 from vlmfix.attention.state import Plans
 from vlmfix.decoding.exits import Reader
 from vlmfix.decoding.graphs import ROOM, SHORT, Recorded, Recordings, capacity, kind_of, slots
+from vlmfix.decoding.newest import Recorder
 from vlmfix.decoding.rows import Rows
 from vlmfix.errors import UpstreamError
 from vlmfix.models.checkpoint import Checkpoint
@@ -36,7 +37,9 @@ class Passes:
         plans: The edits at work.
         recordings: The model's recorded steps; None to record no step, and to run the model's own norms.
         roomy: Whether the cache reserves room for further keys and values; False for rows that change their order at
-            every step, and for steps with an autograd graph, of which the cache is part.
+            every step.
+        reader: Reads layers before the last as if they were the last, or None.
+        recorder: The edit that begins each step's autograd graph and keeps its nodes, or None.
     """
 
     def __init__(
@@ -49,12 +52,13 @@ class Passes:
         recordings: Recordings | None = None,
         roomy: bool = True,
         reader: Reader | None = None,
+        recorder: Recorder | None = None,
     ) -> None:
         self._model: Any = vlm.model
         self._decoder, self._fuses = vlm.family.decoder(vlm.model), recordings is not None
         taken = ("ids", "positions", "mask", "cache")
         self._names = [name_of(type(vlm.model), value) for value in taken]
-        self._rows, self._plans, self._reader = rows, plans, reader
+        self._rows, self._plans, self._reader, self._recorder = rows, plans, reader, recorder
         self._left = room
         self._recordings = recordings if room > SHORT else None
         self._recorded: Recorded | None = None
@@ -120,6 +124,10 @@ class Passes:
             self._go_on_unrecorded(self._recorded)
         elif self._recorded is None and self._recordings is not None:
             self._record(self._recordings)
+        if self._recorded is not None and self._recorder is not None:
+            logits, nodes = self._recorded.with_nodes(tokens)
+            self._recorder.seen.update(nodes)
+            return logits
         if self._recorded is not None:
             return self._recorded.token(tokens)
         self._next = self._next + 1
@@ -168,10 +176,10 @@ class Passes:
     def _made(self, recordings: Recordings, rows: int, keys: int) -> Recorded | None:
         """Records a step, without compiled edits where the compiler fails; says once what is missing."""
         try:
-            return Recorded(self._logits, recordings, self._plans, self._mask, self._next, rows, keys)
+            return Recorded(self._logits, recordings, self._plans, self._mask, self._next, rows, keys, self._recorder)
         except (UpstreamError, RuntimeError) as error:
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        if recordings.fuses and self._plans:
+        if recordings.fuses and self._plans and self._recorder is None:
             recordings.fuses = False
             say_once(f"edits are not compiled in recorded steps, which costs time: {reason}")
             return self._made(recordings, rows, keys)

@@ -29,6 +29,7 @@ from vlmfix.decoding.watch import idle
 from vlmfix.models.checkpoint import Checkpoint
 from vlmfix.models.context import room_for_answers
 from vlmfix.models.layout import Batch, ImageLayout
+from vlmfix.models.quantization import waits_for_the_host
 from vlmfix.models.turns import turn_of
 from vlmfix.upstream.compiling import start
 
@@ -88,8 +89,11 @@ class Running:
 
     @property
     def replays(self) -> bool:
-        """Returns whether the next token replays a recorded step, which the host need not wait for."""
-        return self._passes.replays
+        """Returns whether the next token replays a recorded step, which the host need not wait for.
+
+        A gate that asks about the newest step chooses, and rows leave, before the next one takes its place.
+        """
+        return self._passes.replays and self.newest is None
 
     def learned(self, edit: AttentionEdit, name: str) -> dict[int, Tensor]:
         """Returns what an edit at work has learned of keys, as the newest step left it.
@@ -133,7 +137,9 @@ class Running:
     def _kept(self, newest: Newest, step: Callable[[], Tensor]) -> Tensor:
         """Runs a step and keeps its graph; returns its scores."""
         with newest.step():
-            return newest.scored(self._scores(step()))
+            logits = step()
+            with torch.enable_grad():
+                return newest.scored(self._scores(logits))
 
     def _scores(self, logits: Tensor) -> Tensor:
         if (layer := self._acting.idle()) is not None and not self._passes.recorded:
@@ -174,9 +180,9 @@ def running(
     """
     branches = [branch for contrast in plan.contrasts for branch in contrast.branches]
     with turn_of(vlm.model).taken(), torch.no_grad():
-        stays = plan.compiles and plan.asks is None and not reorders
+        stays = plan.compiles and not reorders
         recordings = recordings_of(vlm) if stays and _can_record(vlm) else None
-        if recordings is not None and recordings.fuses and plan.edits:
+        if recordings is not None and recordings.fuses and plan.edits and plan.asks is None:
             start(vlm.device)  # while the prompt passes
         rows = rows_of(vlm, batch, branches)
         left = room_for_answers(vlm, rows.longest)
@@ -190,10 +196,18 @@ def running(
         check_windows(vlm, layers, rows.length, max(room))
         wide, live = rows.layout(layout)
         with edited(vlm, wide, edits, live=live) as work:
-            roomy = newest is None and not reorders
             exits = [place for contrast in plan.contrasts for place in contrast.exits]
             reader = Reader(vlm, exits) if exits else None
-            passes = Passes(vlm, rows, max(room), plans=work.plans, recordings=recordings, roomy=roomy, reader=reader)
+            passes = Passes(
+                vlm,
+                rows,
+                max(room),
+                plans=work.plans,
+                recordings=recordings,
+                roomy=not reorders,
+                reader=reader,
+                recorder=None if newest is None else newest.recorder,
+            )
             prompts = prompts_of(vlm, batch, branches) or Prompts(rows.mask.bool(), None)
             try:
                 yield Running(vlm, passes, rows.copies, work, plan.contrasts, prompts, rows.blank, room, name, newest)
@@ -203,6 +217,8 @@ def running(
 
 
 def _can_record(vlm: Checkpoint) -> bool:
-    """Returns whether the whole text decoder is on the model's device, and steps are recorded on that kind."""
+    """Returns whether the whole text decoder is on the model's device, of a kind on which its steps can be recorded."""
+    if waits_for_the_host(vlm.model):
+        return False
     devices = {weight.device for weight in vlm.family.decoder(vlm.model).parameters()}
     return devices == {vlm.device} and vlm.device.type in RECORDING

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 from importlib.util import find_spec
 
 import torch
-from transformers import BitsAndBytesConfig, PreTrainedConfig
+from transformers import BitsAndBytesConfig, PreTrainedConfig, PreTrainedModel
 
 from vlmfix.errors import UsageError
 
@@ -47,6 +48,17 @@ def quantization(name: str, config: PreTrainedConfig, dtype: torch.dtype | str) 
     if getattr(config, "quantization_config", None) is not None:
         raise UsageError(f"quantize={name}: the checkpoint is quantized already", "leave it out")
     if name == "int8":
+        # It computes in float16 whatever the rest has, and says so at every matrix of every step.
+        logging.getLogger(f"{PACKAGE}.autograd._functions").setLevel(logging.ERROR)
         return BitsAndBytesConfig(load_in_8bit=True)
     own = dtype if isinstance(dtype, torch.dtype) else config.dtype or torch.bfloat16
     return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=own)
+
+
+def waits_for_the_host(model: PreTrainedModel) -> bool:
+    """Returns whether a model's matrices ask the host at every product, as LLM.int8 does when it looks for outliers.
+
+    Its decoding steps cannot be recorded as CUDA graphs.
+    """
+    told = getattr(model.config, "quantization_config", None)
+    return told is not None and bool(getattr(told, "load_in_8bit", False))

@@ -149,12 +149,14 @@ class SharedLayer(DynamicLayer):
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Keys and values of the prompt and of the new tokens, (B, G, K + Q, D) each."""
-        return self._behind(self.keys, key_states), self._behind(self.values, value_states)
-
-    def _behind(self, prompt: Tensor | None, new: Tensor) -> Tensor:
-        if prompt is None:
+        if self.keys is None or self.values is None:
             raise RuntimeError("the shared prompt was reset")
-        return torch.cat([prompt.expand(len(new), -1, -1, -1), new], dim=2)  # (B, G, K + Q, D)
+        return _behind(self.keys, key_states), _behind(self.values, value_states)
+
+
+def _behind(former: Tensor, new: Tensor) -> Tensor:
+    """Keys or values of new tokens behind former ones, (1 or B, G, K, D), which are copied: (B, G, K + Q, D)."""
+    return torch.cat([former.expand(len(new), -1, -1, -1), new], dim=2)
 
 
 def shared_prompt(cache: Cache, row: int, length: int) -> DynamicCache:
@@ -260,10 +262,12 @@ class RoomyLayer(DynamicLayer):
             self._make_room(key_states, value_states, before, end)
         both = []
         for room, new in zip(self._room or (), (key_states, value_states), strict=True):
-            room[: len(new), :, before:end] = new
+            room[: len(new), :, before:end] = new.detach()
             both.append(room[: len(new), :, :end])
         self.keys, self.values = both
         self.device, self.is_initialized = self.keys.device, True
+        if key_states.requires_grad or value_states.requires_grad:
+            return _behind(self.keys[:, :, :before], key_states), _behind(self.values[:, :, :before], value_states)
         return self.keys, self.values
 
     def _make_room(self, keys: Tensor, values: Tensor, before: int, end: int) -> None:
@@ -326,7 +330,13 @@ class FixedLayer(DynamicLayer):
         if keys is None or values is None:
             raise RuntimeError("the recorded step's cache was reset")
         column = self._column.to(keys.device)
-        return keys.index_copy_(2, column, key_states), values.index_copy_(2, column, value_states)
+        keys.index_copy_(2, column, key_states.detach())
+        values.index_copy_(2, column, value_states.detach())
+        if (
+            key_states.requires_grad or value_states.requires_grad
+        ):  # what is in memory is constant, the new token is not
+            return keys.index_copy(2, column, key_states), values.index_copy(2, column, value_states)
+        return keys, values
 
 
 def roomy(model: PreTrainedModel, arena: Arena, rows: int, capacity: int, more: int) -> DynamicCache:

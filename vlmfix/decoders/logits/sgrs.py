@@ -143,7 +143,7 @@ class SGRS(Decoder):
             history = torch.zeros_like(history)
         gate = RejectionGate(settings=self, seeds=_row_seeds(vlm, batch, self.draw_seed), history=history)
         asks = self.layers or scoring_layers(vlm.layers)
-        return DecodingPlan(gate=gate, asks=asks if self.judges else None, beams=False, compiles=False)
+        return DecodingPlan(gate=gate, asks=asks if self.judges else None, beams=False)
 
 
 @dataclass(frozen=True, eq=False)
