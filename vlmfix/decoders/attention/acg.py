@@ -30,8 +30,7 @@ class ACG(Decoder):
 
     Args:
         strength: gamma >= 0. The authors take 2.4 for LLaVA-1.5, 1.4 for Qwen-VL and 0.3 for MiniGPT-4; beyond that
-        answers
-            get short.
+            answers get short.
         layers: Layers to act in; the authors' fast form has the first eight (``:8``).
         orthogonal: Whether only the orthogonal part is added.
         per: ``head`` or ``layer``: over what the inner product of the projection runs.

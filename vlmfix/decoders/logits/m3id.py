@@ -29,8 +29,7 @@ class M3ID(Decoder):
 
     Args:
         preset: ``avisc`` (steps count from 1) or ``only`` (from 0, so that the first token has no weight), after the
-        two
-            released re-implementations; the authors have released none.
+            two released re-implementations; the authors have released none.
         decay: lambda >= 0, how fast the weight grows; 0.02 gives 0.02 at the first token, 1.7 at the fiftieth.
         plausibility: beta in [0, 1]; 0 cuts nothing.
         confidence: Rows whose best token has at least this clean probability are left alone, in [0, 1]; 1 contrasts
