@@ -1,4 +1,4 @@
-# make demo | make test | make fuzz | make lint | make effects; each installs the locked versions into .venv first.
+# make demo | make test | make fuzz | make lint | make docs | make effects; each installs the locked versions into .venv first.
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
@@ -10,7 +10,7 @@ PIP     = $(PYTHON) -m pip --python $(1)/bin/python install -qq --disable-pip-ve
 COMPILE := .venv-lock/bin/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --upgrade \
 	--no-header --no-annotate --no-emit-index-url --no-emit-find-links --constraint requirements/held.txt
 
-.PHONY: demo test test-tools fuzz lint format index support effects lock test-floor test-newest clean
+.PHONY: demo test test-tools fuzz lint format docs walk notebooks index support effects lock test-floor test-newest clean
 
 demo: $(VENV)/installed
 	@$(BIN)/vlmfix demo
@@ -36,6 +36,19 @@ lint: $(VENV)/installed
 format: $(VENV)/installed
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+
+# The pages as a site, in build/site; a warning, and a link that leads nowhere, is a failure.
+docs: $(VENV)/installed
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build
+	$(BIN)/python -m tools.site.links build/site
+
+# Runs the commands of the pages that are marked as such, as a reader would; some minutes.
+walk: $(VENV)/installed
+	$(OFFLINE) $(BIN)/python -m tools.site.walk
+
+# Runs docs/notebooks anew and keeps what they print.
+notebooks: $(VENV)/installed
+	$(OFFLINE) $(BIN)/python -m tools.site.notebooks
 
 # What the command line knows of decoders without importing them, after one was added or its declaration changed.
 index: $(VENV)/installed

@@ -17,6 +17,8 @@ ROOT = Path(__file__).parents[2]
 ROOT_PAGES = {"CHANGELOG.md": "changes.md", "CONTRIBUTING.md": "contributing.md"}
 """Files of the repository that are pages too."""
 
+NOTEBOOK = re.compile(r"\]\(((?:\.\./)*notebooks/\w+)\.ipynb\)")
+"""A link to a notebook, which has a page in the site."""
 _told: dict[str, str] = {}
 """The Markdown of each page as it was built, by the page's address."""
 
@@ -38,7 +40,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
         files.append(File.generated(config, page, content=(ROOT / source).read_text(encoding="utf-8")))
     files.append(File.generated(config, "api/decoders.md", content=_decoders()))
     for file in [one for one in files if one.src_uri.endswith(".ipynb")]:
-        content = page_of((ROOT / "docs" / file.src_uri).read_bytes())
+        content = page_of((ROOT / "docs" / file.src_uri).read_bytes(), file.name + ".ipynb")
         files.append(File.generated(config, file.src_uri.replace(".ipynb", ".md"), content=content))
     return files
 
@@ -61,6 +63,7 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
     folder, _, name = page.file.src_uri.rpartition("/")
     if folder == "methods":
         markdown = completed(name.removesuffix(".md"), markdown)
+    markdown = NOTEBOOK.sub(r"](\1.md)", markdown)
     _told[page.file.dest_uri] = markdown
     return markdown
 

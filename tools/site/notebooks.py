@@ -19,8 +19,13 @@ SECONDS = 120
 """Longest time of a cell."""
 
 
-def page_of(content: bytes) -> str:
-    """Makes Markdown of a notebook: its text as it is, its code in fences, and what the code printed."""
+def page_of(content: bytes, name: str) -> str:
+    """Makes Markdown of a notebook: its text as it is, its code in fences, and what the code printed.
+
+    Args:
+        content: The notebook's file.
+        name: The file's name, for a link.
+    """
     parts = []
     for cell in nbformat.reads(content.decode(), as_version=4).cells:
         if cell.cell_type == "markdown":
@@ -28,6 +33,7 @@ def page_of(content: bytes) -> str:
         elif cell.cell_type == "code":
             parts.append(f"```python\n{cell.source}\n```")
             parts += [_shown(output) for output in cell.outputs]
+    parts.append(f"[This page as a notebook]({name})")
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
@@ -35,8 +41,8 @@ def _shown(output: nbformat.NotebookNode) -> str:
     if output.output_type == "stream":
         return _block(output.text)
     data = output.get("data", {})
-    if "image/png" in data:
-        return f'<img alt="output" class="output" src="data:image/png;base64,{"".join(data["image/png"].split())}">'
+    if "image/jpeg" in data:
+        return f'<img alt="output" class="output" src="data:image/jpeg;base64,{"".join(data["image/jpeg"].split())}">'
     return _block(data.get("text/plain", ""))
 
 
@@ -55,6 +61,10 @@ def executed(file: Path) -> nbformat.NotebookNode:
         NotebookClient(notebook, timeout=SECONDS, resources={"metadata": {"path": folder}}).execute()
     for cell in notebook.cells:
         cell.metadata.pop("execution", None)  # the times of that run
+        if cell.cell_type == "code":
+            cell.outputs = [one for one in cell.outputs if one.get("name") != "stderr"]  # progress bars
+            for output in cell.outputs:
+                output.get("data", {}).pop("image/png", None)  # several times as large as its JPEG
     notebook.metadata = {"kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"}}
     nbformat.validate(notebook)
     return notebook
