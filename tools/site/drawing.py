@@ -95,14 +95,17 @@ def attention(before: Sequence[float], after: Sequence[float], groups: Sequence[
     return svg(width, top + tall + 44, f"{title}: attention to each token before and after", *parts)
 
 
-def words(title: str, shares: Sequence[float | None], names: Sequence[str], there: Sequence[bool]) -> str:
+def words(
+    title: str, shares: Sequence[float | None], names: Sequence[str], there: Sequence[bool], *, gone: str = "cut"
+) -> str:
     """Draws what a model says next: a bar for each word, the best in bold.
 
     Args:
         title: What stands above.
-        shares: A probability for each word; None for one that is cut.
+        shares: A probability for each word; None for one that is out.
         names: The words.
         there: Which of them the picture shows.
+        gone: What is written for a word that is out.
     """
     width, left, tall = 206, 42, 22
     best = max(share for share in shares if share is not None)
@@ -112,13 +115,13 @@ def words(title: str, shares: Sequence[float | None], names: Sequence[str], ther
         kind = "best" if share == best else ""
         parts.append(text(left - 6, y + 13, name, kind, anchor="end"))
         if share is None:
-            parts.append(text(left, y + 13, "cut", "small"))
+            parts.append(text(left, y + 13, gone, "small"))
             continue
         size = (width - left - 36) * share
         parts.append(rect(left, y + 2, max(size, 1), tall - 7, "there" if shown else "absent"))
         parts.append(text(left + size + 5, y + 13, f"{share:.0%}", f"small {kind}"))
     said = ", ".join(
-        f"{name} {'cut' if share is None else f'{share:.0%}'}" for share, name in zip(shares, names, strict=True)
+        f"{name} {gone if share is None else f'{share:.0%}'}" for share, name in zip(shares, names, strict=True)
     )
     return svg(width, 30 + tall * len(names), f"{title}: {said}", *parts)
 

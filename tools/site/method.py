@@ -105,8 +105,8 @@ def commands(info: DecoderInfo) -> str:
     first = next((one for one in info.parameters if one.search), None)
     if first and name != "sample":
         lines.append(
-            f"vlmfix tune {name} --task chair --model {model} --instances I.json --captions C.json "
-            "--images DIR --out tuned"
+            f"vlmfix tune {name} --task chair --model {model} \\\n"
+            "    --instances instances.json --captions captions.json --images DIR --out tuned"
         )
     example = f'answers = vlm.generate([picture], "Describe this image.", decoder="{spec}")'
     return "```\n" + "\n".join(lines) + f"\n```\n\n```python\n{example}\n```"

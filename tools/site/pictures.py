@@ -189,7 +189,7 @@ def _sgrs() -> list[str]:
     return [
         said("drawn by these", CLEAN),
         said("what each owes the text", [score for _, score, _ in tries]),
-        words("left, above the threshold", rejected, NAMES, THERE),
+        words("above the threshold", rejected, NAMES, THERE, gone="rejected"),
     ]
 
 

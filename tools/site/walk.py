@@ -31,15 +31,16 @@ def commands(page: str) -> Iterator[list[str]]:
     """Reads every call of ``vlmfix`` in the fenced blocks of a page, the ones that are not run too.
 
     Yields:
-        Its arguments. Lines that describe a form, with ``[`` or ``...``, are left out.
+        Its arguments. Lines that describe a form, with ``[`` or ``...``, are left out, and so is what stands behind
+        two spaces, which explains.
     """
     for _, language, block in FENCE.findall(page):
         if language not in ("", "sh", "bash", "console"):
             continue
-        for line in block.replace("\\\n", " ").splitlines():
+        for line in re.sub(r"\s*\\\n\s*", " ", block).splitlines():
             found = re.search(r"(?:^|\s|\()vlmfix (.*)", line)
             if found and line.lstrip().startswith(("vlmfix", "uvx", "pipx")) and not re.search(r"\[|\.\.\.", found[1]):
-                words = shlex.split(found[1], comments=True)
+                words = shlex.split(re.split(r"  +(?=[a-z])", found[1])[0], comments=True)
                 yield words[
                     : next((place for place, word in enumerate(words) if word in ("&&", "|", ">", ";")), len(words))
                 ]
