@@ -105,7 +105,7 @@ def test_the_source_distribution_holds_what_make_needs():
     for folder in ("vlmfix", "tests", "tools", "benchmarks", "docs", "examples", "requirements", ".ci"):
         assert files(ROOT / folder, ROOT) <= held
     alone = {"pyproject.toml", "Makefile", "README.md", "CONTRIBUTING.md", "CHANGELOG.md", "CITATION.cff", "LICENSE"}
-    assert alone | {".pre-commit-config.yaml"} <= held
+    assert alone | {".pre-commit-config.yaml", "mkdocs.yml"} <= held
     assert not [name for name in held if name.startswith((".venv", "build/", "dist/"))]
 
 
