@@ -8,12 +8,17 @@ from typing import Any
 from griffe import Extension, Object
 
 LITERAL = re.compile(r"::$", re.MULTILINE)
+OF_CLASSES = re.compile(r"^Class attributes:$", re.MULTILINE)
 
 
 class Literals(Extension):
-    """Turns the double colon before an indented block into a single one: Markdown knows such blocks by their indent."""
+    """Writes docstrings as Markdown and Google's sections have it.
+
+    The double colon before an indented block becomes a single one, since Markdown knows such blocks by their indent;
+    class attributes are listed as attributes are.
+    """
 
     def on_object(self, *, obj: Object, **_: Any) -> None:
         """Rewrites one docstring."""
         if obj.docstring:
-            obj.docstring.value = LITERAL.sub(":", obj.docstring.value)
+            obj.docstring.value = OF_CLASSES.sub("Attributes:", LITERAL.sub(":", obj.docstring.value))

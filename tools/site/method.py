@@ -40,8 +40,11 @@ CAPTIONS = {
     "tokens": "length",
 }
 """Heading of a column -> that of the page of effects."""
-PROFILES = {"adhh": "ablation", "ph3": "patching"}
-"""Methods that read a profile of heads, and the profiler that makes it."""
+PROFILES = {
+    "adhh": "--profiler ablation --instances instances.json --captions captions.json",
+    "ph3": '--profiler patching --prompt "Is there a chair in the image?"',
+}
+"""Methods that read a profile of heads, and options of the command that makes it."""
 
 
 def kind(name: str) -> str:
@@ -94,13 +97,12 @@ def commands(info: DecoderInfo) -> str:
     """Writes commands to copy, with the model that comes with the package."""
     name = info.name
     spec = f"{name}:profile=heads.safetensors" if name in PROFILES else name
-    lines = [f"vlmfix demo --decoder {name}", f"vlmfix explain {name}"]
-    if name in PROFILES:
-        lines = [
-            f"vlmfix demo --decoder {name}          # tiny comes with a profile",
-            f"vlmfix profile --help                 # --profiler {PROFILES[name]} makes one of your model",
-        ]
+    acts = "tiny" not in _reasons(name)  # the demonstration's model
+    lines = [*([f"vlmfix demo --decoder {name}"] if acts else []), f"vlmfix explain {name}"]
     model = "llava-hf/llava-1.5-7b-hf"
+    if name in PROFILES:
+        made = f"vlmfix profile --model {model} --images DIR --out heads.safetensors"
+        lines.append(f"{made} \\\n    {PROFILES[name]}")
     lines += [f"vlmfix run photos --out answers --model {model} --decoder {spec}"]
     first = next((one for one in info.parameters if one.search), None)
     if first and name != "sample":
@@ -155,18 +157,16 @@ def measured(name: str) -> str:
     """Writes what was measured of a method with its defaults, and what others published."""
     if name == "greedy":
         return "It is what all others are held against: [effects](../effects.md)."
-    rows, reasons, small = [], [], []
+    rows, small = [], []
     comments = []
     for table in _tables("effects.md"):
         row = table.of(name)
         if row is None:
             continue
-        model = next((one.strip("`") for one in table.under if one.startswith("`tiny")), "")
+        model = _model(table)
         cell = dict(zip(table.head, row, strict=True))
         if "CHAIR_i ↓" in cell:
             rows.append((f"`{model}`", *(cell[head] for head in CAPTIONS.values())))
-        elif "why figures are missing" in cell:
-            reasons.append(f"`{model}`: {cell['why figures are missing']}")
         elif "accuracy beyond `elsewhere`" in cell:
             small.append((f"`{model}`", cell["accuracy ↑"], cell["recall ↑"], cell["accuracy beyond `elsewhere`"]))
         elif table.under[-1] == "What is known of single rows":
@@ -184,9 +184,10 @@ def measured(name: str) -> str:
             "Questions about small things; the last column is what it gains beyond a window at a random place.",
             written(("model", "accuracy ↑", "recall ↑", "beyond a random place"), small),
         ]
-    if reasons:
+    if reasons := _reasons(name):
         parts.append(
-            "It cannot act on a model that comes with the package:\n\n" + "\n".join(f"- {one}" for one in reasons)
+            "It cannot act on a model that comes with the package:\n\n"
+            + "\n".join(f"- `{model}`: {why}" for model, why in reasons.items())
         )
     parts += comments
     if parts:
@@ -200,6 +201,17 @@ def measured(name: str) -> str:
             "[evaluations](../evaluations.md)."
         )
     return "\n\n".join([*parts, *_elsewhere(name)])
+
+
+def _model(table: Table) -> str:
+    """Returns the embedded model that a table of the page of effects is about."""
+    return next((one.strip("`") for one in table.under if one.startswith("`tiny")), "")
+
+
+def _reasons(name: str) -> dict[str, str]:
+    """Reads why a method has no figures, by model."""
+    found = [(table, table.of(name)) for table in _tables("effects.md") if table.head[-1] == "why figures are missing"]
+    return {_model(table): row[1] for table, row in found if row}
 
 
 def _elsewhere(name: str) -> list[str]:
