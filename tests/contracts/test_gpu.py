@@ -90,8 +90,9 @@ def test_recorded_steps_give_the_gradients_of_others(spec, dtype, monkeypatch):
         ):
             if dtype is torch.float32:
                 close(one, other, 2e-3)
-            else:
-                assert torch.cosine_similarity(one.flatten(), other.flatten(), dim=0) > 0.98
+            else:  # tokens that are cut are so in both
+                both = [x.where(x > -torch.inf, 0.0).flatten() for x in (one, other)]
+                assert torch.cosine_similarity(*both, dim=0) > 0.98
 
 
 # advice of inductor's, and its placeholder of a graph, whose warning it swallows unless warnings are errors
