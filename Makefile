@@ -54,9 +54,9 @@ notebooks: $(VENV)/installed
 index: $(VENV)/installed
 	$(OFFLINE) $(BIN)/python -m tools.index
 
-# docs/support.md, and what the command line says of it; some minutes.
+# docs/support.md, and what the command line says of it; some minutes. Of some decoders: make support ARGS="--decoder vcd"
 support: $(VENV)/installed
-	$(OFFLINE) $(BIN)/python -m tools.support
+	$(OFFLINE) $(BIN)/python -m tools.support $(ARGS)
 
 # docs/effects.md; see there.
 effects: $(VENV)/installed

@@ -22,7 +22,7 @@ from tests.tiny import TINY
 from tools.entry import run
 from vlmfix.decoders import Decoder, parse
 from vlmfix.decoders.index import HOMES
-from vlmfix.decoders.support import SUPPORT, WORKS
+from vlmfix.decoders.support import SUPPORT, WORKS, support
 from vlmfix.errors import VlmfixError
 from vlmfix.generation import VLM
 from vlmfix.planned import planned
@@ -153,17 +153,22 @@ Table = dict[str, dict[str, dict[str, str]]]
 """Decoder -> way -> family -> verdict."""
 
 
-def tried(report: Callable[[str], None]) -> Table:
-    """Tries everything.
+def tried(names: Iterable[str], report: Callable[[str], None]) -> Table:
+    """Tries decoders, and takes what is known of the others from the table that stands.
 
     Args:
+        names: The decoders.
         report: Called with each decoder's name before it is tried.
     """
     table: Table = {}
+    wanted, known = set(names), support()
     for name in HOMES:
-        report(name)
-        cells = {family: found(family, name) for family in TINY}
-        table[name] = {way: {family: cells[family][way] for family in TINY} for way in WAYS}
+        if name in wanted or name not in known:
+            report(name)
+            cells = {family: found(family, name) for family in TINY}
+            table[name] = {way: {family: cells[family][way] for family in TINY} for way in WAYS}
+        else:
+            table[name] = {way: dict(families) for way, families in known[name].found.items()}
     return table
 
 
@@ -240,11 +245,18 @@ defaults.
 
 
 @click.command()
+@click.option(
+    "--decoder",
+    "names",
+    multiple=True,
+    type=click.Choice(list(HOMES)),
+    help="These and new ones alone.  [default: all]",
+)
 @click.option("--page", "page_path", default=PAGE, type=click.Path(path_type=Path), help="The page to write.")
 @click.option("--table", "table_path", default=SUPPORT, type=click.Path(path_type=Path), help="The JSON to write.")
-def main(page_path: Path, table_path: Path) -> None:
+def main(names: tuple[str, ...], page_path: Path, table_path: Path) -> None:
     """Try every decoder on every family in every way, and write what happens."""
-    table = tried(partial(click.echo, err=True))
+    table = tried(names or HOMES, partial(click.echo, err=True))
     page_path.write_text(page(table), encoding="utf-8")
     table_path.write_text(document(table), encoding="utf-8")
     if failing := list(_failing(table)):

@@ -153,13 +153,12 @@ def _beams(decoders: Sequence[Decoder], num_beams: int) -> int:
 def _part(vlm: VLM, plan: DecodingPlan | str, asked: Asked, *, refines: bool) -> dict[str, Any]:
     if isinstance(plan, str):
         return {"refusal": plan}
-    branches = [branch for contrast in plan.contrasts for branch in contrast.branches]
     return {
         "refusal": None,
         "layers": vlm.layers,
         "shown": asked.shown if refines else 0,
-        "edits": [_edit(vlm, edit) for edit in plan.edits],
-        "branches": [{"tokens": branch.batch.length, "picture": _seen(branch)} for branch in branches],
+        "edits": [_edit(vlm, edit) for edit in plan.every_edit],
+        "branches": [{"tokens": branch.batch.length, "picture": _seen(branch)} for branch in plan.branches],
         "exits": sorted({place.after for contrast in plan.contrasts for place in contrast.exits}),
         "gate": plan.gate is not None,
         "asks": _numbers(vlm, plan.asks) if plan.asks is not None else [],
@@ -196,13 +195,13 @@ def _total(
     plan = DecodingPlan()
     for other in plans:
         plan = plan.merged(other)
-    branches = [branch.batch for contrast in plan.contrasts for branch in contrast.branches]
+    branches = [branch.batch for branch in plan.branches]
     same = [
         batch if branch.same_pictures else branch.batch for contrast in plan.contrasts for branch in contrast.branches
     ]
     padded = max(part.length for part in (batch, *branches))
     room_for_answers(vlm, torch.tensor([padded]))
-    layers = frozenset[int]().union(*(edit.layers.resolve(vlm.layers) for edit in plan.edits))
+    layers = frozenset[int]().union(*(edit.layers.resolve(vlm.layers) for edit in plan.every_edit))
     check_windows(vlm, layers, padded, longest)
     rows = (1 + len(branches)) * beams
     return {
@@ -246,7 +245,7 @@ def _uncompiled(plan: DecodingPlan, *, longer: bool) -> Iterator[str]:
 
 
 def _apart(vlm: VLM, plan: DecodingPlan, padded: int) -> Iterator[str]:
-    if any(edit.rows in WHOLE_PROMPT for edit in plan.edits):
+    if any(edit.rows in WHOLE_PROMPT for edit in plan.every_edit):
         yield "an edit acts on the picture's rows, or before them"
     narrow = _windows(vlm)
     if narrow is not None and narrow < padded:
@@ -256,9 +255,9 @@ def _apart(vlm: VLM, plan: DecodingPlan, padded: int) -> Iterator[str]:
 
 
 def _in_one(vlm: VLM, plan: DecodingPlan) -> Iterator[str]:
-    if any(edit.rows in WHOLE_PROMPT for edit in plan.edits):
+    if any(edit.rows in WHOLE_PROMPT for edit in plan.every_edit):
         yield "an edit acts on all rows of the prompt"
-    if any(edit.needs_hidden for edit in plan.edits):
+    if any(edit.needs_hidden for edit in plan.every_edit):
         yield "an edit reads the residual stream of the whole prompt"
     if _windows(vlm) is not None:
         yield "masks differ between layers"

@@ -76,6 +76,7 @@ NEUTRAL: dict[str, str | Decoder] = {
     "flb": "flb:strength=0,plausibility=0",
     "deco": "deco:strength=0,nucleus=1,candidates=1000",
     "avisc": "avisc:contrast=0,plausibility=0",
+    "sid": "sid:contrast=0,plausibility=0",
     "mod": "mod:contrast=0,complement=0,plausibility=0",
     "pai": "pai:gain=0,guidance=1",
     "vaf": "vaf:image=1,system=1,layers=all",
@@ -108,6 +109,7 @@ STRONG: dict[str, str | Decoder] = {
     "dola": "dola:layers=0:,plausibility=0",
     "deco": "deco:strength=2,nucleus=1,candidates=1000,layers=0:",
     "avisc": "avisc:contrast=1.5,plausibility=0",
+    "sid": "sid:contrast=1.5,plausibility=0,kept=0.3,layer=0",
     "mod": "mod:kept=0.3,agreement=0.001,contrast=1.5,plausibility=0",
     "pai": "pai:gain=3,guidance=2,plausibility=0,layers=all",
     "vaf": "vaf:image=3,system=0.2,layers=all",
@@ -119,8 +121,8 @@ STRONG: dict[str, str | Decoder] = {
 }
 """Parameters under which it does much, and three chains."""
 
-EVERY_ROW = ("vhr", "ph3", "chain-heads", "zerotuning", "act", "chain-attention")
-"""Methods that change every row of the prompt, the picture's too, so that prompts cannot share them."""
+EVERY_ROW = ("vhr", "ph3", "chain-heads", "zerotuning", "act", "sid", "chain-attention")
+"""Methods that change every row of a prompt, the picture's too, so that prompts cannot share them."""
 
 
 def method_of(spec: str | Decoder) -> Decoder:

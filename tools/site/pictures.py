@@ -340,6 +340,7 @@ PICTURES: Mapping[str, Callable[[], list[str]]] = {
     "flb": _flb,
     "dola": _dola,
     "deco": _deco,
+    "sid": lambda: contrast("least seen patches alone"),
     "avisc": lambda: contrast("blind patches alone"),
     "mod": _mod,
     "pai": _pai,

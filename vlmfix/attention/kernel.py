@@ -87,7 +87,7 @@ class LayerPlan:
 
     @property
     def products(self) -> bool:
-        """Whether all that is done to scores and weights is to add products of a row's and a key's number."""
+        """Whether all that is done to a prompt's scores is to add products of a row's and a key's number."""
         scored = [step.edit for step in self.steps if not isinstance(step.edit, OutputEdit)]
         return bool(scored) and all(isinstance(edit, ProductBias) for edit in scored)
 
@@ -199,11 +199,12 @@ def _prefill(plan: LayerPlan, call: Call) -> Tensor:
     own = rows - plan.start  # (R,) among the queries of this pass
     every = _every(call, length)
     whole = _whole(plan, call, length)
-    some = rows[None], every[1] if plan.products or whole else _allowed(call, own, length)
+    products = plan.products and length == plan.prompt
+    some = rows[None], every[1] if products or whole else _allowed(call, own, length)
     sites = [_site(plan, step, call, length, *(every if step.edit.rows == "all" else some)) for step in plan.steps]
     if rows.shape[0] == 0:
         output = call.sdpa()
-    elif plan.products:
+    elif products:
         output = _with_products(plan, sites, call, own)
     elif whole:
         output = _in_parts(plan, sites, call.sdpa(), whole, own)

@@ -22,9 +22,29 @@ from vlmfix.upstream import names
 from vlmfix.upstream.attention import check_mathematics, register, switched
 
 
+@dataclass(frozen=True, eq=False)
+class Portion:
+    """Holds edits, and which rows of a pass they change.
+
+    Attributes:
+        edits: The edits, in order.
+        layout: (B, T) layout of the pass's rows; rows that they leave alone show no picture and no text.
+        live: (B,) bool, the rows that they change; None for all.
+    """
+
+    edits: Sequence[AttentionEdit]
+    layout: ImageLayout
+    live: Tensor | None = None
+
+
 @contextmanager
 def edited(
-    vlm: Checkpoint, layout: ImageLayout, edits: Sequence[AttentionEdit], *, live: Tensor | None = None
+    vlm: Checkpoint,
+    layout: ImageLayout,
+    edits: Sequence[AttentionEdit],
+    *,
+    live: Tensor | None = None,
+    others: Sequence[Portion] = (),
 ) -> Iterator[AtWork]:
     """Applies edits to the text decoder inside the block.
 
@@ -35,6 +55,7 @@ def edited(
         layout: Layout of the rows that the model will run, (B, T); after beam expansion and with contrast rows.
         edits: The edits, in order. With none, the model is not touched.
         live: (B,) bool, rows to edit; None edits all. Contrast rows are False.
+        others: Edits of other rows of the same pass, those of contrast branches.
 
     Yields:
         The plans in use, for a caller that continues with some of the rows.
@@ -42,11 +63,12 @@ def edited(
     Raises:
         UnsupportedAttentionError: The model's attention is not plain softmax attention, or an edit fits no layer.
     """
-    if not edits:
+    portions = [part for part in (Portion(edits, layout, live), *others) if part.edits]
+    if not portions:
         yield AtWork({})
         return
     with turn_of(vlm.model).taken():
-        yield from _edited(vlm, layout, edits, live)
+        yield from _edited(vlm, portions)
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,11 +94,9 @@ class AtWork:
             plan.steps = tuple(step.of_rows(pick) for step in plan.steps)
 
 
-def _edited(
-    vlm: Checkpoint, layout: ImageLayout, edits: Sequence[AttentionEdit], live: Tensor | None
-) -> Iterator[AtWork]:
+def _edited(vlm: Checkpoint, portions: Sequence[Portion]) -> Iterator[AtWork]:
     modules, layers = vlm.family.attention_modules(vlm.model), vlm.family.layers(vlm.model)
-    own, outer = _plans(edits, layout, len(modules), live), _at_work(vlm)
+    own, outer = _plans(portions, len(modules)), _at_work(vlm)
     for layer in own:
         check_mathematics(modules[layer])
     # An outer block's plans are copied, so that ``AtWork.keep`` leaves them as they are.
@@ -221,32 +241,40 @@ def _at_work(vlm: Checkpoint) -> dict[int, LayerPlan]:
     return {number: plan for number, plan in found.items() if plan is not None}
 
 
-def _plans(
-    edits: Sequence[AttentionEdit], layout: ImageLayout, count: int, live: Tensor | None
-) -> dict[int, LayerPlan]:
-    rows, length = layout.tokens.shape
-    mixed = live is not None
-    live = torch.ones(rows, dtype=torch.bool, device=layout.tokens.device) if live is None else live
-    wanted = {edit: edit.layers.resolve(count) for edit in edits}
+def _plans(portions: Sequence[Portion], count: int) -> dict[int, LayerPlan]:
+    length = portions[0].layout.tokens.shape[1]
+    wanted = {edit: edit.layers.resolve(count) for part in portions for edit in part.edits}
     for edit, chosen in wanted.items():
         if not chosen:
             raise UnsupportedAttentionError(
                 f"{type(edit).__name__} acts in layers {edit.layers}, but the model has {count} layers",
                 "give layers that exist, counted from 0",
             )
-    masks = {edit: _prompt_rows(edit, layout) for edit in edits}
-    image, text = layout.image_keys(length + HEADROOM), layout.text_keys(length + HEADROOM)
-    answer = (torch.arange(length + HEADROOM, device=live.device) >= length)[None]  # (1, T + HEADROOM)
+    device = portions[0].layout.tokens.device
+    answer = (torch.arange(length + HEADROOM, device=device) >= length)[None]  # (1, T + HEADROOM)
+    made = {edit: made for part in portions for edit, made in _steps(part, answer)}
     plans: dict[int, LayerPlan] = {}
     for layer in sorted(frozenset().union(*wanted.values())):
-        here = [edit for edit in edits if layer in wanted[edit]]
-        union = torch.stack([masks[edit] & live[:, None] for edit in here]).any(0).any(0).nonzero().squeeze(1)
+        here = [made[edit] for edit in wanted if layer in wanted[edit]]
+        union = torch.stack([step.prompt_rows & step.live[:, None] for step in here]).any(0).any(0).nonzero().squeeze(1)
         steps = tuple(
-            Step(edit, masks[edit][:, union], live, image, text, answer, edit.memory.setdefault(layer, Memory()), mixed)
-            for edit in here
+            replace(step, prompt_rows=step.prompt_rows[:, union], memory=step.edit.memory.setdefault(layer, Memory()))
+            for step in here
         )
         plans[layer] = LayerPlan(layer=layer, rows=union, prompt=length, steps=steps)
     return plans
+
+
+def _steps(part: Portion, answer: Tensor) -> Iterator[tuple[AttentionEdit, Step]]:
+    """Yields each edit of a portion with its step, which has a column for each prompt token, and no memory yet."""
+    layout, live = part.layout, part.live
+    length = layout.tokens.shape[1]
+    image, text = layout.image_keys(length + HEADROOM), layout.text_keys(length + HEADROOM)
+    if live is None:
+        live = torch.ones(len(layout.tokens), dtype=torch.bool, device=answer.device)
+    for edit in part.edits:
+        rows = _prompt_rows(edit, layout)
+        yield edit, Step(edit, rows, live, image, text, answer, mixed=part.live is not None)
 
 
 def _prompt_rows(edit: AttentionEdit, layout: ImageLayout) -> Tensor:

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from vlmfix.decoders.logits.m3id import M3ID
     from vlmfix.decoders.logits.mod import MoD
     from vlmfix.decoders.logits.sgrs import SGRS
+    from vlmfix.decoders.logits.sid import SID
     from vlmfix.decoders.logits.vcd import VCD
     from vlmfix.decoders.picture.carve import CARVE
     from vlmfix.decoders.picture.vicrop import ViCrop
@@ -93,6 +94,7 @@ __all__ = [
     "PAI",
     "PH3",
     "SGRS",
+    "SID",
     "SPIN",
     "VAF",
     "VAR",

@@ -16,11 +16,12 @@ from typing import Any, ClassVar
 from PIL import Image
 from torch import Tensor
 
-from vlmfix.attention.session import Acting, edited
+from vlmfix.attention.session import Acting, Portion, edited
 from vlmfix.decoders.picture.refined import PictureMemo, Refined
 from vlmfix.decoding.handed import HandedLoop
 from vlmfix.decoding.plan import DecodingPlan
 from vlmfix.decoding.prefix import cut_prefill, prompts_of
+from vlmfix.decoding.rows import portions_of
 from vlmfix.decoding.stack import Stack, stack_layout, stacked
 from vlmfix.decoding.strategy import Strategy
 from vlmfix.decoding.watch import Watch, longest_prompts
@@ -252,8 +253,8 @@ class Decoder(ABC):
                 beams=num_beams,
                 prompt=length,
                 lengths=lengths,
-                layers=frozenset[int]().union(*(edit.layers.resolve(vlm.layers) for edit in plan.edits)),
-                acting=Acting(vlm) if plan.edits and loop is None else None,
+                layers=frozenset[int]().union(*(edit.layers.resolve(vlm.layers) for edit in plan.every_edit)),
+                acting=Acting(vlm) if plan.every_edit and loop is None else None,
                 stack=stack,
                 plain=plan.plain,
             )
@@ -271,12 +272,13 @@ class Decoder(ABC):
         layout = layout.expand(beams) if beams > 1 else layout
         with ExitStack() as block:
             stack = live = None
+            others: list[Portion] = []
             if plan.contrasts:
                 stack = block.enter_context(stacked(vlm, batch, plan.contrasts, beams=beams))
+                others = portions_of(layout, plan.branches, stack.length)
                 layout, live = stack_layout(layout, stack)
-            block.enter_context(edited(vlm, layout, plan.edits, live=live))
-            branches = [branch for contrast in plan.contrasts for branch in contrast.branches]
-            prompts = prompts_of(vlm, batch, branches, beams=beams)
+            block.enter_context(edited(vlm, layout, plan.edits, live=live, others=others))
+            prompts = prompts_of(vlm, batch, plan.branches, beams=beams)
             if prompts is not None:
                 block.enter_context(cut_prefill(vlm, prompts))
             yield stack

@@ -49,6 +49,7 @@ HOMES = {
     "dola": "vlmfix.decoders.logits.dola:DoLa",
     "deco": "vlmfix.decoders.logits.deco:DeCo",
     "avisc": "vlmfix.decoders.logits.avisc:AvisC",
+    "sid": "vlmfix.decoders.logits.sid:SID",
     "mod": "vlmfix.decoders.logits.mod:MoD",
     "pai": "vlmfix.decoders.attention.pai:PAI",
     "vaf": "vlmfix.decoders.attention.vaf:VAF",

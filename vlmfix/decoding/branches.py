@@ -16,6 +16,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn.functional import pad
 
+from vlmfix.attention.edit import AttentionEdit
 from vlmfix.decoding.exits import Exit
 from vlmfix.errors import DataError
 from vlmfix.models.checkpoint import Checkpoint
@@ -34,11 +35,13 @@ class Branch:
         batch: Its inputs; row i belongs to row i of the clean batch.
         same_pictures: Whether the pictures are the clean batch's own, so that both share the features.
         blank: (B, T) bool, tokens of its prompts whose embeddings are zero; None when it has none.
+        edits: Edits of attention that act on its rows alone; its prompts are then those of the clean batch.
     """
 
     batch: Batch
     same_pictures: bool = False
     blank: Tensor | None = None
+    edits: tuple[AttentionEdit, ...] = ()
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -138,6 +141,16 @@ def with_blanks(batch: Batch, blank: Tensor) -> Branch:
         blank: (B, T) bool, those tokens.
     """
     return Branch(batch, same_pictures=True, blank=blank)
+
+
+def with_edits(batch: Batch, *edits: AttentionEdit) -> Branch:
+    """Makes a branch with the same prompt and pictures, and other attention.
+
+    Args:
+        batch: The clean rows.
+        *edits: What changes attention in the branch's rows, in order.
+    """
+    return Branch(batch, same_pictures=True, edits=edits)
 
 
 def with_pixels(vlm: Checkpoint, branch: Batch, change: Callable[[Tensor, Tensor], Tensor]) -> Branch:

@@ -9,7 +9,7 @@ from typing import Protocol
 from transformers import LogitsProcessor
 
 from vlmfix.attention.edit import AttentionEdit, LayerSet
-from vlmfix.decoding.branches import Contrast
+from vlmfix.decoding.branches import Branch, Contrast
 from vlmfix.decoding.choice import Gated
 from vlmfix.decoding.newest import Newest
 from vlmfix.errors import IncompatibleDecodersError
@@ -55,6 +55,16 @@ class DecodingPlan:
     def steps_alike(self) -> bool:
         """Returns whether all decoding steps are the same computation, fusion of logits included."""
         return self.compiles and all(contrast.steps_alike for contrast in self.contrasts)
+
+    @property
+    def branches(self) -> list[Branch]:
+        """Returns the branches of all contrasts, in the order of their rows."""
+        return [branch for contrast in self.contrasts for branch in contrast.branches]
+
+    @property
+    def every_edit(self) -> tuple[AttentionEdit, ...]:
+        """Returns all edits, those of branches included."""
+        return self.edits + tuple(edit for branch in self.branches for edit in branch.edits)
 
     @property
     def plain(self) -> bool:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from vlmfix.attention.session import Portion
 from vlmfix.decoding.branches import Branch
 from vlmfix.decoding.encoding import encoded_once, repeats_pictures
 from vlmfix.models.checkpoint import Checkpoint
@@ -61,25 +62,61 @@ class Rows:
     def layout(self, clean: ImageLayout) -> tuple[ImageLayout, Tensor | None]:
         """Returns the layout of all rows, and a mask of the samples among them, (R,) bool, None when all are.
 
-        In this layout branches show no picture, because edits must leave them alone.
-
         Args:
             clean: (B, T') layout of the samples, T' <= T.
         """
-        if self.copies == 1:
-            return clean, None
-        wider, others = self.length - clean.tokens.shape[1], self.samples * (self.copies - 1)
+        return (clean, None) if self.copies == 1 else alone(clean, 0, self.copies, self.length)
 
-        def grown(values: Tensor, fill: float) -> Tensor:
-            return pad(values, (0, 0) * (values.dim() - 2) + (wider, 0, 0, others), value=fill)
+    def portions(self, clean: ImageLayout, branches: Sequence[Branch]) -> list[Portion]:
+        """Returns the edits that branches have of their own, and where they act.
 
-        layout = ImageLayout(
-            tokens=grown(clean.tokens, False),
-            text=grown(clean.text, False),
-            image=grown(clean.image, -1),
-            boxes=grown(clean.boxes, float("nan")),
-        )
-        return layout, torch.arange(len(self.ids), device=self.ids.device) < self.samples
+        Args:
+            clean: (B, T') layout of the samples, which such branches share.
+            branches: The branches.
+        """
+        return portions_of(clean, branches, self.length)
+
+
+def portions_of(clean: ImageLayout, branches: Sequence[Branch], length: int) -> list[Portion]:
+    """Returns the edits that branches have of their own, and where they act among the rows of a pass.
+
+    Args:
+        clean: (B, T') layout of the samples, beams expanded.
+        branches: N branches.
+        length: T.
+    """
+    return [
+        Portion(branch.edits, *alone(clean, number, 1 + len(branches), length))
+        for number, branch in enumerate(branches, 1)
+        if branch.edits
+    ]
+
+
+def alone(clean: ImageLayout, copy: int, copies: int, length: int) -> tuple[ImageLayout, Tensor]:
+    """Returns a layout of all rows in which one copy of the samples is shown, and which rows that is, (R,) bool.
+
+    The other rows show no picture and no text, because edits must leave them alone.
+
+    Args:
+        clean: (B, T') layout of the samples, T' <= T.
+        copy: Number of the copy: 0 for the samples themselves, then the branches.
+        copies: 1 + N.
+        length: T.
+    """
+    samples, wider = len(clean.tokens), length - clean.tokens.shape[1]
+    before, behind = copy * samples, (copies - copy - 1) * samples
+
+    def grown(values: Tensor, fill: float) -> Tensor:
+        return pad(values, (0, 0) * (values.dim() - 2) + (wider, 0, before, behind), value=fill)
+
+    layout = ImageLayout(
+        tokens=grown(clean.tokens, False),
+        text=grown(clean.text, False),
+        image=grown(clean.image, -1),
+        boxes=grown(clean.boxes, float("nan")),
+    )
+    row = torch.arange(copies * samples, device=clean.tokens.device)
+    return layout, (row >= before) & (row < before + samples)
 
 
 @torch.no_grad()

@@ -178,11 +178,11 @@ def running(
             cannot pass alone.
         UnsupportedAttentionError: The edits cannot act on the model's attention.
     """
-    branches = [branch for contrast in plan.contrasts for branch in contrast.branches]
+    branches = plan.branches
     with turn_of(vlm.model).taken(), torch.no_grad():
         stays = plan.compiles and not reorders
         recordings = recordings_of(vlm) if stays and _can_record(vlm) else None
-        if recordings is not None and recordings.fuses and plan.edits and plan.asks is None:
+        if recordings is not None and recordings.fuses and plan.every_edit and plan.asks is None:
             start(vlm.device)  # while the prompt passes
         rows = rows_of(vlm, batch, branches)
         left = room_for_answers(vlm, rows.longest)
@@ -192,10 +192,11 @@ def running(
         edits = plan.edits if newest is None else (*plan.edits, newest.recorder)
         if newest is not None:
             check_prompts(vlm, batch, rows.length)
-        layers = frozenset[int]().union(*(edit.layers.resolve(vlm.layers) for edit in edits))
+        acting = plan.every_edit if newest is None else (*plan.every_edit, newest.recorder)
+        layers = frozenset[int]().union(*(edit.layers.resolve(vlm.layers) for edit in acting))
         check_windows(vlm, layers, rows.length, max(room))
         wide, live = rows.layout(layout)
-        with edited(vlm, wide, edits, live=live) as work:
+        with edited(vlm, wide, edits, live=live, others=rows.portions(layout, branches)) as work:
             exits = [place for contrast in plan.contrasts for place in contrast.exits]
             reader = Reader(vlm, exits) if exits else None
             passes = Passes(

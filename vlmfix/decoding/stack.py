@@ -25,7 +25,7 @@ from vlmfix.decoding.blanks import blanked
 from vlmfix.decoding.branches import Branch, Contrast, fused
 from vlmfix.decoding.encoding import encoded_once
 from vlmfix.decoding.exits import Reader
-from vlmfix.decoding.rows import blank_of
+from vlmfix.decoding.rows import alone, blank_of
 from vlmfix.errors import IncompatibleDecodersError
 from vlmfix.models.checkpoint import Checkpoint
 from vlmfix.models.layout import Batch, ImageLayout
@@ -97,23 +97,7 @@ def stack_layout(layout: ImageLayout, stack: Stack) -> tuple[ImageLayout, Tensor
     Returns:
         The ((1+N)*B, T') layout, whose contrast rows are empty, and ((1+N)*B,) bool.
     """
-    extra = stack.length - stack.prompt
-    others = stack.clean * (stack.copies - 1)
-
-    def grown(mask: Tensor, fill: float) -> Tensor:
-        pad = (0, 0) * (mask.dim() - 2) + (extra, 0, 0, others)
-        return torch.nn.functional.pad(mask, pad, value=fill)
-
-    live = torch.arange(stack.clean + others, device=layout.tokens.device) < stack.clean
-    return (
-        ImageLayout(
-            tokens=grown(layout.tokens, False),
-            text=grown(layout.text, False),
-            image=grown(layout.image, -1),
-            boxes=grown(layout.boxes, float("nan")),
-        ),
-        live,
-    )
+    return alone(layout, 0, stack.copies, stack.length)
 
 
 @contextmanager
