@@ -1,13 +1,15 @@
 """Answers of the embedded models, token for token: what the decoding of every method must go on saying.
 
-``python -m tests.recorded.answers`` writes ``answers.json`` anew. That is right only when a method or a model was
-changed on purpose; a change of how decoding is done changes no token.
+``python -m tests.recorded.answers`` adds to ``answers.json`` the methods that it lacks, and with names writes those
+anew. That is right only when a method or a model was changed on purpose; a change of how decoding is done changes no
+token.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+import sys
+from collections.abc import Collection, Iterator, Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -76,12 +78,16 @@ def answered(vlm: VLM, spec: str) -> list[list[int]]:
     return [list(answer.ids) for answer in answers]
 
 
-def record() -> Iterator[tuple[str, str, list[list[int]]]]:
-    """Model, name and tokens of every case."""
+def record(names: Collection[str], known: Mapping[str, Mapping[str, Any]]) -> Iterator[tuple[str, str, Any]]:
+    """Model, name and tokens of every case: as they are known, but for the given names and for new ones."""
     for model in EMBEDDED:
         vlm = load(model, device="cpu", dtype="float32")
         for name, spec in methods().items():
-            yield model, name, answered(vlm, spec)
+            if name in names or name not in known.get(model, {}):
+                print(model, name)
+                yield model, name, answered(vlm, spec)
+            else:
+                yield model, name, known[model][name]
 
 
 def recorded() -> dict[str, dict[str, Any]]:
@@ -92,9 +98,8 @@ def recorded() -> dict[str, dict[str, Any]]:
 
 if __name__ == "__main__":
     found: dict[str, dict[str, list[list[int]]]] = {}
-    for model, name, rows in record():
+    for model, name, rows in record(sys.argv[1:], recorded()):
         found.setdefault(model, {})[name] = rows
-        print(model, name, rows[0][:8])
     lines = [
         f'  "{model}": {{\n' + ",\n".join(f'    "{name}": {json.dumps(rows)}' for name, rows in of.items()) + "\n  }"
         for model, of in found.items()
