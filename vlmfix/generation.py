@@ -7,7 +7,7 @@ import logging
 import math
 import threading
 import time
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -22,10 +22,9 @@ from transformers import (
     ProcessorMixin,
     StoppingCriteria,
     StoppingCriteriaList,
-    TextIteratorStreamer,
 )
 
-from vlmfix.asked import pictures_of, questions_of, whole
+from vlmfix.asked import number, pictures_of, questions_of, whole
 from vlmfix.decoders import Decoder, Strategy, parse
 from vlmfix.decoders.picture.refined import PictureMemo, Refined
 from vlmfix.decoding.beams import search
@@ -33,9 +32,11 @@ from vlmfix.decoding.choice import Choice, Drawn, MostProbable
 from vlmfix.decoding.draws import drawing, seed_of
 from vlmfix.decoding.encoding import generation_inputs
 from vlmfix.decoding.listening import Listener
-from vlmfix.decoding.loop import decode
+from vlmfix.decoding.loop import Said, decode
 from vlmfix.decoding.plan import Gate
+from vlmfix.decoding.repetition import Repetition, RepetitionPenalty, Unrepeated
 from vlmfix.decoding.running import Running, running
+from vlmfix.decoding.spelling import Pieces, Spelling
 from vlmfix.errors import DataError, IncompatibleDecodersError, UsageError
 from vlmfix.models.checkpoint import Checkpoint, limited, said_before
 from vlmfix.models.families import family_of
@@ -54,7 +55,7 @@ SEEDS = 2**63
 
 Shown = Image.Image | Sequence[Image.Image]
 """The picture of one question, or its pictures."""
-Finish = Literal["eos", "length", "context", "nan"]
+Finish = Literal["eos", "stop", "length", "context", "nan"]
 """Why an answer ends."""
 
 
@@ -65,11 +66,11 @@ class Answer:
     Attributes:
         text: What the model said, without special tokens and outer white space.
         tokens: Number of generated tokens, the end token included.
-        finish: ``eos`` when the model ended it, ``length`` when ``max_new_tokens`` cut it, ``context`` when prompt and
+        finish: ``eos`` when the model ended it, ``stop`` when a text that it was to end at came, ``length`` when ``max_new_tokens`` cut it, ``context`` when prompt and
             answer filled the model's context before, ``nan`` when some score behind it was not a number: text and
             tokens then mean nothing.
         seconds: Wall-clock time of its batch, divided by the batch's rows.
-        ids: The generated tokens, ``tokens`` many: the end token included, what is filled up behind it not.
+        ids: The generated tokens, ``tokens`` many: the end token, or those of a stop, included, what comes behind not.
         logprob: Mean natural log-probability of its tokens, under the scores that the decoder made and before any
             temperature; at most 0. None for beams, a static cache and answers whose scores were not numbers.
         entropy: Mean entropy, in nats, of the distributions that its tokens were chosen from; None likewise.
@@ -107,6 +108,8 @@ class VLM(Checkpoint):
         temperature: float = 0.0,
         top_p: float = 1.0,
         top_k: int = 0,
+        repetition_penalty: float = 1.0,
+        stop: str | Sequence[str] = (),
         seed: int | Sequence[int] = 0,
         system: str | None = None,
         earlier: Sequence[Sequence[Turn]] | None = None,
@@ -130,6 +133,11 @@ class VLM(Checkpoint):
                 temperature.
             top_p: Nucleus of sampling, in (0, 1].
             top_k: How many of the most probable tokens are sampled from; 0 for all.
+            repetition_penalty: Above 0. Scores of tokens that stand in the prompt or the answer so far are divided by
+                it where they are positive, and multiplied where they are negative, after the decoder has made them and
+                before a token is chosen; 1 leaves them.
+            stop: A text, or several, that end an answer and do not belong to it. A search with beams and a static cache
+                look for them when their answers are complete.
             seed: Seed of sampling, or that of each row, together with the row's question and pixels.
             system: System message of all rows; None keeps the chat template's own.
             earlier: For each row, what was said before its question, oldest first, which may begin with a system
@@ -159,6 +167,8 @@ class VLM(Checkpoint):
             strategy=_strategy(
                 method, Strategy(num_beams=num_beams, temperature=temperature, top_p=top_p, top_k=top_k)
             ),
+            repetition_penalty=repetition_penalty,
+            stops=stops_of(stop),
             seeds=_each(seed, len(rows), "seed"),
             system=system,
             earlier=said_before(earlier, rows),
@@ -173,7 +183,8 @@ class VLM(Checkpoint):
             request, refined = self._refined(request)
             found = self._found(request)
         seconds = (time.perf_counter() - started) / len(rows)
-        return [replace(self._answer(said, seconds), refined=look) for said, look in zip(found, refined, strict=True)]
+        answers = [self._answer(said, seconds, request.stops) for said in found]
+        return [replace(answer, refined=look) for answer, look in zip(answers, refined, strict=True)]
 
     def refine(
         self, pictures: Sequence[Shown], prompts: str | Sequence[str], *, decoder: Decoder | str
@@ -207,6 +218,8 @@ class VLM(Checkpoint):
         temperature: float = 0.0,
         top_p: float = 1.0,
         top_k: int = 0,
+        repetition_penalty: float = 1.0,
+        stop: str | Sequence[str] = (),
         seed: int = 0,
         system: str | None = None,
         earlier: Sequence[Turn] = (),
@@ -231,6 +244,8 @@ class VLM(Checkpoint):
             decoder=method,
             limits=[max_new_tokens],
             strategy=_strategy(method, Strategy(temperature=temperature, top_p=top_p, top_k=top_k)),
+            repetition_penalty=repetition_penalty,
+            stops=stops_of(stop),
             seeds=[seed],
             system=system,
             earlier=said_before([earlier], rows) if earlier else None,
@@ -245,6 +260,8 @@ class VLM(Checkpoint):
                 request.prompts,
                 decoder=request.decoder,
                 max_new_tokens=request.limits,
+                repetition_penalty=request.repetition_penalty,
+                stop=request.stops,
                 system=request.system,
                 earlier=request.earlier,
             )
@@ -256,7 +273,7 @@ class VLM(Checkpoint):
             given = "a stream inside a block that has put a decoder to work on the same model"
             raise IncompatibleDecodersError(given, "leave the block first, or name the decoder in stream(...)")
         left = threading.Event()
-        streamer = TextIteratorStreamer(_tokenizer(self.processor), skip_special_tokens=True)
+        streamer = Pieces(_tokenizer(self.processor), request.stops)
         failure: list[BaseException] = []
 
         def work() -> None:
@@ -278,13 +295,8 @@ class VLM(Checkpoint):
 
         thread.start()
         atexit.register(end)  # an interpreter that ends under a thread at work is aborted
-        started = False
         try:
-            for piece in streamer:
-                piece = piece if started else piece.lstrip()  # tokenizers begin a word with its space
-                started = started or bool(piece)
-                if piece:
-                    yield piece
+            yield from streamer
         finally:  # also where the reader leaves early: the model is then as it was before anybody else gets it
             end()
             atexit.unregister(end)
@@ -305,7 +317,7 @@ class VLM(Checkpoint):
         return replace(request, rows=rows, decoder=request.decoder.decoding, prepared=None), found
 
     def _found(
-        self, request: _Request, streamer: TextIteratorStreamer | None = None, left: threading.Event | None = None
+        self, request: _Request, streamer: Pieces | None = None, left: threading.Event | None = None
     ) -> list[_Found]:
         """What the model says to a request.
 
@@ -334,10 +346,12 @@ class VLM(Checkpoint):
         limits, name = request.limits, method.spec()
         with running(self, batch, layout, plan, limit=limits, name=name, reorders=beams > 1) as call:
             if beams > 1:
-                found = search(call, beams, defaults.ends(self.model))
+                penalty = request.repetition_penalty
+                repetition = None if penalty == 1 else Repetition(penalty, batch["input_ids"], batch.attention_mask)
+                found = search(call, beams, defaults.ends(self.model), repetition)
                 said = [_Found(one.answer, one.broken) for one in found]
             else:
-                said = self._decoded(call, plan.gate, request, streamer, left)
+                said = self._decoded(call, plan.gate, request, batch, streamer, left)
         rooms = zip(said, call.room, limits, strict=True)
         return [replace(one, full=len(one.ids) == room < limit) for one, room, limit in rooms]
 
@@ -346,7 +360,8 @@ class VLM(Checkpoint):
         call: Running,
         gate: Gate | None,
         request: _Request,
-        streamer: TextIteratorStreamer | None,
+        batch: Batch,
+        streamer: Pieces | None,
         left: threading.Event | None,
     ) -> list[_Found]:
         """The answers of our own loop, with tokens chosen as the request says, through the gate where there is one."""
@@ -357,8 +372,13 @@ class VLM(Checkpoint):
         choice: Choice = Drawn(draws) if draws else MostProbable()
         if gate is not None:
             choice = gate(call.newest, draws, sampling=False)
+        if request.repetition_penalty != 1:
+            penalty = request.repetition_penalty
+            choice = Unrepeated(choice, Repetition(penalty, batch["input_ids"], batch.attention_mask))
         if request.listener is not None:
             choice = request.listener.following(choice)
+        stops = request.stops
+        spelled = [Spelling(_tokenizer(self.processor), stops) for _ in request.rows] if stops else []
         unwanted: set[int] = set()
         for step, said in enumerate(decode(call, choice, defaults.ends(self.model), unwanted)):
             for sample, token, odd in zip(said.samples, said.tokens, said.broken, strict=True):
@@ -366,6 +386,8 @@ class VLM(Checkpoint):
                 broken[sample] += [step] * odd
             for sample, *numbers in zip(said.samples, said.logprobs, said.entropies, strict=True):
                 sure[sample].append((numbers[0], numbers[1]))
+            if spelled:
+                unwanted.update(_stopped(spelled, said))
             if streamer is not None:
                 streamer.put(torch.tensor(said.tokens))
             if left is not None and left.is_set():
@@ -383,7 +405,7 @@ class VLM(Checkpoint):
         batch: Batch,
         given: dict[str, Any],
         room: Tensor | None,
-        streamer: TextIteratorStreamer | None,
+        streamer: Pieces | None,
         left: threading.Event | None,
     ) -> list[_Found]:
         """The answers of the model's own ``generate``: with a static cache, or in another's block."""
@@ -391,7 +413,9 @@ class VLM(Checkpoint):
         watch, most = NumberWatch(batch.length), max(request.limits)
         own: dict[str, Any] = {"max_new_tokens": most, **Strategy(num_beams=request.strategy.num_beams).arguments()}
         # A decoder that samples lets transformers draw, here each row does.
-        own["logits_processor"] = LogitsProcessorList([watch, *self._draws(request)])
+        penalty = request.repetition_penalty
+        lower = [] if penalty == 1 else [RepetitionPenalty(penalty, batch["input_ids"], batch.attention_mask)]
+        own["logits_processor"] = LogitsProcessorList([watch, *lower, *self._draws(request)])
         if request.static_cache:
             own["cache_implementation"] = "static"
         if left is not None:
@@ -416,13 +440,16 @@ class VLM(Checkpoint):
             _row_seeds(request), self.device, temperature=kind.temperature, top_p=kind.top_p, top_k=kind.top_k
         )
 
-    def _answer(self, said: _Found, seconds: float) -> Answer:
+    def _answer(self, said: _Found, seconds: float, stops: Sequence[str] = ()) -> Answer:
         """The answer of one row, whose batch took so many seconds for each."""
         ends = defaults.ends(self.model)
         last = next((place for place, token in enumerate(said.ids) if token in ends), None)
         own = said.ids if last is None else said.ids[: last + 1]
-        text = str(_tokenizer(self.processor).decode(list(own), skip_special_tokens=True)).strip()
         finish: Finish = "eos" if last is not None else "context" if said.full else "length"
+        if stops and (spelling := _spelled(Spelling(_tokenizer(self.processor), stops), own)).stopped:
+            own, text, finish = own[: len(spelling.starts)], spelling.text, "stop"
+        else:
+            text = str(_tokenizer(self.processor).decode(list(own), skip_special_tokens=True)).strip()
         if any(step < len(own) for step in said.broken):  # a row that has ended may still run
             finish = "nan"
         logprob, entropy = (None, None) if finish == "nan" else _means(said.sure[: len(own)])
@@ -456,6 +483,8 @@ class _Request:
     limits: Sequence[int]
     seeds: Sequence[int]
     strategy: Strategy = field(default_factory=Strategy)
+    repetition_penalty: float = 1.0
+    stops: Sequence[str] = ()
     system: str | None = None
     earlier: Earlier | None = None
     static_cache: bool = False
@@ -465,8 +494,47 @@ class _Request:
     def __post_init__(self) -> None:
         object.__setattr__(self, "limits", [whole("max_new_tokens", limit, 1) for limit in self.limits])
         object.__setattr__(self, "seeds", [whole("seed", seed, 0, SEEDS - 1) for seed in self.seeds])
+        object.__setattr__(self, "repetition_penalty", _penalty(self.repetition_penalty))
         if self.system is not None and not is_text(self.system):
             raise DataError("system is no text", "give one system message for all questions")
+
+
+def _penalty(value: float) -> float:
+    """A penalty on repetition, checked."""
+    if not 0 < (found := number("repetition_penalty", value)) <= 100:
+        raise UsageError(f"repetition_penalty={value} is not allowed", "it is above 0 and at most 100; 1 is none")
+    return found
+
+
+def stops_of(given: str | Sequence[str]) -> tuple[str, ...]:
+    """Checks the texts that end an answer.
+
+    Raises:
+        DataError: One is no text, or empty.
+    """
+    found = (given,) if isinstance(given, str) else tuple(given) if isinstance(given, Sequence) else (None,)
+    stops = tuple(stop for stop in found if is_text(stop) and stop)
+    if len(stops) < len(found):
+        raise DataError("stop is no text, or an empty one", "give a text that ends an answer, or a list of such texts")
+    return stops
+
+
+def _stopped(spelled: Sequence[Spelling], said: Said) -> Iterator[int]:
+    """Spells the newest token of each sample, and gives the samples in which a text that ends the answer has come."""
+    for sample, token in zip(said.samples, said.tokens, strict=True):
+        spelled[sample].add(token)
+        if spelled[sample].stopped:
+            yield sample
+
+
+def _spelled(spelling: Spelling, ids: Sequence[int]) -> Spelling:
+    """The spelling with an answer's tokens, up to a text that ends the answer."""
+    for token in ids:
+        spelling.add(token)
+        if spelling.stopped:
+            break
+    spelling.end()
+    return spelling
 
 
 def _means(pairs: Sequence[tuple[float, float]]) -> tuple[float, float] | tuple[None, None]:

@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 import torch
 
 from vlmfix.decoding.loop import broken
+from vlmfix.decoding.repetition import Repetition
 from vlmfix.decoding.running import Running
 
 
@@ -57,13 +58,16 @@ class Search:
         return self.ended[0][0]
 
 
-def search(call: Running, beams: int, ends: Collection[int]) -> list[Search]:
+def search(
+    call: Running, beams: int, ends: Collection[int], repetition: Repetition | None = None
+) -> list[Search]:
     """Searches for the best answer to each prompt.
 
     Args:
         call: The samples at work.
         beams: Answers that grow side by side, at least 2.
         ends: Tokens that end an answer; an answer without room for more tokens ends too.
+        repetition: Lowers log-probabilities of what was said; None for none.
 
     Returns:
         The finished search of each sample.
@@ -71,7 +75,8 @@ def search(call: Running, beams: int, ends: Collection[int]) -> list[Search]:
     samples = len(call.room)
     every = [Search(number, beams) for number in range(samples)]
     scores = call.prompt()  # (B, V), from here on (B * beams, V)
-    call.keep(torch.arange(samples, device=scores.device).repeat_interleave(beams), width=beams)
+    spread = torch.arange(samples, device=scores.device).repeat_interleave(beams)
+    call.keep(spread, width=beams)
     sums = scores.new_zeros(samples, 1)  # (B, beams)
     going, step = every, 0
     while going:
@@ -79,7 +84,10 @@ def search(call: Running, beams: int, ends: Collection[int]) -> list[Search]:
         for place, odd in enumerate(broken(scores).tolist()):
             searched = going[place * len(going) // len(scores)]
             searched.broken += [step - 1] * odd
-        totals = scores.log_softmax(dim=-1).view(len(going), -1, scores.shape[-1]) + sums[..., None]  # (B, beams, V)
+        logs = scores.log_softmax(dim=-1)
+        if repetition is not None:
+            logs = repetition.lowered(logs)
+        totals = logs.view(len(going), -1, scores.shape[-1]) + sums[..., None]  # (B, beams, V)
         # Each beam can end with each end token: this many candidates leave ``beams`` that go on.
         count = min(max(2, 1 + len(ends)) * beams, totals[0].numel())
         values, places = totals.flatten(1).topk(count)  # (B, C)
@@ -95,8 +103,12 @@ def search(call: Running, beams: int, ends: Collection[int]) -> list[Search]:
                 kept.append([total for total, _, _ in grown])
         going, sums = stay, torch.tensor(kept, device=scores.device)
         if going:
-            call.keep(torch.tensor(lines, device=scores.device), width=beams)
-            scores = call.token(torch.tensor(tokens, device=scores.device))
+            chosen, newest = (torch.tensor(numbers, device=scores.device) for numbers in (lines, tokens))
+            if repetition is not None:
+                repetition.keep(spread[chosen] if step == 1 else chosen)  # of a sample, before it has beams
+                repetition.add(newest)
+            call.keep(chosen, width=beams)
+            scores = call.token(newest)
     return every
 
 

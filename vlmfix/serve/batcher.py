@@ -26,7 +26,7 @@ from vlmfix.serve.metrics import Metrics
 from vlmfix.serve.protocol import Wanted
 from vlmfix.serve.refusals import RefusedError, refusal_of
 from vlmfix.serve.rows import Following, News, Row, Ticket
-from vlmfix.serve.spelling import Words
+from vlmfix.decoding.spelling import Words
 from vlmfix.settings import Settings
 from vlmfix.supply import THREADS, Question
 

@@ -11,7 +11,7 @@ from typing import Any
 from vlmfix.serve.protocol import Served
 from vlmfix.serve.rows import End, Piece, Ticket
 from vlmfix.serve.scores import Entry
-from vlmfix.serve.spelling import UNFINISHED, Words
+from vlmfix.decoding.spelling import UNFINISHED, Words
 
 
 class Replies:

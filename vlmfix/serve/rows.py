@@ -15,7 +15,7 @@ from vlmfix.generation import Answer
 from vlmfix.serve.protocol import Wanted
 from vlmfix.serve.refusals import RefusedError
 from vlmfix.serve.scores import Entry, Read
-from vlmfix.serve.spelling import Spelling
+from vlmfix.decoding.spelling import Spelling
 
 FINISH = {"eos": "stop", "length": "length", "context": "length"}
 """Why an answer ends, in the protocol's words."""

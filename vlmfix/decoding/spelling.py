@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import queue
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
 
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 UNFINISHED = "\ufffd"
@@ -73,6 +75,49 @@ class Spelling:
 def _overlap(text: str, stop: str) -> int:
     """Counts the characters at the end of a text that may be the beginning of a stop."""
     return next((size for size in range(min(len(stop) - 1, len(text)), 0, -1) if text.endswith(stop[:size])), 0)
+
+
+class Pieces:
+    """Hands the text of an answer from the thread that decodes it to the one that reads, piece by piece.
+
+    Args:
+        tokenizer: The model's.
+        stops: Texts that end the answer, and do not belong to it.
+
+    Attributes:
+        skip_prompt: Whether what is put first is the prompt, as transformers' ``generate`` does.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, stops: Sequence[str]) -> None:
+        self.skip_prompt = False
+        self._spelling, self._told = Spelling(tokenizer, stops), 0
+        self._queue: queue.SimpleQueue[str | None] = queue.SimpleQueue()
+
+    def put(self, value: Tensor) -> None:
+        """Takes the next tokens of the answer, int64 of any shape."""
+        if self.skip_prompt:
+            self.skip_prompt = False
+            return
+        for token in value.flatten().tolist():
+            if not self._spelling.stopped:
+                self._spelling.add(token)
+        self._tell(len(self._spelling.text) if self._spelling.stopped else self._spelling.safe)
+
+    def end(self) -> None:
+        """Hears that no token comes any more."""
+        self._spelling.end()
+        self._tell(len(self._spelling.text))
+        self._queue.put(None)
+
+    def __iter__(self) -> Iterator[str]:
+        """Yields the pieces as they come, in the thread that reads."""
+        while (piece := self._queue.get()) is not None:
+            yield piece
+
+    def _tell(self, known: int) -> None:
+        if known > self._told:
+            self._queue.put(self._spelling.text[self._told : known])
+            self._told = known
 
 
 class Words:

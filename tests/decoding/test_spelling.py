@@ -7,7 +7,7 @@ import random
 import pytest
 
 from vlmfix.generation import load
-from vlmfix.serve.spelling import Spelling, Words
+from vlmfix.decoding.spelling import Spelling, Words
 
 
 @pytest.fixture(scope="module", params=["tiny", "tiny-qwen"])
