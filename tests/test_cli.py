@@ -176,6 +176,62 @@ def test_a_limit_on_pixels_belongs_to_the_run(tmp_path, vlmfix):
     assert "vlmfix: max_pixels=255 is below the 256 pixels that this processor makes at least\nhint: give 256" in told
 
 
+def test_what_is_asked_for_belongs_to_the_run(tmp_path, model, vlmfix):
+    pictures, out = draw(tmp_path / "in", 2), tmp_path / "out"
+    call = ("--model", model, "--max-new-tokens", 6, "--system", "Be brief.", "--repetition-penalty", 1.5)
+    call = (*call, "--temperature", 1.2, "--top-k", 40, "--top-p", 0.9, "--attention", "eager")
+    run = ("run", pictures, "--prompt", "What?", "--out", out)
+    whole = ("run", pictures, "--prompt", "What?", "--out", tmp_path / "whole", *call)
+    assert vlmfix(*whole)[0] == 0
+    first, _ = (line["answer"] for line in read_lines(tmp_path / "whole" / "answers.jsonl"))
+    stop = first[3:6]
+    assert vlmfix(*run, *call, "--stop", "\n\n", "--stop", stop)[0] == 0
+    cut, _ = read_lines(out / "answers.jsonl")
+    assert (cut["answer"], cut["finish"]) == (first[: first.index(stop)].rstrip(), "stop")
+    known = read_json(out / "run.json")["settings"]
+    given = {"system": "Be brief.", "repetition_penalty": 1.5, "top_k": 40, "top_p": 0.9, "attention": "eager"}
+    assert {name: known[name] for name in (*given, "stop")} == given | {"stop": ["\n\n", stop]}
+    assert vlmfix("reproduce", out)[0] == 0
+    assert "repetition penalty 1.5" in vlmfix("view", out)[2] + (out / "view.html").read_text()
+    code, printed, _ = vlmfix("ask", pictures / "0000.png", "What?", *call, "--stop", stop)
+    assert (code, printed.strip()) == (0, cut["answer"])
+    code, _, told = vlmfix(*run, *call, "--stop", stop)
+    assert (code, "stop was ['\\n\\n', " in told, "now ['" in told) == (2, True, True)
+    code, _, told = vlmfix(*run, *call[:4])
+    assert code == 2
+    for name in (*given, "stop"):
+        assert f"{name} was {known[name]!r}, now None" in told
+
+
+def test_a_folder_that_noted_fewer_settings_goes_on(tmp_path, model, vlmfix):
+    out = tmp_path / "out"
+    run = ("run", draw(tmp_path / "in", 2), "--out", out, "--model", model, "--max-new-tokens", 3)
+    assert vlmfix(*run)[0] == 0
+    card = read_json(out / "run.json")
+    for name in ("min_pixels", "attention", "system", "top_k", "top_p", "repetition_penalty", "stop"):
+        assert card["settings"].pop(name) is None
+    (out / "run.json").write_text(json.dumps(card))
+    draw(tmp_path / "in", 3)
+    code, _, told = vlmfix(*run)
+    assert (code, "3 answers in" in told, "2 of them from before" in told) == (0, True, True)
+    code, _, told = vlmfix(*run, "--stop", "a")
+    assert (code, "stop was None, now ['a']" in told) == (2, True)
+    assert vlmfix("reproduce", out)[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("options", "ends", "message"),
+    [
+        (("--top-k", 5), 2, "top_k=5 with temperature=0"),
+        (("--decoder", "vicrop", "--system", "Be kind."), 1, "vicrop looks where one question makes the model look"),
+        (("--stop", ""), 2, "stop is no text, or an empty one"),
+    ],
+)
+def test_settings_that_cannot_work_end_before_the_model_is_loaded(tmp_path, model, vlmfix, options, ends, message):
+    code, _, told = vlmfix("run", draw(tmp_path / "in", 1), "--out", tmp_path / "out", "--model", model, *options)
+    assert (code, message in told, "loading" in told) == (ends, True, False)
+
+
 @pytest.mark.parametrize("command", ["ask", "run", "grounding", "profile", "pope"])
 def test_a_limit_on_pixels_is_refused_where_there_is_none(tmp_path, model, vlmfix, command):
     pictures = draw(tmp_path / "in", 1)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from tests.contracts.support import PICTURES, PROMPTS, vlm_of
-from vlmfix.errors import DataError
+from vlmfix.errors import UsageError
 
 ROWS = [list(row) for row in PICTURES]
 CALL = {"max_new_tokens": 12}
@@ -62,5 +62,5 @@ def test_a_stream_says_nothing_of_a_stop(whole):
 
 @pytest.mark.parametrize("stop", ["", [""], [3], None, ["\ud800"]])
 def test_what_is_no_stop(stop):
-    with pytest.raises(DataError, match="stop is no text"):
+    with pytest.raises(UsageError, match="stop is no text"):
         vlm_of("llava").generate(ROWS[:1], "?", stop=stop)

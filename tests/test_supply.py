@@ -171,7 +171,7 @@ def test_pictures_that_wait_are_not_prepared_once_nobody_asks():
     hold, prepared = threading.Event(), []
 
     class Slow(FakeVLM):
-        def prepared(self, prompts, pictures, *, each=map):
+        def prepared(self, prompts, pictures, *, system=None, each=map):
             def one(row):
                 prepared.append(row)
                 hold.wait(10)

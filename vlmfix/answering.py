@@ -263,7 +263,7 @@ class Answerer(Settling):
 
     def supply(self) -> Supply:
         """Makes the supply that prepares questions for ``part``."""
-        return Supply(self._vlm, self._threads)
+        return Supply(self._vlm, self._threads, system=self._settings.system)
 
     def outcomes(self, batches: Iterable[Sequence[Asked[Item]]]) -> Generator[tuple[Sequence[Asked[Item]], Outcomes]]:
         """Answers one batch while the next is prepared; see ``Settling.outcomes``."""
@@ -337,10 +337,7 @@ class Answerer(Settling):
                     [[] if question.picture is None else question.picture for question in part],
                     [question.prompt for question in part],
                     decoder=self._decoder,
-                    max_new_tokens=settings.max_new_tokens,
-                    num_beams=settings.num_beams,
-                    temperature=settings.temperature,
-                    seed=settings.seed,
+                    **settings.decoding(),
                     prepared=prepared,
                 )
         except Exception as error:

@@ -82,7 +82,7 @@ def fitting_batch(vlm: VLM, decoder: Decoder, settings: Settings, questions: Seq
         settings: Its generation settings.
         questions: A sample of those to come; see ``typical``.
     """
-    needs = [_need(vlm, decoder, settings, found) for found in _prepared(vlm, questions)]
+    needs = [_need(vlm, decoder, settings, found) for found in _prepared(vlm, questions, settings.system)]
     if not needs:
         return 1  # none can be prepared, which is reported of each where it is asked
     devices = Counter(layer_devices(vlm.family.layers(vlm.model), vlm.device))
@@ -92,10 +92,11 @@ def fitting_batch(vlm: VLM, decoder: Decoder, settings: Settings, questions: Seq
     return next((rows for rows in range(most, 1, -1) if all(need.of(rows) <= free for need in needs)), 1)
 
 
-def _prepared(vlm: VLM, questions: Sequence[Question]) -> Iterable[Prepared]:
+def _prepared(vlm: VLM, questions: Sequence[Question], system: str | None) -> Iterable[Prepared]:
     for question in questions:
+        shown = [] if question.picture is None else [question.picture]
         try:
-            yield vlm.prepared([question.prompt], [[] if question.picture is None else [question.picture]])
+            yield vlm.prepared([question.prompt], [shown], system=system)
         except Exception:  # of any kind: it is that question's, and occurs again where it is asked
             continue
 

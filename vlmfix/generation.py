@@ -66,9 +66,9 @@ class Answer:
     Attributes:
         text: What the model said, without special tokens and outer white space.
         tokens: Number of generated tokens, the end token included.
-        finish: ``eos`` when the model ended it, ``stop`` when a text that it was to end at came, ``length`` when ``max_new_tokens`` cut it, ``context`` when prompt and
-            answer filled the model's context before, ``nan`` when some score behind it was not a number: text and
-            tokens then mean nothing.
+        finish: ``eos`` when the model ended it, ``stop`` when it came to a text that was to end it, ``length`` when
+            ``max_new_tokens`` cut it, ``context`` when prompt and answer filled the model's context before, ``nan``
+            when some score behind it was not a number: text and tokens then mean nothing.
         seconds: Wall-clock time of its batch, divided by the batch's rows.
         ids: The generated tokens, ``tokens`` many: the end token, or those of a stop, included, what comes behind not.
         logprob: Mean natural log-probability of its tokens, under the scores that the decoder made and before any
@@ -308,10 +308,7 @@ class VLM(Checkpoint):
         if not request.decoder.refines:
             return request, [None] * len(request.rows)
         if request.system is not None or request.earlier is not None:
-            raise IncompatibleDecodersError(
-                f"{request.decoder.name} looks where one question makes the model look, and more than that was said",
-                "ask without system message and earlier turns, or with a decoder that leaves pictures as they are",
-            )
+            raise _more_than_a_question(request.decoder)
         found = request.decoder.refine(self, request.rows, request.prompts, self.memo.of(weights_of(self.model)))
         rows = [refined.pictures for refined in found]
         return replace(request, rows=rows, decoder=request.decoder.decoding, prepared=None), found
@@ -499,6 +496,13 @@ class _Request:
             raise DataError("system is no text", "give one system message for all questions")
 
 
+def _more_than_a_question(decoder: Decoder) -> IncompatibleDecodersError:
+    return IncompatibleDecodersError(
+        f"{decoder.name} looks where one question makes the model look, and more than that was said",
+        "ask without system message and earlier turns, or with a decoder that leaves pictures as they are",
+    )
+
+
 def _penalty(value: float) -> float:
     """A penalty on repetition, checked."""
     if not 0 < (found := number("repetition_penalty", value)) <= 100:
@@ -510,12 +514,12 @@ def stops_of(given: str | Sequence[str]) -> tuple[str, ...]:
     """Checks the texts that end an answer.
 
     Raises:
-        DataError: One is no text, or empty.
+        UsageError: One is no text, or empty.
     """
     found = (given,) if isinstance(given, str) else tuple(given) if isinstance(given, Sequence) else (None,)
     stops = tuple(stop for stop in found if is_text(stop) and stop)
     if len(stops) < len(found):
-        raise DataError("stop is no text, or an empty one", "give a text that ends an answer, or a list of such texts")
+        raise UsageError("stop is no text, or an empty one", "give a text that ends an answer, or a list of such texts")
     return stops
 
 
@@ -598,11 +602,28 @@ def check_settings(decoder: Decoder, settings: Settings) -> None:
         UsageError: A setting is out of range, or contradicts the decoder.
         IncompatibleDecodersError: The settings ask for beams and the decoder does not work with them.
     """
-    _strategy(decoder, Strategy(num_beams=settings.num_beams, temperature=settings.temperature))
-    whole("max_new_tokens", settings.max_new_tokens, 1)
-    whole("seed", settings.seed, 0, SEEDS - 1)
-    if settings.max_pixels is not None:
-        whole("max_pixels", settings.max_pixels, 1)
+    options = Strategy(
+        num_beams=settings.num_beams,
+        temperature=settings.temperature,
+        top_p=1.0 if settings.top_p is None else settings.top_p,
+        top_k=settings.top_k or 0,
+    )
+    _strategy(decoder, options)
+    _Request(
+        rows=(),
+        prompts=(),
+        decoder=decoder,
+        limits=(settings.max_new_tokens,),
+        seeds=(settings.seed,),
+        repetition_penalty=1.0 if settings.repetition_penalty is None else settings.repetition_penalty,
+        stops=stops_of(settings.stop or ()),
+        system=settings.system,
+    )
+    if decoder.refines and settings.system is not None:
+        raise _more_than_a_question(decoder)
+    for name, limit in (("max_pixels", settings.max_pixels), ("min_pixels", settings.min_pixels)):
+        if limit is not None:
+            whole(name, limit, 1)
 
 
 def load(
@@ -612,8 +633,10 @@ def load(
     device: str = "auto",
     dtype: str = "auto",
     max_pixels: int | None = None,
+    min_pixels: int | None = None,
     device_map: str | None = None,
     quantize: str | None = None,
+    attention: str | None = None,
 ) -> VLM:
     """Loads a model; see ``Checkpoint.load``. ``load("tiny")`` is the model that comes with the package."""
     return VLM.load(
@@ -622,12 +645,16 @@ def load(
         device=device,
         dtype=dtype,
         max_pixels=max_pixels,
+        min_pixels=min_pixels,
         device_map=device_map,
         quantize=quantize,
+        attention=attention,
     )
 
 
-def wrap(model: nn.Module, processor: ProcessorMixin, *, max_pixels: int | None = None) -> VLM:
+def wrap(
+    model: nn.Module, processor: ProcessorMixin, *, max_pixels: int | None = None, min_pixels: int | None = None
+) -> VLM:
     """A model and processor of your own, already loaded by transformers, for ``decoder.applied``.
 
     Args:
@@ -635,6 +662,7 @@ def wrap(model: nn.Module, processor: ProcessorMixin, *, max_pixels: int | None 
             PEFT adapters that sit in its modules (LoRA, for instance): the one whose ``generate`` these run is taken.
         processor: Its processor; it is left as it was found.
         max_pixels: See ``Checkpoint.load``.
+        min_pixels: Likewise.
 
     Raises:
         UnsupportedModelError: The model's family is not one that vlmfix knows, the model does not generate, or it is
@@ -645,7 +673,7 @@ def wrap(model: nn.Module, processor: ProcessorMixin, *, max_pixels: int | None 
     own = unwrapped(model)
     family = family_of(own.config.model_type)
     check_model(own, family.decoder(own))
-    whole, completed = family.completed(own, limited(family, processor, max_pixels))
+    whole, completed = family.completed(own, limited(family, processor, most=max_pixels, least=min_pixels))
     return VLM(model=own, processor=whole, family=family, name=str(own.config.name_or_path), completed=completed)
 
 

@@ -9,16 +9,32 @@ from typing import Any
 
 from vlmfix.errors import UsageError
 from vlmfix.plugins import near
-from vlmfix.shapes import NUMBER, SEED, SIZE, TEXT
+from vlmfix.shapes import COUNT, NUMBER, SEED, SIZE, TEXT, list_of
 
 EMBEDDED = {name: Path(__file__).parent / "world" / "assets" / name for name in ("tiny", "tiny-qwen")}
 """Models that come with the package, by name."""
 MODEL = {"revision": TEXT.or_null(), "commit": TEXT.or_null(), "weights": TEXT, "dtype": TEXT}
 """What a card says of the model beside its name."""
-LOADED = {"max_pixels": SIZE.or_null(), "device_map": TEXT.or_null(), "quantize": TEXT.or_null()}
+ATTENTIONS = ("sdpa", "eager")
+"""How a model computes attention where no decoder edits it, by transformers' names."""
+LOADED = {
+    "max_pixels": SIZE.or_null(),
+    "min_pixels": SIZE.or_null(),
+    "device_map": TEXT.or_null(),
+    "quantize": TEXT.or_null(),
+    "attention": TEXT.or_null(),
+}
 """What a card says of how the model was loaded, by names of ``Settings``; cards of earlier versions lack some."""
 DECODED = {"max_new_tokens": SIZE, "num_beams": SIZE, "temperature": NUMBER, "seed": SEED}
 """What a card says of decoding, by names of ``Settings``."""
+REQUESTED = {
+    "system": TEXT.or_null(),
+    "top_k": COUNT.or_null(),
+    "top_p": NUMBER.or_null(),
+    "repetition_penalty": NUMBER.or_null(),
+    "stop": list_of(TEXT).or_null(),
+}
+"""What a card says of decoding where somebody requested it, likewise; cards of earlier versions lack all of it."""
 
 
 def check_model_name(name: str) -> None:
@@ -46,8 +62,15 @@ class Settings:
         temperature: Sampling temperature; 0 takes the most probable token, or leaves the choice to the decoder.
         seed: Seed of sampling.
         max_pixels: The most pixels that the processor makes of a picture; None leaves its own limit.
+        min_pixels: The fewest, likewise.
         device_map: ``auto`` spreads the model over all devices; None keeps it on one.
         quantize: ``int8`` or ``int4`` weights; None leaves them as they are.
+        attention: ``sdpa`` or ``eager``; None is sdpa.
+        system: System message; None keeps the chat template's own.
+        top_k: How many of the most probable tokens are sampled from; None for all.
+        top_p: Nucleus of sampling; None for all.
+        repetition_penalty: What scores of tokens that were said are divided by; None for nothing.
+        stop: Texts that end an answer; None for none.
     """
 
     model: str = "tiny"
@@ -60,8 +83,18 @@ class Settings:
     temperature: float = 0.0
     seed: int = 0
     max_pixels: int | None = None
+    min_pixels: int | None = None
     device_map: str | None = None
     quantize: str | None = None
+    attention: str | None = None
+    system: str | None = None
+    top_k: int | None = None
+    top_p: float | None = None
+    repetition_penalty: float | None = None
+    stop: tuple[str, ...] | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "stop", tuple(self.stop) if self.stop else None)  # a card has a list
 
     def loading(self) -> dict[str, Any]:
         """What a loader is told beside the model, as keyword arguments of ``vlmfix.load``."""
@@ -72,12 +105,23 @@ class Settings:
         return {name: getattr(self, name) for name in LOADED}
 
     def decoding(self) -> dict[str, Any]:
-        """The generation settings that two comparable runs share."""
-        return {name: getattr(self, name) for name in DECODED}
+        """The generation settings that two comparable runs share, as keyword arguments of ``VLM.generate``."""
+        always = {name: getattr(self, name) for name in DECODED}
+        return always | {name: value for name, value in self.requested().items() if value is not None}
+
+    def requested(self) -> dict[str, Any]:
+        """What was requested of decoding beside that, by the names of ``REQUESTED``, in JSON values."""
+        return {name: getattr(self, name) for name in REQUESTED} | {"stop": None if self.stop is None else [*self.stop]}
+
+
+def decoding_in(card: Mapping[str, Any]) -> dict[str, Any]:
+    """What a card's settings say of decoding, in the form of ``Settings.decoding``."""
+    always = {name: card[name] for name in DECODED}
+    return always | {name: card[name] for name in REQUESTED if card.get(name) is not None}
 
 
 def decoding_text(decoding: Mapping[str, Any]) -> str:
-    """Generation settings in words; sampling and beams only where they are used.
+    """Generation settings in words; sampling, beams and what else was requested only where they are used.
 
     Args:
         decoding: What a card says of decoding.
@@ -85,9 +129,10 @@ def decoding_text(decoding: Mapping[str, Any]) -> str:
     words = [f"up to {decoding['max_new_tokens']} tokens"]
     if decoding["num_beams"] > 1:
         words.append(f"{decoding['num_beams']} beams")
+    drawn = [name for name in ("temperature", "seed", "top_k", "top_p") if decoding.get(name) is not None]
     if decoding["temperature"] > 0:
-        rest = ", ".join(
-            f"{name} {value}" for name, value in decoding.items() if name not in ("max_new_tokens", "num_beams")
-        )
-        words.append(f"sampling ({rest})")
+        words.append(f"sampling ({', '.join(f'{name} {decoding[name]}' for name in drawn)})")
+    for name in ("repetition_penalty", "stop", "system"):
+        if decoding.get(name) is not None:
+            words.append(f"{name.replace('_', ' ')} {decoding[name]!r}")
     return ", ".join(words)

@@ -41,10 +41,11 @@ class Supply:
     Args:
         vlm: The model that will answer; another thread may use it meanwhile.
         threads: Pictures that are prepared at once.
+        system: System message of all questions; None keeps the chat template's own.
     """
 
-    def __init__(self, vlm: VLM, threads: int = THREADS) -> None:
-        self._vlm = vlm
+    def __init__(self, vlm: VLM, threads: int = THREADS, *, system: str | None = None) -> None:
+        self._vlm, self._system = vlm, system
         self._beside: VLM | None = None
         self._coming: tuple[Sequence[Question], Future[Prepared]] | None = None
         self._batches = ThreadPoolExecutor(1, thread_name_prefix="vlmfix-batch")
@@ -72,7 +73,7 @@ class Supply:
             self._beside = self._vlm.beside()
         shown = [[] if question.picture is None else [question.picture] for question in questions]
         prompts = [question.prompt for question in questions]
-        return self._beside.prepared(prompts, shown, each=self._pictures.map)
+        return self._beside.prepared(prompts, shown, system=self._system, each=self._pictures.map)
 
     def _drop(self) -> None:
         if self._coming is not None:

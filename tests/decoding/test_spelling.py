@@ -6,8 +6,8 @@ import random
 
 import pytest
 
-from vlmfix.generation import load
 from vlmfix.decoding.spelling import Spelling, Words
+from vlmfix.generation import load
 
 
 @pytest.fixture(scope="module", params=["tiny", "tiny-qwen"])

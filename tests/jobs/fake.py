@@ -50,7 +50,7 @@ class FakeVLM:
     def beside(self):
         return self
 
-    def prepared(self, prompts, pictures, *, each=map):
+    def prepared(self, prompts, pictures, *, system=None, each=map):
         return Prepared(inputs={"input_ids": torch.ones(len(prompts), 16)}, sources={}, prompts=(), pictures=())
 
     def load(
@@ -61,8 +61,10 @@ class FakeVLM:
         device="auto",
         dtype="auto",
         max_pixels=None,
+        min_pixels=None,
         device_map=None,
         quantize=None,
+        attention=None,
     ):
         return self
 

@@ -111,11 +111,29 @@ def test_a_limit_on_pixels_makes_fewer_tokens(name):
     assert dict(tiny.processor.image_processor.size) == before, "the user's own processor is left as it was"
 
 
+@pytest.mark.parametrize("name", QWEN)
+def test_a_lower_limit_on_pixels_enlarges_small_pictures(name):
+    tiny = tiny_vlm(name)
+    picture = Image.new("RGB", (30, 20), "blue")
+    least = 4 * tiny.processor.image_processor.size["shortest_edge"]
+    vlm = vlmfix.wrap(tiny.model, tiny.processor, min_pixels=least, max_pixels=2 * least)
+    patch = tiny.model.config.vision_config.patch_size
+    used, own = (int(one.encode(["?"], [picture])["image_grid_thw"].prod()) * patch**2 for one in (vlm, tiny))
+    assert own < least <= used
+    assert vlm.enlarged(picture) == least
+    assert tiny.processor.image_processor.size["shortest_edge"] == least // 4
+    most = tiny.processor.image_processor.size["longest_edge"]
+    with pytest.raises(UsageError, match=f"min_pixels={most + 1} is above the {most} pixels"):
+        vlmfix.wrap(tiny.model, tiny.processor, min_pixels=most + 1)
+
+
 @pytest.mark.parametrize("name", [name for name in TINY if name not in QWEN])
 def test_a_limit_on_pixels_is_refused_where_there_is_none(name):
     tiny = tiny_vlm(name)
     with pytest.raises(UsageError, match=r"max_pixels=50000: processors of .* have no limit on the pixels"):
         vlmfix.wrap(tiny.model, tiny.processor, max_pixels=50000)
+    with pytest.raises(UsageError, match=r"min_pixels=50000: processors of .* have no limit on the pixels"):
+        vlmfix.wrap(tiny.model, tiny.processor, min_pixels=50000)
 
 
 @pytest.mark.parametrize("pixels", [0, -1, 1.5, True, "50000"])

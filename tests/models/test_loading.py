@@ -16,7 +16,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from tests.tiny import tiny_vlm
-from vlmfix.errors import DataError, SystematicError, UnsupportedModelError
+from vlmfix.errors import DataError, SystematicError, UnsupportedModelError, UsageError
 from vlmfix.generation import VLM, load, wrap
 from vlmfix.models.checkpoint import EMBEDDED
 
@@ -256,6 +256,20 @@ def test_a_configuration_does_not_choose_whose_attention_is_run(folder: Path, en
     vlm = load(str(changed(folder, "config.json", {entry: named})), device="cpu")
     own = {module.config._attn_implementation for module in vlm.family.attention_modules(vlm.model)}  # type: ignore[union-attr]
     assert own == {"sdpa"}
+
+
+def test_the_attention_that_is_asked_for_answers_the_same(folder: Path) -> None:
+    eager, plain = (load(folder, device="cpu", attention=name) for name in ("eager", None))
+    picture = Image.effect_noise((60, 60), 90)
+    for decoder in ("greedy", "vcd:plausibility=0", "spin:kept_share=0.5"):
+        first, second = (
+            vlm.generate([picture] * 2, ["a dog?", "?"], decoder=decoder, max_new_tokens=12) for vlm in (eager, plain)
+        )
+        assert [answer.ids for answer in first] == [answer.ids for answer in second]
+        own = {module.config._attn_implementation for module in eager.family.attention_modules(eager.model)}  # type: ignore[union-attr]
+        assert own == {"eager"}
+    with pytest.raises(UsageError, match="unknown attention 'flash'"):
+        load(folder, attention="flash")
 
 
 def test_pickled_weights_run_no_code(folder: Path, mark: Path) -> None:

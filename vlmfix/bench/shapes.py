@@ -187,7 +187,7 @@ def shown(vlm: VLM, rows: int, prompt_tokens: int | None = None) -> tuple[VLM, l
             ) from error
         width = height = cell * max(1, round(math.sqrt(prompt_tokens - around)) if prompt_tokens > around else 1)
         least = kind.size["shortest_edge"]
-        vlm = replace(vlm, processor=vlm.family.limited(vlm.processor, max(width * height, least)))
+        vlm = replace(vlm, processor=vlm.family.limited(vlm.processor, most=max(width * height, least), least=None))
     return vlm, [_noise(width, height, seed) for seed in range(rows)]
 
 

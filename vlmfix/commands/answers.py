@@ -169,9 +169,7 @@ def ask(picture: Path, question: str, settings: Settings) -> None:
         shown,
         question,
         decoder=decoder,
-        max_new_tokens=settings.max_new_tokens,
-        temperature=settings.temperature,
-        seed=settings.seed,
+        **{name: value for name, value in settings.decoding().items() if name != "num_beams"},
     )
     terminal = sys.stdout.isatty()  # a program that reads the answer gets it as it is
     with closing(pieces):

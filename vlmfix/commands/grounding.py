@@ -22,7 +22,7 @@ SCORES = ("picture", "prompt", "earlier", "preceding")
 @click.option("--layers", default="all", show_default=True, help="Layers to average, such as all or 2:-1.")
 @click.option("--plot", type=click.Path(path_type=Path), help="Draw the scores: PNG, PDF or SVG.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-@options.generation_options("num_beams")
+@options.generation_options("num_beams", *options.CHOSEN)
 def grounding(
     *,
     picture: Path,

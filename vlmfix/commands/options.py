@@ -14,7 +14,7 @@ from click.shell_completion import CompletionItem
 
 from vlmfix.parsing import escaped
 from vlmfix.records import to_json
-from vlmfix.settings import Settings
+from vlmfix.settings import ATTENTIONS, REQUESTED, Settings
 
 INTERRUPTED = 130
 """Exit code after Ctrl-C, as a shell reports it."""
@@ -176,13 +176,33 @@ _OPTIONS = {
         type=click.FloatRange(0, 100),
         help="0 takes the most probable token; above, samples; of one decoder alone: sample.",
     ),
+    "top_k": click.option(
+        "--top-k", type=click.IntRange(min=1), help="Sample from so many of the most probable tokens.  [default: all]"
+    ),
+    "top_p": click.option(
+        "--top-p",
+        type=click.FloatRange(0, 1, min_open=True),
+        help="Sample from the most probable tokens that make up this share.  [default: all]",
+    ),
     "seed": click.option(
         "--seed", default=0, show_default=True, type=click.IntRange(0, 2**63 - 1), help="Seed of sampling."
     ),
+    "repetition_penalty": click.option(
+        "--repetition-penalty",
+        type=click.FloatRange(0, 100, min_open=True),
+        help="Above 1, tokens that the prompt or the answer has become less probable.  [default: 1]",
+    ),
+    "stop": click.option("--stop", multiple=True, help="End answers before this text; may be given several times."),
+    "system": click.option("--system", help="System message.  [default: the chat template's own]"),
     "max_pixels": click.option(
         "--max-pixels",
         type=click.IntRange(min=1),
         help="Most pixels that a Qwen-VL processor makes of a picture.  [default: its own]",
+    ),
+    "min_pixels": click.option(
+        "--min-pixels",
+        type=click.IntRange(min=1),
+        help="Fewest pixels, likewise: smaller pictures are enlarged.  [default: its own]",
     ),
     "device_map": click.option(
         "--device-map",
@@ -194,7 +214,16 @@ _OPTIONS = {
         type=click.Choice(["int8", "int4"]),
         help="Weights of 8 or 4 bits, on a GPU; needs bitsandbytes.  [default: as they are]",
     ),
+    "attention": click.option(
+        "--attention",
+        type=click.Choice(ATTENTIONS),
+        help="How attention is computed where no decoder edits it.  [default: sdpa]",
+    ),
 }
+
+
+CHOSEN = tuple(REQUESTED)
+"""Options of what a model is told and how it ends, for commands that leave them out."""
 
 
 def generation_options(*left_out: str) -> Callable[[Callable[..., None]], Callable[..., None]]:

@@ -41,7 +41,7 @@ PATH = click.Path(path_type=Path)
 @click.option(
     "--seed", default=0, show_default=True, type=click.IntRange(min=0), help="Of the pictures' order and of prompts."
 )
-@options.generation_options("decoder", "max_new_tokens", "num_beams", "temperature", "seed")
+@options.generation_options("decoder", "max_new_tokens", "num_beams", "temperature", "seed", *options.CHOSEN)
 @click.pass_context
 def profile(
     context: click.Context,

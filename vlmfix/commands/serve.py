@@ -63,7 +63,7 @@ from vlmfix.settings import Settings
     type=click.FloatRange(min=0, max=3600),
     help="Seconds for running requests when the server is told to end.",
 )
-@options.generation_options("max_new_tokens", "num_beams", "temperature", "seed")
+@options.generation_options("max_new_tokens", "num_beams", "temperature", "seed", *options.CHOSEN)
 def serve(
     host: str,
     port: int,

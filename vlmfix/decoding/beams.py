@@ -58,9 +58,7 @@ class Search:
         return self.ended[0][0]
 
 
-def search(
-    call: Running, beams: int, ends: Collection[int], repetition: Repetition | None = None
-) -> list[Search]:
+def search(call: Running, beams: int, ends: Collection[int], repetition: Repetition | None = None) -> list[Search]:
     """Searches for the best answer to each prompt.
 
     Args:

@@ -17,7 +17,7 @@ from vlmfix.files import plain_name, replacing
 from vlmfix.parsing import some
 from vlmfix.plugins import refuse_other_plugins
 from vlmfix.records import read_json, read_lines, shown, to_json
-from vlmfix.settings import DECODED, LOADED, MODEL
+from vlmfix.settings import DECODED, LOADED, MODEL, REQUESTED
 from vlmfix.shapes import (
     COUNT,
     FLAG,
@@ -58,7 +58,7 @@ SCORED = {
     "data": OBJECT,
     "count": COUNT,
     "model": TEXT,
-    "decoding": fields(DECODED),
+    "decoding": fields(DECODED, REQUESTED),
 }
 BESIDES = MADE_BY | LOADED | {"sessions": list_of(SESSION), "plugins": PLUGINS}
 SCORABLE = fields(SCORED, BESIDES)
@@ -95,7 +95,7 @@ class Record:
         id: The sample's.
         answer: What the model said, raw; None when it failed.
         ids: Generated token ids, the end token included.
-        finish: ``eos``, ``length`` or ``context``; empty when it failed.
+        finish: ``eos``, ``stop``, ``length`` or ``context``; empty when it failed.
         failed: Why there is no answer; empty when there is one.
         sha256: Hex digest of the picture's file; empty when there is none.
     """

@@ -30,7 +30,7 @@ from vlmfix.models.layout import Batch, Earlier, ImageLayout, Prepared, Turn
 from vlmfix.models.quantization import check_quantize
 from vlmfix.models.repeats import Each, process_once
 from vlmfix.parsing import is_text
-from vlmfix.settings import EMBEDDED, check_model_name
+from vlmfix.settings import ATTENTIONS, EMBEDDED, check_model_name
 from vlmfix.upstream import defaults, features, hub, panics
 from vlmfix.upstream.contracts import check_model
 from vlmfix.upstream.names import PROCESSED
@@ -75,8 +75,10 @@ class Checkpoint:
         device: str = "auto",
         dtype: str = "auto",
         max_pixels: int | None = None,
+        min_pixels: int | None = None,
         device_map: str | None = None,
         quantize: str | None = None,
+        attention: str | None = None,
     ) -> Self:
         """Loads a checkpoint through stock transformers classes.
 
@@ -87,18 +89,21 @@ class Checkpoint:
             dtype: ``auto`` (the checkpoint's own on a GPU, float32 on the CPU), ``float32``, ``bfloat16`` or
                 ``float16``.
             max_pixels: The most pixels that the processor makes of a picture, for Qwen-VL; None leaves its own limit.
+            min_pixels: The fewest pixels, likewise: smaller pictures are enlarged.
             device_map: ``auto`` spreads the layers over all GPUs, and over the memory beside them where that is too
                 little; None keeps the model on ``device``.
             quantize: ``int8`` or ``int4`` quantizes the weights while they are loaded, by bitsandbytes on a GPU; None
                 leaves them as they are.
+            attention: ``sdpa``, which None stands for, or ``eager``, transformers' own arithmetic in steps; where a
+                decoder edits attention, vlmfix computes it in either case.
 
         Raises:
             UnsupportedModelError: The model's family is not one that vlmfix knows.
             DataError: There is no such checkpoint, a file of it cannot be read, or its files do not fit each other.
             SystematicError: It cannot take a picture in.
             UpstreamError: The installed transformers hands masks over in an unknown way.
-            UsageError: Unknown device, dtype, device map or quantization, or such as do not go together or need what is
-                not there; or a limit on pixels that the processor does not know or cannot keep.
+            UsageError: Unknown device, dtype, device map, quantization or attention, or such as do not go together or
+                need what is not there; or a limit on pixels that the processor does not know or cannot keep.
         """
         check_model_name(str(model))
         path = str(EMBEDDED.get(str(model), model))
@@ -106,12 +111,15 @@ class Checkpoint:
         _check_device_map(device_map, device)
         kind = dtype_named(dtype, place)
         check_quantize(quantize, place)
+        if attention not in (None, *ATTENTIONS):
+            raise UsageError(f"unknown attention {attention!r}", f"use {' or '.join(ATTENTIONS)}, or leave it out")
         config = loading.configuration(path, revision)
         family = family_of(str(config["model_type"]))
         described = loading.described(path, revision, config)
-        processor = limited(family, loading.processor(path, revision), max_pixels)
+        processor = limited(family, loading.processor(path, revision), most=max_pixels, least=min_pixels)
         spread: torch.device | str = place if device_map is None else device_map
-        loaded = loading.model(path, revision, described, dtype=kind, place=spread, quantize=quantize).eval()
+        how = {"quantize": quantize, "attention": attention}
+        loaded = loading.model(path, revision, described, dtype=kind, place=spread, **how).eval()
         check_model(loaded, family.decoder(loaded))
         processor, completed = family.completed(loaded, processor)
         completed |= completed_tokens(loaded, processor, family.image_token(loaded.config))
@@ -478,13 +486,17 @@ def _message(role: str, text: str | None, pictures: int) -> dict[str, Any]:
     return {"role": role, "content": content if text is None else [*content, {"type": "text", "text": text}]}
 
 
-def limited(family: Family, processor: ProcessorMixin, max_pixels: int | None) -> ProcessorMixin:
-    """The processor, or a copy of it with a limit on the pixels of a picture.
+def limited(family: Family, processor: ProcessorMixin, *, most: int | None, least: int | None) -> ProcessorMixin:
+    """The processor, or a copy of it with limits on the pixels of a picture; None leaves its own.
 
     Raises:
-        UsageError: The limit is no whole number above 0, or the processor does not know such a limit or cannot keep it.
+        UsageError: A limit is no whole number above 0, or the processor does not know such limits or cannot keep them.
     """
-    return processor if max_pixels is None else family.limited(processor, whole("max_pixels", max_pixels, 1))
+    if most is None and least is None:
+        return processor
+    given = (("max_pixels", most), ("min_pixels", least))
+    most, least = (None if limit is None else whole(name, limit, 1) for name, limit in given)
+    return family.limited(processor, most=most, least=least)
 
 
 def device_named(name: str) -> torch.device:

@@ -104,18 +104,20 @@ class Family(ABC):
         """
         return processor, {}
 
-    def limited(self, processor: ProcessorMixin, pixels: int) -> ProcessorMixin:
-        """Copies the processor with a limit on the pixels that it makes of a picture.
+    def limited(self, processor: ProcessorMixin, *, most: int | None, least: int | None) -> ProcessorMixin:
+        """Copies the processor with limits on the pixels, height times width, that it makes of a picture.
 
         Args:
             processor: The model's processor; it is left as it was found.
-            pixels: Height times width, at least 1.
+            most: The upper limit, at least 1; None leaves the processor's own.
+            least: The lower one, likewise; one of both is given.
 
         Raises:
-            UsageError: The processor has no such limit, or always makes more.
+            UsageError: The processor has no such limits, or the lower one is above the upper.
         """
+        given = f"max_pixels={most}" if least is None else f"min_pixels={least}"
         raise UsageError(
-            f"max_pixels={pixels}: processors of {self.title} have no limit on the pixels of a picture",
+            f"{given}: processors of {self.title} have no limit on the pixels of a picture",
             "leave it out; Qwen2-VL, Qwen2.5-VL and Qwen3-VL have one",
         )
 

@@ -32,8 +32,9 @@ WHAT_LOADS = "give 'tiny', 'tiny-qwen', a Hub id such as llava-hf/llava-1.5-7b-h
 COMPLETE = "take this file from the checkpoint as it was published, or save the model anew with save_pretrained"
 PLAIN = {"trust_remote_code": False}
 """Code that lies in a model's folder is never run, and nobody is asked whether it may."""
-ATTENTION = {"attn_implementation": "sdpa"}
-"""A configuration may name another, also one that transformers would fetch from the Hub and run."""
+SDPA = "sdpa"
+"""The attention of models that nobody wants otherwise. A configuration may name another, also one that transformers
+would fetch from the Hub and run."""
 ADAPTER = "adapter_config.json"
 PROCESSOR = (
     "processor_config.json",
@@ -99,7 +100,7 @@ def described(path: str, revision: str | None, config: Mapping[str, Any]) -> Pre
     with _told(path, lambda error: _suspicion(config, error)):
         parsed: PreTrainedConfig = AutoConfig.from_pretrained(path, revision=revision, **PLAIN)
         with torch.device("meta"):
-            empty = AutoModelForImageTextToText.from_config(parsed, **PLAIN, **ATTENTION)
+            empty = AutoModelForImageTextToText.from_config(parsed, **PLAIN, attn_implementation=SDPA)
     count = sum(weight.numel() for weight in empty.parameters())
     held = sum(file.stat().st_size for file in Path(path).glob("*") if file.suffix in (".safetensors", ".bin"))
     if held and count > MOST_PER_BYTE * held:
@@ -144,6 +145,7 @@ def model(
     dtype: torch.dtype | str,
     place: torch.device | str,
     quantize: str | None = None,
+    attention: str | None = None,
 ) -> PreTrainedModel:
     """The model, with every weight from its files.
 
@@ -154,6 +156,7 @@ def model(
         dtype: Precision of the weights, or ``auto``.
         place: Device of the weights, or how transformers is to spread them.
         quantize: ``int8`` or ``int4`` weights; None leaves them as they are.
+        attention: How attention is computed, by transformers' name; None is ``sdpa``.
 
     Raises:
         DataError: A file is missing, damaged, does not fit the others, or needs code of its own.
@@ -171,8 +174,8 @@ def model(
             ignore_mismatched_sizes=True,  # they are reported, and refused below
             weights_only=True,  # where weights are pickled, nothing but tensors is unpickled
             **quantized,
+            attn_implementation=attention or SDPA,
             **PLAIN,
-            **ATTENTION,
         )
     loaded: PreTrainedModel = loading[0]
     for module in loaded.modules():  # a configuration may ask for tuples, which transformers' own generate cannot read

@@ -35,23 +35,33 @@ class QwenVL(Family):
         pictures = [cells(rows, columns) for rows, columns in grids]
         return by_row(batch, self.image_token(model.config), pictures)
 
-    def limited(self, processor: ProcessorMixin, pixels: int) -> ProcessorMixin:
-        """Sets what older files call ``max_pixels`` and newer ones ``size["longest_edge"]``; see ``Family.limited``."""
+    def limited(self, processor: ProcessorMixin, *, most: int | None, least: int | None) -> ProcessorMixin:
+        """Sets ``size["longest_edge"]`` and ``size["shortest_edge"]`` of a copy; see ``Family.limited``.
+
+        Older files call them ``max_pixels`` and ``min_pixels``.
+        """
         settings = processor.image_processor
-        least = settings.size["shortest_edge"]
-        if pixels < least:
+        highest = settings.size["longest_edge"] if most is None else most
+        lowest = settings.size["shortest_edge"] if least is None else least
+        if highest < lowest and least is None:
             raise UsageError(
-                f"max_pixels={pixels} is below the {least} pixels that this processor makes at least",
-                f"give {least} or more",
+                f"max_pixels={most} is below the {lowest} pixels that this processor makes at least",
+                f"give {lowest} or more, or min_pixels, too",
+            )
+        if highest < lowest:
+            raise UsageError(
+                f"min_pixels={least} is above the {highest} pixels that this processor makes at most",
+                f"give {highest} or fewer",
             )
         limited = copy(processor)
         limited.image_processor = copy(settings)
-        limited.image_processor.size = replace(settings.size, longest_edge=pixels)
+        limited.image_processor.size = replace(settings.size, longest_edge=highest, shortest_edge=lowest)
         return limited
 
     def enlarged(self, processor: ProcessorMixin, size: tuple[int, int], together: int) -> int:
-        """The picture's own pixels, up to the limit; see ``Family.enlarged``."""
-        return min(size[0] * size[1], int(processor.image_processor.size["longest_edge"]))
+        """The picture's own pixels, within the limits; see ``Family.enlarged``."""
+        limits = processor.image_processor.size
+        return min(max(size[0] * size[1], int(limits["shortest_edge"])), int(limits["longest_edge"]))
 
     def tower(self, model: PreTrainedModel) -> nn.Module:
         """The vision tower; these models call it ``visual``."""

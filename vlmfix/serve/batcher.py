@@ -18,6 +18,7 @@ from vlmfix.answering import REPEATABLE, going_together, is_memory
 from vlmfix.asked import MOST
 from vlmfix.decoders import Decoder, Strategy
 from vlmfix.decoding.graphs import forget
+from vlmfix.decoding.spelling import Words
 from vlmfix.errors import DataError, LayoutError, PassingError, UnsupportedModelError, VlmfixError
 from vlmfix.fitting import SAMPLED, fitting_batch
 from vlmfix.generation import VLM
@@ -26,7 +27,6 @@ from vlmfix.serve.metrics import Metrics
 from vlmfix.serve.protocol import Wanted
 from vlmfix.serve.refusals import RefusedError, refusal_of
 from vlmfix.serve.rows import Following, News, Row, Ticket
-from vlmfix.decoding.spelling import Words
 from vlmfix.settings import Settings
 from vlmfix.supply import THREADS, Question
 

@@ -8,10 +8,10 @@ import uuid
 from collections.abc import Sequence
 from typing import Any
 
+from vlmfix.decoding.spelling import UNFINISHED, Words
 from vlmfix.serve.protocol import Served
 from vlmfix.serve.rows import End, Piece, Ticket
 from vlmfix.serve.scores import Entry
-from vlmfix.decoding.spelling import UNFINISHED, Words
 
 
 class Replies:

@@ -11,11 +11,11 @@ from transformers import PreTrainedTokenizerBase
 
 from vlmfix.decoding.choice import Choice
 from vlmfix.decoding.loop import Said
+from vlmfix.decoding.spelling import Spelling
 from vlmfix.generation import Answer
 from vlmfix.serve.protocol import Wanted
 from vlmfix.serve.refusals import RefusedError
 from vlmfix.serve.scores import Entry, Read
-from vlmfix.decoding.spelling import Spelling
 
 FINISH = {"eos": "stop", "length": "length", "context": "length"}
 """Why an answer ends, in the protocol's words."""

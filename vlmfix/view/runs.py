@@ -11,7 +11,7 @@ from vlmfix.errors import VlmfixError
 from vlmfix.images import Found
 from vlmfix.jobs.lines import ANSWER, ANSWERS, CARD, FAILED, FAILURE
 from vlmfix.records import read_json, read_lines
-from vlmfix.settings import DECODED, LOADED, decoding_text
+from vlmfix.settings import DECODED, LOADED, REQUESTED, decoding_in, decoding_text
 from vlmfix.shapes import FLAG, PATH, TEXT, fields, list_of, mapping_of
 from vlmfix.sources import TAR, source_of
 from vlmfix.view.pictures import below
@@ -22,7 +22,7 @@ SHOWN = fields(
     {
         "settings": fields(
             {"pictures": PATH, "model": TEXT, "decoder": TEXT, **DECODED},
-            {"commit": TEXT.or_null(), "column": TEXT.or_null(), "dtype": TEXT, **LOADED},
+            {"commit": TEXT.or_null(), "column": TEXT.or_null(), "dtype": TEXT, **LOADED, **REQUESTED},
         )
     },
     {"sessions": list_of(SESSION), "updated": TEXT, "finished": FLAG},
@@ -99,7 +99,7 @@ def read_answers(folder: Path, images: Path | None = None) -> Answers:
         "folder": str(folder),
         "decoder": arm,
         **model_facts(settings),
-        "decoding": decoding_text({name: settings[name] for name in DECODED}),
+        "decoding": decoding_text(decoding_in(settings)),
         **session_facts(card.get("sessions", ()), str(card.get("updated", ""))),
     }
     if not card.get("finished"):

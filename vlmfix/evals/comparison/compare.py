@@ -134,7 +134,7 @@ class Comparison:
     Attributes:
         task: Name of the benchmark.
         card: What all runs share: options, data, count and digest of the samples, model, revision, commit, weights,
-            files, how the checkpoint was read, dtype, max_pixels, device_map, quantize, decoding.
+            files, how the checkpoint was read, dtype, limits on pixels, device_map, quantize, attention, decoding.
         unit: What the bootstrap draws, in the plural.
         draws: Of the bootstrap.
         seed: Of the bootstrap.

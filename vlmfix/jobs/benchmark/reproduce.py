@@ -13,7 +13,7 @@ from vlmfix.evals.task import Task, Workload
 from vlmfix.generation import VLM, load
 from vlmfix.jobs.benchmark.job import Report, check, evaluate, refuse_changed
 from vlmfix.parsing import some
-from vlmfix.settings import DECODED
+from vlmfix.settings import DECODED, REQUESTED
 from vlmfix.shapes import fault, fields, list_of
 
 REPEATABLE = fields(MADE_BY | {"sessions": list_of(SESSION, least=1)})
@@ -92,7 +92,7 @@ def reproduce(
     card = run.card
     if wrong := fault(card, REPEATABLE):
         raise DataError(f"{run.folder / CARD}{wrong}", "restore the file, or run again")
-    if strange := sorted(card["decoding"].keys() - DECODED.keys()):
+    if strange := sorted(card["decoding"].keys() - DECODED.keys() - REQUESTED.keys()):
         raise DataError(
             f"{run.folder / CARD}: decoding has {some(strange)}, which this version does not know",
             "restore the file, or use the vlmfix that wrote it",

@@ -171,7 +171,7 @@ def _known_settings(
     source: Source, questions: Questions, settings: Settings, decoder: Decoder, shard: Shard | None
 ) -> dict[str, Any]:
     """Returns the settings that can be compared before the model is loaded."""
-    asked = asdict(settings)
+    asked = asdict(settings) | settings.requested()
     for name in ("device", "dtype"):  # their values are known only with the model
         del asked[name]
     parameters = {name: plain(value) for name, value in decoder.parameters().items()}

@@ -16,7 +16,7 @@ from vlmfix.jobs.lines import ANSWER, ANSWERS, CARD
 from vlmfix.jobs.shards import Shard
 from vlmfix.parsing import some
 from vlmfix.records import read_json, read_lines
-from vlmfix.settings import DECODED, LOADED, MODEL
+from vlmfix.settings import DECODED, LOADED, MODEL, REQUESTED, decoding_in
 from vlmfix.shapes import FLAG, PATH, SIZE, TEXT, fields, list_of, mapping_of
 from vlmfix.sources import Source, source_of
 
@@ -39,6 +39,7 @@ FINISHED = fields(
                 "shard": TEXT.or_null(),
                 "column": TEXT.or_null(),
                 **LOADED,
+                **REQUESTED,
             },
         ),
         "sessions": list_of(fields({"prompts_file": PATH.or_null(), "batch_size": SIZE}), least=1),
@@ -105,8 +106,7 @@ def reproduce(
     questions = questions_again(folder, before, session["prompts_file"], prompts, source)
     _refuse_other_pictures(folder, source)
     decoder_again(str(folder), before["decoder"], before.get("plugins"))
-    decoding = {name: before[name] for name in DECODED}
-    settings = settings_again(before, decoding, model=model, device=device, decoder=before["decoder"])
+    settings = settings_again(before, decoding_in(before), model=model, device=device, decoder=before["decoder"])
     shard = Shard.of(before["shard"]) if before.get("shard") else None
     run(
         pictures,
