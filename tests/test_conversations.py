@@ -5,9 +5,11 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
+import torch
 
 from tests.contracts.support import PICTURES, PROMPTS, unlike, vlm_of
 from vlmfix import Turn
+from vlmfix.decoders import parse
 from vlmfix.decoding.branches import without_picture, without_question
 from vlmfix.errors import DataError, IncompatibleDecodersError, UnsupportedModelError, UsageError
 from vlmfix.models.checkpoint import EMBEDDED
@@ -109,6 +111,16 @@ def test_a_template_that_drops_the_system_message_is_refused(monkeypatch):
     monkeypatch.setattr(vlm.processor, "chat_template", "{% set messages = messages[-1:] %}" + template)
     with pytest.raises(UnsupportedModelError, match="leaves out what the system said"):
         vlm.encode("hello", [[ONE]], system="be kind")
+
+
+def test_inputs_with_a_video_are_refused():
+    vlm = vlm_of("llava")
+    inputs = dict(vlm.encode("hello", [[ONE]])) | {"pixel_values_videos": torch.zeros(1, 3, 4, 4)}
+    with (
+        pytest.raises(IncompatibleDecodersError, match=r"hold a video \(pixel_values_videos\)"),
+        parse("vcd").applied(vlm, inputs),
+    ):
+        pass
 
 
 def test_a_refining_decoder_takes_one_question():

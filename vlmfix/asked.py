@@ -10,17 +10,26 @@ from numbers import Real
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
 from PIL import Image
 from PIL.ImageFile import ImageFile
 
-from vlmfix.errors import DataError, UsageError
+from vlmfix.errors import DataError, PassingError, UsageError
+from vlmfix.images import CALLED, picture_at
 from vlmfix.pixels import check_size, check_tiles, rgb
 
 MOST = 2**31 - 1
 """The largest number of tokens, beams or rows that may be asked for."""
 
-_Made = dict[tuple[int, int], tuple[Image.Image, Image.Image]]
-"""By the number of an object and of its frame: the object, whose number is its own while it is kept, and it in RGB."""
+Shown = Image.Image | str | Path | NDArray[np.uint8]
+"""A picture: one of Pillow's, a path or a URL, or the bytes of its pixels."""
+KINDS = Image.Image | str | Path | np.ndarray
+CHANNELS = (3, 4)
+
+_Made = dict[tuple[int, int] | str, tuple[Any, Image.Image]]
+"""By the number of an object and of its frame, or by the address: the object, whose number is its own while it is
+kept, and it in RGB."""
 
 TEXTS_AND_FILES = (str, bytes, bytearray, memoryview, io.IOBase)
 """What Python can go through like a list although it is none of pictures or questions."""
@@ -30,12 +39,13 @@ def pictures_of(pictures: Any, *, first: int = 0) -> list[list[Image.Image]]:  #
     """Checks pictures and brings them to one form.
 
     Args:
-        pictures: B PIL pictures, or B lists of them, which may be empty; of any mode.
+        pictures: B pictures, or B lists of them, which may be empty: PIL pictures of any mode, paths and URLs of files
+            as ``images.picture_at`` reads them, or uint8 arrays, (height, width) greys or (height, width, 3 or 4).
         first: Number of the first of them, for messages.
 
     Returns:
-        B lists of RGB pictures. An RGB picture stays the same object, unless it is an open file; one object becomes
-        one object.
+        B lists of RGB pictures. An RGB picture stays the same object, unless it is an open file; one object, and one
+        address, becomes one object.
 
     Raises:
         DataError: They are something else, or there is a picture that cannot be read or shown.
@@ -48,7 +58,7 @@ def pictures_of(pictures: Any, *, first: int = 0) -> list[list[Image.Image]]:  #
     rows = []
     for number, shown in enumerate(_items(pictures, "pictures"), first):
         place = f"pictures[{number}]"
-        if isinstance(shown, Image.Image):
+        if isinstance(shown, KINDS):
             rows.append([_picture(shown, place, made)])
         else:
             named = ((f"{place}[{inner}]", one) for inner, one in enumerate(_items(shown, place)))
@@ -131,6 +141,14 @@ def number(name: str, value: Any) -> float:  # noqa: ANN401 (whatever users give
 
 def _picture(given: Any, place: str, made: _Made) -> Image.Image:  # noqa: ANN401
     """One picture in RGB."""
+    if isinstance(given, str | Path):
+        if f"{given}" not in made:
+            made[f"{given}"] = given, _opened(given, place)
+        return made[f"{given}"][1]
+    if isinstance(given, np.ndarray):
+        if (id(given), 0) not in made:
+            made[id(given), 0] = given, _of_array(given, place)
+        return made[id(given), 0][1]
     if not isinstance(given, Image.Image):
         raise DataError(f"{place} is {_kind(given)}", _what_to_give(given))
     key = id(given), given.tell()  # going through the frames of a file gives one object again and again
@@ -147,6 +165,31 @@ def _picture(given: Any, place: str, made: _Made) -> Image.Image:  # noqa: ANN40
             reason = f"{type(error).__name__}: {error}"
             raise DataError(f"{place} cannot be read: {reason}", "give a picture that can be loaded as RGB") from error
     return made[key][1]
+
+
+def _opened(address: str | Path, place: str) -> Image.Image:
+    try:
+        return picture_at(address).image
+    except DataError as error:
+        hint = "give a path or a URL of a JPEG, PNG, WebP, TIFF, BMP or GIF file, or leave it out"
+        raise DataError(f"{place}, {str(address)[:CALLED]!r}: {error.message}", hint) from error
+    except PassingError as error:
+        raise PassingError(f"{place}, {str(address)[:CALLED]!r}: {error.message}", error.hint) from error
+
+
+def _of_array(array: NDArray[Any], place: str) -> Image.Image:
+    """A picture whose pixels are given."""
+    shape = array.shape
+    if array.dtype != np.uint8 or len(shape) not in (2, 3) or (len(shape) == 3 and shape[2] not in CHANNELS):
+        raise DataError(
+            f"{place} is an array of {array.dtype} and shape {shape}",
+            "an array is of uint8, and (height, width), or (height, width, 3) or 4, in the order of RGB",
+        )
+    try:
+        check_size(shape[1], shape[0])
+    except DataError as error:
+        raise DataError(f"{place}: {error.message}", "give another picture, or leave it out") from error
+    return rgb(Image.fromarray(array))
 
 
 def _items(given: Any, name: str, what: str = "pictures") -> Iterable[Any]:  # noqa: ANN401
@@ -168,11 +211,13 @@ def _kind(given: Any) -> str:  # noqa: ANN401
 def _what_to_give(given: Any) -> str:  # noqa: ANN401
     """How to make a list of pictures of what was given."""
     if isinstance(given, str | Path):
-        how = "vlmfix.images.open_picture(path).image opens a file"
+        how = "[path] for a single one"
+    elif isinstance(given, np.ndarray):
+        how = "list(array) for one that holds several pictures, [array] for a single one"
     elif hasattr(given, "shape"):
-        how = "PIL.Image.fromarray(array) makes one of (height, width, 3) bytes"
+        how = "tensor.permute(1, 2, 0).numpy() makes an array of (3, height, width) bytes"
     elif isinstance(given, TEXTS_AND_FILES):
         how = "PIL.Image.open(file) opens a file, which may be io.BytesIO(content)"
     else:
         how = "[] stands for no picture"
-    return f"give a list of PIL pictures, or of lists of them, one for each question; {how}"
+    return f"give a list of pictures, paths or arrays, or of lists of them, one for each question; {how}"

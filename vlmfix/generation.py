@@ -24,7 +24,7 @@ from transformers import (
     StoppingCriteriaList,
 )
 
-from vlmfix.asked import number, pictures_of, questions_of, whole
+from vlmfix.asked import Shown, number, pictures_of, questions_of, whole
 from vlmfix.decoders import Decoder, Strategy, parse
 from vlmfix.decoders.picture.refined import PictureMemo, Refined
 from vlmfix.decoding.beams import search
@@ -53,7 +53,7 @@ logger = logging.getLogger(__name__)
 SEEDS = 2**63
 """How many seeds there are, from 0."""
 
-Shown = Image.Image | Sequence[Image.Image]
+Pictures = Shown | Sequence[Shown]
 """The picture of one question, or its pictures."""
 Finish = Literal["eos", "stop", "length", "context", "nan"]
 """Why an answer ends."""
@@ -99,7 +99,7 @@ class VLM(Checkpoint):
 
     def generate(
         self,
-        pictures: Sequence[Shown],
+        pictures: Sequence[Pictures],
         prompts: str | Sequence[str],
         *,
         decoder: Decoder | str = "greedy",
@@ -123,8 +123,9 @@ class VLM(Checkpoint):
         model are answered one after the other. Prompt and answer together are no longer than the model's context.
 
         Args:
-            pictures: B PIL pictures, or B lists of them, the right way up: EXIF's orientation is not looked at. What is
-                not RGB becomes RGB as in a file.
+            pictures: B pictures, or B lists of them: PIL pictures, the right way up, for EXIF's orientation is not
+                looked at; paths and URLs of files, which are turned as EXIF says; or uint8 arrays, (height, width, 3).
+                What is not RGB becomes RGB as in a file.
             prompts: One question for all, or B questions.
             decoder: A decoder, or its specification such as ``vcd:contrast=0.5``.
             max_new_tokens: Longest answer in tokens, or that of each row.
@@ -187,7 +188,7 @@ class VLM(Checkpoint):
         return [replace(answer, refined=look) for answer, look in zip(answers, refined, strict=True)]
 
     def refine(
-        self, pictures: Sequence[Shown], prompts: str | Sequence[str], *, decoder: Decoder | str
+        self, pictures: Sequence[Pictures], prompts: str | Sequence[str], *, decoder: Decoder | str
     ) -> list[Refined]:
         """Shows where a refining decoder looks: what ``generate`` would let the model see, without answering.
 
@@ -210,7 +211,7 @@ class VLM(Checkpoint):
 
     def stream(
         self,
-        picture: Shown,
+        picture: Pictures,
         prompt: str,
         *,
         decoder: Decoder | str = "greedy",
@@ -549,7 +550,7 @@ def _means(pairs: Sequence[tuple[float, float]]) -> tuple[float, float] | tuple[
     return first, second
 
 
-def _questions(pictures: Sequence[Shown], prompts: str | Sequence[str]) -> tuple[list[list[Image.Image]], list[str]]:
+def _questions(pictures: Sequence[Pictures], prompts: str | Sequence[str]) -> tuple[list[list[Image.Image]], list[str]]:
     rows = pictures_of(pictures)
     return rows, questions_of(prompts, len(rows))
 

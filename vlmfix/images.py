@@ -20,12 +20,19 @@ from PIL import Image, UnidentifiedImageError
 from vlmfix.errors import DataError, PassingError, UsageError, passing
 from vlmfix.metadata import without_metadata
 from vlmfix.pixels import check_size, check_tiles, rgb, turn
+from vlmfix.web import fetched, in_data_url, is_web, path_of
 
 FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "BMP", "GIF")
 """What is read, told by a file's content; its extension does not matter."""
 
 T = TypeVar("T")
 
+HERE = Path()
+CALLED = 200
+"""Characters of an address in a message."""
+STILLS = {b"heic", b"heix", b"heim", b"heis", b"mif1", b"msf1", b"avif", b"avis"}
+"""Brands of pictures that stand in the same boxes as videos."""
+VIDEO = "a video, and only still pictures are read: take pictures out of it, by ffmpeg -i VIDEO frame%04d.png for one"
 NO_CONTENT = "not a file with content (a device, socket or pipe)"
 
 BOMBS = (Image.DecompressionBombError, Image.DecompressionBombWarning)
@@ -49,6 +56,7 @@ class Found:
         problem: Why it cannot be a picture; empty when it may be one.
         prompts: Questions about it alone; empty where all pictures are asked the same.
         part: Offset and length, in bytes, of a picture that stands in a tar file; None for a whole file.
+        url: Its address in the web, for one that is not on this machine; ``path`` then says nothing.
     """
 
     name: str
@@ -56,6 +64,7 @@ class Found:
     problem: str = ""
     prompts: tuple[str, ...] = ()
     part: tuple[int, int] | None = None
+    url: str = ""
 
 
 @dataclass(frozen=True, eq=False)
@@ -161,7 +170,7 @@ def open_picture(path: str | Path) -> Picture:
 
 
 def open_found(file: Found) -> Picture:
-    """Decodes a picture of a source, which may stand in a tar file; see ``open_picture``.
+    """Decodes a picture of a source, which may stand in a tar file or in the web; see ``open_picture``.
 
     Raises:
         DataError: It is no picture, for the reasons that a file is none.
@@ -169,23 +178,29 @@ def open_found(file: Found) -> Picture:
     """
     if file.problem:
         raise DataError(file.problem)
+    if file.url:
+        return _picture(fetched(file.url))
     with _as_data_errors():
         if not stat.S_ISREG(os.stat(file.path).st_mode):
             raise DataError(NO_CONTENT)
         if file.part is not None:
-            content = _part(file.path, *file.part)
-            return Picture(image=picture_of(content), sha256=hashlib.sha256(content).hexdigest())
+            return _picture(_part(file.path, *file.part))
     return open_picture(file.path)
+
+
+def _picture(content: bytes) -> Picture:
+    return Picture(image=picture_of(content), sha256=hashlib.sha256(content).hexdigest())
 
 
 def digest_of(file: Found) -> str | None:
     """Computes the hex sha256 of a picture's bytes; None where they cannot be read."""
     try:
-        if file.part is not None:
-            return hashlib.sha256(_part(file.path, *file.part)).hexdigest()
+        if file.url or file.part is not None:
+            content = fetched(file.url) if file.part is None else _part(file.path, *file.part)
+            return hashlib.sha256(content).hexdigest()
         with file.path.open("rb") as whole:
             return hashlib.file_digest(whole, "sha256").hexdigest()
-    except (OSError, DataError):
+    except (OSError, DataError, PassingError):
         return None
 
 
@@ -260,6 +275,9 @@ def _read(file: BinaryIO, read: Callable[[BinaryIO], T]) -> T:
         if passing(error):
             raise
         file.seek(0)
+        if isinstance(error, UnidentifiedImageError) and (kind := _other_kind(file.read(16))):
+            raise DataError(kind) from error
+        file.seek(0)
         content = file.read()
         for exif in (True, False):
             bare = without_metadata(content, exif=exif)
@@ -272,6 +290,23 @@ def _read(file: BinaryIO, read: Callable[[BinaryIO], T]) -> T:
                     raise
                 continue
         raise
+
+
+def _other_kind(head: bytes) -> str:
+    """Says what a file is that people take for a picture, by its first 16 bytes; empty for anything else."""
+    if head[4:8] == b"ftyp":
+        still = head[8:12] in STILLS
+        return "HEIC and AVIF are not read: save the picture as JPEG or PNG" if still else VIDEO
+    boxes = head[4:8] in (b"moov", b"mdat", b"wide") or (head[:4] == b"RIFF" and head[8:12] == b"AVI ")
+    beginnings = (
+        b"\x1a\x45\xdf\xa3",
+        b"\x00\x00\x01\xba",
+        b"\x00\x00\x01\xb3",
+        b"FLV\x01",
+        b"OggS",
+        b"\x30\x26\xb2\x75",
+    )
+    return VIDEO if boxes or head.startswith(beginnings) else ""
 
 
 def _decoded(file: BinaryIO) -> Image.Image:
@@ -296,22 +331,43 @@ def _png_bits(file: BinaryIO) -> int:
     return head[24] if head.startswith(b"\x89PNG") else 8
 
 
-def named_picture(path: Path) -> Image.Image:
-    """Decodes the one picture that somebody named; see ``open_picture``.
+def picture_at(address: str | Path, *, folder: Path = HERE) -> Picture:
+    """Decodes the picture at a path, or at a URL: ``http(s)://``, ``file://`` or ``data:``; see ``open_picture``.
+
+    Args:
+        address: The path or the URL.
+        folder: Folder that paths are relative to.
+
+    Raises:
+        DataError: It is no picture; the message is the reason alone.
+        PassingError: It cannot be read now.
+    """
+    if isinstance(address, str):
+        if is_web(address):
+            return _picture(fetched(address))
+        if (content := in_data_url(address)) is not None:
+            return _picture(content)
+        address = path_of(address, folder)
+    return open_found(Found("", folder / address))
+
+
+def named_picture(address: str) -> Image.Image:
+    """Decodes the one picture that somebody named; see ``picture_at``.
 
     Raises:
         UsageError: There is no such file.
-        DataError: It is no picture; the message begins with the path.
-        PassingError: It cannot be read now; the message begins with the path.
+        DataError: It is no picture; the message begins with the address.
+        PassingError: It cannot be read now; the message begins with the address.
     """
-    if not path.exists():
-        raise UsageError(f"there is no file {path}", "give a picture")
+    called = address if len(address) <= CALLED else f"{address[:CALLED]}..."
     try:
-        return open_picture(path).image
+        if not (is_web(address) or address[:5].lower() == "data:" or path_of(address, HERE).exists()):
+            raise UsageError(f"there is no file {called}", "give a picture, or its address; the question comes last")
+        return picture_at(address).image
     except DataError as error:
-        raise DataError(f"{path}: {error.message}", "give a JPEG, PNG, WebP, TIFF, BMP or GIF file") from error
+        raise DataError(f"{called}: {error.message}", "give a JPEG, PNG, WebP, TIFF, BMP or GIF file") from error
     except PassingError as error:
-        raise PassingError(f"{path}: {error.message}", error.hint) from error
+        raise PassingError(f"{called}: {error.message}", error.hint) from error
 
 
 def read_ahead(
@@ -343,6 +399,10 @@ def read_ahead(
 
 
 def _open_or_error(file: Found) -> Picture | DataError | PassingError:
+    """Opens a picture in several attempts; trouble that the web still has in the last one is that picture's fault.
+
+    A list may hold dead addresses in a row, and would else never come to those behind them.
+    """
     for pause in PAUSES:
         try:
             return open_found(file)
@@ -351,4 +411,4 @@ def _open_or_error(file: Found) -> Picture | DataError | PassingError:
         except PassingError as error:
             trouble = error
             time.sleep(pause)
-    return trouble
+    return DataError(f"{trouble.message}, in {len(PAUSES)} attempts") if file.url else trouble

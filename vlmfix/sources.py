@@ -18,9 +18,10 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path, PurePosixPath
 
-from vlmfix.errors import PassingError, UsageError, passing
+from vlmfix.errors import DataError, PassingError, UsageError, passing
 from vlmfix.images import Found, find
 from vlmfix.parsing import some
+from vlmfix.web import is_web, path_of
 
 TAR, CSV, LISTS = ".tar", ".csv", (".txt", ".list")
 """Endings that say what a source is; a file with another one is a picture."""
@@ -97,7 +98,7 @@ class _Folder(Source):
 
 
 class _List(Source):
-    """A text file with a path on each line, relative to the file's folder or absolute."""
+    """A text file with a path on each line, relative to the file's folder or absolute, or a URL."""
 
     def __iter__(self) -> Iterator[Found]:
         folder = self.place.parent
@@ -108,7 +109,7 @@ class _List(Source):
                         f"{self.place}, line {number} holds a zero byte", "give a text file with a path on each line"
                     )
                 if name := os.fsdecode(line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line).strip():
-                    yield from _members(Found(name, folder / name))
+                    yield from _members(_named(name, folder))
 
 
 class _Table(Source):
@@ -149,7 +150,7 @@ class _Table(Source):
             named = (self._row(rows.line_num, row) for row in rows)
             for name, same in itertools.groupby(named, key=lambda row: row[0]):
                 prompts = tuple(dict.fromkeys(prompt for _, prompt in same)) if self._asks else ()
-                yield Found(name, self.place.parent / name, prompts=prompts)
+                yield replace(_named(name, self.place.parent), prompts=prompts)
 
     def _row(self, line: int, row: dict[str, str]) -> tuple[str, str]:
         assert self.column is not None
@@ -172,6 +173,16 @@ def _readable(place: Path) -> Iterator[None]:
         if trouble := passing(error):
             raise PassingError(f"cannot read {place}: {trouble.message}", trouble.hint) from error
         raise UsageError(f"cannot read {place}: {error.strerror}", "check the path") from error
+
+
+def _named(name: str, folder: Path) -> Found:
+    """Finds what a list names: a path relative to its folder, or a URL."""
+    if is_web(name):
+        return Found(name, folder, "a tar file in the web; download it" if name.lower().endswith(TAR) else "", url=name)
+    try:
+        return Found(name, path_of(name, folder))
+    except DataError as error:
+        return Found(name, folder, error.message)
 
 
 def _members(file: Found) -> Iterator[Found]:

@@ -124,8 +124,8 @@ def _unfamiliar(model: str, files: Iterable[Found]) -> Iterator[str]:
     if model not in EMBEDDED:
         return
     for file in islice(files, LOOKED_AT):
-        if file.part is not None:
-            continue  # of a tar file
+        if file.part is not None or file.url:
+            continue  # of a tar file, or in the web
         try:
             drawn = bool(file.problem) or is_drawn(file.path)
         except Exception:  # Pillow's readers raise nearly anything on a damaged file, of which the run tells
@@ -147,28 +147,39 @@ def _loading(model: str, **how: Any) -> Any:  # noqa: ANN401 (its type would imp
 
 
 @click.command()
-@click.argument("picture", type=click.Path(path_type=Path))
+@click.argument("pictures", nargs=-1, metavar="PICTURE...")
 @click.argument("question")
+@click.option(
+    "--earlier",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="JSON file of chat messages that were said before the question.",
+)
 @options.generation_options("num_beams")
-def ask(picture: Path, question: str, settings: Settings) -> None:
-    """Ask one QUESTION about one PICTURE."""
+def ask(pictures: tuple[str, ...], question: str, earlier: Path | None, settings: Settings) -> None:
+    """Ask one QUESTION about one PICTURE, or several: files, or addresses in the web."""
     if not question.strip():
         raise UsageError("the question is empty", "write a question or an instruction")
+    if not pictures and earlier is None:
+        raise UsageError("there is no picture", "give one or more, and then the question")
     options.quieten()
     from vlmfix.decoders import parse
     from vlmfix.display import loading
     from vlmfix.generation import check_settings
     from vlmfix.images import Found, named_picture
+    from vlmfix.models.conversation import conversation
 
     decoder = parse(settings.decoder)
     check_settings(decoder, settings)
-    shown = named_picture(picture)
-    _told(settings, [Found(picture.name, picture)])
+    said, shown = conversation(earlier) if earlier is not None else ((), [])
+    shown += [named_picture(picture) for picture in pictures]
+    _told(settings, [Found(Path(picture).name, Path(picture)) for picture in pictures])
     vlm = loading(settings.model, **settings.loading())
     pieces = vlm.stream(
         shown,
         question,
         decoder=decoder,
+        earlier=said,
         **{name: value for name, value in settings.decoding().items() if name != "num_beams"},
     )
     terminal = sys.stdout.isatty()  # a program that reads the answer gets it as it is

@@ -16,7 +16,7 @@ SCORES = ("picture", "prompt", "earlier", "preceding")
 
 
 @click.command()
-@click.argument("picture", type=click.Path(path_type=Path))
+@click.argument("picture")
 @click.argument("question")
 @click.option("--answer", help="Judge this answer.  [default: the model's own]")
 @click.option("--layers", default="all", show_default=True, help="Layers to average, such as all or 2:-1.")
@@ -25,7 +25,7 @@ SCORES = ("picture", "prompt", "earlier", "preceding")
 @options.generation_options("num_beams", *options.CHOSEN)
 def grounding(
     *,
-    picture: Path,
+    picture: str,
     question: str,
     answer: str | None,
     layers: str,

@@ -208,6 +208,11 @@ class Decoder(ABC):
             IncompatibleDecodersError: The method cannot act on this model, these inputs or beam search.
             DataError: A prompt is longer than the model's context, or is a single token.
         """
+        if videos := [name for name in batch if "video" in name]:
+            raise IncompatibleDecodersError(
+                f"the inputs hold a video ({', '.join(videos)}), whose tokens no decoder knows as a picture's",
+                "take still pictures out of it, and show these",
+            )
         room_for_answers(vlm, batch.lengths)  # before anything is computed
         layout = vlm.layout(batch)
         plan = self.plan(vlm, batch, layout)

@@ -8,11 +8,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from PIL import Image
 from torch import Tensor
 from torch.nn.functional import pad
 
-from vlmfix.asked import pictures_of, questions_of
+from vlmfix.asked import Shown, pictures_of, questions_of
 from vlmfix.attention.edit import LayerSet
 from vlmfix.attention.saliency import mean_over
 from vlmfix.decoding.choice import Known
@@ -54,7 +53,7 @@ class Grounding:
 
 def grounding(
     vlm: Checkpoint,
-    pictures: Sequence[Image.Image | Sequence[Image.Image]],
+    pictures: Sequence[Shown | Sequence[Shown]],
     prompts: str | Sequence[str],
     answers: Sequence[str | Sequence[int]],
     *,

@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor
 from transformers import PreTrainedModel, ProcessorMixin
 
-from vlmfix.asked import pictures_of, questions_of, whole
+from vlmfix.asked import Shown, pictures_of, questions_of, whole
 from vlmfix.errors import (
     DataError,
     LayoutError,
@@ -246,7 +246,7 @@ class Checkpoint:
     def encode(
         self,
         prompts: str | Sequence[str | None],
-        pictures: Sequence[Image.Image | Sequence[Image.Image]],
+        pictures: Sequence[Shown | Sequence[Shown]],
         *,
         system: str | None = None,
         earlier: Sequence[Sequence[Turn]] | None = None,
@@ -263,7 +263,7 @@ class Checkpoint:
     def prepared(
         self,
         prompts: str | Sequence[str | None],
-        pictures: Sequence[Image.Image | Sequence[Image.Image]],
+        pictures: Sequence[Shown | Sequence[Shown]],
         *,
         system: str | None = None,
         earlier: Sequence[Sequence[Turn]] | None = None,
@@ -275,8 +275,7 @@ class Checkpoint:
 
         Args:
             prompts: One question for all, or B questions; may be empty, or None for a user turn without any text.
-            pictures: B pictures, or B lists of them, which may be empty; the right way up: EXIF's orientation is not
-                looked at. What is not RGB becomes RGB as in a file.
+            pictures: B pictures, or B lists of them, which may be empty; as for ``VLM.generate``.
             system: System message; None keeps the template's own.
             earlier: For each row, what was said before its question, oldest first; a system message of the row's own
                 may stand first, which ``system`` replaces. The row's pictures are those of these turns and then the

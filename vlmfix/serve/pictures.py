@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-import binascii
 import hashlib
 import threading
 from pathlib import Path
@@ -16,6 +14,7 @@ from vlmfix.errors import DataError, PassingError
 from vlmfix.images import picture_of
 from vlmfix.parsing import told
 from vlmfix.serve.refusals import RefusedError
+from vlmfix.web import in_data_url
 
 
 class Gallery:
@@ -42,12 +41,13 @@ class Gallery:
         Raises:
             RefusedError: It is another kind of URL, names a file that may not be read, or what is there is no picture.
         """
-        scheme = url[:10].partition(":")[0].lower()
-        if scheme == "data":
-            content = _data(url, param)
-        elif scheme == "file":
+        try:
+            content = in_data_url(url)
+        except DataError as error:
+            raise RefusedError(error.message, error.hint, param=param) from error
+        if content is None and url[:5].lower() == "file:":
             content = self._file(url, param)
-        else:
+        if content is None:
             raise RefusedError(
                 f"{told(url)} is no data URL, and this server fetches nothing from outside",
                 "send the picture itself: data:image/png;base64,...",
@@ -92,17 +92,3 @@ class Gallery:
         if len(content) > self._most:
             raise RefusedError(f"{told(url)} has more than {self._most} bytes", "make it smaller", param=param)
         return content
-
-
-def _data(url: str, param: str) -> bytes:
-    """What a data URL holds."""
-    head, comma, data = url.partition(",")
-    kind, *rest = head[5:].lower().split(";")
-    if not comma or not kind.startswith("image/") or "base64" not in rest:
-        raise RefusedError(
-            f"the data URL begins with {told(head)}", "write data:image/png;base64, and then the file", param=param
-        )
-    try:
-        return base64.b64decode(data, validate=True)
-    except (binascii.Error, ValueError) as error:
-        raise RefusedError(f"the data URL is not base64: {error}", "encode the file's bytes", param=param) from error

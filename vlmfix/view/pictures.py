@@ -45,7 +45,7 @@ def small_pictures(pictures: Iterable[PictureFile]) -> Generator[bytes | str]:
         For each the bytes of a JPEG, or in a sentence why there is none to be seen.
     """
     listed = list(pictures)
-    files = (Found(picture.name, *_place(picture), part=picture.part) for picture in listed)
+    files = (Found(picture.name, *_place(picture), part=picture.part, url=picture.url) for picture in listed)
     with closing(read_ahead(files)) as opened:
         for picture, (_, found) in zip(listed, opened, strict=True):
             yield _shown(picture, found)
@@ -55,6 +55,8 @@ def _place(picture: PictureFile) -> tuple[Path, str]:
     """Where to open a picture, and why not to; a pipe would never end."""
     if picture.path is None:
         return Path(), OUTSIDE
+    if picture.url:
+        return picture.path, ""
     return picture.path, "" if os.path.isfile(picture.path) else GONE
 
 

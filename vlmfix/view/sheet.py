@@ -118,12 +118,14 @@ class PictureFile:
         path: Where it should be; None when the name leads out of that folder.
         sha256: Digest of the bytes that the model was shown; empty where it is not known.
         part: Offset and length, in bytes, of a picture that stands in a tar file.
+        url: Its address in the web, for one that is not on this machine.
     """
 
     name: str
     path: Path | None
     sha256: str = ""
     part: tuple[int, int] | None = None
+    url: str = ""
 
 
 @dataclass(frozen=True, eq=False)

@@ -115,7 +115,7 @@ def run(
         PassingError: Trouble of the machine left questions open, which the next start asks; nothing is noted of them.
     """
     if not pictures.exists():
-        raise UsageError(f"there is no {pictures}", "give a picture, or a folder with pictures")
+        raise UsageError(f"there is no {pictures}", "give a picture, a folder of them, or a list (.txt, .csv), also of URLs")
     if pictures.is_dir() and out.exists() and out.samefile(pictures):
         raise UsageError(f"{out} is the folder of the pictures", "choose another --out")
     decoder = parse(settings.decoder)
