@@ -30,6 +30,10 @@ LINE_SECONDS = 10.0
 """Between two lines of progress where there is no terminal to draw a bar on."""
 RATE_SECONDS = 1.0
 """A batch is reported all at once; before this time a speed would say nothing."""
+FORECAST = 3
+"""Reports behind the one that begins a start from which its rate is told: the first batch, and two by which it goes."""
+WORTH_SECONDS = 10.0
+"""What is over sooner needs no forecast."""
 LARGE_FILE = 1 << 25
 """Bytes from which the reading of a file is shown."""
 
@@ -95,9 +99,54 @@ def reading(what: str) -> Iterator[Callable[[int, int], None]]:
 
 @contextmanager
 def run_display() -> Iterator[Callable[[Progress], None]]:
-    """Shows the progress of a folder's run; yields the function that it reports to."""
+    """Shows the progress of a folder's run, and a forecast of it; yields the function that it reports to."""
+    forecast = Forecast()
     with counting("answers") as report:
-        yield lambda progress: report(progress.done, progress.total)
+
+        def show(progress: Progress) -> None:
+            report(progress.done, progress.total)
+            if words := forecast.of(progress):
+                print(f"vlmfix: {words}", file=sys.stderr, flush=True)
+
+        yield show
+
+
+class Forecast:
+    """Says once, after the first batches of a start, how long it will take and what it needs.
+
+    The first batch is left out: it loads libraries, and may compile.
+
+    Args:
+        clock: Gives seconds.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._marks: list[tuple[float, int, int]] = []
+        self._said = False
+
+    def of(self, progress: Progress) -> str:
+        """Returns the forecast when there is something to be said of a state, else nothing."""
+        tokens = progress.totals.tokens
+        if self._said or (self._marks and tokens == self._marks[-1][2]):  # a picture that cannot be read is no batch
+            return ""
+        self._marks.append((self._clock(), progress.done, tokens))
+        if len(self._marks) <= FORECAST:
+            return ""
+        (begun, done_before, tokens_before), (now, *_) = self._marks[1], self._marks[-1]
+        if now - begun < RATE_SECONDS:
+            return ""
+        self._said = True
+        rate = (progress.done - done_before) / (now - begun)
+        left = progress.total - progress.done
+        if left / rate < WORTH_SECONDS:
+            return ""
+        batches = f"{len(self._marks) - 2} batches of {progress.batch_size}"
+        return (
+            f"forecast, by {batches}: {timedelta(seconds=round(left / rate))} for the {left:,} questions that are "
+            f"left, {(tokens - tokens_before) / (now - begun):.0f} tokens/s, at most "
+            f"{progress.peak_memory / 2**30:.1f} GiB of memory so far"
+        )
 
 
 @contextmanager

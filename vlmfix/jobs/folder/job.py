@@ -43,6 +43,7 @@ class Progress:
         answered: Questions that this start answered.
         totals: Totals of the output folder.
         batch_size: Rows per batch at present.
+        peak_memory: Most bytes held so far, on the model's device; 0 before it is loaded.
         notes: What is to be said of the run.
     """
 
@@ -52,6 +53,7 @@ class Progress:
     answered: int
     totals: Totals
     batch_size: int
+    peak_memory: int = 0
     notes: tuple[str, ...] = ()
 
     @property
@@ -115,7 +117,9 @@ def run(
         PassingError: Trouble of the machine left questions open, which the next start asks; nothing is noted of them.
     """
     if not pictures.exists():
-        raise UsageError(f"there is no {pictures}", "give a picture, a folder of them, or a list (.txt, .csv), also of URLs")
+        raise UsageError(
+            f"there is no {pictures}", "give a picture, a folder of them, or a list (.txt, .csv), also of URLs"
+        )
     if pictures.is_dir() and out.exists() and out.samefile(pictures):
         raise UsageError(f"{out} is the folder of the pictures", "choose another --out")
     decoder = parse(settings.decoder)
@@ -211,6 +215,7 @@ class _Job:
         self._maps = maps
         self._report = report
         self._batch_size = 1
+        self._peak_memory: Callable[[], int] = lambda: 0
         self._answered = 0
         self._shown: dict[str, Image.Image] = {}
         self._unreadable = frozenset(output.unreadable)
@@ -254,7 +259,14 @@ class _Job:
     def progress(self) -> Progress:
         output = self._output
         return Progress(
-            self._total, self._before, self._done, self._answered, output.totals, self._batch_size, output.notes
+            self._total,
+            self._before,
+            self._done,
+            self._answered,
+            output.totals,
+            self._batch_size,
+            self._peak_memory(),
+            output.notes,
         )
 
     def typical(self) -> list[Question]:
@@ -275,13 +287,13 @@ class _Job:
 
     def work(self, answerer: Answerer | Crew, settings: Settings) -> None:
         """Asks every question that is left."""
-        self._batch_size = answerer.rows
+        self._batch_size, self._peak_memory = answerer.rows, lambda: answerer.peak_memory
         self._output.begin(
             answerer.known,
             settings,
             batch_size=answerer.rows,
             prompts_file=self._questions.file_name or None,
-            peak_memory=lambda: answerer.peak_memory,
+            peak_memory=self._peak_memory,
         )
         self._report(self.progress())
         with (
