@@ -8,6 +8,7 @@ from vlmfix.errors import MissingExtraError
 
 EXTRAS = {
     "eval": ("ijson", "nltk", "textblob"),
+    "parquet": ("pyarrow",),
     "serve": ("fastapi", "prometheus_client", "uvicorn"),
     "tune": ("optuna", "tomli_w"),
 }

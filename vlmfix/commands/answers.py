@@ -14,7 +14,9 @@ import click
 from click.core import ParameterSource
 
 from vlmfix.commands import options
+from vlmfix.commands.export import written
 from vlmfix.errors import UsageError
+from vlmfix.jobs.export import JSONL, NAMES, targets
 from vlmfix.parsing import escaped
 from vlmfix.settings import EMBEDDED, Settings
 
@@ -40,6 +42,13 @@ PHOTOGRAPHS = "llava-hf/llava-1.5-7b-hf"
     metavar="DIR",
     help="Folder for refined pictures and maps, of carve and vicrop.",
 )
+@click.option(
+    "--format",
+    "formats",
+    multiple=True,
+    type=click.Choice([JSONL, *NAMES]),
+    help="Write the answers also in this form when all are done; may be given several times.  [default: jsonl alone]",
+)
 @options.retry_failed("OUT/failed.jsonl")
 @click.option(
     "--devices", metavar="all|N,N,...", help="GPUs that answer together, a process on each.  [default: one, --device]"
@@ -56,6 +65,7 @@ def run(
     prompts: Path | None,
     batch_size: int | None,
     save_maps: Path | None,
+    formats: tuple[str, ...],
     retry_failed: bool,
     devices: str | None,
     shard: str | None,
@@ -71,6 +81,7 @@ def run(
         raise UsageError("--device and --devices are both given", "give one of them")
     if devices is not None and settings.device_map is not None:
         raise UsageError("--device-map spreads a model, and --devices has one on each", "give one of them")
+    kinds = [kind for kind in dict.fromkeys(formats) if kind != JSONL]
     options.quieten()
     from vlmfix.crew import devices_of
     from vlmfix.display import run_display, summary
@@ -80,6 +91,8 @@ def run(
 
     part = None if shard is None else Shard.of(shard)
     place = out if part is None else part.folder(out)
+    for kind in kinds:
+        targets(place, kind)  # before anything is answered
     questions = folder.Questions.of(source_of(pictures, column=column), prompt, prompts)
     with options.stoppable(place), run_display() as report:
         end = folder.run(
@@ -98,6 +111,8 @@ def run(
             loader=_loading,
         )
     options.say(summary(end, place, settings.max_new_tokens), err=True, lines=True)
+    for kind in kinds:
+        written(place, kind)
     if end.in_vain:
         click.get_current_context().exit(1)
 
