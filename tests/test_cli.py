@@ -74,6 +74,19 @@ def test_an_embedded_model_says_nothing_of_drawn_scenes(tmp_path, vlmfix):
     assert read_json(tmp_path / "out" / "run.json")["notes"] == []
 
 
+def test_words_are_kept_where_they_are_asked_for_and_a_folder_goes_on_without(tmp_path, model, vlmfix):
+    out = tmp_path / "out"
+    run = ("run", draw(tmp_path / "in", 1), "--out", out, "--model", model, "--max-new-tokens", 6)
+    assert vlmfix(*run, "--words")[0] == 0
+    draw(tmp_path / "in", 2)
+    assert vlmfix(*run)[0] == 0
+    first, second = read_lines(out / "answers.jsonl")
+    assert {len(word) for word in first["words"]} == {3}
+    assert sum(logprob for *_, logprob in first["words"]) <= 0
+    assert "words" not in second
+    assert "words" not in read_json(out / "run.json")["settings"]
+
+
 def test_answers_that_were_cut_are_counted(tmp_path, model, vlmfix):
     run = ("run", draw(tmp_path / "in", 3), "--out", tmp_path / "out", "--model", model, "--max-new-tokens", 2)
     for _ in range(2):  # and counted again from the file

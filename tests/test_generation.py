@@ -248,6 +248,17 @@ def test_an_answer_says_how_sure_its_tokens_were(spec):
         assert answer.entropy == pytest.approx(sum(spread) / len(spread), abs=1e-4)
 
 
+def test_an_answer_says_of_every_word_how_sure_it_was():
+    vlm = vlm_of("llava")
+    stop = vlm.generate(ROWS[:1], PROMPTS[0], max_new_tokens=8)[0].text[6:9]
+    call = {"max_new_tokens": 8, "stop": stop}
+    ((answer,), (plain,)) = (vlm.generate(ROWS[:1], PROMPTS[0], words=words, **call) for words in (True, False))
+    assert (answer.ids, plain.words) == (plain.ids, None)
+    assert all(answer.text[begin:end].strip() == answer.text[begin:end] != "" for begin, end, _ in answer.words)
+    assert all(logprob <= 0 for *_, logprob in answer.words)
+    assert vlm.generate(ROWS[:1], PROMPTS[0], max_new_tokens=2, num_beams=2, words=True)[0].words is None
+
+
 def test_nobody_knows_how_sure_beams_and_static_caches_were():
     vlm = vlm_of("llava")
     for options in ({"num_beams": 2}, {"static_cache": True}):

@@ -338,6 +338,7 @@ class Answerer(Settling):
                     [question.prompt for question in part],
                     decoder=self._decoder,
                     **settings.decoding(),
+                    words=settings.words,
                     prepared=prepared,
                 )
         except Exception as error:

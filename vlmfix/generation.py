@@ -36,7 +36,7 @@ from vlmfix.decoding.loop import Said, decode
 from vlmfix.decoding.plan import Gate
 from vlmfix.decoding.repetition import Repetition, RepetitionPenalty, Unrepeated
 from vlmfix.decoding.running import Running, running
-from vlmfix.decoding.spelling import Pieces, Spelling
+from vlmfix.decoding.spelling import Pieces, Spelling, spelled, words_of
 from vlmfix.errors import DataError, IncompatibleDecodersError, UsageError
 from vlmfix.models.checkpoint import Checkpoint, limited, said_before
 from vlmfix.models.families import family_of
@@ -75,6 +75,8 @@ class Answer:
             temperature; at most 0. None for beams, a static cache and answers whose scores were not numbers.
         entropy: Mean entropy, in nats, of the distributions that its tokens were chosen from; None likewise.
         refined: What a refining decoder made of the question's pictures; None for other decoders.
+        words: Of each word, or punctuation mark, begin and end in ``text`` and the natural log-probability of the
+            tokens that have a part of it, together; None unless it was asked for, and where ``logprob`` is.
     """
 
     text: str
@@ -85,6 +87,7 @@ class Answer:
     logprob: float | None = None
     entropy: float | None = None
     refined: Refined | None = None
+    words: tuple[tuple[int, int, float], ...] | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -116,6 +119,7 @@ class VLM(Checkpoint):
         static_cache: bool = False,
         prepared: Prepared | None = None,
         listener: Listener | None = None,
+        words: bool = False,
     ) -> list[Answer]:
         """Answers questions about pictures, as one batch.
 
@@ -147,6 +151,7 @@ class VLM(Checkpoint):
             prepared: What ``prepared`` has made of the same pictures and questions; None makes it here. A decoder that
                 refines pictures has no use for it.
             listener: Follows the answers token by token; not where beams search, which know theirs at the end.
+            words: Says of every word of an answer how sure it was.
 
         Raises:
             DataError: The numbers of pictures and prompts differ, or are zero, or something else is among them; a
@@ -176,6 +181,7 @@ class VLM(Checkpoint):
             static_cache=static_cache,
             prepared=prepared,
             listener=listener,
+            words=words,
         )
         if prepared is not None:
             _check_prepared(prepared, request)
@@ -184,7 +190,7 @@ class VLM(Checkpoint):
             request, refined = self._refined(request)
             found = self._found(request)
         seconds = (time.perf_counter() - started) / len(rows)
-        answers = [self._answer(said, seconds, request.stops) for said in found]
+        answers = [self._answer(said, seconds, request) for said in found]
         return [replace(answer, refined=look) for answer, look in zip(answers, refined, strict=True)]
 
     def refine(
@@ -282,7 +288,7 @@ class VLM(Checkpoint):
                 with turn.taken():
                     refined, _ = self._refined(request)
                     (said,) = self._found(refined, streamer, left)
-                    if self._answer(said, 0.0).finish == "context":
+                    if self._answer(said, 0.0, request).finish == "context":
                         logger.warning("vlmfix: the model's context is full, which cut the answer")
             except BaseException as error:  # handed to the caller's thread
                 failure.append(error)
@@ -438,20 +444,25 @@ class VLM(Checkpoint):
             _row_seeds(request), self.device, temperature=kind.temperature, top_p=kind.top_p, top_k=kind.top_k
         )
 
-    def _answer(self, said: _Found, seconds: float, stops: Sequence[str] = ()) -> Answer:
+    def _answer(self, said: _Found, seconds: float, request: _Request) -> Answer:
         """The answer of one row, whose batch took so many seconds for each."""
         ends = defaults.ends(self.model)
         last = next((place for place, token in enumerate(said.ids) if token in ends), None)
         own = said.ids if last is None else said.ids[: last + 1]
         finish: Finish = "eos" if last is not None else "context" if said.full else "length"
-        if stops and (spelling := _spelled(Spelling(_tokenizer(self.processor), stops), own)).stopped:
+        spelling = None
+        if request.stops or request.words:
+            spelling = spelled(Spelling(_tokenizer(self.processor), request.stops), own)
+        if spelling is not None and spelling.stopped:
             own, text, finish = own[: len(spelling.starts)], spelling.text, "stop"
         else:
             text = str(_tokenizer(self.processor).decode(list(own), skip_special_tokens=True)).strip()
         if any(step < len(own) for step in said.broken):  # a row that has ended may still run
             finish = "nan"
-        logprob, entropy = (None, None) if finish == "nan" else _means(said.sure[: len(own)])
-        return Answer(text, len(own), finish, seconds, own, logprob=logprob, entropy=entropy)
+        sure = () if finish == "nan" else said.sure[: len(own)]
+        logprob, entropy = _means(sure)
+        words = _words(spelling, [pair[0] for pair in sure]) if request.words and spelling and sure else None
+        return Answer(text, len(own), finish, seconds, own, logprob=logprob, entropy=entropy, words=words)
 
 
 @dataclass(frozen=True)
@@ -488,6 +499,7 @@ class _Request:
     static_cache: bool = False
     prepared: Prepared | None = None
     listener: Listener | None = None
+    words: bool = False
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "limits", [whole("max_new_tokens", limit, 1) for limit in self.limits])
@@ -532,14 +544,10 @@ def _stopped(spelled: Sequence[Spelling], said: Said) -> Iterator[int]:
             yield sample
 
 
-def _spelled(spelling: Spelling, ids: Sequence[int]) -> Spelling:
-    """The spelling with an answer's tokens, up to a text that ends the answer."""
-    for token in ids:
-        spelling.add(token)
-        if spelling.stopped:
-            break
-    spelling.end()
-    return spelling
+def _words(spelling: Spelling, logprobs: Sequence[float]) -> tuple[tuple[int, int, float], ...]:
+    """Of each word of an answer its place and the log-probability of its tokens."""
+    found = words_of(spelling.text, spelling.starts)
+    return tuple((begin, end, sum(logprobs[token] for token in own)) for begin, end, own in found)
 
 
 def _means(pairs: Sequence[tuple[float, float]]) -> tuple[float, float] | tuple[None, None]:

@@ -18,6 +18,8 @@ DIGITS = 300
 
 CONTROLS = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 """What steers a terminal, ends a line or turns the direction of writing, and halves of characters."""
+WORD = re.compile("\\w+(?:['\N{RIGHT SINGLE QUOTATION MARK}-]\\w+)*|[^\\w\\s]")
+"""A word with what joins its parts, or a punctuation mark."""
 NAMED = {"\n": r"\n", "\r": r"\r", "\t": r"\t"}
 
 

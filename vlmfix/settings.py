@@ -71,6 +71,7 @@ class Settings:
         top_p: Nucleus of sampling; None for all.
         repetition_penalty: What scores of tokens that were said are divided by; None for nothing.
         stop: Texts that end an answer; None for none.
+        words: Whether answers say of every word how sure it was, which decides no answer and stands in no card.
     """
 
     model: str = "tiny"
@@ -92,6 +93,7 @@ class Settings:
     top_p: float | None = None
     repetition_penalty: float | None = None
     stop: tuple[str, ...] | None = None
+    words: bool = False
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "stop", tuple(self.stop) if self.stop else None)  # a card has a list

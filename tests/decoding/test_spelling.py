@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from vlmfix.decoding.spelling import Spelling, Words
+from vlmfix.decoding.spelling import Spelling, Words, spelled, words_of
 from vlmfix.generation import load
 
 
@@ -75,3 +75,16 @@ def test_single_tokens_have_their_white_space(tokenizer):
     ids = tokenizer.encode("two cups and dogs", add_special_tokens=False)
     assert "".join(map(Words(tokenizer).of, ids)).strip() == "two cups and dogs"
     assert Words(tokenizer).of(tokenizer.eos_token_id) == tokenizer.eos_token
+
+
+def test_words_know_their_tokens(tokenizer):
+    text = "a dog, a café-bar: 日本 👍 it's"
+    ids = tokenizer.encode(text, add_special_tokens=False)
+    spelling = spelled(Spelling(tokenizer, []), ids)
+    assert spelling.text == text
+    found = list(words_of(text, spelling.starts))
+    assert [text[begin:end] for begin, end, _ in found] == ["a", "dog", ",", "a", "café-bar", ":", "日本", "👍", "it's"]
+    forgotten = set(range(len(ids))).difference(token for _, _, own in found for token in own)
+    assert not any(tokenizer.decode(ids[token]).strip() for token in forgotten)
+    for begin, end, own in found:
+        assert text[begin:end] in tokenizer.decode(ids[own[0] : own[-1] + 1])

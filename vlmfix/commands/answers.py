@@ -6,6 +6,7 @@ import functools
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import closing
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -49,6 +50,7 @@ PHOTOGRAPHS = "llava-hf/llava-1.5-7b-hf"
     type=click.Choice([JSONL, *NAMES]),
     help="Write the answers also in this form when all are done; may be given several times.  [default: jsonl alone]",
 )
+@click.option("--words", is_flag=True, help="Keep of every word how sure the model was, which vlmfix view shows.")
 @options.retry_failed("OUT/failed.jsonl")
 @click.option(
     "--devices", metavar="all|N,N,...", help="GPUs that answer together, a process on each.  [default: one, --device]"
@@ -66,6 +68,7 @@ def run(
     batch_size: int | None,
     save_maps: Path | None,
     formats: tuple[str, ...],
+    words: bool,
     retry_failed: bool,
     devices: str | None,
     shard: str | None,
@@ -100,7 +103,7 @@ def run(
             out,
             questions=questions,
             column=column,
-            settings=settings,
+            settings=replace(settings, words=words),
             batch_size=batch_size,
             save_maps=save_maps,
             retry_failed=retry_failed,

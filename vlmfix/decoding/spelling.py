@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import queue
-from collections.abc import Iterator, Sequence
+from bisect import bisect_left
+from collections.abc import Iterable, Iterator, Sequence
 from functools import lru_cache
 
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
+
+from vlmfix.parsing import WORD
 
 UNFINISHED = "\ufffd"
 """What the tokens of a character decode to before its last one has come."""
@@ -75,6 +78,34 @@ class Spelling:
 def _overlap(text: str, stop: str) -> int:
     """Counts the characters at the end of a text that may be the beginning of a stop."""
     return next((size for size in range(min(len(stop) - 1, len(text)), 0, -1) if text.endswith(stop[:size])), 0)
+
+
+def words_of(text: str, starts: Sequence[int]) -> Iterator[tuple[int, int, list[int]]]:
+    """Finds the words of a text, and which tokens each is made of.
+
+    Args:
+        text: The text.
+        starts: Where in it each token begins, ascending; as of ``Spelling``.
+
+    Yields:
+        Begin and end of each word in characters, and the numbers of the tokens that have a part of it.
+    """
+    ends = [*starts[1:], len(text)]
+    for found in WORD.finditer(text):
+        begin, end = found.span()
+        near = range(bisect_left(ends, begin), bisect_left(starts, end))
+        # of a character with several tokens the last one has it, and the others have nothing
+        yield begin, end, [token for token in near if ends[token] > begin or starts[token] == ends[token]]
+
+
+def spelled(spelling: Spelling, ids: Iterable[int]) -> Spelling:
+    """Returns the spelling with the tokens of a whole answer, up to a text that ends the answer."""
+    for token in ids:
+        spelling.add(token)
+        if spelling.stopped:
+            break
+    spelling.end()
+    return spelling
 
 
 class Pieces:

@@ -7,7 +7,13 @@ from vlmfix.shapes import COUNT, DURATION, NUMBER, TEXT, fields, list_of
 ANSWERS, FAILED, CARD = "answers.jsonl", "failed.jsonl", "run.json"
 ANSWER = fields(
     {"image": TEXT, "prompt": TEXT, "answer": TEXT, "tokens": COUNT, "seconds": DURATION},
-    {"sha256": TEXT, "finish": TEXT, "logprob": NUMBER.or_null(), "entropy": NUMBER.or_null()},
+    {
+        "sha256": TEXT,
+        "finish": TEXT,
+        "logprob": NUMBER.or_null(),
+        "entropy": NUMBER.or_null(),
+        "words": list_of(list_of(NUMBER, least=3)),
+    },
 )
 MARKS = 12
 """Most times in a card at which it was noted how many questions were done: half a minute lies between two of them."""

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 
 from vlmfix.errors import UsageError
 from vlmfix.evals.benchmarks.words import words_of
-from vlmfix.view.marks import WORD, differences
+from vlmfix.parsing import WORD
+from vlmfix.view.marks import differences
 from vlmfix.view.sheet import Said, Sheet
 
 

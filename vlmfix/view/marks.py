@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import itertools
-import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from difflib import SequenceMatcher
 
+from vlmfix.parsing import WORD
 from vlmfix.view.sheet import Kind
 
-WORD = re.compile("\\w+(?:['\N{RIGHT SINGLE QUOTATION MARK}-]\\w+)*|[^\\w\\s]")
-"""A word with what joins its parts, or a punctuation mark."""
 LARGEST = 50_000
 """Pairs of equal words that are compared; of texts with more, which repeat themselves, all between equal beginnings and
 ends differs."""

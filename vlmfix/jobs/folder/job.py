@@ -176,7 +176,7 @@ def _known_settings(
 ) -> dict[str, Any]:
     """Returns the settings that can be compared before the model is loaded."""
     asked = asdict(settings) | settings.requested()
-    for name in ("device", "dtype"):  # their values are known only with the model
+    for name in ("device", "dtype", "words"):  # the values of the first two are known only with the model
         del asked[name]
     parameters = {name: plain(value) for name, value in decoder.parameters().items()}
     return {
@@ -362,6 +362,9 @@ class _Job:
 
 
 def _record(sample: _Sample, answer: Answer) -> dict[str, Any]:
+    words = {}
+    if answer.words is not None:
+        words = {"words": [[begin, end, round(logprob, 3)] for begin, end, logprob in answer.words]}
     return {
         "image": sample.image,
         "sha256": sample.sha256,
@@ -372,4 +375,5 @@ def _record(sample: _Sample, answer: Answer) -> dict[str, Any]:
         "seconds": round(answer.seconds, 4),
         "logprob": None if answer.logprob is None else round(answer.logprob, 4),
         "entropy": None if answer.entropy is None else round(answer.entropy, 4),
+        **words,
     }
