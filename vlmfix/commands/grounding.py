@@ -12,6 +12,8 @@ from vlmfix.commands import options
 from vlmfix.errors import UsageError
 from vlmfix.settings import Settings
 
+PAGE = "vlmfix grounding"
+"""Name of the pages that the command makes."""
 SCORES = ("picture", "prompt", "earlier", "preceding")
 
 
@@ -21,6 +23,7 @@ SCORES = ("picture", "prompt", "earlier", "preceding")
 @click.option("--answer", help="Judge this answer.  [default: the model's own]")
 @click.option("--layers", default="all", show_default=True, help="Layers to average, such as all or 2:-1.")
 @click.option("--plot", type=click.Path(path_type=Path), help="Draw the scores: PNG, PDF or SVG.")
+@click.option("--page", type=click.Path(path_type=Path), help="Write an HTML page: the picture under each word's map.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @options.generation_options("num_beams", *options.CHOSEN)
 def grounding(
@@ -30,6 +33,7 @@ def grounding(
     answer: str | None,
     layers: str,
     plot: Path | None,
+    page: Path | None,
     as_json: bool,
     settings: Settings,
 ) -> None:
@@ -46,6 +50,10 @@ def grounding(
         from vlmfix.figures import check_target
 
         check_target(plot)
+    if page is not None:
+        from vlmfix.view.page import refuse_foreign
+
+        refuse_foreign(page, PAGE)
     from vlmfix.attention.edit import LayerSet
     from vlmfix.decoders import parse
     from vlmfix.display import loading
@@ -75,6 +83,12 @@ def grounding(
     else:
         options.say(answer, lines=True)
         click.echo(_table(rows), nl=False)
+    if page is not None:
+        from vlmfix.view.heat import grounding_page
+        from vlmfix.view.page import write_page
+
+        write_page(page, grounding_page(vlm, shown, picture, question, answer, settings.decoder, PAGE), PAGE)
+        options.say(f"vlmfix: the words on their picture: {page}", err=True)
     if plot is not None:
         from vlmfix.reports.grounding import draw
 

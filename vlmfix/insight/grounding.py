@@ -58,6 +58,7 @@ def grounding(
     answers: Sequence[str | Sequence[int]],
     *,
     layers: LayerSet | str = "all",
+    system: str | None = None,
 ) -> list[Grounding]:
     """Replays answers token by token and measures the saliency of each token.
 
@@ -77,6 +78,7 @@ def grounding(
         answers: B answers: token ids, such as ``Answer.ids``, which say exactly what was generated, or text, which is
             split into tokens as it stands alone.
         layers: Layers to average; the paper names none for its statistics.
+        system: System message of all rows; None keeps the chat template's own.
 
     Returns:
         One ``Grounding`` per answer, on the CPU.
@@ -93,7 +95,7 @@ def grounding(
         given = "one text as" if isinstance(answers, str) else f"{len(answers)}"
         raise DataError(f"{len(shown)} pictures and {given} answers", "give a list with one answer per picture")
     ids = [_ids(vlm, answer, number) for number, answer in enumerate(answers)]
-    batch = vlm.encode(asked, shown)
+    batch = vlm.encode(asked, shown, system=system)
     layout = vlm.layout(batch)
     chosen = LayerSet(layers) if isinstance(layers, str) else layers
     for length, own in zip(batch.lengths, ids, strict=True):

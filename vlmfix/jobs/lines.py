@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from vlmfix.shapes import COUNT, DURATION, NUMBER, TEXT, fields, list_of
 
+WORD = list_of(NUMBER, least=3)
+"""What a line says of a word: begin and end in the answer, and log-probability."""
 ANSWERS, FAILED, CARD = "answers.jsonl", "failed.jsonl", "run.json"
 ANSWER = fields(
     {"image": TEXT, "prompt": TEXT, "answer": TEXT, "tokens": COUNT, "seconds": DURATION},
@@ -12,7 +14,7 @@ ANSWER = fields(
         "finish": TEXT,
         "logprob": NUMBER.or_null(),
         "entropy": NUMBER.or_null(),
-        "words": list_of(list_of(NUMBER, least=3)),
+        "words": list_of(WORD),
     },
 )
 MARKS = 12

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from vlmfix.errors import DataError, UsageError
@@ -15,6 +17,10 @@ from vlmfix.view.sheet import Card, Column, Judgement, PictureFile, Row, Said, S
 
 EVALUATED = "card.json"
 """The card of an evaluation; what reads it needs torch, and is imported where there is one."""
+UNSURE = 0.1
+"""Share of a column's answers that count as the least sure, by the mean log-probability of their tokens."""
+FEW = 10
+"""Answers of a column below which none is told apart in that way."""
 CHAINED = re.compile(r"\+(?=[a-z])")
 
 Key = tuple[str, int]
@@ -67,10 +73,32 @@ def _joined(found: list[Answers]) -> Sheet:
     cards: dict[Key | None, list[Row]] = {}
     for (key, prompt, _), parts in rows.items():
         cards.setdefault(key, []).append(_row(prompt, parts, labels))
-    shown = [Card(None if key is None else pictures[key], tuple(held)) for key, held in cards.items()]
+    least = [
+        _least([said for held in cards.values() for row in held if (said := row.said[column])])
+        for column in range(len(labels))
+    ]
+    shown = [
+        Card(None if key is None else pictures[key], tuple(_doubted(row, least) for row in held))
+        for key, held in cards.items()
+    ]
     columns = _columns(found, labels, shown)
     title = ", ".join(dict.fromkeys(answers.folder.resolve().name for answers in found))
     return Sheet(title, columns, tuple(shown), tuple(_notes(found, keys, labels, cards)))
+
+
+def _least(said: Sequence[Said]) -> float:
+    """The mean log-probability below which an answer is among the least sure of its column; -inf for no such."""
+    known = sorted(answer.logprob for answer in said if answer.logprob is not None)
+    return known[math.ceil(len(known) * UNSURE) - 1] if len(known) >= FEW else -math.inf
+
+
+def _doubted(row: Row, least: Sequence[float]) -> Row:
+    """The question with those answers marked that are among the least sure."""
+    marked = (
+        answer if answer is None or answer.logprob is None or answer.logprob > limit else replace(answer, unsure=True)
+        for answer, limit in zip(row.said, least, strict=True)
+    )
+    return replace(row, said=tuple(marked))
 
 
 def _keys(found: Sequence[Answers]) -> list[list[Key | None]]:
@@ -128,7 +156,7 @@ def _columns(
 ) -> tuple[Column, ...]:
     rows = [row for card in cards for row in card.rows]
     return tuple(
-        Column(label, found[place].arms[arm], tuple(_summary(number, rows)))
+        Column(label, found[place].arms[arm], tuple(_summary(number, rows)), found[place].folder)
         for number, (place, arm, label) in enumerate(labels)
     )
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import itertools
+from bisect import bisect_right
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from difflib import SequenceMatcher
 
 from vlmfix.parsing import WORD
-from vlmfix.view.sheet import Kind
+from vlmfix.view.sheet import Kind, Word
 
 LARGEST = 50_000
 """Pairs of equal words that are compared; of texts with more, which repeat themselves, all between equal beginnings and
@@ -26,11 +27,13 @@ class Piece:
         text: The part.
         kind: ``present`` or ``absent`` when it names an object.
         differs: Whether another answer has other words there.
+        word: The word that it is, or is a part of; None where nothing is known of it.
     """
 
     text: str
     kind: Kind = ""
     differs: bool = False
+    word: Word | None = None
 
 
 def differences(first: str, second: str) -> tuple[list[Span], list[Span]]:
@@ -93,23 +96,32 @@ def side_by_side(texts: Sequence[str | None]) -> list[list[Span]]:
     return found
 
 
-def pieces(text: str, marks: Iterable[tuple[int, int, Kind]] = (), differing: Iterable[Span] = ()) -> list[Piece]:
+def pieces(
+    text: str,
+    marks: Iterable[tuple[int, int, Kind]] = (),
+    differing: Iterable[Span] = (),
+    words: Sequence[Word] = (),
+) -> list[Piece]:
     """Cuts a text where a mark begins or ends.
 
     Args:
         text: The text.
         marks: Places that name an object, apart from each other.
         differing: Places that another answer lacks, apart from each other.
+        words: What is known of words, in order and apart from each other.
 
     Returns:
         Its pieces, which joined are the text.
     """
     marks, differing = list(marks), list(differing)
-    spans = [*differing, *((start, end) for start, end, _ in marks)]
+    begins = [word.begin for word in words]
+    spans = [*differing, *((start, end) for start, end, _ in marks), *((word.begin, word.end) for word in words)]
     edges = {0, len(text), *(edge for span in spans for edge in span)}
     found = []
     for start, end in itertools.pairwise(sorted(edges)):
         kinds = [kind for first, last, kind in marks if first <= start < last]
         differs = any(first <= start < last for first, last in differing)
-        found.append(Piece(text[start:end], kinds[0] if kinds else "", differs))
+        place = bisect_right(begins, start) - 1
+        word = words[place] if place >= 0 and start < words[place].end else None
+        found.append(Piece(text[start:end], kinds[0] if kinds else "", differs, word))
     return found

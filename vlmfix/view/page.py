@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import base64
 import hashlib
-from collections.abc import Iterable, Sequence
+import math
+from bisect import bisect_right
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
@@ -21,17 +23,24 @@ from vlmfix.parsing import escaped
 from vlmfix.view.marks import pieces, side_by_side
 from vlmfix.view.pictures import small_pictures
 from vlmfix.view.runs import VERSIONS
-from vlmfix.view.sheet import Card, Row, Sheet
+from vlmfix.view.sheet import Card, Row, Sheet, Word
 
 NAME = "vlmfix view"
+Heating = Callable[[Sequence[Card]], Sequence[Card]]
+"""Gives cards back, with maps for their words."""
 FILTERS = (
     ("differs", "answers differ"),
     ("absent", "names something absent"),
     ("wrong", "wrong"),
     ("failed", "failed"),
     ("cut", "cut off"),
+    ("unsure", "least sure"),
 )
 """Names of the flags of a row, and what a page calls them."""
+
+
+LEVELS = (0.1, 0.3, 0.6)
+"""Probabilities below which words look ever more doubtful."""
 
 
 @dataclass(frozen=True)
@@ -110,6 +119,7 @@ def page(
         total=len(counted),
         count=f"{len(shown)} shown" if part is None else f"{part.shown} of {len(counted)}",
         cards=[_card(card, source) for card, source in cards],
+        heated=any(_heated(card) for card, _ in cards),
         served=part is not None,
         chosen="" if part is None else part.show,
         found="" if part is None else part.find,
@@ -120,17 +130,18 @@ def page(
     return text
 
 
-def page_of(sheet: Sheet, limit: int, **how: Any) -> str:
+def page_of(sheet: Sheet, limit: int, *, heat: Heating = list, **how: Any) -> str:
     """Makes a page with the pictures in it.
 
     Args:
         sheet: What there is to show.
         limit: The most pictures that it shows.
+        heat: Gives the words of the cards that are shown their maps.
         **how: For ``page``.
     """
-    cards = sheet.cards[:limit]
+    cards = heat(sheet.cards[:limit])
     opened = small_pictures(card.picture for card in cards if card.picture is not None)
-    sources = [Source() if card.picture is None else _embedded(next(opened)) for card in cards]
+    sources = [Source() if card.picture is None else embedded(next(opened)) for card in cards]
     return page(sheet, list(zip(cards, sources, strict=True)), **how)
 
 
@@ -167,7 +178,8 @@ def refuse_foreign(path: Path, name: str = NAME) -> None:
         raise DataError(f"{path} is there and is no page of {name}", "choose another --out")
 
 
-def _embedded(found: bytes | str) -> Source:
+def embedded(found: bytes | str) -> Source:
+    """Returns the source of a picture that stands in the page, or why there is none."""
     if isinstance(found, str):
         return Source(problem=found)
     return Source("data:image/jpeg;base64," + base64.b64encode(found).decode())
@@ -183,6 +195,8 @@ def _template() -> Any:  # noqa: ANN401 (jinja2's own type names no fields)
         lstrip_blocks=True,
     )
     environment.filters["plain"] = lambda text: escaped(text, lines=True)
+    environment.filters["doubt"] = doubt
+    environment.filters["sure"] = lambda logprob: f"{math.exp(min(logprob, 0.0)):.0%}"
     return environment.get_template("page.html.jinja")
 
 
@@ -241,7 +255,28 @@ def _legend(sheet: Sheet, rows: Sequence[Row]) -> list[tuple[str, str, str]]:
         found.append(("present", "words", "name something in the picture"))
     if "absent" in kinds:
         found.append(("absent", "words", "name something that is not there"))
+    words = [word for row in rows for answer in row.said if answer is not None for word in answer.words]
+    if any(word.probability is not None for word in words):
+        listed = (f"under {LEVELS[0]:.0%}", *(f"{limit:.0%}" for limit in LEVELS[1:]))
+        found += [
+            (f"doubt-{level}", "words", f"were chosen with a probability {'' if level == 1 else 'under '}{said}")
+            for level, said in enumerate(listed, start=1)
+        ]
+    if any(word.heat for word in words):
+        found.append(("heated", "words", "show on the picture, under the pointer, what they owe to which part of it"))
     return found
+
+
+def doubt(word: Word | None) -> str:
+    """The class of a word that was chosen with a low probability; empty for others."""
+    if word is None or word.probability is None:
+        return ""
+    level = bisect_right(LEVELS, word.probability) + 1
+    return f"doubt-{level}" if level <= len(LEVELS) else ""
+
+
+def _heated(card: Card) -> bool:
+    return any(said is not None and said.grid[0] > 0 for row in card.rows for said in row.said)
 
 
 def _card(card: Card, source: Source) -> dict[str, Any]:
@@ -250,6 +285,7 @@ def _card(card: Card, source: Source) -> dict[str, Any]:
         "picture": card.picture,
         "source": source,
         "truth": truths.pop() if len(truths) == 1 else "",
+        "heated": _heated(card),
         "rows": [_row(row) for row in card.rows],
     }
 
@@ -265,8 +301,13 @@ def _row(row: Row) -> dict[str, Any]:
         "said": row.said,
         "judged": judged,
         "pieces": [
-            pieces(text or "", () if judgement is None else judgement.marks, differing)
-            for text, judgement, differing in zip(texts, judged, side_by_side(texts), strict=True)
+            pieces(
+                text or "",
+                () if judgement is None else judgement.marks,
+                differing,
+                () if said is None else said.words,
+            )
+            for text, judgement, differing, said in zip(texts, judged, side_by_side(texts), row.said, strict=True)
         ],
     }
 

@@ -51,6 +51,16 @@ def small_pictures(pictures: Iterable[PictureFile]) -> Generator[bytes | str]:
             yield _shown(picture, found)
 
 
+def originals(pictures: Iterable[PictureFile]) -> Generator[Image.Image | None]:
+    """Opens pictures, a few ahead of the caller; None for one that is gone, or not the one that the model saw."""
+    listed = list(pictures)
+    files = (Found(picture.name, *_place(picture), part=picture.part, url=picture.url) for picture in listed)
+    with closing(read_ahead(files)) as opened:
+        for picture, (_, found) in zip(listed, opened, strict=True):
+            same = isinstance(found, Picture) and picture.sha256 in ("", found.sha256)
+            yield found.image if isinstance(found, Picture) and same else None
+
+
 def _place(picture: PictureFile) -> tuple[Path, str]:
     """Where to open a picture, and why not to; a pipe would never end."""
     if picture.path is None:
@@ -66,7 +76,12 @@ def _shown(picture: PictureFile, found: Picture | DataError | PassingError) -> b
         return found.message if ours else f"The picture cannot be shown: {found.message}."
     if picture.sha256 and picture.sha256 != found.sha256:
         return CHANGED
-    image = found.image
+    return small(found.image)
+
+
+def small(picture: Image.Image) -> bytes:
+    """Makes a small JPEG of a picture."""
+    image = picture.copy()
     image.thumbnail((LONGER_SIDE, LONGER_SIDE), Image.Resampling.LANCZOS)
     data = io.BytesIO()
     image.save(data, "JPEG", quality=QUALITY)

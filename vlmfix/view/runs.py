@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +16,7 @@ from vlmfix.settings import DECODED, LOADED, REQUESTED, decoding_in, decoding_te
 from vlmfix.shapes import FLAG, PATH, TEXT, fields, list_of, mapping_of
 from vlmfix.sources import TAR, source_of
 from vlmfix.view.pictures import below
-from vlmfix.view.sheet import PictureFile, Said, Truth
+from vlmfix.view.sheet import PictureFile, Said, Truth, Word
 
 SESSION = fields({}, {"started": TEXT, "updated": TEXT, "device": TEXT, "versions": mapping_of(TEXT.or_null())})
 SHOWN = fields(
@@ -88,7 +89,7 @@ def read_answers(folder: Path, images: Path | None = None) -> Answers:
         name = line["image"]
         if name not in known:
             known[name] = picture(name, line.get("sha256", ""))
-        asked.append(Asked(known[name], line["prompt"], {arm: Said(line["answer"], line.get("finish", ""))}))
+        asked.append(Asked(known[name], line["prompt"], {arm: _said(line)}))
     for line in read_lines(folder / FAILED, FAILURE):
         name = line["image"]
         asked.append(
@@ -105,6 +106,16 @@ def read_answers(folder: Path, images: Path | None = None) -> Answers:
     if not card.get("finished"):
         facts["state"] = "unfinished"
     return Answers(folder, {arm: facts}, asked)
+
+
+def _said(line: Mapping[str, Any]) -> Said:
+    text = line["answer"]
+    words: list[Word] = []
+    for begin, end, logprob, *_ in line.get("words", ()):
+        if not (words[-1].end if words else 0) <= begin < end <= len(text):  # somebody has changed the text
+            return Said(text, line.get("finish", ""), logprob=line.get("logprob"))
+        words.append(Word(begin, end, math.exp(min(logprob, 0.0))))
+    return Said(text, line.get("finish", ""), logprob=line.get("logprob"), words=tuple(words))
 
 
 def _pictures(folder: Path, place: Path, column: str | None) -> Callable[..., PictureFile]:

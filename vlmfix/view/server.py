@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import threading
 import traceback
 from collections.abc import Sequence
 from html import escape
@@ -12,7 +13,7 @@ from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
 from vlmfix.parsing import escaped
-from vlmfix.view.page import FILTERS, Part, Source, page
+from vlmfix.view.page import FILTERS, Heating, Part, Source, page
 from vlmfix.view.pictures import small_pictures
 from vlmfix.view.sheet import Card, Row, Sheet
 
@@ -34,13 +35,14 @@ class SheetServer(ThreadingHTTPServer):
     Args:
         sheet: What there is to show.
         size: Pictures per page.
+        heat: Gives the words of the cards of a page their maps, when it is asked for.
     """
 
     daemon_threads = True
 
-    def __init__(self, sheet: Sheet, size: int) -> None:
+    def __init__(self, sheet: Sheet, size: int, heat: Heating = list) -> None:
         super().__init__((HOST, 0), _Handler)
-        self.sheet = sheet
+        self.sheet, self._heat, self._heating = sheet, heat, threading.Lock()
         self.size = size
         self._numbers = {id(card.picture): number for number, card in enumerate(sheet.cards)}
 
@@ -70,7 +72,8 @@ class SheetServer(ThreadingHTTPServer):
                 left.append(Card(card.picture, rows))
         pages = max(1, -(-len(left) // self.size))
         number = min(max(1, number), pages)
-        shown = left[(number - 1) * self.size : number * self.size]
+        with self._heating:
+            shown = self._heat(left[(number - 1) * self.size : number * self.size])
         about = Part(show, find, number, pages, sum(len(card.rows) for card in left))
         return page(self.sheet, [(card, self._source(card)) for card in shown], part=about)
 

@@ -14,18 +14,44 @@ CUT = ("length", "context")
 
 
 @dataclass(frozen=True)
+class Word:
+    """What is known of one word of an answer.
+
+    Attributes:
+        begin: Where it begins in the text.
+        end: Where it ends.
+        probability: That of its tokens together, in [0, 1]; None where it is not known.
+        heat: What the parts of the picture had to do with it, row by row, in hexadecimal digits from 0 to f; empty
+            where it is not known.
+    """
+
+    begin: int
+    end: int
+    probability: float | None = None
+    heat: str = ""
+
+
+@dataclass(frozen=True)
 class Said:
     """One answer, or why there is none.
 
     Attributes:
         text: The answer; empty when there is none.
-        finish: ``eos``, ``length`` or ``context``; empty where it is not known.
+        finish: ``eos``, ``stop``, ``length`` or ``context``; empty where it is not known.
         failed: Why there is no answer; empty when there is one.
+        logprob: Mean natural log-probability of its tokens; None where it is not known.
+        words: What is known of its words, in order and apart from each other.
+        grid: Columns and rows of their heat.
+        unsure: Whether it is among the least sure answers of its column.
     """
 
     text: str
     finish: str = ""
     failed: str = ""
+    logprob: float | None = None
+    words: tuple[Word, ...] = ()
+    grid: tuple[int, int] = (0, 0)
+    unsure: bool = False
 
     @property
     def cut(self) -> bool:
@@ -69,11 +95,13 @@ class Column:
         label: Short name, unlike that of any other column.
         facts: What was run, by the names of the facts.
         summary: What its answers amount to, in sentences.
+        folder: The folder; None for answers that were never written to one.
     """
 
     label: str
     facts: Mapping[str, str] = field(default_factory=dict)
     summary: tuple[str, ...] = ()
+    folder: Path | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -105,6 +133,7 @@ class Row:
             "wrong": any(judgement.right is False for judgement in judged),
             "failed": any(answer.failed for answer in said),
             "cut": any(answer.cut for answer in said),
+            "unsure": any(answer.unsure for answer in said),
         }
         return tuple(name for name, holds in found.items() if holds)
 

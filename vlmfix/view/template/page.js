@@ -74,6 +74,58 @@
     target.scrollIntoView({ block: "start" });
   };
 
+  // what a word owes to which part of the picture, painted over it
+  let painted = null;
+  const clear = () => {
+    if (painted) {
+      painted.canvas.remove();
+      painted.word.classList.remove("on");
+      painted = null;
+    }
+  };
+  const paint = (word) => {
+    clear();
+    const frame = word.closest(".card").querySelector(".frame");
+    if (!frame) {
+      return;
+    }
+    const [columns, rows] = word.closest(".text").dataset.grid.split("x").map(Number);
+    const canvas = document.createElement("canvas");
+    canvas.width = columns;
+    canvas.height = rows;
+    const context = canvas.getContext("2d");
+    const cells = context.createImageData(columns, rows);
+    [...word.dataset.heat].forEach((digit, place) => {
+      const heat = parseInt(digit, 16) / 15;
+      cells.data.set([255, Math.round(190 * (1 - heat)), 40, Math.round(200 * heat)], 4 * place);
+    });
+    context.putImageData(cells, 0, 0);
+    frame.append(canvas);
+    word.classList.add("on");
+    painted = { canvas, word };
+  };
+  const step = (by) => {
+    const card = cards[here] && !cards[here].hidden ? cards[here] : cards.find((one) => !one.hidden);
+    const words = card ? all(".row:not([hidden]) .heated", card) : [];
+    if (words.length) {
+      const at = painted ? words.indexOf(painted.word) : -1;
+      const next = words[at < 0 ? (by > 0 ? 0 : words.length - 1) : (at + by + words.length) % words.length];
+      paint(next);
+      next.scrollIntoView({ block: "nearest" });
+    }
+  };
+  if (one(".heated[data-heat]")) {
+    addEventListener("pointerover", (event) => {
+      const word = event.target.closest(".heated[data-heat]");
+      if (word) {
+        paint(word);
+      } else if (event.pointerType === "mouse") {
+        clear();
+      }
+    });
+    addEventListener("pointerdown", (event) => event.target.closest(".heated[data-heat]") || clear());
+  }
+
   const remember = (theme) => {
     try {
       localStorage.setItem("vlmfix-theme", theme);
@@ -122,6 +174,9 @@
     const actions = {
       j: () => go(1),
       k: () => go(-1),
+      w: () => step(1),
+      b: () => step(-1),
+      Escape: clear,
       "/": () => find.focus(),
       "?": () => one("#help").showModal(),
     };
