@@ -318,6 +318,11 @@ def test_two_runs_side_by_side(world, tmp_path, vlmfix):
         "comparison.md",
         "comparison.png",
     ]
+    files = [tmp_path / f"a.{ending}" for ending in ("tex", "html", "svg")]
+    saved = [option for file in files for option in ("--save", file)]
+    code, _, told = vlmfix("compare", one, two, "--out", tmp_path / "both", *saved)
+    assert (code, all(str(file) in told and file.stat().st_size > 1000 for file in files)) == (0, True)
+    assert vlmfix("compare", one, two, "--save", tmp_path / "a.docx")[0] == 2
     three = tmp_path / "three"
     vlmfix(*short, "--seed", 5, "--decoder", "vcd", "--out", three)
     code, _, told = vlmfix("compare", one, three)

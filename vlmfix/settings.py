@@ -131,7 +131,7 @@ def decoding_text(decoding: Mapping[str, Any]) -> str:
     words = [f"up to {decoding['max_new_tokens']} tokens"]
     if decoding["num_beams"] > 1:
         words.append(f"{decoding['num_beams']} beams")
-    drawn = [name for name in ("temperature", "seed", "top_k", "top_p") if decoding.get(name) is not None]
+    drawn = [name for name in ("temperature", "top_k", "top_p", "seed") if decoding.get(name) is not None]
     if decoding["temperature"] > 0:
         words.append(f"sampling ({', '.join(f'{name} {decoding[name]}' for name in drawn)})")
     for name in ("repetition_penalty", "stop", "system"):

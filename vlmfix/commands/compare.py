@@ -71,11 +71,27 @@ def score(
 @click.command()
 @click.argument("folders", type=PATH, nargs=-1, required=True)
 @click.option("--out", type=PATH, help="Where comparison.csv, .md and .png go.  [default: the first folder]")
+@click.option(
+    "--save",
+    "files",
+    type=PATH,
+    multiple=True,
+    metavar="FILE",
+    help="Also: tables in LaTeX (.tex), a page (.html), the plot (.svg, .pdf, .png); may be given several times.",
+)
 @click.option("--draws", default=10_000, show_default=True, type=click.IntRange(min=1000), help="Bootstrap draws.")
 @click.option("--seed", default=0, show_default=True, type=click.IntRange(min=0), help="Seed of the draws.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @options.debug
-def compare(*, folders: tuple[Path, ...], out: Path | None, draws: int, seed: int, as_json: bool) -> None:
+def compare(
+    *,
+    folders: tuple[Path, ...],
+    out: Path | None,
+    files: tuple[Path, ...],
+    draws: int,
+    seed: int,
+    as_json: bool,
+) -> None:
     """Compare the arms of evaluation FOLDERS with plain decoding, by paired intervals.
 
     Runs whose questions, model, prompt or decoding differ are refused. Of FOLDERS that vlmfix run wrote, which have no
@@ -91,7 +107,11 @@ def compare(*, folders: tuple[Path, ...], out: Path | None, draws: int, seed: in
     if all(len(run.answers) == 1 for run in runs):
         listed = " and ".join(str(run.folder) for run in runs)
         raise UsageError(f"there is only the plain arm in {listed}", "add arms: vlmfix eval ... --decoder SPEC")
-    tell(runs, out or folders[0], as_json=as_json, draws=draws, seed=seed)
+    from vlmfix.reports.files import check_path
+
+    for file in files:
+        check_path(file)
+    tell(runs, out or folders[0], as_json=as_json, files=files, draws=draws, seed=seed)
 
 
 def _tell_changes(folders: tuple[Path, ...], *, as_json: bool) -> None:
@@ -101,9 +121,10 @@ def _tell_changes(folders: tuple[Path, ...], *, as_json: bool) -> None:
             "compare folders of one kind; vlmfix view mixes",
         )
     context = click.get_current_context()
-    for name in ("out", "draws", "seed"):
+    for name in ("out", "files", "draws", "seed"):
         if context.get_parameter_source(name) is not ParameterSource.DEFAULT:
-            raise UsageError(f"--{name} does not go with folders of vlmfix run", "it is about evaluations alone")
+            option = "save" if name == "files" else name
+            raise UsageError(f"--{option} does not go with folders of vlmfix run", "it is about evaluations alone")
     from vlmfix.reports.changes import changes_json, changes_table
     from vlmfix.terminal import rendered
     from vlmfix.view.changes import changes
@@ -200,17 +221,27 @@ def _answer_again(folder: Path, out: Path, as_json: bool, **where: Any) -> None:
         click.get_current_context().exit(1)
 
 
-def tell(runs: list[Any], out: Path, *, as_json: bool, draws: int = 10_000, seed: int = 0) -> None:
+def tell(
+    runs: list[Any],
+    out: Path,
+    *,
+    as_json: bool,
+    files: tuple[Path, ...] = (),
+    draws: int = 10_000,
+    seed: int = 0,
+) -> None:
     """Compares runs, writes the comparison's files and prints it."""
     from vlmfix.evals.comparison.compare import compare as compare_runs
     from vlmfix.reports import tables
-    from vlmfix.reports.files import save
+    from vlmfix.reports.files import save, save_as
     from vlmfix.terminal import rendered
 
     comparison = compare_runs(runs, draws=draws, seed=seed)
     written = save(comparison, out)
+    for file in files:
+        save_as(comparison, file)
     if as_json:
         options.say(tables.json_text(comparison), lines=True)
     else:
         click.echo(rendered(tables.terminal(comparison)), nl=False)
-    options.say(f"vlmfix: the same in {', '.join(map(str, written))}", err=True)
+    options.say(f"vlmfix: the same in {', '.join(map(str, (*written, *files)))}", err=True)

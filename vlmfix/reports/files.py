@@ -5,12 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from vlmfix.errors import DataError
+from vlmfix.errors import DataError, UsageError
 from vlmfix.evals.comparison.compare import Comparison
 from vlmfix.evals.record import COMPARISON
+from vlmfix.figures import MAKERS, check_target
 from vlmfix.files import cannot_write, make_folder, replacing
+from vlmfix.reports.pages import NAME, latex, page
 from vlmfix.reports.plots import differences
 from vlmfix.reports.tables import csv_text, markdown
+from vlmfix.view.page import refuse_foreign, write_page
 
 COLUMNS = "task,folder,arm,spec,plain_arm,"
 """What the table of every comparison begins with."""
@@ -41,6 +44,57 @@ def save(comparison: Comparison, folder: Path) -> list[Path]:
         return [table, text]
     differences(comparison, plot)
     return [table, text, plot]
+
+
+def check_path(path: Path) -> None:
+    """Makes sure, before any work is done, that a comparison can go to a file; see ``save_as``.
+
+    Raises:
+        UsageError: Its name ends in none of these.
+        DataError: It is there and is of something else.
+    """
+    ending = path.suffix.lower()
+    if ending in MAKERS:
+        check_target(path)
+    elif ending == ".html":
+        refuse_foreign(path, NAME)
+    elif ending != ".tex":
+        known = ", ".join((".tex", ".html", *MAKERS))
+        raise UsageError(f"{path} ends in none of {known}", "LaTeX, HTML and drawings are written")
+    elif path.exists() and not _begins(path, f"% {NAME}"):
+        raise DataError(f"{path} is there and is no table of {NAME}", "choose another file, or remove that one")
+
+
+def save_as(comparison: Comparison, path: Path) -> None:
+    """Writes a comparison in the form that a file's name asks for.
+
+    Args:
+        comparison: What to write.
+        path: A ``.tex`` file for LaTeX tables, ``.html`` for a page, ``.svg``, ``.pdf`` or ``.png`` for the plot.
+
+    Raises:
+        UsageError: The name ends in none of these; or there are no differences to draw.
+        DataError: The file cannot be written, or is of something else.
+    """
+    check_path(path)
+    ending = path.suffix.lower()
+    if ending == ".html":
+        write_page(path, page(comparison), NAME)
+    elif ending == ".tex":
+        with replacing(path) as file:
+            file.write(latex(comparison).encode(errors="backslashreplace"))
+    elif not comparison.arms:
+        raise UsageError(f"{path}: there are no arms, and so no differences to draw", "add arms, or leave it out")
+    else:
+        differences(comparison, path)
+
+
+def _begins(path: Path, words: str) -> bool:
+    try:
+        with path.open("rb") as file:
+            return file.read(len(words)) == words.encode()
+    except OSError as error:
+        raise DataError(f"cannot read {path}: {error.strerror}", "choose another file") from error
 
 
 def _refuse_foreign(table: Path, others: Sequence[Path]) -> None:

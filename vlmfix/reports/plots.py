@@ -38,12 +38,8 @@ SHADE, GRID = "#e8f1ea", "#dddddd"
 Side = Literal["higher", "lower"]
 
 
-@literally()
 def differences(comparison: Comparison, path: Path) -> None:
-    """Draw every merit and shift of every arm as its difference to the plain arm, with its 95 % interval.
-
-    One panel per figure, since figures differ in scale and in their better side, which is shaded; in it one line per
-    group. A filled marker is a clear difference, a hollow one is none.
+    """Draws the differences of a comparison into a file; see ``drawn``.
 
     Args:
         comparison: What to draw.
@@ -51,6 +47,17 @@ def differences(comparison: Comparison, path: Path) -> None:
 
     Raises:
         DataError: The file cannot be written.
+    """
+    with literally():
+        write(drawn(comparison), path)
+
+
+@literally()
+def drawn(comparison: Comparison) -> Figure:
+    """Draws every merit and shift of every arm as its difference to the plain arm, with its 95 % interval.
+
+    One panel per figure, since figures differ in scale and in their better side, which is shaded; in it one line per
+    group. A filled marker is a clear difference, a hollow one is none.
     """
     panels: dict[str, dict[str, list[tuple[int, Change]]]] = {}
     for number, arm in enumerate(comparison.arms):
@@ -71,7 +78,7 @@ def differences(comparison: Comparison, path: Path) -> None:
     figure.suptitle(f"{escaped(heading(comparison))}\n{escaped(reading)}", fontsize=10)
     columns = max(1, LEGEND // (max(len(arm.name) for arm in comparison.arms) + 8))
     figure.legend(handles=_keys(comparison.arms), loc="outside lower center", ncols=columns, frameon=False, fontsize=9)
-    write(figure, path)
+    return figure
 
 
 def _panel(axis: Axes, label: str, groups: Mapping[str, Sequence[tuple[int, Change]]], arms: int) -> None:

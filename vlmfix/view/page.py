@@ -97,13 +97,13 @@ def page(
     shown = [row for card, _ in cards for row in card.rows]
     counted = shown if part is None else list(sheet.rows())
     prompts = {row.prompt for row in sheet.rows() if row.prompt}
-    script, style = _read("page.js"), _read("page.css")
-    text: str = _template().render(
+    script = _read("page.js")
+    text: str = template("page.html.jinja").render(
         name=name,
         version=__version__,
-        policy=_policy(script, style, served=part is not None),
+        policy=policy(script, served=part is not None),
         script=script,
-        style=style,
+        style=style(),
         sheet=sheet,
         heading=heading or sheet.title,
         intro=list(intro) or _subtitle(sheet),
@@ -185,8 +185,18 @@ def embedded(found: bytes | str) -> Source:
     return Source("data:image/jpeg;base64," + base64.b64encode(found).decode())
 
 
+def style() -> str:
+    """Returns the style sheet of all pages."""
+    return _read("page.css")
+
+
+def template(name: str) -> Any:  # noqa: ANN401 (jinja2's own type names no fields)
+    """Returns a template of pages; what it shows is text, never markup."""
+    return _environment().get_template(name)
+
+
 @cache
-def _template() -> Any:  # noqa: ANN401 (jinja2's own type names no fields)
+def _environment() -> Environment:
     environment = Environment(
         loader=PackageLoader("vlmfix.view", "template"),
         autoescape=True,
@@ -197,7 +207,7 @@ def _template() -> Any:  # noqa: ANN401 (jinja2's own type names no fields)
     environment.filters["plain"] = lambda text: escaped(text, lines=True)
     environment.filters["doubt"] = doubt
     environment.filters["sure"] = lambda logprob: f"{math.exp(min(logprob, 0.0)):.0%}"
-    return environment.get_template("page.html.jinja")
+    return environment
 
 
 @cache
@@ -205,21 +215,26 @@ def _read(name: str) -> str:
     return files("vlmfix.view").joinpath("template", name).read_text(encoding="utf-8")
 
 
-def _policy(script: str, style: str, *, served: bool) -> str:
-    """What a browser may load and run of a page: its own script and style, known by their digests, and its pictures."""
-    own = {
-        kind: base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
-        for kind, text in (("script", script), ("style", style))
-    }
+def policy(script: str = "", *, served: bool = False) -> str:
+    """Returns what a browser may load and run of a page.
+
+    Args:
+        script: The page's own script, if it has one; it and the style are known by their digests.
+        served: Whether the page comes from a server, which has its pictures, too.
+    """
     rules = [
         "default-src 'none'",
-        f"script-src 'sha256-{own['script']}'",
-        f"style-src 'sha256-{own['style']}'",
+        *([f"script-src 'sha256-{_digest(script)}'"] if script else []),
+        f"style-src 'sha256-{_digest(style())}'",
         f"img-src data:{' ' + repr('self') if served else ''}",
         "base-uri 'none'",
         "form-action 'self'" if served else "form-action 'none'",
     ]
     return "; ".join(rules)
+
+
+def _digest(text: str) -> str:
+    return base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
 
 
 def _facts(sheet: Sheet) -> list[tuple[str, list[str]]]:

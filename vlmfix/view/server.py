@@ -6,25 +6,17 @@ import sys
 import threading
 import traceback
 from collections.abc import Sequence
-from html import escape
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
-from vlmfix.parsing import escaped
-from vlmfix.view.page import FILTERS, Heating, Part, Source, page
+from vlmfix.view.page import FILTERS, Heating, Part, Source, page, template
 from vlmfix.view.pictures import small_pictures
 from vlmfix.view.sheet import Card, Row, Sheet
 
 HOST = "127.0.0.1"
 PICTURES = "/picture/"
-DRAWN = """<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 320 180" width="320" height="180">
-<style>p {{ font: 15px/1.5 system-ui, sans-serif; text-align: center; color: #888; margin: 0; }}</style>
-<rect width="320" height="180" fill="#8884"/>
-<foreignObject x="20" y="20" width="280" height="140"><p xmlns="http://www.w3.org/1999/xhtml">{}</p></foreignObject>
-</svg>"""
-"""Stands for a picture that cannot be shown."""
 
 
 class SheetServer(ThreadingHTTPServer):
@@ -114,7 +106,7 @@ class _Handler(BaseHTTPRequestHandler):
         if isinstance(found, bytes):
             self._send(HTTPStatus.OK, "image/jpeg", found)
         elif found is not None:
-            drawn = DRAWN.format(escape(escaped(found)))
+            drawn: str = template("gone.svg.jinja").render(text=found)
             self._send(HTTPStatus.GONE, "image/svg+xml; charset=utf-8", drawn.encode())
         else:
             self._send(HTTPStatus.NOT_FOUND, "text/plain; charset=utf-8", b"there is no such page\n")
