@@ -328,6 +328,11 @@ def test_two_runs_side_by_side(world, tmp_path, vlmfix):
     code, _, told = vlmfix("compare", one, three)
     assert code == 2
     assert "decoding.seed is 0 and 5" in told
+    code, printed, _ = vlmfix("compare", one, three, "--seeds", "--save", tmp_path / "seeds.tex")
+    assert (code, "over 2 seeds (0, 5)" in printed.replace("\n", " ")) == (0, True)
+    assert r"$\pm$" in (tmp_path / "seeds.tex").read_text()
+    assert vlmfix("compare", one, three, "--seeds", "--save", tmp_path / "seeds.svg")[0] == 2
+    assert vlmfix("compare", one, three, "--seeds", "--out", tmp_path)[0] == 2
 
 
 def test_built_questions_are_those_of_the_world(world, tmp_path, vlmfix):

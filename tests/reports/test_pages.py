@@ -13,7 +13,7 @@ from tests.view.made import parsed
 from vlmfix.errors import DataError, UsageError
 from vlmfix.evals.comparison.compare import compare
 from vlmfix.reports.files import check_path, save_as
-from vlmfix.reports.pages import latex, page, tex
+from vlmfix.reports.pages import report_of, tex
 from vlmfix.reports.words import difference_text, value_text
 
 NASTY = "vcd:a_b=50%,c={d}&<script>alert(1)</script>\\end{table}$x^2~#"
@@ -26,7 +26,7 @@ def comparison():
 
 
 def test_latex_has_every_figure_and_no_sign_of_its_own(comparison):
-    text = latex(comparison)
+    text = report_of(comparison).latex()
     assert text.startswith("% vlmfix compare ")
     good = cell(comparison, "good", "easy/accuracy")
     assert f"\\textbf{{{value_text(good, good.arm.value)}}} {{\\scriptsize {difference_text(good)} [" in text
@@ -46,7 +46,7 @@ def test_latex_has_every_figure_and_no_sign_of_its_own(comparison):
 
 
 def test_a_page_has_tables_plot_and_nothing_from_elsewhere(comparison):
-    text = page(comparison)
+    text = report_of(comparison).page()
     tree = parsed(text)
     rows = [row for row in tree.all("tr") if not row.attributes.get("class")]
     assert any("good" in row.text for row in rows)
@@ -62,8 +62,8 @@ def test_a_page_has_tables_plot_and_nothing_from_elsewhere(comparison):
 
 def test_without_arms_there_is_no_plot(comparison):
     alone = replace(comparison, arms=())
-    assert not list(parsed(page(alone)).all("img"))
-    assert r"\begin{tabular}" in latex(alone)
+    assert not list(parsed(report_of(alone).page()).all("img"))
+    assert r"\begin{tabular}" in report_of(alone).latex()
 
 
 def test_files_are_written_by_their_names_and_only_over_ones_own(comparison, tmp_path):

@@ -79,6 +79,7 @@ def score(
     metavar="FILE",
     help="Also: tables in LaTeX (.tex), a page (.html), the plot (.svg, .pdf, .png); may be given several times.",
 )
+@click.option("--seeds", is_flag=True, help="FOLDERS differ in --seed alone: mean and standard deviation over them.")
 @click.option("--draws", default=10_000, show_default=True, type=click.IntRange(min=1000), help="Bootstrap draws.")
 @click.option("--seed", default=0, show_default=True, type=click.IntRange(min=0), help="Seed of the draws.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
@@ -88,6 +89,7 @@ def compare(
     folders: tuple[Path, ...],
     out: Path | None,
     files: tuple[Path, ...],
+    seeds: bool,
     draws: int,
     seed: int,
     as_json: bool,
@@ -104,6 +106,9 @@ def compare(
     from vlmfix.evals.record import read_run
 
     runs = [read_run(folder) for folder in folders]
+    if seeds:
+        _tell_seeds(runs, files, as_json=as_json)
+        return
     if all(len(run.answers) == 1 for run in runs):
         listed = " and ".join(str(run.folder) for run in runs)
         raise UsageError(f"there is only the plain arm in {listed}", "add arms: vlmfix eval ... --decoder SPEC")
@@ -114,6 +119,27 @@ def compare(
     tell(runs, out or folders[0], as_json=as_json, files=files, draws=draws, seed=seed)
 
 
+def _tell_seeds(runs: list[Any], files: tuple[Path, ...], *, as_json: bool) -> None:
+    from vlmfix.evals.comparison.seeds import over_seeds
+    from vlmfix.reports.files import check_path, save_report
+    from vlmfix.reports.pages import report_table, seeds_json, seeds_report
+    from vlmfix.terminal import rendered
+
+    for name in ("out", "draws", "seed"):
+        if click.get_current_context().get_parameter_source(name) is not ParameterSource.DEFAULT:
+            raise UsageError(f"--{name} does not go with --seeds", "there are neither files of a comparison nor tests")
+    for file in files:
+        check_path(file)
+    found = over_seeds(runs)
+    report = seeds_report(found)
+    for file in files:
+        save_report(report, file)
+    if as_json:
+        options.say_json(seeds_json(found))
+    else:
+        click.echo(rendered(*report_table(report)), nl=False)
+
+
 def _tell_changes(folders: tuple[Path, ...], *, as_json: bool) -> None:
     if evaluated := [folder for folder in folders if not (folder / "run.json").exists()]:
         raise UsageError(
@@ -121,7 +147,7 @@ def _tell_changes(folders: tuple[Path, ...], *, as_json: bool) -> None:
             "compare folders of one kind; vlmfix view mixes",
         )
     context = click.get_current_context()
-    for name in ("out", "files", "draws", "seed"):
+    for name in ("out", "files", "seeds", "draws", "seed"):
         if context.get_parameter_source(name) is not ParameterSource.DEFAULT:
             option = "save" if name == "files" else name
             raise UsageError(f"--{option} does not go with folders of vlmfix run", "it is about evaluations alone")

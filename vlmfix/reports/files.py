@@ -10,7 +10,7 @@ from vlmfix.evals.comparison.compare import Comparison
 from vlmfix.evals.record import COMPARISON
 from vlmfix.figures import MAKERS, check_target
 from vlmfix.files import cannot_write, make_folder, replacing
-from vlmfix.reports.pages import NAME, latex, page
+from vlmfix.reports.pages import NAME, Report, report_of
 from vlmfix.reports.plots import differences
 from vlmfix.reports.tables import csv_text, markdown
 from vlmfix.view.page import refuse_foreign, write_page
@@ -77,16 +77,29 @@ def save_as(comparison: Comparison, path: Path) -> None:
         DataError: The file cannot be written, or is of something else.
     """
     check_path(path)
-    ending = path.suffix.lower()
-    if ending == ".html":
-        write_page(path, page(comparison), NAME)
-    elif ending == ".tex":
-        with replacing(path) as file:
-            file.write(latex(comparison).encode(errors="backslashreplace"))
+    if path.suffix.lower() not in MAKERS:
+        save_report(report_of(comparison), path)
     elif not comparison.arms:
         raise UsageError(f"{path}: there are no arms, and so no differences to draw", "add arms, or leave it out")
     else:
         differences(comparison, path)
+
+
+def save_report(report: Report, path: Path) -> None:
+    """Writes a report as a page (``.html``) or as LaTeX tables.
+
+    Raises:
+        UsageError: A drawing is asked for.
+        DataError: The file cannot be written, or is of something else.
+    """
+    if path.suffix.lower() in MAKERS:
+        raise UsageError(f"{path}: there is no plot over seeds", "take .tex or .html")
+    check_path(path)
+    if path.suffix.lower() == ".html":
+        write_page(path, report.page(), NAME)
+        return
+    with replacing(path) as file:
+        file.write(report.latex().encode(errors="backslashreplace"))
 
 
 def _begins(path: Path, words: str) -> bool:

@@ -5,20 +5,32 @@ from __future__ import annotations
 import base64
 import io
 import re
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, replace
 from functools import cache
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
+from rich.table import Table
+from rich.text import Text
 
 from vlmfix import __version__
 from vlmfix.evals.comparison.compare import Change, Comparison
+from vlmfix.evals.comparison.seeds import Seeded
 from vlmfix.figures import literally
 from vlmfix.parsing import escaped
 from vlmfix.reports.plots import drawn
 from vlmfix.reports.tables import Row, Sheet, sheets
-from vlmfix.reports.words import difference_text, heading, interval_text, legend, mark, own_interval_text, value_text
+from vlmfix.reports.words import (
+    difference_text,
+    heading,
+    interval_text,
+    legend,
+    mark,
+    own_interval_text,
+    spread_text,
+    value_text,
+)
 from vlmfix.view.page import policy, style, template
 
 NAME = "vlmfix compare"
@@ -35,6 +47,7 @@ TEX = {
     "✓": r"$^{+}$",
     "✗": r"$^{-}$",
     "†": r"$^{\dagger}$",
+    "±": r"$\pm$",
 }
 """What signs are in LaTeX."""
 SIGNS = re.compile("|".join([*map(re.escape, TEX), r"(?<![\w.])-(?=\d)"]))
@@ -86,41 +99,86 @@ class Grid:
     rows: list[Line]
 
 
-def latex(comparison: Comparison) -> str:
-    """Writes a comparison as LaTeX tables, with the caption below the last."""
-    caption = " ".join([f"{heading(comparison)}.", *legend(comparison)])
-    text: str = _tex().render(name=NAME, version=__version__, sheets=_grids(comparison), caption=caption)
-    return text
+@dataclass(frozen=True)
+class Report:
+    """What is said of an evaluation, wherever it is written.
+
+    Attributes:
+        task: Name of the benchmark.
+        heading: What was measured, in one line.
+        grids: The figures.
+        legend: How to read them, in sentences.
+        plot: A drawing of them, SVG; empty without one.
+    """
+
+    task: str
+    heading: str
+    grids: list[Grid]
+    legend: list[str]
+    plot: bytes = b""
+
+    def latex(self) -> str:
+        """Writes LaTeX tables, with the caption below the last."""
+        caption = " ".join([f"{self.heading}.", *self.legend])
+        text: str = _tex().render(name=NAME, version=__version__, sheets=self.grids, caption=caption)
+        return text
+
+    def page(self) -> str:
+        """Makes an HTML page that needs nothing from elsewhere."""
+        text: str = template("comparison.html.jinja").render(
+            name=NAME,
+            version=__version__,
+            policy=policy(),
+            style=style(),
+            task=self.task,
+            heading=self.heading,
+            sheets=self.grids,
+            plot=base64.b64encode(self.plot).decode(),
+            legend=self.legend,
+        )
+        return text
 
 
-def page(comparison: Comparison) -> str:
-    """Makes an HTML page that needs nothing from elsewhere, with the tables and, where there are arms, the plot."""
+def report_of(comparison: Comparison) -> Report:
+    """Returns what is said of a comparison, with the plot where there are arms."""
     plot = io.BytesIO()
     if comparison.arms:
         with literally():
             drawn(comparison).savefig(plot, format="svg", metadata={"Creator": "vlmfix", "Date": None})
-    text: str = template("comparison.html.jinja").render(
-        name=NAME,
-        version=__version__,
-        policy=policy(),
-        style=style(),
-        task=comparison.task,
-        heading=heading(comparison),
-        sheets=_grids(comparison),
-        plot=base64.b64encode(plot.getvalue()).decode(),
-        legend=legend(comparison),
-    )
-    return text
+    grids = _grids(comparison, _cell)
+    return Report(comparison.task, heading(comparison), grids, legend(comparison), plot.getvalue())
 
 
-def _grids(comparison: Comparison) -> list[Grid]:
-    return [Grid([*sheet.merits, *sheet.shifts], list(_lines(sheet))) for sheet in sheets(comparison)]
+def seeds_report(found: Seeded) -> Report:
+    """Returns what is said of an evaluation with several seeds."""
+    figures = {(arm, figure.first.figure): figure for arm, own in found.arms.items() for figure in own}
+
+    def cell(row: Row, change: Change | None) -> Cell | None:
+        if change is None:
+            return None
+        figure = figures[row.arm.name, change.figure]
+        beside = "" if row.is_plain else spread_text(change, figure.difference, sign="+")
+        return Cell(spread_text(change, figure.value), beside, "")
+
+    plain = found.first.plain[0].name
+    said = [
+        f"Mean ± standard deviation (n - 1) over {len(found.seeds)} seeds ({', '.join(map(str, found.seeds))}); below "
+        f"it that of the difference to {plain} with the same seed.",
+        "How far seeds scatter says nothing of other pictures: compare one run for intervals and tests.",
+    ]
+    without_seed = {name: value for name, value in found.first.card["decoding"].items() if name != "seed"}
+    first = replace(found.first, card=found.first.card | {"decoding": without_seed})
+    return Report(found.first.task, heading(first), _grids(found.first, cell), said)
 
 
-def _lines(sheet: Sheet) -> Iterator[Line]:
+def _grids(comparison: Comparison, cell: Callable[[Row, Change | None], Cell | None]) -> list[Grid]:
+    return [Grid([*sheet.merits, *sheet.shifts], list(_lines(sheet, cell))) for sheet in sheets(comparison)]
+
+
+def _lines(sheet: Sheet, cell: Callable[[Row, Change | None], Cell | None]) -> Iterator[Line]:
     group = ""
     for row in sheet.rows:
-        cells = [_cell(row, row.cells.get(title)) for title in (*sheet.merits, *sheet.shifts)]
+        cells = [cell(row, row.cells.get(title)) for title in (*sheet.merits, *sheet.shifts)]
         yield Line(row.group, bool(row.group) and row.group != group, escaped(row.arm.name), cells)
         group = row.group
 
@@ -133,6 +191,38 @@ def _cell(row: Row, change: Change | None) -> Cell | None:
         return Cell(value, own_interval_text(change), "")
     beside = f"{difference_text(change)} {interval_text(change)} {mark(change)}"
     return Cell(value, " ".join(beside.split()), change.direction)
+
+
+def report_table(report: Report) -> Iterator[Table | Text]:
+    """Yields a report for the terminal."""
+    yield Text(escaped(f"{report.heading}"), style="bold")
+    for grid in report.grids:
+        table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False)
+        for title in ("", *grid.titles):
+            table.add_column(Text(title), overflow="fold")
+        for row in grid.rows:
+            if row.group_begins:
+                table.add_row(Text(escaped(row.group), style="bold"))
+            cells = ("" if cell is None else "\n".join(filter(None, (cell.value, cell.beside))) for cell in row.cells)
+            table.add_row(Text(row.arm), *map(Text, cells))
+        yield table
+    for line in report.legend:
+        yield Text(escaped(line))
+
+
+def seeds_json(found: Seeded) -> dict[str, Any]:
+    """Returns an evaluation with several seeds as JSON."""
+    return {
+        "task": found.first.task,
+        "seeds": list(found.seeds),
+        "arms": {
+            arm: {
+                figure.first.figure: {"value": asdict(figure.value), "difference": asdict(figure.difference)}
+                for figure in figures
+            }
+            for arm, figures in found.arms.items()
+        },
+    }
 
 
 @cache

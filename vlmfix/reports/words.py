@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from vlmfix.evals.comparison.compare import ALPHA, FEW_UNITS, Change, Comparison
+from vlmfix.evals.comparison.seeds import Spread
 from vlmfix.parsing import escaped
 from vlmfix.settings import decoding_text
 
@@ -39,6 +40,20 @@ def own_interval_text(change: Change, *, space: str = " ") -> str:
     """The interval of a figure itself; empty when there is none."""
     low, high = change.arm.low, change.arm.high
     return "" if low is None else f"[{value_text(change, low)},{space}{value_text(change, high)}]"
+
+
+def spread_text(change: Change, spread: Spread, *, sign: str = "") -> str:
+    """Mean and deviation over seeds, with the figure's decimals.
+
+    Args:
+        change: The figure.
+        spread: What it is over the seeds.
+        sign: ``+`` to write the sign of a mean above zero.
+    """
+    if spread.mean is None or spread.deviation is None:
+        return NONE
+    decimals = _decimals(change)
+    return f"{round(spread.mean, decimals) + 0.0:{sign}.{decimals}f} ± {spread.deviation:.{decimals}f}"
 
 
 def _signed(change: Change, value: float | None) -> str:
