@@ -72,14 +72,15 @@ class JsonLines:
         self._claimed = False
 
     def _lock(self) -> None:
+        from filelock import lock_descriptor  # a third of the time that --help takes
+
         try:
-            for pause in LOCK_PAUSES:
-                with suppress(BlockingIOError):
-                    fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            for pause in (*LOCK_PAUSES, None):
+                if lock_descriptor(self._file, blocking=False):
                     break
+                if pause is None:
+                    raise BlockingIOError
                 time.sleep(pause)
-            else:
-                fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if os.fstat(self._file).st_ino != os.stat(self.path).st_ino:
                 raise FileNotFoundError  # its holder has replaced it since it was opened
         except OSError as error:
@@ -242,7 +243,7 @@ def is_held(path: Path) -> bool:
     """
     try:
         with _opened(path) as file:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)  # filelock's keep others out, and need the right to write
     except BlockingIOError:
         return True
     except FileNotFoundError:
