@@ -7,6 +7,7 @@ import pytest
 
 from vlmfix.decoders import DECODERS
 from vlmfix.display import diagnosis_text
+from vlmfix.settings import decoding_text
 from vlmfix.upstream import names
 from vlmfix.upstream.contracts import CONTRACTS
 
@@ -125,3 +126,12 @@ def test_what_doctor_finds_is_text():
     assert "[/why]" in shown
     assert "torch [red]1" in shown
     assert "  sampling of vcd: refused: [/so]" in shown
+
+
+def test_generation_settings_in_words_are_short():
+    always = {"max_new_tokens": 3, "num_beams": 1, "temperature": 0, "seed": 0}
+    assert decoding_text(always) == "up to 3 tokens"
+    asked = {"stop": [".", "\n"], "repetition_penalty": 1.5, "system": "a" * 300, "top_k": None}
+    said = decoding_text(always | asked)
+    assert said.startswith("up to 3 tokens, repetition penalty 1.5, stop at '.' or '\\n', system message 'aaa")
+    assert len(said) < 200

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from vlmfix.errors import UsageError
+from vlmfix.parsing import told
 from vlmfix.plugins import near
 from vlmfix.shapes import COUNT, NUMBER, SEED, SIZE, TEXT, list_of
 
@@ -134,7 +135,10 @@ def decoding_text(decoding: Mapping[str, Any]) -> str:
     drawn = [name for name in ("temperature", "top_k", "top_p", "seed") if decoding.get(name) is not None]
     if decoding["temperature"] > 0:
         words.append(f"sampling ({', '.join(f'{name} {decoding[name]}' for name in drawn)})")
-    for name in ("repetition_penalty", "stop", "system"):
-        if decoding.get(name) is not None:
-            words.append(f"{name.replace('_', ' ')} {decoding[name]!r}")
+    if decoding.get("repetition_penalty") is not None:
+        words.append(f"repetition penalty {decoding['repetition_penalty']}")
+    if decoding.get("stop"):
+        words.append(f"stop at {' or '.join(map(told, decoding['stop']))}")
+    if decoding.get("system") is not None:
+        words.append(f"system message {told(decoding['system'])}")
     return ", ".join(words)
