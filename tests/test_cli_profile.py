@@ -10,6 +10,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from tests.view.made import parsed
 from vlmfix.heads.plot import draw
 from vlmfix.heads.profile import load_profiles
 from vlmfix.models.checkpoint import EMBEDDED
@@ -49,6 +50,14 @@ def test_profile_show_and_diff(images, tmp_path, vlmfix, model):
     shown = json.loads(printed)["vhd"]
     assert [(head["layer"], head["head"]) for head in shown["heads"]] == list(found["vhd"].top(3))
     assert shown["card"]["model"] == model
+    for _ in range(2):
+        code, _, told = vlmfix("profile", "show", out, "--count", 2, "--page", tmp_path / "heads.html")
+        assert (code, f"maps of all heads: {tmp_path}/heads.html" in told) == (0, True)
+    page = parsed((tmp_path / "heads.html").read_text())
+    layer, head = found["vhd"].top(1)[0]
+    assert f"layer {layer}, head {head}" in page.text
+    assert [image.attributes["src"][:18] for image in page.all("img")] == ["data:image/svg+xml"]
+    assert vlmfix("profile", "show", out, "--page", out)[0] == 1
     code, printed, _ = vlmfix("profile", "show", out, "--count", 2)
     assert code == 0
     assert printed.count("rank") >= 2

@@ -118,18 +118,30 @@ def profile(
 @click.argument("file", type=PATH)
 @click.option("--profiler", "name", help="Only this one.")
 @click.option("--count", default=20, show_default=True, type=click.IntRange(min=1), help="How many heads.")
+@click.option("--page", type=PATH, help="Also write an HTML page, with maps of all heads.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @options.debug
-def show(*, file: Path, name: str | None, count: int, as_json: bool) -> None:
+def show(*, file: Path, name: str | None, count: int, page: Path | None, as_json: bool) -> None:
     """Show where the profiles in FILE come from, and their strongest heads."""
     options.quieten()
     from vlmfix.heads.profile import HeadProfile, load_profiles
 
+    if page is not None:
+        from vlmfix.reports.pages import PROFILES
+        from vlmfix.view.page import refuse_foreign
+
+        refuse_foreign(page, PROFILES)
     found = load_profiles(file) if name is None else {name: HeadProfile.load(file, name)}
     if as_json:
         options.say_json({key: _json(part, count) for key, part in found.items()})
     else:
         _show(found, count)
+    if page is not None:
+        from vlmfix.reports.pages import profiles_report
+        from vlmfix.view.page import write_page
+
+        write_page(page, profiles_report(found, count).page(), PROFILES)
+        options.say(f"vlmfix: the same, with maps of all heads: {page}", err=True)
 
 
 @profile.command()

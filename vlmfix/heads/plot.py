@@ -21,11 +21,8 @@ ACROSS = 3
 """Panels side by side."""
 
 
-@literally()
 def draw(profiles: Sequence[HeadProfile], path: Path) -> None:
-    """Draws one map per profile: a cell per head, layers from the bottom up, with a colour bar of its own.
-
-    Scores of one sign run from light to dark. Where some are negative, colours part at zero.
+    """Draws profiles into a file; see ``drawn``.
 
     Args:
         profiles: At least one.
@@ -33,6 +30,19 @@ def draw(profiles: Sequence[HeadProfile], path: Path) -> None:
 
     Raises:
         DataError: The file cannot be written.
+    """
+    with literally():
+        write(drawn(profiles), path)
+
+
+@literally()
+def drawn(profiles: Sequence[HeadProfile]) -> Figure:
+    """Draws one map per profile: a cell per head, layers from the bottom up, with a colour bar of its own.
+
+    Scores of one sign run from light to dark. Where some are negative, colours part at zero.
+
+    Args:
+        profiles: At least one.
     """
     across = min(ACROSS, len(profiles))
     down = -(-len(profiles) // across)
@@ -45,7 +55,7 @@ def draw(profiles: Sequence[HeadProfile], path: Path) -> None:
     first = profiles[0].card
     model = escaped(first.model or first.model_type)
     figure.suptitle(f"{model}: {first.layers} layers of {first.heads} heads", fontsize=11)
-    write(figure, path)
+    return figure
 
 
 def _map(figure: Figure, axis: Axes, profile: HeadProfile) -> None:

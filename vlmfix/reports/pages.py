@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import base64
 import io
+import math
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import cache
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
+from matplotlib.figure import Figure
 from rich.table import Table
 from rich.text import Text
 
@@ -18,6 +20,8 @@ from vlmfix import __version__
 from vlmfix.evals.comparison.compare import Change, Comparison
 from vlmfix.evals.comparison.seeds import Seeded
 from vlmfix.figures import literally
+from vlmfix.heads.plot import drawn as maps
+from vlmfix.heads.profile import HeadProfile
 from vlmfix.parsing import escaped
 from vlmfix.reports.plots import drawn
 from vlmfix.reports.tables import Row, Sheet, sheets
@@ -34,6 +38,8 @@ from vlmfix.reports.words import (
 from vlmfix.view.page import policy, style, template
 
 NAME = "vlmfix compare"
+PROFILES = "vlmfix profile"
+"""Commands that make pages, by which these are known again."""
 TEX = {
     "\\": r"\textbackslash{}",
     "~": r"\textasciitilde{}",
@@ -109,6 +115,8 @@ class Report:
         grids: The figures.
         legend: How to read them, in sentences.
         plot: A drawing of them, SVG; empty without one.
+        drawn: What the drawing shows, for who cannot see it.
+        name: The command that reports.
     """
 
     task: str
@@ -116,6 +124,8 @@ class Report:
     grids: list[Grid]
     legend: list[str]
     plot: bytes = b""
+    drawn: str = "Differences to plain decoding with their intervals; the same figures as above."
+    name: str = NAME
 
     def latex(self) -> str:
         """Writes LaTeX tables, with the caption below the last."""
@@ -126,7 +136,8 @@ class Report:
     def page(self) -> str:
         """Makes an HTML page that needs nothing from elsewhere."""
         text: str = template("comparison.html.jinja").render(
-            name=NAME,
+            name=self.name,
+            drawn=self.drawn,
             version=__version__,
             policy=policy(),
             style=style(),
@@ -141,12 +152,50 @@ class Report:
 
 def report_of(comparison: Comparison) -> Report:
     """Returns what is said of a comparison, with the plot where there are arms."""
-    plot = io.BytesIO()
+    plot = b""
     if comparison.arms:
         with literally():
-            drawn(comparison).savefig(plot, format="svg", metadata={"Creator": "vlmfix", "Date": None})
-    grids = _grids(comparison, _cell)
-    return Report(comparison.task, heading(comparison), grids, legend(comparison), plot.getvalue())
+            plot = _svg(drawn(comparison))
+    return Report(comparison.task, heading(comparison), _grids(comparison, _cell), legend(comparison), plot)
+
+
+def _svg(figure: Figure) -> bytes:
+    file = io.BytesIO()
+    figure.savefig(file, format="svg", metadata={"Creator": "vlmfix", "Date": None})
+    return file.getvalue()
+
+
+def profiles_report(profiles: Mapping[str, HeadProfile], count: int) -> Report:
+    """Returns what is said of profiles of heads: where they come from, their strongest heads, and maps of all.
+
+    Args:
+        profiles: By name, at least one.
+        count: How many heads of each.
+    """
+    rows = []
+    for name, profile in profiles.items():
+        card = profile.card
+        reliable = "" if card.reliability is None else f", reliability of the ranking {card.reliability:.3f}"
+        about = f"{name}: {card.model or card.model_type}, {card.pictures} pictures{reliable}"
+        for rank, (layer, head) in enumerate(profile.top(min(count, profile.scores.numel()))):
+            score, error = (float(part[layer, head]) for part in (profile.scores, profile.stderr))
+            cells: list[Cell | None] = [
+                Cell(f"{score:.4g}", "", ""),
+                None if math.isnan(error) else Cell(f"{error:.2g}", "", ""),
+            ]
+            rows.append(Line(about, rank == 0, f"layer {layer}, head {head}", cells))
+    first = next(iter(profiles.values())).card
+    with literally():
+        plot = _svg(maps(list(profiles.values())))
+    return Report(
+        "Heads",
+        f"{first.layers} layers of {first.heads} heads",
+        [Grid(["score", "standard error"], rows)],
+        [f"The {count} strongest heads of each profile; the maps show all, a cell for each."],
+        plot,
+        "Maps of the scores, layers from the bottom up and heads from left to right.",
+        PROFILES,
+    )
 
 
 def seeds_report(found: Seeded) -> Report:
