@@ -77,8 +77,9 @@ def save_as(comparison: Comparison, path: Path) -> None:
         DataError: The file cannot be written, or is of something else.
     """
     check_path(path)
-    if path.suffix.lower() not in MAKERS:
-        save_report(report_of(comparison), path)
+    ending = path.suffix.lower()
+    if ending not in MAKERS:
+        save_report(report_of(comparison, draws=ending == ".html"), path)
     elif not comparison.arms:
         raise UsageError(f"{path}: there are no arms, and so no differences to draw", "add arms, or leave it out")
     else:

@@ -150,10 +150,15 @@ class Report:
         return text
 
 
-def report_of(comparison: Comparison) -> Report:
-    """Returns what is said of a comparison, with the plot where there are arms."""
+def report_of(comparison: Comparison, *, draws: bool = False) -> Report:
+    """Returns what is said of a comparison.
+
+    Args:
+        comparison: The comparison.
+        draws: Adds the plot, where there are arms.
+    """
     plot = b""
-    if comparison.arms:
+    if draws and comparison.arms:
         with literally():
             plot = _svg(drawn(comparison))
     return Report(comparison.task, heading(comparison), _grids(comparison, _cell), legend(comparison), plot)
