@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from contextlib import contextmanager
@@ -53,8 +54,10 @@ def drips(handler):
 
 @contextmanager
 def web(pages):
-    """Serves pages inside the block."""
+    """Serves pages inside the block, past any proxy that the environment names."""
     server = Web(pages)
+    before = os.environ.get("no_proxy")
+    os.environ["no_proxy"] = "127.0.0.1"
     thread = threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True)
     thread.start()
     try:
@@ -63,3 +66,4 @@ def web(pages):
         server.shutdown()
         server.server_close()
         thread.join()
+        os.environ.pop("no_proxy") if before is None else os.environ.update(no_proxy=before)
