@@ -74,11 +74,11 @@ def run(
     shard: str | None,
     settings: Settings,
 ) -> None:
-    """Ask about every picture in PICTURES: a folder, a picture, a tar file, or a list of paths (.txt, .list, .csv).
+    """Ask about every picture in PICTURES: a folder, a picture, a tar file, or a list of paths and URLs.
 
-    Answers go to OUT/answers.jsonl, failures to OUT/failed.jsonl, settings and totals to OUT/run.json.
-    Started again with the same options, it goes on where it was; what failed stays failed unless --retry-failed is
-    given.
+    A list ends in .txt, .list or .csv. Answers go to OUT/answers.jsonl, failures to OUT/failed.jsonl, settings and
+    totals to OUT/run.json. Started again with the same options, it goes on where it was; what failed stays failed
+    unless --retry-failed is given.
     """
     if devices is not None and settings.device != "auto":
         raise UsageError("--device and --devices are both given", "give one of them")
