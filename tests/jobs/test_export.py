@@ -182,7 +182,7 @@ def test_export_of_a_run_that_is_not_finished_says_so(tmp_path, vlmfix):
     call = {"questions": Questions.text("What?"), "settings": Settings(), "batch_size": 1, "loader": vlm.load}
     with pytest.raises(KeyboardInterrupt):
         run(draw(tmp_path / "in", 3), tmp_path / "out", **call)
-    code, _, told = vlmfix("export", tmp_path / "out", "--format", "csv", "--out", tmp_path / "a.csv")
+    code, _, told = vlmfix("convert", tmp_path / "out", "--format", "csv", "--out", tmp_path / "a.csv")
     assert (code, "is not finished" in told, f"1 rows in {tmp_path}/a.csv" in told) == (0, True, True)
-    code, _, told = vlmfix("export", tmp_path / "out", "--format", "xml")
+    code, _, told = vlmfix("convert", tmp_path / "out", "--format", "xml")
     assert code == 2

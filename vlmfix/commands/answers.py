@@ -15,7 +15,7 @@ import click
 from click.core import ParameterSource
 
 from vlmfix.commands import options
-from vlmfix.commands.export import written
+from vlmfix.commands.convert import written
 from vlmfix.errors import UsageError
 from vlmfix.jobs.export import JSONL, NAMES, targets
 from vlmfix.parsing import escaped

@@ -1,4 +1,4 @@
-"""`vlmfix export`: the answers of a run in another form."""
+"""`vlmfix convert`: the answers of a run in another form."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from vlmfix.commands import options
 from vlmfix.jobs.export import NAMES, export
 
 
-@click.command("export")
+@click.command("convert")
 @click.argument("folder", type=click.Path(path_type=Path))
 @click.option("--format", "kind", required=True, type=click.Choice(list(NAMES)), help="What to write.")
 @click.option("--out", type=click.Path(path_type=Path), help="The file.  [default: answers.FORMAT in FOLDER]")
 @options.debug
-def export_answers(folder: Path, kind: str, out: Path | None) -> None:
+def convert(folder: Path, kind: str, out: Path | None) -> None:
     """Write the answers of FOLDER, which vlmfix run wrote, as a table or as COCO's results.
 
     csv and parquet have a row for every answer and every failure; parquet needs pip install 'vlmfix[parquet]'. coco has
