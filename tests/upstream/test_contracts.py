@@ -13,7 +13,7 @@ import transformers
 from tests.contracts.support import vlm_of
 from tests.processes import said
 from vlmfix.commands import bench as cost
-from vlmfix.commands import grounding, profile
+from vlmfix.commands import export, grounding, profile
 from vlmfix.decoders import DECODERS
 from vlmfix.errors import UpstreamError
 from vlmfix.generation import load, wrap
@@ -42,7 +42,7 @@ def test_it_holds(contract, bench):
 
 
 def test_what_is_protected_exists():
-    known = {*DECODERS, profile.profile.name, grounding.grounding.name, cost.bench.name, *OTHERWISE}
+    known = {*DECODERS, profile.profile.name, grounding.grounding.name, cost.bench.name, export.export.name, *OTHERWISE}
     assert {name for contract in CONTRACTS for name in contract.protects} <= known
     assert len({contract.name for contract in CONTRACTS}) == len(CONTRACTS)
 

@@ -137,6 +137,23 @@ class Decoder(ABC):
         """
         return [Refined(tuple(row)) for row in pictures]
 
+    def folded(self, vlm: Checkpoint) -> dict[int, Tensor]:
+        """Returns the factors of head outputs that do all that the method does, for ``vlmfix export``.
+
+        Args:
+            vlm: The model.
+
+        Returns:
+            Layer number -> (H,) factors; layers without an entry stay as they are.
+
+        Raises:
+            IncompatibleDecodersError: The method does something that no weights can hold, or cannot act on the model.
+        """
+        raise IncompatibleDecodersError(
+            f"{self.name} cannot be folded into weights: it acts on {self.acts_on}, by question, picture or step",
+            "fold ph3, which switches the same heads off everywhere",
+        )
+
     @property
     def decoding(self) -> Decoder:
         """Returns the decoder that acts once the pictures are refined."""
@@ -360,6 +377,14 @@ class Chain(Decoder):
         return {
             f"{decoder.name}.{name}": value for decoder in self.decoders for name, value in decoder.facts(vlm).items()
         }
+
+    def folded(self, vlm: Checkpoint) -> dict[int, Tensor]:
+        """Returns the products of the parts' factors."""
+        found: dict[int, Tensor] = {}
+        for decoder in self.decoders:
+            for layer, gain in decoder.folded(vlm).items():
+                found[layer] = found[layer] * gain if layer in found else gain
+        return found
 
     def plugins(self) -> dict[str, str]:
         """Returns those of all parts."""

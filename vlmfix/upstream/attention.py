@@ -102,6 +102,18 @@ def check_mathematics(module: nn.Module) -> None:
         raise UnsupportedAttentionError(f"{name} is not causal", "edits act on a text decoder's self-attention")
 
 
+def output_projection(module: nn.Module) -> nn.Linear:
+    """The projection of an attention module's head outputs, one behind the other, onto the residual stream.
+
+    Raises:
+        UpstreamError: The module has none under a known name.
+    """
+    found = getattr(module, "o_proj", None)
+    if not isinstance(found, nn.Linear):
+        raise missing(f"{type(module).__name__} has no o_proj")
+    return found
+
+
 def window(module: nn.Module) -> int | None:
     """Number of keys that an attention module looks back, itself included; None without a limit.
 

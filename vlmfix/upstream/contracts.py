@@ -84,6 +84,7 @@ CONTRACTS = (
     Contract("static cache", (*BRANCHES, *EDITS), probes.static_cache),
     Contract("cache with room", (EVERYTHING, "recorded steps"), probes.roomy_cache),
     Contract("output head", ("dola", "deco"), probes.output_head),
+    Contract("output projection", ("export",), probes.output_projection),
     Contract("norms of a text decoder", ("recorded steps",), probes.decoder_norms),
     Contract("loops of another's", ("sgrs", "vicrop", "grounding"), probes.decoding_loop),
     Contract("generation settings", (EVERYTHING,), probes.generation_settings),

@@ -291,6 +291,29 @@ def output_head(bench: Bench) -> None:
         _close(readout.read_out(model, decoder, streams[0], normed=True), logits, "the output head gives other logits")
 
 
+def output_projection(bench: Bench) -> None:
+    """An attention module's output projection reads its heads one behind the other."""
+    module = bench.decoder.layers[0].self_attn
+    made: list[Tensor] = []
+    read: list[Tensor] = []
+
+    def probe(module: nn.Module, query: Tensor, *args: object, **options: object) -> tuple[Tensor, None]:
+        made.append(query.transpose(1, 2))  # (B, Q, H, D)
+        return made[-1], None
+
+    attention.register("vlmfix_probe", probe)
+    projection = attention.output_projection(module)
+    try:
+        with (
+            attention.switched([bench.decoder, *(layer.self_attn for layer in bench.decoder.layers)], "vlmfix_probe"),
+            projection.register_forward_pre_hook(lambda _, args: read.append(args[0])),
+        ):
+            bench.logits(bench.llava, **bench.prompt)
+    finally:
+        attention.unregister("vlmfix_probe")
+    _close(read[0], made[0].flatten(2), "an output projection does not read heads one behind the other")
+
+
 def decoder_norms(bench: Bench) -> None:
     """A text decoder's norms are RMS norms that one kernel can compute, and nothing else is taken for one."""
     model = bench.llava

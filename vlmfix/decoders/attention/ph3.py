@@ -80,15 +80,25 @@ class PH3(Decoder):
 
     def plan(self, vlm: Checkpoint, batch: Batch, layout: ImageLayout) -> DecodingPlan:
         """Plans one edit of all rows, or none when no head is pruned or no row has a picture."""
-        if reason := self.check(vlm):
-            raise IncompatibleDecodersError(f"ph3 cannot act: {reason}", "give heads=L16H29/L26H9, or profile=FILE")
-        pruned = torch.zeros(vlm.layers, vlm.heads, dtype=torch.bool, device=vlm.device)  # (L, H)
-        for layer, head in self.chosen(vlm):
-            pruned[layer, head] = True
+        pruned = self._pruned(vlm)
         if not bool(pruned.any()) or not bool(layout.tokens.any()):
             return DecodingPlan()
         layers = LayerSet("/".join(str(layer) for layer, some in enumerate(pruned.any(dim=1).tolist()) if some))
         return DecodingPlan(edits=(Pruning(layers=layers, pruned=pruned),))
+
+    def folded(self, vlm: Checkpoint) -> dict[int, Tensor]:
+        """Returns a factor of 0 for each pruned head."""
+        pruned = self._pruned(vlm)
+        return {layer: 1.0 - row.float() for layer, row in enumerate(pruned) if bool(row.any())}
+
+    def _pruned(self, vlm: Checkpoint) -> Tensor:
+        """Marks the pruned heads, (L, H) bool."""
+        if reason := self.check(vlm):
+            raise IncompatibleDecodersError(f"ph3 cannot act: {reason}", "give heads=L16H29/L26H9, or profile=FILE")
+        pruned = torch.zeros(vlm.layers, vlm.heads, dtype=torch.bool, device=vlm.device)
+        for layer, head in self.chosen(vlm):
+            pruned[layer, head] = True
+        return pruned
 
     def check(self, vlm: Checkpoint) -> str | None:
         """Checks that heads are known for the model, and exist in it."""
