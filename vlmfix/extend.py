@@ -10,6 +10,8 @@ from __future__ import annotations
 from vlmfix.attention.edit import AttentionEdit as Edit
 from vlmfix.attention.edit import (
     BiasEdit,
+    CacheEdit,
+    Column,
     ColumnReading,
     LayerSet,
     OutputEdit,
@@ -63,7 +65,9 @@ __all__ = [
     "Benchmark",
     "BiasEdit",
     "Branch",
+    "CacheEdit",
     "Checkpoint",
+    "Column",
     "ColumnReading",
     "Contrast",
     "DataError",

@@ -12,6 +12,7 @@ from PIL import Image
 from vlmfix.attention.edit import (
     AttentionEdit,
     BiasEdit,
+    CacheEdit,
     LayerSet,
     OutputEdit,
     PromptReading,
@@ -39,6 +40,7 @@ ACTS_ON: tuple[tuple[type[AttentionEdit], str], ...] = (
     (WeightEdit, "attention weights"),
     (SplitEdit, "head outputs, by the part that some keys have in them"),
     (OutputEdit, "head outputs"),
+    (CacheEdit, "the KV cache, of generated tokens"),
     (PromptReading, "nothing"),
 )
 """What each kind of edit changes."""

@@ -81,6 +81,7 @@ NEUTRAL: dict[str, str | Decoder] = {
     "pai": "pai:gain=0,guidance=1",
     "vaf": "vaf:image=1,system=1,layers=all",
     "acg": "acg:strength=0",
+    "kvsmooth": "kvsmooth:strength=0,spread=0,layers=all",
     "head-gains": HeadGains(gain=1.0),
 }
 """Parameters under which a method does nothing."""
@@ -114,6 +115,7 @@ STRONG: dict[str, str | Decoder] = {
     "pai": "pai:gain=3,guidance=2,plausibility=0,layers=all",
     "vaf": "vaf:image=3,system=0.2,layers=all",
     "acg": "acg:strength=4",
+    "kvsmooth": "kvsmooth:strength=0.6,spread=0.4,window=3,layers=all",
     "chain-attention": f"zerotuning:gain=0,heads=1/2+{_ACT},kept_fraction=0.2+spin:preset=official-code,kept_share=0.5",
     "head-gains": HeadGains(),
     "chain": f"{_VAR},moved_fraction=1+{_GIFT}+locore:strength=2+vcd:plausibility=0+inter:variance=0,plausibility=0",

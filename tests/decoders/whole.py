@@ -16,11 +16,16 @@ STEPS = 3
 
 @dataclass(frozen=True)
 class Here:
-    """One layer's attention: scaled scores (H, T, T), values (H, T, D), and what its columns and rows are."""
+    """One layer's attention: scaled scores (H, T, T), values (H, T, D), and what its columns and rows are.
+
+    The scores are of ``queries`` (H, T, D), which are scaled already, and ``keys`` (H, T, D).
+    """
 
     layer: int
     scores: Tensor
     values: Tensor
+    queries: Tensor
+    keys: Tensor
     image: Tensor
     """(T,) bool, image tokens."""
     before: Tensor
@@ -36,14 +41,14 @@ class Here:
         return scores.masked_fill(~causal, -torch.inf).softmax(dim=-1) @ self.values
 
 
-def both_ways(spec, edit, family="llava"):
-    """Scores of a prompt's last row and two tokens behind it: (steps, V) by the package, and by ``edit``.
+def both_ways(spec, edit, family="llava", steps=STEPS):
+    """Scores of a prompt's last row and the tokens behind it: (steps, V) by the package, and by ``edit``.
 
     ``edit`` takes a ``Here`` and returns (H, T, D).
     """
     vlm = vlm_of(family)
     batch = vlm.encode([QUESTION], [[picture(5, (40, 60))]])
-    found = logits(vlm, batch, spec, steps=STEPS)[:, 0]
+    found = logits(vlm, batch, spec, steps=steps)[:, 0]
     said = found[:-1].clone()
     said[:, vlm.family.image_token(vlm.model.config)] = -torch.inf  # which ``logits`` forbids
     tokens = said.argmax(dim=-1)[None]
@@ -63,9 +68,10 @@ def whole(vlm, batch, tokens, edit):
     def attention(module, query, key, value, mask, scaling=None, **_):
         repeat = query.shape[1] // key.shape[1]
         q, k, v = (x[0].double() for x in (query, key.repeat_interleave(repeat, 1), value.repeat_interleave(repeat, 1)))
-        scores = q @ k.mT * (query.shape[-1] ** -0.5 if scaling is None else scaling)
+        q = q * (query.shape[-1] ** -0.5 if scaling is None else scaling)
+        scores = q @ k.mT
         last = torch.arange(count) >= length - 1
-        here = Here(modules.index(module), scores, v, image, text & ~seen, last, (text & seen) | answer)
+        here = Here(modules.index(module), scores, v, q, k, image, text & ~seen, last, (text & seen) | answer)
         return edit(here)[None].transpose(1, 2).to(query.dtype), None
 
     unregister("whole")

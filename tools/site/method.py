@@ -30,6 +30,7 @@ KINDS = {
     "choice": "Choice of tokens",
     "logits": "Logits",
     "attention": "Attention and heads",
+    "states": "KV cache and residual stream",
     "picture": "The picture",
 }
 """Part of the package that a method lies in -> what it changes."""

@@ -265,6 +265,21 @@ def _acg() -> list[str]:
     return [arrows("output of a head", named)]
 
 
+def _kvsmooth() -> list[str]:
+    before, new = (1.5, 0.4), (0.5, 1.4)
+    drawings = []
+    for title, share in (("a token whose attention is sure", 0.25), ("a token whose attention is vague", 0.75)):
+        kept = (new[0] + share * (before[0] - new[0]), new[1] + share * (before[1] - new[1]))
+        named = [
+            ("kept of the token before", (0.0, 0.0), before, "grey"),
+            ("its key", (0.0, 0.0), new, "dark"),
+            ("", new, kept, "dashed"),
+            ("what is kept of it", (0.0, 0.0), kept, "strong"),
+        ]
+        drawings.append(arrows(title, named))
+    return drawings
+
+
 def _spin() -> list[str]:
     quiet = {(layer, head) for layer in range(6) for head in ((3 * layer + 1) % 8, (5 * layer + 6) % 8)}
     return [
@@ -346,5 +361,6 @@ PICTURES: Mapping[str, Callable[[], list[str]]] = {
     "pai": _pai,
     "vaf": _vaf,
     "acg": _acg,
+    "kvsmooth": _kvsmooth,
 }
 """Name of a method -> its drawings, in the order of reading."""

@@ -1,7 +1,7 @@
-"""Declares the four kinds of attention edit, readings of the prompt, and the site at which they are applied.
+"""Declares the five kinds of attention edit, readings of the prompt, and the site at which they are applied.
 
-Shape letters (``docs/notation.md``): B rows, H query heads, Q queries, K keys, D head dimension, L layers, T prompt
-tokens, R edited query rows.
+Shape letters (``docs/notation.md``): B rows, H query heads, G key/value heads, Q queries, K keys, D head dimension,
+L layers, T prompt tokens, R edited query rows.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,10 +25,12 @@ class Memory:
     Attributes:
         of_rows: (B, ...) tensors.
         of_keys: (B, ..., T) tensors; keys behind the prompt have zero.
+        of_steps: (B, ...) tensors that every decoding step writes into, and that follow their beams.
     """
 
     of_rows: dict[str, Tensor] = field(default_factory=dict)
     of_keys: dict[str, Tensor] = field(default_factory=dict)
+    of_steps: dict[str, Tensor] = field(default_factory=dict)
 
 
 Rows = Literal["text", "last", "prompt", "all", "none"]
@@ -99,9 +101,9 @@ class Site:
         live: (N,) int64, rows of the batch that are no contrast rows; beams of one sample stand side by side.
         block: In prefill, number, from 0, of the block that these R rows form; see ``AttentionEdit.blockwise``.
         hidden: (B, Q, hidden size) residual stream that enters the layer, when the edit asked for it.
-        memory: What the edit learned from the prompt in this layer: ``learn`` and ``learn_of_keys`` write it in
-            prefill, ``learned`` reads it in prefill and decoding, ``relearn`` changes it in decoding. Rows that have
-            ended are removed from it.
+        memory: What the edit learned from the prompt in this layer: ``learn``, ``learn_of_keys`` and
+            ``learn_of_steps`` write it in prefill, ``learned`` reads it in prefill and decoding, ``relearn`` changes it
+            in decoding. Rows that have ended are removed from it.
     """
 
     number: int | None
@@ -152,19 +154,34 @@ class Site:
         """Keeps (B, ..., T) values of the prompt's tokens until the call ends; later tokens have zero."""
         self.memory.of_keys[name] = values
 
+    def learn_of_steps(self, name: str, values: Tensor) -> None:
+        """Keeps (B, ...) values that decoding steps change by ``relearn``; each beam has its own."""
+        self.memory.of_steps[name] = values.clone()
+
     def relearn(self, name: str, values: Tensor) -> None:
-        """Writes (B, ..., K) values, in decoding, over those that ``learn_of_keys`` has kept, as far as those go."""
+        """Writes values, in decoding, over those that are kept.
+
+        Args:
+            name: As it was given to ``learn_of_steps`` or ``learn_of_keys``.
+            values: (B, ...) of steps; (B, ..., K) of keys, of which those behind the prompt are dropped.
+        """
+        # in place: a recorded step has no other way to tell anything
+        if name in self.memory.of_steps:
+            self.memory.of_steps[name].copy_(values)
+            return
         kept = self.memory.of_keys[name]
-        kept.copy_(values[..., : kept.shape[-1]])  # in place: a recorded step has no other way to tell anything
+        kept.copy_(values[..., : kept.shape[-1]])
 
     def learned(self, name: str) -> Tensor:
-        """Returns values that the edit learned from the prompt: (B, ...) of rows, (B, ..., K) of keys.
+        """Returns values that the edit learned from the prompt: (B, ...) of rows and steps, (B, ..., K) of keys.
 
         Raises:
             UnsupportedAttentionError: No prompt has passed.
         """
         if name in self.memory.of_rows:
             return self.memory.of_rows[name]
+        if name in self.memory.of_steps:
+            return self.memory.of_steps[name]
         if name not in self.memory.of_keys:
             raise UnsupportedAttentionError("a token came before its prompt", "let generate read the prompt itself")
         values = self.memory.of_keys[name]
@@ -310,6 +327,44 @@ class OutputEdit(AttentionEdit, ABC):
     @abstractmethod
     def output(self, site: Site, output: Tensor) -> Tensor:
         """Returns new outputs for ``output`` (B, R, H, D); R is Q for an edit of ``all`` rows."""
+
+
+class Column(NamedTuple):
+    """Holds what one layer's KV cache has of one token.
+
+    Attributes:
+        keys: (B, G, 1, D), after rotary embedding.
+        values: (B, G, 1, D).
+    """
+
+    keys: Tensor
+    values: Tensor
+
+
+class CacheEdit(AttentionEdit, ABC):
+    """Changes what is kept of a generated token in the KV cache.
+
+    The token's own row sees its key and value as the model made them; every later row sees what is kept. Prompts are
+    kept as they are, so that rows can share their beginnings, and so are the contrast rows. An edit that depends on
+    earlier steps begins its memory by ``learn_of_steps`` and changes it by ``relearn``.
+    """
+
+    rows: ClassVar[Rows] = "none"
+
+    @abstractmethod
+    def begin(self, site: Site) -> None:
+        """Learns, at the end of prefill, what the first decoding step has to know."""
+
+    @abstractmethod
+    def kept(self, site: Site, weights: Tensor, newest: Column, before: Column) -> Column:
+        """Returns what is kept of the newest token.
+
+        Args:
+            site: Where it acts, in decoding.
+            weights: (B, H, 1, K) float32 attention of the token's row, as weight edits have made it.
+            newest: What the model made of the token, or what an earlier cache edit kept of it.
+            before: What the cache has of the token before it.
+        """
 
 
 class PromptReading(AttentionEdit, ABC):

@@ -6,7 +6,7 @@ A plan lives as an attribute on each edited attention module, and only there: an
 Cost: bias and output edits stay on SDPA. Score and weight edits, and any edit in prefill, recompute only the query
 rows that they edit and overwrite their output, so memory grows with K and not with K squared. Edits of every row of the
 prompt come in blocks of rows for the same reason. Nothing is recomputed for output edits of all rows, nor for biases
-that are products of a row's and a key's number.
+that are products of a row's and a key's number. A cache edit costs one row of weights in each decoding step.
 """
 
 from __future__ import annotations
@@ -21,6 +21,8 @@ from torch.nn.functional import pad
 
 from vlmfix.attention.edit import (
     BiasEdit,
+    CacheEdit,
+    Column,
     ColumnReading,
     OutputEdit,
     PartEdit,
@@ -31,7 +33,7 @@ from vlmfix.attention.edit import (
     SplitEdit,
     WeightEdit,
 )
-from vlmfix.attention.rows import Block, Step, chosen, read, total_bias
+from vlmfix.attention.rows import Block, Step, chosen, kept, read, total_bias
 from vlmfix.attention.whole import ALIGNED, Whole
 from vlmfix.errors import UnsupportedAttentionError, WindowError
 from vlmfix.upstream import attention as upstream
@@ -79,6 +81,11 @@ class LayerPlan:
     def materialises(self) -> bool:
         """Returns whether some edit needs the scores, the weights or parts of the output."""
         return any(isinstance(step.edit, ScoreEdit | WeightEdit | SplitEdit) for step in self.steps)
+
+    @property
+    def stores(self) -> bool:
+        """Returns whether some edit changes what is kept in the KV cache."""
+        return any(isinstance(step.edit, CacheEdit) for step in self.steps)
 
     @property
     def biases(self) -> bool:
@@ -172,6 +179,17 @@ class Call:
     hidden: Tensor | None = None
     kwargs: Mapping[str, Any] = field(default_factory=dict)
 
+    def of(self, queries: slice, keys: int) -> Call:
+        """Returns the call for some of its queries, over the first ``keys`` keys."""
+        return replace(
+            self,
+            query=self.query[:, :, queries],
+            key=self.key[:, :, :keys],
+            value=self.value[:, :, :keys],
+            mask=None if self.mask is None else self.mask[:, :, queries, :keys],
+            hidden=None if self.hidden is None else self.hidden[:, queries],
+        )
+
     def sdpa(self, **more: Any) -> Tensor:
         """Computes plain SDPA of all rows, (B, Q, H, D)."""
         if self.module is None:
@@ -193,6 +211,8 @@ def _prefill(plan: LayerPlan, call: Call) -> Tensor:
             f"a pass over {length} tokens of a prompt of {plan.prompt}",
             "attention edits need the prompt in one piece: no chunked prefill",
         )
+    if plan.stores and length > plan.prompt:
+        return _one_by_one(plan, call, length)
     rows = plan.rows
     if length > plan.prompt:  # a pass without a cache: rows past the prompt are decode rows, all edited
         rows = torch.cat([rows, torch.arange(plan.prompt, length, device=rows.device)])
@@ -210,7 +230,19 @@ def _prefill(plan: LayerPlan, call: Call) -> Tensor:
         output = _in_parts(plan, sites, call.sdpa(), whole, own)
     else:
         output = _weighted(plan, sites, call, call.sdpa(), own, some[1])
+    for step, site in zip(plan.steps, sites, strict=True):
+        if isinstance(step.edit, CacheEdit):
+            step.edit.begin(site)
     return _outputs(plan, sites, output, own)
+
+
+def _one_by_one(plan: LayerPlan, call: Call, length: int) -> Tensor:
+    """A pass without a cache, (B, Q, H, D): behind the prompt, each row sees what is kept of those before it."""
+    key, value = call.key.clone(), call.value.clone()  # which the edits write into
+    whole = replace(call, key=key, value=value)
+    outputs = [_prefill(plan, whole.of(slice(0, plan.prompt), plan.prompt))]
+    outputs += [_decode(plan, whole.of(slice(end - 1, end), end)) for end in range(plan.prompt + 1, length + 1)]
+    return torch.cat(outputs, dim=1)
 
 
 def _with_products(plan: LayerPlan, sites: list[Site], call: Call, own: Tensor) -> Tensor:
@@ -300,12 +332,35 @@ def _decode(plan: LayerPlan, call: Call) -> Tensor:
         return _decode_fused(plan, plan.fused, call, call.mask)
     queries, allowed = _newest(call)
     sites = [_site(plan, step, call, call.key.shape[2], queries, allowed) for step in plan.steps]
-    if plan.materialises:
-        output = Block(call.query, call.key, call.value, allowed, call.scale, plan.steps, sites).output(reads=False)
+    block = Block(call.query, call.key, call.value, allowed, call.scale, plan.steps, sites)
+    weights = block.weights(reads=False) if plan.materialises or plan.stores else None
+    if weights is not None and plan.materialises:
+        output = block.outputs(weights)
     else:
         bias = total_bias(plan.steps, sites)
         output = call.sdpa() if bias is None else call.sdpa(position_bias=bias.to(call.query.dtype))
+    if weights is not None and plan.stores:
+        _store(call, queries, _kept(plan.steps, sites, weights, call.key, call.value, queries))
     return _outputs(plan, sites, output).contiguous()
+
+
+def _kept(
+    steps: tuple[Step, ...], sites: list[Site], weights: Tensor, key: Tensor, value: Tensor, queries: Tensor
+) -> Column:
+    """What the edits keep of the newest token of a decoding step."""
+    column = queries[0]  # (1,), the same in all rows, whose prompts are padded on the left
+    newest, before = (Column(key.index_select(2, at), value.index_select(2, at)) for at in (column, column - 1))
+    return kept(steps, sites, weights, newest, before)
+
+
+def _store(call: Call, queries: Tensor, column: Column) -> None:
+    """Writes what is kept of the newest token into the cache, whose own memory the keys and values are."""
+    if call.key.requires_grad or call.value.requires_grad:
+        raise UnsupportedAttentionError(
+            "gradients are wanted through a KV cache that is edited", "run the model under torch.no_grad()"
+        )
+    call.key.index_copy_(2, queries[0], column.keys)
+    call.value.index_copy_(2, queries[0], column.values)
 
 
 def _newest(call: Call) -> tuple[Tensor, Tensor]:
@@ -322,24 +377,31 @@ def _newest(call: Call) -> tuple[Tensor, Tensor]:
 def _decode_fused(plan: LayerPlan, kind: Hashable, call: Call, mask: Tensor) -> Tensor:
     query, key = of_any_size(call.query, 0), of_any_size(call.key, 0, 2)
     value, mask = of_any_size(call.value, 0, 2), of_any_size(mask, 0, 3)
-    if plan.materialises or plan.biases:
-        new: Tensor = compiled(_fused_row, kind)(plan.steps, query, key, value, mask, call.scale)
-        return new
+    if plan.materialises or plan.biases or plan.stores:
+        row: tuple[Tensor, Column | None] = compiled(_fused_row, kind)(plan.steps, query, key, value, mask, call.scale)
+        if row[1] is not None:
+            _store(call, _newest(call)[0], row[1])
+        return row[0]
     output = of_any_size(call.sdpa(), 0)
-    new = compiled(_fused_outputs, kind)(plan.steps, query, key, value, mask, call.scale, output)
+    new: Tensor = compiled(_fused_outputs, kind)(plan.steps, query, key, value, mask, call.scale, output)
     return new
 
 
 def _fused_row(
     steps: tuple[Step, ...], query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float
-) -> Tensor:
-    """Computes the head outputs of a decoding step, (B, 1, H, D), from tensors alone, without the layer's number."""
+) -> tuple[Tensor, Column | None]:
+    """Computes the head outputs of a decoding step, (B, 1, H, D), from tensors alone, without the layer's number.
+
+    It returns beside them what cache edits keep of the newest token.
+    """
     call = Call(query=query, key=key, value=value, mask=mask, scale=scale)
     plan = LayerPlan(layer=None, rows=query, prompt=0, steps=steps)
     queries, allowed = _newest(call)
     sites = [_site(plan, step, call, key.shape[2], queries, allowed) for step in steps]
-    output = Block(query, key, value, allowed, scale, steps, sites).weighted(reads=False)
-    return _outputs(plan, sites, output).contiguous()
+    block = Block(query, key, value, allowed, scale, steps, sites)
+    weights = block.weights(reads=False)
+    output = _outputs(plan, sites, block.outputs(weights)).contiguous()
+    return output, _kept(steps, sites, weights, key, value, queries) if plan.stores else None
 
 
 def _fused_outputs(

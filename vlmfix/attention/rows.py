@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from vlmfix.attention.edit import (
     AttentionEdit,
     BiasEdit,
+    CacheEdit,
+    Column,
     Memory,
     OutputEdit,
     PromptReading,
@@ -64,6 +66,7 @@ class Step:
             memory=Memory(
                 {name: pick(values) for name, values in self.memory.of_rows.items()},
                 {name: pick(values) for name, values in self.memory.of_keys.items()},
+                {name: pick(values) for name, values in self.memory.of_steps.items()},
             ),
             prompt_rows=pick(self.prompt_rows),
             live=pick(self.live),
@@ -140,11 +143,10 @@ class Block:
         """
         if not any(isinstance(step.edit, ScoreEdit | WeightEdit | SplitEdit | PromptReading) for step in self.steps):
             return self._biased()
-        return self.weighted(reads=reads)
+        return self.outputs(self.weights(reads=reads))
 
-    def weighted(self, *, reads: bool) -> Tensor:
-        """Computes the head outputs from materialised weights, (B, R, H, D), even if a bias alone could use SDPA."""
-        weights = self.weights(reads=reads)
+    def outputs(self, weights: Tensor) -> Tensor:
+        """Computes the head outputs from their (B, H, R, K) weights, (B, R, H, D)."""
         output = self._summed(weights)  # (B, H, R, D)
         for step, site in zip(self.steps, self.sites, strict=True):
             if isinstance(step.edit, SplitEdit):
@@ -202,6 +204,18 @@ class Block:
                 new = step.edit.weights(site, weights).masked_fill(~self.allowed, 0.0)
                 weights = chosen(step, site, site.acts[:, None, :, None], new, weights)
         return weights
+
+
+def kept(steps: Sequence[Step], sites: Sequence[Site], weights: Tensor, newest: Column, before: Column) -> Column:
+    """Lets each cache edit in turn change what is kept of the newest token; see ``CacheEdit.kept``."""
+    for step, site in zip(steps, sites, strict=True):
+        if isinstance(step.edit, CacheEdit):
+            new, acts = step.edit.kept(site, weights, newest, before), site.acts[:, None, :, None]
+            newest = Column(
+                chosen(step, site, acts, new.keys.to(newest.keys.dtype), newest.keys),
+                chosen(step, site, acts, new.values.to(newest.values.dtype), newest.values),
+            )
+    return newest
 
 
 def read(steps: Sequence[Step], blocks: Sequence[Block]) -> None:

@@ -20,6 +20,7 @@ from vlmfix.models.layout import ImageLayout
 from vlmfix.models.turns import turn_of
 from vlmfix.upstream import names
 from vlmfix.upstream.attention import check_mathematics, register, switched
+from vlmfix.upstream.cache import is_written_through
 
 
 @dataclass(frozen=True, eq=False)
@@ -93,6 +94,18 @@ class AtWork:
         for plan in self.plans.values():
             plan.steps = tuple(step.of_rows(pick) for step in plan.steps)
 
+    @property
+    def stores(self) -> bool:
+        """Returns whether some edit changes what is kept in the KV cache."""
+        return any(plan.stores for plan in self.plans.values())
+
+    def reorder(self, rows: Tensor) -> Tensor:
+        """Lets what edits keep of each row's steps follow the rows of a cache, (B,) int64; returns these."""
+        for plan in self.plans.values():
+            for values in (values for step in plan.steps for values in step.memory.of_steps.values()):
+                values.copy_(values[rows.to(values.device)])
+        return rows
+
 
 def _edited(vlm: Checkpoint, portions: Sequence[Portion]) -> Iterator[AtWork]:
     modules, layers = vlm.family.attention_modules(vlm.model), vlm.family.layers(vlm.model)
@@ -106,12 +119,14 @@ def _edited(vlm: Checkpoint, portions: Sequence[Portion]) -> Iterator[AtWork]:
     former = [getattr(owner, PLAN, None) for owner in owners]
     hooks: list[RemovableHandle] = []
     register(NAME, attention)
-    decoder, turn = vlm.family.decoder(vlm.model), turn_of(vlm.model)
+    decoder, turn, work = vlm.family.decoder(vlm.model), turn_of(vlm.model), AtWork(plans)
 
     def check(decoder: nn.Module, args: tuple[object, ...], kwargs: dict[str, Any]) -> None:
         if not torch.compiler.is_compiling():  # generate compiles steps over one token alone
             turn.check()
             _refuse_continuation(decoder, kwargs)
+            if work.stores:
+                _refuse_copies(decoder, kwargs)
 
     with switched([decoder, *modules], NAME):
         try:
@@ -122,7 +137,7 @@ def _edited(vlm: Checkpoint, portions: Sequence[Portion]) -> Iterator[AtWork]:
             for layer, plan in own.items():
                 if any(step.edit.needs_hidden for step in plan.steps):
                     hooks.append(layers[layer].register_forward_pre_hook(_remember, with_kwargs=True))
-            yield AtWork(plans)
+            yield work
         finally:
             for hook in hooks:
                 hook.remove()
@@ -325,4 +340,14 @@ def _refuse_continuation(decoder: nn.Module, kwargs: dict[str, Any]) -> None:
         raise UnsupportedAttentionError(
             f"{inputs.shape[1]} tokens at once behind a cache of {int(cache.get_seq_length())}",
             "chunked prefill, assisted decoding and a cache from an earlier call do not go with attention edits",
+        )
+
+
+def _refuse_copies(decoder: nn.Module, kwargs: dict[str, Any]) -> None:
+    """Refuses a KV cache of which attention gets a copy, where what is to be kept would be lost."""
+    cache = kwargs.get(names.TextNames.of(decoder).cache)
+    if cache is not None and not is_written_through(cache):
+        raise UnsupportedAttentionError(
+            f"a {type(cache).__name__} gives attention copies of what it keeps, which cannot be edited",
+            "use the dynamic or the static cache, neither quantized nor offloaded",
         )

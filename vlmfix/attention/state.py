@@ -66,6 +66,8 @@ def _tensors(step: Step) -> Iterator[tuple[Tensor, Axes]]:
         yield values, "rows"
     for _, values in sorted(step.memory.of_keys.items()):
         yield values, "keys"
+    for _, values in sorted(step.memory.of_steps.items()):
+        yield values, "rows"
     for _, value in _decoding(step.edit):
         if isinstance(value, Tensor):
             yield value, "own"
@@ -121,7 +123,7 @@ class State:
                         _write(room, values, axes)
 
     def give_back(self, plans: Plans, rows: Tensor) -> None:
-        """Copies into a call's plans what decoding has learned of keys since ``load``.
+        """Copies into a call's plans what decoding has learned since ``load``.
 
         Args:
             plans: The plans.
@@ -132,6 +134,8 @@ class State:
                 for name, values in theirs.memory.of_keys.items():
                     room = mine.memory.of_keys[name]
                     values.copy_((room if len(values) == len(room) == 1 else room[rows])[..., : values.shape[-1]])
+                for name, values in theirs.memory.of_steps.items():
+                    values.copy_(mine.memory.of_steps[name][rows])
 
     @contextmanager
     def standing_in(self, plans: Plans, *, fused: bool) -> Iterator[None]:
@@ -165,6 +169,7 @@ def _over(step: Step, edits: Mapping[AttentionEdit, AttentionEdit], room: Callab
         memory=Memory(
             {name: room(values, "rows") for name, values in memory.of_rows.items()},
             {name: room(values, "keys") for name, values in memory.of_keys.items()},
+            {name: room(values, "rows") for name, values in memory.of_steps.items()},
         ),
     )
 

@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from vlmfix.decoders.picture.carve import CARVE
     from vlmfix.decoders.picture.vicrop import ViCrop
     from vlmfix.decoders.spec import describe
+    from vlmfix.decoders.states.kvsmooth import KVSmooth
     from vlmfix.decoding.plan import DecodingPlan
     from vlmfix.decoding.strategy import Strategy
 else:
@@ -110,6 +111,7 @@ __all__ = [
     "DoLa",
     "Greedy",
     "Imbalance",
+    "KVSmooth",
     "LocoRE",
     "MoD",
     "Parameter",

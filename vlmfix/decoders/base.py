@@ -18,6 +18,7 @@ from torch import Tensor
 
 from vlmfix.attention.session import Acting, Portion, edited
 from vlmfix.decoders.picture.refined import PictureMemo, Refined
+from vlmfix.decoding.following import following
 from vlmfix.decoding.handed import HandedLoop
 from vlmfix.decoding.plan import DecodingPlan
 from vlmfix.decoding.prefix import cut_prefill, prompts_of
@@ -299,7 +300,9 @@ class Decoder(ABC):
                 stack = block.enter_context(stacked(vlm, batch, plan.contrasts, beams=beams))
                 others = portions_of(layout, plan.branches, stack.length)
                 layout, live = stack_layout(layout, stack)
-            block.enter_context(edited(vlm, layout, plan.edits, live=live, others=others))
+            work = block.enter_context(edited(vlm, layout, plan.edits, live=live, others=others))
+            if beams > 1 and work.stores:
+                block.enter_context(following(vlm, work))
             prompts = prompts_of(vlm, batch, plan.branches, beams=beams)
             if prompts is not None:
                 block.enter_context(cut_prefill(vlm, prompts))

@@ -54,6 +54,7 @@ HOMES = {
     "pai": "vlmfix.decoders.attention.pai:PAI",
     "vaf": "vlmfix.decoders.attention.vaf:VAF",
     "acg": "vlmfix.decoders.attention.acg:ACG",
+    "kvsmooth": "vlmfix.decoders.states.kvsmooth:KVSmooth",
 }
 """Name on the command line -> module and class, of vlmfix's own methods."""
 

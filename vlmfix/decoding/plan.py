@@ -8,7 +8,7 @@ from typing import Protocol
 
 from transformers import LogitsProcessor
 
-from vlmfix.attention.edit import AttentionEdit, LayerSet
+from vlmfix.attention.edit import AttentionEdit, CacheEdit, LayerSet
 from vlmfix.decoding.branches import Branch, Contrast
 from vlmfix.decoding.choice import Gated
 from vlmfix.decoding.newest import Newest
@@ -75,15 +75,20 @@ class DecodingPlan:
         """Returns a plan that applies this plan first and then the other.
 
         Raises:
-            IncompatibleDecodersError: Both have a gate.
+            IncompatibleDecodersError: Both have a gate, or one edits the KV cache and the other asks for saliency.
         """
         if self.gate is not None and other.gate is not None:
             raise IncompatibleDecodersError("both decoders choose tokens in a way of their own", "use one of them")
+        edits, asks = self.edits + other.edits, self.asks or other.asks
+        if asks is not None and any(isinstance(edit, CacheEdit) for edit in edits):
+            raise IncompatibleDecodersError(
+                "one decoder edits the KV cache, and another asks for gradients through it", "use one of them"
+            )
         return DecodingPlan(
-            edits=self.edits + other.edits,
+            edits=edits,
             contrasts=self.contrasts + other.contrasts,
             gate=self.gate or other.gate,
-            asks=self.asks or other.asks,
+            asks=asks,
             beams=self.beams and other.beams,
             compiles=self.compiles and other.compiles,
         )

@@ -75,6 +75,13 @@ def is_plain(cache: Cache | None, prompt: int) -> bool:
     return True
 
 
+def is_written_through(cache: Cache) -> bool:
+    """Whether what attention is given of a cache is the cache's own memory, so that writing there changes the cache."""
+    own = (DynamicLayer, DynamicSlidingWindowLayer, StaticLayer, StaticSlidingWindowLayer, RoomyLayer, FixedLayer)
+    plain = type(cache) in (DynamicCache, StaticCache) and not getattr(cache, "offloading", False)
+    return plain and all(type(layer) in own for layer in cache.layers)
+
+
 def can_step_back(cache: Cache | None) -> bool:
     """Whether a cache is dynamic, with layers that can give back their last token before a window is full."""
     return type(cache) is DynamicCache and all(
@@ -111,11 +118,11 @@ def fill(cache: Cache, layer: int, keys: Tensor, values: Tensor) -> None:
 
 
 class Reordered:
-    """Lets a cache reorder more rows than beam search knows of, until ``restore``.
+    """Lets a cache reorder more rows than beam search knows of, or tell of their order, until ``restore``.
 
     Args:
         cache: The cache; its ``reorder_cache`` is shadowed on the instance.
-        rows: Turns the (B,) rows that beam search chose into those of the whole cache.
+        rows: Turns the (B,) rows that beam search chose into those of the whole cache; called once for each order.
     """
 
     def __init__(self, cache: Any, rows: Callable[[Tensor], Tensor]) -> None:  # noqa: ANN401 (a method is shadowed)

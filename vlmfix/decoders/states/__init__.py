@@ -1,0 +1,1 @@
+"""Methods that edit what the model keeps: the KV cache."""
