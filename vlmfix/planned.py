@@ -16,6 +16,7 @@ from vlmfix.attention.edit import (
     LayerSet,
     OutputEdit,
     PromptReading,
+    ResidualEdit,
     ScoreEdit,
     SplitEdit,
     WeightEdit,
@@ -41,6 +42,7 @@ ACTS_ON: tuple[tuple[type[AttentionEdit], str], ...] = (
     (SplitEdit, "head outputs, by the part that some keys have in them"),
     (OutputEdit, "head outputs"),
     (CacheEdit, "the KV cache, of generated tokens"),
+    (ResidualEdit, "the residual stream"),
     (PromptReading, "nothing"),
 )
 """What each kind of edit changes."""

@@ -264,7 +264,7 @@ def test_only_output_edits_act_on_all_rows():
         rows: ClassVar[Rows] = "all"
 
     vlm = vlm_of("llava")
-    with pytest.raises(TypeError, match="Everywhere acts on all rows, which only output edits can"):
+    with pytest.raises(TypeError, match="Everywhere acts on all rows, which only output and residual edits can"):
         run(vlm, batch_of(vlm), Everywhere())
 
 

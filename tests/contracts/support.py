@@ -82,6 +82,8 @@ NEUTRAL: dict[str, str | Decoder] = {
     "vaf": "vaf:image=1,system=1,layers=all",
     "acg": "acg:strength=0",
     "kvsmooth": "kvsmooth:strength=0,spread=0,layers=all",
+    "vista": "vista:strength=0,augmentation=0",
+    "vista-layer": "vista:strength=0,augmentation=0,place=layer",
     "head-gains": HeadGains(gain=1.0),
 }
 """Parameters under which a method does nothing."""
@@ -116,6 +118,8 @@ STRONG: dict[str, str | Decoder] = {
     "vaf": "vaf:image=3,system=0.2,layers=all",
     "acg": "acg:strength=4",
     "kvsmooth": "kvsmooth:strength=0.6,spread=0.4,window=3,layers=all",
+    "vista": "vista:strength=1",
+    "vista-layer": "vista:strength=0.5,augmentation=0,place=layer",
     "chain-attention": f"zerotuning:gain=0,heads=1/2+{_ACT},kept_fraction=0.2+spin:preset=official-code,kept_share=0.5",
     "head-gains": HeadGains(),
     "chain": f"{_VAR},moved_fraction=1+{_GIFT}+locore:strength=2+vcd:plausibility=0+inter:variance=0,plausibility=0",
@@ -123,7 +127,7 @@ STRONG: dict[str, str | Decoder] = {
 }
 """Parameters under which it does much, and three chains."""
 
-EVERY_ROW = ("vhr", "ph3", "chain-heads", "zerotuning", "act", "sid", "chain-attention")
+EVERY_ROW = ("vhr", "ph3", "chain-heads", "zerotuning", "act", "sid", "chain-attention", "vista", "vista-layer")
 """Methods that change every row of a prompt, the picture's too, so that prompts cannot share them."""
 
 

@@ -34,8 +34,9 @@ class Again:
 
 
 def planned(vlms):
-    """The attention modules of some models, and what is planned in them."""
-    owners = [module for vlm in vlms for module in vlm.family.attention_modules(vlm.model)]
+    """The layers of some models with their attention modules and MLPs, and what is planned in them."""
+    layers = [layer for vlm in vlms for layer in vlm.family.layers(vlm.model)]
+    owners = [owner for layer in layers for owner in (layer, layer.self_attn, layer.mlp)]
     plans = [(owner, getattr(owner, PLAN, None)) for owner in owners]
     return [(owner, plan, plan and (plan.steps, plan.fused)) for owner, plan in plans]
 

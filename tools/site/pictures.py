@@ -280,6 +280,24 @@ def _kvsmooth() -> list[str]:
     return drawings
 
 
+def _vista() -> list[str]:
+    direction, drawings = (1.0, 0.2), []
+    for title, stream in (("one that lies across", (0.3, 1.4)), ("one that points away", (-0.9, 1.1))):
+        length, unit = math.hypot(*stream), math.hypot(*direction)
+        away = max(0.0, -(stream[0] * direction[0] + stream[1] * direction[1]) / length / unit)
+        new = [x / length + 0.4 * (1 + away) * d / unit for x, d in zip(stream, direction, strict=True)]
+        turned = (new[0] * length / math.hypot(*new), new[1] * length / math.hypot(*new))
+        named = [
+            ("the picture's direction", (0.0, 0.0), direction, "grey"),
+            ("what a layer adds", (0.0, 0.0), stream, "dark"),
+            ("turned", (0.0, 0.0), turned, "strong"),
+        ]
+        drawings.append(arrows(title, named))
+    late = (0.46, 0.30, 0.19, 0.05)
+    mean = [0.7 * math.log(last) + 0.3 * math.log(early) for last, early in zip(CLEAN, late, strict=True)]
+    return [*drawings, said("the last layer", CLEAN), said("late layers", late), said("scores", softmax(mean))]
+
+
 def _spin() -> list[str]:
     quiet = {(layer, head) for layer in range(6) for head in ((3 * layer + 1) % 8, (5 * layer + 6) % 8)}
     return [
@@ -362,5 +380,6 @@ PICTURES: Mapping[str, Callable[[], list[str]]] = {
     "vaf": _vaf,
     "acg": _acg,
     "kvsmooth": _kvsmooth,
+    "vista": _vista,
 }
 """Name of a method -> its drawings, in the order of reading."""

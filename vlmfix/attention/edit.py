@@ -1,4 +1,4 @@
-"""Declares the five kinds of attention edit, readings of the prompt, and the site at which they are applied.
+"""Declares the six kinds of edit, readings of the prompt, and the site at which they are applied.
 
 Shape letters (``docs/notation.md``): B rows, H query heads, G key/value heads, Q queries, K keys, D head dimension,
 L layers, T prompt tokens, R edited query rows.
@@ -36,8 +36,8 @@ class Memory:
 Rows = Literal["text", "last", "prompt", "all", "none"]
 """Names the prompt's query rows that an edit touches: ``text``, the text after a picture; ``last``, the row that
 predicts; ``prompt``, every token's row, which the kernel recomputes (make such an edit ``blockwise``, or all attention
-weights are in memory at once); ``all``, every row with nothing recomputed, for output edits; ``none``, for an edit
-that acts on generated tokens alone."""
+weights are in memory at once); ``all``, every row with nothing recomputed, for output and residual edits; ``none``, for
+an edit that acts on generated tokens alone."""
 
 
 LAYERS = re.compile(r"-?[0-9]{1,9}|(-?[0-9]{1,9})?:(-?[0-9]{1,9})?")
@@ -365,6 +365,25 @@ class CacheEdit(AttentionEdit, ABC):
             newest: What the model made of the token, or what an earlier cache edit kept of it.
             before: What the cache has of the token before it.
         """
+
+
+class ResidualEdit(AttentionEdit, ABC):
+    """Rewrites the residual stream that leaves a layer, or what the layer's MLP adds to it; stays on SDPA.
+
+    Attributes:
+        place: ``layer`` for the stream, ``mlp`` for the MLP's output.
+    """
+
+    place: Literal["layer", "mlp"]
+    rows: ClassVar[Rows] = "all"
+
+    @abstractmethod
+    def stream(self, site: Site, stream: Tensor) -> Tensor:
+        """Returns the new values of ``stream`` (B, Q, hidden size), in any precision."""
+
+
+UNWEIGHTED = (OutputEdit, CacheEdit, ResidualEdit)
+"""Kinds of edit that leave scores and weights as they are."""
 
 
 class PromptReading(AttentionEdit, ABC):

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from vlmfix.attention.edit import (
+    UNWEIGHTED,
     BiasEdit,
     CacheEdit,
     Column,
@@ -28,6 +29,7 @@ from vlmfix.attention.edit import (
     PartEdit,
     ProductBias,
     PromptReading,
+    ResidualEdit,
     ScoreEdit,
     Site,
     SplitEdit,
@@ -59,6 +61,7 @@ class LayerPlan:
         prompt: T, number of prompt tokens, padding included.
         steps: The edits.
         hidden: Residual stream that enters the layer, between the layer's entry and its attention.
+        sites: Those of the steps, between the layer's attention and its exit, when some edit acts in between.
         start: Prompt columns that are in the KV cache before the prompt's own pass; see ``session.continued``.
         past: Returns the residual stream that entered the layer at those columns, (B, start, hidden size), when an
             edit reads it.
@@ -72,6 +75,7 @@ class LayerPlan:
     prompt: int
     steps: tuple[Step, ...]
     hidden: Tensor | None = None
+    sites: list[Site] | None = None
     start: int = 0
     past: Callable[[], Tensor] | None = None
     acted: bool = False
@@ -88,6 +92,16 @@ class LayerPlan:
         return any(isinstance(step.edit, CacheEdit) for step in self.steps)
 
     @property
+    def steers(self) -> bool:
+        """Returns whether some edit changes the residual stream."""
+        return any(isinstance(step.edit, ResidualEdit) for step in self.steps)
+
+    @property
+    def steers_mlp(self) -> bool:
+        """Returns whether some edit changes what the layer's MLP adds to the residual stream."""
+        return any(isinstance(step.edit, ResidualEdit) and step.edit.place == "mlp" for step in self.steps)
+
+    @property
     def biases(self) -> bool:
         """Returns whether some edit adds to the scores."""
         return any(isinstance(step.edit, BiasEdit) for step in self.steps)
@@ -95,7 +109,7 @@ class LayerPlan:
     @property
     def products(self) -> bool:
         """Whether all that is done to a prompt's scores is to add products of a row's and a key's number."""
-        scored = [step.edit for step in self.steps if not isinstance(step.edit, OutputEdit)]
+        scored = [step.edit for step in self.steps if not isinstance(step.edit, UNWEIGHTED)]
         return bool(scored) and all(isinstance(edit, ProductBias) for edit in scored)
 
     @property
@@ -104,7 +118,7 @@ class LayerPlan:
 
         A few rows are computed anew in less time than SDPA takes for all.
         """
-        scored = [step.edit for step in self.steps if not isinstance(step.edit, OutputEdit)]
+        scored = [step.edit for step in self.steps if not isinstance(step.edit, UNWEIGHTED)]
         kinds = [PartEdit if isinstance(edit, PartEdit) else ColumnReading for edit in scored]
         return (
             bool(scored)
@@ -222,6 +236,7 @@ def _prefill(plan: LayerPlan, call: Call) -> Tensor:
     products = plan.products and length == plan.prompt
     some = rows[None], every[1] if products or whole else _allowed(call, own, length)
     sites = [_site(plan, step, call, length, *(every if step.edit.rows == "all" else some)) for step in plan.steps]
+    plan.sites = sites if plan.steers else None
     if rows.shape[0] == 0:
         output = call.sdpa()
     elif products:
@@ -242,6 +257,9 @@ def _one_by_one(plan: LayerPlan, call: Call, length: int) -> Tensor:
     whole = replace(call, key=key, value=value)
     outputs = [_prefill(plan, whole.of(slice(0, plan.prompt), plan.prompt))]
     outputs += [_decode(plan, whole.of(slice(end - 1, end), end)) for end in range(plan.prompt + 1, length + 1)]
+    if plan.steers:
+        rows = _every(call, length)
+        plan.sites = [_site(plan, step, call, length, *rows) for step in plan.steps]
     return torch.cat(outputs, dim=1)
 
 
@@ -332,6 +350,7 @@ def _decode(plan: LayerPlan, call: Call) -> Tensor:
         return _decode_fused(plan, plan.fused, call, call.mask)
     queries, allowed = _newest(call)
     sites = [_site(plan, step, call, call.key.shape[2], queries, allowed) for step in plan.steps]
+    plan.sites = sites if plan.steers else None
     block = Block(call.query, call.key, call.value, allowed, call.scale, plan.steps, sites)
     weights = block.weights(reads=False) if plan.materialises or plan.stores else None
     if weights is not None and plan.materialises:
@@ -377,11 +396,16 @@ def _newest(call: Call) -> tuple[Tensor, Tensor]:
 def _decode_fused(plan: LayerPlan, kind: Hashable, call: Call, mask: Tensor) -> Tensor:
     query, key = of_any_size(call.query, 0), of_any_size(call.key, 0, 2)
     value, mask = of_any_size(call.value, 0, 2), of_any_size(mask, 0, 3)
+    if plan.steers:
+        place = _newest(call)
+        plan.sites = [_site(plan, step, call, key.shape[2], *place) for step in plan.steps]
     if plan.materialises or plan.biases or plan.stores:
         row: tuple[Tensor, Column | None] = compiled(_fused_row, kind)(plan.steps, query, key, value, mask, call.scale)
         if row[1] is not None:
             _store(call, _newest(call)[0], row[1])
         return row[0]
+    if not any(isinstance(step.edit, OutputEdit) for step in plan.steps):
+        return call.sdpa().contiguous()
     output = of_any_size(call.sdpa(), 0)
     new: Tensor = compiled(_fused_outputs, kind)(plan.steps, query, key, value, mask, call.scale, output)
     return new
@@ -464,6 +488,24 @@ def _outputs(plan: LayerPlan, sites: list[Site], output: Tensor, own: Tensor | N
             new = chosen(step, site, acts, step.edit.output(site, before).to(output.dtype), before)
             output = output.index_copy(1, own, new)
     return output
+
+
+def steered(plan: LayerPlan, place: str, stream: Tensor) -> Tensor:
+    """Applies the residual edits of a place to what comes out there.
+
+    Args:
+        plan: The layer's plan, whose attention has been computed.
+        place: See ``ResidualEdit``.
+        stream: (B, Q, hidden size).
+
+    Returns:
+        (B, Q, hidden size), in the type of ``stream``.
+    """
+    for step, site in zip(plan.steps, plan.sites or (), strict=False):
+        if isinstance(step.edit, ResidualEdit) and step.edit.place == place:
+            new = step.edit.stream(site, stream).to(stream.dtype)
+            stream = torch.where(site.acts[..., None], new, stream) if step.mixed else new
+    return stream
 
 
 def _check_window(module: nn.Module, query: Tensor, key: Tensor) -> None:

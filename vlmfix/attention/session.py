@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from vlmfix.attention.edit import AttentionEdit, Memory, OutputEdit
-from vlmfix.attention.kernel import HEADROOM, NAME, PLAN, LayerPlan, attention
+from vlmfix.attention.edit import AttentionEdit, Memory, OutputEdit, ResidualEdit
+from vlmfix.attention.kernel import HEADROOM, NAME, PLAN, LayerPlan, attention, steered
 from vlmfix.attention.rows import Step
 from vlmfix.errors import UnsupportedAttentionError
 from vlmfix.models.checkpoint import Checkpoint
@@ -115,7 +115,8 @@ def _edited(vlm: Checkpoint, portions: Sequence[Portion]) -> Iterator[AtWork]:
     # An outer block's plans are copied, so that ``AtWork.keep`` leaves them as they are.
     plans = {layer: replace(plan) for layer, plan in outer.items()}
     plans |= {layer: _nested(outer[layer], plan) if layer in outer else plan for layer, plan in own.items()}
-    owners: list[nn.Module] = [owner for layer in plans for owner in (modules[layer], layers[layer])]
+    mlps = {layer: _mlp(layers[layer]) for layer, plan in plans.items() if plan.steers_mlp}
+    owners = [owner for layer in plans for owner in (modules[layer], layers[layer])] + list(mlps.values())
     former = [getattr(owner, PLAN, None) for owner in owners]
     hooks: list[RemovableHandle] = []
     register(NAME, attention)
@@ -137,6 +138,12 @@ def _edited(vlm: Checkpoint, portions: Sequence[Portion]) -> Iterator[AtWork]:
             for layer, plan in own.items():
                 if any(step.edit.needs_hidden for step in plan.steps):
                     hooks.append(layers[layer].register_forward_pre_hook(_remember, with_kwargs=True))
+                if plan.steers and not (layer in outer and outer[layer].steers):  # whose hook applies all edits
+                    hooks.append(layers[layer].register_forward_hook(_steer_layer))
+            for layer, mlp in mlps.items():
+                setattr(mlp, PLAN, plans[layer])
+                if not (layer in outer and outer[layer].steers_mlp):
+                    hooks.append(mlp.register_forward_hook(_steer_mlp))
             yield work
         finally:
             for hook in hooks:
@@ -174,7 +181,8 @@ def bare(vlm: Checkpoint) -> Iterator[None]:
     owners = [*vlm.family.attention_modules(vlm.model), *vlm.family.layers(vlm.model)]
     with turn_of(vlm.model).taken():
         former = [(owner, getattr(owner, PLAN)) for owner in owners if getattr(owner, PLAN, None) is not None]
-        for owner, _ in former:
+        for owner, plan in former:
+            plan.sites = None  # which the hook of an MLP would take for those of its pass
             delattr(owner, PLAN)
         try:
             yield
@@ -301,8 +309,8 @@ def _prompt_rows(edit: AttentionEdit, layout: ImageLayout) -> Tensor:
     rows = torch.zeros_like(layout.tokens)
     if edit.rows == "last":
         rows[:, -1] = True  # prompts are padded on the left
-    elif edit.rows == "all" and not isinstance(edit, OutputEdit):
-        raise TypeError(f"{type(edit).__name__} acts on all rows, which only output edits can")
+    elif edit.rows == "all" and not isinstance(edit, OutputEdit | ResidualEdit):
+        raise TypeError(f"{type(edit).__name__} acts on all rows, which only output and residual edits can")
     return rows
 
 
@@ -323,6 +331,29 @@ def _remember(layer: nn.Module, args: tuple[object, ...], kwargs: dict[str, Any]
     if plan is not None:  # not lifted
         hidden = names.hidden(args, kwargs)
         plan.hidden = hidden if plan.past is None else torch.cat([plan.past(), hidden], dim=1)
+
+
+def _mlp(layer: nn.Module) -> nn.Module:
+    mlp = dict(layer.named_children()).get("mlp")
+    if mlp is None:
+        raise UnsupportedAttentionError(
+            f"{type(layer).__name__} has no mlp", "edit the stream behind the layer instead"
+        )
+    return mlp
+
+
+def _steer_mlp(mlp: nn.Module, args: object, output: Tensor) -> Tensor:
+    plan: LayerPlan = getattr(mlp, PLAN)
+    return steered(plan, "mlp", output)
+
+
+def _steer_layer(layer: nn.Module, args: object, output: Any) -> Any:  # noqa: ANN401 (a tensor, or a tuple that has it)
+    plan: LayerPlan | None = getattr(layer, PLAN, None)
+    if plan is None:  # lifted
+        return output
+    stream = steered(plan, "layer", output if isinstance(output, Tensor) else output[0])
+    plan.sites = None
+    return stream if isinstance(output, Tensor) else (stream, *output[1:])
 
 
 def _refuse_continuation(decoder: nn.Module, kwargs: dict[str, Any]) -> None:

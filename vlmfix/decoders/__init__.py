@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from vlmfix.decoders.picture.vicrop import ViCrop
     from vlmfix.decoders.spec import describe
     from vlmfix.decoders.states.kvsmooth import KVSmooth
+    from vlmfix.decoders.states.vista import VISTA
     from vlmfix.decoding.plan import DecodingPlan
     from vlmfix.decoding.strategy import Strategy
 else:
@@ -101,6 +102,7 @@ __all__ = [
     "VAR",
     "VCD",
     "VHR",
+    "VISTA",
     "AvisC",
     "Beam",
     "Chain",

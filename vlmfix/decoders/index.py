@@ -55,6 +55,7 @@ HOMES = {
     "vaf": "vlmfix.decoders.attention.vaf:VAF",
     "acg": "vlmfix.decoders.attention.acg:ACG",
     "kvsmooth": "vlmfix.decoders.states.kvsmooth:KVSmooth",
+    "vista": "vlmfix.decoders.states.vista:VISTA",
 }
 """Name on the command line -> module and class, of vlmfix's own methods."""
 

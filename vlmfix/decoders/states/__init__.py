@@ -1,1 +1,1 @@
-"""Methods that edit what the model keeps: the KV cache."""
+"""Methods that edit what the model keeps: the KV cache and the residual stream."""
