@@ -281,16 +281,17 @@ def _kvsmooth() -> list[str]:
 
 
 def _vista() -> list[str]:
-    direction, drawings = (1.0, 0.2), []
-    for title, stream in (("one that lies across", (0.3, 1.4)), ("one that points away", (-0.9, 1.1))):
+    direction, drawings = (0.8, 0.15), []
+    for title, stream in (("what is added lies across", (0.3, 1.4)), ("what is added points away", (-0.8, 1.1))):
         length, unit = math.hypot(*stream), math.hypot(*direction)
         away = max(0.0, -(stream[0] * direction[0] + stream[1] * direction[1]) / length / unit)
         new = [x / length + 0.4 * (1 + away) * d / unit for x, d in zip(stream, direction, strict=True)]
         turned = (new[0] * length / math.hypot(*new), new[1] * length / math.hypot(*new))
+        start = (0.8, 0.0)
+        vectors = (("the picture's direction", direction), ("added", stream), ("turned", turned))
         named = [
-            ("the picture's direction", (0.0, 0.0), direction, "grey"),
-            ("what a layer adds", (0.0, 0.0), stream, "dark"),
-            ("turned", (0.0, 0.0), turned, "strong"),
+            (name, start, (start[0] + vector[0], start[1] + vector[1]), kind)
+            for (name, vector), kind in zip(vectors, ("grey", "dark", "strong"), strict=True)
         ]
         drawings.append(arrows(title, named))
     late = (0.46, 0.30, 0.19, 0.05)
