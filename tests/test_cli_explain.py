@@ -90,7 +90,7 @@ def test_a_call_has_the_rows_and_takes_the_memory_that_was_said(name, beams):
     with running(vlm, batch, vlm.layout(batch), plan, limit=8, name=name, reorders=True) as call:
         call.prompt()
         if beams > 1:
-            call.keep(torch.zeros(beams, dtype=torch.long), width=beams)
+            call.keep(torch.zeros(beams, dtype=torch.long))
         keys = [pair for pair in caches.keys_and_values(call.cache)]
     rows, _, tokens, _ = keys[0][0].shape
     assert rows == total["rows"]

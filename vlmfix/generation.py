@@ -352,7 +352,8 @@ class VLM(Checkpoint):
             if beams > 1:
                 penalty = request.repetition_penalty
                 repetition = None if penalty == 1 else Repetition(penalty, batch["input_ids"], batch.attention_mask)
-                found = search(call, beams, defaults.ends(self.model), repetition)
+                course = None if plan.leader is None else plan.leader(call)
+                found = search(call, beams, defaults.ends(self.model), course, repetition)
                 said = [_Found(one.answer, one.broken) for one in found]
             else:
                 said = self._decoded(call, plan.gate, request, batch, streamer, left)

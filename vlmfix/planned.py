@@ -205,9 +205,12 @@ def _total(
     ]
     padded = max(part.length for part in (batch, *branches))
     room_for_answers(vlm, torch.tensor([padded]))
-    layers = frozenset[int]().union(*(edit.layers.resolve(vlm.layers) for edit in plan.every_edit))
-    check_windows(vlm, layers, padded, longest)
-    rows = (1 + len(branches)) * beams
+    if plan.leader is None:
+        layers = frozenset[int]().union(*(edit.layers.resolve(vlm.layers) for edit in plan.every_edit))
+        check_windows(vlm, layers, padded, longest)
+    else:
+        check_windows(vlm, range(vlm.layers), padded, longest + 1)
+    rows = (1 + len(branches)) * beams * (1 if plan.leader is None else plan.leader.rows)
     return {
         "beams": beams,
         "prompt": batch.length,

@@ -71,6 +71,6 @@ def test_of_equal_scores_the_first_stays():
     one = Search(number=0, beams=2)
     for score, token in ((-1.0, 1), (-2.0, 2), (-1.0, 3), (-3.0, 4)):
         one.end(score, (token,))
-    assert one.ended == [(-1.0, (1,)), (-1.0, (3,))]
+    assert one.ended == ((-1.0, (1,)), (-1.0, (3,)))
     assert not one.is_done(-0.9)
     assert one.is_done(-1.0)

@@ -120,6 +120,16 @@ def _beam() -> list[str]:
     return [steps("two answers, and how probable they are", [ball, stick])]
 
 
+def _opera() -> list[str]:
+    lost = (0.2, 0.9, 0.3, 0.2)
+    scores = [one - 2 * less for one, less in zip(logs(CLEAN), lost, strict=True)]
+    return [
+        said("with the picture", CLEAN),
+        said("attention to one earlier word", lost),
+        said("scores", softmax(scores)),
+    ]
+
+
 def _var() -> list[str]:
     sinks = [*FIRST, SKY]
     return [row(moved(normal(SEEN), sinks, 0.4, [j for j in IMAGE if j not in sinks]))]
@@ -382,5 +392,6 @@ PICTURES: Mapping[str, Callable[[], list[str]]] = {
     "acg": _acg,
     "kvsmooth": _kvsmooth,
     "vista": _vista,
+    "opera": _opera,
 }
 """Name of a method -> its drawings, in the order of reading."""

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from vlmfix.decoders.attention.zerotuning import ZeroTuning
     from vlmfix.decoders.base import Chain, Decoder, Greedy, Source
     from vlmfix.decoders.choice.beam import Beam
+    from vlmfix.decoders.choice.opera import OPERA
     from vlmfix.decoders.choice.sample import Sample
     from vlmfix.decoders.logits.apc import APC
     from vlmfix.decoders.logits.avisc import AvisC
@@ -93,6 +94,7 @@ __all__ = [
     "ICD",
     "INTER",
     "M3ID",
+    "OPERA",
     "PAI",
     "PH3",
     "SGRS",

@@ -262,6 +262,11 @@ class Decoder(ABC):
         with ExitStack() as block:
             block.enter_context(turn_of(vlm.model).taken())
             layout, plan = planned or self.planned(vlm, batch, num_beams=num_beams)
+            if plan.leader is not None:
+                raise IncompatibleDecodersError(
+                    f"{self.spec()} leads a beam search of its own, which the model's generate does not do",
+                    "ask with vlm.generate(...) and without a static cache, or on the command line",
+                )
             stack = loop = None
             if plan.gate is None:
                 stack = block.enter_context(self._stacked(vlm, batch, layout, plan, num_beams))
@@ -337,10 +342,11 @@ class Chain(Decoder):
         if refiners and refiners[0] > 0:
             name = self.decoders[refiners[0]].name
             raise IncompatibleDecodersError(f"{name} refines the pictures before decoding begins", "name it first")
-        strategy = _common_strategy(self.decoders)
+        _common_strategy(self.decoders)  # which refuses two
         rows = 1 + sum(decoder.passes - 1 for decoder in self.decoders if decoder.strategy is None)
+        searched = max((decoder.passes for decoder in self.decoders if decoder.strategy is not None), default=1)
         object.__setattr__(self, "refines", bool(refiners))
-        object.__setattr__(self, "passes", rows * (strategy.num_beams if strategy else 1))
+        object.__setattr__(self, "passes", rows * searched)
         object.__setattr__(self, "beams", all(decoder.beams for decoder in self.decoders))
         object.__setattr__(self, "compiles", all(decoder.compiles for decoder in self.decoders))
 

@@ -56,6 +56,7 @@ HOMES = {
     "acg": "vlmfix.decoders.attention.acg:ACG",
     "kvsmooth": "vlmfix.decoders.states.kvsmooth:KVSmooth",
     "vista": "vlmfix.decoders.states.vista:VISTA",
+    "opera": "vlmfix.decoders.choice.opera:OPERA",
 }
 """Name on the command line -> module and class, of vlmfix's own methods."""
 

@@ -50,6 +50,7 @@ class Contrast(ABC):
 
     Class attributes:
         steps_alike: Whether all steps are the same computation; False for a rule that counts or remembers them.
+        counts: Whether it counts steps, so that a search cannot take it back to an earlier one.
 
     Attributes:
         branches: The N branches; none for a rule that needs the clean rows alone.
@@ -61,6 +62,7 @@ class Contrast(ABC):
     rows: Tensor
     exits: tuple[Exit, ...] = ()
     steps_alike: ClassVar[bool] = True
+    counts: ClassVar[bool] = False
 
     @abstractmethod
     def fuse(self, clean: Tensor, others: Tensor, scores: Tensor) -> Tensor:

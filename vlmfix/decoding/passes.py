@@ -148,6 +148,28 @@ class Passes:
         self._cache.reorder_cache(rows)
         self._mask, self._next = self._mask[rows], self._next[..., rows, :]
 
+    def back(self, tokens: Tensor) -> None:
+        """Takes back the newest tokens of each row; the rest of its answer then stands at the end of the columns.
+
+        Columns between a prompt and an answer that all rows leave free are given up.
+
+        Args:
+            tokens: (R,) int64, how many, from 0 to as many as the row has generated.
+        """
+        if not caches.can_step_back(self._cache):
+            raise RuntimeError("a cache with room for what comes, or a recorded step, cannot go back")
+        prompt, columns = self._rows.length, self._mask.shape[1]
+        places = torch.arange(columns, device=tokens.device) - tokens[:, None]  # (R, columns), where each comes from
+        known = self._mask.gather(1, places.clamp(min=0)) * (places >= prompt)
+        known[:, :prompt] = self._mask[:, :prompt]
+        free = int((known[:, prompt:].sum(dim=1)).max().neg()) + columns - prompt
+        places = torch.cat(
+            [places.new_tensor(range(prompt)).expand(len(places), -1), places[:, prompt + free :]], dim=1
+        )
+        caches.rearrange(self._cache, places.clamp(min=0))
+        self._mask = torch.cat([known[:, :prompt], known[:, prompt + free :]], dim=1)
+        self._next = self._next - tokens[:, None]
+
     def _go_on_unrecorded(self, recorded: Recorded) -> None:
         self._mask, self._next = recorded.given_back()
         for layer in caches.room_of(self._cache):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from transformers import LogitsProcessor
 
@@ -13,6 +13,10 @@ from vlmfix.decoding.branches import Branch, Contrast
 from vlmfix.decoding.choice import Gated
 from vlmfix.decoding.newest import Newest
 from vlmfix.errors import IncompatibleDecodersError
+
+if TYPE_CHECKING:  # which make plans work, and know them
+    from vlmfix.decoding.beams import Course
+    from vlmfix.decoding.running import Running
 
 
 class Gate(Protocol):
@@ -31,6 +35,21 @@ class Gate(Protocol):
         """
 
 
+class Leader(Protocol):
+    """Leads a beam search for a method that scores tokens, or goes back to earlier ones, in a way of its own."""
+
+    @property
+    def reader(self) -> AttentionEdit:
+        """Returns the edit of the plan that reads attention; in a chain it comes behind those of the other methods."""
+
+    @property
+    def rows(self) -> int:
+        """Returns how many rows of a pass each beam has."""
+
+    def __call__(self, call: Running) -> Course:
+        """Starts a call, and returns what leads its search."""
+
+
 @dataclass(frozen=True, eq=False, kw_only=True)
 class DecodingPlan:
     """Holds what one call of ``generate`` needs; each call gets a new plan, which may hold that call's state.
@@ -39,6 +58,7 @@ class DecodingPlan:
         edits: Attention edits, in order.
         contrasts: Contrast branches and how their logits are fused, in order.
         gate: Chooses the tokens, at most one in a chain; None leaves that to greedy search, sampling or beams.
+        leader: Leads the beam search, at most one in a chain; None leaves it to the scores.
         asks: Layers whose saliency the gate reads; None when it reads none.
         beams: Whether beam search is meaningful.
         compiles: Whether edits can be recorded and compiled; False for those with effects in Python at every step.
@@ -47,6 +67,7 @@ class DecodingPlan:
     edits: tuple[AttentionEdit, ...] = ()
     contrasts: tuple[Contrast, ...] = ()
     gate: Gate | None = None
+    leader: Leader | None = None
     asks: LayerSet | None = None
     beams: bool = True
     compiles: bool = True
@@ -69,25 +90,33 @@ class DecodingPlan:
     @property
     def plain(self) -> bool:
         """Returns whether the plan leaves the model as it is."""
-        return not self.edits and not self.contrasts and self.gate is None
+        return not self.edits and not self.contrasts and self.gate is None and self.leader is None
 
     def merged(self, other: DecodingPlan) -> DecodingPlan:
         """Returns a plan that applies this plan first and then the other.
 
         Raises:
-            IncompatibleDecodersError: Both have a gate, or one edits the KV cache and the other asks for saliency.
+            IncompatibleDecodersError: Both have a gate; one edits the KV cache and the other asks for saliency or goes back
+                to earlier tokens; or one counts steps that the other's search goes back.
         """
         if self.gate is not None and other.gate is not None:
             raise IncompatibleDecodersError("both decoders choose tokens in a way of their own", "use one of them")
         edits, asks = self.edits + other.edits, self.asks or other.asks
-        if asks is not None and any(isinstance(edit, CacheEdit) for edit in edits):
+        leader, contrasts = self.leader or other.leader, self.contrasts + other.contrasts
+        if any(isinstance(edit, CacheEdit) for edit in edits) and (asks is not None or leader is not None):
+            does = "asks for gradients through it" if leader is None else "goes back to what it was before"
+            raise IncompatibleDecodersError(f"one decoder edits the KV cache, and another {does}", "use one of them")
+        if leader is not None and any(contrast.counts for contrast in contrasts):
             raise IncompatibleDecodersError(
-                "one decoder edits the KV cache, and another asks for gradients through it", "use one of them"
+                "a search that goes back to earlier tokens, as opera does, and scores that depend on their number",
+                "leave one out: m3id and flb count their steps, most other decoders do not",
             )
+        reader = None if leader is None else leader.reader
         return DecodingPlan(
-            edits=edits,
-            contrasts=self.contrasts + other.contrasts,
+            edits=tuple(sorted(edits, key=lambda edit: edit is reader)),
+            contrasts=contrasts,
             gate=self.gate or other.gate,
+            leader=leader,
             asks=asks,
             beams=self.beams and other.beams,
             compiles=self.compiles and other.compiles,

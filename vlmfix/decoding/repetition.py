@@ -9,6 +9,8 @@ transformers computes it, but that padding counts for nothing.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from transformers import LogitsProcessor
@@ -28,10 +30,27 @@ class Repetition:
     def __init__(self, penalty: float, ids: Tensor, mask: Tensor) -> None:
         self._penalty, self._ids, self._mask = penalty, ids, mask.bool()
         self._stands: Tensor | None = None  # (L, V) bool
+        self._prompts: Tensor | None = None  # (B, V) bool
 
     def lowered(self, scores: Tensor) -> Tensor:
         """Returns (L, V) scores, lowered where a token stands in its line."""
         return penalized(scores, self._known(scores.shape[-1]), self._penalty)
+
+    def lowered_behind(self, scores: Tensor, samples: Sequence[int], answers: Sequence[Sequence[int]]) -> Tensor:
+        """Returns (L, V) scores, lowered where a token stands in its sample's prompt or in the line's answer.
+
+        Args:
+            scores: (L, V).
+            samples: The sample of each line.
+            answers: What is said in each line; nothing is remembered of it.
+        """
+        if self._prompts is None:
+            self._prompts = standing(self._ids, self._mask, scores.shape[-1])
+        stands = self._prompts[list(samples)]  # (L, V)
+        if longest := max(map(len, answers)):
+            filled = [[*answer, *answer[-1:] * (longest - len(answer))] for answer in answers]
+            stands = stands.scatter(1, torch.tensor(filled, device=scores.device), True)
+        return penalized(scores, stands, self._penalty)
 
     def add(self, tokens: Tensor) -> None:
         """Takes the next token of each line, (L,) int64; scores must have been lowered before."""

@@ -72,7 +72,7 @@ class Running:
     ) -> None:
         self.room, self.newest = room, newest
         self._vlm, self._passes, self._work, self._contrasts = vlm, passes, work, tuple(contrasts)
-        self._prompts, self._blank, self._copies, self._lines, self._width = prompts, blank, copies, len(room), 1
+        self._prompts, self._blank, self._copies, self._lines = prompts, blank, copies, len(room)
         self._acting, self._name = Acting(vlm), name
 
     @property
@@ -121,18 +121,25 @@ class Running:
 
         return self._scores(step()) if self.newest is None else self._kept(self.newest, step)
 
-    def keep(self, lines: Tensor, *, width: int = 1) -> None:
+    def keep(self, lines: Tensor) -> None:
         """Keeps some of the lines, or repeats some, with their branches and what edits know of them.
 
         Args:
             lines: (L',) int64, numbers of the present lines; lines of one sample are adjacent.
-            width: Lines that each sample has from now on.
         """
         rows = (lines + self._lines * torch.arange(self._copies, device=lines.device)[:, None]).flatten()  # (R',)
         self._passes.keep(rows)
         self._work.keep(rows)
         self._contrasts = tuple(contrast.keep(lines) for contrast in self._contrasts)
-        self._lines, self._width = len(lines), width
+        self._lines = len(lines)
+
+    def back(self, tokens: Tensor) -> None:
+        """Takes back the newest tokens of each line, with those of its branches.
+
+        Args:
+            tokens: (L,) int64, how many, from 0 to as many as the line has generated.
+        """
+        self._passes.back(tokens.repeat(self._copies))
 
     def _kept(self, newest: Newest, step: Callable[[], Tensor]) -> Tensor:
         """Runs a step and keeps its graph; returns its scores."""
@@ -194,7 +201,10 @@ def running(
             check_prompts(vlm, batch, rows.length)
         acting = plan.every_edit if newest is None else (*plan.every_edit, newest.recorder)
         layers = frozenset[int]().union(*(edit.layers.resolve(vlm.layers) for edit in acting))
-        check_windows(vlm, layers, rows.length, max(room))
+        if plan.leader is None:
+            check_windows(vlm, layers, rows.length, max(room))
+        else:  # a window forgets what a step back needs again, and candidates for the last token pass as well
+            check_windows(vlm, range(vlm.layers), rows.length, max(room) + 1)
         wide, live = rows.layout(layout)
         with edited(vlm, wide, edits, live=live, others=rows.portions(layout, branches)) as work:
             exits = [place for contrast in plan.contrasts for place in contrast.exits]

@@ -101,6 +101,29 @@ def drop_last(cache: Cache) -> None:
         raise missing(f"crop(-1) leaves {length(cache)} of {before} tokens in a cache")
 
 
+def rearrange(cache: Cache, columns: Tensor) -> None:
+    """Makes a dynamic cache's rows of some of their columns; no window may be full.
+
+    Args:
+        cache: The cache, of B rows.
+        columns: (B, K) int64, which columns each row has from now on; no more than before.
+
+    Raises:
+        UpstreamError: The cache does not hold K tokens afterwards.
+    """
+    fewer = columns.shape[1] - length(cache)
+    for layer in list[Any](cache.layers):
+        if not layer.is_initialized:
+            continue
+        wanted = torch.nn.functional.pad(columns, (0, -fewer)).to(layer.keys.device)[:, None, :, None]
+        layer.keys, layer.values = (
+            x.gather(2, wanted.expand(-1, x.shape[1], -1, x.shape[3])) for x in (layer.keys, layer.values)
+        )
+    cache.crop(fewer)
+    if length(cache) != columns.shape[1]:
+        raise missing(f"crop({fewer}) leaves {length(cache)} tokens in a cache, and not {columns.shape[1]}")
+
+
 def detach(cache: Cache) -> None:
     """Cuts a dynamic cache's keys and values off the graph of the passes that made them."""
     for layer in list[Any](cache.layers):

@@ -127,13 +127,18 @@ class Local(AttentionEdit):
     rows: ClassVar[Rows] = "last"
 
     def window(self, site: Site) -> Tensor:
-        """Marks the boosted keys of each query, (B, 1, R, K) bool."""
+        """Marks the boosted keys of each query, (B, 1, R, K) bool.
+
+        Keys that a query does not see, such as columns that a search has taken back, take no room in the window.
+        """
         key = torch.arange(site.allowed.shape[-1], device=site.queries.device)
-        query = site.queries[:, None, :, None]  # (1 or B, 1, R, 1)
+        here = key == site.queries[:, None, :, None]  # (1 or B, 1, R, K)
+        seen = site.allowed.cumsum(dim=-1)  # (1 or B, 1, R, K)
+        behind = torch.where(here, seen, 0).sum(dim=-1, keepdim=True) - seen  # keys up to the query's own
         if site.prefill:
             site.learn("start", self._start(site, key))
         start = site.learned("start")[:, None, None, None]  # (B, 1, 1, 1)
-        return (key >= start) & (key >= query - self.size) & (key < query)
+        return (key >= start) & (behind > 0) & (behind <= self.size)
 
     def _start(self, site: Site, key: Tensor) -> Tensor:
         """Returns history's first key, (B,): after the row's last image token, or without a picture its first token."""

@@ -88,6 +88,7 @@ class Boost(Contrast):
     past: list[Tensor] = field(default_factory=list)
     step: list[int] = field(default_factory=lambda: [0])
     steps_alike: ClassVar[bool] = False
+    counts: ClassVar[bool] = True
 
     def fuse(self, clean: Tensor, others: Tensor, scores: Tensor) -> Tensor:
         """Returns ``scores + weight * first``, cut by ``scores``."""

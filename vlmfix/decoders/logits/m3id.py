@@ -110,6 +110,7 @@ class GrowingContrast(Contrast):
     first_step: int = 1
     passed: list[int] = field(default_factory=lambda: [0])
     steps_alike: ClassVar[bool] = False
+    counts: ClassVar[bool] = True
 
     def fuse(self, clean: Tensor, others: Tensor, scores: Tensor) -> Tensor:
         """Returns ``scores + weight * (clean - branch)``, cut by the clean logits."""
