@@ -254,6 +254,8 @@ def _uncompiled(plan: DecodingPlan, *, longer: bool) -> Iterator[str]:
 def _apart(vlm: VLM, plan: DecodingPlan, padded: int) -> Iterator[str]:
     if any(edit.rows in WHOLE_PROMPT for edit in plan.every_edit):
         yield "an edit acts on the picture's rows, or before them"
+    if plan.views:
+        yield "what becomes of the prompt's tokens is read in one pass"
     narrow = _windows(vlm)
     if narrow is not None and narrow < padded:
         yield f"a sliding window of {narrow} ends inside the prompt"
@@ -264,6 +266,8 @@ def _apart(vlm: VLM, plan: DecodingPlan, padded: int) -> Iterator[str]:
 def _in_one(vlm: VLM, plan: DecodingPlan) -> Iterator[str]:
     if any(edit.rows in WHOLE_PROMPT for edit in plan.every_edit):
         yield "an edit acts on all rows of the prompt"
+    if plan.views:
+        yield "what becomes of the prompt's tokens is read in one pass"
     if any(edit.needs_hidden for edit in plan.every_edit):
         yield "an edit reads the residual stream of the whole prompt"
     if _windows(vlm) is not None:

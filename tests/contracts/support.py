@@ -84,6 +84,7 @@ NEUTRAL: dict[str, str | Decoder] = {
     "kvsmooth": "kvsmooth:strength=0,spread=0,layers=all",
     "vista": "vista:strength=0,augmentation=0",
     "vista-layer": "vista:strength=0,augmentation=0,place=layer",
+    "revisit": "revisit:strength=0,plausibility=0",
     "head-gains": HeadGains(gain=1.0),
 }
 """Parameters under which a method does nothing."""
@@ -120,6 +121,7 @@ STRONG: dict[str, str | Decoder] = {
     "kvsmooth": "kvsmooth:strength=0.6,spread=0.4,window=3,layers=all",
     "vista": "vista:strength=1",
     "vista-layer": "vista:strength=0.5,augmentation=0,place=layer",
+    "revisit": "revisit:strength=3,plausibility=0",
     "chain-attention": f"zerotuning:gain=0,heads=1/2+{_ACT},kept_fraction=0.2+spin:preset=official-code,kept_share=0.5",
     "head-gains": HeadGains(),
     "chain": f"{_VAR},moved_fraction=1+{_GIFT}+locore:strength=2+vcd:plausibility=0+inter:variance=0,plausibility=0",
@@ -127,8 +129,11 @@ STRONG: dict[str, str | Decoder] = {
 }
 """Parameters under which it does much, and three chains."""
 
-EVERY_ROW = ("vhr", "ph3", "chain-heads", "zerotuning", "act", "sid", "chain-attention", "vista", "vista-layer")
-"""Methods that change every row of a prompt, the picture's too, so that prompts cannot share them."""
+EVERY_ROW = (
+    *("vhr", "ph3", "chain-heads", "zerotuning", "act", "sid"),
+    *("chain-attention", "vista", "vista-layer", "revisit"),
+)
+"""Methods that change or read every row of a prompt, the picture's too, so that prompts cannot share them."""
 
 
 def method_of(spec: str | Decoder) -> Decoder:

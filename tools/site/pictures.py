@@ -130,6 +130,15 @@ def _opera() -> list[str]:
     ]
 
 
+def _revisit() -> list[str]:
+    token = (0.52, 0.24, 0.14, 0.10)
+    return [
+        said("what the model says", CLEAN),
+        said("what a token of the picture says", token),
+        said("their product", softmax(mixed((1, CLEAN), (1, token)))),
+    ]
+
+
 def _var() -> list[str]:
     sinks = [*FIRST, SKY]
     return [row(moved(normal(SEEN), sinks, 0.4, [j for j in IMAGE if j not in sinks]))]
@@ -393,5 +402,6 @@ PICTURES: Mapping[str, Callable[[], list[str]]] = {
     "kvsmooth": _kvsmooth,
     "vista": _vista,
     "opera": _opera,
+    "revisit": _revisit,
 }
 """Name of a method -> its drawings, in the order of reading."""

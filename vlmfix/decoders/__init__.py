@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from vlmfix.decoders.logits.inter import INTER
     from vlmfix.decoders.logits.m3id import M3ID
     from vlmfix.decoders.logits.mod import MoD
+    from vlmfix.decoders.logits.revisit import ReVisiT
     from vlmfix.decoders.logits.sgrs import SGRS
     from vlmfix.decoders.logits.sid import SID
     from vlmfix.decoders.logits.vcd import VCD
@@ -119,6 +120,7 @@ __all__ = [
     "LocoRE",
     "MoD",
     "Parameter",
+    "ReVisiT",
     "Sample",
     "Source",
     "Strategy",

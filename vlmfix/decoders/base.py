@@ -308,7 +308,7 @@ class Decoder(ABC):
             work = block.enter_context(edited(vlm, layout, plan.edits, live=live, others=others))
             if beams > 1 and work.stores:
                 block.enter_context(following(vlm, work))
-            prompts = prompts_of(vlm, batch, plan.branches, beams=beams)
+            prompts = None if plan.views else prompts_of(vlm, batch, plan.branches, beams=beams)
             if prompts is not None:
                 block.enter_context(cut_prefill(vlm, prompts))
             yield stack

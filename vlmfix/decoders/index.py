@@ -57,6 +57,7 @@ HOMES = {
     "kvsmooth": "vlmfix.decoders.states.kvsmooth:KVSmooth",
     "vista": "vlmfix.decoders.states.vista:VISTA",
     "opera": "vlmfix.decoders.choice.opera:OPERA",
+    "revisit": "vlmfix.decoders.logits.revisit:ReVisiT",
 }
 """Name on the command line -> module and class, of vlmfix's own methods."""
 

@@ -56,11 +56,13 @@ class Contrast(ABC):
         branches: The N branches; none for a rule that needs the clean rows alone.
         rows: (B,) bool, rows on which the rule acts; the other rows keep their scores.
         exits: E early layers of the clean rows whose logits it takes as well.
+        views: Places at which it takes the residual stream of the prompt's columns; see ``view``.
     """
 
     branches: tuple[Branch, ...]
     rows: Tensor
     exits: tuple[Exit, ...] = ()
+    views: tuple[Exit, ...] = ()
     steps_alike: ClassVar[bool] = True
     counts: ClassVar[bool] = False
 
@@ -75,6 +77,13 @@ class Contrast(ABC):
 
         Returns:
             (B, V) new scores.
+        """
+
+    def view(self, states: Tensor) -> None:  # noqa: B027 (most rules look at no prompt)
+        """Takes the residual stream of the prompts, before the first ``fuse``.
+
+        Args:
+            states: (views, B, T, hidden size) of the clean rows; T may be padded further on the left.
         """
 
     def begun(self) -> Self:
@@ -106,6 +115,15 @@ def fused(contrasts: Sequence[Contrast], logits: Tensor, early: Tensor | None = 
             place += len(contrast.exits)
         scores = torch.where(contrast.rows[:, None], contrast.fuse(clean, others, scores), scores)
     return scores
+
+
+def viewed(contrasts: Sequence[Contrast], states: Tensor) -> None:
+    """Hands each contrast the states at its own views, which stand one contrast's behind the other's."""
+    place = 0
+    for contrast in contrasts:
+        if contrast.views:
+            contrast.view(states[place : place + len(contrast.views)])
+            place += len(contrast.views)
 
 
 def without_picture(vlm: Checkpoint, batch: Batch) -> Branch:

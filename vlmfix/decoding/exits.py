@@ -1,11 +1,11 @@
-"""Reads what the output head makes of the newest token's residual stream at early layers, in the model's own passes.
+"""Reads the residual stream in the model's own passes: of the newest token at early layers, or of a prompt's columns.
 
-Shape letters (``docs/notation.md``): R rows, V vocabulary; here also E exits.
+Shape letters (``docs/notation.md``): R rows, T prompt tokens, D hidden size, V vocabulary; here also E exits.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from vlmfix.models.checkpoint import Checkpoint
 from vlmfix.upstream import names
-from vlmfix.upstream.readout import read_out
+from vlmfix.upstream.readout import last_norm, read_out
 
 
 @dataclass(frozen=True)
@@ -31,6 +31,30 @@ class Exit:
     normed: bool
 
 
+@contextmanager
+def _streams(vlm: Checkpoint, exits: Sequence[Exit], keep: Callable[[int, Tensor], None]) -> Iterator[None]:
+    """Hands the (R, Q, D) stream at each exit of the passes inside the block to ``keep``, with its ``after``."""
+    layers = vlm.family.layers(vlm.model)
+
+    def before(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        keep(0, names.hidden(args, kwargs))
+
+    def behind(number: int, output: Any) -> None:  # noqa: ANN401 (a tensor, or a tuple that has it)
+        keep(number, output if isinstance(output, Tensor) else output[0])
+
+    with ExitStack() as hooks:
+        for number in {place.after for place in exits}:
+            if number == 0:
+                hooks.enter_context(layers[0].register_forward_pre_hook(before, with_kwargs=True))
+            else:
+                hooks.enter_context(
+                    layers[number - 1].register_forward_hook(
+                        lambda layer, args, output, number=number: behind(number, output)
+                    )
+                )
+        yield
+
+
 class Reader:
     """Reads the exits of passes that run inside ``listening``.
 
@@ -43,34 +67,52 @@ class Reader:
     """
 
     def __init__(self, vlm: Checkpoint, exits: Sequence[Exit]) -> None:
-        self._model, self._decoder = vlm.model, vlm.family.decoder(vlm.model)
-        self._layers, self.exits = vlm.family.layers(vlm.model), tuple(exits)
+        self._vlm, self.exits = vlm, tuple(exits)
         self._states: dict[int, Tensor] = {}
 
     @contextmanager
     def listening(self) -> Iterator[None]:
         """Keeps the last column's residual stream of each pass inside the block."""
 
-        def before(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            self._states[0] = names.hidden(args, kwargs)[:, -1]
+        def keep(number: int, states: Tensor) -> None:
+            self._states[number] = states[:, -1]
 
-        def behind(number: int, output: Any) -> None:  # noqa: ANN401 (a tensor, or a tuple that has it)
-            self._states[number] = (output if isinstance(output, Tensor) else output[0])[:, -1]
-
-        with ExitStack() as hooks:
-            for number in {place.after for place in self.exits}:
-                if number == 0:
-                    hooks.enter_context(self._layers[0].register_forward_pre_hook(before, with_kwargs=True))
-                else:
-                    hooks.enter_context(
-                        self._layers[number - 1].register_forward_hook(
-                            lambda layer, args, output, number=number: behind(number, output)
-                        )
-                    )
+        with _streams(self._vlm, self.exits, keep):
             yield
 
     def logits(self) -> Tensor:
         """Returns the logits of the newest pass at each exit, (R, E, V) float32."""
-        found = [read_out(self._model, self._decoder, self._states[e.after], normed=e.normed) for e in self.exits]
+        model, decoder = self._vlm.model, self._vlm.family.decoder(self._vlm.model)
+        found = [read_out(model, decoder, self._states[e.after], normed=e.normed) for e in self.exits]
         first = found[0].device  # layers may be on several
         return torch.stack([logits.to(first) for logits in found], dim=1)
+
+
+class Views:
+    """Reads the residual stream of all columns of a prompt, whose pass runs whole inside ``listening``.
+
+    Args:
+        vlm: The model.
+        exits: E exits; where one is normed, the stream behind the last norm is taken.
+    """
+
+    def __init__(self, vlm: Checkpoint, exits: Sequence[Exit]) -> None:
+        self._vlm, self._exits = vlm, tuple(exits)
+        self._states: dict[int, Tensor] = {}
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """Keeps the residual stream of the pass inside the block."""
+        with _streams(self._vlm, self._exits, self._states.__setitem__):
+            yield
+
+    def take(self, rows: int) -> Tensor:
+        """Returns the states of the first rows, (E, rows, T, D), and forgets them."""
+        decoder, device = self._vlm.family.decoder(self._vlm.model), self._vlm.device
+        found = [self._states[place.after][:rows] for place in self._exits]
+        normed = [
+            last_norm(decoder)(state) if place.normed else state
+            for place, state in zip(self._exits, found, strict=True)
+        ]
+        self._states.clear()
+        return torch.stack([state.to(device) for state in normed])

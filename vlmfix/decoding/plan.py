@@ -11,6 +11,7 @@ from transformers import LogitsProcessor
 from vlmfix.attention.edit import AttentionEdit, CacheEdit, LayerSet
 from vlmfix.decoding.branches import Branch, Contrast
 from vlmfix.decoding.choice import Gated
+from vlmfix.decoding.exits import Exit
 from vlmfix.decoding.newest import Newest
 from vlmfix.errors import IncompatibleDecodersError
 
@@ -86,6 +87,11 @@ class DecodingPlan:
     def every_edit(self) -> tuple[AttentionEdit, ...]:
         """Returns all edits, those of branches included."""
         return self.edits + tuple(edit for branch in self.branches for edit in branch.edits)
+
+    @property
+    def views(self) -> tuple[Exit, ...]:
+        """Returns the places at which rules look at the prompt's columns; its pass is then whole."""
+        return tuple(place for contrast in self.contrasts for place in contrast.views)
 
     @property
     def plain(self) -> bool:

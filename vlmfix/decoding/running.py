@@ -17,8 +17,8 @@ from vlmfix.attention.edit import AttentionEdit
 from vlmfix.attention.session import Acting, AtWork, edited
 from vlmfix.attention.windows import check_windows
 from vlmfix.decoding.blanks import blanked
-from vlmfix.decoding.branches import Contrast, fused
-from vlmfix.decoding.exits import Reader
+from vlmfix.decoding.branches import Contrast, fused, viewed
+from vlmfix.decoding.exits import Reader, Views
 from vlmfix.decoding.graphs import recordings_of
 from vlmfix.decoding.newest import Newest, check_prompts
 from vlmfix.decoding.passes import Passes
@@ -51,6 +51,7 @@ class Running:
         room: Longest answer of each sample in tokens: the limit of the call, or less where the context ends.
         name: How the decoder is written, for messages.
         newest: Keeps the newest step with its graph, or None.
+        views: Reads the prompts' columns where a rule looks at them, or None.
 
     Attributes:
         room: As given.
@@ -69,11 +70,12 @@ class Running:
         room: Sequence[int],
         name: str,
         newest: Newest | None,
+        views: Views | None,
     ) -> None:
         self.room, self.newest = room, newest
         self._vlm, self._passes, self._work, self._contrasts = vlm, passes, work, tuple(contrasts)
         self._prompts, self._blank, self._copies, self._lines = prompts, blank, copies, len(room)
-        self._acting, self._name = Acting(vlm), name
+        self._acting, self._name, self._views = Acting(vlm), name, views
 
     @property
     def owed(self) -> Newest:
@@ -109,8 +111,12 @@ class Running:
 
     def prompt(self) -> Tensor:
         """Runs prefill; returns the scores that follow each prompt, (B, V) float32."""
-        with cut_prefill(self._vlm, self._prompts), blanked(self._vlm, self._blank):
+        views = self._views
+        pass_ = cut_prefill(self._vlm, self._prompts) if views is None else views.listening()
+        with pass_, blanked(self._vlm, self._blank):
             logits = self._passes.prompt()
+        if views is not None:
+            viewed(self._contrasts, views.take(self._lines))
         return self._scores(logits) if self.newest is None else self._kept(self.newest, self._passes.again)
 
     def token(self, tokens: Tensor) -> Tensor:
@@ -209,6 +215,7 @@ def running(
         with edited(vlm, wide, edits, live=live, others=rows.portions(layout, branches)) as work:
             exits = [place for contrast in plan.contrasts for place in contrast.exits]
             reader = Reader(vlm, exits) if exits else None
+            views = Views(vlm, plan.views) if plan.views else None
             passes = Passes(
                 vlm,
                 rows,
@@ -221,7 +228,9 @@ def running(
             )
             prompts = prompts_of(vlm, batch, branches) or Prompts(rows.mask.bool(), None)
             try:
-                yield Running(vlm, passes, rows.copies, work, plan.contrasts, prompts, rows.blank, room, name, newest)
+                yield Running(
+                    vlm, passes, rows.copies, work, plan.contrasts, prompts, rows.blank, room, name, newest, views
+                )
             finally:
                 if newest is not None:
                     newest.forget()

@@ -22,9 +22,9 @@ from torch import Tensor
 from transformers import Cache, PreTrainedModel
 
 from vlmfix.decoding.blanks import blanked
-from vlmfix.decoding.branches import Branch, Contrast, fused
+from vlmfix.decoding.branches import Branch, Contrast, fused, viewed
 from vlmfix.decoding.encoding import encoded_once
-from vlmfix.decoding.exits import Reader
+from vlmfix.decoding.exits import Reader, Views
 from vlmfix.decoding.rows import alone, blank_of
 from vlmfix.errors import IncompatibleDecodersError
 from vlmfix.models.checkpoint import Checkpoint
@@ -57,6 +57,7 @@ class Stack:
         types: Under each name in ``TYPES`` that the clean batch has, (N*B, T') of the branches.
         blank: ((1+N)*B, T') bool, prompt tokens that are zeros; None without any.
         reader: Reads early layers, where a rule takes their logits.
+        views: Reads the prompts' columns, where a rule looks at them.
         passed: Whether a pass went through the stack since this was last set to False.
     """
 
@@ -74,6 +75,7 @@ class Stack:
     types: dict[str, Tensor]
     blank: Tensor | None = None
     reader: Reader | None = None
+    views: Views | None = None
     passed: bool = False
 
     @property
@@ -161,9 +163,11 @@ def _stack(
     positions = [_wide(_left(prompt_positions(vlm.model, b), length), beams) for b in (batch, *batches)]
     clean = positions[0][..., -1:]
     exits = [place for contrast in contrasts for place in contrast.exits]
+    views = [place for contrast in contrasts for place in contrast.views]
     blank = blank_of(batch, branches, length)
     return Stack(
         reader=Reader(vlm, exits) if exits else None,
+        views=Views(vlm, views) if views else None,
         blank=None if blank is None else _wide(blank, beams),
         forward=forward,
         names=ModelNames.of(vlm.model),
@@ -199,14 +203,21 @@ def _forward(model: PreTrainedModel, stack: Stack, reordered: list[caches.Reorde
             f"the branches were made for {stack.clean} rows of token ids, the model was called otherwise",
             "with beam search, give num_beams to decoder.applied(...); inputs_embeds are not supported",
         )
+    begins = ids.shape[1] == stack.prompt > 1  # without a cache every later pass has more tokens
     if ids.shape[1] > 1:
-        if ids.shape[1] == stack.prompt:  # a call begins; without a cache every pass has more tokens
+        if begins:
             stack.contrasts = tuple(contrast.begun() for contrast in stack.contrasts)
         _prefill(model, stack, reordered, kwargs)
     else:
         _decode(stack, kwargs)
-    with stack.reader.listening() if stack.reader else nullcontext():
+    views = stack.views if begins else None
+    with (
+        stack.reader.listening() if stack.reader else nullcontext(),
+        views.listening() if views else nullcontext(),
+    ):
         output = stack.forward(**kwargs)
+    if views is not None:
+        viewed(stack.contrasts, views.take(stack.clean))
     stack.passed = True
     return _fused(stack, output)
 
