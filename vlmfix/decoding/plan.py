@@ -102,8 +102,8 @@ class DecodingPlan:
         """Returns a plan that applies this plan first and then the other.
 
         Raises:
-            IncompatibleDecodersError: Both have a gate; one edits the KV cache and the other asks for saliency or goes back
-                to earlier tokens; or one counts steps that the other's search goes back.
+            IncompatibleDecodersError: Both have a gate; one edits the KV cache and the other asks for saliency or goes
+                back to earlier tokens; or one counts steps that the other's search goes back.
         """
         if self.gate is not None and other.gate is not None:
             raise IncompatibleDecodersError("both decoders choose tokens in a way of their own", "use one of them")
