@@ -117,9 +117,10 @@ def test_a_contrast_row_keeps_its_cache_as_it_is():
     close(said(f"{smooth}+{vcd}"), 2 * said(smooth) - noisy, 1e-3)
 
 
-def test_beams_of_our_own_loop_are_those_of_transformers():
+@pytest.mark.parametrize("beside", ["", "+vcd:plausibility=0"])
+def test_beams_of_our_own_loop_are_those_of_transformers(beside):
     vlm = vlm_of("llava")
-    batch, spec = batch_of(vlm), KVSmooth(strength=0.6, spread=0.4, window=3, layers="all")
+    batch, spec = batch_of(vlm), parse(f"kvsmooth:strength=0.6,spread=0.4,window=3,layers=all{beside}")
     options = {"max_new_tokens": 8, "num_beams": 3}
     own = vlm.generate([list(row) for row in batch.pictures], list(batch.prompts), decoder=spec, **options)
     with spec.applied(vlm, batch, num_beams=3) as arguments:
