@@ -36,7 +36,7 @@ class Repetition:
         """Returns (L, V) scores, lowered where a token stands in its line."""
         return penalized(scores, self._known(scores.shape[-1]), self._penalty)
 
-    def lowered_behind(self, scores: Tensor, samples: Sequence[int], answers: Sequence[Sequence[int]]) -> Tensor:
+    def lowered_behind(self, scores: Tensor, samples: Sequence[int], answers: Sequence[tuple[int, ...]]) -> Tensor:
         """Returns (L, V) scores, lowered where a token stands in its sample's prompt or in the line's answer.
 
         Args:
@@ -48,7 +48,7 @@ class Repetition:
             self._prompts = standing(self._ids, self._mask, scores.shape[-1])
         stands = self._prompts[list(samples)]  # (L, V)
         if longest := max(map(len, answers)):
-            filled = [[*answer, *answer[-1:] * (longest - len(answer))] for answer in answers]
+            filled = [answer + answer[-1:] * (longest - len(answer)) for answer in answers]
             stands = stands.scatter(1, torch.tensor(filled, device=scores.device), True)
         return penalized(scores, stands, self._penalty)
 

@@ -185,26 +185,29 @@ def test_the_fast_preset_is_greedy_search_until_it_goes_back():
     assert [answer.ids for answer in fast] == [answer.ids for answer in greedy]
 
 
-def test_in_a_chain_each_row_says_what_it_says_alone(monkeypatch):
-    """Beside edits, branches and a longer neighbour, and while samples go back."""
+@pytest.mark.parametrize("family", ["llava", "qwen2_5_vl"])
+@pytest.mark.parametrize(
+    ("others", "options"),
+    [("locore:strength=2+vcd:plausibility=0", {}), ("sid+revisit", {"repetition_penalty": 1.2})],
+)
+def test_in_a_chain_each_row_says_what_it_says_alone(family, others, options, monkeypatch):
+    """Beside edits, branches, rules, a penalty on repetition and a longer neighbour, and while samples go back."""
     monkeypatch.setattr(opera, "EARLY", 3)
     backs, real = [], opera.Past.take_back
 
-    def noted(past, place, **options):
+    def noted(past, place, **given):
         backs.append(place)
-        return real(past, place, **options)
+        return real(past, place, **given)
 
     monkeypatch.setattr(opera.Past, "take_back", noted)
-    chain = "opera:num_beams=2,candidates=2,scale=100,threshold=1+locore:strength=2+vcd:plausibility=0"
-    for family in ("llava", "qwen2_5_vl"):
-        vlm = vlm_of(family)
+    vlm, chain = vlm_of(family), f"opera:num_beams=2,candidates=2,scale=100,threshold=1+{others}"
 
-        def ids(rows, vlm=vlm):
-            pictures, prompts = [list(PICTURES[row]) for row in rows], [PROMPTS[row] for row in rows]
-            answers = vlm.generate(pictures, prompts, decoder=chain, max_new_tokens=12)
-            return [answer.ids for answer in answers]
+    def ids(rows):
+        pictures, prompts = [list(PICTURES[row]) for row in rows], [PROMPTS[row] for row in rows]
+        answers = vlm.generate(pictures, prompts, decoder=chain, max_new_tokens=12, **options)
+        return [answer.ids for answer in answers]
 
-        assert ids((0, 1)) == ids((0,)) + ids((1,))
+    assert ids((0, 1)) == ids((0,)) + ids((1,))
     assert backs
 
 
