@@ -198,7 +198,7 @@ def windowed(beyond):
     return vlm, window
 
 
-LOGITS = ("vcd", "inter", "icd", "m3id", "flb", "dola", "deco", "avisc", "mod")
+LOGITS = ("vcd", "inter", "icd", "m3id", "flb", "dola", "deco", "avisc", "mod", "revisit")
 EDITING = sorted(name for name in STRONG if not name.startswith((*LOGITS, "chain")))
 
 

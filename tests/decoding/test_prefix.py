@@ -335,7 +335,7 @@ def test_a_long_prefill_in_pieces_equals_the_whole_one(family, name, rows, monke
     close(found, expected)
     assert sum(passes) == sum(whole)
     if family == "gemma3" or name in (*EVERY_ROW, *RESIDUAL):
-        assert passes == whole
+        assert passes[-1] == whole[-1], "what a plan reads of the prompt beforehand may come in pieces"
     elif name in BEHIND:
         assert len(passes) > len(whole)
         assert max(passes[:-1]) <= prefix.PIECE
