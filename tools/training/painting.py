@@ -50,10 +50,11 @@ class Painters:
         side: Height and width of the pictures in pixels.
         device: Where they are drawn.
         processes: How many draw at a time; 0 draws here, when pictures are asked for.
+        at: Where they are kept; None keeps them where they are drawn.
     """
 
-    def __init__(self, *, seed: int, count: int, side: int, device: str, processes: int) -> None:
-        self.pool = torch.empty((count, 2, 3, side, side), dtype=torch.uint8, device=device)
+    def __init__(self, *, seed: int, count: int, side: int, device: str, processes: int, at: str | None = None) -> None:
+        self.pool = torch.empty((count, 2, 3, side, side), dtype=torch.uint8, device=at or device)
         self.drawn = 0
         self.jobs = [(seed, start, min(start + CHUNK, count), side, device) for start in range(0, count, CHUNK)]
         self.executor: ProcessPoolExecutor | None = None

@@ -23,7 +23,7 @@ from vlmfix.errors import (
     UsageError,
     VlmfixError,
 )
-from vlmfix.models import loading
+from vlmfix.models import assembly, loading
 from vlmfix.models.families import family_of
 from vlmfix.models.family import Family
 from vlmfix.models.layout import Batch, Earlier, ImageLayout, Prepared, Turn
@@ -106,7 +106,7 @@ class Checkpoint:
                 need what is not there; or a limit on pixels that the processor does not know or cannot keep.
         """
         check_model_name(str(model))
-        path = str(EMBEDDED.get(str(model), model))
+        path = assembly.whole(EMBEDDED.get(str(model), model))
         place = device_named(device)
         _check_device_map(device_map, device)
         kind = dtype_named(dtype, place)
