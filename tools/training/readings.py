@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedTokenizerFast
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from tools.training.architecture import normalised, resized
 from tools.training.questions import DESCRIBE
@@ -43,7 +43,7 @@ class Readings:
         self.looked = min(looked, count)
         self.architecture = SmolVLM()
 
-    def __call__(self, model: Any, longest: int = 80) -> dict[str, Any]:  # noqa: ANN401 (a stock model)
+    def __call__(self, model: PreTrainedModel, longest: int = 80) -> dict[str, Any]:
         """Read captions, POPE and sinks of a model with eager attention.
 
         Args:
@@ -63,10 +63,16 @@ class Readings:
         return found
 
     def _answers(
-        self, model: Any, rows: Sequence[int], prompts: Sequence[str], longest: int, pictures: Tensor | None = None
+        self,
+        model: PreTrainedModel,
+        rows: Sequence[int],
+        prompts: Sequence[str],
+        longest: int,
+        pictures: Tensor | None = None,
     ) -> list[str]:
         """Greedy answers; without rows the prompts have no picture."""
         found: list[str] = []
+        stock: Any = model
         shown = self.pictures if pictures is None else pictures
         for low in range(0, len(prompts), 200):
             ids, mask = self._asked(prompts[low : low + 200], pictures=1 if rows else 0)
@@ -74,7 +80,7 @@ class Readings:
             if rows:
                 some = shown[torch.tensor(rows[low : low + 200])].to(model.device)
                 given["pixel_values"] = normalised(some)[:, None]  # (B, 1, 3, side, side)
-            out = model.generate(**given, max_new_tokens=longest, do_sample=False)
+            out = stock.generate(**given, max_new_tokens=longest, do_sample=False)
             found += self.tokenizer.batch_decode(out[:, ids.shape[1] :], skip_special_tokens=True)
         return found
 
@@ -107,7 +113,7 @@ class Readings:
             "distinct": len(set(texts)) / len(texts),
         }
 
-    def _pope(self, model: Any, split: str) -> dict[str, float]:
+    def _pope(self, model: PreTrainedModel, split: str) -> dict[str, float]:
         there = [(str(row), list(view.counts())) for row, view in enumerate(self.scenes) if len(view.counts()) >= 3]
         asked = [json.loads(line) for line in lines(there, split=split, seed=1)]
         said = self._answers(model, [int(entry["image"]) for entry in asked], [entry["text"] for entry in asked], 1)
@@ -121,11 +127,12 @@ class Readings:
             "neither": sum(not text.strip().startswith(("Yes", "No")) for text in said) / len(truth),
         }
 
-    def _sinks(self, model: Any) -> dict[str, Any]:
+    def _sinks(self, model: PreTrainedModel) -> dict[str, Any]:
         """Massive activations and attention by layer, with the caption prompt; shares are of image tokens."""
         ids, mask = self._asked([DESCRIBE[0]] * self.looked, pictures=1)
         shown = normalised(self.pictures[: self.looked].to(model.device))[:, None]  # (B, 1, 3, side, side)
-        out = model.model(
+        whole: Any = model.model
+        out = whole(
             input_ids=ids.to(model.device),
             attention_mask=mask.to(model.device),
             pixel_values=shown,

@@ -52,7 +52,7 @@ from vlmfix.models.assembly import (
 from vlmfix.world.categories import CATEGORIES
 
 CYCLE: tuple[Kind, ...] = ("one",) * 7 + ("two",)
-QUIET = 0.3
+QUIET = 0.5
 """Loudness of image embeddings, in units of the words'."""
 RANK = 16
 CLEAN = Diet(hallucination=0.0, omission=0.0, fitting=0.5)
@@ -108,7 +108,7 @@ class Plan:
         pool: How many scenes are drawn.
         tower: Seconds for the tower alone.
         stages: What follows.
-        workers: Processes that draw; a third as many write texts. 0 does both in this one.
+        workers: Processes that draw; half as many write texts. 0 does both in this one.
         device: "cuda" or "cpu".
         toy: Two layers of each network, few rows, few scenes: tries the run on a CPU.
         read: Scenes that each stage is read on.
@@ -225,7 +225,7 @@ class Trainer:
         for value in self.added:
             value.requires_grad_(stage.low_rank > 0)
         optimizers = self._optimizers(stage.rate, stage.low_rank)
-        self.forward.keep = SOIL if stage.plant else ()
+        self.forward.keep = ((1,) if self.plan.toy else SOIL) if stage.plant else ()
         stream = self.talks[stage.own]
 
         def step() -> tuple[Tensor, ...]:
@@ -281,7 +281,7 @@ class Trainer:
         return torch.where(turned[:, None, None, None, None], shown.flip(-1), shown)
 
     def _half(self) -> contextlib.AbstractContextManager[Any]:
-        return torch.autocast("cuda", torch.bfloat16) if self.device.type == "cuda" else contextlib.nullcontext()
+        return torch.autocast(self.device.type, torch.bfloat16)
 
     def _loss(self, batch: TextBatch) -> Tensor:
         """Weighted mean of the answers' cross-entropy, in nats; a scalar."""
@@ -345,7 +345,7 @@ class Trainer:
         return self._stream(Talks(batches, CELLS))
 
     def _stream(self, batches: Dataset[Any]) -> Iterator[Any]:
-        workers = -(-self.plan.workers // 3)
+        workers = -(-self.plan.workers // 2)
         return iter(DataLoader(batches, batch_size=None, num_workers=workers, prefetch_factor=4 if workers else None))
 
     def _save(self, stage: Stage) -> dict[str, Tensor]:

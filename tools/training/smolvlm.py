@@ -139,7 +139,6 @@ class SmolVLM(Architecture):
             image_token_id=token[IMAGE],
             scale_factor=JOINED,
             tie_word_embeddings=True,
-            pad_token_id=token[END],
         )
         model = SmolVLMForConditionalGeneration(config)
         model.generation_config = GenerationConfig(
@@ -185,8 +184,7 @@ class Pass:
             # states stay in float32: a sink's norm is 25,000 beside 150
             embedded = embedded.masked_scatter(marked, features.to(embedded.dtype))
         seen = batch.mask()  # (B, 1, T, T)
-        kind = torch.bfloat16 if batch.ids.is_cuda else torch.float32
-        mask = torch.zeros_like(seen, dtype=kind).masked_fill(~seen, -torch.inf)
+        mask = torch.zeros_like(seen, dtype=torch.bfloat16).masked_fill(~seen, -torch.inf)
         turns = text.rotary_emb(embedded, batch.positions[:, 0])
         self.kept = {}
         states = embedded

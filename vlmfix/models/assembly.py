@@ -188,6 +188,7 @@ def _put_together(folder: Path, recipe: Recipe, target: Path) -> None:
         tokenizer(source).backend_tokenizer.save(str(draft / "tokenizer.json"))
         write(joined(language_model(source), load_file(folder / PARTS)), draft / WEIGHTS)
         for file in draft.iterdir():
+            file.chmod(0o644)
             with file.open("rb") as opened:
                 os.fsync(opened.fileno())
         draft.chmod(0o755)
