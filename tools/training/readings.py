@@ -177,7 +177,8 @@ class Readings:
             )
         chosen = phi[list(middle), :, image].mean(0) > MASSIVE  # (B, tokens)
         counts = chosen.sum(0)
-        words: Any = model.get_input_embeddings().weight[:-1].square().mean().sqrt()
+        embeddings: Any = model.get_input_embeddings()
+        words = embeddings.weight[:-1].square().mean().sqrt()
         keys = [name for name in table[0] if name != "layer"]
         return {
             "dimension": place,
