@@ -471,7 +471,7 @@ def command(
         workers=workers,
         device=device,
         toy=toy,
-        read=8 if toy else 200,
+        read=4 if toy else 200,
     )
     with (out / "training.log").open("w", encoding="utf-8", buffering=1) as file:
 

@@ -184,7 +184,9 @@ class Pass:
             # states stay in float32: a sink's norm is 25,000 beside 150
             embedded = embedded.masked_scatter(marked, features.to(embedded.dtype))
         seen = batch.mask()  # (B, 1, T, T)
-        mask = torch.zeros_like(seen, dtype=torch.bfloat16).masked_fill(~seen, -torch.inf)
+        device = embedded.device.type
+        kind = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else embedded.dtype
+        mask = torch.zeros_like(seen, dtype=kind).masked_fill(~seen, -torch.inf)
         turns = text.rotary_emb(embedded, batch.positions[:, 0])
         self.kept = {}
         states = embedded
