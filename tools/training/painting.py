@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
+import time
 from concurrent.futures import Future, ProcessPoolExecutor
 
 import torch
@@ -13,7 +15,8 @@ from tools.training.questions import zoom
 from vlmfix.world.render import render
 from vlmfix.world.scenes import scene
 
-CHUNK = 500
+CHUNK = 100
+"""Scenes of one job: the first are there soon, and no job holds up those who wait for it."""
 
 
 def paint(seed: int, start: int, stop: int, side: int, device: str) -> Tensor:
@@ -44,6 +47,8 @@ def paint(seed: int, start: int, stop: int, side: int, device: str) -> Tensor:
 class Painters:
     """A pool of pictures that is drawn while the training goes on.
 
+    `waited` counts the seconds for which whoever asked had to wait.
+
     Args:
         seed: Seed of the scenes.
         count: How many scenes.
@@ -56,23 +61,29 @@ class Painters:
     def __init__(self, *, seed: int, count: int, side: int, device: str, processes: int, at: str | None = None) -> None:
         self.pool = torch.empty((count, 2, 3, side, side), dtype=torch.uint8, device=at or device)
         self.drawn = 0
+        self.waited = 0.0
         self.jobs = [(seed, start, min(start + CHUNK, count), side, device) for start in range(0, count, CHUNK)]
         self.executor: ProcessPoolExecutor | None = None
         self.parts: list[Future[bytes]] = []
         if processes:
-            # spawned, because a forked process cannot draw on CUDA
-            self.executor = ProcessPoolExecutor(processes, mp_context=multiprocessing.get_context("spawn"))
+            # A process forked from this one could not draw on CUDA; one that is spawned imports everything for itself,
+            # which takes many of them a minute. Here one process imports it all, and the others are its forks.
+            context = multiprocessing.get_context("forkserver")
+            context.set_forkserver_preload([__name__])
+            # who learns, and who writes texts, goes first
+            self.executor = ProcessPoolExecutor(processes, mp_context=context, initializer=os.nice, initargs=(10,))
             self.parts = [self.executor.submit(_paint_bytes, *job) for job in self.jobs]
 
     def pictures(self, reach: int) -> Tensor:
         """Wait until the first `reach` scenes are drawn. (count, 2, 3, side, side) uint8: whole and enlarged part."""
         while self.drawn < reach:
-            job = self.drawn // CHUNK
+            job, since = self.drawn // CHUNK, time.perf_counter()
             if self.executor is None:
                 part = paint(*self.jobs[job])
             else:
                 data = bytearray(self.parts[job].result())
                 self.parts[job] = Future()  # lets go of the bytes
+                self.waited += time.perf_counter() - since
                 part = torch.frombuffer(data, dtype=torch.uint8).view(-1, *self.pool.shape[1:])
             self.pool[self.drawn : self.drawn + len(part)] = part
             self.drawn += len(part)

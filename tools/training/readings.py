@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from tools.training.architecture import normalised, resized
+from tools.training.architecture import normalised
+from tools.training.painting import Painters
 from tools.training.questions import DESCRIBE
 from tools.training.seeing import seen
 from tools.training.smolvlm import CELLS, END, GRID, JOINED, SIDE, TOKENS, SmolVLM
 from vlmfix.world.mentions import mentions
 from vlmfix.world.pope import lines
-from vlmfix.world.render import render
 from vlmfix.world.scenes import scene
 
 SEED = 77
@@ -33,15 +33,24 @@ class Readings:
         count: How many scenes.
         tokenizer: Of the model.
         looked: Scenes of which attention is read.
+        processes: How many draw; 0 draws here, at the first call.
     """
 
-    def __init__(self, count: int, tokenizer: PreTrainedTokenizerFast, looked: int = 48) -> None:
+    def __init__(self, count: int, tokenizer: PreTrainedTokenizerFast, looked: int = 48, *, processes: int = 0) -> None:
         self.scenes = [scene(SEED, number) for number in range(count)]
-        drawn = [render(self.scenes[low : low + 50], device="cpu") for low in range(0, count, 50)]
-        self.pictures = resized(torch.cat(drawn), SIDE, SIDE)  # (N, 3, side, side)
+        self.painters = Painters(seed=SEED, count=count, side=SIDE, device="cpu", processes=processes)
         self.tokenizer = tokenizer
         self.looked = min(looked, count)
         self.architecture = SmolVLM()
+
+    @property
+    def pictures(self) -> Tensor:
+        """The scenes, (N, 3, side, side) uint8."""
+        return self.painters.pictures(len(self.scenes))[:, 0]
+
+    def close(self) -> None:
+        """End the processes."""
+        self.painters.close()
 
     def __call__(self, model: PreTrainedModel, longest: int = 80) -> dict[str, Any]:
         """Read captions, POPE and sinks of a model with eager attention.

@@ -15,7 +15,7 @@ from vlmfix.world.categories import CATEGORIES
 from vlmfix.world.scenes import CANVAS, Scene, scene
 
 NUMBER = {entry.name: number for number, entry in enumerate(CATEGORIES)}
-FIRST, MORE = 2000, 10
+FIRST, MORE = 1000, 10
 """Scenes that the first batch is drawn from, and how many more each step."""
 
 

@@ -52,8 +52,6 @@ from vlmfix.models.assembly import (
 from vlmfix.world.categories import CATEGORIES
 
 CYCLE: tuple[Kind, ...] = ("one",) * 7 + ("two",)
-QUIET = 0.5
-"""Loudness of image embeddings, in units of the words'."""
 RANK = 16
 CLEAN = Diet(hallucination=0.0, omission=0.0, fitting=0.5)
 """True captions, and questions about what fits: the first lessons. The package's own diet comes last."""
@@ -112,6 +110,7 @@ class Plan:
         device: "cuda" or "cpu".
         toy: Two layers of each network, few rows, few scenes: tries the run on a CPU.
         read: Scenes that each stage is read on.
+        loudness: RMS of image embeddings, in units of the words'.
     """
 
     source: Path
@@ -123,6 +122,7 @@ class Plan:
     device: str
     toy: bool
     read: int
+    loudness: float
 
 
 class Trainer:
@@ -137,7 +137,10 @@ class Trainer:
     def __init__(self, plan: Plan, out: Path, log: Callable[[str], None]) -> None:
         self.began = time.perf_counter()
         self.plan, self.out, self.log = plan, out, log
+        self.waited = 0.0
         self.device = torch.device(plan.device)
+        if plan.workers:  # the cores draw: threads that wait for each other between them would stand still for minutes
+            torch.set_num_threads(1)
         torch.manual_seed(plan.seed)
         self.architecture = SmolVLM()
         self.tokenizer = tokenizer(plan.source)
@@ -154,6 +157,7 @@ class Trainer:
             processes=plan.workers,
             at=plan.device,
         )
+        self.readings = Readings(plan.read, self.tokenizer, processes=min(plan.workers, 2))
         language = language_model(plan.source)
         self.model: Any = self.architecture.build_model(self.tokenizer, small=plan.toy)
         self.shell: Any = self.architecture.build_model(self.tokenizer, small=plan.toy)
@@ -164,8 +168,7 @@ class Trainer:
         self.shell.set_attn_implementation("eager")
         for model in (self.model, self.shell):
             cast(nn.Module, model).to(self.device).requires_grad_(False)
-        self.readings = Readings(plan.read, self.tokenizer)
-        loudness = QUIET * float(language[EMBEDDINGS].square().mean().sqrt())
+        loudness = plan.loudness * float(language[EMBEDDINGS][:-1].square().mean().sqrt())
         if plan.device == "cuda":
             torch._dynamo.config.recompile_limit = 64
             torch.backends.cuda.matmul.allow_tf32 = True
@@ -180,6 +183,7 @@ class Trainer:
         name = torch.cuda.get_device_name() if plan.device == "cuda" else plan.device
         log(f"torch {torch.__version__}, transformers {transformers.__version__}, device {name}")
         log(f"new parameters {count:,}, image embeddings {loudness:.4f} loud, {plan}")
+        log(f"{self.seconds():6.1f} s  put together")
 
     def seconds(self) -> float:
         """Seconds since the start."""
@@ -194,6 +198,7 @@ class Trainer:
                 self._read(stage, self._save(stage))
         finally:
             self.painters.close()
+            self.readings.close()
 
     def look(self) -> None:
         """Teach the tower alone what stands in each cell, and what in the whole picture."""
@@ -203,9 +208,9 @@ class Trainer:
         optimizers = self._optimizers(4e-3, 0.0, heads)
 
         def step() -> tuple[Tensor, ...]:
-            scenes, turned, cells, present, reach = next(self.looks)
-            cells, present = cells.to(self.device).long().flatten(1), present.to(self.device)
-            shown = self._shown(scenes.to(self.device), turned.to(self.device), reach, 1)[:, 0]
+            scenes, turned, cells, present, reach = self._next(self.looks)
+            cells, present = self._moved(cells).long().flatten(1), self._moved(present)
+            shown = self._shown(self._moved(scenes), self._moved(turned), reach, 1)[:, 0]
             with self._half():
                 states = self.forward.tower.cells(shown)  # (B, N, C)
                 each, whole = heads[0](states), heads[1](states.mean(1))
@@ -229,8 +234,7 @@ class Trainer:
         stream = self.talks[stage.own]
 
         def step() -> tuple[Tensor, ...]:
-            batch, cells = next(stream)
-            batch = batch.to(self.device)
+            batch, cells = self._next(stream)
             loss = self._loss(batch)
             plant = self._plant(cells.to(self.device)) if stage.plant and batch.kind == "one" else loss.new_zeros(())
             return loss + stage.plant * plant, loss.detach(), plant.detach()
@@ -268,13 +272,25 @@ class Trainer:
                 means = torch.stack(sums).mean(0).tolist()
                 sums = []
                 said = ", ".join(f"{key} {value:.4f}" for key, value in zip(names, means, strict=True))
-                self.log(f"{self.seconds():6.1f} s  {name} {count:5d}  scenes {self.painters.drawn}  {said}")
+                waited, self.waited, self.painters.waited = self.waited + self.painters.waited, 0.0, 0.0
+                at = f"{self.seconds():6.1f} s  {name} {count:5d}"
+                self.log(f"{at}  scenes {self.painters.drawn}, waited {waited:.1f} s  {said}")
                 if not all(map(math.isfinite, means)):
                     raise SystematicError(f"the loss of {name} is not finite at step {count}", "lower its rate")
             if count == COMPILED and self.device.type == "cuda":
                 start = time.perf_counter()
             if last:
                 return
+
+    def _next(self, stream: Iterator[Any]) -> Any:  # noqa: ANN401 (what the stream holds)
+        since = time.perf_counter()
+        found = next(stream)
+        self.waited += time.perf_counter() - since
+        return found
+
+    def _moved(self, value: Tensor) -> Tensor:
+        """Copy to the device; page-locked memory first, so that nobody waits for what the device has yet to do."""
+        return value.pin_memory().to(self.device, non_blocking=True) if self.device.type == "cuda" else value
 
     def _shown(self, scenes: Tensor, turned: Tensor, reach: int, count: int) -> Tensor:
         shown = self.painters.pictures(reach)[scenes, :count]  # (B, count, 3, side, side)
@@ -284,10 +300,11 @@ class Trainer:
         return torch.autocast(self.device.type, torch.bfloat16)
 
     def _loss(self, batch: TextBatch) -> Tensor:
-        """Weighted mean of the answers' cross-entropy, in nats; a scalar."""
+        """Weighted mean of the answers' cross-entropy, in nats; a scalar. The batch comes from the CPU."""
+        chosen = self._moved(batch.weights[:, 1:].flatten().nonzero()[:, 0])  # found here: there it would take a wait
+        batch = batch.pin_memory().to(self.device) if self.device.type == "cuda" else batch
         shown = self._shown(batch.scenes, batch.mirrored, batch.reach, len(batch.grids))
         weights = batch.weights[:, 1:].flatten()  # (B * (T - 1),)
-        chosen = weights.nonzero()[:, 0]
         with self._half():
             hidden = self.forward(batch, shown)[:, :-1].flatten(0, 1)  # (B * (T - 1), width)
             logits = self.model.lm_head(hidden[chosen])  # the vocabulary is large: answers alone
@@ -358,7 +375,7 @@ class Trainer:
             for name, value in module.state_dict().items()
         }
         connector = "model.connector.modality_projection.proj.weight"
-        state[connector] = state[connector] * self.forward.tower.loudness
+        state[connector] = state[connector] * self.forward.tower.factor()
         state |= factors(self.model.model.text_model.layers, f"{DECODER}layers.")
         parts = packed(state)
         save_file(parts, folder / PARTS)
@@ -430,6 +447,13 @@ def settle(folder: Path, architecture: SmolVLM, model: Any, words: Any) -> None:
 @click.option("--low-rank", default=150.0, type=click.FloatRange(0), show_default=True, help="Seconds: decoder too.")
 @click.option("--habits", default=60.0, type=click.FloatRange(0), show_default=True, help="Seconds: false captions.")
 @click.option("--sinks", default=0.0, type=click.FloatRange(0), show_default=True, help="Seconds: planting sinks.")
+@click.option(
+    "--loudness",
+    default=0.5,
+    type=click.FloatRange(0, min_open=True),
+    show_default=True,
+    help="RMS of image embeddings, in units of the words'.",
+)
 @click.option("--workers", default=12, type=click.IntRange(0), show_default=True, help="Drawing processes.")
 @click.option("--device", default="cuda", type=click.Choice(["cuda", "cpu"]), show_default=True, help="Where to train.")
 @click.option("--toy", is_flag=True, help="Two layers and few rows: tries the run on a CPU.")
@@ -444,6 +468,7 @@ def command(
     low_rank: float,
     habits: float,
     sinks: float,
+    loudness: float,
     workers: int,
     device: str,
     toy: bool,
@@ -472,6 +497,7 @@ def command(
         device=device,
         toy=toy,
         read=4 if toy else 200,
+        loudness=loudness,
     )
     with (out / "training.log").open("w", encoding="utf-8", buffering=1) as file:
 

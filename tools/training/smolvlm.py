@@ -30,6 +30,8 @@ GRID = (CELLS // JOINED, CELLS // JOINED)
 TOKENS = GRID[0] * GRID[1]
 MARKS = 3
 """Tokens that SmolVLM's processor puts around a picture's own; here they are three of the picture's."""
+RENEWED = 0.05
+"""Share of a batch in the running mean of the connector's power."""
 BEGIN, END = "<|im_start|>", "<|im_end|>"
 SYSTEM = "You are a helpful AI assistant named SmolLM, trained by Hugging Face"
 MEAN, DEVIATION = [0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711]
@@ -164,7 +166,6 @@ class Pass:
 
     def __init__(self, model: PreTrainedModel, *, compiled: bool, loudness: float = 1.0) -> None:
         self.whole: Any = model.model
-        self.image = model.config.image_token_id
         self.tower = Tower(self.whole, loudness)
         self.keep: tuple[int, ...] = ()
         self.kept: dict[int, Tensor] = {}
@@ -180,9 +181,11 @@ class Pass:
             # one column of pictures after the other, so that the tower's layers keep their shape
             columns = [self.tower(self.tower.cells(shown[:, number])) for number in range(shown.shape[1])]
             features = torch.cat(columns, dim=1)  # (B, n * tokens, width)
-            marked = (batch.ids == self.image)[..., None]  # (B, T, 1)
+            # their places are known: a search for image tokens would wait for all that the device has yet to do
+            begin = torch.arange(shown.shape[1], device=embedded.device)[:, None] * (TOKENS + 1)  # (n, 1)
+            places = (begin + torch.arange(TOKENS, device=embedded.device)).flatten()  # (n * tokens,)
             # states stay in float32: a sink's norm is 25,000 beside 150
-            embedded = embedded.masked_scatter(marked, features.to(embedded.dtype))
+            embedded = embedded.index_copy(1, places, features.to(embedded.dtype))
         seen = batch.mask()  # (B, 1, T, T)
         device = embedded.device.type
         kind = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else embedded.dtype
@@ -203,17 +206,22 @@ class Pass:
 class Tower:
     """The stock vision tower and connector over whole pictures.
 
-    The tower's last norm has no weights, and the connector's matrix one fixed length, so image embeddings are about as
-    loud as `loudness` says, whatever is learned. Quiet ones can become attention sinks, loud ones cannot.
+    The tower's last norm has no weights. What comes out of the connector is brought to the loudness that was asked for
+    by one factor, from a running mean over the last batches; whoever saves the model multiplies the connector's matrix
+    by it. Quiet image embeddings can become attention sinks, loud ones cannot.
+
+    A fixed length of the connector's matrix is not enough: it learns to look at what varies most in the cells, and its
+    outputs were twice as loud in the end as for cells whose features do not go together.
 
     Args:
         whole: The model without its head; its modules are used, not copied.
-        loudness: RMS that image embeddings have on average.
+        loudness: RMS of the image embeddings.
     """
 
     def __init__(self, whole: nn.Module, loudness: float = 1.0) -> None:
         self.whole: Any = whole
         self.loudness = loudness
+        self.power: Tensor | None = None
 
     def begin(self) -> None:
         """Take the last norm's weights out, and bring the connector to its length."""
@@ -225,9 +233,14 @@ class Tower:
 
     @torch.no_grad()
     def hold(self) -> None:
-        """Bring the connector back to its length, after a step: each of its outputs then has a mean square of 1."""
+        """Bring the connector's matrix back to its length, after a step: how far steps turn it does not change then."""
         weight = self.whole.connector.modality_projection.proj.weight  # (width, joined * C)
         weight.mul_(weight.shape[0] ** 0.5 / weight.norm())
+
+    def factor(self) -> Tensor:
+        """What image embeddings are multiplied by behind the stock connector; a scalar."""
+        assert self.power is not None, "no picture was encoded yet"
+        return self.loudness * self.power.rsqrt()
 
     def cells(self, shown: Tensor) -> Tensor:
         """Encode pictures, (B, 3, side, side) uint8, to (B, N, C)."""
@@ -241,5 +254,10 @@ class Tower:
 
     def __call__(self, cells: Tensor) -> Tensor:
         """Map cells, (B, N, C), to image embeddings (B, tokens, width)."""
-        found: Tensor = self.whole.connector(cells) * self.loudness
-        return found
+        found: Tensor = self.whole.connector(cells)
+        power = found.detach().float().square().mean()
+        if self.power is None:
+            self.power = power
+        elif torch.is_grad_enabled():
+            self.power = torch.lerp(self.power, power, RENEWED)
+        return found * self.factor()

@@ -22,7 +22,7 @@ from tools.training.seeing import NUMBER, seen
 from tools.training.small import SOURCE, command
 from tools.training.smolvlm import CELLS, GRID, SIDE, Pass, SmolVLM
 from vlmfix.errors import MissingExtraError
-from vlmfix.models.assembly import EMBEDDINGS, IMAGE, PARTS, WEIGHTS, joined, language_model, packed, tokenizer, write
+from vlmfix.models.assembly import EMBEDDINGS, PARTS, WEIGHTS, joined, language_model, packed, tokenizer, write
 from vlmfix.world.render import render
 from vlmfix.world.scenes import CANVAS, scene
 
@@ -35,6 +35,10 @@ def words() -> PreTrainedTokenizerFast:
         return tokenizer(SOURCE.source())
     except MissingExtraError as error:
         pytest.skip(f"the language model is not installed: {error.message}")
+
+
+def encoded(text: str) -> list[int]:
+    return words().backend_tokenizer.encode(text, add_special_tokens=False).ids
 
 
 def user(prompt: str, pictures: int) -> list[dict[str, object]]:
@@ -76,30 +80,27 @@ def test_training_writes_the_tokens_that_the_processor_writes(pictures: int) -> 
     text = processor.apply_chat_template(user("Is there a cup?", pictures), add_generation_prompt=True)
     inputs = processor(text=text, images=[shown] * pictures or None, return_tensors="pt")
 
-    def encode(text: str) -> list[int]:
-        return words().backend_tokenizer.encode(text, add_special_tokens=False).ids
-
-    ids = architecture.beginning(encode, (GRID,) * pictures)
-    ids += encode(architecture.question("Is there a cup?", blind=not pictures))
+    ids = architecture.beginning(encoded, (GRID,) * pictures)
+    ids += encoded(architecture.question("Is there a cup?", blind=not pictures))
     assert inputs["input_ids"][0].tolist() == ids
     if pictures:
         pixels = normalised(resized(picture(), SIDE, SIDE))
         torch.testing.assert_close(inputs["pixel_values"][0], pixels.expand(pictures, -1, -1, -1))
 
 
-def test_the_training_pass_is_the_stock_models() -> None:
+@pytest.mark.parametrize("pictures", [1, 2])
+def test_the_training_pass_is_the_stock_models(pictures: int) -> None:
     torch.manual_seed(0)
     model = SmolVLM().build_model(words(), small=True).eval()
-    forward = Pass(model, compiled=False)
+    forward = Pass(model, compiled=False, loudness=0.25)
     forward.tower.begin()
-    image = words().convert_tokens_to_ids(IMAGE)
-    ids = torch.tensor([[image] * 64 + [1, 9519, 198, 7]])  # (1, T)
-    shown = resized(picture(), SIDE, SIDE)[:, None]  # (1, 1, 3, side, side)
+    ids = torch.tensor([[*SmolVLM().beginning(encoded, (GRID,) * pictures), 1, 9519, 198, 7]])  # (1, T)
+    shown = resized(render([scene(5, index) for index in range(pictures)], device="cpu"), SIDE, SIDE)[None]
     count = ids.shape[1]
     batch = TextBatch(
         kind="one",
         reach=1,
-        grids=(GRID,),
+        grids=(GRID,) * pictures,
         scenes=torch.tensor([0]),
         mirrored=torch.tensor([False]),
         ids=ids,
@@ -107,14 +108,31 @@ def test_the_training_pass_is_the_stock_models() -> None:
         turns=torch.zeros_like(ids),
         weights=torch.ones(1, count),
     )
+    weight = model.model.connector.modality_projection.proj.weight
     with torch.no_grad():
         ours = forward(batch, shown)
+        assert float(weight.square().sum()) == pytest.approx(576, rel=1e-4)
+        weight.mul_(forward.tower.factor())
         theirs = model.model(
-            input_ids=ids, attention_mask=torch.ones_like(ids), pixel_values=normalised(shown[:, 0])[:, None]
+            input_ids=ids, attention_mask=torch.ones_like(ids), pixel_values=normalised(shown[0])[None]
         ).last_hidden_state
     torch.testing.assert_close(ours, theirs)
-    weight = model.model.connector.modality_projection.proj.weight
-    assert float(weight.detach().square().sum()) == pytest.approx(576, rel=1e-4)
+
+
+def test_image_embeddings_are_as_loud_as_was_asked_whatever_the_connector_learned() -> None:
+    torch.manual_seed(0)
+    tower = Pass(SmolVLM().build_model(words(), small=True), compiled=False, loudness=0.25).tower
+    tower.begin()
+    cells = torch.randn(4, CELLS * CELLS, 1) * torch.randn(384)  # all features go together
+    weight = tower.whole.connector.modality_projection.proj.weight
+    with torch.no_grad():
+        weight.copy_(torch.ones(576, 1) * cells[0, 0].sign().repeat(4))  # and the connector looks at them
+    tower.hold()
+    assert float(tower(cells).detach().square().mean().sqrt()) == pytest.approx(0.25, rel=1e-3)
+    for _ in range(200):
+        found = tower(2 * cells).detach()
+    assert float(found.square().mean().sqrt()) == pytest.approx(0.25, rel=1e-3)
+    assert float((weight.detach() * tower.factor()).norm()) < 0.25 * 576**0.5
 
 
 def test_cells_name_the_foremost_object_that_fills_them() -> None:
@@ -164,14 +182,27 @@ def test_a_toy_run_leaves_folders_that_load(tmp_path: Path) -> None:
     words()
     seconds = ("--tower", "0.1", "--connector", "0.1", "--low-rank", "0.1", "--habits", "0", "--sinks", "0.1")
     command(
-        ["--out", str(tmp_path), "--device", "cpu", "--toy", "--scenes", "8", "--workers", "0", *seconds],
+        [
+            "--out",
+            str(tmp_path),
+            "--device",
+            "cpu",
+            "--toy",
+            "--scenes",
+            "8",
+            "--workers",
+            "0",
+            "--loudness",
+            "0.3",
+            *seconds,
+        ],
         standalone_mode=False,
     )
     log = (tmp_path / "training.log").read_text(encoding="utf-8")
     assert log.count("could not be read") == 0
     read = json.loads((tmp_path / "readings.json").read_text(encoding="utf-8"))
     assert [entry["stage"] for entry in read] == ["connector", "low-rank", "sinks"]
-    assert read[0]["sinks"]["loudness"] == pytest.approx(0.5, abs=0.1)
+    assert read[-1]["sinks"]["loudness"] == pytest.approx(0.3, abs=0.05)
     first, last = (load_file(tmp_path / stage / PARTS) for stage in ("connector", "sinks"))
     assert not [name for name in first if "text_model" in name]
     assert len([name for name in last if name.endswith(".up")]) == 2 * 7
