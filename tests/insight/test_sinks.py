@@ -13,7 +13,7 @@ from tests.contracts.support import batch_of, logits, plain, vlm_of
 from vlmfix.decoders import VAR
 from vlmfix.generation import VLM
 from vlmfix.insight import sinks
-from vlmfix.insight.sinks import find_sinks, first_token_mass, scaled_threshold
+from vlmfix.insight.sinks import find_sinks, first_token_mass, ratio_threshold
 
 
 @pytest.fixture(autouse=True)
@@ -80,8 +80,9 @@ def test_dimensions_that_every_token_shares_are_no_sinks():
 
 
 def test_a_random_model_has_none():
-    report = find_sinks(vlm_of("llava"), threshold=scaled_threshold(64))
+    report = find_sinks(vlm_of("llava"))
     assert report.dims == ()
+    assert report.threshold == ratio_threshold(64, 0)
     assert 0 < report.largest < 3
 
 
@@ -134,8 +135,43 @@ def test_var_acts_on_planted_sinks_without_being_told_where():
         assert (logits(vlm, batch, method) - plain(vlm, batch)).abs().max() > 1e-3
 
 
-def test_the_scaled_threshold_is_the_papers_at_its_width():
-    assert scaled_threshold(4096) == 20.0
+@pytest.mark.parametrize("width", [3584, 4096, 5120])
+def test_the_threshold_is_the_papers_at_the_widths_of_its_models(width):
+    assert ratio_threshold(width) == pytest.approx(20.0, rel=0.015)
+
+
+@pytest.mark.parametrize(
+    ("width", "ordinary", "low", "high"),
+    [
+        (64, 1.0, 7.0, 8.0),  # out of 8
+        (256, 1.0, 12.0, 14.0),  # of `tiny`, out of 16
+        (576, 1.0, 15.0, 16.0),
+        (576, 12.0, 19.0, 20.0),  # SmolLM2, out of 24: pictures reach 17.7 without a sink, its sinks 22 to 24
+        (576, 20.0, 21.5, 24.0),
+    ],
+)
+def test_the_threshold_is_within_reach_and_above_what_is_ordinary(width, ordinary, low, high):
+    assert max(low, ordinary) < ratio_threshold(width, ordinary) < high
+
+
+def test_the_ratio_is_that_to_the_other_dimensions():
+    torch.manual_seed(0)
+    x = torch.randn(4096)
+    for ordinary in (0.0, 3.0):
+        x[7] = (20 + ordinary / math.sqrt(1 - ordinary**2 / 4096)) * x[x.abs() < 9].square().mean().sqrt()
+        assert float(sinks.sink_strength(x, (7,))) == pytest.approx(ratio_threshold(4096, ordinary), rel=1e-3)
+        x[7] = 0.0
+
+
+def test_the_threshold_rises_with_what_is_ordinary_in_a_model():
+    vlm = vlm_of("llava")
+    with planted(vlm, (17,), image_share=0.1):
+        report = find_sinks(vlm)
+    assert report.dims == (17,)
+    assert report.threshold == sinks.threshold_of(vlm) == ratio_threshold(64, report.ordinary)
+    assert 0 < report.ordinary < 3
+    assert report.visual_share == pytest.approx(0.1, abs=0.05)
+    assert VAR(sink_threshold=None, layers="2:").check(vlm) is None
 
 
 @pytest.mark.parametrize("family", ["llava", "qwen2_5_vl"])

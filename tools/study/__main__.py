@@ -26,7 +26,14 @@ DECISIVE = ("models", "only", "count", "seed", "tuning_count", "tuning_seed", "t
 @click.command()
 @click.option("--out", required=True, type=PATH, help="Folder of everything; goes on where it was.")
 @click.option("--page", type=PATH, help="Page that gets the figures, between its marks.  [default: OUT/effects.md]")
-@click.option("--model", "models", multiple=True, default=("tiny", "tiny-qwen"), show_default=True, help="May repeat.")
+@click.option(
+    "--model",
+    "models",
+    multiple=True,
+    default=("tiny", "tiny-qwen"),
+    show_default=True,
+    help="Name or folder; may repeat.",
+)
 @click.option("--decoder", "only", multiple=True, metavar="SPEC", help="These alone.  [default: all, and chains]")
 @click.option("--count", default=500, show_default=True, type=click.IntRange(2), help="Scenes that are reported.")
 @click.option("--seed", default=303, show_default=True, type=click.IntRange(0), help="Theirs.")

@@ -31,6 +31,11 @@ TABLE: dict[tuple[str, int, int, int], tuple[int, ...]] = {
 """Sink dimensions by the text model's type, hidden size, layers and key/value heads: LLaMA-2-7B and 13B with their
 Vicuna and LLaVA children, Qwen2-VL-7B and Qwen2.5-VL-7B."""
 
+RATIO = 20.0
+"""How far a sink's dimension stands out of the token's other dimensions: the paper's threshold, at any width."""
+ORDINARY = 1.0
+"""Strength of ordinary tokens in the sink dimensions of the tabulated models: that of any dimension of theirs."""
+
 QUESTIONS = (
     "Describe this image.",
     "What is in the picture?",
@@ -52,12 +57,16 @@ class SinkReport:
         dims: Sink dimensions, strongest first; empty when no dimension stands out.
         largest: Largest ``|x_d| / rms(x)`` of the first token in the middle layers (median over prompts and layers).
         bound: sqrt(hidden size), the largest value that ``|x_d| / rms(x)`` can take.
+        ordinary: Median ``sink_strength`` of the tokens behind the first, in the middle layers; 0 without dims.
+        threshold: tau: what was given, or what ``ratio_threshold`` makes of ``ordinary``.
         visual_share: Share of image tokens above the threshold, mean over the middle layers, in [0, 1].
     """
 
     dims: tuple[int, ...]
     largest: float
     bound: float
+    ordinary: float
+    threshold: float
     visual_share: float
 
 
@@ -76,9 +85,29 @@ def sink_strength(hidden: Tensor, dims: tuple[int, ...]) -> Tensor:
     return x[..., list(dims)].abs().amax(dim=-1) * scale
 
 
-def scaled_threshold(hidden_size: int) -> float:
-    """Computes 0.3125 * sqrt(hidden size): the paper's 20 at 4096 dimensions, scaled to other widths (our choice)."""
-    return 0.3125 * math.sqrt(hidden_size)
+def ratio_threshold(hidden_size: int, ordinary: float = ORDINARY) -> float:
+    """Computes the ``sink_strength`` from which a token is a sink, for any width and any ordinary strength (our rule).
+
+    ``phi = |x_d| / rms(x)`` cannot exceed sqrt(hidden size), and near it grows hardly at all, because x_d is most of
+    the rms itself. ``rho = |x_d| / rms(the other dimensions) = phi / sqrt(1 - phi^2 / hidden size)`` has no bound and
+    does not depend on the width. A sink's rho is 20 more than an ordinary token's. With an ordinary strength of 1 that
+    is a phi of 19.8 at 3584 dimensions, 20.0 at 4096 and 20.2 at 5120, where the paper takes 20. SmolLM2 has 576
+    dimensions, a bound of 24 and one dimension of 12 in every token: there it is 19.6.
+
+    Args:
+        hidden_size: Dimensions of the residual stream.
+        ordinary: Strength of ordinary tokens in the sink dimensions, in [0, sqrt(hidden size)).
+    """
+    usual = ordinary / math.sqrt(1 - ordinary**2 / hidden_size)
+    ratio = RATIO + usual
+    return ratio / math.sqrt(1 + ratio**2 / hidden_size)
+
+
+def threshold_of(vlm: Checkpoint) -> float:
+    """Returns ``ratio_threshold`` of a model; the ordinary strength of one that is not tabulated is probed."""
+    if tabulated_sinks(vlm):
+        return ratio_threshold(vlm.model.config.get_text_config().hidden_size)
+    return find_sinks(vlm).threshold
 
 
 def least_massive(hidden_size: int) -> float:
@@ -143,7 +172,7 @@ def tabulated_sinks(vlm: Checkpoint) -> tuple[int, ...]:
 _REPORTS: WeakKeyDictionary[nn.Module, dict[Hashable, SinkReport]] = WeakKeyDictionary()
 
 
-def find_sinks(vlm: Checkpoint, *, threshold: float) -> SinkReport:
+def find_sinks(vlm: Checkpoint, *, threshold: float | None = None) -> SinkReport:
     """Finds a model's sink dimensions by a probe of 16 short prompts, once per model and weights.
 
     The probe compares the first token with all others in layers L/4 to 3L/4: dimensions in which it is massive (see
@@ -151,7 +180,7 @@ def find_sinks(vlm: Checkpoint, *, threshold: float) -> SinkReport:
 
     Args:
         vlm: The model.
-        threshold: tau, for the share of image tokens that count as visual sinks.
+        threshold: tau, for the share of image tokens that count as visual sinks; None for ``ratio_threshold``.
     """
     reports = _REPORTS.setdefault(vlm.family.decoder(vlm.model), {})
     key = (threshold, weights_of(vlm.model))
@@ -160,7 +189,7 @@ def find_sinks(vlm: Checkpoint, *, threshold: float) -> SinkReport:
     return reports[key]
 
 
-def _probe(vlm: Checkpoint, threshold: float) -> SinkReport:
+def _probe(vlm: Checkpoint, threshold: float | None) -> SinkReport:
     width = vlm.model.config.get_text_config().hidden_size
     first, others, image = [], [], []
     for batch in _prompts(vlm):
@@ -170,14 +199,24 @@ def _probe(vlm: Checkpoint, threshold: float) -> SinkReport:
         others.append(hidden[:, 1:].abs().flatten(0, 1))
         image.append(hidden[:, shown])
     hit = torch.cat(first).median(dim=0).values  # (hidden size,)
-    contrast = hit - torch.cat(others).median(dim=0).values
+    rest = torch.cat(others)  # (tokens, hidden size)
+    contrast = hit - rest.median(dim=0).values
     # An ordinary dimension of a narrow model reaches 0.15 of the bound by chance, but not three deviations.
     chosen = (hit > least_massive(width)) & (contrast > 0.5 * contrast.max())
     order = contrast.masked_fill(~chosen, float("-inf")).topk(min(4, len(hit))).indices
     dims = tuple(int(d) for d in order.tolist() if bool(chosen[d]))
     patches = torch.cat([part.flatten(0, 1) for part in image])
-    share = float((patches[:, list(dims)].abs().amax(dim=1) > threshold).float().mean()) if dims else 0.0
-    return SinkReport(dims=dims, largest=float(hit.max()), bound=math.sqrt(width), visual_share=share)
+    ordinary = float(rest[:, list(dims)].amax(dim=1).median()) if dims else 0.0
+    tau = ratio_threshold(width, ordinary) if threshold is None else threshold
+    share = float((patches[:, list(dims)].abs().amax(dim=1) > tau).float().mean()) if dims else 0.0
+    return SinkReport(
+        dims=dims,
+        largest=float(hit.max()),
+        bound=math.sqrt(width),
+        ordinary=ordinary,
+        threshold=tau,
+        visual_share=share,
+    )
 
 
 def _prompts(vlm: Checkpoint) -> Iterator[Batch]:

@@ -13,7 +13,7 @@ from vlmfix.attention.edit import LayerSet, Site, WeightEdit
 from vlmfix.decoders.base import Decoder, Source
 from vlmfix.decoding.plan import DecodingPlan
 from vlmfix.errors import IncompatibleDecodersError, UsageError
-from vlmfix.insight.sinks import find_sinks, least_massive, scaled_threshold, sink_strength, tabulated_sinks
+from vlmfix.insight.sinks import find_sinks, least_massive, sink_strength, tabulated_sinks, threshold_of
 from vlmfix.language.parameters import Value, parameter
 from vlmfix.models.checkpoint import Checkpoint
 from vlmfix.models.layout import Batch, ImageLayout
@@ -36,8 +36,9 @@ class VAR(Decoder):
         min_nonsink_ratio: rho in [0, 1.01]; the released code's is ``1 - rho``. The paper uses 0.5 against
             hallucination, 0.8 for general and 0.9 for vision-centric tasks. Above 1 selects no head.
         min_visual_mass: Image mass that a head needs, in [0, 1.01].
-        sink_threshold: tau; None is 0.3125 * sqrt(hidden size), which is 20 at 4096 dimensions (not in the paper:
-            phi cannot exceed sqrt(hidden size), so 20 is out of reach below 400 dimensions).
+        sink_threshold: tau; None is that of the model: the sink dimension is 20 times the rms of the others, beyond
+            what it is in ordinary tokens. That is 20 at 4096 dimensions and 12.7 at 256 (not in the paper: phi
+            cannot exceed sqrt(hidden size), so 20 is out of reach below 400 dimensions).
         sink_dims: Sink dimensions, joined by ``/``; None takes the table, or probes the model.
         layers: Layers to act in. The first two are never edited: massive activations have not formed there.
 
@@ -82,7 +83,7 @@ class VAR(Decoder):
         0.2, float, low=0, high=1.01, search=(0.05, 0.5), help="image attention that a head needs"
     )
     sink_threshold: float | None = parameter(
-        20.0, float, low=0, high=1e4, optional=True, help="tau; none: 0.3125 sqrt(hidden size)"
+        20.0, float, low=0, high=1e4, optional=True, help="tau; none: by width and ordinary tokens"
     )
     sink_dims: tuple[int, ...] | None = parameter(
         None, tuple, optional=True, help="sink dimensions; none: table or probe"
@@ -114,8 +115,7 @@ class VAR(Decoder):
             return f"sink_dims {wrong} are outside the model's {width} dimensions" if wrong else None
         if tabulated_sinks(vlm):
             return None
-        threshold = self._threshold(vlm)
-        report = find_sinks(vlm, threshold=threshold)
+        report = find_sinks(vlm, threshold=self.sink_threshold)
         if not report.dims:
             return (
                 f"the model has no sink dimensions (its first token reaches |x|/rms {report.largest:.1f} of a possible "
@@ -123,23 +123,21 @@ class VAR(Decoder):
             )
         if report.visual_share == 0:
             return (
-                f"the model has no visual sinks: no image token exceeds {threshold:g} in dimensions "
+                f"the model has no visual sinks: no image token exceeds {report.threshold:.3g} in dimensions "
                 f"{'/'.join(map(str, report.dims))}"
             )
         if report.visual_share > 0.2:
             return (
-                f"{report.visual_share:.0%} of image tokens exceed {threshold:g} in dimensions "
+                f"{report.visual_share:.0%} of image tokens exceed {report.threshold:.3g} in dimensions "
                 f"{'/'.join(map(str, report.dims))}, so these are no sink dimensions"
             )
         return None
 
     def _dims(self, vlm: Checkpoint) -> tuple[int, ...]:
-        return self.sink_dims or tabulated_sinks(vlm) or find_sinks(vlm, threshold=self._threshold(vlm)).dims
+        return self.sink_dims or tabulated_sinks(vlm) or find_sinks(vlm, threshold=self.sink_threshold).dims
 
     def _threshold(self, vlm: Checkpoint) -> float:
-        if self.sink_threshold is not None:
-            return self.sink_threshold
-        return scaled_threshold(vlm.model.config.get_text_config().hidden_size)
+        return threshold_of(vlm) if self.sink_threshold is None else self.sink_threshold
 
     @classmethod
     def from_official(cls, *, p: float, rho: float) -> VAR:

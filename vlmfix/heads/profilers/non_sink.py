@@ -14,7 +14,7 @@ from vlmfix.attention.probe import TextRowsAndStates, mass, mean_of_rows
 from vlmfix.attention.session import edited
 from vlmfix.errors import UnsupportedModelError
 from vlmfix.heads.profiler import Profiler, State
-from vlmfix.insight.sinks import find_sinks, scaled_threshold, sink_strength, tabulated_sinks
+from vlmfix.insight.sinks import find_sinks, sink_strength, tabulated_sinks, threshold_of
 from vlmfix.insight.work import Ran, Work
 from vlmfix.models.checkpoint import Checkpoint
 
@@ -36,7 +36,7 @@ class NonSink(Profiler):
 
     Args:
         largest_sink_share: 1 - rho, in [0, 1]; the paper's rho is 0.5 for hallucination, 0.8 for general tasks.
-        sink_threshold: tau; None is 0.3125 sqrt(hidden size), which is the paper's 20 at its width.
+        sink_threshold: tau; None is ``ratio_threshold`` of the model, which is the paper's 20 at its width.
         sink_dims: Sink dimensions; None takes them from the literature's table, or from a probe of the model.
     """
 
@@ -57,10 +57,8 @@ class NonSink(Profiler):
         Raises:
             UnsupportedModelError: The model has no sink dimensions.
         """
-        threshold = self.sink_threshold
-        if threshold is None:
-            threshold = scaled_threshold(vlm.model.config.get_text_config().hidden_size)
-        dims = self.sink_dims or tabulated_sinks(vlm) or find_sinks(vlm, threshold=threshold).dims
+        threshold = threshold_of(vlm) if self.sink_threshold is None else self.sink_threshold
+        dims = self.sink_dims or tabulated_sinks(vlm) or find_sinks(vlm, threshold=self.sink_threshold).dims
         if not dims:
             raise UnsupportedModelError(
                 "the model has no sink dimensions, so no head can avoid its sinks",

@@ -17,7 +17,7 @@ from vlmfix.attention.edit import Site
 from vlmfix.attention.probe import TextRows, leaving, mean_of_rows
 from vlmfix.attention.session import edited
 from vlmfix.heads.profiler import Profiler, State
-from vlmfix.insight.sinks import find_sinks, scaled_threshold, sink_strength, tabulated_sinks
+from vlmfix.insight.sinks import find_sinks, sink_strength, tabulated_sinks, threshold_of
 from vlmfix.insight.work import Ran, Work
 from vlmfix.models.checkpoint import Checkpoint
 
@@ -50,7 +50,7 @@ class SinkTokens(Profiler):
 
     Args:
         cosine: Smallest |cos| of a hit, in [0, 1].
-        visual_threshold: tau of visual sinks; None is 0.3125 sqrt(hidden size).
+        visual_threshold: tau of visual sinks; None is ``ratio_threshold`` of the model.
     """
 
     name: ClassVar[str] = "sinks"
@@ -65,10 +65,8 @@ class SinkTokens(Profiler):
 
     def begin(self, vlm: Checkpoint) -> State:
         """A fresh state."""
-        threshold = self.visual_threshold
-        if threshold is None:
-            threshold = scaled_threshold(vlm.model.config.get_text_config().hidden_size)
-        dims = tabulated_sinks(vlm) or find_sinks(vlm, threshold=threshold).dims
+        threshold = threshold_of(vlm) if self.visual_threshold is None else self.visual_threshold
+        dims = tabulated_sinks(vlm) or find_sinks(vlm, threshold=self.visual_threshold).dims
         return _State(self.cosine, threshold, dims)
 
 
