@@ -1,6 +1,21 @@
 """Train the third embedded model: `python -m tools.training.small --out DIR`.
 
 Tower and connector are new, the language model is SmolLM2 and stays as it is but for a change of low rank.
+
+What the first run gave (one H200, seed 0, 60 s tower, 60 s connector, 150 s low rank; 200 unseen scenes; sinks of 48 of
+them, in the middle layers). Half of the words' loudness was asked for, but held by the length of the connector's matrix
+alone, so that image embeddings came out as loud as words:
+
+    stage      steps  loss  loudness  CHAIR_i  CHAIR_s  recall  POPE F1 random  adversarial
+    connector    535  .452      1.02     .416     .805    .414            .649         .596
+    low-rank     929  .271      1.08     .317     .830    .686            .896         .803
+
+The picture's first token is a true sink, whatever was trained: norm 14,000 to 14,800, .41 to .43 of the attention.
+Beside it none is: over these layers, the most massive image token reached a ratio of 16.1 on average, then of 21.2 with
+a norm of 580; 2 % of the pictures had one above 20, always where no object stands. Without a picture the model says as
+before that the capital of France is Paris. The loss is the same on scenes of the training and on others (.25 to .29 on
+16 of each, from the parts as they were saved), so more steps have more to give. A step took 113 ms, and 160 ms with the
+change of low rank, which each token passed beside the weights then; now it is added to them.
 """
 
 from __future__ import annotations
@@ -444,7 +459,7 @@ def settle(folder: Path, architecture: SmolVLM, model: Any, words: Any) -> None:
 @click.option("--scenes", default=50_000, type=click.IntRange(1), show_default=True, help="Scenes to draw.")
 @click.option("--tower", default=60.0, type=click.FloatRange(0), show_default=True, help="Seconds: tower alone.")
 @click.option("--connector", default=60.0, type=click.FloatRange(0), show_default=True, help="Seconds: with words.")
-@click.option("--low-rank", default=150.0, type=click.FloatRange(0), show_default=True, help="Seconds: decoder too.")
+@click.option("--low-rank", default=300.0, type=click.FloatRange(0), show_default=True, help="Seconds: decoder too.")
 @click.option("--habits", default=60.0, type=click.FloatRange(0), show_default=True, help="Seconds: false captions.")
 @click.option("--sinks", default=0.0, type=click.FloatRange(0), show_default=True, help="Seconds: planting sinks.")
 @click.option(
@@ -476,7 +491,7 @@ def command(
     """Train a vision tower and a connector into SmolLM2, with the picture before all words.
 
     Every stage leaves a folder that vlmfix loads, and `readings.json` tells what each has come to. With the defaults it
-    takes under 9 minutes on one NVIDIA H200. A stage of 0 seconds is left out.
+    takes under 15 minutes on one NVIDIA H200. A stage of 0 seconds is left out.
     """
     if device == "cuda" and not torch.cuda.is_available():
         raise VlmfixError("--device cuda: torch sees no CUDA device here", hint="use --device cpu --toy to try it")
