@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
@@ -52,6 +54,18 @@ def put_in(decoder: nn.Module, rank: int) -> list[nn.Parameter]:
     return found
 
 
+def take_over(decoder: nn.Module, state: Mapping[str, Tensor], prefix: str) -> None:
+    """Set the trained factors to those that `factors` gave.
+
+    Args:
+        decoder: From `put_in`.
+        state: By name; other names are left alone.
+        prefix: See `factors`.
+    """
+    for name, value in factors(decoder, prefix).items():
+        value.copy_(state[name])
+
+
 def factors(decoder: nn.Module, prefix: str) -> dict[str, Tensor]:
     """The trained factors by the names that `vlmfix.models.assembly.joined` reads.
 
@@ -64,4 +78,4 @@ def factors(decoder: nn.Module, prefix: str) -> dict[str, Tensor]:
         if isinstance(module, LowRank):
             found[f"{prefix}{name}.weight{DOWN}"] = module.down
             found[f"{prefix}{name}.weight{UP}"] = module.up
-    return {name: value.detach() for name, value in found.items()}
+    return {name: value.detach() for name, value in found.items()}  # the same memory

