@@ -6,6 +6,7 @@ import random
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -160,8 +161,13 @@ def normalised(shown: Tensor) -> Tensor:
     Returns:
         (N, 3, H, W) float32.
     """
-    scale = CLIPImageProcessor
-    mean, std = (
-        torch.tensor(value, device=shown.device)[:, None, None] for value in (scale.image_mean, scale.image_std)
-    )  # (3, 1, 1) each
+    mean, std = _scale(shown.device)
     return (shown.float() / 255 - mean) / std
+
+
+@cache
+def _scale(device: torch.device) -> tuple[Tensor, Tensor]:
+    """CLIP's mean and deviation, (3, 1, 1) each; copied once, since a copy waits for what the device has to do."""
+    both = (CLIPImageProcessor.image_mean, CLIPImageProcessor.image_std)
+    mean, std = (torch.tensor(value, device=device)[:, None, None] for value in both)
+    return mean, std

@@ -37,7 +37,7 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy, relu
+from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy, linear, relu
 from torch.utils.data import DataLoader, Dataset
 
 from tools.entry import run
@@ -329,7 +329,9 @@ class Trainer:
         weights = batch.weights[:, 1:].flatten()  # (B * (T - 1),)
         with self._half():
             hidden = self.forward(batch, shown)[:, :-1].flatten(0, 1)  # (B * (T - 1), width)
-            logits = self.model.lm_head(hidden[chosen])  # the vocabulary is large: answers alone
+            # The vocabulary is large: answers alone. Nobody says the image token, which is the last, and without it the
+            # number of columns is a multiple of 128; an odd one keeps a GPU from its fast kernels.
+            logits = linear(hidden[chosen], self.model.lm_head.weight[:-1])
         each = cross_entropy(logits.float(), batch.ids[:, 1:].flatten()[chosen], reduction="none")
         return (each * weights[chosen]).sum() / weights[chosen].sum()
 
