@@ -66,9 +66,9 @@ class Painters:
         self.executor: ProcessPoolExecutor | None = None
         self.parts: list[Future[bytes]] = []
         if processes:
-            # A process forked from this one could not draw on CUDA; one that is spawned imports everything for itself,
-            # which takes many of them a minute. Here one process imports it all, and the others are its forks.
-            context = multiprocessing.get_context("forkserver")
+            # A process that is spawned imports everything for itself, which takes many of them a minute. Where the CPU
+            # draws, one process imports it all and the others are its forks; a forked process may fail to draw on CUDA.
+            context = multiprocessing.get_context("forkserver" if device == "cpu" else "spawn")
             context.set_forkserver_preload([__name__])
             # who learns, and who writes texts, goes first
             self.executor = ProcessPoolExecutor(processes, mp_context=context, initializer=os.nice, initargs=(10,))
