@@ -158,7 +158,7 @@ class Trainer:
         self.plan, self.out, self.log = plan, out, log
         self.waited = 0.0
         self.device = torch.device(plan.device)
-        if plan.workers:  # the cores draw: threads that wait for each other between them would stand still for minutes
+        if plan.workers:  # the cores draw: threads that wait for each other would lose their time
             torch.set_num_threads(1)
         torch.manual_seed(plan.seed)
         self.architecture = SmolVLM()
