@@ -134,7 +134,7 @@ def _revisit() -> list[str]:
     token = (0.52, 0.24, 0.14, 0.10)
     return [
         said("what the model says", CLEAN),
-        said("what a token of the picture says", token),
+        said("what an image token says", token),
         said("their product", softmax(mixed((1, CLEAN), (1, token)))),
     ]
 

@@ -70,8 +70,8 @@ class OPERA(Decoder):
     *Differs*: the released code votes over all rows of a batch, so it takes one question at a time; here each sample
     has its own votes, notes and returns. Products are sums of logarithms in float32. Going back forgets what was
     chosen at later places; the released code forgets that of the next place alone (``official-code``). It computes the
-    prompt and the answer again after going back; here the cache is cut. It sorts the scores of tokens that are no
-    candidates as -999; here they are out, but in ``official-code``. The search is that of ``beam``.
+    prompt and the answer again after going back; here the cache is cut. Tokens that are no candidates have -999 there,
+    and no chance here but in ``official-code``. The search is that of ``beam``.
 
     *Cost*: ``num_beams * candidates`` rows per token. The pass of a candidate is that of the next step, so none is made
     twice; going back costs a pass for each token that no beam shares any more, one at least. No recorded steps, no
