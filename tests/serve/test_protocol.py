@@ -73,6 +73,10 @@ def test_settings_are_taken_over():
 def test_a_request_names_its_decoder():
     assert wanted(BODY | {"model": "tiny@vcd:contrast=0.5"}).decoder == parse("vcd:contrast=0.5")
     assert wanted(BODY | {"decoder": "vcd+spin"}).decoder == parse("vcd+spin")
+    for model in ("tiny@keep-recall", "tiny@@keep-recall"):
+        assert wanted(BODY | {"model": model}).decoder == parse("@keep-recall")
+    assert wanted(BODY | {"model": "tiny@fast+vcd"}).decoder == parse("@fast+vcd")
+    assert wanted(BODY | {"model": "tiny@fast", "decoder": "@fast"}).decoder == parse("@fast")
     assert wanted(BODY, decoder="vcd").decoder == parse("vcd")
     drawn_ = wanted(BODY | {"decoder": "sample:temperature=0.5", "temperature": 0})
     assert drawn_.strategy == Strategy(temperature=0.5)

@@ -13,6 +13,7 @@ from vlmfix.decoders import Chain, Decoder, Strategy, parse
 from vlmfix.errors import VlmfixError
 from vlmfix.generation import SEEDS
 from vlmfix.language.parameters import ranges
+from vlmfix.language.recipe import SHIPPED
 from vlmfix.models.layout import Turn
 from vlmfix.parsing import UnreadableError, is_text, json_at, some, text_of, told
 from vlmfix.serve.limits import ALTERNATIVES, ANSWERS, STOP_LENGTH, STOPS, Limits
@@ -203,6 +204,8 @@ def _decoder(body: Mapping[str, Any], served: Served) -> tuple[str, Decoder]:
                 code="model_not_found",
             )
         spec = model.removeprefix(f"{served.name}@")
+        if spec.partition("+")[0] in SHIPPED:  # llava@keep-recall, where a command has --decoder @keep-recall
+            spec = f"@{spec}"
     given, where = body.get("decoder"), "model" if spec is not None else "decoder"
     if given is not None and not (isinstance(given, str) and is_text(given)):
         raise RefusedError("decoder is no text", "write one such as vcd+spin", param="decoder")
