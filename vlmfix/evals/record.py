@@ -42,9 +42,14 @@ COMPARISON = ("comparison.csv", "comparison.md", "comparison.png")
 PLUGINS = mapping_of(TEXT).or_null()
 """What a card says of what is not vlmfix's own: name -> distribution and version, or digest of a file."""
 ARM = fields({"spec": TEXT, "parameters": OBJECT}, {"strategy": TEXT, "facts": mapping_of(TEXT), "plugins": PLUGINS})
-SESSION = fields({"versions": mapping_of(TEXT.or_null())}, {"arms": OBJECT})
+SESSION = fields(
+    {"versions": mapping_of(TEXT.or_null())}, {"arms": OBJECT, "started": TEXT, "updated": TEXT, "device": TEXT}
+)
+READING = fields({"ends": list_of(COUNT), "set_aside": OBJECT, "completed": OBJECT}).or_null()
+"""What a card says of how the checkpoint's settings were read."""
 MADE_BY = {
     "images": PATH.or_null(),
+    "checkpoint": READING,
     **MODEL,
     "batch_size": SIZE,
 }

@@ -313,7 +313,13 @@ def _outcome(run: EvalRun, arm: str, figure: str) -> Outcome:
 
 def _trial(space: Space, tried: Tried) -> Trial:
     decoder = space.build(tried.chosen)
-    return Trial(arm_name(decoder), decoder.spec(), tried.chosen, Outcome(**tried.about), tried.feasible)
+    return Trial(
+        arm_name(decoder),
+        decoder.spec(),
+        tried.chosen,
+        Outcome(**{name: tried.about[name] for name in Outcome.__annotations__}),
+        tried.feasible,
+    )
 
 
 def _best(trials: list[Trial], before: Outcome, better: str) -> int | None:
