@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -125,7 +126,8 @@ def _pictures(folder: Path, place: Path, column: str | None) -> Callable[..., Pi
     picture that they do not name any more is gone.
     """
     names = {line["image"] for line in read_lines(folder / ANSWERS, ANSWER)}
-    if not place.is_file() and not any(f"{TAR}/" in name.lower() for name in names):
+    listed = os.path.isfile(place)  # where a name is too long for a file, that of pathlib raises
+    if not listed and not any(f"{TAR}/" in name.lower() for name in names):
         return lambda name, sha256="": PictureFile(name, below(place, name), sha256)
     try:
         found = {file.name: file for file in source_of(place, column=column, skip=folder) if file.name in names}
