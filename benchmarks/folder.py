@@ -2,19 +2,23 @@
 
     python benchmarks/folder.py --into /tmp/folder greedy spin:kept_share=0.95,suppression=0.08,layers=all vcd
     python benchmarks/folder.py --into /tmp/folder --shapes tiny --pictures 16 greedy
+    python benchmarks/folder.py --into /tmp/folder --pictures 4096 --cards 1 2 -- greedy
 
 Saves a model with random weights and makes JPEGs, once, and then runs the command for one decoder after the other, each
 in a process of its own. The time of a run's card is that of its batches, without loading the model; how busy a GPU was
-in that time is asked of nvidia-smi (the share of the time in which some kernel ran).
+in that time is asked of nvidia-smi (the share of the time in which some kernel ran). With ``--cards`` each decoder runs
+once with so many GPUs, and the rate is that at which answers came in from when every GPU had given its first batch.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import shutil
 import subprocess
 import sys
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -91,6 +95,55 @@ def run(model: Path, pictures: Path, out: Path, decoder: str, tokens: int) -> di
     }
 
 
+class Counted:
+    """Counts the answers of a run ten times a second, inside the block."""
+
+    def __init__(self, answers: Path) -> None:
+        """Looks at this file, which may come later."""
+        self.answers = answers
+        self.seen: list[tuple[float, int]] = []
+        self.over = threading.Event()
+        self.thread = threading.Thread(target=self.look)
+
+    def __enter__(self) -> Counted:
+        """Begins to count."""
+        self.thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Ends."""
+        self.over.set()
+        self.thread.join()
+
+    def look(self) -> None:
+        """Writes down when the number of lines grew, until it is over."""
+        count, file = 0, None
+        while not self.over.wait(0.1):
+            if file is None and self.answers.exists():
+                file = self.answers.open("rb")
+            grown = file.read().count(b"\n") if file else 0
+            if grown:
+                count += grown
+                self.seen.append((time.perf_counter(), count))
+
+    def rate(self, first: int) -> float:
+        """Returns answers per second from the moment when so many were there to the last one."""
+        began, before = next(pair for pair in self.seen if pair[1] >= first)
+        ended, after = self.seen[-1]
+        return (after - before) / (ended - began)
+
+
+def spread(model: Path, pictures: Path, out: Path, decoder: str, tokens: int, cards: int) -> tuple[float, int]:
+    """Runs the command once on so many GPUs; returns answers per second and rows of a batch."""
+    shutil.rmtree(out, ignore_errors=True)
+    devices = ",".join(map(str, range(cards)))
+    options = ["--model", model, "--out", out, "--decoder", decoder, "--max-new-tokens", tokens, "--devices", devices]
+    with Counted(out / "answers.jsonl") as counted:
+        subprocess.run([sys.executable, "-m", "vlmfix", "run", *map(str, [pictures, *options])], check=True)
+    batch = json.loads((out / "run.json").read_text())["sessions"][-1]["batch_size"]
+    return counted.rate(cards * batch), batch
+
+
 def main() -> None:
     """Prints a line for each decoder."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -99,8 +152,15 @@ def main() -> None:
     parser.add_argument("--shapes", choices=SHAPES, default=usual("auto"))
     parser.add_argument("--pictures", type=int, default=512)
     parser.add_argument("--tokens", type=int, default=64)
+    parser.add_argument("--cards", type=int, nargs="+", help="run each decoder with so many GPUs, one after the other")
     given = parser.parse_args()
     model, pictures = prepare(given.into, given.shapes, given.pictures)
+    if given.cards:
+        print(f"{given.pictures} JPEGs of 1024x768, at most {given.tokens} tokens each")
+        for spec, cards in itertools.product(given.decoders, given.cards):
+            rate, batch = spread(model, pictures, given.into / "out", spec, given.tokens, cards)
+            print(f"{spec}, {cards} GPUs: {rate:.1f} pictures/s, batches of {batch}", flush=True)
+        return
     found = {spec: run(model, pictures, given.into / "out", spec, given.tokens) for spec in given.decoders}
     print(f"{given.pictures} JPEGs of 1024x768, at most {given.tokens} tokens each")
     for spec, row in found.items():
