@@ -7,7 +7,7 @@ import shutil
 import pytest
 from PIL import Image
 
-from vlmfix.models.checkpoint import EMBEDDED
+from tests.embedded import TINY
 from vlmfix.records import read_json, read_lines
 from vlmfix.world import coco
 
@@ -135,7 +135,7 @@ def test_a_picture_that_changed_is_named(world, tmp_path, vlmfix):
 def test_an_evaluation_is_reproduced_and_gone_on_with_where_its_pictures_and_model_are_now(world, tmp_path, vlmfix):
     images, model, out = tmp_path / "images", tmp_path / "model", tmp_path / "out"
     shutil.copytree(world / "images", images)
-    shutil.copytree(EMBEDDED["tiny"], model)
+    shutil.copytree(TINY["tiny"], model)
     command = chair(world)
     command = [*command[: command.index("--images")], "--out", out, "--max-new-tokens", 20]
     assert vlmfix(*command, "--images", images, "--model", model)[0] == 0
@@ -159,7 +159,7 @@ def test_an_evaluation_is_reproduced_and_gone_on_with_where_its_pictures_and_mod
 def test_a_folder_of_answers_is_reproduced_where_its_pictures_prompts_and_model_are_now(world, tmp_path, vlmfix):
     images, model, prompts, out = (tmp_path / name for name in ("images", "model", "prompts.csv", "out"))
     shutil.copytree(world / "images", images)
-    shutil.copytree(EMBEDDED["tiny"], model)
+    shutil.copytree(TINY["tiny"], model)
     prompts.write_text("prompt\nIs there a dog?\n")
     short = ("--max-new-tokens", 3)
     assert vlmfix("run", images, "--out", out, "--prompts", prompts, "--model", model, *short)[0] == 0

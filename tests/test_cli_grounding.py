@@ -8,8 +8,8 @@ import pytest
 from PIL import Image
 
 import vlmfix as package
+from tests.embedded import TINY
 from vlmfix.insight.grounding import grounding
-from vlmfix.models.checkpoint import EMBEDDED
 from vlmfix.world import coco
 
 QUESTION = "What is in the picture?"
@@ -22,7 +22,7 @@ def picture(tmp_path_factory):
     return next((folder / "images").iterdir())
 
 
-@pytest.mark.parametrize("model", EMBEDDED)
+@pytest.mark.parametrize("model", TINY)
 def test_a_given_answer_is_judged_as_the_function_judges_it(picture, vlmfix, model, tmp_path):
     plot = tmp_path / "scores.png"
     asked = ("grounding", picture, QUESTION, "--model", model, "--answer", "There is a dog.", "--layers", "1:")

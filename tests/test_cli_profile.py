@@ -10,10 +10,10 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from tests.embedded import TINY
 from tests.view.made import parsed
 from vlmfix.heads.plot import draw
 from vlmfix.heads.profile import load_profiles
-from vlmfix.models.checkpoint import EMBEDDED
 from vlmfix.world import coco
 
 NAMES = "image-mass,vhd"
@@ -32,7 +32,7 @@ def images(tmp_path_factory):
     return folder / "images"
 
 
-@pytest.mark.parametrize("model", EMBEDDED)
+@pytest.mark.parametrize("model", TINY)
 def test_profile_show_and_diff(images, tmp_path, vlmfix, model):
     out, plot = tmp_path / "heads.safetensors", tmp_path / "heads.png"
     asked = ("profile", "--model", model, "--profiler", NAMES, "--images", images, "--out", out)
@@ -87,7 +87,7 @@ def test_a_seed_draws_the_same_pictures_and_fewer_are_the_first_of_more(images, 
     assert digests["a"] == digests["b"] != digests["c"]
 
 
-@pytest.mark.parametrize("model", EMBEDDED)
+@pytest.mark.parametrize("model", TINY)
 def test_ablation_on_captions_and_patching_share_a_file(images, tmp_path, vlmfix, model):
     out, annotations = tmp_path / "heads.safetensors", images.parent / "annotations"
     truth = ("--instances", annotations / "instances.json", "--captions", annotations / "captions.json")
@@ -112,7 +112,7 @@ def test_ablation_on_captions_and_patching_share_a_file(images, tmp_path, vlmfix
     assert list(both) == ["image-mass", "ablation", "patching"]
     assert both["ablation"].card == card
     assert both["patching"].card.question == "Is there a chair in the image?"
-    other = next(name for name in EMBEDDED if name != model)
+    other = next(name for name in TINY if name != model)
     code, _, said = vlmfix(*asked, "--profiler", "vhd", "--add", "--model", other)
     assert code == 1
     assert "was measured on" in said
@@ -171,7 +171,7 @@ def test_a_folder_without_pictures_and_an_unknown_profile(vlmfix, tmp_path, imag
 
 def described(path, model):
     """A profile of the embedded model whose cards call the model something else."""
-    with safe_open(EMBEDDED["tiny"] / "heads.safetensors", framework="pt") as file:
+    with safe_open(TINY["tiny"] / "heads.safetensors", framework="pt") as file:
         about, tensors = json.loads(file.metadata()["vlmfix"]), {key: file.get_tensor(key) for key in file.keys()}
     for card in about["profiles"].values():
         card["model"] = model
@@ -204,7 +204,7 @@ def test_what_a_profile_says_is_shown_as_text(tmp_path, vlmfix, model, shown):
 
 def test_a_profile_that_is_damaged_is_named_before_the_first_picture(images, tmp_path, vlmfix):
     file, out = tmp_path / "heads.safetensors", tmp_path / "out"
-    with safe_open(EMBEDDED["tiny"] / "heads.safetensors", framework="pt") as opened:
+    with safe_open(TINY["tiny"] / "heads.safetensors", framework="pt") as opened:
         about, tensors = opened.metadata(), {key: opened.get_tensor(key) for key in opened.keys()}
     for bad in (torch.full((8, 8), float("nan")), torch.zeros(3, 3), torch.zeros(3)):
         save_file({k: bad.clone() if k.endswith("/scores") else t for k, t in tensors.items()}, file, metadata=about)

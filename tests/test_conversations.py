@@ -8,11 +8,11 @@ import pytest
 import torch
 
 from tests.contracts.support import PICTURES, PROMPTS, unlike, vlm_of
+from tests.embedded import TINY
 from vlmfix import Turn
 from vlmfix.decoders import parse
 from vlmfix.decoding.branches import without_picture, without_question
 from vlmfix.errors import DataError, IncompatibleDecodersError, UnsupportedModelError, UsageError
-from vlmfix.models.checkpoint import EMBEDDED
 
 ONE, TWO, THREE = PICTURES[0][0], *PICTURES[1]
 TALK = (Turn("system", "be brief"), Turn("user", "what is here?", 1), Turn("assistant", "a dog"))
@@ -107,7 +107,7 @@ def test_what_was_said_is_checked(earlier, message):
 
 def test_a_template_that_drops_the_system_message_is_refused(monkeypatch):
     vlm = vlm_of("llava")
-    template = (EMBEDDED["tiny"] / "chat_template.jinja").read_text()
+    template = (TINY["tiny"] / "chat_template.jinja").read_text()
     monkeypatch.setattr(vlm.processor, "chat_template", "{% set messages = messages[-1:] %}" + template)
     with pytest.raises(UnsupportedModelError, match="leaves out what the system said"):
         vlm.encode("hello", [[ONE]], system="be kind")

@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 
 from tests.contracts.support import PICTURES, crossed, vlm_of
+from tests.embedded import TINY
 from vlmfix.decoders import DECODERS
 from vlmfix.generation import load
 from vlmfix.jobs.folder import Questions, run
-from vlmfix.models.checkpoint import EMBEDDED
 from vlmfix.records import read_json, read_lines
 from vlmfix.settings import Settings
 
@@ -21,7 +21,7 @@ GIVEN = {
     "imbalance": "significance=received,layers=all",
 }
 """What a model without sinks, published heads, profiles or a class token must be told."""
-KNOWN = {"adhh": EMBEDDED, "ph3": EMBEDDED, "imbalance": ("tiny",)}
+KNOWN = {"adhh": TINY, "ph3": TINY, "imbalance": ("tiny",)}
 """Where that is known."""
 
 
@@ -35,7 +35,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def embedded():
-    return {name: load(name, device="cpu") for name in EMBEDDED}
+    return {name: load(name, device="cpu") for name in TINY}
 
 
 def spec(name, model):
@@ -49,12 +49,12 @@ SPECS = {name: spec(name, "llava") for name in DECODERS}
 @pytest.mark.parametrize(
     ("model", "name"),
     [
-        *crossed(SPECS, families=list(EMBEDDED), pair=list(EMBEDDED), turn=0),
+        *crossed(SPECS, families=list(TINY), pair=list(TINY), turn=0),
         *crossed(SPECS, families=FAMILIES, pair=(), turn=0),
     ],
 )
 def test_it_answers_about_every_picture(folder, embedded, tmp_path, name, model):
-    vlm = embedded[model] if model in EMBEDDED else vlm_of(model)
+    vlm = embedded[model] if model in TINY else vlm_of(model)
     done = run(
         folder,
         tmp_path / "out",

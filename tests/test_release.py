@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from hatchling.builders.sdist import SdistBuilder
 
-from vlmfix.models.checkpoint import EMBEDDED
+from vlmfix.settings import EMBEDDED
 
 ROOT = Path(__file__).parent.parent
 FOR_AUTHORS = {"vlmfix.extend", *(f"vlmfix.testing{part}" for part in ("", ".llava", ".qwen", ".text"))}
@@ -60,7 +60,8 @@ def test_the_wheel_holds_the_package_whole_and_nothing_else(wheel):
     assert {path.name.partition("-")[0] for path in wheel.iterdir()} == {"vlmfix"}
     assert files(wheel / "vlmfix", wheel) == files(ROOT / "vlmfix", ROOT) - LEFT_OUT
     for name in EMBEDDED:
-        assert (wheel / f"vlmfix/world/assets/{name}/model.safetensors").stat().st_size > 10_000_000
+        weights = "parts" if name == "small" else "model"
+        assert (wheel / f"vlmfix/world/assets/{name}/{weights}.safetensors").stat().st_size > 10_000_000
 
 
 def test_the_commands_or_the_python_interface_lead_to_every_module_of_the_wheel(wheel):

@@ -78,10 +78,11 @@ def demonstrate(
     *,
     decoder: str,
     seed: int,
+    model: str = "tiny",
     count: int = SCENES,
     loader: Callable[..., VLM] = load,
 ) -> Comparison:
-    """Describes drawn scenes with the embedded model, plain and with a decoder.
+    """Describes drawn scenes with an embedded model, plain and with a decoder.
 
     Writes the scenes and ``index.html``, a page of its own that shows everything.
 
@@ -89,6 +90,7 @@ def demonstrate(
         out: Folder to write; made when it is missing.
         decoder: The decoder to compare with plain decoding.
         seed: Seed of the scenes.
+        model: ``tiny``, ``tiny-qwen`` or ``small``.
         count: Number of scenes.
         loader: Loads the model; ``vlmfix.load`` unless a test gives another.
 
@@ -102,7 +104,7 @@ def demonstrate(
     folder = out / f"scenes-{seed}-{count}"
     coco.make(folder, count=count, seed=seed)
     files = [folder / "images" / coco.image_name(number) for number in range(count)]
-    vlm = loader("tiny")
+    vlm = loader(model)
     texts = {spec: _answers(vlm, files, arm) for spec, arm in arms.items()}
     comparison = Comparison(counts={spec: Count() for spec in arms})
     for number, file in enumerate(files):

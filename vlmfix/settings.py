@@ -12,8 +12,10 @@ from vlmfix.parsing import told
 from vlmfix.plugins import near
 from vlmfix.shapes import COUNT, NUMBER, SEED, SIZE, TEXT, list_of
 
-EMBEDDED = {name: Path(__file__).parent / "world" / "assets" / name for name in ("tiny", "tiny-qwen")}
-"""Models that come with the package, by name."""
+EMBEDDED = {name: Path(__file__).parent / "world" / "assets" / name for name in ("tiny", "tiny-qwen", "small")}
+"""Models that come with the package, by name; of ``small`` the trained parts, and the rest with the extra ``small``."""
+UNSEARCHED = ("small",)
+"""Models that nothing is searched on: what was found on others is tested on them."""
 MODEL = {"revision": TEXT.or_null(), "commit": TEXT.or_null(), "weights": TEXT, "dtype": TEXT}
 """What a card says of the model beside its name."""
 ATTENTIONS = ("sdpa", "eager")
@@ -48,12 +50,25 @@ def check_model_name(name: str) -> None:
         raise UsageError(f"there is no model {name!r}", f"{meant}else give a Hub id, OWNER/NAME, or a directory")
 
 
+def check_searchable(model: str) -> None:
+    """Refuses a model that is kept for testing what was searched on others.
+
+    Raises:
+        UsageError: It is one.
+    """
+    if model in UNSEARCHED:
+        raise UsageError(
+            f"nothing is searched on {model!r}: what is found on other models is tested on it",
+            "search on tiny, tiny-qwen or a model of your own, and evaluate the recipe on it",
+        )
+
+
 @dataclass(frozen=True, kw_only=True)
 class Settings:
     """Model, decoder and generation settings of a run.
 
     Attributes:
-        model: ``tiny``, ``tiny-qwen``, a Hub id or a local directory.
+        model: ``tiny``, ``tiny-qwen``, ``small``, a Hub id or a local directory.
         revision: Branch, tag or commit on the Hub.
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
         dtype: ``auto``, ``float32``, ``bfloat16`` or ``float16``.

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from tests.embedded import TINY
 from tests.evals.benchmarks.test_coco import INSTANCES, TOLD
 from tests.evals.benchmarks.test_hallusion import items
 from tests.evals.tuning.test_tune import Fake
@@ -27,7 +28,7 @@ from vlmfix.jobs.benchmark.job import check, evaluate
 from vlmfix.jobs.benchmark.reproduce import reproduce as evaluate_again
 from vlmfix.jobs.folder.reproduce import reproduce as run_again
 from vlmfix.language.recipe import read_recipe, write_recipe
-from vlmfix.models.checkpoint import EMBEDDED, Checkpoint
+from vlmfix.models.checkpoint import Checkpoint
 from vlmfix.settings import Settings
 from vlmfix.view.folders import read_sheet
 from vlmfix.view.page import page_of
@@ -183,10 +184,10 @@ def read_profiles(folder):
 
 
 def model(folder):
-    for file in EMBEDDED["tiny"].iterdir():
+    for file in TINY["tiny"].iterdir():
         if file.suffix == ".json" or file.suffix == ".jinja":
             shutil.copy(file, folder)
-    (folder / "model.safetensors").symlink_to(EMBEDDED["tiny"] / "model.safetensors")
+    (folder / "model.safetensors").symlink_to(TINY["tiny"] / "model.safetensors")
 
 
 def read_model(folder):

@@ -5,16 +5,17 @@ from __future__ import annotations
 import pytest
 
 import vlmfix
+from tests.embedded import TINY
 from vlmfix.decoders import parse
 from vlmfix.heads.profile import load_profiles
-from vlmfix.models.checkpoint import EMBEDDED, HEADS
+from vlmfix.models.checkpoint import HEADS
 
 PROFILERS = ["vhd", "image-mass", "ablation", "patching"]
 
 
-@pytest.mark.parametrize("name", EMBEDDED)
+@pytest.mark.parametrize("name", TINY)
 def test_a_model_comes_with_profiles_of_its_own_heads(name):
-    path = EMBEDDED[name] / HEADS
+    path = TINY[name] / HEADS
     assert path.stat().st_size < 50_000
     found, vlm = load_profiles(path), vlmfix.load(name, device="cpu")
     assert list(found) == PROFILERS

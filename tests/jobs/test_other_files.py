@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.embedded import TINY
 from tests.evals.fake import Says, workload
 from tests.jobs.fake import FakeVLM, draw
 from vlmfix.decoders import VCD
@@ -16,7 +17,6 @@ from vlmfix.jobs.benchmark import reproduce as evals_reproduce
 from vlmfix.jobs.benchmark.job import evaluate
 from vlmfix.jobs.folder import Questions, run
 from vlmfix.jobs.folder.reproduce import reproduce
-from vlmfix.models.checkpoint import EMBEDDED
 from vlmfix.records import read_json, replace_json
 from vlmfix.settings import Settings
 
@@ -38,7 +38,7 @@ class Local(FakeVLM):
 
 @pytest.fixture
 def model(tmp_path: Path) -> Path:
-    return shutil.copytree(EMBEDDED["tiny"], tmp_path / "model")
+    return shutil.copytree(TINY["tiny"], tmp_path / "model")
 
 
 def go(folder: Path, model: Path, count: int, vlm: FakeVLM | None = None) -> dict[str, object]:

@@ -15,10 +15,10 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+from tests.embedded import TINY
 from tests.tiny import tiny_vlm
 from vlmfix.errors import DataError, SystematicError, UnsupportedModelError, UsageError
 from vlmfix.generation import VLM, load, wrap
-from vlmfix.models.checkpoint import EMBEDDED
 
 PICTURE = Image.new("RGB", (90, 60), "red")
 
@@ -27,7 +27,7 @@ def linked(name: str, place: Path) -> Path:
     """A copy of an embedded model whose weights are a link."""
     folder = place / "model"
     folder.mkdir()
-    for path in EMBEDDED[name].iterdir():
+    for path in TINY[name].iterdir():
         if path.suffix == ".safetensors":
             (folder / path.name).symlink_to(path)
         else:

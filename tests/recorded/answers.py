@@ -16,10 +16,10 @@ from typing import Any
 
 from PIL import Image
 
+from tests.embedded import TINY
 from vlmfix.decoders import DECODERS
 from vlmfix.generation import VLM, load
 from vlmfix.jobs.folder import DESCRIBE
-from vlmfix.models.checkpoint import EMBEDDED
 from vlmfix.world.render import render
 from vlmfix.world.scenes import scene
 
@@ -80,7 +80,7 @@ def answered(vlm: VLM, spec: str) -> list[list[int]]:
 
 def record(names: Collection[str], known: Mapping[str, Mapping[str, Any]]) -> Iterator[tuple[str, str, Any]]:
     """Model, name and tokens of every case: as they are known, but for the given names and for new ones."""
-    for model in EMBEDDED:
+    for model in TINY:
         vlm = load(model, device="cpu", dtype="float32")
         for name, spec in methods().items():
             if name in names or name not in known.get(model, {}):

@@ -4,26 +4,26 @@ from __future__ import annotations
 
 import pytest
 
+from tests.embedded import TINY
 from tests.recorded.answers import MORE, answered, methods, recorded
 from vlmfix.generation import load
-from vlmfix.models.checkpoint import EMBEDDED
 
 
 @pytest.fixture(scope="module")
 def models():
-    return {name: load(name, device="cpu", dtype="float32") for name in EMBEDDED}
+    return {name: load(name, device="cpu", dtype="float32") for name in TINY}
 
 
 def asked(place, name, number):
     """Strong parameters and chains meet both models; defaults, which often say what greedy decoding says, one each."""
-    return name in MORE or (place + number) % len(EMBEDDED) == 0
+    return name in MORE or (place + number) % len(TINY) == 0
 
 
 @pytest.mark.parametrize(
     ("model", "name"),
     [
         pytest.param(model, name, marks=() if asked(place, name, number) else pytest.mark.product)
-        for number, model in enumerate(EMBEDDED)
+        for number, model in enumerate(TINY)
         for place, name in enumerate(methods())
     ],
 )

@@ -8,8 +8,8 @@ import huggingface_hub
 import pytest
 from huggingface_hub import constants
 
+from tests.embedded import TINY
 from vlmfix.generation import load
-from vlmfix.models.checkpoint import EMBEDDED
 from vlmfix.upstream import hub
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -20,7 +20,7 @@ def cached(tmp_path, monkeypatch):
     """A Hub cache that holds ``some/tiny`` at one commit, which is its main branch."""
     home = tmp_path / "models--some--tiny"
     snapshot = home / "snapshots" / COMMIT
-    shutil.copytree(EMBEDDED["tiny"], snapshot)
+    shutil.copytree(TINY["tiny"], snapshot)
     (home / "refs").mkdir()
     (home / "refs" / "main").write_text(COMMIT)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))

@@ -14,6 +14,7 @@ from vlmfix.decoders import parse
 from vlmfix.evals.comparison.compare import DRAWS_PER_ARM, Arm, Change, Comparison, compare
 from vlmfix.evals.record import CARD, PLAIN, EvalRun, Record
 from vlmfix.records import read_json
+from vlmfix.settings import UNSEARCHED
 
 DRAWS = 10_000
 HALF, RECALL_LOSS = 0.5, 0.02
@@ -114,7 +115,9 @@ def _tuned(
     """A search, or why there is none."""
     begun = plan.starts(arm)
     reason = ""
-    if not begun:
+    if model in UNSEARCHED:
+        reason = "nothing is searched on this model: recipes found on others are tested on it"
+    elif not begun:
         reason = "nothing in it is declared for tuning"
     elif all(reasons[spec] for spec in begun):
         reason = reasons[begun[0]]

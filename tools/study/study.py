@@ -22,7 +22,7 @@ from vlmfix.evals.benchmarks import chair, pope
 from vlmfix.evals.task import Task, Workload
 from vlmfix.generation import VLM
 from vlmfix.records import read_json, replace_json
-from vlmfix.settings import Settings
+from vlmfix.settings import UNSEARCHED, Settings
 from vlmfix.world import coco
 from vlmfix.world.coco import image_name
 from vlmfix.world.pope import SPLITS
@@ -203,6 +203,8 @@ def _defaults(study: Study, model: str, reasons: Mapping[str, str]) -> dict[str,
 
 
 def _tuned(study: Study, model: str, reasons: Mapping[str, str]) -> dict[str, Job]:
+    if model in UNSEARCHED:
+        return {}
     exams, tuning = study.exams(model), study.exams(model, tuning=True)
     jobs = {}
     for arm in (*study.arms(), *plan.listed(study.only)):

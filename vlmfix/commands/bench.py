@@ -26,7 +26,7 @@ def _counts(context: click.Context, parameter: click.Parameter, value: str) -> l
 
 @click.command()
 @click.option(
-    "--model", type=options.ModelName(), help="tiny, tiny-qwen, a Hub id, or a directory; with its own weights."
+    "--model", type=options.ModelName(), help="tiny, tiny-qwen, small, a Hub id, or a directory; with its own weights."
 )
 @click.option(
     "--shapes",

@@ -14,7 +14,9 @@ from vlmfix.settings import Settings
 
 @click.command()
 @click.argument("spec", type=options.DecoderSpec())
-@click.option("--model", type=options.ModelName(), help="Plan for this one: tiny, tiny-qwen, a Hub id, or a directory.")
+@click.option(
+    "--model", type=options.ModelName(), help="Plan for it: tiny, tiny-qwen, small, a Hub id, or a directory."
+)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @options.generation_options("model", "decoder", "temperature", "seed", *options.CHOSEN)
 def explain(*, spec: str, model: str | None, as_json: bool, settings: Settings) -> None:

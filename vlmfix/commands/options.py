@@ -137,7 +137,7 @@ _OPTIONS = {
         default="tiny",
         show_default=True,
         type=ModelName(),
-        help="tiny, tiny-qwen, a Hub id, or a directory.",
+        help="tiny, tiny-qwen, small, a Hub id, or a directory.",
     ),
     "revision": click.option("--revision", help="Branch, tag or commit of a Hub model."),
     "device": click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N."),

@@ -7,6 +7,7 @@ from pathlib import Path
 import click
 
 from vlmfix.commands import options
+from vlmfix.settings import EMBEDDED
 
 
 @click.group()
@@ -33,9 +34,12 @@ def make(directory: Path, count: int, seed: int) -> None:
 @click.command()
 @click.option("--out", type=click.Path(path_type=Path), default="demo", show_default=True, help="Folder to write.")
 @click.option("--decoder", default="vcd", show_default=True, metavar="SPEC", help="The mitigation to show.")
+@click.option(
+    "--model", default="tiny", show_default=True, type=click.Choice(list(EMBEDDED)), help="Who describes them."
+)
 @click.option("--seed", default=20260, show_default=True, type=click.IntRange(min=0), help="Seed of the scenes.")
 @options.debug
-def demo(out: Path, decoder: str, seed: int) -> None:
+def demo(out: Path, decoder: str, model: str, seed: int) -> None:
     """Describe drawn scenes plain and mitigated.
 
     Objects that an answer mentions and the picture lacks are marked, here and in OUT/index.html.
@@ -44,6 +48,6 @@ def demo(out: Path, decoder: str, seed: int) -> None:
     from vlmfix.demo import demonstrate
     from vlmfix.display import comparison_text, loading
 
-    comparison = demonstrate(out, decoder=decoder, seed=seed, loader=loading)
+    comparison = demonstrate(out, decoder=decoder, model=model, seed=seed, loader=loading)
     click.echo(comparison_text(comparison), nl=False)
     options.say(f"vlmfix: the same with the pictures: {out / 'index.html'}", err=True)

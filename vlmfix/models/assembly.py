@@ -34,6 +34,8 @@ RECIPE = "assembly.json"
 PARTS = "parts.safetensors"
 """What was trained: vision tower, connector, and what is added to the language model's matrices."""
 WEIGHTS = "model.safetensors"
+ABOUT = ("README.md", "training.log")
+"""Tell of the parts; the folder that is put together has none of them."""
 SCALE, DOWN, UP = ".scale", ".down", ".up"
 """Behind a tensor's name: the scale of each row of its bytes; the factors of what is added to a matrix."""
 DECODER = "model.text_model."
@@ -144,10 +146,10 @@ def whole(model: str | Path) -> str:
 
 
 def _identity(folder: Path) -> str:
-    """Digest of a folder of trained parts: names and contents of its files."""
+    """Digest of a folder of trained parts: names and contents of the files that decide what comes out."""
     found = hashlib.sha256()
     for file in sorted(folder.iterdir()):
-        if file.is_file():
+        if file.is_file() and file.name not in ABOUT:
             found.update(f"{file.name}\n{sha256(file)}\n".encode())
     return found.hexdigest()
 
@@ -183,7 +185,7 @@ def _put_together(folder: Path, recipe: Recipe, target: Path) -> None:
     try:
         source = recipe.source()
         for file in sorted(folder.iterdir()):
-            if file.is_file() and file.name not in (RECIPE, PARTS, "README.md", "training.log"):
+            if file.is_file() and file.name not in (RECIPE, PARTS, *ABOUT):
                 shutil.copyfile(file, draft / file.name)
         tokenizer(source).backend_tokenizer.save(str(draft / "tokenizer.json"))
         write(joined(language_model(source), load_file(folder / PARTS)), draft / WEIGHTS)

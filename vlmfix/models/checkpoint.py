@@ -83,7 +83,7 @@ class Checkpoint:
         """Loads a checkpoint through stock transformers classes.
 
         Args:
-            model: ``tiny`` or ``tiny-qwen`` (they come with the package), a Hub id, or a local directory.
+            model: ``tiny``, ``tiny-qwen`` or ``small`` (they come with the package), a Hub id, or a local directory.
             revision: Branch, tag or commit on the Hub.
             device: ``auto`` (the GPU when there is one), or a torch device such as ``cpu`` or ``cuda:1``.
             dtype: ``auto`` (the checkpoint's own on a GPU, float32 on the CPU), ``float32``, ``bfloat16`` or

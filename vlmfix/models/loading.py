@@ -28,7 +28,9 @@ from vlmfix.errors import DataError, VlmfixError
 from vlmfix.models.quantization import quantization
 from vlmfix.upstream import hub, panics
 
-WHAT_LOADS = "give 'tiny', 'tiny-qwen', a Hub id such as llava-hf/llava-1.5-7b-hf, or a directory with config.json"
+WHAT_LOADS = (
+    "give 'tiny', 'tiny-qwen', 'small', a Hub id such as llava-hf/llava-1.5-7b-hf, or a directory with config.json"
+)
 COMPLETE = "take this file from the checkpoint as it was published, or save the model anew with save_pretrained"
 PLAIN = {"trust_remote_code": False}
 """Code that lies in a model's folder is never run, and nobody is asked whether it may."""

@@ -99,7 +99,8 @@ class Fake:
 
 
 def go(out, evaluate, *, spec="vcd:noise_step=500,plausibility=0.1", budget=25, task=None, work=WORK, **options):
-    return tune(spec, work, task or Counted(), Settings(), budget=budget, out=out, evaluate=evaluate, **options)
+    settings = options.pop("settings", Settings())
+    return tune(spec, work, task or Counted(), settings, budget=budget, out=out, evaluate=evaluate, **options)
 
 
 def test_finds_what_is_best_and_reports_it_on_other_pictures(tmp_path):
@@ -339,6 +340,12 @@ def test_mistakes_are_named_before_anything_runs(tmp_path, options, message):
     with pytest.raises(UsageError, match=message):
         go(tmp_path / "out", evaluate, **options)
     assert not evaluate.calls
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_model_that_is_kept_for_tests_is_not_searched_on(tmp_path):
+    with pytest.raises(UsageError, match="nothing is searched on 'small'"):
+        go(tmp_path / "out", Fake(), settings=Settings(model="small"))
     assert not (tmp_path / "out").exists()
 
 

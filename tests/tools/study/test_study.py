@@ -5,6 +5,7 @@ import random
 import time
 from dataclasses import replace
 from typing import ClassVar
+from unittest.mock import ANY
 
 import numpy as np
 import pytest
@@ -31,7 +32,7 @@ from vlmfix.evals.tuning.search import Measured
 from vlmfix.generation import Answer
 from vlmfix.language.recipe import read_recipe
 from vlmfix.records import read_json, replace_json
-from vlmfix.settings import Settings
+from vlmfix.settings import UNSEARCHED, Settings
 from vlmfix.world.scenes import scene
 
 ENDLESS, OVER = Clock(), Clock(end=0.0)
@@ -409,6 +410,11 @@ def test_the_longest_work_begins_first(tmp_path, monkeypatch):
     order = [name.rpartition(", ")[2] for name in begun[2]]
     assert list(dict.fromkeys(order)) == ["carve", "beam", "vcd", "spin"]
     assert order.count("carve") == 4, "captions and POPE of two models"
+
+
+def test_the_model_that_is_kept_for_tests_is_not_searched_on():
+    reasons = collections.defaultdict(str)
+    assert {name: study.LISTED["tuned"](ANY, name, reasons) for name in UNSEARCHED} == {"small": {}}
 
 
 def test_the_scenes_for_tuning_are_others(tmp_path):

@@ -22,7 +22,7 @@ from vlmfix.files import is_draft, make_folder, remove_drafts
 from vlmfix.language.parameters import Value
 from vlmfix.language.recipe import write_recipe
 from vlmfix.records import read_json, refuse_other, replace_json
-from vlmfix.settings import LOADED, Settings
+from vlmfix.settings import LOADED, Settings, check_searchable
 from vlmfix.shapes import COUNT, NUMBER, fields
 
 FORMAT = 2
@@ -173,10 +173,11 @@ def tune(
         guards: What a trial may lose.
 
     Raises:
-        UsageError: The task has no figure to tune, the specification leaves nothing open, or the folder holds another
-            search.
+        UsageError: The task has no figure to tune, the specification leaves nothing open, the folder holds another
+            search, or the model is kept for tests.
         DataError: There are fewer than two pictures, or plain decoding has no value on the tuning split.
     """
+    check_searchable(settings.model)
     figure, better = _objective(task)
     if budget < 1:
         raise UsageError(f"budget={budget} is not allowed", "give a number of trials from 1")
