@@ -1,5 +1,6 @@
 """The study of effects: shared work, parts of runs, controls, searches; and all of it once, small."""
 
+import collections
 import json
 import random
 import time
