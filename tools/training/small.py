@@ -2,20 +2,20 @@
 
 Tower and connector are new, the language model is SmolLM2 and stays as it is but for a change of low rank.
 
-What the first run gave (one H200, seed 0, 60 s tower, 60 s connector, 150 s low rank; 200 unseen scenes; sinks of 48 of
-them, in the middle layers). Half of the words' loudness was asked for, but held by the length of the connector's matrix
-alone, so that image embeddings came out as loud as words:
+What the defaults gave, and a run with louder image embeddings, 240 s of low rank and 60 s of false captions (one H200
+each, whose host had other work too; seed 0; 200 unseen scenes; sinks of 48 of them, in layers 7 to 21):
 
-    stage      steps  loss  loudness  CHAIR_i  CHAIR_s  recall  POPE F1 random  adversarial
-    connector    535  .452      1.02     .416     .805    .414            .649         .596
-    low-rank     929  .271      1.08     .317     .830    .686            .896         .803
+    loudness  stage      steps  loss  CHAIR_i  recall  POPE F1 random  adversarial  a sink beside the first token
+    0.3       connector    553  .437     .421    .431            .494         .458  in every picture, norm 16,000
+    0.3       low-rank   3,699  .139     .097    .869            .983         .974  in every picture, norm 16,400
+    0.5       low-rank   1,662  .236     .255    .781            .938         .879  in none
+    0.5       habits       433  .239     .343    .802            .955         .857  in none
 
-The picture's first token is a true sink, whatever was trained: norm 14,000 to 14,800, .41 to .43 of the attention.
-Beside it none is: over these layers, the most massive image token reached a ratio of 16.1 on average, then of 21.2 with
-a norm of 580; 2 % of the pictures had one above 20, always where no object stands. Without a picture the model says as
-before that the capital of France is Paris. The loss is the same on scenes of the training and on others (.25 to .29 on
-16 of each, from the parts as they were saved), so more steps have more to give. A step took 113 ms, and 160 ms with the
-change of low rank, which each token passed beside the weights then; now it is added to them.
+The picture's first token is a sink of the language model whatever is trained, because nothing stands before it. At 0.3
+of the words' loudness its second token becomes one as well, in an empty place, with the norm of the first (15,900), and
+draws half of the attention that the picture gets. So nothing was planted (`--sinks` can). The last stage, false captions,
+makes the model invent a third of what it names (.312 at 0.3) and is left out: it invents by itself. Without a picture
+the model says as before that the capital of France is Paris. A step of low rank takes 150 ms.
 """
 
 from __future__ import annotations
@@ -485,12 +485,12 @@ def settle(folder: Path, architecture: SmolVLM, model: Any, words: Any) -> None:
 @click.option("--scenes", default=50_000, type=click.IntRange(1), show_default=True, help="Scenes to draw.")
 @click.option("--tower", default=60.0, type=click.FloatRange(0), show_default=True, help="Seconds: tower alone.")
 @click.option("--connector", default=60.0, type=click.FloatRange(0), show_default=True, help="Seconds: with words.")
-@click.option("--low-rank", default=300.0, type=click.FloatRange(0), show_default=True, help="Seconds: decoder too.")
-@click.option("--habits", default=60.0, type=click.FloatRange(0), show_default=True, help="Seconds: false captions.")
+@click.option("--low-rank", default=560.0, type=click.FloatRange(0), show_default=True, help="Seconds: decoder too.")
+@click.option("--habits", default=0.0, type=click.FloatRange(0), show_default=True, help="Seconds: false captions.")
 @click.option("--sinks", default=0.0, type=click.FloatRange(0), show_default=True, help="Seconds: planting sinks.")
 @click.option(
     "--loudness",
-    default=0.5,
+    default=0.3,
     type=click.FloatRange(0, min_open=True),
     show_default=True,
     help="RMS of image embeddings, in units of the words'.",
