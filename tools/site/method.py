@@ -41,6 +41,8 @@ CAPTIONS = {
     "tokens": "length",
 }
 """Heading of a column -> that of the page of effects."""
+EFFECTS = ("effects.md", "effects-newer.md")
+"""Pages with figures of the embedded models."""
 PROFILES = {
     "adhh": "--profiler ablation --instances instances.json --captions captions.json",
     "ph3": '--profiler patching --prompt "Is there a chair in the image?"',
@@ -158,17 +160,19 @@ def measured(name: str) -> str:
     """Writes what was measured of a method with its defaults, and what others published."""
     if name == "greedy":
         return "It is what all others are held against: [effects](../effects.md)."
-    rows, small = [], []
-    comments = []
-    for table in _tables("effects.md"):
+    rows, small, comments = [], [], []
+    pages = ["effects.md"]
+    for page, table in [(one, table) for one in EFFECTS for table in _tables(one)]:
         row = table.of(name)
         if row is None:
             continue
         model = _model(table)
         cell = dict(zip(table.head, row, strict=True))
         if "CHAIR_i ↓" in cell:
+            pages.append(page)
             rows.append((f"`{model}`", *(cell[head] for head in CAPTIONS.values())))
         elif "accuracy beyond `elsewhere`" in cell:
+            pages.append(page)
             small.append((f"`{model}`", cell["accuracy ↑"], cell["recall ↑"], cell["accuracy beyond `elsewhere`"]))
         elif table.under[-1] == "What is known of single rows":
             comments.append(re.sub(r"\]\((?=\w+\.md)", "](../", row[1]))
@@ -193,7 +197,7 @@ def measured(name: str) -> str:
     parts += comments
     if parts:
         parts.append(
-            "Revision, machine and command: [effects](../effects.md#figures). On your model: "
+            f"Revision, machine and command: [effects](../{pages[-1]}#figures). On your model: "
             "[evaluations](../evaluations.md)."
         )
     else:
@@ -211,7 +215,8 @@ def _model(table: Table) -> str:
 
 def _reasons(name: str) -> dict[str, str]:
     """Reads why a method has no figures, by model."""
-    found = [(table, table.of(name)) for table in _tables("effects.md") if table.head[-1] == "why figures are missing"]
+    told = [table for table in _tables(EFFECTS[0]) if table.head[-1] == "why figures are missing"]
+    found = [(table, table.of(name)) for table in told]
     return {_model(table): row[1] for table, row in found if row}
 
 

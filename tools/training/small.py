@@ -13,9 +13,9 @@ each, whose host had other work too; seed 0; 200 unseen scenes; sinks of 48 of t
 
 The picture's first token is a sink of the language model whatever is trained, because nothing stands before it. At 0.3
 of the words' loudness its second token becomes one as well, in an empty place, with the norm of the first (15,900), and
-draws half of the attention that the picture gets. So nothing was planted (`--sinks` can). The last stage, false captions,
-makes the model invent a third of what it names (.312 at 0.3) and is left out: it invents by itself. Without a picture
-the model says as before that the capital of France is Paris. A step of low rank takes 150 ms.
+draws half of the attention that the picture gets. So nothing was planted (`--sinks` can). The last stage, false
+captions, makes the model invent a third of what it names (.312 at 0.3) and is left out: it invents by itself. Without a
+picture the model says as before that the capital of France is Paris. A step of low rank takes 150 ms.
 """
 
 from __future__ import annotations
