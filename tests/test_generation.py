@@ -11,7 +11,7 @@ from tests.contracts.support import PICTURES, PROMPTS, Forced, batch_of, logits,
 from tests.tiny import tiny_vlm
 from vlmfix.decoders import VCD
 from vlmfix.errors import DataError, IncompatibleDecodersError, UnsupportedModelError, UsageError
-from vlmfix.generation import _row_seed
+from vlmfix.request import row_seed
 
 ROWS = [list(row) for row in PICTURES]
 
@@ -157,13 +157,13 @@ def test_sampling_leaves_the_global_generator_alone():
 def test_a_draw_belongs_to_seed_question_and_pictures():
     one, other = PICTURES[1]
     seeds = [
-        _row_seed(seed, prompt, shown)
+        row_seed(seed, prompt, shown)
         for seed in (0, 1)
         for prompt in ("what?", "who?")
         for shown in ([], [one], [other], [one, other], [other, one])
     ]
     assert len(set(seeds)) == len(seeds)
-    assert _row_seed(1, "who?", [other.copy(), one.copy()]) == seeds[-1]
+    assert row_seed(1, "who?", [other.copy(), one.copy()]) == seeds[-1]
 
 
 @pytest.mark.parametrize("shared", [True, False], ids=["one object", "copies"])
