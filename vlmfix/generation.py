@@ -23,7 +23,8 @@ from vlmfix.decoding.running import running
 from vlmfix.decoding.spelling import Pieces
 from vlmfix.engines import decoded, generated
 from vlmfix.errors import IncompatibleDecodersError
-from vlmfix.models.checkpoint import Checkpoint, limited, said_before
+from vlmfix.models.chat import said_before
+from vlmfix.models.checkpoint import Checkpoint, limited
 from vlmfix.models.families import family_of
 from vlmfix.models.layout import Prepared, Turn
 from vlmfix.models.turns import turn_of

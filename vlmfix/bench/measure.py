@@ -22,7 +22,7 @@ from vlmfix.decoding.graphs import forget
 from vlmfix.decoding.running import RECORDING
 from vlmfix.errors import DataError, UsageError, VlmfixError
 from vlmfix.generation import VLM
-from vlmfix.models.checkpoint import device_named
+from vlmfix.models.places import device_named
 from vlmfix.upstream.memory import peak_of
 
 Way = Literal["vlmfix", "transformers"]

@@ -26,7 +26,7 @@ from transformers import (
 
 from vlmfix.errors import UsageError
 from vlmfix.generation import VLM, load, wrap
-from vlmfix.models.checkpoint import device_named, dtype_named
+from vlmfix.models.places import device_named, dtype_named
 from vlmfix.settings import EMBEDDED
 
 QUESTION = "Please describe this image in detail."

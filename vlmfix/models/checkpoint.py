@@ -24,12 +24,14 @@ from vlmfix.errors import (
     VlmfixError,
 )
 from vlmfix.models import assembly, loading
+from vlmfix.models.chat import rendered, said_before, template_of
 from vlmfix.models.families import family_of
 from vlmfix.models.family import Family
-from vlmfix.models.layout import Batch, Earlier, ImageLayout, Prepared, Turn
+from vlmfix.models.layout import Batch, ImageLayout, Prepared, Turn, laid_out
+from vlmfix.models.places import check_device_map, device_named, dtype_named
 from vlmfix.models.quantization import check_quantize
 from vlmfix.models.repeats import Each, process_once
-from vlmfix.parsing import is_text
+from vlmfix.models.special import completed_tokens
 from vlmfix.settings import ATTENTIONS, EMBEDDED, check_model_name
 from vlmfix.upstream import defaults, features, hub, panics
 from vlmfix.upstream.contracts import check_model
@@ -42,8 +44,6 @@ HEADS = "heads.safetensors"
 
 GROWN = 4
 """How many times its own pixels make a picture one that grows: a photograph padded to a square is none."""
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 @dataclass(frozen=True, eq=False)
@@ -108,7 +108,7 @@ class Checkpoint:
         check_model_name(str(model))
         path = assembly.whole(EMBEDDED.get(str(model), model))
         place = device_named(device)
-        _check_device_map(device_map, device)
+        check_device_map(device_map, device)
         kind = dtype_named(dtype, place)
         check_quantize(quantize, place)
         if attention not in (None, *ATTENTIONS):
@@ -181,7 +181,7 @@ class Checkpoint:
             SystematicError: Taking a picture in fails with an error of another library.
             UnsupportedModelError: The chat template cannot be used.
         """
-        if self._template() is None:
+        if template_of(self.processor, self._called) is None:
             return
         picture = Image.new("RGB", (84, 56), (128, 128, 128))
         hint = "processor_config.json, preprocessor_config.json and config.json must belong to the same checkpoint"
@@ -223,25 +223,6 @@ class Checkpoint:
     def _marked(self, batch: Batch) -> Tensor:
         """(B, T) bool: the tokens that stand for parts of pictures, newlines among them."""
         return batch["input_ids"] == self.family.image_token(self.model.config)
-
-    def _template(self) -> str | None:
-        """The chat template: the processor's, or else the tokenizer's; the one called ``default`` of several.
-
-        Raises:
-            UnsupportedModelError: There are several, and none is called so.
-        """
-        for holder in (self.processor, self.processor.tokenizer):
-            found = getattr(holder, "chat_template", None)
-            if isinstance(found, str):
-                return found
-            if isinstance(found, Mapping) and found:
-                if "default" not in found:
-                    raise UnsupportedModelError(
-                        f"{self._called} has the chat templates {', '.join(sorted(found))} and none is called default",
-                        "save the one to use as chat_template.jinja in its folder",
-                    )
-                return str(found["default"])
-        return None
 
     def encode(
         self,
@@ -368,41 +349,8 @@ class Checkpoint:
             DataError: A text holds the token that stands for a picture.
             UnsupportedModelError: There is no chat template, it fails, or it leaves a turn out.
         """
-        template = self._template()
-        if template is None:
-            raise UnsupportedModelError(
-                f"{self._called} has no chat template, neither with its processor nor with its tokenizer",
-                "put chat_template.jinja of the checkpoint that it was made from into its folder",
-            )
-        if system is not None:
-            earlier = [Turn("system", system), *(turn for turn in earlier if turn.role != "system")]
-        mark = str(self.processor.tokenizer.convert_ids_to_tokens(self.family.image_token(self.model.config)))
-        if any(mark in said for said in (prompt or "", *(turn.text for turn in earlier))):
-            raise DataError(f"{mark} in a question stands for a picture there", "leave it out: pictures come before it")
-        messages = [_message(turn.role, turn.text, turn.pictures) for turn in earlier]
-        messages.append(_message("user", prompt, pictures - sum(turn.pictures for turn in earlier)))
-        try:
-            text = self.processor.apply_chat_template(
-                messages, chat_template=template, tokenize=False, add_generation_prompt=True
-            )
-        except Exception as error:  # whatever a template does, and it is a program
-            raise UnsupportedModelError(
-                f"the chat template of {self._called} fails: {loading.words(error)}",
-                "put chat_template.jinja of the checkpoint that it was made from into its folder",
-            ) from error
-        for turn in earlier:
-            if turn.text.strip() not in text:
-                raise UnsupportedModelError(
-                    f"the chat template of {self._called} leaves out what the {turn.role} said before the question",
-                    "leave it out, or write it into the question",
-                )
-        asked = len(prompt or "") + sum(len(turn.text) for turn in earlier)
-        if len(text) > loading.LONGEST_TEXT + loading.LONGEST_TEXT * asked // 1000:
-            raise UnsupportedModelError(
-                f"the chat template of {self._called} makes {len(text)} characters of a question of {asked}",
-                "put chat_template.jinja of the checkpoint that it was made from into its folder",
-            )
-        return str(text)
+        image = self.family.image_token(self.model.config)
+        return rendered(self.processor, self._called, image, prompt, pictures, system=system, earlier=earlier)
 
     def layout(self, batch: Batch) -> ImageLayout:
         """Which prompt token shows which part of which picture.
@@ -410,79 +358,12 @@ class Checkpoint:
         Raises:
             LayoutError: The number of image tokens and of places in the pictures differ.
         """
-        ids = batch["input_ids"]
         marked = self._marked(batch)
         places = self.family.patches(self.model, self.processor, batch) if bool(marked.any()) else [[]] * batch.rows
-        boxes = torch.full((*ids.shape, 4), float("nan"))
-        image = torch.full(ids.shape, -1, dtype=torch.long)
-        for row, pictures in enumerate(places):
-            where = marked[row].nonzero().squeeze(1).cpu()
-            count = sum(len(picture) for picture in pictures)
-            if len(where) != count:
-                raise LayoutError(
-                    f"row {row} has {len(where)} image tokens but its pictures fill {count}",
-                    "the inputs were cut, or made with another processor",
-                )
-            if pictures:
-                boxes[row, where] = torch.cat(pictures)
-                image[row, where] = torch.arange(len(pictures)).repeat_interleave(
-                    torch.tensor([len(picture) for picture in pictures])
-                )
-        boxes, image = boxes.to(ids.device), image.to(ids.device)
-        separator = boxes.isnan().any(dim=2)
-        tokens = marked & ~separator
-        return ImageLayout(
-            tokens=tokens,
-            text=batch.attention_mask.bool() & ~marked,
-            image=torch.where(tokens, image, -1),
-            boxes=torch.where(boxes.isinf(), float("nan"), boxes),
-        )
+        return laid_out(batch["input_ids"], batch.attention_mask.bool(), marked, places)
 
     def _rounded(self, value: Tensor) -> Tensor:
         return value.to(self.model.dtype) if value.is_floating_point() else value
-
-
-def said_before(earlier: Any, rows: Sequence[Sequence[Image.Image]]) -> Earlier | None:  # noqa: ANN401
-    """Checks what was said before the questions of a batch.
-
-    Args:
-        earlier: For each row, its turns; None for nothing in any.
-        rows: The pictures of each row.
-
-    Raises:
-        DataError: It is something else; there are not as many rows; a system message does not stand first; turns have
-            more pictures than their row; or the turns do not alternate between user and assistant.
-    """
-    if earlier is None:
-        return None
-    hint = "give for each question a list of vlmfix.Turn(role, text), oldest first"
-    if not isinstance(earlier, Sequence) or len(earlier) != len(rows):
-        raise DataError(f"earlier is not a list with one list for each of {len(rows)} questions", hint)
-    for number, (turns, pictures) in enumerate(zip(earlier, rows, strict=True)):
-        place = f"earlier[{number}]"
-        if not isinstance(turns, Sequence) or not all(isinstance(turn, Turn) for turn in turns):
-            raise DataError(f"{place} is not a list of turns", hint)
-        if not all(is_text(turn.text) for turn in turns):
-            raise DataError(f"{place} has a turn that is no text", hint)
-        said = [turn.role for turn in turns if turn.role != "system"]
-        if "system" in [turn.role for turn in turns[1:]] or said != ["user", "assistant"] * (len(said) // 2):
-            roles = ", ".join(turn.role for turn in turns)
-            raise DataError(
-                f"{place} has the roles {roles}",
-                "after at most one system message, user and assistant take turns, and the question comes last",
-            )
-        if any(turn.pictures < 0 or (turn.pictures and turn.role != "user") for turn in turns):
-            raise DataError(f"{place} has pictures in a turn that is not the user's", "only the user shows pictures")
-        if sum(turn.pictures for turn in turns) > len(pictures):
-            shown = sum(turn.pictures for turn in turns)
-            raise DataError(f"{place} has {shown} pictures and its row {len(pictures)}", "give the row all pictures")
-    return tuple(tuple(turns) for turns in earlier)
-
-
-def _message(role: str, text: str | None, pictures: int) -> dict[str, Any]:
-    """One message as chat templates read it."""
-    content: list[dict[str, Any]] = [{"type": "image"}] * pictures
-    return {"role": role, "content": content if text is None else [*content, {"type": "text", "text": text}]}
 
 
 def limited(family: Family, processor: ProcessorMixin, *, most: int | None, least: int | None) -> ProcessorMixin:
@@ -496,85 +377,3 @@ def limited(family: Family, processor: ProcessorMixin, *, most: int | None, leas
     given = (("max_pixels", most), ("min_pixels", least))
     most, least = (None if limit is None else whole(name, limit, 1) for name, limit in given)
     return family.limited(processor, most=most, least=least)
-
-
-def device_named(name: str) -> torch.device:
-    """A device by its name; ``auto`` is the GPU when there is one.
-
-    Raises:
-        UsageError: torch knows or sees no such device.
-    """
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        place = torch.device(name)
-    except RuntimeError as error:
-        raise UsageError(f"unknown device {name!r}", "use auto, cpu, cuda or cuda:N") from error
-    if place.type == "cuda" and not torch.cuda.is_available():
-        raise UsageError(f"device {name!r} asked for, but torch sees no GPU", "use --device cpu")
-    return place
-
-
-def _check_device_map(name: str | None, device: str) -> None:
-    if name not in (None, "auto"):
-        raise UsageError(f"unknown device_map {name!r}", "use auto, or leave it out")
-    if name is not None and device != "auto":
-        raise UsageError(f"device_map={name} and device={device} are both given", "give one of them")
-
-
-def dtype_named(name: str, device: torch.device) -> torch.dtype | str:
-    """A precision by its name; ``auto`` is float32 on the CPU, and stays ``auto``, the checkpoint's own, elsewhere.
-
-    Raises:
-        UsageError: There is no such precision.
-    """
-    if name == "auto":
-        return torch.float32 if device.type == "cpu" else "auto"
-    if name not in DTYPES:
-        raise UsageError(f"unknown dtype {name!r}", f"use auto, {', '.join(DTYPES)}")
-    return DTYPES[name]
-
-
-def completed_tokens(model: PreTrainedModel, processor: ProcessorMixin, picture: int) -> dict[str, Any]:
-    """Makes the tokens that end and fill up rows usable, in a model and a tokenizer that were just loaded.
-
-    A padding token that is missing, that the model has no embedding of, or that is the image token, is no matter of
-    answers: it is masked in prompts, and stands behind an answer's end. Without an end token in the generation
-    settings, the tokenizer's ends answers.
-
-    Args:
-        model: The model.
-        processor: Its processor.
-        picture: The token that stands for one image patch.
-
-    Returns:
-        What was put in: name -> value.
-
-    Raises:
-        DataError: A token is not one of the model's.
-    """
-    tokenizer, config = processor.tokenizer, model.generation_config
-    size = len(model.get_input_embeddings().get_parameter("weight"))
-    added: dict[str, Any] = {}
-    if not _tokens(config, "eos_token_id", size) and tokenizer.eos_token_id is not None:
-        config.eos_token_id = added["eos_token_id"] = tokenizer.eos_token_id
-    ends = _tokens(config, "eos_token_id", size)
-    if tokenizer.pad_token_id in (None, picture) or tokenizer.pad_token_id >= size:
-        if tokenizer.eos_token is None or tokenizer.eos_token_id >= size:
-            raise DataError("the tokenizer has no padding token", "name pad_token in tokenizer_config.json")
-        tokenizer.pad_token = added["pad_token"] = tokenizer.eos_token
-    if _tokens(config, "pad_token_id", size) in ([], [picture]):
-        config.pad_token_id = added["pad_token_id"] = ends[0] if ends else tokenizer.pad_token_id
-    return added
-
-
-def _tokens(config: Any, name: str, size: int) -> list[int]:  # noqa: ANN401 (its settings have no types)
-    """The tokens that a generation setting names, each one of the model's."""
-    value = getattr(config, name)
-    found = [] if value is None else list(value) if isinstance(value, list | tuple) else [value]
-    if odd := [token for token in found if type(token) is not int or not 0 <= token < size]:
-        raise DataError(
-            f"generation_config.json: {name} {odd[0]!r} is no token of the model, which has 0 to {size - 1}",
-            loading.COMPLETE,
-        )
-    return found

@@ -5,7 +5,7 @@ Shape letters (``docs/notation.md``): B rows, T prompt tokens, K keys.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -215,6 +215,44 @@ class ImageLayout:
         if not bool(mine.any()):
             raise LayoutError(f"row {row} has no picture {image}", "pictures count from 0 within their row")
         return self.boxes[row][mine].cpu()
+
+
+def laid_out(ids: Tensor, real: Tensor, marked: Tensor, places: Sequence[list[Tensor]]) -> ImageLayout:
+    """Gives each token that stands for a part of a picture its place there.
+
+    Args:
+        ids: (B, T) prompt tokens.
+        real: (B, T) bool, False at padding.
+        marked: (B, T) bool, the tokens that stand for parts of pictures, newlines among them.
+        places: Of each row and picture the boxes of these tokens; see ``Family.patches``.
+
+    Raises:
+        LayoutError: The number of image tokens and of places in the pictures differ.
+    """
+    boxes = torch.full((*ids.shape, 4), float("nan"))
+    image = torch.full(ids.shape, -1, dtype=torch.long)
+    for row, pictures in enumerate(places):
+        where = marked[row].nonzero().squeeze(1).cpu()
+        count = sum(len(picture) for picture in pictures)
+        if len(where) != count:
+            raise LayoutError(
+                f"row {row} has {len(where)} image tokens but its pictures fill {count}",
+                "the inputs were cut, or made with another processor",
+            )
+        if pictures:
+            boxes[row, where] = torch.cat(pictures)
+            image[row, where] = torch.arange(len(pictures)).repeat_interleave(
+                torch.tensor([len(picture) for picture in pictures])
+            )
+    boxes, image = boxes.to(ids.device), image.to(ids.device)
+    separator = boxes.isnan().any(dim=2)
+    tokens = marked & ~separator
+    return ImageLayout(
+        tokens=tokens,
+        text=real & ~marked,
+        image=torch.where(tokens, image, -1),
+        boxes=torch.where(boxes.isinf(), float("nan"), boxes),
+    )
 
 
 def _padded(mask: Tensor, length: int) -> Tensor:
