@@ -45,7 +45,7 @@ class Request:
     def __post_init__(self) -> None:
         object.__setattr__(self, "limits", [whole("max_new_tokens", limit, 1) for limit in self.limits])
         object.__setattr__(self, "seeds", [whole("seed", seed, 0, SEEDS - 1) for seed in self.seeds])
-        object.__setattr__(self, "repetition_penalty", _penalty(self.repetition_penalty))
+        object.__setattr__(self, "repetition_penalty", penalty_of(self.repetition_penalty))
         if self.system is not None and not is_text(self.system):
             raise DataError("system is no text", "give one system message for all questions")
 
@@ -68,8 +68,12 @@ def more_than_a_question(decoder: Decoder) -> IncompatibleDecodersError:
     )
 
 
-def _penalty(value: float) -> float:
-    """A penalty on repetition, checked."""
+def penalty_of(value: float) -> float:
+    """Checks a penalty on repetition.
+
+    Raises:
+        UsageError: It is no number, or out of range.
+    """
     if not 0 < (found := number("repetition_penalty", value)) <= 100:
         raise UsageError(f"repetition_penalty={value} is not allowed", "it is above 0 and at most 100; 1 is none")
     return found

@@ -59,13 +59,23 @@ def test_a_whole_conversation():
 def test_settings_are_taken_over():
     asked = wanted(
         BODY
-        | {"temperature": 0.7, "top_p": 0.9, "top_k": 40, "n": 3, "seed": 2**63 - 2, "max_completion_tokens": 5}
+        | {
+            "temperature": 0.7,
+            "top_p": 0.9,
+            "top_k": 40,
+            "repetition_penalty": 1.2,
+            "n": 3,
+            "seed": 2**63 - 2,
+            "max_completion_tokens": 5,
+        }
         | {"stop": ["a", "b"], "logprobs": True, "top_logprobs": 4, "stream": True}
         | {"stream_options": {"include_usage": True}, "user": "me", "metadata": {"a": "b"}, "store": True}
         | {"frequency_penalty": 0, "presence_penalty": 0.0, "response_format": {"type": "text"}, "tools": None}
     )
     assert asked.strategy == Strategy(temperature=0.7, top_p=0.9, top_k=40)
     assert asked.seeds == (2**63 - 2, 2**63 - 1, 0)
+    assert asked.repetition_penalty == 1.2
+    assert wanted(BODY | {"temperature": 1, "top_k": -1}).strategy == wanted(BODY | {"temperature": 1}).strategy
     assert (asked.tokens, asked.stops, asked.alternatives) == (5, ("a", "b"), 4)
     assert (asked.stream, asked.usage) == (True, True)
 
@@ -130,6 +140,9 @@ def test_equal_pictures_are_one_object():
         ({"temperature": 10**299}, "temperature", "not allowed"),
         ({"temperature": -0.1}, "temperature", "not allowed"),
         ({"top_p": 0.5}, "temperature", "greedy search has no nucleus"),
+        ({"temperature": 1, "top_k": -2}, "top_k", "whole number"),
+        ({"repetition_penalty": 0}, "repetition_penalty", "above 0"),
+        ({"repetition_penalty": "1"}, "repetition_penalty", "number"),
         ({"temperature": 1, "decoder": "beam"}, "temperature", "chooses by 5 beams"),
         ({"logprobs": True, "decoder": "beam"}, "logprobs", "beams"),
         ({"logprobs": 1}, "logprobs", "true or false"),

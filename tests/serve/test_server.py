@@ -70,7 +70,7 @@ def counted(server, name):
 KINDS = (
     {},
     {"model": "tiny@vcd"},
-    {"temperature": 1.2, "top_p": 0.9, "top_k": 50},
+    {"temperature": 1.2, "top_p": 0.9, "top_k": 50, "repetition_penalty": 1.3},
     {"decoder": "sample:temperature=0.8"},
 )
 """Settings of the crowd; a batch is of one kind."""
@@ -81,7 +81,7 @@ def test_64_clients_at_once_have_the_answers_that_they_would_have_alone(server, 
 
     def asked(number):
         kind = dict(KINDS[number % 4])
-        extra = {"decoder": kind.pop("decoder", None), "top_k": kind.pop("top_k", None)}
+        extra = {name: kind.pop(name, None) for name in ("decoder", "top_k", "repetition_penalty")}
         messages = about(number % 8, DESCRIBE if number % 3 else "Is there a dog in the image?")
         call = {"seed": number % 8, "extra_body": extra, "tokens": 6 + number % 5, **kind}
         if number % 2:

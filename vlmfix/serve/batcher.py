@@ -40,8 +40,8 @@ SIZES = 64
 """Decoders whose number of rows is remembered."""
 
 State = Literal["loading", "ready", "stopping"]
-Group = tuple[Decoder, Strategy]
-"""What answers of one batch have in common."""
+Group = tuple[Decoder, Strategy, float]
+"""What answers of one batch have in common; the last is the penalty on repetition."""
 
 
 class Batcher:
@@ -271,7 +271,7 @@ class Batcher:
 
     def _attempt(self, rows: Sequence[Row]) -> Exception | None:
         """Answers rows together; returns what it ended with before all were answered."""
-        vlm, (decoder, strategy) = self._model, _group(rows[0].ticket)
+        vlm, (decoder, strategy, penalty) = self._model, _group(rows[0].ticket)
         wanted = [row.ticket.wanted for row in rows]
         following = Following(rows, vlm.reading["ends"], self._tell, self._metrics.first.observe)
         self._metrics.rows.observe(len(rows))
@@ -292,6 +292,7 @@ class Batcher:
                     temperature=strategy.temperature,
                     top_p=strategy.top_p,
                     top_k=strategy.top_k,
+                    repetition_penalty=penalty,
                     seed=[row.seed for row in rows],
                     earlier=earlier,
                     prepared=prepared,
@@ -332,7 +333,8 @@ def unready(state: State) -> RefusedError:
 
 
 def _group(ticket: Ticket) -> Group:
-    return ticket.wanted.decoder, ticket.wanted.strategy
+    wanted = ticket.wanted
+    return wanted.decoder, wanted.strategy, wanted.repetition_penalty
 
 
 def _concerns_a_row(error: Exception) -> bool:

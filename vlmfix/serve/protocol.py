@@ -10,12 +10,12 @@ from typing import Any, Literal
 from PIL import Image
 
 from vlmfix.decoders import Chain, Decoder, Strategy, parse
-from vlmfix.errors import VlmfixError
-from vlmfix.generation import SEEDS
+from vlmfix.errors import UsageError, VlmfixError
 from vlmfix.language.parameters import ranges
 from vlmfix.language.recipe import SHIPPED
 from vlmfix.models.layout import Turn
 from vlmfix.parsing import UnreadableError, is_text, json_at, some, text_of, told
+from vlmfix.request import SEEDS, penalty_of
 from vlmfix.serve.limits import ALTERNATIVES, ANSWERS, STOP_LENGTH, STOPS, Limits
 from vlmfix.serve.pictures import Gallery
 from vlmfix.serve.refusals import RefusedError
@@ -36,6 +36,7 @@ READ = (
     "temperature",
     "top_p",
     "top_k",
+    "repetition_penalty",
 )
 """Fields that decide the answer."""
 HARMLESS = (
@@ -90,6 +91,7 @@ class Wanted:
         earlier: What was said before.
         decoder: How the model decodes.
         strategy: How tokens are chosen.
+        repetition_penalty: What scores of tokens that were said are divided by; 1 for nothing.
         tokens: Longest answer in tokens.
         seeds: The seed of each answer.
         stops: Texts that end an answer.
@@ -104,6 +106,7 @@ class Wanted:
     earlier: tuple[Turn, ...]
     decoder: Decoder
     strategy: Strategy
+    repetition_penalty: float
     tokens: int
     seeds: tuple[int, ...]
     stops: tuple[str, ...]
@@ -147,6 +150,7 @@ def read(content: bytes, served: Served, limits: Limits, gallery: Gallery) -> Wa
         earlier=earlier,
         decoder=decoder,
         strategy=strategy,
+        repetition_penalty=_penalty(body),
         tokens=_tokens(body, limits),
         seeds=tuple((first + number) % SEEDS for number in range(count)),
         stops=_stops(body),
@@ -330,11 +334,19 @@ def _strategy(body: Mapping[str, Any], decoder: Decoder) -> Strategy:
     """How tokens are chosen: as the request says, or as the decoder does where the request leaves it open."""
     temperature = _number(body, "temperature", 0.0)
     top_p = _number(body, "top_p", 1.0)
-    top_k = _whole(body, "top_k", 0, 0, 2**31 - 1)
+    top_k = max(_whole(body, "top_k", 0, -1, 2**31 - 1), 0)  # -1 is all tokens, as vLLM's clients write it
     try:
         return Strategy(temperature=temperature, top_p=top_p, top_k=top_k).combined(decoder.strategy)
     except VlmfixError as error:
         raise RefusedError(error.message, error.hint, param="temperature") from error
+
+
+def _penalty(body: Mapping[str, Any]) -> float:
+    """Reads what scores of tokens that were said are divided by."""
+    try:
+        return penalty_of(_number(body, "repetition_penalty", 1.0))
+    except UsageError as error:
+        raise RefusedError(error.message, error.hint, param="repetition_penalty") from error
 
 
 def _alternatives(body: Mapping[str, Any]) -> int | None:
