@@ -379,7 +379,7 @@ def _files(folder: Path) -> dict[str, Path]:
             shards = _entry(folder / name, "weight_map")
             named += shards.values() if isinstance(shards, dict) else []
     names |= {name for name in named if isinstance(name, str)}
-    return {name: folder / name for name in sorted(names) if (folder / name).is_file()}
+    return {name: folder / name for name in sorted(names) if os.path.isfile(folder / name)}
 
 
 def _entry(path: Path, name: str) -> Any:  # noqa: ANN401 (any JSON value)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -34,7 +35,7 @@ def check_target(path: Path) -> None:
         UsageError: Its folder does not exist, or its name ends in nothing that is drawn.
         DataError: It is there and is no drawing of ours.
     """
-    if not path.parent.is_dir():
+    if not os.path.isdir(path.parent):
         raise UsageError(f"there is no folder {path.parent}", "make it, or write elsewhere")
     if path.suffix.lower() not in MAKERS:
         raise UsageError(f"{path} ends in none of {', '.join(MAKERS)}", "PNG, PDF and SVG are written")

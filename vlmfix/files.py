@@ -36,6 +36,18 @@ def path_of(text: str) -> Path:
         raise UsageError(f"{text}: there is no such home folder", "write the path out, or ./~ for a file") from error
 
 
+def resolved(path: Path) -> Path:
+    """Returns an absolute path with its links followed, as far as they can be.
+
+    ``Path.resolve`` raises where links go in a circle; whoever opens the path then says so in better words. Questions
+    such as ``Path.exists`` raise likewise for names that are too long, so ask ``os.path.exists``, which says no.
+
+    Args:
+        path: The path, which need not exist and holds no zero byte.
+    """
+    return Path(os.path.realpath(path))
+
+
 def make_folder(folder: Path) -> None:
     """Makes a folder and those above it, as far as they are missing.
 
@@ -96,7 +108,7 @@ def _remove_abandoned(path: Path) -> None:
 
     start = f".{path.name[:SHORT]}{DRAFT}"
     for draft in path.parent.iterdir():
-        if draft.name.startswith(start) and is_draft(draft) and draft.is_file():
+        if draft.name.startswith(start) and is_draft(draft) and os.path.isfile(draft):
             with suppress(FileNotFoundError), draft.open("rb") as file:
                 if lock_descriptor(file.fileno(), blocking=False):
                     draft.unlink()

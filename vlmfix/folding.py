@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -61,7 +62,7 @@ def export(vlm: VLM, decoder: Decoder, out: Path) -> Folded:
         UpstreamError: The model's attention has no output projection under a known name.
     """
     gains = decoder.folded(vlm)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+    if os.path.exists(out) and (not os.path.isdir(out) or any(out.iterdir())):
         raise UsageError(f"{out} is there already", "name a new folder; nothing is overwritten")
     if getattr(vlm.model.config, "quantization_config", None) is not None:
         raise UsageError(

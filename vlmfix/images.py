@@ -94,7 +94,7 @@ def find(folder: Path, *, skip: Path | None = None) -> Iterator[Found]:
         DataError: ``folder`` does not exist or cannot be listed.
         PassingError: A folder below cannot be listed now.
     """
-    if folder.is_file():
+    if os.path.isfile(folder):
         yield Found(folder.name, folder)
         return
     try:
@@ -104,7 +104,7 @@ def find(folder: Path, *, skip: Path | None = None) -> Iterator[Found]:
         raise DataError(
             f"cannot read {folder}: {error.strerror}", "give a picture, or a folder with pictures"
         ) from error
-    left_out = _identity(os.stat(skip)) if skip is not None and skip.exists() else None
+    left_out = _identity(os.stat(skip)) if skip is not None and os.path.exists(skip) else None
     yield from _walk(folder, "", (_identity(top),), left_out)
 
 
@@ -125,7 +125,7 @@ def _walk(
         try:
             status = path.stat()
         except OSError as error:
-            broken = "broken link" if path.is_symlink() else "cannot be read"
+            broken = "broken link" if os.path.islink(path) else "cannot be read"
             # trouble that passes may be over when the file is opened
             yield Found(label, path, "" if passing(error) else f"{broken}: {error.strerror}")
             continue
@@ -361,7 +361,7 @@ def named_picture(address: str) -> Image.Image:
     """
     called = address if len(address) <= CALLED else f"{address[:CALLED]}..."
     try:
-        if not (is_web(address) or address[:5].lower() == "data:" or path_of(address, HERE).exists()):
+        if not (is_web(address) or address[:5].lower() == "data:" or os.path.exists(path_of(address, HERE))):
             raise UsageError(f"there is no file {called}", "give a picture, or its address; the question comes last")
         return picture_at(address).image
     except DataError as error:

@@ -19,7 +19,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from vlmfix.errors import PluginError, UsageError
-from vlmfix.files import path_of
+from vlmfix.files import path_of, resolved
 
 if TYPE_CHECKING:
     from importlib.metadata import EntryPoint
@@ -305,7 +305,7 @@ def _executed(path: str) -> tuple[ModuleType, str]:
 @cache
 def _run(path: str, source: bytes, digest: str) -> ModuleType:
     module = ModuleType(f"vlmfix_file_{digest[:16]}_{hashlib.sha256(path.encode()).hexdigest()[:8]}")
-    module.__file__ = str(path_of(path).resolve())
+    module.__file__ = str(resolved(path_of(path)))
     sys.modules[module.__name__] = module  # dataclasses look their annotations up there
     try:
         exec(compile(source, module.__file__, "exec"), module.__dict__)

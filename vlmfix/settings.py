@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,7 +47,7 @@ def check_model_name(name: str) -> None:
     Raises:
         UsageError: There is no such folder, and an embedded model has nearly that name.
     """
-    if name not in EMBEDDED and "/" not in name and not Path(name).exists() and (meant := near(name, EMBEDDED)):
+    if name not in EMBEDDED and "/" not in name and not os.path.exists(name) and (meant := near(name, EMBEDDED)):
         raise UsageError(f"there is no model {name!r}", f"{meant}else give a Hub id, OWNER/NAME, or a directory")
 
 

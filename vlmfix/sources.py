@@ -75,7 +75,7 @@ def source_of(place: Path, *, column: str | None = None, skip: Path | None = Non
         UsageError: ``column`` is given for something else than a CSV file, or there is no such column.
         PassingError: The file cannot be read now.
     """
-    ending = place.suffix.lower() if place.is_file() else ""
+    ending = place.suffix.lower() if os.path.isfile(place) else ""
     if ending == CSV:
         return _Table(place, column)
     if column is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
@@ -126,9 +127,9 @@ def refuse_other_file(path: Path) -> None:
     Raises:
         UsageError: There is no such folder, or something else has this name.
     """
-    if not path.parent.is_dir():
+    if not os.path.isdir(path.parent):
         raise UsageError(f"--json {path}: there is no folder {path.parent}", "make it, or choose another")
-    if not path.exists():
+    if not os.path.exists(path):
         return
     try:
         ours = read_json(path).get("kind") == KIND

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from click.core import ParameterSource
 
 from vlmfix.commands import options
 from vlmfix.errors import UsageError
+from vlmfix.files import resolved
 
 PATH = click.Path(path_type=Path)
 RULES = {"parser": ("pope", "amber"), "questions": ("pope",), "synonyms": ("chair",), "judgements": ("hallusion",)}
@@ -100,7 +102,7 @@ def compare(
     truth, it says what changed: how many answers, their lengths and the objects that they name.
     """
     options.quieten()
-    if any((folder / "run.json").exists() for folder in folders):
+    if any(os.path.exists(folder / "run.json") for folder in folders):
         _tell_changes(folders, as_json=as_json)
         return
     from vlmfix.evals.record import read_run
@@ -141,7 +143,7 @@ def _tell_seeds(runs: list[Any], files: tuple[Path, ...], *, as_json: bool) -> N
 
 
 def _tell_changes(folders: tuple[Path, ...], *, as_json: bool) -> None:
-    if evaluated := [folder for folder in folders if not (folder / "run.json").exists()]:
+    if evaluated := [folder for folder in folders if not os.path.exists(folder / "run.json")]:
         raise UsageError(
             f"{evaluated[0]} is no folder of vlmfix run, as others are",
             "compare folders of one kind; vlmfix view mixes",
@@ -191,7 +193,7 @@ def reproduce(
     when every answer is the same, of an evaluation in every token, else 1.
     """
     options.quieten()
-    if (folder / "run.json").exists():
+    if os.path.exists(folder / "run.json"):
         _answer_again(
             folder, out or folder / "again", as_json, images=images, model=model, prompts=prompts, device=device
         )
@@ -205,7 +207,7 @@ def reproduce(
     from vlmfix.reports.reproduction import reproduction_json, reproduction_text
 
     run, second = read_run(folder), out or folder / "again"
-    if second.resolve() == folder.resolve():
+    if resolved(second) == resolved(folder):
         raise UsageError(f"--out {second} is the run itself", "choose another folder for the second run")
     asked = False
 

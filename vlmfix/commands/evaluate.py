@@ -16,6 +16,7 @@ from vlmfix.commands import options
 from vlmfix.commands.compare import tell
 from vlmfix.errors import UsageError
 from vlmfix.extras import need
+from vlmfix.files import resolved
 from vlmfix.settings import Settings
 
 PATH = click.Path(path_type=Path)
@@ -345,7 +346,7 @@ def clipscore(
     """CLIPScore of captions, for pictures without annotations."""
     from vlmfix.evals.benchmarks import clipscore as benchmark
 
-    task = benchmark.ClipScore(images=str(images.resolve()), model=clip, pretrained=clip_weights)
+    task = benchmark.ClipScore(images=str(resolved(images)), model=clip, pretrained=clip_weights)
     workload = benchmark.read(
         images,
         captions=captions,
@@ -402,7 +403,7 @@ def _arms(specs: tuple[str, ...]) -> dict[str, Any]:
         if isinstance(decoder, DECODERS[PLAIN]):
             name = PLAIN
         elif spec.startswith("@") and "+" not in spec:
-            file = recipe_file(spec[1:]).resolve()
+            file = resolved(recipe_file(spec[1:]))
             name = spec if file in SHIPPED.values() else f"{file.parent.name}/{file.stem}"
         else:
             name = spec

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 from collections.abc import Generator
 from contextlib import closing
@@ -71,7 +72,7 @@ def profile(
         return
     if names is None or images is None or out is None:
         raise UsageError("--profiler, --images and --out are needed", "or use: vlmfix profile show FILE, diff A B")
-    if not out.parent.is_dir():
+    if not os.path.isdir(out.parent):
         raise UsageError(f"there is no folder {out.parent}", "make it, or write elsewhere")
     options.quieten()
     from vlmfix.display import counting, loading
@@ -91,7 +92,7 @@ def profile(
     if instances or captions:
         files = _annotated(files, chosen, shown, instances, captions)
     total = len(files) if count is None else min(count, len(files))
-    kept = load_profiles(out) if add and out.exists() else {}
+    kept = load_profiles(out) if add and os.path.exists(out) else {}
     vlm = loading(settings.model, **settings.loading())
     for held in kept.values():
         held.check(vlm)

@@ -11,6 +11,7 @@ import click
 from vlmfix.commands import options
 from vlmfix.errors import UsageError
 from vlmfix.extras import need
+from vlmfix.files import resolved
 from vlmfix.settings import Settings
 
 
@@ -83,7 +84,7 @@ def serve(
     A request names its decoder in the model's name, such as tiny@vcd; --decoder is that of requests that name none.
     """
     need("serve")
-    if allow is not None and not allow.is_dir():
+    if allow is not None and not os.path.isdir(allow):
         raise UsageError(f"--allow {allow} is no folder", "name a folder with pictures")
     if api_key is not None and not (api_key.isascii() and api_key.isprintable() and api_key.strip() == api_key != ""):
         raise UsageError("the API key holds what no header can", "take ASCII letters, digits and signs")
@@ -108,7 +109,7 @@ def serve(
         allowed=allow,
     )
     decoder = parse(settings.decoder)
-    name = Path(settings.model).resolve().name if Path(settings.model).is_dir() else settings.model
+    name = resolved(Path(settings.model)).name if os.path.isdir(settings.model) else settings.model
 
     def load() -> VLM:
         vlm = loading(settings.model, **settings.loading())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,7 @@ def status(folder: Path, as_json: bool) -> None:
     It reads what vlmfix run has written, in another terminal or on another machine that has the folder, and changes
     nothing. Of shards that are not merged yet it tells each, and all together.
     """
-    shards = [] if (folder / CARD).exists() else shards_in(folder)
+    shards = [] if os.path.exists(folder / CARD) else shards_in(folder)
     found = [read_status(shard.folder(folder)) for shard in shards] or [read_status(folder)]
     if not shards:
         (alone,) = found

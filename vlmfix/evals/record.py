@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from dataclasses import fields as fields_of
@@ -193,7 +194,7 @@ def read_run(folder: Path) -> EvalRun:
         DataError: The folder is not a run's, a file in it was changed, or its benchmark is not known here.
         PluginError: The benchmark is another distribution's or in a file, and is not that of the run.
     """
-    if not (folder / CARD).exists():
+    if not os.path.exists(folder / CARD):
         raise DataError(f"{folder} holds no {CARD}", "give a folder that vlmfix eval wrote")
     card = read_json(folder / CARD, SCORABLE)
     if card["format"] != FORMAT:

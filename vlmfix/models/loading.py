@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 import re
 import sys
 import textwrap
@@ -68,9 +69,9 @@ def configuration(path: str, revision: str | None) -> dict[str, Any]:
         DataError: There is no such folder, the file cannot be read, or the folder holds an adapter.
     """
     local = Path(path).is_absolute() or path.startswith(".") or path.count("/") > 1
-    if local and not Path(path).is_dir():
+    if local and not os.path.isdir(path):
         raise DataError(f"there is no directory {path!r}", WHAT_LOADS)
-    if (Path(path) / ADAPTER).exists():
+    if os.path.exists(Path(path) / ADAPTER):
         raise DataError(
             f"{path!r} holds an adapter ({ADAPTER}), which would be loaded or left out by what else is installed",
             "merge it into its model (PEFT's merge_and_unload) and save that, or hand the model over with vlmfix.wrap",
@@ -277,7 +278,7 @@ def _at_fault(path: str, revision: str | None) -> str:
         AutoTokenizer.from_pretrained(path, revision=revision, **PLAIN)
     except Exception:  # the reason has been raised already
         return "tokenizer.json, tokenizer_config.json: "
-    files = [name for name in PROCESSOR if (Path(path) / name).exists()]
+    files = [name for name in PROCESSOR if os.path.exists(Path(path) / name)]
     return f"one of {', '.join(files)}: " if files else ""
 
 

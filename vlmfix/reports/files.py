@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -61,7 +62,7 @@ def check_path(path: Path) -> None:
     elif ending != ".tex":
         known = ", ".join((".tex", ".html", *MAKERS))
         raise UsageError(f"{path} ends in none of {known}", "LaTeX, HTML and drawings are written")
-    elif path.exists() and not _begins(path, f"% {NAME}"):
+    elif os.path.exists(path) and not _begins(path, f"% {NAME}"):
         raise DataError(f"{path} is there and is no table of {NAME}", "choose another file, or remove that one")
 
 

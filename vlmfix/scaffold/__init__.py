@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import keyword
+import os
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -39,7 +40,7 @@ def write(name: str, kind: str, folder: Path) -> tuple[Path, Path, str]:
     cls = "".join(part[:1].upper() + part[1:] for part in name.replace("_", "-").split("-"))
     files = folder / f"{module}.py", folder / f"test_{module}.py"
     for path in files:
-        if path.exists() or path.is_symlink():
+        if os.path.exists(path) or os.path.islink(path):
             raise UsageError(f"{path} is there", "nothing is overwritten: choose another name, or move it away")
     found = find_spec(module)
     if found is not None and found.origin is not None:  # a folder of that name hides nothing

@@ -11,6 +11,7 @@ from weakref import WeakValueDictionary
 from PIL import Image
 
 from vlmfix.errors import DataError, PassingError
+from vlmfix.files import resolved
 from vlmfix.images import picture_of
 from vlmfix.parsing import told
 from vlmfix.serve.refusals import RefusedError
@@ -26,7 +27,7 @@ class Gallery:
     """
 
     def __init__(self, allowed: Path | None, most: int) -> None:
-        self._allowed = None if allowed is None else allowed.resolve()
+        self._allowed = None if allowed is None else resolved(allowed)
         self._most = most
         self._open: WeakValueDictionary[bytes, Image.Image] = WeakValueDictionary()
         self._lock = threading.Lock()

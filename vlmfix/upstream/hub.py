@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ def commit(path: str, revision: str | None) -> str | None:
         path: A Hub id or a local directory.
         revision: Branch, tag or commit on the Hub; None is its main branch.
     """
-    if Path(path).is_dir():
+    if os.path.isdir(path):
         return None
     found = try_to_load_from_cache(path, CONFIG, revision=revision)
     return Path(found).parent.name if isinstance(found, str) else None  # snapshots/COMMIT/config.json
@@ -45,7 +46,7 @@ def folder(path: str, revision: str | None) -> Path | None:
     Returns:
         The folder, or None when it is gone.
     """
-    if path and Path(path).is_dir():
+    if path and os.path.isdir(path):
         return Path(path)
     if not path or revision is None:
         return None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -34,7 +35,7 @@ def load(name: str, folder: Path) -> Any:  # noqa: ANN401 (timm has no types)
     """
     import timm  # here alone: every other decoder does without it
 
-    return timm.create_model(f"local-dir:{folder}" if folder.is_dir() else name, pretrained=True)
+    return timm.create_model(f"local-dir:{folder}" if os.path.isdir(folder) else name, pretrained=True)
 
 
 def transform(model: Any) -> Callable[[Image.Image], Tensor]:  # noqa: ANN401

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -10,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from vlmfix.errors import DataError, UsageError
+from vlmfix.files import resolved
 from vlmfix.jobs.lines import CARD
 from vlmfix.parsing import some
 from vlmfix.view.runs import Answers, Asked, read_answers
@@ -38,16 +40,16 @@ def read_sheet(folders: Sequence[Path], images: Path | None = None) -> Sheet:
         UsageError: The folders have no picture in common, or one is given twice.
         DataError: A folder is none of these, or holds what was changed.
     """
-    places = [folder.resolve() for folder in folders]
+    places = [resolved(folder) for folder in folders]
     if twice := [folders[number] for number, place in enumerate(places) if place in places[:number]]:
         raise UsageError(f"{twice[0]} is given twice", "give each folder once")
     return _joined([_read(folder, images) for folder in folders])
 
 
 def _read(folder: Path, images: Path | None) -> Answers:
-    if (folder / CARD).exists():
+    if os.path.exists(folder / CARD):
         return read_answers(folder, images)
-    if (folder / EVALUATED).exists():
+    if os.path.exists(folder / EVALUATED):
         from vlmfix.view.evaluations import read_evaluation
 
         return read_evaluation(folder, images)
@@ -82,7 +84,7 @@ def _joined(found: list[Answers]) -> Sheet:
         for key, held in cards.items()
     ]
     columns = _columns(found, labels, shown)
-    title = ", ".join(dict.fromkeys(answers.folder.resolve().name for answers in found))
+    title = ", ".join(dict.fromkeys(resolved(answers.folder).name for answers in found))
     return Sheet(title, columns, tuple(shown), tuple(_notes(found, keys, labels, cards)))
 
 
@@ -141,7 +143,7 @@ def _row(prompt: str, parts: Sequence[tuple[int, Asked]], labels: Sequence[tuple
 def _labels(found: Sequence[Answers]) -> list[tuple[int, str, str]]:
     """(folder's number, arm, label) of each column; labels are as short as they can be and still differ."""
     columns = [(place, arm) for place, answers in enumerate(found) for arm in answers.arms]
-    names = [found[place].folder.resolve().name for place, _ in columns]
+    names = [resolved(found[place].folder).name for place, _ in columns]
     arms = [arm for _, arm in columns]
     short = ["+".join(part.partition(":")[0] for part in CHAINED.split(arm)) for arm in arms]
     several = [f"{name}: {arm}" for name, arm in zip(names, arms, strict=True)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -105,7 +106,7 @@ def _row(row: Row, said: Sequence[Said | None]) -> Row:
 
 def _settings(column: Column, model: str | None) -> Settings:
     """The settings with which a column's answers were made."""
-    if column.folder is None or not (column.folder / CARD).exists():
+    if column.folder is None or not os.path.exists(column.folder / CARD):
         raise UsageError(
             f"{column.label} was not made by vlmfix run, and no card says how", "leave --grounding out for it"
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Iterable, Iterator
 from itertools import chain
 from pathlib import Path
@@ -47,7 +48,7 @@ def make(directory: Path, *, count: int, seed: int, progress: Callable[[int], No
     _claim(directory, {"version": VERSION, "count": count, "seed": seed, "size": CANVAS})
     for index in range(count):
         path = directory / "images" / image_name(index)
-        if not path.exists():
+        if not os.path.exists(path):
             picture = render([scene(seed, index)])[0].permute(1, 2, 0).contiguous()  # (512, 512, 3)
             with replacing(path, tidied=True) as file:
                 Image.fromarray(picture.numpy()).save(file, format="PNG", compress_level=4)
@@ -77,11 +78,11 @@ def _claim(directory: Path, card: dict[str, int]) -> None:
     Raises:
         DataError: It belongs to something else.
     """
-    if directory.exists() and not directory.is_dir():
+    if os.path.exists(directory) and not os.path.isdir(directory):
         raise DataError(f"{directory} is a file", hint="name a folder")
     make_folder(directory)
     path = directory / CARD
-    if path.exists():
+    if os.path.exists(path):
         found = _read(path)
         if found != card:
             raise DataError(f"{directory} holds another world: {found}, not {card}", hint="name an empty or new folder")
@@ -96,7 +97,7 @@ def _claim(directory: Path, card: dict[str, int]) -> None:
 
 def _read(path: Path) -> dict[str, int] | None:
     """What a world's card says; None when the file is none."""
-    if not path.is_file() or path.stat().st_size > CARD_SIZE:
+    if not os.path.isfile(path) or path.stat().st_size > CARD_SIZE:
         return None
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
@@ -114,10 +115,10 @@ def _annotate(directory: Path, count: int, seed: int) -> None:
         directory / "annotations" / "captions.json": lambda: _captions(count, seed),
     }
     for path, pieces in writers.items():
-        if not path.exists():
+        if not os.path.exists(path):
             _write(path, pieces())
     paths = {split: directory / "pope" / f"{split}.json" for split in pope.SPLITS}
-    if all(path.exists() for path in paths.values()):
+    if all(os.path.exists(path) for path in paths.values()):
         return
     pictures = pope.choose(((image_name(index), objects(scene(seed, index))) for index in range(count)), seed=seed)
     names = [entry.name for entry in DRAWN]

@@ -12,13 +12,14 @@ the working directory.
 from __future__ import annotations
 
 import hashlib
+import os
 from pathlib import Path
 from weakref import WeakKeyDictionary
 
 from torch import nn
 
 from vlmfix.errors import DataError, VlmfixError
-from vlmfix.files import path_of
+from vlmfix.files import path_of, resolved
 from vlmfix.heads.profile import HeadProfile, load_profiles
 from vlmfix.models.checkpoint import HEADS, Checkpoint
 
@@ -53,7 +54,7 @@ def profile_for(vlm: Checkpoint, decoder: str, profiler: str, file: str | None) 
             f"{decoder}: cannot read the profile {path}: {error.strerror}", how_to_measure(vlm, profiler)
         ) from error
     known = _READ.setdefault(vlm.model, {})
-    state = (path.resolve(), about.st_mtime_ns, about.st_size)
+    state = (resolved(path), about.st_mtime_ns, about.st_size)
     if state not in known:
         found = load_profiles(path)
         for held in found.values():
@@ -106,7 +107,7 @@ def profile_file(vlm: Checkpoint, file: str | None) -> Path | None:
     if file is not None:
         return path_of(file)
     beside = None if vlm.folder is None else vlm.folder / HEADS
-    return beside if beside is not None and beside.is_file() else None
+    return beside if beside is not None and os.path.isfile(beside) else None
 
 
 def how_to_measure(vlm: Checkpoint, profiler: str) -> str:

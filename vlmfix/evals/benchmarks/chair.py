@@ -297,7 +297,7 @@ def _numbered(annotations: Annotations, line: str) -> AnnotatedPicture | None:
 
 def _refuse_incomplete(chosen: Sequence[AnnotatedPicture], images: Path, captions: Path | Sequence[Path]) -> None:
     """Find missing pictures and missing captions before a model is loaded."""
-    if not images.is_dir():
+    if not os.path.isdir(images):
         raise DataError(f"there is no folder {images}", "give the folder of the pictures")
     missing = [picture.file for picture in chosen if not os.path.isfile(images / picture.file)]
     if missing:

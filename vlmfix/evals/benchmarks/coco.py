@@ -16,7 +16,7 @@ from typing import Any, BinaryIO, Literal
 
 from vlmfix.errors import DataError
 from vlmfix.extras import need
-from vlmfix.files import make_folder, replacing
+from vlmfix.files import make_folder, replacing, resolved
 from vlmfix.parsing import is_text, some, told
 
 Kind = Literal["instances", "captions"]
@@ -348,7 +348,7 @@ def _identity(path: Path) -> dict[str, Any]:
     """What tells this version of the file from another."""
     status = path.stat()
     return {
-        "path": str(path.resolve()),
+        "path": str(resolved(path)),
         "size": status.st_size,
         "changed": [status.st_mtime_ns, status.st_ctime_ns, status.st_ino],
     }

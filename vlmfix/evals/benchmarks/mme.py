@@ -162,9 +162,9 @@ def read(folder: Path, images: Path | None = None) -> Workload:
 
 def _files(folder: Path, task: str) -> list[Path]:
     """Question files of a task, sorted; none when it is not there."""
-    if (folder / task).is_dir():
+    if os.path.isdir(folder / task):
         apart = folder / task / "questions_answers_YN"
-        return sorted((apart if apart.is_dir() else folder / task).glob("*.txt"))
+        return sorted((apart if os.path.isdir(apart) else folder / task).glob("*.txt"))
     single = folder / f"{task}.txt"
     return [single] if os.path.isfile(single) else []
 

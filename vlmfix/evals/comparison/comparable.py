@@ -7,6 +7,7 @@ from typing import Any
 
 from vlmfix.errors import UsageError
 from vlmfix.evals.record import PLAIN, EvalRun, without_names
+from vlmfix.files import resolved
 from vlmfix.parsing import some
 from vlmfix.records import flat, shown
 from vlmfix.settings import LOADED
@@ -36,7 +37,7 @@ def refuse_incomparable(runs: Sequence[EvalRun]) -> None:
                 f"{run.folder} has no plain arm {PLAIN!r}", "start its command again: vlmfix eval adds the plain arm"
             )
     seen = [run.pictures() for run in runs]  # refuses arms that saw other pictures than their plain arm
-    folders = [run.folder.resolve() for run in runs]
+    folders = [resolved(run.folder) for run in runs]
     if len(set(folders)) < len(folders):
         raise UsageError("a folder is given twice", "give each run once")
     for run, pictures in zip(runs[1:], seen[1:], strict=True):

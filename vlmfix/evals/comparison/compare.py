@@ -20,6 +20,7 @@ from vlmfix.evals.comparison.statistics import Tested, bootstrap, interval, swap
 from vlmfix.evals.record import PLAIN, EvalRun
 from vlmfix.evals.task import Judged, Numbers, Task
 from vlmfix.evals.task import plain as finite
+from vlmfix.files import resolved
 from vlmfix.settings import LOADED
 
 ALPHA = 0.05
@@ -217,7 +218,7 @@ def compare(runs: Sequence[EvalRun], *, draws: int = 10_000, seed: int = 0) -> C
 
 def _labels(folders: Sequence[Path]) -> list[str]:
     """Short names of folders: their last part, or the whole path where that is not enough."""
-    short = [folder.resolve().name for folder in folders]
+    short = [resolved(folder).name for folder in folders]
     return short if len(set(short)) == len(short) else [str(folder) for folder in folders]
 
 

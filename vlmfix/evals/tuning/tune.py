@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
@@ -287,8 +288,8 @@ def _claim(
         "guards": asdict(guards),
     }
     make_folder(out)
-    begun = (out / TUNING / RUN).exists() or (out / JOURNAL).exists()  # else no model has answered anything
-    if (out / CARD).exists():
+    begun = os.path.exists(out / TUNING / RUN) or os.path.exists(out / JOURNAL)  # else no model has answered anything
+    if os.path.exists(out / CARD):
         former = read_json(out / CARD)
         if not begun and former.keys() | {"plugins"} != card.keys():  # earlier versions noted none
             raise UsageError(f"{out / CARD} is not of a search", "choose another --out")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, ClassVar
@@ -27,7 +28,7 @@ from vlmfix.evals.record import (
     write_samples,
 )
 from vlmfix.evals.task import Task, Workload
-from vlmfix.files import remove_drafts
+from vlmfix.files import remove_drafts, resolved
 from vlmfix.jobs.ledger import Ledger, now
 from vlmfix.language.parameters import plain
 from vlmfix.records import read_lines
@@ -82,7 +83,7 @@ class ArmsFolder(Ledger):
             "data": dict(workload.about),
             "samples": digest(workload.samples),
             "count": len(workload.samples),
-            "images": None if workload.images is None else str(workload.images.resolve()),
+            "images": None if workload.images is None else str(resolved(workload.images)),
             "model": settings.model,
             "revision": settings.revision,
             **settings.loaded(),
@@ -93,7 +94,7 @@ class ArmsFolder(Ledger):
 
     def new_card(self) -> dict[str, Any]:
         """Makes a card of data, settings and arms."""
-        unknown = [name for name in (SAMPLES, RESULTS, REPORT, *COMPARISON) if (self.folder / name).exists()]
+        unknown = [name for name in (SAMPLES, RESULTS, REPORT, *COMPARISON) if os.path.exists(self.folder / name)]
         if unknown:
             raise UsageError(f"{self.folder} holds {', '.join(unknown)} but no {CARD}", "choose another --out")
         return self._known | {"arms": self._arms, "command": self._command, "sessions": []}
@@ -117,7 +118,7 @@ class ArmsFolder(Ledger):
         """Returns the card's entries for places, which may change: digests tell whether the content is the same."""
         moved = {"images": self._known["images"]}
         model, card = self._known["model"], self.card
-        if model != card["model"] and card.get("commit") is None and EMBEDDED.get(model, Path(model)).is_dir():
+        if model != card["model"] and card.get("commit") is None and os.path.isdir(EMBEDDED.get(model, Path(model))):
             if weights_digest(model, None) == card.get("weights"):
                 moved["model"] = model
         return moved

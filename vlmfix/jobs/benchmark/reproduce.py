@@ -10,6 +10,7 @@ from vlmfix.card import changed_facts, changed_reading, decoder_again, settings_
 from vlmfix.errors import DataError, UsageError
 from vlmfix.evals.record import CARD, MADE_BY, SESSION, EvalRun, Record
 from vlmfix.evals.task import Task, Workload
+from vlmfix.files import resolved
 from vlmfix.generation import VLM, load
 from vlmfix.jobs.benchmark.job import Report, check, evaluate, refuse_changed
 from vlmfix.parsing import some
@@ -145,7 +146,7 @@ def _moved(task: Task, images: Path | None) -> Task:
     """Gives a task that takes pictures from a folder itself the present folder; returns other tasks unchanged."""
     if images is None or "images" not in task.options():
         return task
-    return replace(task, **{"images": str(images.resolve())})
+    return replace(task, **{"images": str(resolved(images))})
 
 
 def _changed_facts(first: EvalRun, second: EvalRun) -> dict[str, tuple[str | None, str | None]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass, replace
@@ -15,6 +16,7 @@ from vlmfix.answering import Answerer, Outcome
 from vlmfix.crew import Crew
 from vlmfix.decoders import Decoder, parse
 from vlmfix.errors import DataError, PassingError, UsageError
+from vlmfix.files import resolved
 from vlmfix.fitting import fitting_batch, typical
 from vlmfix.generation import VLM, Answer, check_settings, load
 from vlmfix.images import Found, Picture, read_ahead
@@ -116,11 +118,11 @@ def run(
         SystematicError: Every question fails; nothing is noted about the last failures.
         PassingError: Trouble of the machine left questions open, which the next start asks; nothing is noted of them.
     """
-    if not pictures.exists():
+    if not os.path.exists(pictures):
         raise UsageError(
             f"there is no {pictures}", "give a picture, a folder of them, or a list (.txt, .csv), also of URLs"
         )
-    if pictures.is_dir() and out.exists() and out.samefile(pictures):
+    if os.path.isdir(pictures) and os.path.exists(out) and out.samefile(pictures):
         raise UsageError(f"{out} is the folder of the pictures", "choose another --out")
     decoder = parse(settings.decoder)
     check_settings(decoder, settings)
@@ -167,7 +169,7 @@ def _check_maps(folder: Path, pictures: Path, decoder: Decoder, devices: Sequenc
         raise UsageError("--save-maps does not go with --devices", "save the maps on one device")
     if not decoder.refines:
         raise UsageError(f"{decoder.name} makes no maps to save", "use carve or vicrop, or leave --save-maps out")
-    if pictures.is_dir() and folder.resolve().is_relative_to(pictures.resolve()):
+    if os.path.isdir(pictures) and resolved(folder).is_relative_to(resolved(pictures)):
         raise UsageError(f"{folder} is in the folder of the pictures", "they would be read as pictures; choose another")
 
 
@@ -180,7 +182,7 @@ def _known_settings(
         del asked[name]
     parameters = {name: plain(value) for name, value in decoder.parameters().items()}
     return {
-        "pictures": str(source.place.resolve()),
+        "pictures": str(resolved(source.place)),
         "column": source.column,
         "shard": None if shard is None else str(shard),
         **questions.about,

@@ -14,7 +14,7 @@ from PIL import Image
 
 from vlmfix.decoders.picture.refined import Look, Refined, pixel_box
 from vlmfix.errors import DataError
-from vlmfix.files import make_folder, plain_name, remove_drafts, replacing
+from vlmfix.files import make_folder, plain_name, remove_drafts, replacing, resolved
 from vlmfix.jobs.ledger import CardFolder
 from vlmfix.shapes import OBJECT, TEXT, fields
 
@@ -118,7 +118,7 @@ class MapFolder(CardFolder):
     def _make_parent(self, stem: str) -> None:
         parent = (self.folder / stem).parent
         make_folder(parent)
-        if not parent.resolve().is_relative_to(self.folder.resolve()):
+        if not resolved(parent).is_relative_to(resolved(self.folder)):
             raise DataError(f"{parent} leads out of {self.folder} by a link", "choose another --save-maps")
 
 

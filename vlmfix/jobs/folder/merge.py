@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import chain
@@ -101,7 +102,9 @@ def merge(out: Path, into: Path | None = None) -> Merged:
         DataError: A shard is missing or unfinished, pictures are missing or stand twice, or settings differ.
     """
     parts = _parts(out)
-    cards = {shard: read_json(shard.folder(out) / CARD, PART) for shard in parts if (shard.folder(out) / CARD).exists()}
+    cards = {
+        shard: read_json(shard.folder(out) / CARD, PART) for shard in parts if os.path.exists(shard.folder(out) / CARD)
+    }
     _refuse_other_settings(out, cards)
     done, totals = _done(out, parts)
     unlisted, missing = _missing(out, cards, done)

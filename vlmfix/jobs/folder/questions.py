@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Self
 
 from vlmfix.errors import UsageError
+from vlmfix.files import resolved
 from vlmfix.images import Found
 from vlmfix.parsing import UnreadableError, some, text_of
 from vlmfix.sources import Source
@@ -74,7 +75,7 @@ class Questions:
             everywhere=everywhere,
             named={image: tuple(prompts) for image, prompts in named.items()},
             about={"prompt": None, "prompts": f"sha256:{digest}"},
-            file_name=str(path.resolve()),
+            file_name=str(resolved(path)),
         )
 
     @classmethod
@@ -98,7 +99,7 @@ class Questions:
                     "leave --prompt and --prompts out, or give the column another name",
                 )
             about = {"prompt": None, "prompts": source.prompts}
-            return cls(about=about, file_name=str(source.place.resolve()), tabled=True)
+            return cls(about=about, file_name=str(resolved(source.place)), tabled=True)
         return cls.text(DESCRIBE if prompt is None else prompt) if file is None else cls.file(file)
 
     def of_picture(self, file: Found) -> tuple[str, ...]:
