@@ -445,6 +445,14 @@ def test_a_damaged_journal_is_told_in_words(tmp_path):
             go(out, Fake(), budget=3)
 
 
+def test_what_a_journal_says_besides_is_passed_over(tmp_path):
+    found = go(tmp_path / "out", Fake(), budget=3)
+    journal = tmp_path / "out" / "trials.jsonl"
+    journal.write_bytes(journal.read_bytes().replace(b'"about": {', b'"about": {"unknown": [1], '))
+    assert b"unknown" in journal.read_bytes()
+    assert go(tmp_path / "out", Fake(), budget=3).trials == found.trials
+
+
 def test_files_of_something_else_are_not_touched(tmp_path):
     for name, text in (("tune.json", '{"my": "own"}'), ("trials.jsonl", "notes"), ("recipe.toml", "x = 1")):
         out = tmp_path / name.partition(".")[0]

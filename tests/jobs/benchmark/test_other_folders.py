@@ -138,7 +138,17 @@ def test_arms_that_would_share_a_folder_are_refused(tmp_path):
 
 CARD = {
     "arms": [None, [], "x", 5, {"greedy": None}, {"greedy": {"spec": 5, "parameters": {}}}, {"greedy": {}}],
-    "sessions": [None, {}, [None], [{}], [{"versions": 1}], [{"versions": {"torch": 1}}]],
+    "sessions": [
+        *(None, {}, [None], [{}], [{"versions": 1}], [{"versions": {"torch": 1}}]),
+        *([{"versions": {}, name: 5}] for name in ("arms", "started", "updated", "device")),
+    ],
+    "checkpoint": [
+        5,
+        [],
+        {},
+        {"ends": ["x"], "set_aside": {}, "completed": {}},
+        {"ends": [1], "set_aside": [], "completed": {}},
+    ],
     "decoding": [None, {}, "x", {"max_new_tokens": None, "num_beams": 1, "temperature": 0, "seed": 0}],
     "task": [None, 5, [], {}, "nothing"],
     "revision": [5, [], {}],
