@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,8 @@ MODEL = {"revision": TEXT.or_null(), "commit": TEXT.or_null(), "weights": TEXT, 
 """What a card says of the model beside its name."""
 ATTENTIONS = ("sdpa", "eager")
 """How a model computes attention where no decoder edits it, by transformers' names."""
+FLASH = re.compile(r"flash([-_](attention|attn))?([-_]?[0-9])?", re.IGNORECASE)
+"""Names of the package flash-attn, as people and transformers write them."""
 LOADED = {
     "max_pixels": SIZE.or_null(),
     "min_pixels": SIZE.or_null(),
@@ -62,6 +65,23 @@ def check_searchable(model: str) -> None:
             f"nothing is searched on {model!r}: what is found on other models is tested on it",
             "search on tiny, tiny-qwen or a model of your own, and evaluate the recipe on it",
         )
+
+
+def check_attention(name: str | None) -> None:
+    """Refuses a way to compute attention that vlmfix does not load models with.
+
+    Raises:
+        UsageError: It is none of ``ATTENTIONS``.
+    """
+    if name in (None, *ATTENTIONS):
+        return
+    if FLASH.fullmatch(str(name)):
+        raise UsageError(
+            f"attention {name!r} is not used: flash-attn takes no masks, so each pass would wait for the GPU to count "
+            "padding, and no decoding step could be recorded",
+            "use sdpa, which takes torch's own flash kernel wherever no mask is needed",
+        )
+    raise UsageError(f"unknown attention {name!r}", f"use {' or '.join(ATTENTIONS)}, or leave it out")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -268,8 +268,13 @@ def test_the_attention_that_is_asked_for_answers_the_same(folder: Path) -> None:
         assert [answer.ids for answer in first] == [answer.ids for answer in second]
         own = {module.config._attn_implementation for module in eager.family.attention_modules(eager.model)}  # type: ignore[union-attr]
         assert own == {"eager"}
-    with pytest.raises(UsageError, match="unknown attention 'flash'"):
-        load(folder, attention="flash")
+    for name, said in (
+        ("slow", "unknown attention 'slow'"),
+        ("flash", "takes no masks"),
+        ("flash_attention_2", "'flash_attention_2' is not used"),
+    ):
+        with pytest.raises(UsageError, match=said):
+            load(folder, attention=name)
 
 
 def test_pickled_weights_run_no_code(folder: Path, mark: Path) -> None:

@@ -14,7 +14,7 @@ from click.shell_completion import CompletionItem
 
 from vlmfix.parsing import escaped
 from vlmfix.records import to_json
-from vlmfix.settings import ATTENTIONS, REQUESTED, Settings
+from vlmfix.settings import ATTENTIONS, REQUESTED, Settings, check_attention
 
 INTERRUPTED = 130
 """Exit code after Ctrl-C, as a shell reports it."""
@@ -125,6 +125,19 @@ class ModelName(click.ParamType[str]):
         return _completed(EMBEDDED, incomplete) or [CompletionItem(incomplete, type="dir")]
 
 
+class AttentionName(click.Choice[str]):
+    """Takes a way to compute attention, and says why flash-attn is none of them."""
+
+    def convert(self, value: str, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        """Returns the name as it is.
+
+        Raises:
+            UsageError: It is another.
+        """
+        check_attention(value)
+        return value
+
+
 def _completed(names: Iterable[str], begun: str, before: str = "") -> list[CompletionItem]:
     return [CompletionItem(before + name) for name in names if name.startswith(begun)]
 
@@ -216,7 +229,7 @@ _OPTIONS = {
     ),
     "attention": click.option(
         "--attention",
-        type=click.Choice(ATTENTIONS),
+        type=AttentionName(ATTENTIONS),
         help="How attention is computed where no decoder edits it.  [default: sdpa]",
     ),
 }

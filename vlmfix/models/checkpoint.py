@@ -20,7 +20,6 @@ from vlmfix.errors import (
     SystematicError,
     UnsupportedModelError,
     UpstreamError,
-    UsageError,
     VlmfixError,
 )
 from vlmfix.models import assembly, loading
@@ -32,7 +31,7 @@ from vlmfix.models.places import check_device_map, device_named, dtype_named
 from vlmfix.models.quantization import check_quantize
 from vlmfix.models.repeats import Each, process_once
 from vlmfix.models.special import completed_tokens
-from vlmfix.settings import ATTENTIONS, EMBEDDED, check_model_name
+from vlmfix.settings import EMBEDDED, check_attention, check_model_name
 from vlmfix.upstream import defaults, features, hub, panics
 from vlmfix.upstream.contracts import check_model
 from vlmfix.upstream.names import PROCESSED
@@ -111,8 +110,7 @@ class Checkpoint:
         check_device_map(device_map, device)
         kind = dtype_named(dtype, place)
         check_quantize(quantize, place)
-        if attention not in (None, *ATTENTIONS):
-            raise UsageError(f"unknown attention {attention!r}", f"use {' or '.join(ATTENTIONS)}, or leave it out")
+        check_attention(attention)
         config = loading.configuration(path, revision)
         family = family_of(str(config["model_type"]))
         described = loading.described(path, revision, config)
