@@ -1,7 +1,9 @@
 """What a release holds: the wheel what the commands need and no more, the source distribution what `make` needs."""
 
 import ast
+import email
 import os
+import re
 import subprocess
 import sys
 import tomllib
@@ -108,6 +110,21 @@ def test_the_source_distribution_holds_what_make_needs():
     alone = {"pyproject.toml", "Makefile", "README.md", "CONTRIBUTING.md", "CHANGELOG.md", "CITATION.cff", "LICENSE"}
     assert alone | {".pre-commit-config.yaml", "mkdocs.yml"} <= held
     assert not [name for name in held if name.startswith((".venv", "build/", "dist/"))]
+
+
+def test_the_long_description_has_no_links_that_lead_nowhere(wheel):
+    (metadata,) = wheel.glob("*.dist-info/METADATA")
+    described = email.message_from_string(metadata.read_text(encoding="utf-8"))
+    assert described["Description-Content-Type"] == "text/markdown"
+    text = described.get_payload()
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert "](docs/" in readme
+    assert all(heading in text for heading in re.findall(r"^## .+$", readme, re.MULTILINE))
+    assert "are in docs/recipes.md." in text
+    assert "Start here (docs/start.md) · " in text
+    targets = re.findall(r"\]\(([^)]*)\)|(?:src|href)=[\"']?([^\"' >]+)|^\[[^\]]+\]: *(\S+)", text, re.MULTILINE)
+    assert targets
+    assert all("".join(target).startswith("https://") for target in targets)
 
 
 def test_no_upper_bound_holds_the_newest_versions_back():
