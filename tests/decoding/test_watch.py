@@ -104,11 +104,22 @@ def test_a_second_call_in_one_block_says_the_same(name):
 
 
 @pytest.mark.parametrize("spec", SPECS, ids=ACTING)
-def test_several_answers_for_a_row_are_refused(spec):
+def test_several_answers_for_a_row_are_planned_for_or_refused(spec):
     vlm = vlm_of("llava")
     batch = batch_of(vlm)
-    with method_of(spec).applied(vlm, batch) as arguments, pytest.raises(Exception, match=r"2 rows|for 2 rows"):
-        vlm.model.generate(**batch, **arguments, max_new_tokens=3, do_sample=True, num_return_sequences=2)
+    asked = {"max_new_tokens": 3, "do_sample": True, "temperature": 1e-4, "num_return_sequences": 2}
+    with method_of(spec).applied(vlm, batch) as arguments:
+        with pytest.raises(IncompatibleDecodersError, match=r"num_return_sequences=[12]") as caught:
+            vlm.model.generate(**batch, **arguments | asked)
+        if "custom_generate" in arguments:
+            return
+        assert caught.value.hint == "give num_beams=2 to decoder.applied(...), which plans for as many rows"
+        with pytest.raises(IncompatibleDecodersError, match=r"num_beams=3 makes 3 rows of each"):
+            vlm.model.generate(**batch, **arguments, num_beams=3)
+        alone = vlm.model.generate(**batch, **arguments, max_new_tokens=3)
+    with method_of(spec).applied(vlm, batch, num_beams=2) as arguments:
+        twice = vlm.model.generate(**batch, **arguments | asked)
+    assert torch.equal(twice, alone.repeat_interleave(2, dim=0))
 
 
 def test_the_same_inputs_in_another_type_are_the_planned_ones():

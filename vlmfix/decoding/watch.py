@@ -167,6 +167,8 @@ class Watch:
             turn.check()  # the planned call is under way
         if self.handed:
             self._check_arguments(given)
+        else:
+            self._check_rows(given)
         answer = self._longest_answer(given)
         check_windows(self.vlm, self.layers, self.prompt, answer)
         processors, before = list(given.get("logits_processor") or ()), self.steps
@@ -187,6 +189,19 @@ class Watch:
             if given.get(argument) is not None:
                 what = f"{self.decoder} decodes in a loop of its own, which gets no {argument}"
                 raise IncompatibleDecodersError(what, advice)
+
+    def _check_rows(self, given: Mapping[str, Any]) -> None:
+        """Refuses a call that makes more or fewer rows of each sample than were planned for."""
+        config = given.get("generation_config") or self.vlm.model.generation_config
+        names = ("num_beams", "num_return_sequences")
+        asked = {name: int(given.get(name) or getattr(config, name, None) or 1) for name in names}
+        name = max(names, key=asked.__getitem__)
+        if asked[name] != self.beams:
+            raise IncompatibleDecodersError(
+                f"{name}={asked[name]} makes {asked[name]} rows of each sample, and {self.decoder} was planned for "
+                f"{self.beams}",
+                f"give num_beams={asked[name]} to decoder.applied(...), which plans for as many rows",
+            )
 
     def _unplanned(self, wrong: str) -> IncompatibleDecodersError:
         return IncompatibleDecodersError(
