@@ -43,13 +43,44 @@ def test_two_threads_are_answered_as_one_after_the_other(pair):
     assert answers(vlm, "greedy") == answers(vlm_of("llava"), "greedy")
 
 
-@pytest.mark.parametrize("decoder", ["spin:suppression=0", "vcd", "sgrs"])
-def test_a_stream_that_is_left_early_leaves_the_model_as_it_was(decoder):
+def test_eight_threads_that_ask_in_all_ways_get_what_each_gets_alone():
+    vlm = vlm_of("llava")
+    batch = batch_of(vlm)
+
+    def answered(spec):
+        return answers(vlm, spec)
+
+    def streamed(spec):
+        return ["".join(vlm.stream(shown, "what?", decoder=spec, max_new_tokens=5)) for shown in PICTURES]
+
+    def applied(spec):
+        with parse(spec).applied(vlm, batch) as arguments:
+            return vlm.model.generate(**batch, **arguments, max_new_tokens=5).tolist()
+
+    asked = [
+        (way, spec) for spec in ("greedy", "spin:suppression=0", "vcd", "sgrs") for way in (answered, streamed, applied)
+    ]
+    alone, before = [way(spec) for way, spec in asked], state(vlm)
+    assert len({str(found) for found in alone[::3]}) > 2
+    with ThreadPoolExecutor(8) as threads:
+        found = [threads.submit(way, spec) for way, spec in asked * 2]
+    assert [each.result() for each in found] == alone * 2
+    assert state(vlm) == before
+
+
+@pytest.mark.parametrize(
+    ("decoder", "left_by"), [("spin:suppression=0", None), ("vcd", KeyboardInterrupt), ("sgrs", None)]
+)
+def test_a_stream_that_is_left_early_leaves_the_model_as_it_was(decoder, left_by):
     vlm = vlm_of("llava")
     expected, before = answers(vlm, "greedy"), state(vlm)
     pieces = vlm.stream(PICTURES[0], "what?", decoder=decoder, max_new_tokens=400)
     next(pieces)
-    pieces.close()
+    if left_by is None:
+        pieces.close()
+    else:
+        with pytest.raises(left_by):
+            pieces.throw(left_by)
     assert state(vlm) == before
     assert turn_of(vlm.model).owner is None
     assert answers(vlm, "greedy") == expected
