@@ -44,7 +44,7 @@ class Clock:
             raise OutOfTimeError
 
     def report(self, done: int, total: int) -> None:
-        """The same, as what a run reports its progress to: it then ends between two batches.
+        """Calls ``check`` where a run reports its progress, so that the run stops soon after the end has come.
 
         Raises:
             OutOfTimeError: The end has come.

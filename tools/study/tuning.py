@@ -114,7 +114,7 @@ def hunt(wanted: Hunt, clock: Clock) -> Found:
     For captions the smallest CHAIR_i is wanted, with recall, length and POPE's F1 within the limits. POPE has many
     questions, so they are asked in the end alone: of the best trial, and of the next as long as too much F1 is lost.
     For small things the highest accuracy is wanted. A search that was stopped goes on; of a finished one the journal
-    stays, and the trials' answers go. Of a journal that has more trials than are wanted, the first count.
+    stays, and the trials' answers go. If the journal holds more trials than are wanted, only the first ones are used.
 
     Raises:
         UsageError: There is nothing to tune, or the folder holds another search.

@@ -250,7 +250,7 @@ class ProductBias(BiasEdit):
         """Returns (B, 1 or H, R) and (B, K) float tensors; a key's -inf hides it from every row that is not 0."""
 
     def bias(self, site: Site) -> Tensor:
-        """(B, 1 or H, R, K)."""
+        """Returns the products, (B, 1 or H, R, K)."""
         rows, keys = (factor[..., None] for factor in self.factors(site))
         return torch.where(rows != 0, rows * keys.mT[:, None], 0.0)
 
@@ -292,7 +292,7 @@ class PartEdit(WeightEdit):
         """
 
     def weights(self, site: Site, weights: Tensor) -> Tensor:
-        """(B, H, R, K)."""
+        """Returns (B, H, R, K) weights, changed by one factor for the keys apart and one for the others."""
         apart = self.keys(site)
         own, rest = (weights @ keys[..., None].to(weights.dtype) for keys in (apart, ~apart))  # (B, H, R, 1)
         factor, others = self.factors(own, rest)

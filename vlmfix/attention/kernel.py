@@ -1,4 +1,4 @@
-"""The one attention function that vlmfix registers, and how it applies edits.
+"""Computes attention with edits, in the one attention function that vlmfix registers.
 
 A plan lives as an attribute on each edited attention module, and only there: an attribute can be traced by
 ``torch.compile`` and leaves nothing behind. A module without one gets plain SDPA.
@@ -108,13 +108,13 @@ class LayerPlan:
 
     @property
     def products(self) -> bool:
-        """Whether all that is done to a prompt's scores is to add products of a row's and a key's number."""
+        """Returns whether the edits do nothing to a prompt's scores but add products of a row's and a key's number."""
         scored = [step.edit for step in self.steps if not isinstance(step.edit, UNWEIGHTED)]
         return bool(scored) and all(isinstance(edit, ProductBias) for edit in scored)
 
     @property
     def parts(self) -> bool:
-        """Whether scores stay, and of weights of the prompt's rows columns are read, and behind that parts are changed.
+        """Returns whether the edits keep a prompt's scores, read columns of its weights, and then change parts of outputs.
 
         A few rows are computed anew in less time than SDPA takes for all.
         """
@@ -252,7 +252,7 @@ def _prefill(plan: LayerPlan, call: Call) -> Tensor:
 
 
 def _one_by_one(plan: LayerPlan, call: Call, length: int) -> Tensor:
-    """A pass without a cache, (B, Q, H, D): behind the prompt, each row sees what is kept of those before it."""
+    """Computes a pass without a cache, (B, Q, H, D), row by row behind the prompt: each sees what edits kept."""
     key, value = call.key.clone(), call.value.clone()  # which the edits write into
     whole = replace(call, key=key, value=value)
     outputs = [_prefill(plan, whole.of(slice(0, plan.prompt), plan.prompt))]
@@ -264,7 +264,7 @@ def _one_by_one(plan: LayerPlan, call: Call, length: int) -> Tensor:
 
 
 def _with_products(plan: LayerPlan, sites: list[Site], call: Call, own: Tensor) -> Tensor:
-    """SDPA of all rows, (B, Q, H, D), with each product of a row's and a key's number as a dimension of its own."""
+    """Computes SDPA of all rows, (B, Q, H, D), each product of a row's and a key's number as one more dimension."""
     kind, size = call.query.dtype, call.query.shape[-1]
     exact = torch.promote_types(kind, torch.float32)
     most = min(STRONGEST, torch.finfo(kind).max * call.scale / 2)
@@ -284,7 +284,7 @@ def _with_products(plan: LayerPlan, sites: list[Site], call: Call, own: Tensor) 
 
 
 def _whole(plan: LayerPlan, call: Call, length: int) -> Whole | None:
-    """The pass's attention for edits that need no weights; None where they need them, or cannot be had otherwise."""
+    """Returns the attention of a whole pass for edits that need no weights; None if they do, or gradients are off."""
     queries = call.query.shape[2]
     causal = call.mask is None and queries == length
     if not plan.parts or not (causal or call.mask is not None):
@@ -366,7 +366,7 @@ def _decode(plan: LayerPlan, call: Call) -> Tensor:
 def _kept(
     steps: tuple[Step, ...], sites: list[Site], weights: Tensor, key: Tensor, value: Tensor, queries: Tensor
 ) -> Column:
-    """What the edits keep of the newest token of a decoding step."""
+    """Computes the key and value that the edits keep of a decoding step's token."""
     column = queries[0]  # (1,), the same in all rows, whose prompts are padded on the left
     newest, before = (Column(key.index_select(2, at), value.index_select(2, at)) for at in (column, column - 1))
     return kept(steps, sites, weights, newest, before)

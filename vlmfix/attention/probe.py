@@ -134,7 +134,7 @@ def leaving(vlm: Checkpoint, reader: Callable[[int, Tensor], None]) -> Iterator[
 
 
 class Enough(Exception):  # noqa: N818 (a signal, not an error)
-    """A pass has come as far as it is wanted."""
+    """Ends a pass behind the last layer that somebody reads."""
 
 
 @contextmanager

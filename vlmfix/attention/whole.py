@@ -1,4 +1,4 @@
-"""What SDPA itself says of all rows of a prompt at once, in memory that is linear in the keys.
+"""Asks SDPA for sums and parts of a prompt's attention, in memory that is linear in the keys.
 
 Sums of weights are the gradient of the output with respect to the values, and parts of an output are outputs of values
 that are zero elsewhere: neither needs the weights. Shape letters (``docs/notation.md``): B rows, H query heads, G
@@ -19,7 +19,7 @@ ALIGNED = 8
 
 @dataclass(frozen=True, eq=False)
 class Whole:
-    """The attention of a prompt's pass.
+    """Holds query, key and value of a prompt's pass, and sums up its attention.
 
     Attributes:
         query: (B, H, Q, D).
@@ -36,7 +36,7 @@ class Whole:
     scale: float
 
     def column_sums(self, rows: Tensor) -> Tensor:
-        """The attention to each key, summed over some rows.
+        """Sums the attention to each key over some rows.
 
         Args:
             rows: (B, Q) bool, the rows that are summed over; each sees a key.
@@ -53,13 +53,13 @@ class Whole:
         return sums[..., 0].to(torch.promote_types(sums.dtype, torch.float32))
 
     def seeing(self, rows: Tensor) -> Tensor:
-        """How many of some rows may see each key, (B, K) int64; ``rows`` (B, Q) bool."""
+        """Counts which of some rows, (B, Q) bool, may see each key, (B, K) int64."""
         if self.mask is None:
             return rows.long().flip(1).cumsum(dim=1).flip(1)
         return (self.mask[:, 0] & rows[:, :, None]).sum(dim=1)
 
     def without(self, keys: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """What all keys but some contribute to each output, their share of the row's attention, and that of the some.
+        """Returns each output without what some keys contribute, and the shares of attention of the others and of these.
 
         Args:
             keys: (B, H, K) bool, the keys that are left out.

@@ -31,6 +31,12 @@ def rounded(pixels: Tensor) -> bytes:
     return pixels.to(torch.bfloat16).cpu().contiguous().view(torch.int16).numpy().tobytes()
 
 
+def gumbel(uniform: Tensor) -> Tensor:
+    """Turns draws from [0, 1) into Gumbel noise, which is finite for a draw of 0 too."""
+    tiny = torch.finfo(uniform.dtype).tiny
+    return -(-uniform.clamp(min=tiny).log()).clamp(min=tiny).log()
+
+
 class RowSampler(LogitsProcessor):
     """Adds Gumbel noise to scores with a generator per row, so that greedy search then draws a token.
 
@@ -47,8 +53,7 @@ class RowSampler(LogitsProcessor):
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         """Adds a draw of Gumbel noise to (B, V) scores."""
         draws = torch.stack([torch.rand(scores.shape[1], generator=g, device=scores.device) for g in self.generators])
-        tiny = torch.finfo(torch.float32).tiny
-        return scores - (-(draws.clamp(min=tiny).log())).clamp(min=tiny).log()
+        return scores + gumbel(draws)
 
     def keep(self, rows: Tensor) -> None:
         """Keeps the generators of some of the rows, (R,) int64 numbers of the present ones."""

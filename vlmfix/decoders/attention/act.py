@@ -233,7 +233,7 @@ class SinkSearch(ColumnReading):
     numbers: dict[int, Tensor] = field(default_factory=dict)
 
     def counts(self, site: Site) -> Tensor:
-        """(B, R) bool, the rows of the prompt's tokens."""
+        """Returns the rows of the prompt's tokens, (B, R) bool."""
         return site.acts & (site.queries >= first_token(site)[:, None]) & (site.queries < site.prompt)
 
     def add(self, site: Site, sums: Tensor, numbers: Tensor) -> None:
@@ -244,7 +244,7 @@ class SinkSearch(ColumnReading):
         self.sums[site.layer], self.numbers[site.layer] = sums, numbers
 
     def sinks(self, site: Site) -> Tensor:
-        """(B, H, T) bool, the sinks of the prompt in a layer that was read."""
+        """Returns the sinks of the prompt in a layer that was read, (B, H, T) bool."""
         first = first_token(site)[:, None]  # (B, 1)
         mean = self.sums[site.layer] / self.numbers[site.layer].clamp(min=1)[:, None]  # (B, H, T)
         threshold = self.factor / (site.prompt - first) if self.threshold is None else self.threshold
@@ -280,13 +280,13 @@ class Calibration(PartEdit):
     kept: float
 
     def keys(self, site: Site) -> Tensor:
-        """(B, H, K) bool, the sinks of the chosen heads; generated tokens are never sinks."""
+        """Returns the sinks of the chosen heads, (B, H, K) bool; generated tokens are never sinks."""
         if site.prefill and site.block == 0:
             site.learn_of_keys("sinks", self.search.sinks(site) & self.chosen[site.layer, :, None])
         return site.learned("sinks")
 
     def factors(self, own: Tensor, rest: Tensor) -> tuple[Tensor, Tensor]:
-        """What shrinks sinks, and what hands their loss to the other keys in proportion to what these have.
+        """Returns the factor that shrinks sinks, and the one that hands their loss to the other keys in proportion.
 
         The row's sum stays; a row whose keys are all sinks is unchanged.
         """
@@ -296,6 +296,6 @@ class Calibration(PartEdit):
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class TextCalibration(Calibration):
-    """The same in the text rows behind a picture."""
+    """Calibrates attention in the text rows behind a picture alone."""
 
     rows: ClassVar[Rows] = "text"

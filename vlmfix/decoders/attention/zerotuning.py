@@ -123,7 +123,7 @@ class ZeroTuning(Decoder):
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class FirstTokenBias(ProductBias):
-    """log(gain) on the score of each prompt's first token, in every row but its own.
+    """Adds log(gain) to the score of each prompt's first token, in every row but its own.
 
     Attributes:
         gain: gamma.
@@ -137,7 +137,7 @@ class FirstTokenBias(ProductBias):
     chosen: Tensor | None
 
     def factors(self, site: Site) -> tuple[Tensor, Tensor]:
-        """Which rows, (B, 1 or H, R), and log(gain) at the first token, (B, K)."""
+        """Returns which rows are changed, (B, 1 or H, R), and log(gain) at the first token, (B, K)."""
         key = torch.arange(site.allowed.shape[-1], device=site.queries.device)
         first = first_token(site)[:, None]  # (B, 1)
         here = (site.queries > first)[:, None]  # (B, 1, R)
@@ -153,6 +153,6 @@ class TextBias(FirstTokenBias):
     rows: ClassVar[Rows] = "text"
 
     def factors(self, site: Site) -> tuple[Tensor, Tensor]:
-        """The same, for no row of a prompt without a picture."""
+        """Returns the factors, with no row of a prompt that has no picture."""
         rows, keys = super().factors(site)
         return rows * site.image_keys.any(dim=1)[:, None, None], keys

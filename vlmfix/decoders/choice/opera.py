@@ -129,7 +129,7 @@ class NewestRow(WeightEdit):
     rows: ClassVar[Rows] = "last"
 
     def weights(self, site: Site, weights: Tensor) -> Tensor:
-        """The weights, as they were."""
+        """Returns the weights unchanged."""
         newest = weights[:, :, -1].amax(dim=1)  # (B, K)
         newest = newest / newest.sum(dim=-1, keepdim=True)
         site.learn_of_keys("newest", newest)

@@ -9,7 +9,7 @@ from vlmfix.decoding.draws import rounded, seed_of
 
 
 def row_noise(pixels: Tensor, owners: Tensor, seed: int, *, uniform: bool) -> Tensor:
-    """Noise of the pixels' shape: N(0, 1), or U[0, 1) when ``uniform``.
+    """Draws noise of the pixels' shape: N(0, 1), or U[0, 1) when ``uniform``.
 
     It is drawn on the CPU from a seed made of ``seed`` and the row's own pixels, so a sample's noise depends neither
     on its neighbours nor on their order.

@@ -15,7 +15,7 @@ from vlmfix.attention.edit import LayerSet
 from vlmfix.attention.saliency import after_picture, mean_over, scoring_layers
 from vlmfix.decoders.base import Decoder, Source
 from vlmfix.decoding.branches import picture_counts
-from vlmfix.decoding.draws import RowSampler, rounded, seed_of
+from vlmfix.decoding.draws import RowSampler, gumbel, rounded, seed_of
 from vlmfix.decoding.newest import Newest
 from vlmfix.decoding.plan import DecodingPlan
 from vlmfix.errors import IncompatibleDecodersError
@@ -344,16 +344,11 @@ class Draws:
                 scores = processor(input_ids, scores)
             return scores.gather(1, tokens)
         if self.sampling:
-            return values + _gumbel(torch.rand_like(values))
+            return values + gumbel(torch.rand_like(values))
         if self.settings.draw == "greedy":
             return values
         uniform = torch.stack([torch.rand(values.shape[1], generator=one) for one in self.generators])
-        return values + _gumbel(uniform.to(values.device))
-
-
-def _gumbel(uniform: Tensor) -> Tensor:
-    tiny = torch.finfo(uniform.dtype).tiny
-    return -(-uniform.clamp(min=tiny).log()).clamp(min=tiny).log()
+        return values + gumbel(uniform.to(values.device))
 
 
 def _row_seeds(vlm: Checkpoint, batch: Batch, seed: int) -> list[int]:

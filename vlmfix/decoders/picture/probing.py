@@ -63,7 +63,7 @@ class NewestRows(WeightEdit):
     rows: ClassVar[Rows] = "last"
 
     def weights(self, site: Site, weights: Tensor) -> Tensor:
-        """The weights, as they were."""
+        """Returns the weights unchanged."""
         newest = weights[:, :, -1].mean(dim=1)  # (B, K)
         if site.prefill:
             site.learn_of_keys("newest", newest[:, : site.prompt].contiguous())

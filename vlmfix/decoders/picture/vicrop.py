@@ -180,7 +180,7 @@ class ViCrop(Refiner):
     def _maps(
         self, vlm: Checkpoint, pictures: Rows, prompts: Sequence[str], memo: PictureMemo
     ) -> list[list[PictureMap]]:
-        """One map for each picture of each row; every row has pictures."""
+        """Makes a map for each picture of each row; every row has pictures."""
         if self.method == "pure-grad":
             return [self._of_pixels(vlm, *row, memo) for row in zip(pictures, prompts, strict=True)]
         layout, values = (self._relative if self.method == "rel-att" else self._gradients)(vlm, pictures, prompts, memo)
@@ -192,7 +192,7 @@ class ViCrop(Refiner):
     def _relative(
         self, vlm: Checkpoint, pictures: Rows, prompts: Sequence[str], memo: PictureMemo
     ) -> tuple[ImageLayout, list[Tensor]]:
-        """rel-att, (image tokens,) for each row, and where these tokens are."""
+        """Computes rel-att, (image tokens,) for each row, and the layout with these tokens."""
         general = worded(self.general_prompt, self.terse)
         layout, asked, noise = compared(vlm, pictures, prompts, general, self.layers_of(vlm), memo)
         return layout, [
@@ -203,7 +203,7 @@ class ViCrop(Refiner):
     def _gradients(
         self, vlm: Checkpoint, pictures: Rows, prompts: Sequence[str], memo: PictureMemo
     ) -> tuple[ImageLayout, list[Tensor]]:
-        """grad-att, (image tokens,) for each row, and where these tokens are."""
+        """Computes grad-att, (image tokens,) for each row, and the layout with these tokens."""
         batch = vlm.encode(prompts, pictures)
         found, layout = attention_gradients(vlm, batch, self.layers_of(vlm)), vlm.layout(batch)
         tokens = layout.tokens.cpu()
