@@ -20,7 +20,8 @@ from vlmfix.attention.edit import (
     ScoreEdit,
     WeightEdit,
 )
-from vlmfix.attention.kernel import HEADROOM, PLAN, LayerPlan, attention
+from vlmfix.attention.kernel import HEADROOM, PLAN, attention
+from vlmfix.attention.layers import LayerPlan
 from vlmfix.attention.rows import Step
 from vlmfix.errors import UnsupportedAttentionError, UsageError
 

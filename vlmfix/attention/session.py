@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from vlmfix.attention.edit import AttentionEdit, Memory, OutputEdit, ResidualEdit
-from vlmfix.attention.kernel import HEADROOM, NAME, PLAN, LayerPlan, attention, steered
+from vlmfix.attention.kernel import HEADROOM, NAME, PLAN, attention, steered
+from vlmfix.attention.layers import LayerPlan
 from vlmfix.attention.rows import Step
 from vlmfix.errors import UnsupportedAttentionError
 from vlmfix.models.checkpoint import Checkpoint

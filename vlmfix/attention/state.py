@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from vlmfix.attention.edit import AttentionEdit, LayerSet, Memory, PromptReading
-from vlmfix.attention.kernel import LayerPlan
+from vlmfix.attention.layers import LayerPlan
 from vlmfix.attention.rows import Step
 from vlmfix.upstream.compiling import of_any_size
 

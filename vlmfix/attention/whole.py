@@ -59,7 +59,7 @@ class Whole:
         return (self.mask[:, 0] & rows[:, :, None]).sum(dim=1)
 
     def without(self, keys: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Returns each output without what some keys contribute, and the shares of attention of the others and of these.
+        """Returns each output without what some keys contribute, and the shares of attention of the others and these.
 
         Args:
             keys: (B, H, K) bool, the keys that are left out.
