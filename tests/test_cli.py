@@ -87,6 +87,28 @@ def test_words_are_kept_where_they_are_asked_for_and_a_folder_goes_on_without(tm
     assert "words" not in read_json(out / "run.json")["settings"]
 
 
+def test_uncertainty_is_kept_where_it_is_asked_for_and_a_folder_goes_on_without(tmp_path, model, vlmfix):
+    out = tmp_path / "out"
+    run = ("run", draw(tmp_path / "in", 1), "--out", out, "--model", model, "--max-new-tokens", 6)
+    assert vlmfix(*run, "--confidence", "sar")[0] == 0
+    draw(tmp_path / "in", 2)
+    assert vlmfix(*run, "--confidence", "sar+grounding", "--batch-size", 1)[0] == 0
+    draw(tmp_path / "in", 3)
+    assert vlmfix(*run, "--format", "csv")[0] == 0
+    first, second, third = read_lines(out / "answers.jsonl")
+    assert first["sar"] == pytest.approx(sum(token[4] for token in first["scored"]), abs=1e-3)
+    assert ({len(token) for token in first["scored"]}, len(first["scored"])) == ({5}, first["tokens"])
+    assert ("objects" in first, second["objects"], {len(token) for token in second["scored"]}) == (False, [], {6})
+    assert not {"sar", "scored", "objects"} & third.keys()
+    assert (out / "answers.csv").read_text().splitlines()[1].split(",")[8] == str(first["sar"])
+    card = read_json(out / "run.json")
+    assert not {"confidence", "similarity"} & card["settings"].keys()
+    told = [(session.get("confidence"), session.get("similarity")) for session in card["sessions"]]
+    assert told == [("sar", "own"), ("sar+grounding", "own"), (None, None)]
+    code, _, said = vlmfix(*run, "--confidence", "sar", "--num-beams", 2)
+    assert (code, "nobody knows how sure the tokens of beams were" in said) == (1, True)
+
+
 def test_answers_that_were_cut_are_counted(tmp_path, model, vlmfix):
     run = ("run", draw(tmp_path / "in", 3), "--out", tmp_path / "out", "--model", model, "--max-new-tokens", 2)
     for _ in range(2):  # and counted again from the file

@@ -10,6 +10,7 @@ from transformers import PreTrainedTokenizerBase
 
 from vlmfix.decoders.picture.refined import Refined
 from vlmfix.decoding.spelling import Spelling, spelled, words_of
+from vlmfix.insight.relevance import Confidence
 
 Finish = Literal["eos", "stop", "length", "context", "nan"]
 """Why an answer ends."""
@@ -33,6 +34,7 @@ class Answer:
         refined: What a refining decoder made of the question's pictures; None for other decoders.
         words: Of each word, or punctuation mark, begin and end in ``text`` and the natural log-probability of the
             tokens that have a part of it, together; None unless it was asked for, and where ``logprob`` is.
+        confidence: Relevance-weighted uncertainty of the answer and of its tokens; None likewise.
     """
 
     text: str
@@ -44,6 +46,7 @@ class Answer:
     entropy: float | None = None
     refined: Refined | None = None
     words: tuple[tuple[int, int, float], ...] | None = None
+    confidence: Confidence | None = None
 
 
 @dataclass(frozen=True)

@@ -339,6 +339,8 @@ class Answerer(Settling):
                     decoder=self._decoder,
                     **settings.decoding(),
                     words=settings.words,
+                    confidence=settings.confidence,
+                    similarity=settings.similarity,
                     prepared=prepared,
                 )
         except Exception as error:

@@ -9,6 +9,7 @@ import time
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 from transformers import ProcessorMixin
@@ -23,6 +24,8 @@ from vlmfix.decoding.running import running
 from vlmfix.decoding.spelling import Pieces
 from vlmfix.engines import decoded, generated
 from vlmfix.errors import IncompatibleDecodersError
+from vlmfix.insight.grounding import grounding
+from vlmfix.insight.relevance import GROUNDED, OWN, confidence_of, similarity_of
 from vlmfix.models.chat import said_before
 from vlmfix.models.checkpoint import Checkpoint, limited
 from vlmfix.models.families import family_of
@@ -80,6 +83,8 @@ class VLM(Checkpoint):
         prepared: Prepared | None = None,
         listener: Listener | None = None,
         words: bool = False,
+        confidence: str | None = None,
+        similarity: str = OWN,
     ) -> list[Answer]:
         """Answers questions about pictures, as one batch.
 
@@ -112,6 +117,10 @@ class VLM(Checkpoint):
                 refines pictures has no use for it.
             listener: Follows the answers token by token; not where beams search, which know theirs at the end.
             words: Says of every word of an answer how sure it was.
+            confidence: ``sar`` weights how unsure each token was by its relevance; ``sar+grounding`` also measures what
+                it owes to the picture, by the plain model, which takes a backward pass for each token.
+            similarity: What tells the relevance of tokens: ``own``, the model's own token embeddings, or a folder or
+                Hub id of a sentence encoder.
 
         Raises:
             DataError: The numbers of pictures and prompts differ, or are zero, or something else is among them; a
@@ -120,7 +129,8 @@ class VLM(Checkpoint):
             UsageError: A parameter is out of range, or contradicts the decoder; or other pictures or questions were
                 prepared.
             IncompatibleDecodersError: The decoder cannot act on this model or kind of run; it refines pictures and
-                something was said before; or a listener is to follow a static cache, or a model inside ``applied``.
+                something was said before; a listener is to follow a static cache, or a model inside ``applied``, or
+                confidence is asked for there or of beams; or grounding is asked for after earlier turns.
             UnsupportedModelError: The chat template has no place for a system message or for earlier turns.
         """
         rows, asked = questions(pictures, prompts)
@@ -142,6 +152,7 @@ class VLM(Checkpoint):
             prepared=prepared,
             listener=listener,
             words=words,
+            confidence=confidence,
         )
         if prepared is not None:
             check_prepared(prepared, request)
@@ -149,8 +160,10 @@ class VLM(Checkpoint):
             started = time.perf_counter()
             request, refined = self._refined(request)
             found = self._found(request)
-        seconds = (time.perf_counter() - started) / len(rows)
-        answers = [self._answer(said, request, seconds) for said in found]
+            seconds = (time.perf_counter() - started) / len(rows)
+            answers = [self._answer(said, request, seconds) for said in found]
+            if confidence is not None:
+                answers = self._weighted(answers, [said.sure for said in found], request, similarity)
         return [replace(answer, refined=look) for answer, look in zip(answers, refined, strict=True)]
 
     def refine(
@@ -218,6 +231,31 @@ class VLM(Checkpoint):
             earlier=said_before([earlier], rows) if earlier else None,
         )
         return self._streamed(request)
+
+    def _weighted(
+        self,
+        answers: Sequence[Answer],
+        sure: Sequence[Sequence[tuple[float, float]]],
+        request: Request,
+        similarity: str,
+    ) -> list[Answer]:
+        """The answers with the uncertainty of their tokens; without it where their scores were not numbers."""
+        model: Any = self.model
+        tokenizer = self.processor.tokenizer
+        compare = similarity_of(similarity, model.get_input_embeddings().weight, tokenizer)
+        known = [row for row, answer in enumerate(answers) if answer.logprob is not None]
+        owed: list[Sequence[float] | None] = [None] * len(answers)
+        if request.confidence == GROUNDED and known:
+            shown, asked = [request.rows[row] for row in known], [request.prompts[row] for row in known]
+            said = [answers[row].ids for row in known]
+            for row, found in zip(known, grounding(self, shown, asked, said, system=request.system), strict=True):
+                owed[row] = found.picture.tolist()
+        weighted = list(answers)
+        for row in known:
+            answer = answers[row]
+            own = confidence_of(tokenizer, compare, request.prompts[row], answer.text, answer.ids, sure[row], owed[row])
+            weighted[row] = replace(answer, confidence=own)
+        return weighted
 
     def _streamed(self, request: Request) -> Generator[str]:
         """The text of a request for one answer, as it comes."""
@@ -299,6 +337,11 @@ class VLM(Checkpoint):
         method, beams = request.decoder, request.strategy.num_beams
         layout, plan = method.planned(self, batch, num_beams=beams)
         shadowed = "generate" in vars(self.model)  # by a block of ``applied`` around this call, or by whoever
+        if request.confidence is not None and shadowed:
+            raise IncompatibleDecodersError(
+                "confidence inside a block that has put a decoder to work on the same model",
+                "leave the block, or leave confidence out",
+            )
         if request.listener is not None and (request.static_cache or shadowed):
             raise IncompatibleDecodersError(
                 "a listener with a static cache, or inside a block that has put a decoder to work on the same model",

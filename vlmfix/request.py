@@ -12,6 +12,7 @@ from vlmfix.decoders import Decoder, Strategy, parse
 from vlmfix.decoding.draws import seed_of
 from vlmfix.decoding.listening import Listener
 from vlmfix.errors import DataError, IncompatibleDecodersError, UsageError
+from vlmfix.insight.relevance import GROUNDED, MEASURES
 from vlmfix.models.layout import Earlier, Prepared
 from vlmfix.parsing import is_text
 from vlmfix.settings import Settings
@@ -41,13 +42,29 @@ class Request:
     prepared: Prepared | None = None
     listener: Listener | None = None
     words: bool = False
+    confidence: str | None = None
 
     def __post_init__(self) -> None:
+        if self.confidence is not None:
+            self._check_confidence()
         object.__setattr__(self, "limits", [whole("max_new_tokens", limit, 1) for limit in self.limits])
         object.__setattr__(self, "seeds", [whole("seed", seed, 0, SEEDS - 1) for seed in self.seeds])
         object.__setattr__(self, "repetition_penalty", penalty_of(self.repetition_penalty))
         if self.system is not None and not is_text(self.system):
             raise DataError("system is no text", "give one system message for all questions")
+
+    def _check_confidence(self) -> None:
+        if self.confidence not in MEASURES:
+            raise UsageError(f"confidence={self.confidence!r} is not allowed", f"it is {' or '.join(MEASURES)}")
+        if self.strategy.num_beams > 1 or self.static_cache:
+            given = "a static cache" if self.static_cache else "beams"
+            raise IncompatibleDecodersError(
+                f"nobody knows how sure the tokens of {given} were", "leave confidence out, or answer without"
+            )
+        if self.earlier is not None and self.confidence == GROUNDED:
+            raise IncompatibleDecodersError(
+                "grounding is of one question, and more than that was said", "ask for confidence='sar'"
+            )
 
     def row_seeds(self) -> list[int]:
         """Makes of every row's seed, question and pixels the seed that the row draws with."""
@@ -172,13 +189,15 @@ def check_settings(decoder: Decoder, settings: Settings) -> None:
         top_p=1.0 if settings.top_p is None else settings.top_p,
         top_k=settings.top_k or 0,
     )
-    strategy_of(decoder, options)
+    strategy = strategy_of(decoder, options)
     Request(
         rows=(),
         prompts=(),
         decoder=decoder,
         limits=(settings.max_new_tokens,),
         seeds=(settings.seed,),
+        strategy=strategy,
+        confidence=settings.confidence,
         repetition_penalty=1.0 if settings.repetition_penalty is None else settings.repetition_penalty,
         stops=stops_of(settings.stop or ()),
         system=settings.system,

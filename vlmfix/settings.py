@@ -20,6 +20,8 @@ UNSEARCHED = ("small",)
 """Models that nothing is searched on: what was found on others is tested on them."""
 MODEL = {"revision": TEXT.or_null(), "commit": TEXT.or_null(), "weights": TEXT, "dtype": TEXT}
 """What a card says of the model beside its name."""
+MEASURES = ("sar", "sar+grounding")
+"""What may be measured of an answer's tokens beside their probability."""
 ATTENTIONS = ("sdpa", "eager")
 """How a model computes attention where no decoder edits it, by transformers' names."""
 FLASH = re.compile(r"flash([-_](attention|attn))?([-_]?[0-9])?", re.IGNORECASE)
@@ -109,6 +111,8 @@ class Settings:
         repetition_penalty: What scores of tokens that were said are divided by; None for nothing.
         stop: Texts that end an answer; None for none.
         words: Whether answers say of every word how sure it was, which decides no answer and stands in no card.
+        confidence: ``sar`` or ``sar+grounding``, what else is measured of their tokens; likewise.
+        similarity: What tells the relevance of tokens, ``own`` or a sentence encoder; likewise.
     """
 
     model: str = "tiny"
@@ -131,6 +135,8 @@ class Settings:
     repetition_penalty: float | None = None
     stop: tuple[str, ...] | None = None
     words: bool = False
+    confidence: str | None = None
+    similarity: str = "own"
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "stop", tuple(self.stop) if self.stop else None)  # a card has a list

@@ -56,7 +56,7 @@ def test_a_table_holds_everything_and_no_formula(folder):
     assert not any(value.startswith(("=", "+", "@", "\t", "\r")) for row in rows for value in row.values())
     assert [row["answer"].removeprefix("'") for row in rows[: len(TEXTS)]] == TEXTS
     assert rows[2]["answer"] == "'-a dog"
-    assert (rows[0]["logprob"], rows[0]["entropy"], rows[0]["tokens"]) == ("-0.25", "", "3")
+    assert [rows[0][name] for name in ("logprob", "entropy", "sar", "tokens")] == ["-0.25", "", "", "3"]
     assert [(row["image"], row["prompt"], row["failed"], row["answer"]) for row in rows[-2:]] == [
         ("x.png", "", "empty file", ""),
         ("caf\\udce9.png", "Q?", "no", ""),

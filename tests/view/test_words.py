@@ -52,6 +52,23 @@ def test_doubtful_words_are_underlined_and_say_how_probable_they_were(vlmfix, pi
     assert not next(page.all("p", "text")).attributes.get("data-grid")
 
 
+def test_uncertainty_stands_under_the_answer_and_on_its_words_and_flags_stand_out(vlmfix, pictures, tmp_path):
+    scored = [
+        [0, 1, -0.01, 0.1, 0.001, 0.2],
+        [1, 3, -2.0, 1.0, 0.2, 0.1],
+        [3, 5, -1.0, 1.0, 0.1, 0.1],
+        [5, 6, 0, 0, 0, 0.3],
+    ]
+    named = {"word": "dog", "begin": 2, "end": 5, "sar": 0.3, "picture": 0.1, "flagged": True}
+    known = {"sar": 0.301, "scored": scored, "objects": [named]}
+    page = page_of(vlmfix, run(tmp_path / "out", pictures, [("0.png", "What?", "A dog.", known)]))
+    assert [(word.text, word.attributes["class"], word.attributes["title"]) for word in page.all("span", "word")] == [
+        ("dog", "word flagged doubt-1", "probability 5 %, SAR 0.3")
+    ]
+    assert [tag.text for tag in page.all("span", "tag")] == ["SAR 0.30"]
+    assert "owe little to the picture" in next(page.all("p", "legend")).text
+
+
 @pytest.mark.parametrize("words", [[[2, 9, -1]], [[3, 2, -1]], [[2, 5, -1], [4, 6, -1]]])
 def test_places_that_fit_the_text_no_more_are_left_out(vlmfix, pictures, tmp_path, words):
     page = page_of(vlmfix, run(tmp_path / "out", pictures, [("0.png", "What?", "A dog.", {"words": words})]))

@@ -29,11 +29,21 @@ EXAMS = {"chair": "captions", "pope": "POPE", "small": "small things"}
 
 
 def write(path: Path, results: Mapping[str, Any]) -> None:
-    """Puts the results into a page; what is outside the marks stays as it is.
+    """Puts the results into a page; see `put`.
 
     Args:
         path: The page; made when it is missing.
         results: See :func:`tools.study.results.results`.
+    """
+    put(path, text(results))
+
+
+def put(path: Path, content: str) -> None:
+    """Puts a text between the marks of a page; what is outside the marks stays as it is.
+
+    Args:
+        path: The page; made when it is missing.
+        content: Markdown.
 
     Raises:
         DataError: The page has no marks, or cannot be written.
@@ -46,7 +56,7 @@ def write(path: Path, results: Mapping[str, Any]) -> None:
             raise DataError(f"{path} has no lines {BEGIN} and {END}", "put them where the figures belong")
         path.parent.mkdir(parents=True, exist_ok=True)
         draft = path.with_name(f".{path.name}.new")
-        draft.write_text(f"{start}{BEGIN}\n\n{text(results)}\n{END}{after}", encoding="utf-8")
+        draft.write_text(f"{start}{BEGIN}\n\n{content}\n{END}{after}", encoding="utf-8")
         draft.replace(path)
     except OSError as error:
         raise DataError(f"cannot write {path}: {error.strerror}", "choose another --page") from error

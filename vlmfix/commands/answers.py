@@ -17,9 +17,10 @@ from click.core import ParameterSource
 from vlmfix.commands import options
 from vlmfix.commands.convert import written
 from vlmfix.errors import UsageError
+from vlmfix.extras import need
 from vlmfix.jobs.export import JSONL, NAMES, targets
 from vlmfix.parsing import escaped
-from vlmfix.settings import EMBEDDED, Settings
+from vlmfix.settings import EMBEDDED, MEASURES, Settings
 
 if TYPE_CHECKING:
     from vlmfix.images import Found
@@ -51,6 +52,18 @@ PHOTOGRAPHS = "llava-hf/llava-1.5-7b-hf"
     help="Write the answers also in this form when all are done; may be given several times.  [default: jsonl alone]",
 )
 @click.option("--words", is_flag=True, help="Keep of every word how sure the model was, which vlmfix view shows.")
+@click.option(
+    "--confidence",
+    type=click.Choice(MEASURES),
+    help="Keep of every answer and token how unsure it was, weighted by relevance; sar+grounding flags objects, too.",
+)
+@click.option(
+    "--similarity",
+    metavar="own|MODEL",
+    default="own",
+    show_default=True,
+    help="What tells relevance: the model's own token embeddings, or a sentence encoder, by folder or Hub id.",
+)
 @options.retry_failed("OUT/failed.jsonl")
 @click.option(
     "--devices", metavar="all|N,N,...", help="GPUs that answer together, a process on each.  [default: one, --device]"
@@ -69,6 +82,8 @@ def run(
     save_maps: Path | None,
     formats: tuple[str, ...],
     words: bool,
+    confidence: str | None,
+    similarity: str,
     retry_failed: bool,
     devices: str | None,
     shard: str | None,
@@ -84,6 +99,8 @@ def run(
         raise UsageError("--device and --devices are both given", "give one of them")
     if devices is not None and settings.device_map is not None:
         raise UsageError("--device-map spreads a model, and --devices has one on each", "give one of them")
+    if confidence == "sar+grounding":
+        need("eval")  # finds the object words
     kinds = [kind for kind in dict.fromkeys(formats) if kind != JSONL]
     options.quieten()
     from vlmfix.crew import devices_of
@@ -103,7 +120,7 @@ def run(
             out,
             questions=questions,
             column=column,
-            settings=replace(settings, words=words),
+            settings=replace(settings, words=words, confidence=confidence, similarity=similarity),
             batch_size=batch_size,
             save_maps=save_maps,
             retry_failed=retry_failed,
@@ -112,6 +129,7 @@ def run(
             remarks=functools.partial(_told, settings),
             report=report,
             loader=_loading,
+            named=_named,
         )
     options.say(summary(end, place, settings.max_new_tokens), err=True, lines=True)
     for kind in kinds:
@@ -154,6 +172,13 @@ def _unfamiliar(model: str, files: Iterable[Found]) -> Iterator[str]:
                 f"of other pictures is made up; give a model that has seen photographs, such as --model {PHOTOGRAPHS}"
             )
             return
+
+
+def _named(text: str) -> list[tuple[str, int, int]]:
+    """Finds the object words of an answer by CHAIR's rules: what each names, and its begin and end."""
+    from vlmfix.evals.benchmarks.words import words_of
+
+    return [(mention.node, mention.start, mention.end) for mention in words_of(None).read(text).mentions]
 
 
 def _loading(model: str, **how: Any) -> Any:  # noqa: ANN401 (its type would import torch)

@@ -27,7 +27,7 @@ NAMES = {"csv": "answers.csv", "parquet": "answers.parquet", "coco": "answers.co
 IMAGES = "-images.json"
 """What the file beside COCO's results is called behind their name: which number is which picture."""
 TEXTS = ("image", "sha256", "prompt", "answer", "finish", "failed")
-COLUMNS = ("image", "prompt", "answer", "tokens", "finish", "seconds", "logprob", "entropy", "failed", "sha256")
+COLUMNS = ("image", "prompt", "answer", "tokens", "finish", "seconds", "logprob", "entropy", "sar", "failed", "sha256")
 """Columns of tables, the names of ``answers.jsonl``; ``failed`` is the reason where there is no answer."""
 UNSAFE = ("=", "+", "-", "@", "\t", "\r", "'")
 """What a cell must not begin with, for a spreadsheet takes it for a formula; the last is what stands before these."""
@@ -133,7 +133,7 @@ def _write_parquet(folder: Path, file: BinaryIO) -> int:
     import pyarrow as arrow
     import pyarrow.parquet as parquet
 
-    kinds = {"tokens": arrow.int64(), **dict.fromkeys(("seconds", "logprob", "entropy"), arrow.float64())}
+    kinds = {"tokens": arrow.int64(), **dict.fromkeys(("seconds", "logprob", "entropy", "sar"), arrow.float64())}
     columns = [(name, kinds.get(name, arrow.string())) for name in COLUMNS]
     schema = arrow.schema(columns, metadata={MARK: b"answers"})
     lines, count = _lines(folder), 0

@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
-from vlmfix.shapes import COUNT, DURATION, NUMBER, TEXT, fields, list_of
+from vlmfix.shapes import COUNT, DURATION, FLAG, NUMBER, TEXT, fields, list_of
 
 WORD = list_of(NUMBER, least=3)
 """What a line says of a word: begin and end in the answer, and log-probability."""
+SCORED = list_of(NUMBER, least=5)
+"""What a line says of a token: begin and end in the answer, log-probability, entropy and SAR; then what it owes to the
+picture, where that was measured."""
+NAMED = fields(
+    {"word": TEXT, "begin": COUNT, "end": COUNT, "sar": NUMBER, "picture": NUMBER.or_null(), "flagged": FLAG}
+)
+"""What a line says of an object word."""
 ANSWERS, FAILED, CARD = "answers.jsonl", "failed.jsonl", "run.json"
 ANSWER = fields(
     {"image": TEXT, "prompt": TEXT, "answer": TEXT, "tokens": COUNT, "seconds": DURATION},
@@ -15,6 +22,9 @@ ANSWER = fields(
         "logprob": NUMBER.or_null(),
         "entropy": NUMBER.or_null(),
         "words": list_of(WORD),
+        "sar": NUMBER.or_null(),
+        "scored": list_of(SCORED),
+        "objects": list_of(NAMED),
     },
 )
 MARKS = 12

@@ -183,10 +183,9 @@ def _digits(heat: Tensor) -> str:
 
 def with_heat(said: Said, words: Sequence[tuple[int, int, str]], grid: tuple[int, int]) -> Said:
     """Returns an answer whose words have maps, beside what is known of them already."""
-    known = {(word.begin, word.end): word.probability for word in said.words}
-    return replace(
-        said, grid=grid, words=tuple(Word(begin, end, known.get((begin, end)), heat) for begin, end, heat in words)
-    )
+    known = {(word.begin, word.end): word for word in said.words}
+    heated = (replace(known.get((begin, end), Word(begin, end)), heat=heat) for begin, end, heat in words)
+    return replace(said, grid=grid, words=tuple(heated))
 
 
 def grounding_page(

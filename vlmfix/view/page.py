@@ -277,6 +277,8 @@ def _legend(sheet: Sheet, rows: Sequence[Row]) -> list[tuple[str, str, str]]:
             (f"doubt-{level}", "words", f"were chosen with a probability {'' if level == 1 else 'under '}{said}")
             for level, said in enumerate(listed, start=1)
         ]
+    if any(word.flagged for word in words):
+        found.append(("flagged", "words", "name an object, were unsure and owe little to the picture"))
     if any(word.heat for word in words):
         found.append(("heated", "words", "show on the picture, under the pointer, what they owe to which part of it"))
     return found

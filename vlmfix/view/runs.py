@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from vlmfix.errors import VlmfixError
 from vlmfix.images import Found
 from vlmfix.jobs.lines import ANSWER, ANSWERS, CARD, FAILED, FAILURE
+from vlmfix.parsing import WORD
 from vlmfix.records import read_json, read_lines
 from vlmfix.settings import DECODED, LOADED, REQUESTED, decoding_in, decoding_text
 from vlmfix.shapes import FLAG, PATH, TEXT, fields, list_of, mapping_of
@@ -110,13 +111,26 @@ def read_answers(folder: Path, images: Path | None = None) -> Answers:
 
 
 def _said(line: Mapping[str, Any]) -> Said:
-    text = line["answer"]
+    text, scored = line["answer"], line.get("scored", ())
+    said = Said(text, line.get("finish", ""), logprob=line.get("logprob"), sar=line.get("sar"))
+    known = [(begin, end, logprob) for begin, end, logprob, *_ in line.get("words", ())]
+    if not known and scored:
+        spans = [found.span() for found in WORD.finditer(text)]
+        known = [(*span, sum(token[2] for token in _within(scored, *span))) for span in spans]
+    flagged = [(found["begin"], found["end"]) for found in line.get("objects", ()) if found["flagged"]]
     words: list[Word] = []
-    for begin, end, logprob, *_ in line.get("words", ()):
+    for begin, end, logprob in known:
         if not (words[-1].end if words else 0) <= begin < end <= len(text):  # somebody has changed the text
-            return Said(text, line.get("finish", ""), logprob=line.get("logprob"))
-        words.append(Word(begin, end, math.exp(min(logprob, 0.0))))
-    return Said(text, line.get("finish", ""), logprob=line.get("logprob"), words=tuple(words))
+            return said
+        sar = sum(token[4] for token in _within(scored, begin, end)) if scored else None
+        marked = any(first < end and last > begin for first, last in flagged)
+        words.append(Word(begin, end, math.exp(min(logprob, 0.0)), sar=sar, flagged=marked))
+    return replace(said, words=tuple(words))
+
+
+def _within(scored: Sequence[Sequence[float]], begin: int, end: int) -> list[Sequence[float]]:
+    """The tokens that have a part of a span of the text."""
+    return [token for token in scored if token[0] < end and token[1] > begin]
 
 
 def _pictures(folder: Path, place: Path, column: str | None) -> Callable[..., PictureFile]:

@@ -23,12 +23,16 @@ class Word:
         probability: That of its tokens together, in [0, 1]; None where it is not known.
         heat: What the parts of the picture had to do with it, row by row, in hexadecimal digits from 0 to f; empty
             where it is not known.
+        sar: Uncertainty weighted by relevance, of its tokens together; None where it is not known.
+        flagged: Whether it names an object, was unsure and owes little to the picture.
     """
 
     begin: int
     end: int
     probability: float | None = None
     heat: str = ""
+    sar: float | None = None
+    flagged: bool = False
 
 
 @dataclass(frozen=True)
@@ -43,6 +47,7 @@ class Said:
         words: What is known of its words, in order and apart from each other.
         grid: Columns and rows of their heat.
         unsure: Whether it is among the least sure answers of its column.
+        sar: Its uncertainty weighted by relevance; None where it is not known.
     """
 
     text: str
@@ -52,6 +57,7 @@ class Said:
     words: tuple[Word, ...] = ()
     grid: tuple[int, int] = (0, 0)
     unsure: bool = False
+    sar: float | None = None
 
     @property
     def cut(self) -> bool:

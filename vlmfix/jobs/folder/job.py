@@ -20,16 +20,22 @@ from vlmfix.files import resolved
 from vlmfix.fitting import fitting_batch, typical
 from vlmfix.generation import VLM, Answer, check_settings, load
 from vlmfix.images import Found, Picture, read_ahead
+from vlmfix.insight.relevance import Confidence, flags
 from vlmfix.jobs.folder.maps import MapFolder
 from vlmfix.jobs.folder.output import OutputFolder, Totals
 from vlmfix.jobs.folder.questions import Questions
 from vlmfix.jobs.ledger import asked_before
 from vlmfix.jobs.shards import Shard, shards_in
 from vlmfix.language.parameters import plain
+from vlmfix.parsing import WORD
 from vlmfix.settings import Settings
 from vlmfix.sources import Source, source_of
 from vlmfix.supply import Question
 
+Named = Callable[[str], Sequence[tuple[str, int, int]]]
+"""Finds the object words of a text: what each names, and its begin and end."""
+MEASURED = ("words", "confidence", "similarity")
+"""Settings that decide what is told of an answer, and no answer."""
 SPREAD = 8
 """Pictures, spread over all, at which every second one is let go of those that represent the others."""
 
@@ -86,6 +92,7 @@ def run(
     remarks: Callable[[Iterable[Found]], Sequence[str]] = lambda files: (),
     report: Callable[[Progress], None] = lambda progress: None,
     loader: Callable[..., VLM] = load,
+    named: Named = lambda text: (),
 ) -> Progress:
     """Asks a model about every picture of a source, and resumes where an earlier start ended.
 
@@ -106,6 +113,7 @@ def run(
         remarks: Called with the files before the model is loaded; the card and the final state keep what it returns.
         report: Called whenever something was written.
         loader: Loads the model; ``vlmfix.load`` unless a test gives another.
+        named: Finds the object words of an answer, for flags.
 
     Returns:
         The final state.
@@ -142,7 +150,7 @@ def run(
         output = opened.enter_context(OutputFolder(place, asked, retry_failed=retry_failed))
         output.notes = tuple(remarks(source))
         maps = None if save_maps is None else opened.enter_context(MapFolder(save_maps, asked))
-        job = _Job(source, shard, questions, output, maps, report)
+        job = _Job(source, shard, questions, output, maps, report, named)
         if job.left:
             if devices:
                 sample = job.typical() if batch_size is None else []
@@ -178,7 +186,7 @@ def _known_settings(
 ) -> dict[str, Any]:
     """Returns the settings that can be compared before the model is loaded."""
     asked = asdict(settings) | settings.requested()
-    for name in ("device", "dtype", "words"):  # the values of the first two are known only with the model
+    for name in ("device", "dtype", *MEASURED):  # the values of the first two are known only with the model
         del asked[name]
     parameters = {name: plain(value) for name, value in decoder.parameters().items()}
     return {
@@ -209,6 +217,7 @@ class _Job:
         output: OutputFolder,
         maps: MapFolder | None,
         report: Callable[[Progress], None],
+        named: Named,
     ) -> None:
         self._source = source
         self._shard = shard
@@ -216,6 +225,7 @@ class _Job:
         self._output = output
         self._maps = maps
         self._report = report
+        self._named = named
         self._batch_size = 1
         self._peak_memory: Callable[[], int] = lambda: 0
         self._answered = 0
@@ -359,11 +369,11 @@ class _Job:
             return
         if self._maps is not None and outcome.refined is not None:
             self._maps.save(sample.image, self._shown[sample.image], sample.prompt, outcome.refined)
-        self._output.answer(_record(sample, outcome))
+        self._output.answer(_record(sample, outcome, self._named))
         self._answered += 1
 
 
-def _record(sample: _Sample, answer: Answer) -> dict[str, Any]:
+def _record(sample: _Sample, answer: Answer, named: Named) -> dict[str, Any]:
     words = {}
     if answer.words is not None:
         words = {"words": [[begin, end, round(logprob, 3)] for begin, end, logprob in answer.words]}
@@ -378,4 +388,34 @@ def _record(sample: _Sample, answer: Answer) -> dict[str, Any]:
         "logprob": None if answer.logprob is None else round(answer.logprob, 4),
         "entropy": None if answer.entropy is None else round(answer.entropy, 4),
         **words,
+        **({} if answer.confidence is None else _scored(answer.text, answer.confidence, named)),
     }
+
+
+def _scored(text: str, confidence: Confidence, named: Named) -> dict[str, Any]:
+    """Returns what a line says of the tokens' uncertainty, and with grounding of the object words."""
+    grounded = any(token.picture is not None for token in confidence.tokens)
+    scored = [
+        [
+            token.begin,
+            token.end,
+            *(round(number, 4) for number in (token.logprob, token.entropy, token.sar)),
+            *([_rounded(token.picture)] if grounded else []),
+        ]
+        for token in confidence.tokens
+    ]
+    found: dict[str, Any] = {"sar": round(confidence.sar, 4), "scored": scored}
+    if grounded:
+        objects = named(text)
+        places = [(begin, end) for _, begin, end in objects]
+        flagged = flags(confidence, [word.span() for word in WORD.finditer(text)], places)
+        found["objects"] = []
+        for (name, begin, end), flag in zip(objects, flagged, strict=True):
+            unsure, owed = confidence.of(begin, end)
+            known = {"word": name, "begin": begin, "end": end, "sar": round(unsure, 4), "picture": _rounded(owed)}
+            found["objects"].append(known | {"flagged": flag})
+    return found
+
+
+def _rounded(score: float | None) -> float | None:
+    return None if score is None else round(score, 6)

@@ -136,12 +136,15 @@ class OutputFolder(Ledger):
         """
         self._at_work, self._recent = True, []
         self.card.pop("merged", None)  # from now on a run writes here, whose answers no merge may replace
+        measured: dict[str, Any] = {}
+        if settings.confidence is not None:
+            measured = {"confidence": settings.confidence, "similarity": settings.similarity}
         self.start_session(
             model,
             settings,
             self.card["settings"],
             found={"decoder_facts": model.facts},
-            session={"batch_size": batch_size, "prompts_file": prompts_file, "versions": versions()},
+            session={"batch_size": batch_size, "prompts_file": prompts_file, "versions": versions(), **measured},
             peak_memory=peak_memory,
         )
 
