@@ -86,6 +86,7 @@ def test_doctor_says_what_works(model, vlmfix, monkeypatch):
     assert "dynamic cache" in diagnosis["ways"]["sgrs"]["static cache"]
     assert [finding["reason"] for finding in diagnosis["contracts"]] == [None] * len(CONTRACTS)
     assert diagnosis["model"]["layers"] == 3
+    assert f"sink rate  {diagnosis['sinks']['rate']:.0%} of heads give the first token over 30%" in printed
     assert diagnosis["machine"]["memory"] > 0
 
 
@@ -112,6 +113,7 @@ def test_what_doctor_finds_is_text():
             "machine": machine,
             "model": model,
             "versions": {"torch": "[red]1"},
+            "sinks": {"rate": None, "reason": "[/none]"},
             "untested": [],
             "refused": [],
             "contracts": [],
@@ -125,6 +127,7 @@ def test_what_doctor_finds_is_text():
     assert "[bold]" in shown
     assert "[/why]" in shown
     assert "torch [red]1" in shown
+    assert "not known: [/none]" in shown
     assert "  sampling of vcd: refused: [/so]" in shown
 
 

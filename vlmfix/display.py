@@ -20,6 +20,7 @@ from vlmfix.card import reading_notes
 from vlmfix.decoders.support import WORKS
 from vlmfix.demo import Comparison, Described, counted
 from vlmfix.generation import VLM, load
+from vlmfix.insight.sinks import RESTING
 from vlmfix.jobs.folder import Progress
 from vlmfix.parsing import escaped
 from vlmfix.reports.bench import bench_table
@@ -223,12 +224,20 @@ def diagnosis_text(diagnosis: dict[str, Any]) -> str:
         ("versions", ", ".join(f"{name} {number}" for name, number in diagnosis["versions"].items())),
         ("model", f"{model['id']}: {model['family']}, {model['layers']} layers"),
         ("runs on", f"{model['device']}, {model['dtype']}"),
+        ("sink rate", _sink_rate(diagnosis["sinks"])),
     ):
         facts.add_row(name, value)
     notes = [Text(note) for note in (*reading_notes(diagnosis["checkpoint"]), *diagnosis["refused"])]
     ways = _ways(diagnosis["ways"], diagnosis["reach"])
     beforehand = list(_beforehand(diagnosis["support"]))
     return rendered(facts, *notes, "", ways, *beforehand, "", *_contracts(diagnosis)).rstrip("\n")
+
+
+def _sink_rate(sinks: dict[str, Any]) -> str:
+    """The share of heads that rest on the first token, or why nobody knows."""
+    if sinks["rate"] is None:
+        return f"not known: {sinks['reason']}"
+    return f"{sinks['rate']:.0%} of heads give the first token over {RESTING:.0%} of their attention"
 
 
 def _ways(ways: dict[str, dict[str, str | None]], reach: dict[str, int | None]) -> Table:

@@ -19,6 +19,7 @@ from vlmfix.errors import PluginError, VlmfixError
 from vlmfix.evals.tasks import TASKS
 from vlmfix.generation import VLM, load
 from vlmfix.heads.profilers import PROFILERS
+from vlmfix.insight.sinks import sink_rate
 from vlmfix.models.families import FAMILIES
 from vlmfix.upstream import contracts
 from vlmfix.upstream.attention import window
@@ -51,7 +52,8 @@ def diagnose(
 
     Returns:
         ``versions``; ``untested``, those among them that vlmfix was not tested with; ``machine``; ``model`` (id,
-        revision, family, layers, dtype, device); ``checkpoint``, see ``Checkpoint.reading``; ``contracts``, a list of
+        revision, family, layers, dtype, device); ``checkpoint``, see ``Checkpoint.reading``; ``sinks``, with the share
+        of heads that rest on the first token as ``rate``, or None and the ``reason``; ``contracts``, a list of
         ``name``, ``protects`` and ``reason``, which is None where it holds; ``decoders``, which maps each name to None,
         or to the reason why it does not work; ``refused``, sentences about names of other distributions that are not
         used; ``ways``, which maps each name to the same for ``plain``, ``beams`` and ``static cache``; ``support``,
@@ -89,6 +91,7 @@ def diagnose(
             "dtype": str(vlm.model.dtype).removeprefix("torch."),
             "device": device_name(vlm.device),
         },
+        "sinks": _sinks(vlm),
         "contracts": [asdict(finding) for finding in contracts.examined()],
         "refused": [sentence for table in (DECODERS, FAMILIES, PROFILERS, TASKS) for sentence in table.refused()],
         "decoders": {name: found["plain"] for name, found in ways.items()},
@@ -96,6 +99,16 @@ def diagnose(
         "support": {name: support()[name].of(vlm.model.config.model_type) for name in specs if name in support()},
         "reach": reach,
     }
+
+
+def _sinks(vlm: VLM) -> dict[str, Any]:
+    rates: list[float] = []
+
+    def measure() -> None:
+        rates.append(sink_rate(vlm))
+
+    reason = _reason(measure)
+    return {"rate": rates[0] if rates else None, "reason": reason}
 
 
 def _tried(vlm: VLM, spec: str) -> dict[str, str | None]:

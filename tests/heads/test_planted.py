@@ -28,8 +28,9 @@ from vlmfix.attention.session import edited
 from vlmfix.errors import DataError
 from vlmfix.heads.measure import QUESTION, profile
 from vlmfix.heads.profiler import run_pass
-from vlmfix.heads.profilers import retrieval
+from vlmfix.heads.profilers import echo, retrieval
 from vlmfix.heads.profilers.ablation import Ablation
+from vlmfix.heads.profilers.echo import Echo
 from vlmfix.heads.profilers.localization import Localization
 from vlmfix.heads.profilers.non_sink import NonSink
 from vlmfix.heads.profilers.patching import Patching, effects
@@ -133,6 +134,69 @@ def test_retrieval_wants_the_token_itself_and_not_its_neighbour(monkeypatch):
     found = measured(vlm, Retrieval(words=1))
     assert found.scores[1, 6] == 1
     assert found.scores.sum() == 1  # every other head scores exactly 0
+
+
+def test_echo_tells_heads_that_find_a_word_again_from_those_that_find_the_next(monkeypatch):
+    monkeypatch.setattr(echo, "WORDS", ("01234567",))
+    vlm = planted_vlm(tokens=[(str(digit), CODE + digit, 1.0) for digit in range(WIDTH)])
+    one_hot(vlm, 1, 6, 1)
+    one_hot(vlm, 0, 2, 0)
+    found = measured(vlm, Echo(words=1))
+    assert found.top(2) == ((1, 6), (0, 2))
+    assert found.scores[1, 6] == found.details["induction"][1, 6] == pytest.approx(1, abs=1e-3)
+    assert found.details["echo"][0, 2] == pytest.approx(0.5, abs=1e-3)  # there, and where it stands again
+    assert found.details["echo"][1, 6] < 1e-3
+    assert found.details["induction"][0, 2] < 1e-3
+    others = found.scores.clone()
+    others[1, 6] = others[0, 2] = 0
+    assert others.max() < 0.1
+
+
+def test_the_logit_lens_finds_the_head_that_says_the_answer():
+    vlm = babbler()
+    found = measured(vlm, "logit-lens")  # a colon is last, and r is said
+    assert found.top(1) == ((2, 5),)
+    assert found.scores[2, 5] > 0
+    assert found.scores[1, 3] < 0  # speaks for the h, so against the mean of the others
+    others = found.scores.clone()
+    others[2, 5] = others[1, 3] = 0
+    assert bool((others == 0).all())
+
+
+def test_heterogeneity_finds_the_head_that_differs():
+    vlm = planted_vlm()
+    speaking(vlm, {(1, 3): CODE + 5})
+    found = measured(vlm, "heterogeneity")
+    assert found.scores[1].tolist() == pytest.approx([7.0 if head == 3 else 1.0 for head in range(HEADS)])
+    assert not bool(found.scores[[0, 2]].any())
+
+
+def test_heads_that_rest_on_the_first_token_are_dormant():
+    vlm = planted_vlm()
+    for layer in range(LAYERS):
+        for head in range(HEADS):
+            own = {"dim": IMAGE, "place": 1} if (layer, head) == (1, 2) else {"dim": FIRST}
+            look(vlm, layer, head, **own)
+    with torch.no_grad():
+        for module in vlm.family.attention_modules(vlm.model):
+            module.v_proj.weight.zero_()
+            module.v_proj.weight[:, CONSTANT] = 1.0
+            module.v_proj.weight[:, FIRST] = -0.99
+    found = measured(vlm, "active")
+    assert found.top(1) == ((1, 2),)
+    dormant = found.details["dormant"]
+    assert (float(dormant[1, 2]), float(dormant.sum())) == (0.0, LAYERS * HEADS - 1)
+    assert found.details["sink_mass"][0, 0] == pytest.approx(1, abs=1e-3)
+    assert found.details["sink_value"].max() < 0.1
+
+
+def test_influence_finds_the_head_that_looks_far():
+    vlm = planted_vlm()
+    look(vlm, 2, 6, FIRST)
+    found = measured(vlm, "influence")
+    assert found.top(1) == ((2, 6),)
+    assert found.scores[2, 6] == pytest.approx(10, abs=1e-2)
+    assert found.details["future"][2, 6] < 1e-3 < found.details["future"][0, 0]
 
 
 def test_ablation_finds_the_one_head_that_speaks():

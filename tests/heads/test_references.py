@@ -15,6 +15,8 @@ from tests.tiny import TINY
 from vlmfix.heads.measure import profile
 from vlmfix.heads.moments import rank_correlation
 from vlmfix.heads.profilers.ablation import Ablation
+from vlmfix.heads.profilers.echo import Echo
+from vlmfix.heads.profilers.influence import Influence
 from vlmfix.heads.profilers.non_sink import NonSink
 from vlmfix.heads.profilers.patching import Patching
 from vlmfix.heads.profilers.retrieval import ASKED, WORDS, Retrieval
@@ -148,6 +150,71 @@ def saliency(vlm, batch, layout):
     return torch.stack([product[0, :, -1][:, layout.tokens[0]].sum(-1).double() for product in products])
 
 
+@torch.no_grad()
+def head_parts(vlm, batch):
+    """(L, H, d) what each head adds to the residual stream at the last position, slice by slice of the projection."""
+    outputs, parts = head_outputs(vlm, batch), []
+    for layer, own in zip(vlm.family.layers(vlm.model), outputs, strict=True):
+        weight, bias = layer.self_attn.o_proj.weight.double(), layer.self_attn.o_proj.bias
+        width = own.shape[1]
+        part = torch.stack([weight[:, h * width : (h + 1) * width] @ head for h, head in enumerate(own)])
+        if hasattr(layer, "pre_feedforward_layernorm"):  # Gemma: a norm with the gain 1 + w
+            whole = part.sum(0) + (0 if bias is None else bias.double())
+            part = part * (1 + layer.post_attention_layernorm.weight.double()) / (whole.square().mean() + 1e-6).sqrt()
+        parts.append(part)
+    return torch.stack(parts)
+
+
+@torch.no_grad()
+def logit_lens(vlm, batch, layout):
+    found = []
+    norm = vlm.family.decoder(vlm.model).norm
+    hook = norm.register_forward_pre_hook(lambda module, args: found.append(args[0][0, -1].double()))
+    token = int(vlm.model(**batch).logits[0, -1].argmax())
+    hook.remove()
+    words = vlm.model.get_output_embeddings().weight.double()
+    gain = norm.weight.double() + ("gemma" in vlm.model.config.model_type)
+    scale = gain / (found[0].square().mean() + 1e-6).sqrt()
+    return (head_parts(vlm, batch) * scale) @ (words[token] - words.mean(0))
+
+
+def heterogeneity(vlm, batch, layout):
+    parts = head_parts(vlm, batch)
+    lengths = (parts - parts.mean(1, keepdim=True)).norm(dim=-1)
+    return lengths / parts.norm(dim=-1).mean(1, keepdim=True)
+
+
+def active(vlm, batch, layout):
+    """Attention of the last row times the lengths of values, by hooks on the value projections."""
+    lengths = []
+    width = vlm.family.attention_modules(vlm.model)[0].head_dim
+    hooks = [
+        module.v_proj.register_forward_hook(
+            lambda module, args, given: lengths.append(given[0].double().unflatten(-1, (-1, width)).norm(dim=-1))
+        )
+        for module in vlm.family.attention_modules(vlm.model)
+    ]
+    weights, _ = watched(vlm, batch)
+    for hook in hooks:
+        hook.remove()
+    rows = weights[:, :, -1, 1:]  # (L, H, T - 1)
+    return torch.stack(
+        [
+            torch.stack([row @ own[1:, head * own.shape[1] // len(part)] for head, row in enumerate(part)])
+            for part, own in zip(rows, lengths, strict=True)
+        ]
+    )
+
+
+def distance(vlm, batch, layout):
+    weights, _ = watched(vlm, batch)
+    score, rows = 0, layout.text_after_image()[0].nonzero()[:, 0].tolist()
+    for row in rows:
+        for key in range(row + 1):
+            score = score + weights[:, :, row, key] * min(row - key, 10)
+    return score / len(rows)
+
+
 REFERENCES = {
     "image-mass": ("image-mass", image_mass),
     "gaze-shift": ("gaze-shift", gaze_shift),
@@ -155,7 +222,24 @@ REFERENCES = {
     "vhd": ("vhd", divergence),
     "ablation": (Ablation(copies=5), ablation),
     "saliency": ("saliency", saliency),
+    "logit-lens": ("logit-lens", logit_lens),
+    "heterogeneity": ("heterogeneity", heterogeneity),
+    "active": ("active", active),
+    "influence": ("influence", distance),
 }
+
+
+def test_influence_of_text_on_what_comes_later():
+    vlm = vlm_of("llava")
+    found = profile(vlm, PICTURES[:1], [Influence(near=3, far=6)], question=QUESTION)["influence"].details["future"]
+    batch, layout = alone(vlm, PICTURES[0])
+    weights, _ = watched(vlm, batch)
+    rows = layout.text_after_image()[0].nonzero()[:, 0].tolist()
+    means = []
+    for key in rows:
+        later = [weights[:, :, row, key] for row in rows if 3 <= row - key <= 6]
+        means += [torch.stack(later).mean(0)] if later else []
+    torch.testing.assert_close(found.double(), torch.stack(means).mean(0), atol=1e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("family", TINY)
@@ -362,9 +446,9 @@ def test_first_order_is_exact_where_the_rest_is_linear(labels):
 
 
 @pytest.mark.parametrize("family", ["llava", "qwen2_vl", "smolvlm"])
-def test_retrieval_by_the_whole_attention_matrix(family):
+def test_retrieval_and_echo_by_the_whole_attention_matrix(family):
     vlm = vlm_of(family)
-    scores = []
+    scores, again, after = [], [], []
     for number, shown in enumerate(PICTURES):
         needle = " ".join(Random(f"5, {number}").sample(WORDS, 3))
         batch = vlm.encode([ASKED.format(needle=needle, question=QUESTION)], [[shown]])
@@ -383,9 +467,19 @@ def test_retrieval_by_the_whole_attention_matrix(family):
             for place in range(start, start + len(letters)):
                 hits += (peaks == place) & (ids[place] == token)
         scores.append(hits / len(letters))
-    found = profile(vlm, PICTURES, [Retrieval(words=3)], question=QUESTION, seed=5)["retrieval"]
+        places = range(len(letters))
+        again.append(sum(weights[:, :, len(ids) + step, start + step] for step in places) / len(letters))
+        after.append(sum(weights[:, :, len(ids) + step, start + step + 1] for step in places[:-1]) / (len(letters) - 1))
+    both = profile(vlm, PICTURES, [Retrieval(words=3), Echo(words=3)], question=QUESTION, seed=5)
+    found = both["retrieval"]
     torch.testing.assert_close(found.scores, torch.stack(scores).mean(0))
     assert found.scores.max() > 0
+    for name, expected in (("echo", again), ("induction", after)):
+        torch.testing.assert_close(
+            both["echo"].details[name].double(), torch.stack(expected).mean(0), atol=1e-6, rtol=1e-4
+        )
+    whole = torch.stack(again) + torch.stack(after)
+    torch.testing.assert_close(both["echo"].scores.double(), whole.mean(0), atol=1e-6, rtol=1e-4)
 
 
 def keep(kept, layer, args, output):

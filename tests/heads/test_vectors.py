@@ -12,6 +12,9 @@ from vlmfix.errors import LayoutError, UnsupportedModelError, UsageError
 from vlmfix.heads.measure import profile
 from vlmfix.heads.profilers import patching
 from vlmfix.heads.profilers.ablation import Ablation
+from vlmfix.heads.profilers.active import Active
+from vlmfix.heads.profilers.echo import Echo
+from vlmfix.heads.profilers.influence import Influence
 from vlmfix.heads.profilers.localization import Localization, elbow, selected, spatial_entropy
 from vlmfix.heads.profilers.non_sink import NonSink
 from vlmfix.heads.profilers.patching import Patching
@@ -193,6 +196,12 @@ def test_labels_do_not_depend_on_what_follows():
         (Ablation, {"max_new_tokens": 0}, "max_new_tokens=0"),
         (Patching, {"copies": 0}, "copies=0"),
         (Retrieval, {"words": 41}, "words=41"),
+        (Echo, {"words": 0}, "words=0"),
+        (Active, {"mass": 1.1}, "mass=1.1"),
+        (Active, {"value": -1}, "value=-1"),
+        (Influence, {"window": 0}, "window=0"),
+        (Influence, {"near": 0}, "near=0"),
+        (Influence, {"far": 3}, "far=3"),
         (Localization, {"selected": 0}, "selected=0"),
         (Localization, {"min_mass": 1.5}, "min_mass=1.5"),
         (NonSink, {"largest_sink_share": -0.1}, "largest_sink_share=-0.1"),

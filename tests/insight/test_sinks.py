@@ -13,7 +13,7 @@ from tests.contracts.support import batch_of, logits, plain, vlm_of
 from vlmfix.decoders import VAR
 from vlmfix.generation import VLM
 from vlmfix.insight import sinks
-from vlmfix.insight.sinks import find_sinks, first_token_mass, ratio_threshold
+from vlmfix.insight.sinks import find_sinks, first_token_mass, ratio_threshold, sink_rate
 
 
 @pytest.fixture(autouse=True)
@@ -191,3 +191,9 @@ def test_attention_to_the_first_token(family):
     finally:
         vlm.model.set_attn_implementation("sdpa")
     torch.testing.assert_close(found, torch.stack(expected).mean(0).detach(), atol=1e-5, rtol=1e-4)
+
+
+def test_the_sink_rate_is_the_share_of_heads_that_rest_on_the_first_token(monkeypatch):
+    masses = torch.tensor([[0.9, 0.31, 0.3], [0.0, 0.5, 0.1]])
+    monkeypatch.setattr(sinks, "first_token_mass", lambda vlm: masses)
+    assert sink_rate(vlm_of("llava")) == 0.5

@@ -36,6 +36,8 @@ RATIO = 20.0
 ORDINARY = 1.0
 """Strength of ordinary tokens in the sink dimensions of the tabulated models: that of any dimension of theirs."""
 
+RESTING = 0.3
+"""Attention to the first token from which a head rests on it."""
 QUESTIONS = (
     "Describe this image.",
     "What is in the picture?",
@@ -160,6 +162,21 @@ def first_token_mass(vlm: Checkpoint) -> Tensor:
         layers = [torch.stack(probe.found[layer]).mean(dim=0) for layer in sorted(probe.found)]
         found[weights] = torch.stack(layers).float().cpu()
     return found[weights]
+
+
+def sink_rate(vlm: Checkpoint) -> float:
+    """Measures the share of heads that rest on the first token, by the probe of ``first_token_mass``.
+
+    The measure is that of Gu et al., "When Attention Sink Emerges in Language Models", ICLR 2025, arXiv 2410.10781: a
+    head rests there when it gives the token more than ``RESTING`` of its attention, on average.
+
+    Returns:
+        In [0, 1].
+
+    Raises:
+        UnsupportedAttentionError: The model's attention is not plain softmax attention.
+    """
+    return float((first_token_mass(vlm) > RESTING).float().mean())
 
 
 def tabulated_sinks(vlm: Checkpoint) -> tuple[int, ...]:

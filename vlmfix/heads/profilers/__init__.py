@@ -26,6 +26,11 @@ PROFILERS: Table[Profiler] = Table(
         "patching": "vlmfix.heads.profilers.patching:Patching",
         "localization": "vlmfix.heads.profilers.localization:Localization",
         "sinks": "vlmfix.heads.profilers.sink_tokens:SinkTokens",
+        "logit-lens": "vlmfix.heads.profilers.logit_lens:LogitLens",
+        "echo": "vlmfix.heads.profilers.echo:Echo",
+        "active": "vlmfix.heads.profilers.active:Active",
+        "influence": "vlmfix.heads.profilers.influence:Influence",
+        "heterogeneity": "vlmfix.heads.profilers.heterogeneity:Heterogeneity",
     },
     needs=("name", "title"),
 )

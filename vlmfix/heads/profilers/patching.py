@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from vlmfix.attention.edit import OutputEdit, Rows, Site
 from vlmfix.attention.probe import LastOutputs, leaving
@@ -19,6 +19,7 @@ from vlmfix.attention.session import edited
 from vlmfix.heads.moments import Moments, rank_correlation
 from vlmfix.heads.profiler import Profiler, State
 from vlmfix.heads.profilers.vhd import without_image_tokens
+from vlmfix.insight.contributions import added
 from vlmfix.insight.last_step import LastStep
 from vlmfix.insight.work import Ran, Work
 from vlmfix.models.checkpoint import Checkpoint
@@ -206,18 +207,10 @@ def direct_effects(vlm: Checkpoint, outputs: Tensor, others: Tensor, tokens: tup
     swapped = torch.cat([torch.zeros(1, heads), torch.eye(heads)]).bool().to(last.device)[..., None]  # (1 + H, H, 1)
     found = []
     for layer, own, other in zip(vlm.family.layers(model), outputs, others, strict=True):
-        written = _written(layer, torch.where(swapped, other, own).flatten(1)).float()  # (1 + H, hidden size)
+        written = added(layer, torch.where(swapped, other, own).flatten(1)).float()  # (1 + H, hidden size)
         states = norm(last.float() + (written - written[0]))
         found.append(_effects(embedding(states.to(last.dtype)).float(), tokens))
     return torch.stack(found, dim=1)  # (2, L, H)
-
-
-def _written(layer: nn.Module, outputs: Tensor) -> Tensor:
-    """What attention adds to the residual stream, (N, hidden size), for head outputs (N, H * D)."""
-    added: Tensor = layer.get_submodule("self_attn.o_proj")(outputs)
-    if hasattr(layer, "pre_feedforward_layernorm"):  # Gemma norms what attention adds, under a name that others use
-        added = layer.get_submodule("post_attention_layernorm")(added)
-    return added
 
 
 def _effects(logits: Tensor, tokens: tuple[int, int]) -> Tensor:

@@ -77,7 +77,7 @@ class _State(State):
         ]
         batch = work.vlm.encode(questions, work.batch.pictures or (), system=work.batch.system)
         asked = Work(work.vlm, batch, work.vlm.layout(batch), work.first, work.seed)
-        places = [_place(Tail.of(asked, row), needle) for row, needle in enumerate(needles)]
+        places = [place_of(Tail.of(asked, row), needle) for row, needle in enumerate(needles)]
         found = copied(work.vlm, batch, asked.layout, places)
         return work.stacked(found)
 
@@ -85,8 +85,12 @@ class _State(State):
         return " ".join(work.random(row).sample(WORDS, self._words))
 
 
-def _place(tail: Tail, needle: str) -> list[int]:
-    """Columns of the needle's tokens."""
+def place_of(tail: Tail, needle: str) -> list[int]:
+    """Finds the columns of the needle's tokens.
+
+    Raises:
+        LayoutError: The prompt does not hold the needle.
+    """
     start = tail.text.find(needle)
     if start < 0:
         raise LayoutError(f"the prompt does not hold {needle!r}", "the chat template must keep the user's words")
@@ -128,12 +132,12 @@ def copied(vlm: Checkpoint, batch: Batch, layout: ImageLayout, places: Sequence[
 
     model: Any = vlm.model
     with edited(vlm, layout, [LastRows(reader=read)]):
-        model(**_answered(batch, answer), use_cache=False, logits_to_keep=1)
+        model(**answered(batch, answer), use_cache=False, logits_to_keep=1)
     return found
 
 
-def _answered(batch: Batch, answer: Tensor) -> Batch:
-    """The prompts with the beginning of an answer behind them, (B, N) tokens."""
+def answered(batch: Batch, answer: Tensor) -> Batch:
+    """Puts the beginning of an answer, (B, N) tokens, behind prompts."""
     inputs = {
         name: torch.cat([batch[name], torch.zeros_like(answer, dtype=batch[name].dtype)], dim=1)
         for name in ("mm_token_type_ids", "token_type_ids")
