@@ -18,10 +18,11 @@ GIVEN = {
     "act": "heads=all,layers=all",
     "adhh": "heads=L0H3/L1H1/L2H7,threshold=0.2",
     "ph3": "heads=L0H2/L1H6",
+    "amplify": "heads=L0H2/L1H6",
     "imbalance": "significance=received,layers=all",
 }
 """What a model without sinks, published heads, profiles or a class token must be told."""
-KNOWN = {"adhh": TINY, "ph3": TINY, "imbalance": ("tiny",)}
+KNOWN = {"adhh": TINY, "ph3": TINY, "amplify": TINY, "imbalance": ("tiny",)}
 """Where that is known."""
 
 

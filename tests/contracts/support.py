@@ -85,6 +85,7 @@ NEUTRAL: dict[str, str | Decoder] = {
     "vista": "vista:strength=0,augmentation=0",
     "vista-layer": "vista:strength=0,augmentation=0,place=layer",
     "revisit": "revisit:strength=0,plausibility=0",
+    "amplify": "amplify:heads=L0H2/L1H6,by=1",
     "head-gains": HeadGains(gain=1.0),
 }
 """Parameters under which a method does nothing."""
@@ -122,6 +123,7 @@ STRONG: dict[str, str | Decoder] = {
     "vista": "vista:strength=1",
     "vista-layer": "vista:strength=0.5,augmentation=0,place=layer",
     "revisit": "revisit:strength=3,plausibility=0",
+    "amplify": "amplify:heads=L0H2/L1H0/L1H6/L2H5,by=3,identity=0.6",
     "chain-attention": f"zerotuning:gain=0,heads=1/2+{_ACT},kept_fraction=0.2+spin:preset=official-code,kept_share=0.5",
     "head-gains": HeadGains(),
     "chain": f"{_VAR},moved_fraction=1+{_GIFT}+locore:strength=2+vcd:plausibility=0+inter:variance=0,plausibility=0",
@@ -131,7 +133,7 @@ STRONG: dict[str, str | Decoder] = {
 
 EVERY_ROW = (
     *("vhr", "ph3", "chain-heads", "zerotuning", "act", "sid"),
-    *("chain-attention", "vista", "vista-layer", "revisit"),
+    *("chain-attention", "vista", "vista-layer", "revisit", "amplify"),
 )
 """Methods that change or read every row of a prompt, the picture's too, so that prompts cannot share them."""
 

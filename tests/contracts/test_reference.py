@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from tests.contracts.support import PROMPTS, Forced, batch_of, close, crossed, logits, vlm_of
-from vlmfix.decoders import ACT, ADHH, SPIN, VAR, LocoRE, ZeroTuning
+from vlmfix.decoders import ACT, ADHH, SPIN, VAR, Amplify, LocoRE, ZeroTuning
 from vlmfix.decoders.attention.gift import GIFT
 from vlmfix.decoders.attention.vhr import VHR
 from vlmfix.upstream.attention import register, switched, unregister
@@ -378,6 +378,31 @@ def adhh(vlm, batch, method):
     return Slow(same, weights)
 
 
+def amplify(vlm, batch, method):
+    """Attention of the named heads mixed with looking at oneself in text rows, and their outputs times a factor."""
+    layout, prompt = vlm.layout(batch), batch.length
+    text = layout.text_after_image()
+
+    def weights(layer, b, h, q, row):
+        if (layer, h) not in method.heads.pairs or (q < prompt and not bool(text[b, q])):
+            return row
+        new = (1 - method.identity) * row
+        new[q] += method.identity
+        return new
+
+    slow = Slow(same, weights)
+
+    def outputs(layer, found):
+        found = found.clone()
+        for own, head in method.heads.pairs:
+            if own == layer:
+                found[:, :, head] *= method.by
+        return found
+
+    slow.outputs = outputs
+    return slow
+
+
 METHODS = {
     "var": (
         var,
@@ -417,6 +442,7 @@ METHODS = {
     "act-text": (act, ACT(sink_factor=1.5, heads="all", layers="all", rows="text")),
     "spin": (spin, SPIN(kept_share=0.7, suppression=0.1)),
     "adhh": (adhh, ADHH(heads="L0H2/L0H3/L1H0/L1H1/L1H6/L2H4/L2H5/L2H7", threshold=0.45)),
+    "amplify": (amplify, Amplify(heads="L0H2/L1H0/L1H6/L2H5", by=1.6, identity=0.4)),
     "spin-official": (spin, SPIN(preset="official-code", kept_share=0.4, layers="1:")),
 }
 TOKENS = torch.tensor([[40, 50, 60], [70, 45, 33]])

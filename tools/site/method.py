@@ -46,6 +46,7 @@ EFFECTS = ("effects.md", "effects-newer.md")
 PROFILES = {
     "adhh": "--profiler ablation --instances instances.json --captions captions.json",
     "ph3": '--profiler patching --prompt "Is there a chair in the image?"',
+    "amplify": '--profiler patching --prompt "Is there a chair in the image?"',
 }
 """Methods that read a profile of heads, and options of the command that makes it."""
 

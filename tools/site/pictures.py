@@ -342,6 +342,14 @@ def _ph3() -> list[str]:
     ]
 
 
+def _amplify() -> list[str]:
+    carried = {(2, 1), (2, 6), (3, 3), (3, 4)}
+    return [
+        heads("before", chosen(8, 6, lambda layer, head: 1.0)),
+        heads("after", chosen(8, 6, lambda layer, head: 2.0 if (layer, head) in carried else 1.0)),
+    ]
+
+
 def _looks() -> tuple[list[list[float]], list[list[float]], list[list[float]]]:
     general = [[0.5, 0.2, 0.2, 0.1, 0.2, 0.7], [0.6, 0.5, 0.1, 0.15, 0.1, 0.1], [0.3, 0.2, 0.1, 0.1, 0.1, 0.1]]
     question = [[0.5, 0.2, 0.2, 0.2, 0.2, 0.6], [0.6, 0.5, 0.2, 0.75, 0.4, 0.1], [0.3, 0.2, 0.1, 0.2, 0.1, 0.1]]
@@ -403,5 +411,6 @@ PICTURES: Mapping[str, Callable[[], list[str]]] = {
     "vista": _vista,
     "opera": _opera,
     "revisit": _revisit,
+    "amplify": _amplify,
 }
 """Name of a method -> its drawings, in the order of reading."""

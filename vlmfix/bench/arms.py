@@ -63,5 +63,6 @@ def suited(vlm: VLM) -> list[str]:
         "spin": "spin:kept_share=0.95,suppression=0.08,layers=all",
         "adhh": f"adhh:heads={some}",
         "ph3": f"ph3:heads={some}",
+        "amplify": f"amplify:heads={some}",
     }
     return [given.get(name, name) for name in DECODERS.homes]

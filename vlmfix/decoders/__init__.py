@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from vlmfix.decoders.attention.acg import ACG
     from vlmfix.decoders.attention.act import ACT
     from vlmfix.decoders.attention.adhh import ADHH
+    from vlmfix.decoders.attention.amplify import Amplify
     from vlmfix.decoders.attention.gift import GIFT
     from vlmfix.decoders.attention.imbalance import Imbalance
     from vlmfix.decoders.attention.locore import LocoRE
@@ -106,6 +107,7 @@ __all__ = [
     "VCD",
     "VHR",
     "VISTA",
+    "Amplify",
     "AvisC",
     "Beam",
     "Chain",

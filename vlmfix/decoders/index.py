@@ -58,6 +58,7 @@ HOMES = {
     "vista": "vlmfix.decoders.states.vista:VISTA",
     "opera": "vlmfix.decoders.choice.opera:OPERA",
     "revisit": "vlmfix.decoders.logits.revisit:ReVisiT",
+    "amplify": "vlmfix.decoders.attention.amplify:Amplify",
 }
 """Name on the command line -> module and class, of vlmfix's own methods."""
 
