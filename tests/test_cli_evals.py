@@ -359,6 +359,29 @@ def test_tuning_on_one_half(world, tmp_path, vlmfix):
     assert "held-out" in told or code == 1
 
 
+def test_heads_are_hunted_by_the_ranking_of_a_profile(world, tmp_path, vlmfix):
+    command = ("tune", "amplify:by=0", *chair(world)[2:], "--task", "chair", "--out", tmp_path / "out")
+    loose = ("--max-recall-loss", 1, "--max-length-loss", 1)
+    code, _, told = vlmfix(*command, "--heads", 1, "--candidates", 2, "--profiler", "patching", *loose)
+    assert code in (0, 1), told
+    card = read_json(tmp_path / "out" / "tune.json")
+    assert len(card["candidates"].split("/")) == 2
+    assert card["ranking"]["profile"] == "patching in heads.safetensors"
+    arms = read_json(tmp_path / "out" / "tuning" / "card.json")["arms"]
+    assert {arm["spec"].partition(",")[0] for name, arm in arms.items() if name != "greedy"} == {
+        f"amplify:heads={head}" for head in card["candidates"].split("/")
+    }
+    for options, message in (
+        (("--heads", 1), "candidates was"),
+        (("--heads", 1, "--profiler", "echo"), "reads the profile echo"),
+        (("--heads", 1, "--budget", 3), "--budget and --heads are both given"),
+        (("--candidates", 3), "--candidates says which heads to try"),
+        (("--heads", 1, "--profile", tmp_path / "none"), "cannot read"),
+    ):
+        code, _, told = vlmfix(*command, *options)
+        assert (code in (1, 2), message in told) == (True, True), told
+
+
 def test_tuning_with_an_unknown_model_leaves_the_folder_free(world, tmp_path, vlmfix):
     command = ("tune", "vcd:plausibility=0.1,noise_step=500", *chair(world)[2:], "--task", "chair", "--budget", 1)
     out = tmp_path / "out"

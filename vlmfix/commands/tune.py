@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+from click.core import ParameterSource
 
 from vlmfix.commands import options
 from vlmfix.commands.evaluate import benchmark
@@ -27,6 +28,17 @@ NEEDED = {"pope": ("questions",), "chair": ("instances", "captions")}
     "--task", required=True, metavar="NAME", help="What to tune for: pope, chair, or a benchmark of your own."
 )
 @click.option("--budget", default=20, show_default=True, type=click.IntRange(min=1), help="Number of trials.")
+@click.option(
+    "--heads",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="Search up to N heads, one by one, for a decoder that takes heads; not its numbers, and without --budget.",
+)
+@click.option("--profile", type=PATH, help="--heads: profiles that say which heads to try.  [default: the model's own]")
+@click.option("--profiler", help="--heads: which of its profiles.  [default: the first]")
+@click.option(
+    "--candidates", default=16, show_default=True, type=click.IntRange(min=1), help="--heads: how many heads to try."
+)
 @click.option("--out", required=True, type=PATH, help="Folder of the search; goes on where it was.")
 @click.option("--images", required=True, type=PATH, help="Folder of the pictures.")
 @click.option("--questions", type=PATH, help="pope: question file, or a folder of them; others: what they read.")
@@ -44,6 +56,10 @@ def tune(
     spec: str,
     task: str,
     budget: int,
+    heads: int | None,
+    profile: Path | None,
+    profiler: str | None,
+    candidates: int,
     out: Path,
     images: Path,
     questions: Path | None,
@@ -60,8 +76,15 @@ def tune(
     """Search the parameters that SPEC leaves open on half of the pictures, and report the best on the other half.
 
     Writes OUT/recipe.toml, which every --decoder takes as @OUT/recipe.toml, and OUT/pareto.png. Parameters that SPEC
-    gives stay fixed: vcd:plausibility=0.1,noise_step=500 searches contrast alone.
+    gives stay fixed: vcd:plausibility=0.1,noise_step=500 searches contrast alone. With --heads N its heads are chosen
+    instead, one by one: of the strongest heads of a profile each time the one that helps most beside those before.
     """
+    given = click.get_current_context().get_parameter_source
+    own = [name for name in ("profile", "profiler", "candidates") if given(name) is not ParameterSource.DEFAULT]
+    if heads is None and own:
+        raise UsageError(f"--{own[0]} says which heads to try", "give --heads N, too")
+    if heads is not None and given("budget") is not ParameterSource.DEFAULT:
+        raise UsageError("--budget and --heads are both given", "a hunt tries each of --candidates in each round")
     _check(task, {"questions": questions, "instances": instances, "captions": captions}, count)
     need("tune")
     need("eval")
@@ -77,17 +100,22 @@ def tune(
         rules, workload = _chair(instances, captions, images, count, sample_seed)
     settings = replace(settings, max_new_tokens=max_new_tokens or rules.max_new_tokens)
     guards = tuning.Guards(max_recall_loss=max_recall_loss, max_length_loss=max_length_loss)
-    found = tuning.tune(
-        spec,
-        workload,
-        rules,
-        settings,
-        budget=budget,
-        out=out,
-        evaluate=_evaluator(rules, settings, batch_size),
-        seed=sample_seed,
-        guards=guards,
-    )
+    loader = _once()
+    how: dict[str, Any] = {
+        "out": out,
+        "evaluate": _evaluator(rules, settings, batch_size, loader),
+        "seed": sample_seed,
+        "guards": guards,
+    }
+    if heads is None:
+        found = tuning.tune(spec, workload, rules, settings, budget=budget, **how)
+    else:
+        from vlmfix.evals.tuning.hunt import Hunted, hunt
+
+        Hunted.of(spec)  # what is wrong with it is said before the model is loaded
+        vlm = loader(settings.model, **settings.loading())
+        tried, ranking = _strongest(vlm, profile, profiler, candidates)
+        found = hunt(spec, workload, rules, settings, heads=heads, candidates=tried, ranking=ranking, **how)
     _show(found, out, guards)
     if found.recipe is None:
         click.get_current_context().exit(1)
@@ -128,10 +156,26 @@ def _chair(
         return chair.Chair(), chair.read(instances, captions, images, count=count, seed=seed, progress=report)
 
 
-def _evaluator(task: Any, settings: Settings, batch_size: int | None) -> Any:  # noqa: ANN401 (their types import numpy)
-    """Runs arms with one model, which is loaded when it is first needed; a line on stderr for each."""
+def _strongest(vlm: Any, file: Path | None, profiler: str | None, count: int) -> tuple[list[Any], dict[str, str]]:  # noqa: ANN401
+    """The heads of a profile with the largest scores, whatever their sign, and what the profile is."""
+    from vlmfix.decoders.attention.profiled import profile_facts, profile_file, profile_for
+    from vlmfix.heads.profile import load_profiles
+
+    name = None if file is None else str(file)
+    path = profile_file(vlm, name)
+    if path is None:
+        raise UsageError(f"{vlm.name} has no profile of heads", "measure one: vlmfix profile, and give --profile FILE")
+    chosen = profiler or next(iter(load_profiles(path)))
+    found = profile_for(vlm, "tune --heads", chosen, str(path))
+    if found is None:
+        raise UsageError(f"{path} holds no profile {chosen}", "give another --profiler")
+    order = found.scores.abs().flatten().sort(descending=True, stable=True).indices[:count].tolist()
+    return [divmod(place, found.scores.shape[1]) for place in order], profile_facts(vlm, "tune", chosen, str(path))
+
+
+def _once() -> Any:  # noqa: ANN401
+    """Loads the model when it is first needed, and only then."""
     from vlmfix.display import loading
-    from vlmfix.jobs.benchmark.job import evaluate
 
     loaded: list[Any] = []
 
@@ -139,6 +183,13 @@ def _evaluator(task: Any, settings: Settings, batch_size: int | None) -> Any:  #
         if not loaded:
             loaded.append(loading(*model, **how))
         return loaded[0]
+
+    return loader
+
+
+def _evaluator(task: Any, settings: Settings, batch_size: int | None, loader: Any) -> Any:  # noqa: ANN401 (their types import numpy)
+    """Runs arms with one model; a line on stderr for each."""
+    from vlmfix.jobs.benchmark.job import evaluate
 
     def run(arms: Any, workload: Any, folder: Path) -> Any:  # noqa: ANN401
         *_, newest = arms

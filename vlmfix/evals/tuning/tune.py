@@ -178,49 +178,135 @@ def tune(
             search, or the model is kept for tests.
         DataError: There are fewer than two pictures, or plain decoding has no value on the tuning split.
     """
-    check_searchable(settings.model)
-    figure, better = _objective(task)
     if budget < 1:
         raise UsageError(f"budget={budget} is not allowed", "give a number of trials from 1")
     space = Space.of(spec)
-    tuning, held_out = split(workload, seed)
-    _claim(out, spec, space.build({}).plugins(), workload, task, settings, seed, guards)
-
-    def run(arms: Mapping[str, Decoder]) -> EvalRun:
-        return evaluate({PLAIN: Greedy(), **arms}, tuning, out / TUNING)
-
-    before = _outcome(run({}), PLAIN, figure)
-    if before.value is None:
-        raise DataError(f"plain decoding has no {figure} on the tuning split", "take more pictures")
+    field = Field.claimed(spec, space.build({}).plugins(), workload, task, settings, out, evaluate, seed, guards)
 
     def measure(chosen: Mapping[str, Value]) -> Measured:
-        decoder = space.build(chosen)
-        arm = arm_name(decoder)
-        found = _outcome(run({arm: decoder}), arm, figure)
-        logger.info("%s: %s %s", decoder.spec(), figure, found.value)
-        value = before.value if found.value is None else found.value
-        return Measured(value or 0.0, guards.constraints(found, before), asdict(found))
+        found, value = field.tried(space.build(chosen))
+        return Measured(value, guards.constraints(found, field.plain), asdict(found))
 
-    tried = search(space, out / JOURNAL, measure, better=better, budget=budget, seed=seed, about=OUTCOME)
-    trials = [_trial(space, one) for one in tried]
-    best = _best(trials, before, better)
-    if best is None:
-        return Tuned(figure, better, before, tuple(trials), _why_plain(trials))
-    chosen, decoder = replace(trials[best], chosen=True), space.build(tried[best].chosen)
-    trials[best] = chosen
-    after = evaluate({PLAIN: Greedy(), chosen.arm: decoder}, held_out, out / HELD_OUT)
-    after = replace(after, answers={arm: after.answers[arm] for arm in (PLAIN, chosen.arm)})
-    comparison = compare([after])
-    lost = guards.constraints(*(_outcome(after, arm, figure) for arm in (chosen.arm, PLAIN)))
-    verdict = _verdict(comparison, figure, [name for name in ("recall", "length") if lost[name] > 0])
-    found = Tuned(figure, better, before, tuple(trials), verdict, out / RECIPE, comparison)
-    about = {
-        **_about(found, chosen, after, guards, spec),
-        "data": workload.about,
-        "split": _about_split(tuning, held_out, seed),
-    }
-    write_recipe(out / RECIPE, decoder.spec(), about)
-    return found
+    tried = search(space, out / JOURNAL, measure, better=field.better, budget=budget, seed=seed, about=OUTCOME)
+    return field.concluded([(_trial(space, one), space.build(one.chosen)) for one in tried])
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Field:
+    """A folder of a search, with both halves of the pictures, and plain decoding on the tuning half.
+
+    Attributes:
+        spec: What the search began with.
+        figure: Name of the tuned figure.
+        better: Which way it is better.
+        tuning: The half that is searched on.
+        held_out: The other.
+        out: The folder.
+        evaluate: Runs arms over a workload into a folder.
+        seed: Of the split.
+        guards: What a trial may lose.
+        about: What the workload is.
+        plain: Plain decoding on the tuning half.
+    """
+
+    spec: str
+    figure: str
+    better: Literal["higher", "lower"]
+    tuning: Workload
+    held_out: Workload
+    out: Path
+    evaluate: Evaluate
+    seed: int
+    guards: Guards
+    about: Mapping[str, Any]
+    plain: Outcome
+
+    @classmethod
+    def claimed(
+        cls,
+        spec: str,
+        plugins: Mapping[str, str],
+        workload: Workload,
+        task: Task,
+        settings: Settings,
+        out: Path,
+        evaluate: Evaluate,
+        seed: int,
+        guards: Guards,
+        further: Mapping[str, Any] | None = None,
+    ) -> Field:
+        """Splits the pictures, makes the folder the search's own, and runs plain decoding.
+
+        Args:
+            spec: A decoder.
+            plugins: Its parts that are not vlmfix's own.
+            workload: Samples and pictures.
+            task: The rules of scoring.
+            settings: Model and generation settings.
+            out: Folder of the search; made when it is missing.
+            evaluate: Runs arms over a workload into a folder.
+            seed: Of the split.
+            guards: What a trial may lose.
+            further: What else tells this search from others.
+
+        Raises:
+            UsageError: The task has no figure to tune, the folder holds another search, or the model is kept for tests.
+            DataError: There are fewer than two pictures, or plain decoding has no value on the tuning split.
+        """
+        check_searchable(settings.model)
+        figure, better = _objective(task)
+        tuning, held_out = split(workload, seed)
+        _claim(out, spec, plugins, workload, task, settings, seed, guards, further or {})
+        before = _outcome(evaluate({PLAIN: Greedy()}, tuning, out / TUNING), PLAIN, figure)
+        if before.value is None:
+            raise DataError(f"plain decoding has no {figure} on the tuning split", "take more pictures")
+        return cls(
+            spec=spec,
+            figure=figure,
+            better=better,
+            tuning=tuning,
+            held_out=held_out,
+            out=out,
+            evaluate=evaluate,
+            seed=seed,
+            guards=guards,
+            about=workload.about,
+            plain=before,
+        )
+
+    def tried(self, decoder: Decoder) -> tuple[Outcome, float]:
+        """Runs a decoder on the tuning half; returns what it gave, and its figure, or plain decoding's without one."""
+        arm = arm_name(decoder)
+        run = self.evaluate({PLAIN: Greedy(), arm: decoder}, self.tuning, self.out / TUNING)
+        found = _outcome(run, arm, self.figure)
+        logger.info("%s: %s %s", decoder.spec(), self.figure, found.value)
+        return found, (self.plain.value if found.value is None else found.value) or 0.0
+
+    def feasible(self, found: Outcome) -> bool:
+        """Whether a trial is within the guards."""
+        return all(lost <= 0 for lost in self.guards.constraints(found, self.plain).values())
+
+    def concluded(self, tried: Sequence[tuple[Trial, Decoder]]) -> Tuned:
+        """Runs the best trial within the guards on the held-out half, and writes it as a recipe."""
+        figure, better, before, trials = self.figure, self.better, self.plain, [trial for trial, _ in tried]
+        best = _best(trials, before, better)
+        if best is None:
+            return Tuned(figure, better, before, tuple(trials), _why_plain(trials))
+        chosen, decoder = replace(trials[best], chosen=True), tried[best][1]
+        trials[best] = chosen
+        after = self.evaluate({PLAIN: Greedy(), chosen.arm: decoder}, self.held_out, self.out / HELD_OUT)
+        after = replace(after, answers={arm: after.answers[arm] for arm in (PLAIN, chosen.arm)})
+        comparison = compare([after])
+        lost = self.guards.constraints(*(_outcome(after, arm, figure) for arm in (chosen.arm, PLAIN)))
+        verdict = _verdict(comparison, figure, [name for name in ("recall", "length") if lost[name] > 0])
+        found = Tuned(figure, better, before, tuple(trials), verdict, self.out / RECIPE, comparison)
+        about = {
+            **_about(found, chosen, after, self.guards, self.spec),
+            "data": self.about,
+            "split": _about_split(self.tuning, self.held_out, self.seed),
+        }
+        write_recipe(self.out / RECIPE, decoder.spec(), about)
+        return found
 
 
 def _objective(task: Task) -> tuple[str, Literal["higher", "lower"]]:
@@ -270,6 +356,7 @@ def _claim(
     settings: Settings,
     seed: int,
     guards: Guards,
+    further: Mapping[str, Any],
 ) -> None:
     """Makes the folder this search's own, or finds that it is."""
     card = {
@@ -286,6 +373,7 @@ def _claim(
         "decoding": settings.decoding(),
         "seed": seed,
         "guards": asdict(guards),
+        **further,
     }
     make_folder(out)
     begun = os.path.exists(out / TUNING / RUN) or os.path.exists(out / JOURNAL)  # else no model has answered anything
