@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from itertools import chain
 
 import pytest
@@ -72,9 +73,10 @@ def test_profile_show_and_diff(images, tmp_path, vlmfix, model):
     assert compared["vhd"]["count"] == 10
     assert compared["vhd"]["correlation"] > 0.7
     assert compared["vhd"]["overlap"] > compared["vhd"]["chance"]
-    code, printed, _ = vlmfix("profile", "diff", out, out)
+    code, printed, _ = vlmfix("profile", "diff", out, out, "--count", 1, "--either-sign")
     assert code == 0
     assert "1.000" in printed
+    assert re.search(r"vhd, heads in both: L\dH\d\n", printed)
 
 
 def test_a_seed_draws_the_same_pictures_and_fewer_are_the_first_of_more(images, tmp_path, vlmfix):

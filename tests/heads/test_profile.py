@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
 from types import SimpleNamespace
 
@@ -211,8 +212,11 @@ def test_agreement():
     assert (same.count, same.overlap) == (5, 1.0)
     assert same.correlation == pytest.approx(1, abs=1e-3)
     reversed_ = dataclasses.replace(found, scores=-found.scores)
+    assert (same.shared, 0 < same.p < 1e-3) == (found.top(5), True)
     opposite = agreement(found, reversed_, count=50)
-    assert (opposite.count, opposite.overlap, opposite.chance) == (12, 0.0, 0.5)
+    assert (opposite.count, opposite.overlap, opposite.chance, opposite.p) == (12, 0.0, 0.5, 1.0)
+    whole = agreement(found, reversed_, count=5, either_sign=True)
+    assert (whole.overlap, whole.p) == (1.0, pytest.approx(1 / math.comb(24, 5)))
     assert opposite.correlation == pytest.approx(-1)
     with pytest.raises(ProfileMismatchError, match="2 layers of 8 heads"):
         agreement(found, dataclasses.replace(found, scores=found.scores[:2]))

@@ -150,10 +150,15 @@ def show(*, file: Path, name: str | None, count: int, page: Path | None, as_json
 @click.argument("right", type=PATH)
 @click.option("--profiler", "name", help="Only this one.  [default: all that both files hold]")
 @click.option("--count", default=20, show_default=True, type=click.IntRange(min=1), help="Strongest heads to compare.")
+@click.option("--either-sign", is_flag=True, help="Strongest whatever the sign: of patching, heads of the circuit.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @options.debug
-def diff(*, left: Path, right: Path, name: str | None, count: int, as_json: bool) -> None:
-    """Say how far the profiles in two files agree: their strongest heads, and the ranks of all heads."""
+def diff(*, left: Path, right: Path, name: str | None, count: int, either_sign: bool, as_json: bool) -> None:
+    """Say how far the profiles in two files agree: their strongest heads, and the ranks of all heads.
+
+    Of two files that were measured with different questions: how many of the heads that carry one task carry the
+    other, against chance, and which these are.
+    """
     options.quieten()
     from vlmfix.heads.agreement import agreement
     from vlmfix.heads.profile import load_profiles
@@ -163,7 +168,7 @@ def diff(*, left: Path, right: Path, name: str | None, count: int, as_json: bool
     if not both:
         held = f"{left} holds {', '.join(first)}; {right} holds {', '.join(second)}"
         raise UsageError(f"there is no {name or 'common'} profile in both files", held)
-    found = {key: agreement(first[key], second[key], count=count) for key in both}
+    found = {key: agreement(first[key], second[key], count=count, either_sign=either_sign) for key in both}
     if as_json:
         options.say_json({key: asdict(part) for key, part in found.items()})
         return
@@ -172,12 +177,16 @@ def diff(*, left: Path, right: Path, name: str | None, count: int, as_json: bool
     from vlmfix.terminal import rendered
 
     table = Table(box=None, pad_edge=False)
-    for title in ("profiler", "heads compared", "in both", "by chance", "rank correlation"):
+    for title in ("profiler", "heads compared", "in both", "by chance", "p", "rank correlation"):
         table.add_column(title, justify="left" if title == "profiler" else "right")
     for key, part in found.items():
         correlation = "-" if part.correlation is None else f"{part.correlation:.3f}"
-        table.add_row(escaped(key), str(part.count), f"{part.overlap:.3f}", f"{part.chance:.3f}", correlation)
+        shares = (f"{part.overlap:.3f}", f"{part.chance:.3f}", f"{part.p:.2g}")
+        table.add_row(escaped(key), str(part.count), *shares, correlation)
     click.echo(rendered(table), nl=False)
+    for key, part in found.items():
+        heads = "/".join(f"L{layer}H{head}" for layer, head in part.shared)
+        options.say(f"{key}, heads in both: {heads or 'none'}")
 
 
 def _shuffled(images: Path, seed: int) -> list[Any]:
