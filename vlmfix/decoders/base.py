@@ -152,7 +152,7 @@ class Decoder(ABC):
         """
         raise IncompatibleDecodersError(
             f"{self.name} cannot be folded into weights: it acts on {self.acts_on}, by question, picture or step",
-            "fold ph3, which switches the same heads off everywhere",
+            "fold ph3 or amplify, which act on the same heads everywhere",
         )
 
     @property
