@@ -25,7 +25,7 @@ from vlmfix.decoding.spelling import Pieces
 from vlmfix.engines import decoded, generated
 from vlmfix.errors import IncompatibleDecodersError
 from vlmfix.insight.grounding import grounding
-from vlmfix.insight.relevance import GROUNDED, OWN, confidence_of, similarity_of
+from vlmfix.insight.relevance import confidence_of, similarity_of
 from vlmfix.models.chat import said_before
 from vlmfix.models.checkpoint import Checkpoint, limited
 from vlmfix.models.families import family_of
@@ -44,6 +44,7 @@ from vlmfix.request import (
     stops_of,
     strategy_of,
 )
+from vlmfix.settings import GROUNDED, OWN
 from vlmfix.upstream import defaults
 from vlmfix.upstream.contracts import check_model
 from vlmfix.upstream.wrappers import unwrapped, weights_of

@@ -12,10 +12,9 @@ from vlmfix.decoders import Decoder, Strategy, parse
 from vlmfix.decoding.draws import seed_of
 from vlmfix.decoding.listening import Listener
 from vlmfix.errors import DataError, IncompatibleDecodersError, UsageError
-from vlmfix.insight.relevance import GROUNDED, MEASURES
 from vlmfix.models.layout import Earlier, Prepared
 from vlmfix.parsing import is_text
-from vlmfix.settings import Settings
+from vlmfix.settings import GROUNDED, MEASURES, Settings
 
 SEEDS = 2**63
 """How many seeds there are, from 0."""

@@ -20,8 +20,10 @@ UNSEARCHED = ("small",)
 """Models that nothing is searched on: what was found on others is tested on them."""
 MODEL = {"revision": TEXT.or_null(), "commit": TEXT.or_null(), "weights": TEXT, "dtype": TEXT}
 """What a card says of the model beside its name."""
-MEASURES = ("sar", "sar+grounding")
+MEASURES = (SAR, GROUNDED) = ("sar", "sar+grounding")
 """What may be measured of an answer's tokens beside their probability."""
+OWN = "own"
+"""The similarity model that needs no download: the answering model's own token embeddings."""
 ATTENTIONS = ("sdpa", "eager")
 """How a model computes attention where no decoder edits it, by transformers' names."""
 FLASH = re.compile(r"flash([-_](attention|attn))?([-_]?[0-9])?", re.IGNORECASE)
@@ -136,7 +138,7 @@ class Settings:
     stop: tuple[str, ...] | None = None
     words: bool = False
     confidence: str | None = None
-    similarity: str = "own"
+    similarity: str = OWN
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "stop", tuple(self.stop) if self.stop else None)  # a card has a list

@@ -21,8 +21,9 @@ from vlmfix.evals.benchmarks.chair import Chair
 from vlmfix.evals.comparison.statistics import interval
 from vlmfix.evals.task import Numbers, Sample
 from vlmfix.generation import VLM, load
-from vlmfix.insight.relevance import GROUNDED, OWN, Confidence, flags
+from vlmfix.insight.relevance import Confidence, flags
 from vlmfix.parsing import WORD
+from vlmfix.settings import GROUNDED, OWN
 
 SCORES = {"logprob": "-logprob", "entropy": "entropy", "sar": "SAR", "picture": "-saliency of the picture"}
 """What is compared, and how a table calls it; of a word the sum over its tokens, of saliency the mean."""

@@ -20,7 +20,7 @@ from vlmfix.errors import UsageError
 from vlmfix.extras import need
 from vlmfix.jobs.export import JSONL, NAMES, targets
 from vlmfix.parsing import escaped
-from vlmfix.settings import EMBEDDED, MEASURES, Settings
+from vlmfix.settings import EMBEDDED, GROUNDED, MEASURES, OWN, Settings
 
 if TYPE_CHECKING:
     from vlmfix.images import Found
@@ -60,7 +60,7 @@ PHOTOGRAPHS = "llava-hf/llava-1.5-7b-hf"
 @click.option(
     "--similarity",
     metavar="own|MODEL",
-    default="own",
+    default=OWN,
     show_default=True,
     help="What tells relevance: the model's own token embeddings, or a sentence encoder, by folder or Hub id.",
 )
@@ -99,7 +99,7 @@ def run(
         raise UsageError("--device and --devices are both given", "give one of them")
     if devices is not None and settings.device_map is not None:
         raise UsageError("--device-map spreads a model, and --devices has one on each", "give one of them")
-    if confidence == "sar+grounding":
+    if confidence == GROUNDED:
         need("eval")  # finds the object words
     kinds = [kind for kind in dict.fromkeys(formats) if kind != JSONL]
     options.quieten()

@@ -25,11 +25,8 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from vlmfix.decoding.spelling import Spelling, spelled
 from vlmfix.errors import UsageError
+from vlmfix.settings import OWN
 
-MEASURES = (SAR, GROUNDED) = ("sar", "sar+grounding")
-"""What may be measured of an answer's tokens beside their probability."""
-OWN = "own"
-"""The similarity model that needs no download: the answering model's own token embeddings."""
 TOGETHER = 64
 """Texts that a sentence encoder reads at once."""
 
