@@ -389,7 +389,17 @@ def test_sinks_finds_the_head_that_rests_on_the_first_token():
 
 def test_permuting_the_heads_of_a_group_permutes_the_scores():
     vlm = planted_vlm(tokens=[("d", CODE, 1.0)])
-    names = ["vhd", "image-mass", "gaze-shift", "ablation", "sinks"]
+    names = [
+        "vhd",
+        "image-mass",
+        "gaze-shift",
+        "ablation",
+        "sinks",
+        "logit-lens",
+        "active",
+        "influence",
+        "heterogeneity",
+    ]
     look(vlm, 1, 4, IMAGE)
     look(vlm, 1, 6, IMAGE, sign=-1)
     look(vlm, 1, 5, FIRST, place=1)
