@@ -9,7 +9,6 @@ import time
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 from torch import nn
 from transformers import ProcessorMixin
@@ -24,8 +23,7 @@ from vlmfix.decoding.running import running
 from vlmfix.decoding.spelling import Pieces
 from vlmfix.engines import decoded, generated
 from vlmfix.errors import IncompatibleDecodersError
-from vlmfix.insight.grounding import grounding
-from vlmfix.insight.relevance import confidence_of, similarity_of
+from vlmfix.insight.relevance import Told, confidences
 from vlmfix.models.chat import said_before
 from vlmfix.models.checkpoint import Checkpoint, limited
 from vlmfix.models.families import family_of
@@ -44,7 +42,7 @@ from vlmfix.request import (
     stops_of,
     strategy_of,
 )
-from vlmfix.settings import GROUNDED, OWN
+from vlmfix.settings import OWN
 from vlmfix.upstream import defaults
 from vlmfix.upstream.contracts import check_model
 from vlmfix.upstream.wrappers import unwrapped, weights_of
@@ -164,7 +162,11 @@ class VLM(Checkpoint):
             seconds = (time.perf_counter() - started) / len(rows)
             answers = [self._answer(said, request, seconds) for said in found]
             if confidence is not None:
-                answers = self._weighted(answers, [said.sure for said in found], request, similarity)
+                known = [row for row, answer in enumerate(answers) if answer.logprob is not None]
+                told = [Told(answers[row].text, answers[row].ids, found[row].sure) for row in known]
+                about = [(request.rows[row], request.prompts[row]) for row in known]
+                for row, own in zip(known, confidences(self, about, told, confidence, similarity, system), strict=True):
+                    answers[row] = replace(answers[row], confidence=own)
         return [replace(answer, refined=look) for answer, look in zip(answers, refined, strict=True)]
 
     def refine(
@@ -232,31 +234,6 @@ class VLM(Checkpoint):
             earlier=said_before([earlier], rows) if earlier else None,
         )
         return self._streamed(request)
-
-    def _weighted(
-        self,
-        answers: Sequence[Answer],
-        sure: Sequence[Sequence[tuple[float, float]]],
-        request: Request,
-        similarity: str,
-    ) -> list[Answer]:
-        """The answers with the uncertainty of their tokens; without it where their scores were not numbers."""
-        model: Any = self.model
-        tokenizer = self.processor.tokenizer
-        compare = similarity_of(similarity, model.get_input_embeddings().weight, tokenizer)
-        known = [row for row, answer in enumerate(answers) if answer.logprob is not None]
-        owed: list[Sequence[float] | None] = [None] * len(answers)
-        if request.confidence == GROUNDED and known:
-            shown, asked = [request.rows[row] for row in known], [request.prompts[row] for row in known]
-            said = [answers[row].ids for row in known]
-            for row, found in zip(known, grounding(self, shown, asked, said, system=request.system), strict=True):
-                owed[row] = found.picture.tolist()
-        weighted = list(answers)
-        for row in known:
-            answer = answers[row]
-            own = confidence_of(tokenizer, compare, request.prompts[row], answer.text, answer.ids, sure[row], owed[row])
-            weighted[row] = replace(answer, confidence=own)
-        return weighted
 
     def _streamed(self, request: Request) -> Generator[str]:
         """The text of a request for one answer, as it comes."""

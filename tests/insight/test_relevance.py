@@ -11,7 +11,15 @@ from transformers import BertConfig, BertForSequenceClassification, BertModel, B
 from tests.contracts.support import PICTURES, PROMPTS, vlm_of
 from vlmfix.errors import IncompatibleDecodersError, UsageError
 from vlmfix.insight.grounding import grounding
-from vlmfix.insight.relevance import Confidence, OwnEmbeddings, TokenConfidence, confidence_of, flags, similarity_of
+from vlmfix.insight.relevance import (
+    Confidence,
+    OwnEmbeddings,
+    TokenConfidence,
+    Told,
+    confidence_of,
+    flags,
+    similarity_of,
+)
 
 CALL = {"max_new_tokens": 6}
 TOLD = ["a", "dog", "on", "the", "grass"]
@@ -69,9 +77,9 @@ def test_where_nothing_changes_the_meaning_all_tokens_count_alike():
     same = OwnEmbeddings(torch.ones(len(tokenizer), 4), tokenizer)
     ids = tokenizer("a b", add_special_tokens=False)["input_ids"]
     sure = [(-1.0, 0.5)] * (len(ids) + 2)
-    found = confidence_of(tokenizer, same, "What?", str(tokenizer.decode(ids)).strip(), ids, sure)
+    found = confidence_of(tokenizer, same, "What?", Told(str(tokenizer.decode(ids)).strip(), ids, sure))
     assert [one.relevance for one in found.tokens] == pytest.approx([1 / len(ids)] * len(ids))
-    (end,) = confidence_of(tokenizer, same, "What?", "", [tokenizer.eos_token_id], sure).tokens
+    (end,) = confidence_of(tokenizer, same, "What?", Told("", [tokenizer.eos_token_id], sure)).tokens
     assert (end.begin, end.end, end.sar) == (0, 0, 1.0)
 
 

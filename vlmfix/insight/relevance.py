@@ -18,6 +18,7 @@ from statistics import median
 from typing import Any
 
 import torch
+from PIL import Image
 from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity
 from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification, AutoTokenizer
@@ -25,7 +26,9 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from vlmfix.decoding.spelling import Spelling, spelled
 from vlmfix.errors import UsageError
-from vlmfix.settings import OWN
+from vlmfix.insight.grounding import grounding
+from vlmfix.models.checkpoint import Checkpoint
+from vlmfix.settings import GROUNDED, OWN
 
 TOGETHER = 64
 """Texts that a sentence encoder reads at once."""
@@ -241,14 +244,58 @@ class _Means(_Reader):
         return mean
 
 
+@dataclass(frozen=True)
+class Told:
+    """Holds an answer as it was decoded.
+
+    Attributes:
+        text: Its text.
+        ids: Its tokens.
+        sure: Log-probability and entropy of each; what is behind the answer's end does not count.
+    """
+
+    text: str
+    ids: Sequence[int]
+    sure: Sequence[tuple[float, float]]
+
+
+def confidences(
+    vlm: Checkpoint,
+    asked: Sequence[tuple[Sequence[Image.Image], str]],
+    told: Sequence[Told],
+    measure: str,
+    similarity: str,
+    system: str | None = None,
+) -> list[Confidence]:
+    """Weights how unsure the tokens of answers were by their relevance.
+
+    Args:
+        vlm: The model that answered.
+        asked: Pictures and question of each answer.
+        told: The answers.
+        measure: One of ``MEASURES``: whether to measure, too, what tokens owe to the picture.
+        similarity: The name of what tells the relevance; see ``similarity_of``.
+        system: System message of all.
+
+    Raises:
+        UsageError: The similarity model cannot be loaded.
+    """
+    model: Any = vlm.model
+    tokenizer = vlm.processor.tokenizer
+    compare = similarity_of(similarity, model.get_input_embeddings().weight, tokenizer)
+    owed: list[list[float] | None] = [None] * len(told)
+    if measure == GROUNDED and told:
+        pictures, prompts = [shown for shown, _ in asked], [question for _, question in asked]
+        found = grounding(vlm, pictures, prompts, [one.ids for one in told], system=system)
+        owed = [one.picture.tolist() for one in found]
+    return [
+        confidence_of(tokenizer, compare, question, one, seen)
+        for (_, question), one, seen in zip(asked, told, owed, strict=True)
+    ]
+
+
 def confidence_of(
-    tokenizer: Tokenizer,
-    similarity: Similarity,
-    question: str,
-    text: str,
-    ids: Sequence[int],
-    sure: Sequence[tuple[float, float]],
-    owed: Sequence[float] | None = None,
+    tokenizer: Tokenizer, similarity: Similarity, question: str, told: Told, owed: Sequence[float] | None = None
 ) -> Confidence:
     """Weights how unsure an answer's n tokens were by their relevance.
 
@@ -259,11 +306,10 @@ def confidence_of(
         tokenizer: The answering model's.
         similarity: Tells the relevance.
         question: The question.
-        text: The answer's text.
-        ids: Its tokens.
-        sure: Log-probability and entropy of each; what is behind the answer's end does not count.
-        owed: What each owes to the picture; NaN where there is none.
+        told: The answer.
+        owed: What each token owes to the picture; NaN where there is none.
     """
+    text, ids = told.text, told.ids
     starts = spelled(Spelling(tokenizer, ()), ids).starts
     edges = [min(start, len(text)) for start in (*starts, len(text))]
     silent = [
@@ -275,7 +321,7 @@ def confidence_of(
     total = sum(found)
     shares = [drop / total for drop in found] if total > 0 else [1 / len(found)] * len(found)
     seen = [None] * len(ids) if owed is None else [None if math.isnan(score) else score for score in owed]
-    rows = zip(itertools.pairwise(edges), sure[: len(ids)], shares, seen, strict=True)
+    rows = zip(itertools.pairwise(edges), told.sure[: len(ids)], shares, seen, strict=True)
     return Confidence(
         tuple(
             TokenConfidence(begin, end, logprob, entropy, share, 0.0 - logprob * share, score)

@@ -31,13 +31,13 @@ TABLE: dict[tuple[str, int, int, int], tuple[int, ...]] = {
 """Sink dimensions by the text model's type, hidden size, layers and key/value heads: LLaMA-2-7B and 13B with their
 Vicuna and LLaVA children, Qwen2-VL-7B and Qwen2.5-VL-7B."""
 
+RESTING = 0.3
+"""Attention to the first token from which a head rests on it."""
 RATIO = 20.0
 """How far a sink's dimension stands out of the token's other dimensions: the paper's threshold, at any width."""
 ORDINARY = 1.0
 """Strength of ordinary tokens in the sink dimensions of the tabulated models: that of any dimension of theirs."""
 
-RESTING = 0.3
-"""Attention to the first token from which a head rests on it."""
 QUESTIONS = (
     "Describe this image.",
     "What is in the picture?",
