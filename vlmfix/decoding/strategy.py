@@ -41,10 +41,10 @@ class Strategy:
             raise UsageError(given, "sample with num_beams=1, or use temperature=0")
         if self.top_p < 1 and self.temperature == 0:
             given = f"top_p={self.top_p} with temperature=0"
-            raise UsageError(given, "greedy search has no nucleus; give a temperature")
+            raise UsageError(given, "greedy search has no nucleus; give a temperature, or sample:top_p=P")
         if self.top_k and self.temperature == 0:
             given = f"top_k={self.top_k} with temperature=0"
-            raise UsageError(given, "greedy search draws from no tokens; give a temperature")
+            raise UsageError(given, "greedy search draws from no tokens; give a temperature, or sample:top_k=N")
 
     def __str__(self) -> str:
         if self.num_beams > 1:
