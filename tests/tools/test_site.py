@@ -11,7 +11,7 @@ import torch
 from tools.site import links, notebooks, walk
 from tools.site.drawing import attention
 from tools.site.formula import fence
-from tools.site.method import completed, kind
+from tools.site.method import EFFECTS, completed, kind
 from tools.site.pictures import CLEAN, GROUPS, HABIT, PICTURES, SEEN, cut, mixed, moved, normal
 from tools.site.tables import tables
 from vlmfix.cli import cli
@@ -48,7 +48,8 @@ def test_each_method_has_a_page_that_begins_with_the_sentence_of_the_list(name):
 @pytest.mark.parametrize("name", [name for name in HOMES if name != "greedy"])
 def test_a_page_says_what_was_measured_what_was_not_and_why_not(name):
     measured = rest_of(completed(name, page(name)), "Measured")
-    rows = [(table.head, table.of(name)) for table in tables((DOCS / "effects.md").read_text()) if table.of(name)]
+    found = [table for file in EFFECTS for table in tables((DOCS / file).read_text())]
+    rows = [(table.head, table.of(name)) for table in found if table.of(name)]
     figures = [row[head.index("CHAIR_i ↓")] for head, row in rows if "CHAIR_i ↓" in head]
     reasons = [row[1] for head, row in rows if "why figures are missing" in head]
     assert all(cell in measured for cell in figures + reasons)
