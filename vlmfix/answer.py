@@ -35,6 +35,8 @@ class Answer:
         words: Of each word, or punctuation mark, begin and end in ``text`` and the natural log-probability of the
             tokens that have a part of it, together; None unless it was asked for, and where ``logprob`` is.
         confidence: Relevance-weighted uncertainty of the answer and of its tokens; None likewise.
+        skipped: How many of its tokens a decoder with ``when=uncertain`` left to the clean row; None for other
+            decoders, beams and a static cache.
     """
 
     text: str
@@ -47,6 +49,7 @@ class Answer:
     refined: Refined | None = None
     words: tuple[tuple[int, int, float], ...] | None = None
     confidence: Confidence | None = None
+    skipped: int | None = None
 
 
 @dataclass(frozen=True)
@@ -58,12 +61,14 @@ class Found:
         broken: Steps, from 0, whose scores were not numbers.
         full: Whether the model's context left less room than was asked for.
         sure: Of each token its log-probability, and the entropy of what it was chosen from; empty where nobody looked.
+        alone: Of each token whether it was left to the clean row; empty without a rule that asks.
     """
 
     ids: tuple[int, ...]
     broken: Sequence[int]
     full: bool = False
     sure: Sequence[tuple[float, float]] = ()
+    alone: Sequence[bool] = ()
 
 
 def read(
@@ -98,7 +103,8 @@ def read(
     sure = () if finish == "nan" else said.sure[: len(own)]
     logprob, entropy = _means(sure)
     found = _words(spelling, [pair[0] for pair in sure]) if words and spelling and sure else None
-    return Answer(text, len(own), finish, seconds, own, logprob=logprob, entropy=entropy, words=found)
+    skipped = sum(said.alone[: len(own)]) if said.alone else None
+    return Answer(text, len(own), finish, seconds, own, logprob=logprob, entropy=entropy, words=found, skipped=skipped)
 
 
 def _words(spelling: Spelling, logprobs: Sequence[float]) -> tuple[tuple[int, int, float], ...]:

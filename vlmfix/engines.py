@@ -53,6 +53,7 @@ def decoded(
     ids: list[list[int]] = [[] for _ in request.rows]
     broken: list[list[int]] = [[] for _ in request.rows]
     sure: list[list[tuple[float, float]]] = [[] for _ in request.rows]
+    alone: list[list[bool]] = [[] for _ in request.rows]
     draws = _draws(vlm, request)
     choice: Choice = Drawn(draws) if draws else MostProbable()
     if gate is not None:
@@ -71,6 +72,8 @@ def decoded(
             broken[sample] += [step] * odd
         for sample, *numbers in zip(said.samples, said.logprobs, said.entropies, strict=True):
             sure[sample].append((numbers[0], numbers[1]))
+        for sample, left_alone in zip(said.samples, said.alone, strict=bool(said.alone)):
+            alone[sample].append(left_alone)
         if spelled:
             unwanted.update(_stopped(spelled, said))
         if streamer is not None:
@@ -81,7 +84,10 @@ def decoded(
             unwanted.update(request.listener.said(said))
     if streamer is not None:
         streamer.end()
-    return [Found(tuple(own), odd, sure=both) for own, odd, both in zip(ids, broken, sure, strict=True)]
+    return [
+        Found(tuple(own), odd, sure=both, alone=left_alone)
+        for own, odd, both, left_alone in zip(ids, broken, sure, alone, strict=True)
+    ]
 
 
 @torch.no_grad()

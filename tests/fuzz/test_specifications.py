@@ -88,7 +88,7 @@ def test_specifications(rounds):
         assert parse(again).spec() == again
         for part in decoder.decoders if isinstance(decoder, Chain) else (decoder,):
             for name, allowed in ranges(type(part)).items():
-                value = part.parameters()[name]
+                value = getattr(part, name)
                 assert allowed.check(part.name, name, value) == value
 
     rounds(check, suite=250, spec=specifications())

@@ -147,7 +147,8 @@ def brief(decoder: Decoder) -> str:
     own, base = decoder.parameters(), type(decoder)().parameters()
     if own.get("preset") != base.get("preset"):
         base = {**parse(f"{decoder.name}:preset={own['preset']}").parameters(), "preset": base["preset"]}
-    given = ",".join(f"{name}={written(value)}" for name, value in own.items() if value != base[name])
+    late = {name: getattr(type(decoder)(), name) for name in own.keys() - base.keys()}  # which stand where one is set
+    given = ",".join(f"{name}={written(value)}" for name, value in own.items() if value != (base | late)[name])
     return f"{decoder.name}:{given}" if given else decoder.name
 
 

@@ -85,15 +85,17 @@ class AtWork:
 
     def keep(self, rows: Tensor) -> None:
         """Keeps some of the rows of the present pass, (R,) int64, and drops the others; call it after prefill."""
-        picked: dict[Tensor, Tensor] = {}  # masks of keys are shared by all layers, and stay so
+        self.take(of_rows(self.steps, rows))
 
-        def pick(values: Tensor) -> Tensor:
-            if values not in picked:
-                picked[values] = values[rows]
-            return picked[values]
+    @property
+    def steps(self) -> dict[int, tuple[Step, ...]]:
+        """Returns, for each layer, the edits with what they know of the rows."""
+        return {layer: plan.steps for layer, plan in self.plans.items()}
 
-        for plan in self.plans.values():
-            plan.steps = tuple(step.of_rows(pick) for step in plan.steps)
+    def take(self, steps: Mapping[int, tuple[Step, ...]]) -> None:
+        """Goes on with edits of other rows, for each layer."""
+        for layer, plan in self.plans.items():
+            plan.steps = steps[layer]
 
     @property
     def stores(self) -> bool:
@@ -106,6 +108,23 @@ class AtWork:
             for values in (values for step in plan.steps for values in step.memory.of_steps.values()):
                 values.copy_(values[rows.to(values.device)])
         return rows
+
+
+def of_rows(steps: Mapping[int, tuple[Step, ...]], rows: Tensor) -> dict[int, tuple[Step, ...]]:
+    """Returns, for each layer, the edits with what they know of some of the rows.
+
+    Args:
+        steps: Layer number -> the edits.
+        rows: (R,) int64.
+    """
+    picked: dict[Tensor, Tensor] = {}  # masks of keys are shared by all layers, and stay so
+
+    def pick(values: Tensor) -> Tensor:
+        if values not in picked:
+            picked[values] = values[rows]
+        return picked[values]
+
+    return {layer: tuple(step.of_rows(pick) for step in own) for layer, own in steps.items()}
 
 
 def _edited(vlm: Checkpoint, portions: Sequence[Portion]) -> Iterator[AtWork]:
@@ -126,6 +145,8 @@ def _edited(vlm: Checkpoint, portions: Sequence[Portion]) -> Iterator[AtWork]:
     def check(decoder: nn.Module, args: tuple[object, ...], kwargs: dict[str, Any]) -> None:
         if not torch.compiler.is_compiling():  # generate compiles steps over one token alone
             turn.check()
+            if getattr(owners[0], PLAN, None) is None:  # lifted, see ``bare``
+                return
             _refuse_continuation(decoder, kwargs)
             if work.stores:
                 _refuse_copies(decoder, kwargs)

@@ -27,7 +27,7 @@ from vlmfix.decoding.stack import Stack, stack_layout, stacked
 from vlmfix.decoding.strategy import Strategy
 from vlmfix.decoding.watch import Watch, longest_prompts
 from vlmfix.errors import DataError, IncompatibleDecodersError, UsageError
-from vlmfix.language.parameters import PRESETS_OWN, Value, ranges, written
+from vlmfix.language.parameters import PRESETS_OWN, Value, noted, ranges, written
 from vlmfix.models.checkpoint import Checkpoint
 from vlmfix.models.context import room_for_answers
 from vlmfix.models.layout import Batch, ImageLayout
@@ -179,8 +179,8 @@ class Decoder(ABC):
         return plugins_of([type(self)])
 
     def parameters(self) -> dict[str, Value]:
-        """Returns all parameters with their values."""
-        return {name: getattr(self, name) for name in ranges(type(self))}
+        """Returns the parameters with their values; those of later versions only where one has not its default."""
+        return noted(self)
 
     def spec(self) -> str:
         """Writes the decoder as on the command line; parsing the text gives an equal decoder."""

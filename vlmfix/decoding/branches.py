@@ -57,12 +57,15 @@ class Contrast(ABC):
         rows: (B,) bool, rows on which the rule acts; the other rows keep their scores.
         exits: E early layers of the clean rows whose logits it takes as well.
         views: Places at which it takes the residual stream of the prompt's columns; see ``view``.
+        margin: Lead of the best token over the second, in clean probability, from which on a step is left to the clean
+            row, whose branches then need not run; None acts in every step.
     """
 
     branches: tuple[Branch, ...]
     rows: Tensor
     exits: tuple[Exit, ...] = ()
     views: tuple[Exit, ...] = ()
+    margin: float | None = None
     steps_alike: ClassVar[bool] = True
     counts: ClassVar[bool] = False
 
@@ -85,6 +88,17 @@ class Contrast(ABC):
         Args:
             states: (views, B, T, hidden size) of the clean rows; T may be padded further on the left.
         """
+
+    def acts(self, clean: Tensor) -> Tensor:
+        """Tells in which rows the rule acts in a step, (B,) bool.
+
+        Args:
+            clean: (B, V) float32 raw logits of the clean rows.
+        """
+        if self.margin is None:
+            return self.rows
+        first, second = clean.softmax(dim=-1).topk(2, dim=-1).values.unbind(dim=-1)
+        return self.rows & (first - second < self.margin)
 
     def begun(self) -> Self:
         """Returns the rule as it is before the first step; a block may run several calls, one after the other."""
@@ -113,7 +127,7 @@ def fused(contrasts: Sequence[Contrast], logits: Tensor, early: Tensor | None = 
         if early is not None and contrast.exits:
             others = torch.cat([others, early[place : place + len(contrast.exits)]])
             place += len(contrast.exits)
-        scores = torch.where(contrast.rows[:, None], contrast.fuse(clean, others, scores), scores)
+        scores = torch.where(contrast.acts(clean)[:, None], contrast.fuse(clean, others, scores), scores)
     return scores
 
 

@@ -30,6 +30,7 @@ class Said:
         broken: Whether the scores of each held NaN or +inf.
         logprobs: Natural log-probability of each token under the scores, as the decoder made them.
         entropies: Entropy of the distribution that each was chosen from, in nats.
+        alone: Whether rules that act only where the clean row is unsure have left it alone; empty without such a rule.
     """
 
     samples: Sequence[int]
@@ -37,6 +38,7 @@ class Said:
     broken: Sequence[bool]
     logprobs: Sequence[float]
     entropies: Sequence[float]
+    alone: Sequence[bool] = ()
 
 
 def decode(call: Running, choice: Choice, ends: Collection[int], unwanted: Collection[int] = ()) -> Iterator[Said]:
@@ -56,7 +58,7 @@ def decode(call: Running, choice: Choice, ends: Collection[int], unwanted: Colle
     scores = call.prompt()  # (B, V)
     for step in itertools.count(1):
         tokens = choice(scores)
-        told = _Told(tokens, scores)
+        told = _Told(tokens, scores, call.alone)
         ahead = call.replays and step < min(call.room[sample] for sample in going)
         scores = call.token(tokens) if ahead else scores
         said = told.read(going)
@@ -83,13 +85,14 @@ class _Told:
     Args:
         tokens: (B,) int64.
         scores: (B, V), of which rows may be broken.
+        alone: (B,) bool, or None; see ``Said.alone``.
     """
 
-    def __init__(self, tokens: Tensor, scores: Tensor) -> None:
+    def __init__(self, tokens: Tensor, scores: Tensor, alone: Tensor | None) -> None:
         logs = scores.log_softmax(dim=-1)
         own = logs.gather(1, tokens[:, None])[:, 0]
         numbers = torch.stack([own, entropies(logs)])  # (2, B)
-        whole = torch.stack([tokens, broken(scores).long()])  # (2, B)
+        whole = torch.stack([tokens, broken(scores).long(), *([] if alone is None else [alone.long()])])  # (2 or 3, B)
         self._numbers, self._whole = (part.to("cpu", non_blocking=part.is_cuda) for part in (numbers, whole))
         self._there = torch.cuda.Event() if whole.is_cuda else None
         if self._there is not None:
@@ -99,8 +102,9 @@ class _Told:
         """Waits for what the step chose for these B samples."""
         if self._there is not None:
             self._there.synchronize()
-        tokens, odd = self._whole.tolist()
-        return Said(tuple(samples), tokens, [bool(one) for one in odd], *self._numbers.tolist())
+        tokens, *marks = self._whole.tolist()
+        odd, *alone = [[bool(one) for one in row] for row in marks]
+        return Said(tuple(samples), tokens, odd, *self._numbers.tolist(), *alone)
 
 
 def entropies(logs: Tensor) -> Tensor:

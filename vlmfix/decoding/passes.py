@@ -6,6 +6,7 @@ The call owns the KV cache, the mask and the positions, and gives them to the mo
 
 from __future__ import annotations
 
+import copy
 from contextlib import ExitStack
 from typing import Any
 
@@ -130,9 +131,38 @@ class Passes:
             return logits
         if self._recorded is not None:
             return self._recorded.token(tokens)
-        self._next = self._next + 1
-        self._mask = torch.cat([self._mask, self._mask.new_ones(len(tokens), 1)], dim=1)
-        return self._logits(tokens[:, None], self._next, self._mask, self._cache)
+        return self._behind(tokens[:, None])
+
+    def apart(self, rows: Tensor) -> Passes:
+        """Returns passes over some of the rows, (R',) int64, from here on; these passes keep all of theirs.
+
+        Its steps are not recorded, and nobody reads its early layers. It is for the end of prefill.
+        """
+        other = copy.copy(self)
+        other._recordings, other._reader, other._recorder = None, None, None
+        other._cache = caches.of_rows(self._cache, rows, min(max(self._left, 1), ROOM))
+        other._mask, other._next = self._mask[rows], self._next[..., rows, :]
+        return other
+
+    def tokens(self, tokens: Tensor) -> Tensor:
+        """Runs several further tokens of each row at once, in passes that are not recorded.
+
+        Args:
+            tokens: (R, Q) int64.
+
+        Returns:
+            The logits that follow the last, (R, V) float32.
+        """
+        if self._recorded is not None:
+            raise RuntimeError("a recorded step takes one token")
+        self._left -= tokens.shape[1]
+        return self._behind(tokens)
+
+    def _behind(self, tokens: Tensor) -> Tensor:
+        positions = self._next + torch.arange(1, tokens.shape[1] + 1, device=tokens.device)  # (..., R, Q)
+        self._next = positions[..., -1:]
+        self._mask = torch.cat([self._mask, self._mask.new_ones(tokens.shape)], dim=1)
+        return self._logits(tokens, positions, self._mask, self._cache)
 
     def keep(self, rows: Tensor) -> None:
         """Keeps some of the rows, in the order given; the caller does the same for the edits.

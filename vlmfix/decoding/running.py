@@ -14,7 +14,8 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from vlmfix.attention.edit import AttentionEdit
-from vlmfix.attention.session import Acting, AtWork, edited
+from vlmfix.attention.rows import Step
+from vlmfix.attention.session import Acting, AtWork, edited, of_rows
 from vlmfix.attention.windows import check_windows
 from vlmfix.decoding.blanks import blanked
 from vlmfix.decoding.branches import Contrast, fused, viewed
@@ -25,6 +26,7 @@ from vlmfix.decoding.passes import Passes
 from vlmfix.decoding.plan import DecodingPlan
 from vlmfix.decoding.prefix import Prompts, cut_prefill, prompts_of
 from vlmfix.decoding.rows import rows_of
+from vlmfix.decoding.waiting import Waiting
 from vlmfix.decoding.watch import idle
 from vlmfix.models.checkpoint import Checkpoint
 from vlmfix.models.context import room_for_answers
@@ -52,10 +54,12 @@ class Running:
         name: How the decoder is written, for messages.
         newest: Keeps the newest step with its graph, or None.
         views: Reads the prompts' columns where a rule looks at them, or None.
+        waits: Whether branches of rules with a margin wait for the steps in which their rule acts.
 
     Attributes:
         room: As given.
         newest: As given.
+        alone: (L,) bool, lines whose newest scores every rule with a margin has left alone; None without such a rule.
     """
 
     def __init__(
@@ -71,8 +75,16 @@ class Running:
         name: str,
         newest: Newest | None,
         views: Views | None,
+        *,
+        waits: bool,
     ) -> None:
         self.room, self.newest = room, newest
+        self.alone: Tensor | None = None
+        patient = [bool(waits and rule.margin is not None) for rule in contrasts for _ in rule.branches]
+        self._waits = [copy for copy, own in enumerate(patient, 1) if own]  # copies of the samples that wait
+        present = [copy for copy in range(copies) if copy not in self._waits]
+        self._places = sorted(range(copies), key=[*present, *self._waits].__getitem__)
+        self._waiting: Waiting | None = None
         self._vlm, self._passes, self._work, self._contrasts = vlm, passes, work, tuple(contrasts)
         self._prompts, self._blank, self._copies, self._lines = prompts, blank, copies, len(room)
         self._acting, self._name, self._views = Acting(vlm), name, views
@@ -93,9 +105,10 @@ class Running:
     def replays(self) -> bool:
         """Returns whether the next token replays a recorded step, which the host need not wait for.
 
-        A gate that asks about the newest step chooses, and rows leave, before the next one takes its place.
+        A gate that asks about the newest step chooses, and rows leave, before the next one takes its place. Where
+        branches wait, the host asks after each step whether one is wanted.
         """
-        return self._passes.replays and self.newest is None
+        return self._passes.replays and self.newest is None and self._waiting is None
 
     def learned(self, edit: AttentionEdit, name: str) -> dict[int, Tensor]:
         """Returns what an edit at work has learned of keys, as the newest step left it.
@@ -117,10 +130,17 @@ class Running:
             logits = self._passes.prompt()
         if views is not None:
             viewed(self._contrasts, views.take(self._lines))
-        return self._scores(logits) if self.newest is None else self._kept(self.newest, self._passes.again)
+        if self.newest is not None:
+            return self._kept(self.newest, self._passes.again)
+        scores = self._scores(logits)
+        if self._waits:
+            self._part(logits.device)
+        return scores
 
     def token(self, tokens: Tensor) -> Tensor:
         """Runs one more token of each line, (L,) int64; returns the scores that follow it, (L, V) float32."""
+        if self._waiting is not None:
+            return self._with_waiting(self._waiting, tokens)
 
         def step() -> Tensor:
             return self._passes.token(tokens.repeat(self._copies))
@@ -133,9 +153,12 @@ class Running:
         Args:
             lines: (L',) int64, numbers of the present lines; lines of one sample are adjacent.
         """
-        rows = (lines + self._lines * torch.arange(self._copies, device=lines.device)[:, None]).flatten()  # (R',)
+        copies = torch.arange(self._copies - len(self._waits) * (self._waiting is not None), device=lines.device)
+        rows = (lines + self._lines * copies[:, None]).flatten()  # (R',)
         self._passes.keep(rows)
         self._work.keep(rows)
+        if self._waiting is not None:
+            self._waiting.keep(lines)
         self._contrasts = tuple(contrast.keep(lines) for contrast in self._contrasts)
         self._lines = len(lines)
 
@@ -154,13 +177,55 @@ class Running:
             with torch.enable_grad():
                 return newest.scored(self._scores(logits))
 
-    def _scores(self, logits: Tensor) -> Tensor:
+    def _part(self, device: torch.device) -> None:
+        """Gives the branches that wait a cache of their own, once the prompts have passed."""
+        copies = torch.tensor([copy in self._waits for copy in range(self._copies)], device=device)
+        waits = copies.repeat_interleave(self._lines)  # (R,)
+        first, later = (~waits).nonzero()[:, 0], waits.nonzero()[:, 0]
+        passes = self._passes.apart(later)
+        steps, former = _of_live_rows(self._work, later), _of_live_rows(self._work, first)
+        self._work.take(former)
+        self._passes.keep(first)
+        self._waiting = Waiting(self._vlm, passes, self._work, steps, len(self._waits), self._lines)
+
+    def _with_waiting(self, waiting: Waiting, tokens: Tensor) -> Tensor:
+        """Runs one more token of each line, and lets branches catch up where their rule acts in some line."""
+        present = self._copies - len(self._waits)
+        logits = self._passes.token(tokens.repeat(present))  # (R', V) or (R', 1 + E, V)
+        self._check_acting()
+        waiting.add(tokens)
+        early = logits[: self._lines, 1:].transpose(0, 1) if logits.dim() == 3 else None
+        own = (logits[:, 0] if logits.dim() == 3 else logits).view(present, self._lines, -1)
+        acting = [rule.acts(own[0]).any() for rule in self._contrasts if rule.margin is not None and rule.branches]
+        if bool(torch.stack(acting).any()):  # the host waits here
+            others = waiting.caught_up().view(len(self._waits), self._lines, -1)
+            self._acting.idle()  # of those layers that acted on the branches
+        else:
+            others = own[:1].expand(len(self._waits), -1, -1)  # which no rule takes anything from
+        return self._fused(torch.cat([own, others])[self._places], early)
+
+    def _check_acting(self) -> None:
         if (layer := self._acting.idle()) is not None and not self._passes.recorded:
             raise idle(self._name, f"attention of layer {layer} was computed without it")
+
+    def _scores(self, logits: Tensor) -> Tensor:
+        self._check_acting()
         if logits.dim() == 2:
-            return fused(self._contrasts, logits.view(self._copies, self._lines, -1))
+            return self._fused(logits.view(self._copies, self._lines, -1), None)
         early = logits[: self._lines, 1:].transpose(0, 1)  # (E, L, V), of the samples alone
-        return fused(self._contrasts, logits[:, 0].view(self._copies, self._lines, -1), early)
+        return self._fused(logits[:, 0].view(self._copies, self._lines, -1), early)
+
+    def _fused(self, logits: Tensor, early: Tensor | None) -> Tensor:
+        margins = [rule for rule in self._contrasts if rule.margin is not None]
+        if margins:
+            self.alone = ~torch.stack([rule.acts(logits[0]) for rule in margins]).any(dim=0)
+        return fused(self._contrasts, logits, early)
+
+
+def _of_live_rows(work: AtWork, rows: Tensor) -> dict[int, tuple[Step, ...]]:
+    """Returns, for each layer, the edits that act on some of these rows, (R,) int64, with what they know of them."""
+    steps = of_rows(work.steps, rows)
+    return {layer: tuple(step for step in own if bool(step.live.any())) for layer, own in steps.items()}
 
 
 @contextmanager
@@ -229,7 +294,18 @@ def running(
             prompts = prompts_of(vlm, batch, branches) or Prompts(rows.mask.bool(), None)
             try:
                 yield Running(
-                    vlm, passes, rows.copies, work, plan.contrasts, prompts, rows.blank, room, name, newest, views
+                    vlm,
+                    passes,
+                    rows.copies,
+                    work,
+                    plan.contrasts,
+                    prompts,
+                    rows.blank,
+                    room,
+                    name,
+                    newest,
+                    views,
+                    waits=not reorders and newest is None and plan.leader is None,
                 )
             finally:
                 if newest is not None:

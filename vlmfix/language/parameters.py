@@ -73,6 +73,8 @@ class Range:
             leaves alone, such as a seed.
         log: Tuning tries numbers on a logarithmic scale.
         file: It names a file, a folder or a model to load: whoever may not read what the process can may not set it.
+        later: A later version added it to the decoder: where all such parameters have their defaults, none is written,
+            so that cards of earlier versions, which lack them, name an equal decoder.
     """
 
     kind: type
@@ -84,6 +86,7 @@ class Range:
     search: tuple[bool | int | float | str, ...] = ()
     log: bool = False
     file: bool = False
+    later: bool = False
 
     def text(self) -> str:
         """The allowed values in words."""
@@ -153,6 +156,16 @@ def parameter(default: Value, kind: type, **limits: Any) -> Any:  # noqa: ANN401
 def ranges(decoder: type) -> dict[str, Range]:
     """The declared parameters of a decoder class, in order."""
     return {f.name: f.metadata["range"] for f in dataclasses.fields(decoder) if "range" in f.metadata}
+
+
+def noted(decoder: Any) -> dict[str, Value]:  # noqa: ANN401 (a dataclass)
+    """The parameters of a decoder that are written down, with their values; see ``Range.later``."""
+    values = {name: getattr(decoder, name) for name in ranges(type(decoder))}
+    late = {name for name, allowed in ranges(type(decoder)).items() if allowed.later}
+    defaults = {field.name: field.default for field in dataclasses.fields(decoder)}
+    if any(values[name] != defaults[name] for name in late):
+        return values
+    return {name: value for name, value in values.items() if name not in late}
 
 
 def written(value: Value) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -384,6 +385,28 @@ def roomy(model: PreTrainedModel, arena: Arena, rows: int, capacity: int, more: 
         count = range(len(cache.layers))
         cache.layers = [RoomyLayer(arena, number, rows, capacity, more) for number in count]
     return cache
+
+
+def of_rows(cache: Cache, rows: Tensor, more: int) -> DynamicCache:
+    """A dynamic cache, or one of ``roomy``, with copies of some rows of another, which stays as it is.
+
+    Args:
+        cache: The other.
+        rows: (B,) int64, which of its rows.
+        more: Tokens that there is room for behind those that it holds, where it reserves room.
+    """
+    apart = DynamicCache()
+    if is_roomy(cache):
+        arena = Arena()
+        count = range(len(cache.layers))
+        apart.layers = [RoomyLayer(arena, number, len(rows), length(cache) + more, more) for number in count]
+        for number, (keys, values) in enumerate(keys_and_values(cache)):
+            fill(apart, number, keys[rows], values[rows])
+        return apart
+    apart.layers = [copy.copy(layer) for layer in cache.layers]
+    for layer in list[Any](apart.layers):
+        layer.reorder_cache(rows)
+    return apart
 
 
 def is_roomy(cache: Cache) -> bool:

@@ -12,6 +12,7 @@ from torch import Tensor
 from vlmfix.attention.edit import LayerSet, Rows, ScoreEdit, Site
 from vlmfix.decoders.base import Decoder, Source
 from vlmfix.decoders.logits.plausibility import cut
+from vlmfix.decoders.logits.steps import lead, margin_of, steps
 from vlmfix.decoding.branches import Contrast, without_picture
 from vlmfix.decoding.plan import DecodingPlan
 from vlmfix.language.parameters import Value, parameter
@@ -72,6 +73,8 @@ class PAI(Decoder):
     )
     layers: LayerSet = parameter("2:", LayerSet, help="layers of the first part")
     first_token: bool = parameter(None, bool, help="edit the prompt's last row")
+    when: str = steps()
+    margin: float = lead()
 
     def plan(self, vlm: Checkpoint, batch: Batch, layout: ImageLayout) -> DecodingPlan:
         """Plans the edit, and the branch without the picture."""
@@ -86,6 +89,7 @@ class PAI(Decoder):
             rows=pictured,
             guidance=self.guidance,
             plausibility=self.plausibility,
+            margin=margin_of(self.when, self.margin),
         )
         return DecodingPlan(edits=(edit,), contrasts=(rule,))
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from vlmfix.attention.edit import LayerSet
 from vlmfix.decoders.base import Decoder, Source
+from vlmfix.decoders.logits.steps import lead, margin_of, steps
 from vlmfix.decoders.logits.vcd import ImageContrast
 from vlmfix.decoders.picture.probing import attention_maps
 from vlmfix.decoding.branches import with_blanks
@@ -77,6 +78,8 @@ class AvisC(Decoder):
     deviations: float = parameter(
         1.0, float, low=-10, high=10, search=(0.0, 2.0), help="lambda, from which on a token is blind"
     )
+    when: str = steps()
+    margin: float = lead()
 
     def plan(self, vlm: Checkpoint, batch: Batch, layout: ImageLayout) -> DecodingPlan:
         """Plans one branch that sees blind tokens alone, for rows that have a picture."""
@@ -89,6 +92,7 @@ class AvisC(Decoder):
             rows=pictured,
             contrast=self.contrast,
             plausibility=self.plausibility,
+            margin=margin_of(self.when, self.margin),
         )
         return DecodingPlan(contrasts=(rule,))
 

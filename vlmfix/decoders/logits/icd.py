@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from vlmfix.decoders.base import Decoder, Source
+from vlmfix.decoders.logits.steps import lead, margin_of, steps
 from vlmfix.decoders.logits.vcd import ImageContrast
 from vlmfix.decoding.branches import with_instruction, with_question
 from vlmfix.decoding.plan import DecodingPlan
@@ -70,6 +71,8 @@ class ICD(Decoder):
     place: str = parameter(
         None, str, choices=("system", "question"), search=("system", "question"), help="where the instruction stands"
     )
+    when: str = steps()
+    margin: float = lead()
 
     def plan(self, vlm: Checkpoint, batch: Batch, layout: ImageLayout) -> DecodingPlan:
         """Plans one branch with the instruction, for rows that have a picture."""
@@ -80,5 +83,11 @@ class ICD(Decoder):
             branch = with_instruction(vlm, batch, SYSTEM)
         else:
             branch = with_question(vlm, batch, lambda question: f"{BEFORE_QUESTION} {question}")
-        rule = ImageContrast(branches=(branch,), rows=pictured, contrast=self.contrast, plausibility=self.plausibility)
+        rule = ImageContrast(
+            branches=(branch,),
+            rows=pictured,
+            contrast=self.contrast,
+            plausibility=self.plausibility,
+            margin=margin_of(self.when, self.margin),
+        )
         return DecodingPlan(contrasts=(rule,))

@@ -12,6 +12,7 @@ from torch import Tensor
 from vlmfix.decoders.base import Decoder, Source
 from vlmfix.decoders.logits.noise import row_noise
 from vlmfix.decoders.logits.plausibility import cut
+from vlmfix.decoders.logits.steps import lead, margin_of, steps
 from vlmfix.decoding.branches import Branch, Contrast, with_pixels, without_question
 from vlmfix.decoding.plan import DecodingPlan
 from vlmfix.language.parameters import parameter
@@ -88,6 +89,8 @@ class INTER(Decoder):
         help="what stands for no question",
     )
     noise_seed: int = parameter(0, int, low=0, high=2**31 - 1, help="seed of the noise")
+    when: str = steps()
+    margin: float = lead()
 
     def plan(self, vlm: Checkpoint, batch: Batch, layout: ImageLayout) -> DecodingPlan:
         """Plans three branches: question only, picture only, neither."""
@@ -106,6 +109,7 @@ class INTER(Decoder):
             variance=self.variance,
             plausibility=self.plausibility,
             var_topk=self.var_topk,
+            margin=margin_of(self.when, self.margin),
         )
         return DecodingPlan(contrasts=(rule,))
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from vlmfix.decoders.base import Decoder, Source
 from vlmfix.decoders.logits.plausibility import cut
+from vlmfix.decoders.logits.steps import lead, margin_of, steps
 from vlmfix.decoding.branches import Contrast, without_picture
 from vlmfix.decoding.plan import DecodingPlan
 from vlmfix.language.parameters import Value, parameter
@@ -72,6 +73,8 @@ class M3ID(Decoder):
         None, float, low=0, high=1e6, optional=True, help="limit of the weight; none: it grows on"
     )
     first_step: int = parameter(None, int, low=0, high=1, help="number of the first token's step")
+    when: str = steps()
+    margin: float = lead()
 
     def plan(self, vlm: Checkpoint, batch: Batch, layout: ImageLayout) -> DecodingPlan:
         """Plans one branch without the picture, for rows that have one."""
@@ -86,6 +89,7 @@ class M3ID(Decoder):
             confidence=self.confidence,
             max_weight=math.inf if self.max_weight is None else self.max_weight,
             first_step=self.first_step,
+            margin=margin_of(self.when, self.margin),
         )
         return DecodingPlan(contrasts=(rule,))
 

@@ -12,6 +12,7 @@ from vlmfix.decoders.base import Decoder, Source
 from vlmfix.decoders.logits.avisc import unseen
 from vlmfix.decoders.logits.dola import distances
 from vlmfix.decoders.logits.plausibility import cut
+from vlmfix.decoders.logits.steps import lead, margin_of, steps
 from vlmfix.decoding.branches import Contrast, with_blanks
 from vlmfix.decoding.plan import DecodingPlan
 from vlmfix.language.parameters import parameter
@@ -67,6 +68,8 @@ class MoD(Decoder):
     plausibility: float = parameter(
         0.5, float, low=0, high=1, search=(0.01, 0.5), log=True, help="beta, cut below this share of the best token"
     )
+    when: str = steps()
+    margin: float = lead()
 
     def plan(self, vlm: Checkpoint, batch: Batch, layout: ImageLayout) -> DecodingPlan:
         """Plans one branch that sees the most regarded tokens, for rows that have a picture."""
@@ -81,6 +84,7 @@ class MoD(Decoder):
             complement=self.complement,
             contrast=self.contrast,
             plausibility=self.plausibility,
+            margin=margin_of(self.when, self.margin),
         )
         return DecodingPlan(contrasts=(rule,))
 

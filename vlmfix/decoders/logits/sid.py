@@ -11,6 +11,7 @@ from torch import Tensor
 
 from vlmfix.attention.edit import LayerSet, ProductBias, Rows, Site, WeightEdit
 from vlmfix.decoders.base import Decoder, Source
+from vlmfix.decoders.logits.steps import lead, margin_of, steps
 from vlmfix.decoders.logits.vcd import ImageContrast
 from vlmfix.decoding.branches import with_edits
 from vlmfix.decoding.plan import DecodingPlan
@@ -77,6 +78,8 @@ class SID(Decoder):
         100 / 576, float, low=0, high=1, search=(0.05, 0.6), help="share of the image tokens that the second row sees"
     )
     layer: int = parameter(1, int, low=0, high=1000, help="layer whose attention chooses them")
+    when: str = steps()
+    margin: float = lead()
 
     def plan(self, vlm: Checkpoint, batch: Batch, layout: ImageLayout) -> DecodingPlan:
         """Plans one branch that sees some of its picture, for rows that have one."""
@@ -92,6 +95,7 @@ class SID(Decoder):
             rows=pictured,
             contrast=self.contrast,
             plausibility=self.plausibility,
+            margin=margin_of(self.when, self.margin),
         )
         return DecodingPlan(contrasts=(rule,))
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from vlmfix.decoders.base import Decoder, Source
 from vlmfix.decoders.logits.noise import row_noise
 from vlmfix.decoders.logits.plausibility import cut
+from vlmfix.decoders.logits.steps import lead, margin_of, steps
 from vlmfix.decoding.branches import Contrast, with_pixels
 from vlmfix.decoding.plan import DecodingPlan
 from vlmfix.language.parameters import Value, parameter
@@ -80,6 +81,8 @@ class VCD(Decoder):
         None, int, low=0, high=STEPS - 1, search=(200, 999), help="diffusion step of the noised picture"
     )
     noise_seed: int = parameter(0, int, low=0, high=2**31 - 1, help="seed of the noise")
+    when: str = steps()
+    margin: float = lead()
 
     def plan(self, vlm: Checkpoint, batch: Batch, layout: ImageLayout) -> DecodingPlan:
         """Plans one branch with noised pixels."""
@@ -89,7 +92,13 @@ class VCD(Decoder):
         branch = with_pixels(
             vlm, batch, lambda pixels, owners: noised(pixels, owners, self.noise_step, self.noise_seed)
         )
-        rule = ImageContrast(branches=(branch,), rows=pictured, contrast=self.contrast, plausibility=self.plausibility)
+        rule = ImageContrast(
+            branches=(branch,),
+            rows=pictured,
+            contrast=self.contrast,
+            plausibility=self.plausibility,
+            margin=margin_of(self.when, self.margin),
+        )
         return DecodingPlan(contrasts=(rule,))
 
 
