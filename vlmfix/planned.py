@@ -163,6 +163,7 @@ def _part(vlm: VLM, plan: DecodingPlan | str, asked: Asked, *, refines: bool) ->
         "shown": asked.shown if refines else 0,
         "edits": [_edit(vlm, edit) for edit in plan.every_edit],
         "branches": [{"tokens": branch.batch.length, "picture": _seen(branch)} for branch in plan.branches],
+        "margins": [rule.margin for rule in plan.contrasts if rule.branches and rule.margin is not None],
         "exits": sorted({place.after for contrast in plan.contrasts for place in contrast.exits}),
         "gate": plan.gate is not None,
         "asks": _numbers(vlm, plan.asks) if plan.asks is not None else [],

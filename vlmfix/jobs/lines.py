@@ -21,6 +21,7 @@ ANSWER = fields(
         "finish": TEXT,
         "logprob": NUMBER.or_null(),
         "entropy": NUMBER.or_null(),
+        "skipped": COUNT,
         "words": list_of(WORD),
         "sar": NUMBER.or_null(),
         "scored": list_of(SCORED),

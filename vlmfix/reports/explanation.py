@@ -175,6 +175,11 @@ def _planned(planned: Mapping[str, Any]) -> Iterator[str]:
     for branch in planned["branches"]:
         prompt = f"a prompt of {branch['tokens']} tokens"
         yield f"Branch: a row more per sample, with {PICTURES[branch['picture']]} and {prompt}."
+    for margin in planned["margins"]:
+        yield (
+            f"Acts in steps whose best token leads by less than {margin:g}. Its branches run in these steps alone, "
+            "and catch up in one pass; beams run them in every step."
+        )
     if planned["exits"]:
         yield f"Reads the output head behind {layers_text(planned['exits'], None)}."
     if planned["gate"]:

@@ -112,7 +112,8 @@ def read_answers(folder: Path, images: Path | None = None) -> Answers:
 
 def _said(line: Mapping[str, Any]) -> Said:
     text, scored = line["answer"], line.get("scored", ())
-    said = Said(text, line.get("finish", ""), logprob=line.get("logprob"), sar=line.get("sar"))
+    skipped = (line["skipped"], line["tokens"]) if "skipped" in line else None
+    said = Said(text, line.get("finish", ""), logprob=line.get("logprob"), sar=line.get("sar"), skipped=skipped)
     known = [(begin, end, logprob) for begin, end, logprob, *_ in line.get("words", ())]
     if not known and scored:
         spans = [found.span() for found in WORD.finditer(text)]

@@ -48,6 +48,7 @@ class Said:
         grid: Columns and rows of their heat.
         unsure: Whether it is among the least sure answers of its column.
         sar: Its uncertainty weighted by relevance; None where it is not known.
+        skipped: How many tokens a contrast left to the clean row, and of how many; None where that is not known.
     """
 
     text: str
@@ -58,6 +59,7 @@ class Said:
     grid: tuple[int, int] = (0, 0)
     unsure: bool = False
     sar: float | None = None
+    skipped: tuple[int, int] | None = None
 
     @property
     def cut(self) -> bool:

@@ -11,7 +11,8 @@ from tests.tiny import TINY
 from vlmfix.attention.edit import LayerSet
 from vlmfix.decoders import AvisC, MoD
 from vlmfix.decoders.logits.avisc import blind
-from vlmfix.decoders.logits.mod import Mixture, most_regarded
+from vlmfix.decoders.logits.mixture import Mixture
+from vlmfix.decoders.logits.mod import most_regarded
 from vlmfix.decoders.logits.plausibility import cut
 from vlmfix.decoders.picture.probing import attention_maps
 from vlmfix.decoding.running import running

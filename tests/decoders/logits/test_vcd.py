@@ -114,3 +114,22 @@ def test_a_users_own_processor_output_works(family):
     vlm = vlm_of(family)
     batch = batch_of(vlm)
     close(logits(vlm, dict(batch), VCD()), logits(vlm, batch, VCD()))
+
+
+def test_rows_that_the_noise_hardly_changes_add_the_noised_logits_for_their_whole_answer():
+    vlm = vlm_of("llava")
+    batch = batch_of(vlm)
+    strong = {"contrast": 1.5, "plausibility": 0.0}
+    (rule,) = VCD(agreement=1.0, **strong).plan(vlm, batch, vlm.layout(batch)).contrasts
+    clean, other = plain(vlm, batch, steps=1)[0], plain(vlm, rule.branches[0].batch, steps=1)[0]
+    one, two = (part.double().softmax(-1) for part in (clean, other))
+    middle = (one + two) / 2
+    apart = ((one * (one / middle).log()).sum(-1) + (two * (two / middle).log()).sum(-1)) / 2
+    nearer = int(apart.argmin())
+    between = float(apart.mean())
+    added, subtracted = clean + 4 * other, clean + 1.5 * (clean - other)
+    expected = torch.stack([added[row] if row == nearer else subtracted[row] for row in range(2)])
+    close(logits(vlm, batch, VCD(agreement=between, **strong), steps=1)[0], expected)
+    close(logits(vlm, batch, VCD(agreement=1e-9, **strong)), logits(vlm, batch, VCD(**strong)))
+    assert "agreement" not in VCD(**strong).spec()
+    assert VCD(agreement=between).spec().count("complement=4") == 1

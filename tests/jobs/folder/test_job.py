@@ -52,6 +52,18 @@ def test_the_run_card_says_what_was_done(tmp_path):
     assert {"vlmfix", "torch", "transformers"} <= set(session["versions"])
 
 
+def test_the_card_and_the_answers_say_what_a_contrast_left_alone(tmp_path):
+    class Sure(FakeVLM):
+        def generate(self, *args, **options):
+            return [replace(answer, skipped=2) for answer in super().generate(*args, **options)]
+
+    out = tmp_path / "out"
+    go(draw(tmp_path / "in", 3), out, Sure(), decoder="vcd:when=uncertain")
+    assert [record["skipped"] for record in answers(out)] == [2, 2, 2]
+    totals = read_json(out / "run.json")["totals"]
+    assert (totals["skipped"], totals["skip_rate"]) == (6, round(6 / totals["tokens"], 4))
+
+
 def test_a_single_picture(tmp_path):
     pictures = draw(tmp_path / "in", 3)
     go(pictures / "0001.png", tmp_path / "out", FakeVLM())

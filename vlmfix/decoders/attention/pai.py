@@ -36,6 +36,8 @@ class PAI(Decoder):
         plausibility: beta in [0, 1]; 0 cuts nothing. Without the second part nothing is cut.
         layers: Layers of the first part.
         first_token: Whether the first part acts on the prompt's last row.
+        when: ``always``, or ``uncertain``: steps whose best token leads by less than ``margin``.
+        margin: Lead of the best token over the second, in clean probability, in [0, 1].
 
     *Source*: Liu, Zheng and Chen, "Paying More Attention to Image: A Training-Free Method for Alleviating Hallucination
     in LVLMs", ECCV 2024, arXiv 2407.21771; code LALBJ/PAI. Its README has gain 0.2 and guidance 1.1; its command line

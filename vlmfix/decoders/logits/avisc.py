@@ -38,6 +38,8 @@ class AvisC(Decoder):
         plausibility: beta in [0, 1]; 0 cuts nothing.
         layer_share: gamma in [0, 1], of the picture's attention over all layers.
         deviations: lambda, standard deviations above the mean from which on a token is blind.
+        when: ``always``, or ``uncertain``: steps whose best token leads by less than ``margin``.
+        margin: Lead of the best token over the second, in clean probability, in [0, 1].
 
     *Source*: Woo et al., "Don't Miss the Forest for the Trees: Attentional Vision Calibration for Large Vision Language
     Models", Findings of ACL 2025, arXiv 2405.17820; code sangminwoo/AvisC.

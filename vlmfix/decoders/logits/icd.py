@@ -35,6 +35,8 @@ class ICD(Decoder):
         contrast: alpha >= 0, weight of the contrast.
         plausibility: beta in [0, 1]; 0 cuts nothing.
         place: Where the instruction stands: ``system`` or ``question``.
+        when: ``always``, or ``uncertain``: steps whose best token leads by less than ``margin``.
+        margin: Lead of the best token over the second, in clean probability, in [0, 1].
 
     *Source*: Wang et al., "Mitigating Hallucinations in Large Vision-Language Models with Instruction Contrastive
     Decoding", Findings of ACL 2024, arXiv 2403.18715; code p1k0pan/ICD.

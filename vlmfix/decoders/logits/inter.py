@@ -38,6 +38,8 @@ class INTER(Decoder):
             own mean per row) or ``gaussian`` noise, all in normalised pixels.
         mask_text: Text that stands for no question: ``empty`` text, or ``drop_turn``, a user turn of pictures alone.
         noise_seed: Seed of the noise, together with the picture's pixels.
+        when: ``always``, or ``uncertain``: steps whose best token leads by less than ``margin``.
+        margin: Lead of the best token over the second, in clean probability, in [0, 1].
 
     *Source*: "INTER: Mitigating Hallucination in Large Vision-Language Models by Interaction Guidance Sampling",
     ICCV 2025, arXiv 2507.05056; code xxxxx313/INTER at 586f565.

@@ -37,6 +37,8 @@ class M3ID(Decoder):
             always, as both re-implementations do.
         max_weight: The weight grows no further; it would reach 20,000 at 500 tokens. None has no limit.
         first_step: Number of the first token's step, 0 or 1.
+        when: ``always``, or ``uncertain``: steps whose best token leads by less than ``margin``.
+        margin: Lead of the best token over the second, in clean probability, in [0, 1].
 
     *Source*: Favero et al., "Multi-Modal Hallucination Control by Visual Information Grounding", CVPR 2024, arXiv
     2403.14003, section 4; re-implementations in sangminwoo/AvisC and zifuwan/ONLY.

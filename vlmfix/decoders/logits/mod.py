@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
@@ -10,10 +10,9 @@ from torch import Tensor
 
 from vlmfix.decoders.base import Decoder, Source
 from vlmfix.decoders.logits.avisc import unseen
-from vlmfix.decoders.logits.dola import distances
-from vlmfix.decoders.logits.plausibility import cut
+from vlmfix.decoders.logits.mixture import Mixture
 from vlmfix.decoders.logits.steps import lead, margin_of, steps
-from vlmfix.decoding.branches import Contrast, with_blanks
+from vlmfix.decoding.branches import with_blanks
 from vlmfix.decoding.plan import DecodingPlan
 from vlmfix.language.parameters import parameter
 from vlmfix.models.checkpoint import Checkpoint
@@ -36,6 +35,8 @@ class MoD(Decoder):
         complement: Weight of the second row's logits where they agree.
         contrast: Weight of the contrast elsewhere.
         plausibility: beta in [0, 1]; 0 cuts nothing.
+        when: ``always``, or ``uncertain``: steps whose best token leads by less than ``margin``.
+        margin: Lead of the best token over the second, in clean probability, in [0, 1].
 
     *Source*: Chen et al., "Mixture of Decoding: An Attention-Inspired Adaptive Decoding Strategy to Mitigate
     Hallucinations in Large Vision-Language Models", Findings of ACL 2025, arXiv 2505.17061; code xlchen0205/MoD, whose
@@ -93,41 +94,3 @@ def most_regarded(seen: Tensor, share: float) -> Tensor:
     """Marks the share of (N,) values that are highest, one at least, (N,) bool."""
     count = max(1, int(share * len(seen)))
     return torch.zeros_like(seen, dtype=torch.bool).scatter(0, seen.topk(count).indices, True)
-
-
-@dataclass(frozen=True, eq=False, kw_only=True)
-class Mixture(Contrast):
-    """Adds one branch's logits to the scores or pushes them away, as its first distribution says.
-
-    Attributes:
-        agreement: Divergence in nats.
-        complement: Weight where rows agree.
-        contrast: Weight elsewhere.
-        plausibility: beta.
-        agreed: (B,) bool, which rows did, once the first token has passed.
-    """
-
-    agreement: float
-    complement: float
-    contrast: float
-    plausibility: float
-    agreed: list[Tensor] = field(default_factory=list)
-    steps_alike: ClassVar[bool] = False
-
-    def fuse(self, clean: Tensor, others: Tensor, scores: Tensor) -> Tensor:
-        """Returns the mixed scores, cut by the clean logits."""
-        other = others[0]
-        if not self.agreed:
-            logs = clean.log_softmax(dim=-1), others[:1].log_softmax(dim=-1)
-            self.agreed.append(distances(*logs, swapped=False)[0] < self.agreement)
-        added = scores + self.complement * other
-        subtracted = scores + self.contrast * (clean - other)
-        return cut(clean, torch.where(self.agreed[0][:, None], added, subtracted), self.plausibility)
-
-    def begun(self) -> Mixture:
-        """Returns the rule before the first step."""
-        return replace(self, agreed=[])
-
-    def keep(self, rows: Tensor) -> Mixture:
-        """Returns the rule for some of the rows, with their modes."""
-        return replace(self, rows=self.rows[rows], agreed=[agreed[rows] for agreed in self.agreed])

@@ -37,6 +37,8 @@ class SID(Decoder):
         plausibility: beta in [0, 1]; 0 cuts nothing.
         kept: Share of the image tokens that the second row sees, in (0, 1]; the authors' 100 of 576.
         layer: Number of the layer that chooses, from 0; the first layer that hides tokens is the next.
+        when: ``always``, or ``uncertain``: steps whose best token leads by less than ``margin``.
+        margin: Lead of the best token over the second, in clean probability, in [0, 1].
 
     *Source*: Huo et al., "Self-Introspective Decoding: Alleviating Hallucinations for Large Vision-Language Models",
     ICLR 2025, arXiv 2408.02032; code huofushuo/SID.

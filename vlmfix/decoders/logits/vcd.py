@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from vlmfix.decoders.base import Decoder, Source
+from vlmfix.decoders.logits.mixture import Mixture
 from vlmfix.decoders.logits.noise import row_noise
 from vlmfix.decoders.logits.plausibility import cut
 from vlmfix.decoders.logits.steps import lead, margin_of, steps
@@ -40,6 +41,11 @@ class VCD(Decoder):
         noise_step: Diffusion step in [0, 999]; more is noisier.
         noise_seed: Seed of the noise. The noise of a picture depends on this and on its pixels alone, so an answer
             does not depend on the order of the data or on the batch.
+        agreement: Divergence in nats; 0 contrasts every row. Rows whose first distribution differs from the noised
+            picture's by less (Jensen-Shannon) add the second row's logits for their whole answer, as ``mod`` does.
+        complement: Weight of the second row's logits in these rows.
+        when: ``always``, or ``uncertain``: steps whose best token leads by less than ``margin``.
+        margin: Lead of the best token over the second, in clean probability, in [0, 1].
 
     *Source*: Leng et al., "Mitigating Object Hallucinations in Large Vision-Language Models through Visual
     Contrastive Decoding", CVPR 2024, arXiv 2311.16922; code DAMO-NLP-SG/VCD.
@@ -81,6 +87,10 @@ class VCD(Decoder):
         None, int, low=0, high=STEPS - 1, search=(200, 999), help="diffusion step of the noised picture"
     )
     noise_seed: int = parameter(0, int, low=0, high=2**31 - 1, help="seed of the noise")
+    agreement: float = parameter(
+        0.0, float, low=0, high=1, later=True, help="divergence below which a row adds the noised logits; 0: none does"
+    )
+    complement: float = parameter(4.0, float, low=0, high=20, later=True, help="weight of the noised logits there")
     when: str = steps()
     margin: float = lead()
 
@@ -92,14 +102,17 @@ class VCD(Decoder):
         branch = with_pixels(
             vlm, batch, lambda pixels, owners: noised(pixels, owners, self.noise_step, self.noise_seed)
         )
-        rule = ImageContrast(
-            branches=(branch,),
-            rows=pictured,
-            contrast=self.contrast,
-            plausibility=self.plausibility,
-            margin=margin_of(self.when, self.margin),
-        )
-        return DecodingPlan(contrasts=(rule,))
+        shared: dict[str, Any] = {
+            "branches": (branch,),
+            "rows": pictured,
+            "contrast": self.contrast,
+            "plausibility": self.plausibility,
+            "margin": margin_of(self.when, self.margin),
+        }
+        if self.agreement == 0:
+            return DecodingPlan(contrasts=(ImageContrast(**shared),))
+        mixed = Mixture(**shared, agreement=self.agreement, complement=self.complement)
+        return DecodingPlan(contrasts=(mixed,))
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)

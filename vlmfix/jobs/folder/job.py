@@ -387,6 +387,7 @@ def _record(sample: _Sample, answer: Answer, named: Named) -> dict[str, Any]:
         "seconds": round(answer.seconds, 4),
         "logprob": None if answer.logprob is None else round(answer.logprob, 4),
         "entropy": None if answer.entropy is None else round(answer.entropy, 4),
+        **({} if answer.skipped is None else {"skipped": answer.skipped}),
         **words,
         **({} if answer.confidence is None else _scored(answer.text, answer.confidence, named)),
     }

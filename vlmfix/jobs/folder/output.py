@@ -28,13 +28,18 @@ RUN = fields(
 
 @dataclass
 class Totals:
-    """Holds the totals of a folder of answers, over all starts; ``cut`` counts those that ``max_new_tokens`` ended."""
+    """Holds the totals of a folder of answers, over all starts.
+
+    ``cut`` counts those that ``max_new_tokens`` ended, ``skipped`` tokens that a decoder with ``when=uncertain`` left
+    to the clean row; it is None where no answer says so.
+    """
 
     answers: int = 0
     failed: int = 0
     cut: int = 0
     tokens: int = 0
     seconds: float = 0.0
+    skipped: int | None = None
 
     def count(self, answer: Mapping[str, Any]) -> None:
         """Adds an answer's line."""
@@ -42,6 +47,8 @@ class Totals:
         self.cut += answer.get("finish") == "length"
         self.tokens += answer["tokens"]
         self.seconds += answer["seconds"]
+        if "skipped" in answer:
+            self.skipped = (self.skipped or 0) + answer["skipped"]
 
     def noted(self) -> dict[str, Any]:
         """Returns the totals as a card has them."""
@@ -51,7 +58,13 @@ class Totals:
             "cut": self.cut,
             "tokens": self.tokens,
             "seconds": round(self.seconds, 3),
+            **self._noted_skips(),
         }
+
+    def _noted_skips(self) -> dict[str, Any]:
+        if self.skipped is None or not self.tokens:
+            return {}
+        return {"skipped": self.skipped, "skip_rate": round(self.skipped / self.tokens, 4)}
 
     def noted_pace(self) -> float | None:
         """Returns ``ms_per_token`` as a card has it."""
