@@ -86,6 +86,8 @@ NEUTRAL: dict[str, str | Decoder] = {
     "vista-layer": "vista:strength=0,augmentation=0,place=layer",
     "revisit": "revisit:strength=0,plausibility=0",
     "amplify": "amplify:heads=L0H2/L1H6,by=1",
+    "only": "only:contrast=0,complement=0,plausibility=0",
+    "memvr": "memvr:ratio=0",
     "head-gains": HeadGains(gain=1.0),
 }
 """Parameters under which a method does nothing."""
@@ -124,6 +126,8 @@ STRONG: dict[str, str | Decoder] = {
     "vista-layer": "vista:strength=0.5,augmentation=0,place=layer",
     "revisit": "revisit:strength=3,plausibility=0",
     "amplify": "amplify:heads=L0H2/L1H0/L1H6/L2H5,by=3,identity=0.6",
+    "only": "only:agreement=0.4,contrast=1.5,plausibility=0,layer=1",
+    "memvr": "memvr:ratio=0.7,threshold=0.5,layers=0:2",
     "chain-attention": f"zerotuning:gain=0,heads=1/2+{_ACT},kept_fraction=0.2+spin:preset=official-code,kept_share=0.5",
     "head-gains": HeadGains(),
     "chain": f"{_VAR},moved_fraction=1+{_GIFT}+locore:strength=2+vcd:plausibility=0+inter:variance=0,plausibility=0",
@@ -133,7 +137,7 @@ STRONG: dict[str, str | Decoder] = {
 
 EVERY_ROW = (
     *("vhr", "ph3", "chain-heads", "zerotuning", "act", "sid"),
-    *("chain-attention", "vista", "vista-layer", "revisit", "amplify"),
+    *("chain-attention", "vista", "vista-layer", "revisit", "amplify", "memvr"),
 )
 """Methods that change or read every row of a prompt, the picture's too, so that prompts cannot share them."""
 

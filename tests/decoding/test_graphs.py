@@ -22,8 +22,8 @@ from vlmfix.upstream.compiling import compiled
 from vlmfix.upstream.versions import say_once
 
 STEPS = 16
-COMPILES = {name: spec for name, spec in STRONG.items() if method_of(spec).compiles or name == "revisit"}
-"""Methods whose steps are alike, and one that reads the prompt and whose rule acts outside of the step."""
+COMPILES = {name: spec for name, spec in STRONG.items() if method_of(spec).compiles or name in ("revisit", "only")}
+"""Methods whose steps are alike, and two whose rules act outside of the step: one reads the prompt, one an early layer."""
 
 
 @pytest.fixture

@@ -101,6 +101,7 @@ class Site:
         live: (N,) int64, rows of the batch that are no contrast rows; beams of one sample stand side by side.
         block: In prefill, number, from 0, of the block that these R rows form; see ``AttentionEdit.blockwise``.
         hidden: (B, Q, hidden size) residual stream that enters the layer, when the edit asked for it.
+        entered: (B, Q, hidden size), what the layer's MLP made its output of, for a residual edit of that output.
         memory: What the edit learned from the prompt in this layer: ``learn``, ``learn_of_keys`` and
             ``learn_of_steps`` write it in prefill, ``learned`` reads it in prefill and decoding, ``relearn`` changes it
             in decoding. Rows that have ended are removed from it.
@@ -119,6 +120,7 @@ class Site:
     live: Tensor
     block: int = 0
     hidden: Tensor | None = None
+    entered: Tensor | None = None
     memory: Memory = field(default_factory=Memory)
 
     @property
@@ -308,6 +310,10 @@ class SplitEdit(AttentionEdit, ABC):
     @abstractmethod
     def keys(self, site: Site) -> Tensor:
         """Returns (B, K) bool, the keys whose part is wanted."""
+
+    def share(self, site: Site, weights: Tensor) -> Tensor:
+        """Returns what of ``weights`` (B, H, R, K) float32 has that part: all that these keys get, or less of it."""
+        return weights * self.keys(site)[:, None, None, : weights.shape[-1]]
 
     @abstractmethod
     def output(self, site: Site, whole: Tensor, part: Tensor, mass: Tensor) -> Tensor:

@@ -408,20 +408,22 @@ def _outputs(plan: LayerPlan, sites: list[Site], output: Tensor, own: Tensor | N
     return output
 
 
-def steered(plan: LayerPlan, place: str, stream: Tensor) -> Tensor:
+def steered(plan: LayerPlan, place: str, stream: Tensor, entered: Tensor | None = None) -> Tensor:
     """Applies the residual edits of a place to what comes out there.
 
     Args:
         plan: The layer's plan, whose attention has been computed.
         place: See ``ResidualEdit``.
         stream: (B, Q, hidden size).
+        entered: (B, Q, hidden size), what an MLP made it of.
 
     Returns:
         (B, Q, hidden size), in the type of ``stream``.
     """
     for step, site in zip(plan.steps, plan.sites or (), strict=False):
         if isinstance(step.edit, ResidualEdit) and step.edit.place == place:
-            new = step.edit.stream(site, stream).to(stream.dtype)
+            own = site if entered is None else replace(site, entered=entered)
+            new = step.edit.stream(own, stream).to(stream.dtype)
             stream = torch.where(site.acts[..., None], new, stream) if step.mixed else new
     return stream
 

@@ -150,7 +150,7 @@ class Block:
         output = self._summed(weights)  # (B, H, R, D)
         for step, site in zip(self.steps, self.sites, strict=True):
             if isinstance(step.edit, SplitEdit):
-                own = weights * step.edit.keys(site)[:, None, None, : weights.shape[-1]]
+                own = step.edit.share(site, weights)
                 whole, part = output.float(), self._summed(own).float()
                 new = step.edit.output(site, whole, part, own.sum(dim=-1, keepdim=True)).to(output.dtype)
                 output = chosen(step, site, site.acts[:, None, :, None], new, output)

@@ -223,6 +223,21 @@ def first_edited(vlm: Checkpoint) -> int | None:
     return int(columns.min()) if len(columns) else None
 
 
+def noted(vlm: Checkpoint, layer: int, name: str) -> Tensor:
+    """Returns what an edit at work on a layer has learned of the newest step under a name, (B, ...); see ``Memory``.
+
+    Raises:
+        UnsupportedAttentionError: No edit on the layer has.
+    """
+    plan = _at_work(vlm).get(layer)
+    for step in () if plan is None else plan.steps:
+        if name in step.memory.of_steps:
+            return step.memory.of_steps[name]
+    raise UnsupportedAttentionError(
+        f"nothing was noted of {name} in layer {layer}", "let the model's pass run as a whole, with its edits"
+    )
+
+
 def reads_hidden(vlm: Checkpoint) -> bool:
     """Returns whether some edit at work reads the residual stream."""
     return any(step.edit.needs_hidden for plan in _at_work(vlm).values() for step in plan.steps)
@@ -364,9 +379,9 @@ def _mlp(layer: nn.Module) -> nn.Module:
     return mlp
 
 
-def _steer_mlp(mlp: nn.Module, args: object, output: Tensor) -> Tensor:
+def _steer_mlp(mlp: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
     plan: LayerPlan = getattr(mlp, PLAN)
-    return steered(plan, "mlp", output)
+    return steered(plan, "mlp", output, args[0])
 
 
 def _steer_layer(layer: nn.Module, args: object, output: Any) -> Any:  # noqa: ANN401 (a tensor, or a tuple that has it)

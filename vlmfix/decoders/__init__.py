@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from vlmfix.decoders.logits.inter import INTER
     from vlmfix.decoders.logits.m3id import M3ID
     from vlmfix.decoders.logits.mod import MoD
+    from vlmfix.decoders.logits.only import ONLY
     from vlmfix.decoders.logits.revisit import ReVisiT
     from vlmfix.decoders.logits.sgrs import SGRS
     from vlmfix.decoders.logits.sid import SID
@@ -43,6 +44,7 @@ if TYPE_CHECKING:
     from vlmfix.decoders.picture.vicrop import ViCrop
     from vlmfix.decoders.spec import describe
     from vlmfix.decoders.states.kvsmooth import KVSmooth
+    from vlmfix.decoders.states.memvr import MemVR
     from vlmfix.decoders.states.vista import VISTA
     from vlmfix.decoding.plan import DecodingPlan
     from vlmfix.decoding.strategy import Strategy
@@ -96,6 +98,7 @@ __all__ = [
     "ICD",
     "INTER",
     "M3ID",
+    "ONLY",
     "OPERA",
     "PAI",
     "PH3",
@@ -120,6 +123,7 @@ __all__ = [
     "Imbalance",
     "KVSmooth",
     "LocoRE",
+    "MemVR",
     "MoD",
     "Parameter",
     "ReVisiT",

@@ -59,6 +59,8 @@ HOMES = {
     "opera": "vlmfix.decoders.choice.opera:OPERA",
     "revisit": "vlmfix.decoders.logits.revisit:ReVisiT",
     "amplify": "vlmfix.decoders.attention.amplify:Amplify",
+    "only": "vlmfix.decoders.logits.only:ONLY",
+    "memvr": "vlmfix.decoders.states.memvr:MemVR",
 }
 """Name on the command line -> module and class, of vlmfix's own methods."""
 

@@ -5,7 +5,7 @@ Shape letters (``docs/notation.md``): R rows, T prompt tokens, D hidden size, V 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -30,10 +30,25 @@ class Exit:
     after: int
     normed: bool
 
+    @property
+    def reads(self) -> frozenset[int]:
+        """Returns behind how many layers the streams are that its logits are made of."""
+        return frozenset({self.after})
+
+    def logits(self, vlm: Checkpoint, streams: Mapping[int, Tensor]) -> Tensor:
+        """Computes the logits of the newest tokens at this place, (R, V) float32.
+
+        Args:
+            vlm: The model, behind the pass.
+            streams: (R, D) residual streams of the pass, by the number of layers before them.
+        """
+        decoder = vlm.family.decoder(vlm.model)
+        return read_out(vlm.model, decoder, streams[self.after], normed=self.normed)
+
 
 @contextmanager
-def _streams(vlm: Checkpoint, exits: Sequence[Exit], keep: Callable[[int, Tensor], None]) -> Iterator[None]:
-    """Hands the (R, Q, D) stream at each exit of the passes inside the block to ``keep``, with its ``after``."""
+def _streams(vlm: Checkpoint, places: Iterable[int], keep: Callable[[int, Tensor], None]) -> Iterator[None]:
+    """Hands the (R, Q, D) streams behind some numbers of layers to ``keep``, in the passes inside the block."""
     layers = vlm.family.layers(vlm.model)
 
     def before(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -43,7 +58,7 @@ def _streams(vlm: Checkpoint, exits: Sequence[Exit], keep: Callable[[int, Tensor
         keep(number, output if isinstance(output, Tensor) else output[0])
 
     with ExitStack() as hooks:
-        for number in {place.after for place in exits}:
+        for number in set(places):
             if number == 0:
                 hooks.enter_context(layers[0].register_forward_pre_hook(before, with_kwargs=True))
             else:
@@ -77,13 +92,12 @@ class Reader:
         def keep(number: int, states: Tensor) -> None:
             self._states[number] = states[:, -1]
 
-        with _streams(self._vlm, self.exits, keep):
+        with _streams(self._vlm, frozenset[int]().union(*(place.reads for place in self.exits)), keep):
             yield
 
     def logits(self) -> Tensor:
         """Returns the logits of the newest pass at each exit, (R, E, V) float32."""
-        model, decoder = self._vlm.model, self._vlm.family.decoder(self._vlm.model)
-        found = [read_out(model, decoder, self._states[e.after], normed=e.normed) for e in self.exits]
+        found = [place.logits(self._vlm, self._states) for place in self.exits]
         first = found[0].device  # layers may be on several
         return torch.stack([logits.to(first) for logits in found], dim=1)
 
@@ -103,7 +117,7 @@ class Views:
     @contextmanager
     def listening(self) -> Iterator[None]:
         """Keeps the residual stream of the pass inside the block."""
-        with _streams(self._vlm, self._exits, self._states.__setitem__):
+        with _streams(self._vlm, (place.after for place in self._exits), self._states.__setitem__):
             yield
 
     def take(self, rows: int) -> Tensor:
