@@ -126,7 +126,7 @@ STRONG: dict[str, str | Decoder] = {
     "vista-layer": "vista:strength=0.5,augmentation=0,place=layer",
     "revisit": "revisit:strength=3,plausibility=0",
     "amplify": "amplify:heads=L0H2/L1H0/L1H6/L2H5,by=3,identity=0.6",
-    "only": "only:agreement=0.4,contrast=1.5,plausibility=0,layer=1",
+    "only": "only:agreement=0.7,contrast=1.5,plausibility=0",
     "memvr": "memvr:ratio=0.7,threshold=0.5,layers=0:2",
     "chain-attention": f"zerotuning:gain=0,heads=1/2+{_ACT},kept_fraction=0.2+spin:preset=official-code,kept_share=0.5",
     "head-gains": HeadGains(),

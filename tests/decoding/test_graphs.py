@@ -23,7 +23,7 @@ from vlmfix.upstream.versions import say_once
 
 STEPS = 16
 COMPILES = {name: spec for name, spec in STRONG.items() if method_of(spec).compiles or name in ("revisit", "only")}
-"""Methods whose steps are alike, and two whose rules act outside of the step: one reads the prompt, one an early layer."""
+"""Methods whose steps are alike, and two whose rules act outside of the step."""
 
 
 @pytest.fixture

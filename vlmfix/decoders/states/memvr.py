@@ -28,7 +28,7 @@ BEST = 10
 
 @dataclass(frozen=True, kw_only=True)
 class MemVR(Decoder):
-    """Memory-space Visual Retracing: where a middle layer leaves the model unsure, the next one looks at the picture again.
+    """Memory-space Visual Retracing: shows the picture again to the layer behind the first that is unsure.
 
     Behind each of ``layers`` the newest token's residual stream goes through the last norm and the output head. The
     entropy of the ten most probable tokens' shares, divided by ln 10, says how unsure the model is there. In the first
@@ -48,7 +48,8 @@ class MemVR(Decoder):
     Multimodal Large Language Models", ICML 2025, arXiv 2410.03577; code 1zhou-Wang/MemVR.
 
     *Differs*: the released code asks once for the whole batch and takes the last picture alone; here each row is asked
-    for itself, with the tokens of all its pictures. It also scales V to the size of the MLP's weights, which ``c`` undoes.
+    for itself, with the tokens of all its pictures. The code's scaling of V to the MLP's weights is left out, since
+    ``c`` undoes it.
 
     *Cost*: one pass per token, and the output head once more for each of the layers; questions about one picture do not
     share the pass over their prompts' beginning.
@@ -136,11 +137,12 @@ class Retraced(ResidualEdit):
             raise RuntimeError("the stream that enters the layer was not kept")
         if site.layer == 0:
             if site.prefill:
-                site.learn("shown", _shown(site.hidden, site.image_keys))
+                image = site.image_keys[:, : site.tokens, None]
+                site.learn_of_keys("shown", (site.hidden[:, : site.tokens] * image).float().mT.contiguous())
             return stream
         if site.prefill:  # one tensor each for all layers
             of_first = self.memory[self.first]
-            site.learn("shown", self.memory[0].of_rows["shown"])
+            site.learn_of_keys("shown", self.memory[0].of_keys["shown"])
         # the prompt's tokens act together, and those behind it each for itself
         start = site.tokens - 1 if site.prefill else 0
         unsure = self._unsure(site.hidden[:, start:])  # (B, 1 + A)
@@ -154,8 +156,8 @@ class Retraced(ResidualEdit):
         acts = unsure & ~done
         done.logical_or_(unsure)
 
-        shown, exact = site.learned("shown"), stream.float()
-        said = site.entered.float() @ shown.mT @ shown  # (B, Q, D)
+        shown, exact = site.learned("shown"), stream.float()  # (B, D, K), zero but for the picture's tokens
+        said = site.entered.float() @ shown @ shown.mT  # (B, Q, D)
         sizes = [_sizes(part.abs().mean(dim=-1), site, start) for part in (exact, said)]  # (B, 1 + A) each
         scale = sizes[0] / sizes[1].where(sizes[1] > 0, 1.0)
         acts = acts & (sizes[1] > 0)
@@ -168,18 +170,6 @@ class Retraced(ResidualEdit):
         best = read_out(self.model, self.decoder, states, normed=True).topk(BEST, dim=-1).values
         logs = best.log_softmax(dim=-1)
         return -(logs.exp() * logs).sum(dim=-1) / math.log(BEST) > self.threshold
-
-
-def _shown(hidden: Tensor, image: Tensor) -> Tensor:
-    """Takes the picture's tokens, (B, N, D) float32 with zeros between and beside them, out of the prompt's.
-
-    Args:
-        hidden: (B, Q, D), the prompt as it enters the model.
-        image: (B, K) bool, K at least Q.
-    """
-    image = image[:, : hidden.shape[1]]
-    columns = image.any(dim=0).nonzero()[:, 0]
-    return (hidden[:, columns] * image[:, columns, None]).float()
 
 
 def _sizes(values: Tensor, site: Site, start: int) -> Tensor:
