@@ -249,6 +249,45 @@ def _mod() -> list[str]:
     ]
 
 
+def _only() -> list[str]:
+    ratios = (0.9, 0.5, 1.2, 0.4, 0.8, 1.1, 0.6, 1.0)
+    alike = (0.36, 0.44, 0.15, 0.05)
+    mean = sum(ratios) / len(ratios)
+    return [
+        heads("heads that stay", [[float(ratio >= mean) for ratio in ratios]]),
+        said("the model", CLEAN),
+        said("those heads: differ", HABIT),
+        said("scores", cut(mixed((2, CLEAN), (-1, HABIT)), CLEAN, 0.1)),
+        said("those heads: agree", alike),
+        said("scores", cut(mixed((1, CLEAN), (3, alike)), CLEAN, 0.1)),
+    ]
+
+
+def _memvr() -> list[str]:
+    layers, unsure = range(5, 11), (0.55, 0.62, 0.81, 0.78, 0.6, 0.5)
+    x, output, tokens = (0.5, 0.9), (0.9, 0.5), ((0.5, 1.0), (-0.1, 0.8))
+    likeness = [sum(a * b for a, b in zip(x, token, strict=True)) for token in tokens]
+    picture = [sum(like * token[axis] for like, token in zip(likeness, tokens, strict=True)) for axis in range(2)]
+    scale = sum(abs(part) for part in output) / sum(abs(part) for part in picture)
+    same = (scale * picture[0], scale * picture[1])
+    mixture = (0.69 * output[0] + 0.31 * same[0], 0.69 * output[1] + 0.31 * same[1])
+    start = (0.4, 0.0)
+    named = [
+        (name, start, (start[0] + vector[0], start[1] + vector[1]), kind)
+        for name, vector, kind in (
+            ("the MLP's output", output, "dark"),
+            ("the picture's tokens", same, "grey"),
+            ("mixed, ratio 0.31", mixture, "strong"),
+        )
+    ]
+    above = tuple(entropy > 0.75 for entropy in unsure)
+    first = [place == above.index(True) for place in range(len(unsure))]
+    return [
+        words("unsure behind layer", unsure, tuple(str(layer) for layer in layers), first),
+        arrows("in layer 8, the next", named),
+    ]
+
+
 def _dola() -> list[str]:
     early = HABIT
     return [
@@ -412,5 +451,7 @@ PICTURES: Mapping[str, Callable[[], list[str]]] = {
     "opera": _opera,
     "revisit": _revisit,
     "amplify": _amplify,
+    "only": _only,
+    "memvr": _memvr,
 }
 """Name of a method -> its drawings, in the order of reading."""
