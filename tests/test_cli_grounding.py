@@ -35,6 +35,10 @@ def test_a_given_answer_is_judged_as_the_function_judges_it(picture, vlmfix, mod
     for name in ("picture", "prompt", "earlier", "preceding"):
         assert [row[name] for row in found["tokens"]][1:] == pytest.approx(getattr(want, name)[1:].tolist(), abs=1e-6)
     assert found["tokens"][0]["preceding"] is None
+    assert found["mean"]["picture"] == pytest.approx(float(want.picture.mean()), abs=1e-6)
+    dropped = json.loads(vlmfix(*asked, "--json", "--drop-sinks")[1])
+    (noun,) = (place for place, text in enumerate(want.texts) if text.strip() == "dog")
+    assert dropped["mean"]["prompt"] == pytest.approx(float(want.prompt[noun]), abs=1e-6)
     assert f"drawn in {plot}" in said
     with Image.open(plot) as drawn:
         assert drawn.width > 600
@@ -46,7 +50,7 @@ def test_without_an_answer_the_models_own_is_judged(picture, vlmfix):
     assert code == 0
     lines = printed.splitlines()
     assert lines[0] == said.text
-    assert len(lines) == 2 + said.tokens  # the answer, the head of the table, a line per token
+    assert len(lines) == 3 + said.tokens  # the answer, the head of the table, a line per token, the mean
     assert lines[1].split() == ["token", "picture", "prompt", "earlier", "preceding"]
 
 

@@ -24,6 +24,11 @@ SCORES = ("picture", "prompt", "earlier", "preceding")
 @click.option("--layers", default="all", show_default=True, help="Layers to average, such as all or 2:-1.")
 @click.option("--plot", type=click.Path(path_type=Path), help="Draw the scores: PNG, PDF or SVG.")
 @click.option("--page", type=click.Path(path_type=Path), help="Write an HTML page: the picture under each word's map.")
+@click.option(
+    "--drop-sinks",
+    is_flag=True,
+    help="Leave out patches that draw attention whatever is asked, and of the mean stop words.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @options.generation_options("num_beams", *options.CHOSEN)
 def grounding(
@@ -34,6 +39,7 @@ def grounding(
     layers: str,
     plot: Path | None,
     page: Path | None,
+    drop_sinks: bool,
     as_json: bool,
     settings: Settings,
 ) -> None:
@@ -76,18 +82,21 @@ def grounding(
             seed=settings.seed,
         )
         answer, judged = said[0].text, said[0].ids
-    (found,) = measure(vlm, [shown], question, [judged], layers=chosen)
+    (found,) = measure(vlm, [shown], question, [judged], layers=chosen, drop_sinks=drop_sinks)
     rows = [_row(found, place) for place in range(len(found.tokens))]
+    mean = {name: _number(found.mean(name)) for name in SCORES}
     if as_json:
-        options.say_json({"question": question, "answer": answer, "layers": layers, "tokens": rows})
+        about = {"question": question, "answer": answer, "layers": layers, "drop_sinks": drop_sinks}
+        options.say_json({**about, "mean": mean, "tokens": rows})
     else:
         options.say(answer, lines=True)
-        click.echo(_table(rows), nl=False)
+        click.echo(_table([*rows, {"text": "content words" if drop_sinks else "all tokens"} | mean]), nl=False)
     if page is not None:
         from vlmfix.view.heat import grounding_page
         from vlmfix.view.page import write_page
 
-        write_page(page, grounding_page(vlm, shown, picture, question, answer, settings.decoder, PAGE), PAGE)
+        made = grounding_page(vlm, shown, picture, question, answer, settings.decoder, PAGE, drop_sinks=drop_sinks)
+        write_page(page, made, PAGE)
         options.say(f"vlmfix: the words on their picture: {page}", err=True)
     if plot is not None:
         from vlmfix.reports.grounding import draw
@@ -97,10 +106,12 @@ def grounding(
 
 
 def _row(found: Any, place: int) -> dict[str, Any]:  # noqa: ANN401 (its class needs torch, which comes late)
-    scores = {name: float(getattr(found, name)[place]) for name in SCORES}
-    return {"token": found.tokens[place], "text": found.texts[place]} | {
-        name: None if math.isnan(score) else score for name, score in scores.items()
-    }
+    scores = {name: _number(float(getattr(found, name)[place])) for name in SCORES}
+    return {"token": found.tokens[place], "text": found.texts[place]} | scores
+
+
+def _number(score: float) -> float | None:
+    return None if math.isnan(score) else score
 
 
 def _table(rows: list[dict[str, Any]]) -> str:

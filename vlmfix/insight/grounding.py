@@ -19,6 +19,8 @@ from vlmfix.decoding.loop import decode
 from vlmfix.decoding.plan import DecodingPlan
 from vlmfix.decoding.running import running
 from vlmfix.errors import DataError
+from vlmfix.insight.question import speaking
+from vlmfix.insight.sinks import ImageSinks
 from vlmfix.models.checkpoint import Checkpoint
 from vlmfix.models.context import room_for_answers
 from vlmfix.models.layout import Batch, ImageLayout
@@ -38,6 +40,7 @@ class Grounding:
         prompt: (n,) score over the prompt's text, template included.
         earlier: (n,) score over the answer's tokens before the judged one.
         preceding: (n,) score of the key just before; the paper's statistic for right and hallucinated tokens.
+        counts: (n,) bool, tokens that ``mean`` averages over.
         rows: (n, T + n - 1) ``Sbar``, mean over layers, by the columns of the answer's batch: T of the prompt, then
             the answer's. ``layout.heatmap(rows[i, :T], ...)`` paints it over the picture.
     """
@@ -48,7 +51,16 @@ class Grounding:
     prompt: Tensor
     earlier: Tensor
     preceding: Tensor
+    counts: Tensor
     rows: Tensor
+
+    def mean(self, name: str) -> float:
+        """Averages a score over the answer's tokens that count and have one; NaN without any.
+
+        Args:
+            name: ``picture``, ``prompt``, ``earlier`` or ``preceding``.
+        """
+        return float(getattr(self, name)[self.counts].nanmean())
 
 
 def grounding(
@@ -59,6 +71,7 @@ def grounding(
     *,
     layers: LayerSet | str = "all",
     system: str | None = None,
+    drop_sinks: bool = False,
 ) -> list[Grounding]:
     """Replays answers token by token and measures the saliency of each token.
 
@@ -79,6 +92,8 @@ def grounding(
             split into tokens as it stands alone.
         layers: Layers to average; the paper names none for its statistics.
         system: System message of all rows; None keeps the chat template's own.
+        drop_sinks: Leaves out of ``picture`` and ``rows``, layer by layer, the patches that draw attention before the
+            question is read (``ImageSinks``), and out of ``mean`` the tokens that write no part of a content word.
 
     Returns:
         One ``Grounding`` per answer, on the CPU.
@@ -100,28 +115,54 @@ def grounding(
     chosen = LayerSet(layers) if isinstance(layers, str) else layers
     for length, own in zip(batch.lengths, ids, strict=True):
         room_for_answers(vlm, length[None], wanted=len(own))
+    replayed, sinks = _replayed(vlm, batch, layout, chosen, ids, drop_sinks=drop_sinks)
     return [
-        _grounding(vlm, layout, ids[row], row, rows)
-        for row, rows in enumerate(_replayed(vlm, batch, layout, chosen, ids))
+        _grounding(vlm, layout, ids[row], row, rows, None if sinks is None else sinks[row].all(dim=0))
+        for row, rows in enumerate(replayed)
     ]
 
 
 def _replayed(
-    vlm: Checkpoint, batch: Batch, layout: ImageLayout, layers: LayerSet, answers: Sequence[Sequence[int]]
-) -> list[Tensor]:
-    """Replays each row's n tokens; returns their ``Sbar``, mean over layers, (n, T + n - 1) on the CPU per row."""
+    vlm: Checkpoint,
+    batch: Batch,
+    layout: ImageLayout,
+    layers: LayerSet,
+    answers: Sequence[Sequence[int]],
+    *,
+    drop_sinks: bool,
+) -> tuple[list[Tensor], Tensor | None]:
+    """Replays each row's n tokens.
+
+    Returns:
+        Their ``Sbar``, mean over layers, (n, T + n - 1) on the CPU per row; of patches that are sinks over the other
+        layers. And these sinks, (B, layers, T) bool on the CPU, or None.
+    """
     found: list[list[Tensor]] = [[] for _ in answers]
-    plan, lengths = DecodingPlan(asks=layers), [len(answer) for answer in answers]
+    search = ImageSinks(layers=layers)
+    plan = DecodingPlan(edits=(search,) if drop_sinks else (), asks=layers)
+    lengths = [len(answer) for answer in answers]
+    sinks = None
     with running(vlm, batch, layout, plan, limit=lengths, name="grounding") as call:
         for said in decode(call, Known(answers, vlm.device), ends=()):
-            saliency = call.owed.saliency(torch.tensor(said.tokens, device=vlm.device)).mean(dim=0).cpu()  # (L, K)
+            each = call.owed.saliency(torch.tensor(said.tokens, device=vlm.device))  # (layers, L, K)
+            if drop_sinks and sinks is None:
+                sinks = search.found().cpu()
+            saliency = each.mean(dim=0).cpu() if sinks is None else _mean(each.cpu(), sinks[list(said.samples)])
             for row, own in zip(said.samples, saliency, strict=True):
                 found[row].append(pad(own, (0, batch.length + lengths[row] - 1 - len(own))))
-    return [torch.stack(rows) for rows in found]
+    return [torch.stack(rows) for rows in found], sinks
 
 
-def _grounding(vlm: Checkpoint, layout: ImageLayout, ids: Sequence[int], row: int, rows: Tensor) -> Grounding:
-    """Computes the scores of one row; ``rows`` is (n, T + n - 1)."""
+def _mean(saliency: Tensor, sinks: Tensor) -> Tensor:
+    """Averages (layers, L, K) saliency over layers, without (L, layers, T) sinks, (L, K); 0 where all are."""
+    out = pad(sinks.transpose(0, 1), (0, saliency.shape[-1] - sinks.shape[-1]))
+    return saliency.masked_fill(out, 0.0).sum(dim=0) / (~out).sum(dim=0).clamp(min=1)
+
+
+def _grounding(
+    vlm: Checkpoint, layout: ImageLayout, ids: Sequence[int], row: int, rows: Tensor, sinks: Tensor | None
+) -> Grounding:
+    """Computes the scores of one row; ``rows`` is (n, T + n - 1), ``sinks`` (T,) bool is left out of ``picture``."""
     count, prompt = len(ids), layout.tokens.shape[1]
     column = torch.arange(rows.shape[1])
     place = torch.arange(count)[:, None]
@@ -132,13 +173,19 @@ def _grounding(vlm: Checkpoint, layout: ImageLayout, ids: Sequence[int], row: in
     def over(keys: Tensor) -> Tensor:
         return mean_over(rows[None], keys.cpu().expand_as(rows))
 
+    image = layout.image_keys(rows.shape[1])[row].cpu()
+    counts = torch.ones(count, dtype=torch.bool)
+    if sinks is not None:
+        image = image & ~pad(sinks, (0, len(image) - len(sinks)))
+        counts = torch.tensor(speaking(vlm, ids))
     return Grounding(
         tokens=tuple(ids),
         texts=tuple(vlm.processor.tokenizer.decode([token]) for token in ids),
-        picture=over(layout.image_keys(rows.shape[1])[row]),
+        picture=over(image),
         prompt=over(layout.text_keys(rows.shape[1])[row]),
         earlier=over(answered),
         preceding=preceding,
+        counts=counts,
         rows=rows,
     )
 

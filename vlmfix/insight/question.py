@@ -18,6 +18,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from vlmfix.decoding.spelling import Spelling, spelled
 from vlmfix.errors import IncompatibleDecodersError
 from vlmfix.insight.wording import FUNCTION_WORDS
 from vlmfix.models.checkpoint import Checkpoint
@@ -86,6 +87,24 @@ def content_words(text: str, rule: str) -> list[Word]:
         return [Word(word.idx, word.idx + len(word.text), f"{word.text} ({word.pos_})") for word in tagged]
     words = [Word(*match.span(), match[0]) for match in re.finditer(r"\w+", text)]
     return [word for word in words if rule == "all" or not english or word.key.lower() not in FUNCTION_WORDS]
+
+
+def speaking(vlm: Checkpoint, ids: Sequence[int]) -> list[bool]:
+    """Tells which tokens of an answer write a part of a content word, by the list of English function words.
+
+    Args:
+        vlm: The model whose tokens they are.
+        ids: The answer's tokens.
+
+    Returns:
+        One for each token; all True where no token does.
+    """
+    spelling = spelled(Spelling(vlm.processor.tokenizer, ()), ids)
+    words = content_words(spelling.text, "stop-words")
+    ends = [*spelling.starts[1:], len(spelling.text)]
+    spans = zip(spelling.starts, ends, strict=True)
+    found = [any(start < word.end and end > word.start for word in words) for start, end in spans]
+    return found if any(found) else [True] * len(found)
 
 
 def asked(vlm: Checkpoint, batch: Batch, rule: str, *, last_only: bool) -> Asked:

@@ -10,13 +10,14 @@ import math
 from collections.abc import Hashable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import ClassVar
 from weakref import WeakKeyDictionary
 
 import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from vlmfix.attention.edit import Site, WeightEdit
+from vlmfix.attention.edit import ColumnReading, Rows, Site, WeightEdit
 from vlmfix.attention.session import bare, edited
 from vlmfix.models.checkpoint import Checkpoint
 from vlmfix.models.layout import Batch
@@ -37,6 +38,11 @@ RATIO = 20.0
 """How far a sink's dimension stands out of the token's other dimensions: the paper's threshold, at any width."""
 ORDINARY = 1.0
 """Strength of ordinary tokens in the sink dimensions of the tabulated models: that of any dimension of theirs."""
+
+SURPLUS = 5.0
+"""How many times its even share of attention an image token gets that is a sink in a prompt's map: alpha_s of ACT."""
+FEWEST = 0.1
+"""Share of the rows that must see it."""
 
 QUESTIONS = (
     "Describe this image.",
@@ -120,6 +126,54 @@ def least_massive(hidden_size: int) -> float:
 def first_token(site: Site) -> Tensor:
     """Returns the key of each row's first token, past its padding, (B,) int64."""
     return (site.text_keys | site.image_keys).int().argmax(dim=1)
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class ImageSinks(ColumnReading):
+    """Finds the image tokens that draw attention before any question is read, and so say nothing of what it asks about.
+
+    With N tokens up to the prompt's last image token: ``mean over heads, and over the rows of these that see token j,
+    of a[j] > 5 / N``. Tokens that less than a tenth of them see are never sinks, since a few rows, their own among
+    them, say little. Source: Yu et al., "Unveiling and Harnessing Hidden Attention Sinks", ICML 2024, arXiv 2406.15765,
+    whose rule is for each head, and takes the rows behind the picture too: there a patch that is asked about would be
+    one.
+
+    Attributes:
+        sums: Layer number -> (B, T), attention to each token summed over rows, mean over heads.
+        numbers: Layer number -> (B, T), how many rows see it.
+        image: (B, T) bool, the image tokens, once a layer was read.
+    """
+
+    sums: dict[int, Tensor] = field(default_factory=dict)
+    numbers: dict[int, Tensor] = field(default_factory=dict)
+    image: list[Tensor] = field(default_factory=list)
+    rows: ClassVar[Rows] = "prompt"
+    blockwise: ClassVar[bool] = True
+
+    def counts(self, site: Site) -> Tensor:
+        """Returns the rows up to the last image token, (B, R) bool."""
+        image = site.image_keys[:, : site.prompt].int()
+        last = site.prompt - 1 - image.flip(-1).argmax(dim=1, keepdim=True)  # (B, 1)
+        before = (site.queries <= last) & image.any(dim=1, keepdim=True)
+        return site.acts & (site.queries >= first_token(site)[:, None]) & before
+
+    def add(self, site: Site, sums: Tensor, numbers: Tensor) -> None:
+        """Adds the rows of a block."""
+        sums, numbers = sums[..., : site.prompt].float().mean(dim=1), numbers[:, : site.prompt]
+        if site.block > 0:
+            sums, numbers = self.sums[site.layer] + sums, self.numbers[site.layer] + numbers
+        self.sums[site.layer], self.numbers[site.layer] = sums, numbers
+        self.image[:] = [site.image_keys[:, : site.prompt]]
+
+    def found(self) -> Tensor:
+        """Returns the sinks, (B, layers that were read, T) bool, in the order of the layers."""
+        device, layers = self.image[0].device, sorted(self.sums)
+        sums, numbers = (
+            torch.stack([part[layer].to(device) for layer in layers], dim=1) for part in (self.sums, self.numbers)
+        )
+        count = numbers.amax(dim=-1, keepdim=True)  # the first token is seen by all
+        drawn = sums / numbers.clamp(min=1) > SURPLUS / count
+        return drawn & (numbers >= FEWEST * count) & self.image[0][:, None]
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)

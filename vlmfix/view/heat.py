@@ -148,14 +148,15 @@ def _alone(vlm: VLM, one: Answered, system: str | None) -> list[Heats | None]:
         return [None]
 
 
-def _together(vlm: VLM, asked: Sequence[Answered], system: str | None) -> Iterator[Heats | None]:
+def _together(
+    vlm: VLM, asked: Sequence[Answered], system: str | None, *, drop_sinks: bool = False
+) -> Iterator[Heats | None]:
     pictures, prompts = [one.picture for one in asked], [one.prompt for one in asked]
     answers = [one.text for one in asked]
     layout = vlm.layout(vlm.encode(prompts, pictures, system=system))
     length = layout.tokens.shape[1]
-    for row, (picture, text, scores) in enumerate(
-        zip(pictures, answers, grounding(vlm, pictures, prompts, answers, system=system), strict=True)
-    ):
+    every = grounding(vlm, pictures, prompts, answers, system=system, drop_sinks=drop_sinks)
+    for row, (picture, text, scores) in enumerate(zip(pictures, answers, every, strict=True)):
         scale = LONGER_SIDE / max(picture.size)
         columns, rows = (max(1, round(side * scale)) for side in picture.size)
         maps = [layout.heatmap(one[:length], row=row, image=0, size=(rows, columns)) for one in scores.rows]
@@ -189,7 +190,15 @@ def with_heat(said: Said, words: Sequence[tuple[int, int, str]], grid: tuple[int
 
 
 def grounding_page(
-    vlm: VLM, picture: Image.Image, name: str, question: str, answer: str, decoder: str, page_name: str
+    vlm: VLM,
+    picture: Image.Image,
+    name: str,
+    question: str,
+    answer: str,
+    decoder: str,
+    page_name: str,
+    *,
+    drop_sinks: bool = False,
 ) -> str:
     """Makes a page of one answer, with maps.
 
@@ -201,11 +210,12 @@ def grounding_page(
         answer: The answer.
         decoder: Who gave it, in words.
         page_name: The command that makes the page.
+        drop_sinks: Whether maps leave sinks out; see ``grounding``.
 
     Raises:
         DataError: The answer cannot be measured.
     """
-    (found,) = _together(vlm, [Answered(picture, question, answer)], None)
+    (found,) = _together(vlm, [Answered(picture, question, answer)], None, drop_sinks=drop_sinks)
     if found is None:
         raise DataError("the answer's tokens spell something else than the answer", "give another --answer")
     said = with_heat(Said(answer), *found)

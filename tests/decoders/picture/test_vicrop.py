@@ -38,7 +38,7 @@ def certainty(vlm, inputs):
 def test_grad_att_is_attention_times_what_finite_differences_say(family):
     vlm, layer, step = exact(family), 1, 1e-2
     batch = vlm.encode([PROMPTS[0]], [PICTURES[0]])
-    (found,) = attention_gradients(vlm, batch, LayerSet(str(layer)))
+    ((found,), _) = attention_gradients(vlm, batch, LayerSet(str(layer)))
     rows = {}
 
     def keep(number, b, h, q, row):

@@ -61,6 +61,9 @@ class CARVE(Refiner):
         terse: Both probes end with "Answer the question using a single word or phrase."
         probe_tokens: Longest answer of a probe in tokens; with ``steps=first`` it is not read.
         general_prompt: The general instruction.
+        drop_sinks: Leaves out patches that draw attention before the question is read, layer by layer (mean over heads,
+            and over the rows up to the last image token, above 5 / N of N), and rows that choose no part of a content
+            word.
 
     *Source*: Ge et al., "Focusing by Contrastive Attention: Enhancing VLMs' Visual Reasoning", 2025, arXiv 2509.06461;
     code YuyaoGe/CARVE, which has no licence and was not used.
@@ -145,6 +148,12 @@ class CARVE(Refiner):
     terse: bool = parameter(None, bool, help="probes ask for a single word or phrase")
     probe_tokens: int = parameter(32, int, low=1, high=1024, help="longest answer of a probe, in tokens")
     general_prompt: str = parameter(GENERAL, str, help="the general instruction")
+    drop_sinks: bool = parameter(
+        False,
+        bool,
+        later=True,
+        help="leaves out patches that draw attention whatever is asked, and stop words",
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -162,10 +171,12 @@ class CARVE(Refiner):
         layers, general = self.layers_of(vlm), worded(self.general_prompt, self.terse)
         budget = 1 if self.steps == "first" else self.probe_tokens
         asking = [worded(prompts[number], self.terse) for number in about]
-        layout, asked, noise = compared(vlm, shown, asking, general, layers, memo, steps=budget)
+        found = compared(vlm, shown, asking, general, layers, memo, steps=budget, drop_sinks=self.drop_sinks)
         for row, number in enumerate(about):
-            values = places(layout.tokens[row], self.fused(asked[row], noise[row]))
-            maps = [token_map(layout, values, row=row, image=image) for image in range(len(shown[row]))]
+            asked = found.asked[row] if found.sinks is None else found.asked[row].masked_fill(found.sinks[row], 0.0)
+            words = None if found.speaking is None else found.speaking[row]
+            values = places(found.layout.tokens[row], self.fused(asked, found.general[row], words))
+            maps = [token_map(found.layout, values, row=row, image=image) for image in range(len(shown[row]))]
             refined[number] = self._refined(shown[row], maps)
         return refined
 
@@ -179,27 +190,31 @@ class CARVE(Refiner):
         first, last = (min(round(share * count), count - 1) for share in (0.71, 0.89))
         return LayerSet(f"{first}:{last + 1}")
 
-    def fused(self, question: Tensor, general: Tensor) -> Tensor:
+    def fused(self, question: Tensor, general: Tensor, speaking: Sequence[bool] | None = None) -> Tensor:
         """Computes S on the image tokens.
 
         Args:
             question: (S, layers, N) attention under the question.
             general: (S', layers, N) attention under the general instruction; of another length, as a rule.
+            speaking: Which of the S steps count, if they can; None for all.
 
         Returns:
             (N,) float64.
         """
         common = min(len(question), len(general))
+        own = [step for step in range(len(question)) if speaking is None or speaking[step]]
+        both = [step for step in own if step < common] or list(range(common))
         chosen = {
-            "first": (slice(0, 1), slice(0, 1)),
-            "all": (slice(0, common), slice(0, common)),
-            "last": (slice(common - 1, common), slice(common - 1, common)),
-            "own-last": (slice(-1, None), slice(-1, None)),
+            "first": ([0], [0]),
+            "all": (both, both),
+            "last": (both[-1:], both[-1:]),
+            "own-last": (own[-1:], [-1]),
         }[cast(Steps, self.steps)]
         image, noise = question[chosen[0]].double(), general[chosen[1]].double()
         ridge = self.ridge + self.relative_ridge * noise.mean(dim=-1, keepdim=True)
         contrast = (image / (noise + ridge)).sum(dim=1)  # (S, N)
-        return torch.arange(1, len(contrast) + 1, dtype=torch.float64) @ contrast
+        weights = torch.tensor(both if self.steps == "all" else [0], dtype=torch.float64) + 1
+        return weights @ contrast
 
     def _refined(self, pictures: Sequence[Image.Image], maps: Sequence[PictureMap]) -> Refined:
         looks = tuple(self.look(picture, found) for picture, found in zip(pictures, maps, strict=True))

@@ -26,6 +26,8 @@ from vlmfix.decoding.loop import decode
 from vlmfix.decoding.plan import DecodingPlan
 from vlmfix.decoding.running import Running, running
 from vlmfix.errors import UnsupportedAttentionError
+from vlmfix.insight.question import speaking
+from vlmfix.insight.sinks import ImageSinks
 from vlmfix.models.checkpoint import Checkpoint
 from vlmfix.models.context import room_for_answers
 from vlmfix.models.layout import Batch, ImageLayout
@@ -118,25 +120,67 @@ def attention_maps(vlm: Checkpoint, batch: Batch, layers: LayerSet, *, steps: in
         UnsupportedAttentionError: A layer does not exist, or its attention cannot be read.
         DataError: A prompt is longer than the model's context, or with its answer than a sliding window of the layers.
     """
-    return _maps(vlm, batch, vlm.layout(batch), layers, steps)
+    return _looks(vlm, batch, vlm.layout(batch), layers, steps, drop_sinks=False).maps
+
+
+@dataclass(frozen=True, eq=False)
+class _Looks:
+    """Where the rows of a batch looked.
+
+    Attributes:
+        maps: See ``attention_maps``.
+        said: The tokens of each row; none with one step, which chooses none.
+        sinks: (B, N, T) bool on the CPU, image tokens that are sinks in a layer that was read; None unless asked for.
+    """
+
+    maps: list[Tensor]
+    said: list[list[int]]
+    sinks: Tensor | None
 
 
 @torch.no_grad()
-def _maps(vlm: Checkpoint, batch: Batch, layout: ImageLayout, layers: LayerSet, steps: int) -> list[Tensor]:
+def _looks(
+    vlm: Checkpoint, batch: Batch, layout: ImageLayout, layers: LayerSet, steps: int, *, drop_sinks: bool
+) -> _Looks:
     read = existing_layers(layers, vlm.layers)
     chosen = LayerSet("/".join(map(str, read)))
-    reader = NewestRows(layers=chosen)
-    with running(vlm, batch, layout, DecodingPlan(edits=(reader,)), limit=steps, name="a look at the picture") as call:
+    reader, search = NewestRows(layers=chosen), ImageSinks(layers=chosen)
+    plan = DecodingPlan(edits=(search, reader) if drop_sinks else (reader,))
+    said: list[list[int]] = [[] for _ in range(batch.rows)]
+    found: list[list[Tensor]] = [[] for _ in range(batch.rows)]
+    with running(vlm, batch, layout, plan, limit=steps, name="a look at the picture") as call:
         choice = Looking(call, reader, batch.length)
         if steps == 1:
             with ending_at(vlm, read[-1]), suppress(Enough):
                 call.prompt()
-            return list(choice.look().cpu()[:, None])
-        found: list[list[Tensor]] = [[] for _ in range(batch.rows)]
-        for said in decode(call, choice, defaults.ends(vlm.model)):
-            for row, seen in zip(said.samples, choice.seen, strict=True):
-                found[row].append(seen)
-    return [torch.stack(own).cpu() for own in found]
+            found = [[seen] for seen in choice.look()]
+        else:
+            for step in decode(call, choice, defaults.ends(vlm.model)):
+                for row, token, seen in zip(step.samples, step.tokens, choice.seen, strict=True):
+                    found[row].append(seen)
+                    said[row].append(token)
+    return _Looks([torch.stack(own).cpu() for own in found], said, search.found().cpu() if drop_sinks else None)
+
+
+@dataclass(frozen=True, eq=False)
+class Compared:
+    """Where the model looks under B questions, and where under an instruction that says nothing.
+
+    Attributes:
+        layout: Its first B rows are the questions.
+        asked: For each question (S, N, its patch tokens), as ``attention_maps`` gives them.
+        general: The same under the instruction, with its own S.
+        sinks: For each question (N, its patch tokens) bool, sinks of ``ImageSinks``; None unless they were
+            asked for.
+        speaking: For each question, which of its answer's tokens write content words; None unless it was asked for, and
+            with one step.
+    """
+
+    layout: ImageLayout
+    asked: list[Tensor]
+    general: list[Tensor]
+    sinks: list[Tensor] | None = None
+    speaking: list[list[bool]] | None = None
 
 
 def compared(
@@ -148,7 +192,8 @@ def compared(
     memo: PictureMemo,
     *,
     steps: int = 1,
-) -> tuple[ImageLayout, list[Tensor], list[Tensor]]:
+    drop_sinks: bool = False,
+) -> Compared:
     """Reads where the model looks under each question, and where under an instruction that says nothing.
 
     The instruction is one more row of the same passes for each list of pictures that the memo does not know.
@@ -161,32 +206,39 @@ def compared(
         layers: Layers to read.
         memo: What is known of pictures under the instruction.
         steps: Longest answer in tokens.
-
-    Returns:
-        The layout, whose first B rows are the questions. For each question (S, N, its patch tokens), as
-        ``attention_maps`` gives them. The same under the instruction, with its own S.
+        drop_sinks: Whether sinks are looked for, and stop words among the answers' tokens.
     """
     layout: list[ImageLayout] = []
     asked: list[Tensor] = []
+    sinks: list[Tensor] = []
+    said: list[list[int]] = []
 
     def ask(beside: list[int]) -> list[Tensor]:
         shown = [*pictures, *(pictures[row] for row in beside)]
         batch = vlm.encode([*prompts, *[general] * len(beside)], shown)
         layout.append(vlm.layout(batch))
         tokens = layout[0].tokens.cpu()
-        maps = _maps(vlm, batch, layout[0], layers, steps)
-        found = [seen[..., own] for seen, own in zip(maps, tokens, strict=True)]
+        looks = _looks(vlm, batch, layout[0], layers, steps, drop_sinks=drop_sinks)
+        found = [seen[..., own] for seen, own in zip(looks.maps, tokens, strict=True)]
         asked.extend(found[: len(pictures)])
+        said.extend(looks.said[: len(pictures)])
+        if looks.sinks is not None:
+            sinks.extend(own[:, shown] for own, shown in zip(looks.sinks, tokens[: len(pictures)], strict=False))
         return found[len(pictures) :]
 
     keys = [("attention", digest(row), general, str(layers), steps) for row in pictures]
     noise = memo.recall(keys, ask)
     if not asked:  # all pictures are known
         ask([])
-    return layout[0], asked, noise
+    if not drop_sinks:
+        return Compared(layout[0], asked, noise)
+    words = [speaking(vlm, ids) for ids in said] if steps > 1 else None
+    return Compared(layout[0], asked, noise, sinks[: len(pictures)], words)
 
 
-def attention_gradients(vlm: Checkpoint, batch: Batch, layers: LayerSet) -> list[Tensor]:
+def attention_gradients(
+    vlm: Checkpoint, batch: Batch, layers: LayerSet, *, drop_sinks: bool = False
+) -> tuple[list[Tensor], Tensor | None]:
     """Computes, for the most probable first token, attention times the positive part of its gradient, per prompt token.
 
     ``mean over heads of A[h, j] * max(0, d v / d A[h, j])`` with ``v`` the log-probability of that token and A the
@@ -199,9 +251,11 @@ def attention_gradients(vlm: Checkpoint, batch: Batch, layers: LayerSet) -> list
         vlm: The model.
         batch: B rows.
         layers: Layers to read.
+        drop_sinks: Whether sinks are looked for.
 
     Returns:
-        For each row (N, T) float32 on the CPU, not negative.
+        For each row (N, T) float32 on the CPU, not negative. And (B, N, T) bool, image tokens that are sinks in a
+        layer; None unless they were looked for.
 
     Raises:
         UnsupportedAttentionError: A layer does not exist, or its attention cannot be read.
@@ -210,12 +264,14 @@ def attention_gradients(vlm: Checkpoint, batch: Batch, layers: LayerSet) -> list
     read = existing_layers(layers, vlm.layers)
     chosen = LayerSet("/".join(map(str, read)))
     room_for_answers(vlm, batch.lengths)
-    plan, found = DecodingPlan(asks=chosen), list[Tensor]()
+    search, found = ImageSinks(layers=chosen), list[Tensor]()
+    plan = DecodingPlan(edits=(search,) if drop_sinks else (), asks=chosen)
     with running(vlm, batch, vlm.layout(batch), plan, limit=1, name="a gradient") as call:
         for weights, gradient in call.owed.gradients(call.prompt().argmax(dim=1)):  # (B, H, T) each
             owed = weights * (-gradient).clamp(min=0)  # the gradient is that of -v
             found.append(owed.float().mean(dim=1).cpu())  # (B, T)
-    return list(torch.stack(found, dim=1))  # (N, T) each
+    sinks = search.found().cpu() if drop_sinks else None
+    return list(torch.stack(found, dim=1)), sinks  # (N, T) each
 
 
 @contextmanager

@@ -79,6 +79,8 @@ class ViCrop(Refiner):
             does not, and gets few tokens for a small window.
         terse: Probes end with "Answer the question using a single word or phrase."
         general_prompt: The general instruction.
+        drop_sinks: Leaves out of the mean over layers the patches that draw attention before the question is read: mean
+            over heads, and over the rows up to the last image token, above 5 / N of N. pure-grad reads no attention.
 
     *Source*: Zhang et al., "MLLMs Know Where to Look: Training-free Perception of Small Visual Details with Multimodal
     LLMs", ICLR 2025, arXiv 2502.17422; code saccharomycetes/mllms_know.
@@ -138,12 +140,17 @@ class ViCrop(Refiner):
     enlarge: bool = parameter(False, bool, search=(False, True), help="enlarges the window to the picture's size")
     terse: bool = parameter(True, bool, help="probes ask for a single word or phrase")
     general_prompt: str = parameter(GENERAL, str, help="the general instruction")
+    drop_sinks: bool = parameter(
+        False, bool, later=True, help="leaves out patches that draw attention before the question is read"
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_wording(self.name, self.general_prompt)
         if self.median % 2 == 0:
             raise UsageError(f"{self.name}: median={self.median} is not allowed", "allowed: odd numbers up to 31")
+        if self.drop_sinks and self.method == "pure-grad":
+            raise UsageError(f"{self.name}: pure-grad reads no attention, so it has no sinks to drop", "leave one out")
 
     def refine(self, vlm: Checkpoint, pictures: Rows, prompts: Sequence[str], memo: PictureMemo) -> list[Refined]:
         """Looks at the pictures of all rows and adds a window for each; see ``Decoder.refine``."""
@@ -194,10 +201,11 @@ class ViCrop(Refiner):
     ) -> tuple[ImageLayout, list[Tensor]]:
         """Computes rel-att, (image tokens,) for each row, and the layout with these tokens."""
         general = worded(self.general_prompt, self.terse)
-        layout, asked, noise = compared(vlm, pictures, prompts, general, self.layers_of(vlm), memo)
-        return layout, [
-            (own[0].double() / (other[0].double() + self.epsilon)).mean(dim=0)
-            for own, other in zip(asked, noise, strict=True)
+        found = compared(vlm, pictures, prompts, general, self.layers_of(vlm), memo, drop_sinks=self.drop_sinks)
+        sinks: Sequence[Tensor | None] = found.sinks or [None] * len(prompts)
+        return found.layout, [
+            _mean(own[0].double() / (other[0].double() + self.epsilon), out)
+            for own, other, out in zip(found.asked, found.general, sinks, strict=True)
         ]
 
     def _gradients(
@@ -205,9 +213,12 @@ class ViCrop(Refiner):
     ) -> tuple[ImageLayout, list[Tensor]]:
         """Computes grad-att, (image tokens,) for each row, and the layout with these tokens."""
         batch = vlm.encode(prompts, pictures)
-        found, layout = attention_gradients(vlm, batch, self.layers_of(vlm)), vlm.layout(batch)
-        tokens = layout.tokens.cpu()
-        return layout, [row[:, own].double().mean(dim=0) for row, own in zip(found, tokens, strict=True)]
+        layout = vlm.layout(batch)
+        found, sinks = attention_gradients(vlm, batch, self.layers_of(vlm), drop_sinks=self.drop_sinks)
+        return layout, [
+            _mean(values[:, own].double(), None if sinks is None else sinks[row][:, own])
+            for row, (values, own) in enumerate(zip(found, layout.tokens.cpu(), strict=True))
+        ]
 
     def _of_pixels(
         self, vlm: Checkpoint, pictures: Sequence[Image.Image], prompt: str, memo: PictureMemo
@@ -277,6 +288,13 @@ class ViCrop(Refiner):
         if self.method == "pure-grad":
             return no_pixel_places(vlm)
         return missing_layers(self.layers_of(vlm), vlm.layers)
+
+
+def _mean(values: Tensor, sinks: Tensor | None) -> Tensor:
+    """Averages (layers, N) values over layers, without those in which a patch is a sink, (N,); 0 where it always is."""
+    if sinks is None:
+        return values.mean(dim=0)
+    return values.masked_fill(sinks, 0.0).sum(dim=0) / (~sinks).sum(dim=0).clamp(min=1)
 
 
 def _own_resolution(vlm: Checkpoint) -> bool:
