@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
+from tests.heads.made import made_profile
 from vlmfix.decoders import parse
 from vlmfix.errors import IncompatibleDecodersError
 from vlmfix.folding import export, fold
@@ -70,3 +71,42 @@ def test_parts_of_a_chain_are_folded_together():
     both = parse("ph3:heads=L0H1+ph3:heads=L0H2/L3H0").folded(vlm)
     assert sorted(both) == [0, 3]
     assert both[0].tolist()[:4] == [1, 0, 0, 1]
+
+
+@pytest.mark.parametrize(
+    ("model", "spec", "factor"),
+    [("tiny", "spin:kept_share=0,suppression=0,layers=-1", 0.0), ("tiny-qwen", "vhr:profile=FILE,alpha=3", 3.0)],
+)
+def test_constant_factors_of_spin_and_vhr_give_the_decoders_tokens(model, spec, factor, tmp_path):
+    vlm = load(model, device="cpu", dtype="float32")
+    scores = torch.rand(vlm.layers, vlm.heads, generator=torch.Generator().manual_seed(3))
+    made_profile(vlm, "vhd", scores).save(tmp_path / "vhd.safetensors")
+    decoder = parse(spec.replace("FILE", str(tmp_path / "vhd.safetensors")))
+    plain, expected = (
+        vlm.generate([PICTURE], QUESTION, decoder=one, max_new_tokens=12)[0].ids for one in ("greedy", decoder)
+    )
+    assert expected != plain
+    done = export(vlm, decoder, tmp_path / "folded")
+    again = load(str(tmp_path / "folded"), device="cpu", dtype="float32")
+    assert again.generate([PICTURE], QUESTION, max_new_tokens=12)[0].ids == expected
+    assert {found for *_, found in done.heads} == {factor}
+
+
+@pytest.mark.parametrize(
+    ("spec", "reason"),
+    [
+        ("vhr", "measures its heads for each question .give profile=FILE"),
+        ("spin", "ranks 8 heads by each row's look at the picture, and turns 1 down"),
+        ("spin:kept_share=0", "leaves the prompt's rows before the last as they are"),
+    ],
+)
+def test_what_depends_on_rows_says_so(spec, reason):
+    vlm = load("tiny", device="cpu", dtype="float32")
+    with pytest.raises(IncompatibleDecodersError, match=reason):
+        parse(spec).folded(vlm)
+
+
+def test_what_changes_nothing_has_no_factors():
+    vlm = load("tiny", device="cpu", dtype="float32")
+    for spec in ("spin:suppression=1", "spin:kept_share=1", "ph3:share=0"):
+        assert parse(spec).folded(vlm) == {}

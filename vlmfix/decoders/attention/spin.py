@@ -13,6 +13,7 @@ from torch import Tensor
 from vlmfix.attention.edit import AttentionEdit, LayerSet, Rows, ScoreEdit, Site, WeightEdit
 from vlmfix.decoders.base import Decoder, Source
 from vlmfix.decoding.plan import DecodingPlan
+from vlmfix.errors import IncompatibleDecodersError
 from vlmfix.language.parameters import Value, parameter
 from vlmfix.models.checkpoint import Checkpoint
 from vlmfix.models.layout import Batch, ImageLayout
@@ -110,6 +111,25 @@ class SPIN(Decoder):
         own = self.settings(vlm)
         kind = {"paper": ByAttention, "official-code": ByScores}[self.preset]
         return DecodingPlan(edits=(kind(layers=own.layers, share=own.kept_share, factor=own.suppression),))
+
+    def folded(self, vlm: Checkpoint) -> dict[int, Tensor]:
+        """Returns the factors where they are constant: no head is turned down, or all are in the last layer alone.
+
+        In every layer but the last, the prompt's earlier rows, which are not edited, are what later rows read.
+        """
+        own = self.settings(vlm)
+        kept, acting = kept_heads(own.kept_share, vlm.heads), sorted(own.layers.resolve(vlm.layers))
+        if own.suppression == 1 or kept == vlm.heads or not acting:
+            return {}
+        if kept > 0:
+            reason = f"it ranks {vlm.heads} heads by each row's look at the picture, and turns {vlm.heads - kept} down"
+            hint = "only kept_share=0 turns down the same heads everywhere"
+        elif acting != [vlm.layers - 1]:
+            reason = "it leaves the prompt's rows before the last as they are, which a weight cannot tell from others"
+            hint = "only in the last layer, layers=-1, does nothing read these rows"
+        else:
+            return {acting[0]: torch.full((vlm.heads,), own.suppression)}
+        raise IncompatibleDecodersError(f"spin cannot be folded into weights: {reason}", hint)
 
     def settings(self, vlm: Checkpoint) -> Settings:
         """Returns the settings for a model: the values that were given, and the authors' for the rest."""

@@ -161,6 +161,20 @@ class VHR(Decoder):
             return f"layers {layers} are none of the model's {count}"
         return None if self.profile is None else why_no_profile(vlm, self.name, PROFILER, self.profile)
 
+    def folded(self, vlm: Checkpoint) -> dict[int, Tensor]:
+        """Returns the gain for each head of a profile; heads that are measured for each question cannot be folded."""
+        if self.profile is None:
+            raise IncompatibleDecodersError(
+                "vhr cannot be folded into weights: it measures its heads for each question",
+                "give profile=FILE with a vhd profile, which are the same heads everywhere",
+            )
+        if reason := self.check(vlm):
+            raise IncompatibleDecodersError(f"vhr cannot act: {reason}", "give layers that exist, or a vhd profile")
+        profile, gain = profile_for(vlm, self.name, PROFILER, self.profile), self._alpha(vlm)
+        chosen = () if profile is None or gain == 1 else enumerate(upper_half(profile.scores))
+        acting = self._layers(vlm).resolve(vlm.layers)
+        return {layer: torch.where(heads, gain, 1.0) for layer, heads in chosen if layer in acting}
+
     def facts(self, vlm: Checkpoint) -> dict[str, str]:
         """Returns the profile's facts, when heads come from one."""
         return {} if self.profile is None else profile_facts(vlm, self.name, PROFILER, self.profile)
