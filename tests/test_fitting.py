@@ -87,6 +87,7 @@ def test_a_row_takes_more_with_longer_prompts_answers_branches_and_beams(monkeyp
     assert found(Large(tokens=1200)) < 0.6 * plain
     assert found(new=700) < 0.6 * plain
     assert found(decoder="vcd") == plain // 2
+    assert found(decoder="vcd:when=uncertain") < 0.8 * (plain // 2)
     assert found(num_beams=3) < 0.4 * plain
     assert found(decoder="beam:num_beams=3") < 0.4 * plain
     assert found(decoder="vicrop") < 0.6 * plain

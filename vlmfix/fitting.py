@@ -44,17 +44,19 @@ class Need:
 
     Attributes:
         rows: Rows that it is decoded in, branches and beams included.
+        waiting: Rows of these whose keys and values are held once more, apart; see ``Decoder.waiting``.
         kept: Bytes of the KV cache of one of these rows, prompt and answer.
         passing: Bytes that the question's prefill takes beside the cache, and frees.
     """
 
     rows: int
+    waiting: int
     kept: int
     passing: int
 
     def of(self, questions: int) -> int:
         """Computes the bytes for a batch of questions, with the rows of the recorded step that serves it."""
-        return slots(questions * self.rows) * self.kept + questions * self.passing
+        return (slots(questions * self.rows) + questions * self.waiting) * self.kept + questions * self.passing
 
 
 def typical(files: Sequence[Found], prompts: Iterable[str]) -> list[Question]:
@@ -116,6 +118,7 @@ def _need(vlm: VLM, decoder: Decoder, settings: Settings, prepared: Prepared) ->
     pictures = shown * pixels * TOWER * size
     return Need(
         rows=rows,
+        waiting=decoder.waiting,
         kept=key_bytes(vlm) * keys,
         passing=(states + mask + pictures) * decoder.passes + SCORES * config.vocab_size * rows,
     )

@@ -156,6 +156,11 @@ class Decoder(ABC):
         )
 
     @property
+    def waiting(self) -> int:
+        """Returns how many rows per sample wait until a step wants them, and are held apart until then."""
+        return self.passes - 1 if getattr(self, "when", "always") == "uncertain" else 0
+
+    @property
     def decoding(self) -> Decoder:
         """Returns the decoder that acts once the pictures are refined."""
         return self
@@ -366,6 +371,11 @@ class Chain(Decoder):
     ) -> list[Refined]:
         """Returns the pictures that the first part makes; no other part may refine."""
         return self.decoders[0].refine(vlm, pictures, prompts, memo)
+
+    @property
+    def waiting(self) -> int:
+        """Returns those of all parts."""
+        return sum(decoder.waiting for decoder in self.decoders)
 
     @property
     def decoding(self) -> Decoder:
