@@ -219,6 +219,8 @@ class AttentionEdit:
             ``PromptReading`` learned: every reading finishes all blocks before the next edit starts.
         needs_hidden: Whether it reads the residual stream.
         of_prompt: Names of its fields that are read in prefill, and not in decoding.
+        together: Whether a prompt's last row depends on what it does to the other rows of the same pass, so that this
+            row cannot pass again alone.
 
     Attributes:
         memory: Layer number -> ``Site.memory``, as prefill left it.
@@ -230,6 +232,7 @@ class AttentionEdit:
     blockwise: ClassVar[bool] = False
     needs_hidden: ClassVar[bool] = False
     of_prompt: ClassVar[frozenset[str]] = frozenset()
+    together: ClassVar[bool] = False
 
 
 class BiasEdit(AttentionEdit, ABC):

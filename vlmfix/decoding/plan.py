@@ -103,7 +103,8 @@ class DecodingPlan:
 
         Raises:
             IncompatibleDecodersError: Both have a gate; one edits the KV cache and the other asks for saliency or goes
-                back to earlier tokens; or one counts steps that the other's search goes back.
+                back to earlier tokens; one edits a prompt's rows together and the other asks for saliency; or one
+                counts steps that the other's search goes back.
         """
         if self.gate is not None and other.gate is not None:
             raise IncompatibleDecodersError("both decoders choose tokens in a way of their own", "use one of them")
@@ -112,6 +113,11 @@ class DecodingPlan:
         if any(isinstance(edit, CacheEdit) for edit in edits) and (asks is not None or leader is not None):
             does = "asks for gradients through it" if leader is None else "goes back to what it was before"
             raise IncompatibleDecodersError(f"one decoder edits the KV cache, and another {does}", "use one of them")
+        if asks is not None and any(edit.together for edit in edits):
+            raise IncompatibleDecodersError(
+                "one decoder edits a prompt's tokens together, and another lets the last of them pass again alone",
+                "use one of them",
+            )
         if leader is not None and any(contrast.counts for contrast in contrasts):
             raise IncompatibleDecodersError(
                 "a search that goes back to earlier tokens, as opera does, and scores that depend on their number",

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from tests.contracts.support import batch_of, close, extended, logits, plain, vlm_of
-from vlmfix.decoders import MemVR
+from vlmfix.decoders import MemVR, parse
+from vlmfix.errors import IncompatibleDecodersError
 
 STEPS = 4
 
@@ -98,6 +99,14 @@ def test_rows_without_a_picture_are_left_alone():
     vlm = vlm_of("llava")
     batch = vlm.encode(["what is here?", "hello"], [[], []])
     close(logits(vlm, batch, MemVR(threshold=0.0)), plain(vlm, batch))
+
+
+def test_a_gate_for_which_the_prompts_last_token_passes_alone_is_refused():
+    vlm = vlm_of("llava")
+    batch = batch_of(vlm)
+    for spec in ("memvr+sgrs", "sgrs+memvr"):
+        with pytest.raises(IncompatibleDecodersError, match="edits a prompt's tokens together"):
+            parse(spec).plan(vlm, batch, vlm.layout(batch))
 
 
 def test_layers_scale_with_the_depth():

@@ -52,7 +52,8 @@ class MemVR(Decoder):
     ``c`` undoes it.
 
     *Cost*: one pass per token, and the output head once more for each of the layers; questions about one picture do not
-    share the pass over their prompts' beginning.
+    share the pass over their prompts' beginning. It is refused beside `sgrs`, for which a prompt's last token
+    passes once more, alone.
 
     Example:
         >>> MemVR(layers="2:6").spec()
@@ -130,6 +131,7 @@ class Retraced(ResidualEdit):
     decoder: nn.Module
     place: Literal["layer", "mlp"] = "mlp"
     needs_hidden: ClassVar[bool] = True
+    together: ClassVar[bool] = True  # one size of all of the prompt
 
     def stream(self, site: Site, stream: Tensor) -> Tensor:
         """Returns the mixed output, (B, Q, hidden size)."""
