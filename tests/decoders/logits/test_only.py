@@ -140,6 +140,6 @@ def test_a_sink_is_left_out_of_the_entropy():
 
 
 def test_presets():
-    assert (ONLY().path, ONLY().agreement) == ("layer", 0.2)
-    assert (ONLY(preset="official-code").path, ONLY(preset="official-code").agreement) == ("released", 0.1)
+    assert (ONLY().path, ONLY().agreement) == ("released", 0.1)
+    assert (ONLY(preset="paper").path, ONLY(preset="paper").agreement) == ("layer", 0.2)
     assert ONLY(layer=5).check(vlm_of("llava")).startswith("layer 5 is beyond")

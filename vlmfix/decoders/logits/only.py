@@ -44,7 +44,8 @@ class ONLY(Decoder):
     the largest are cut.
 
     Args:
-        preset: ``paper`` or ``official-code``; they set ``path`` and ``agreement``.
+        preset: ``official-code``, the default, whose way is known for sure, or ``paper``; they set ``path`` and
+            ``agreement``.
         path: How the heads become logits. ``layer``: the rest of the same layer, the last norm and the output head.
             ``released``: without the weights that were left out, past all layers to the last, where the layer's first
             norm is applied and 0.2 of the stream that enters it is added; its MLP, the last norm, 0.5 of the clean last
@@ -66,8 +67,8 @@ class ONLY(Decoder):
     *Cost*: one pass per token; a row of attention in one layer, one MLP and the output head once more.
 
     Example:
-        >>> ONLY(preset="official-code").spec()
-        'only:preset=official-code,path=released,layer=0,agreement=0.1,complement=3,contrast=1,plausibility=0.1'
+        >>> ONLY(preset="paper").spec()
+        'only:preset=paper,path=layer,layer=0,agreement=0.2,complement=3,contrast=1,plausibility=0.1'
     """
 
     name: ClassVar[str] = "only"
@@ -81,7 +82,7 @@ class ONLY(Decoder):
         "official-code": {"path": "released", "agreement": 0.1},
     }
 
-    preset: str = parameter("paper", str, choices=("paper", "official-code"), help="named set of parameters")
+    preset: str = parameter("official-code", str, choices=("paper", "official-code"), help="named set of parameters")
     path: str = parameter(None, str, choices=("layer", "released"), help="how the heads become logits")
     layer: int = parameter(0, int, low=0, high=1000, help="layer whose heads are heard")
     agreement: float = parameter(
