@@ -97,6 +97,7 @@ def test_tokens_are_those_of_the_contrast_where_the_row_is_unsure_and_its_own_el
         assert answer.skipped == sum(own[: answer.tokens])
     (alone,) = vlm.generate(PICTURES[:1], PROMPTS[:1], decoder=spec, max_new_tokens=8)
     assert (alone.ids, alone.skipped) == (answers[0].ids, answers[0].skipped)
+    assert "".join(vlm.stream(PICTURES[0], PROMPTS[0], decoder=spec, max_new_tokens=8)).strip() == alone.text
     assert [answer.skipped for answer in vlm.generate(PICTURES, PROMPTS, decoder="vcd", max_new_tokens=2)] == [None] * 2
 
 
