@@ -87,8 +87,8 @@ def planned(vlm: VLM, decoders: Sequence[Decoder], *, max_new_tokens: int, num_b
     Returns:
         ``family``, ``type`` (that of the configuration), ``layers``, ``heads``, ``dtype``; ``parts``, for each its
         ``refusal`` (a sentence, or None), ``layers``, ``shown`` (pictures that a refiner shows), ``edits``,
-        ``branches``, ``exits``, ``gate`` and ``asks``; ``conflicts``, a sentence for each; ``total`` of the whole
-        call, None where something is refused.
+        ``tower`` (whether it edits the vision tower), ``branches``, ``exits``, ``gate`` and ``asks``; ``conflicts``, a
+        sentence for each; ``total`` of the whole call, None where something is refused.
     """
     config: Any = vlm.model.config.get_text_config()
     with turn_of(vlm.model).taken():
@@ -162,6 +162,7 @@ def _part(vlm: VLM, plan: DecodingPlan | str, asked: Asked, *, refines: bool) ->
         "layers": vlm.layers,
         "shown": asked.shown if refines else 0,
         "edits": [_edit(vlm, edit) for edit in plan.every_edit],
+        "tower": bool(plan.tower),
         "branches": [{"tokens": branch.batch.length, "picture": _seen(branch)} for branch in plan.branches],
         "margins": [rule.margin for rule in plan.contrasts if rule.branches and rule.margin is not None],
         "exits": sorted({place.after for contrast in plan.contrasts for place in contrast.exits}),

@@ -10,7 +10,8 @@ import torch
 from tests.contracts.support import batch_of, vlm_of
 from tests.tiny import TINY
 from vlmfix.attention import tower
-from vlmfix.attention.tower import TowerReading, tower_read
+from vlmfix.attention.session import bare
+from vlmfix.attention.tower import TowerEdit, TowerReading, tower_edited, tower_mlps, tower_read
 from vlmfix.decoding.encoding import encoded
 from vlmfix.errors import UnsupportedAttentionError
 from vlmfix.upstream.attention import register, switched, unregister
@@ -103,3 +104,35 @@ def test_the_tower_is_left_as_it_was():
     run(vlm)
     assert reading.sums == []
     assert not any(tower.READINGS in module.__dict__ for module in vlm.model.modules())
+
+
+class Scaled(TowerEdit):
+    """Multiplies what one layer's MLP adds, and notes the layers."""
+
+    def __init__(self, layer, factor):
+        self.layer, self.factor, self.seen = layer, factor, set()
+
+    def stream(self, layer, stream):
+        self.seen.add(layer)
+        return stream.double() * self.factor if layer == self.layer else stream
+
+
+@pytest.mark.parametrize("family", TINY)
+def test_an_edit_changes_what_each_layer_of_the_tower_adds(family):
+    vlm = vlm_of(family)
+    plain, mlps = run(vlm), tower_mlps(vlm)
+    assert len(mlps) == len(vlm.family.tower_attention(vlm.model))
+    handle = mlps[0].register_forward_hook(lambda module, args, output: output * 6)
+    expected = run(vlm)
+    handle.remove()
+    assert not torch.allclose(plain, expected)
+    edit = Scaled(0, 2)
+    with tower_edited(vlm, [edit]), tower_edited(vlm, [Scaled(0, 3)]):
+        torch.testing.assert_close(run(vlm), expected)
+        with bare(vlm):
+            assert torch.equal(run(vlm), plain)
+    assert edit.seen == set(range(len(mlps)))
+    with tower_edited(vlm, []), pytest.raises(KeyError), tower_edited(vlm, [Scaled(0, 2)]):
+        raise KeyError
+    assert torch.equal(run(vlm), plain)
+    assert not any(vars(mlp).get("_vlmfix_tower_edits") or mlp._forward_hooks for mlp in mlps)

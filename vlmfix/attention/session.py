@@ -15,6 +15,7 @@ from vlmfix.attention.edit import AttentionEdit, Memory, OutputEdit, ResidualEdi
 from vlmfix.attention.kernel import HEADROOM, NAME, PLAN, attention, steered
 from vlmfix.attention.layers import LayerPlan
 from vlmfix.attention.rows import Step
+from vlmfix.attention.tower import tower_bare
 from vlmfix.errors import UnsupportedAttentionError
 from vlmfix.models.checkpoint import Checkpoint
 from vlmfix.models.layout import ImageLayout
@@ -201,7 +202,7 @@ class Acting:
 def bare(vlm: Checkpoint) -> Iterator[None]:
     """Lifts every edit inside the block, so that a probe sees the model as it is."""
     owners = [*vlm.family.attention_modules(vlm.model), *vlm.family.layers(vlm.model)]
-    with turn_of(vlm.model).taken():
+    with turn_of(vlm.model).taken(), tower_bare(vlm):
         former = [(owner, getattr(owner, PLAN)) for owner in owners if getattr(owner, PLAN, None) is not None]
         for owner, plan in former:
             plan.sites = None  # which the hook of an MLP would take for those of its pass

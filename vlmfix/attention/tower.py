@@ -1,6 +1,6 @@
-"""Reads how much attention each token of the vision tower gets, while the tower runs.
+"""Reads how much attention each token of the vision tower gets, while the tower runs, and edits the tower's stream.
 
-It keeps only sums over rows, and computes a few rows at a time: never the whole (N, N) of a layer.
+Of attention it keeps only sums over rows, and computes a few rows at a time: never the whole (N, N) of a layer.
 
 Shape letters (``docs/notation.md``): H heads and D head dimension, here of the tower; here also V views (pictures,
 tiles or windows that run side by side) and N tokens of each, the class token included.
@@ -8,8 +8,9 @@ tiles or windows that run side by side) and N tokens of each, the class token in
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -25,6 +26,8 @@ NAME = "vlmfix_tower"
 """Name of the attention function in transformers' registries."""
 READINGS = "_vlmfix_readings"
 """Attribute of an attention module that holds its readings."""
+EDITS = "_vlmfix_tower_edits"
+"""Attribute of an MLP of the tower that holds its layer's number and the edits of what it adds to the stream."""
 ROOM = 2**25
 """Most attention weights that are held at once."""
 
@@ -153,3 +156,90 @@ def tower_read(vlm: Checkpoint, readings: Sequence[TowerReading]) -> Iterator[No
         finally:
             for number, module in read.items():
                 setattr(module, READINGS, former[number]) if former[number] else delattr(module, READINGS)
+
+
+class TowerEdit(ABC):
+    """Rewrites what each layer's MLP in the vision tower adds to the stream of the picture's tokens."""
+
+    @abstractmethod
+    def stream(self, layer: int, stream: Tensor) -> Tensor:
+        """Returns new values, in any precision.
+
+        Args:
+            layer: Number of the layer, from 0.
+            stream: (V, N, D), or (N, D) where the tower lays the patches of all pictures one behind the other; D is the
+                tower's hidden size.
+        """
+
+
+@contextmanager
+def tower_edited(vlm: Checkpoint, edits: Sequence[TowerEdit]) -> Iterator[None]:
+    """Applies edits to every picture that the vision tower encodes inside the block.
+
+    Blocks nest: the inner block's edits act after the outer's. Other threads that use the model wait.
+
+    Args:
+        vlm: The model; it is left as it was found, also after an exception.
+        edits: The edits, in order. With none, the model is not touched.
+
+    Raises:
+        UnsupportedAttentionError: A layer of the tower has no MLP under a known name.
+    """
+    if not edits:
+        yield
+        return
+    mlps = tower_mlps(vlm)
+    former = [getattr(mlp, EDITS, None) for mlp in mlps]
+    with turn_of(vlm.model).guarded(vlm.family.tower(vlm.model)), ExitStack() as hooks:
+        try:
+            for layer, (mlp, before) in enumerate(zip(mlps, former, strict=True)):
+                setattr(mlp, EDITS, (layer, (*(() if before is None else before[1]), *edits)))
+                if before is None:  # an outer block's hook applies all edits
+                    hooks.enter_context(mlp.register_forward_hook(_edit))
+            yield
+        finally:
+            _restore(mlps, former)
+
+
+@contextmanager
+def tower_bare(vlm: Checkpoint) -> Iterator[None]:
+    """Lifts every edit of the vision tower inside the block."""
+    mlps = [module for module in vlm.family.tower(vlm.model).modules() if hasattr(module, EDITS)]
+    former = [getattr(mlp, EDITS) for mlp in mlps]
+    try:
+        for mlp in mlps:
+            delattr(mlp, EDITS)
+        yield
+    finally:
+        _restore(mlps, former)
+
+
+def tower_mlps(vlm: Checkpoint) -> list[nn.Module]:
+    """Returns the MLPs of the vision tower, in layer order.
+
+    Raises:
+        UnsupportedAttentionError: A layer has none under a known name.
+    """
+    attention = {id(module) for module in vlm.family.tower_attention(vlm.model)}
+    found = [
+        children["mlp"]
+        for children in (dict(module.named_children()) for module in vlm.family.tower(vlm.model).modules())
+        if "mlp" in children and any(id(child) in attention for child in children.values())
+    ]
+    if len(found) != len(attention):
+        raise UnsupportedAttentionError(
+            f"{len(attention) - len(found)} layers of the vision tower have no mlp", "leave the tower as it is"
+        )
+    return found
+
+
+def _edit(mlp: nn.Module, args: object, output: Tensor) -> Tensor:
+    layer, edits = getattr(mlp, EDITS, (0, ()))  # none while they are lifted
+    for edit in edits:
+        output = edit.stream(layer, output).to(output.dtype)
+    return output
+
+
+def _restore(mlps: Sequence[nn.Module], former: Sequence[object]) -> None:
+    for mlp, before in zip(mlps, former, strict=True):
+        delattr(mlp, EDITS) if before is None else setattr(mlp, EDITS, before)

@@ -17,6 +17,7 @@ from PIL import Image
 from torch import Tensor
 
 from vlmfix.attention.session import Acting, Portion, edited
+from vlmfix.attention.tower import tower_edited
 from vlmfix.decoders.picture.refined import PictureMemo, Refined
 from vlmfix.decoding.following import following
 from vlmfix.decoding.handed import HandedLoop
@@ -304,6 +305,7 @@ class Decoder(ABC):
         """Puts branches, edits and shared beginnings on the model inside the block, for its own ``generate``."""
         layout = layout.expand(beams) if beams > 1 else layout
         with ExitStack() as block:
+            block.enter_context(tower_edited(vlm, plan.tower))
             stack = live = None
             others: list[Portion] = []
             if plan.contrasts:

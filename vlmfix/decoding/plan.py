@@ -1,4 +1,4 @@
-"""Describes what one call of a decoder does: edits of attention, branches, and a gate on tokens."""
+"""Describes what one call of a decoder does: edits of attention and vision tower, branches, and a gate on tokens."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Protocol
 from transformers import LogitsProcessor
 
 from vlmfix.attention.edit import AttentionEdit, CacheEdit, LayerSet
+from vlmfix.attention.tower import TowerEdit
 from vlmfix.decoding.branches import Branch, Contrast
 from vlmfix.decoding.choice import Gated
 from vlmfix.decoding.exits import Exit
@@ -57,6 +58,7 @@ class DecodingPlan:
 
     Attributes:
         edits: Attention edits, in order.
+        tower: Edits of the vision tower, in order; they act on the pictures of all rows, those of branches too.
         contrasts: Contrast branches and how their logits are fused, in order.
         gate: Chooses the tokens, at most one in a chain; None leaves that to greedy search, sampling or beams.
         leader: Leads the beam search, at most one in a chain; None leaves it to the scores.
@@ -66,6 +68,7 @@ class DecodingPlan:
     """
 
     edits: tuple[AttentionEdit, ...] = ()
+    tower: tuple[TowerEdit, ...] = ()
     contrasts: tuple[Contrast, ...] = ()
     gate: Gate | None = None
     leader: Leader | None = None
@@ -96,7 +99,8 @@ class DecodingPlan:
     @property
     def plain(self) -> bool:
         """Returns whether the plan leaves the model as it is."""
-        return not self.edits and not self.contrasts and self.gate is None and self.leader is None
+        changes = self.edits or self.tower or self.contrasts
+        return not changes and self.gate is None and self.leader is None
 
     def merged(self, other: DecodingPlan) -> DecodingPlan:
         """Returns a plan that applies this plan first and then the other.
@@ -126,6 +130,7 @@ class DecodingPlan:
         reader = None if leader is None else leader.reader
         return DecodingPlan(
             edits=tuple(sorted(edits, key=lambda edit: edit is reader)),
+            tower=self.tower + other.tower,
             contrasts=contrasts,
             gate=self.gate or other.gate,
             leader=leader,

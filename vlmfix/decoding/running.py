@@ -16,6 +16,7 @@ from transformers import DynamicCache
 from vlmfix.attention.edit import AttentionEdit
 from vlmfix.attention.rows import Step
 from vlmfix.attention.session import Acting, AtWork, edited, of_rows
+from vlmfix.attention.tower import tower_edited
 from vlmfix.attention.windows import check_windows
 from vlmfix.decoding.blanks import blanked
 from vlmfix.decoding.branches import Contrast, fused, viewed
@@ -257,7 +258,7 @@ def running(
         UnsupportedAttentionError: The edits cannot act on the model's attention.
     """
     branches = plan.branches
-    with turn_of(vlm.model).taken(), torch.no_grad():
+    with turn_of(vlm.model).taken(), torch.no_grad(), tower_edited(vlm, plan.tower):
         stays = plan.compiles and not reorders
         recordings = recordings_of(vlm) if stays and _can_record(vlm) else None
         if recordings is not None and recordings.fuses and plan.every_edit and plan.asks is None:

@@ -172,6 +172,8 @@ def _planned(planned: Mapping[str, Any]) -> Iterator[str]:
             yield f"Reads attention weights of the prompt {where}, and changes nothing there."
         else:
             yield f"Changes {edit['acts_on']} {where}; rows: {ROWS[edit['rows']]}."
+    if planned["tower"]:
+        yield "Changes the stream of the vision tower, for every picture of the call."
     for branch in planned["branches"]:
         prompt = f"a prompt of {branch['tokens']} tokens"
         yield f"Branch: a row more per sample, with {PICTURES[branch['picture']]} and {prompt}."
