@@ -61,10 +61,11 @@ def test_changed_weights_are_read_again(tmp_path):
     assert card.weights_digest(str(tmp_path), None) != first
 
 
-def test_profiles_of_heads_are_no_weights(tmp_path):
+def test_profiles_of_heads_and_directions_are_no_weights(tmp_path):
     (tmp_path / "a.safetensors").write_bytes(b"1")
     first = card.weights_digest(str(tmp_path), None)
-    (tmp_path / "heads.safetensors").write_bytes(b"2")
+    for name in ("heads.safetensors", "directions.safetensors"):
+        (tmp_path / name).write_bytes(b"2")
     assert card.weights_digest(str(tmp_path), None) == first
 
 
@@ -90,7 +91,7 @@ def model(tmp_path):
         (folder / name).write_text(f"content of {name}")
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": "parts/1.safetensors"}}))
     (folder / "config.json").write_text(json.dumps({"transformers_weights": "quantized/model.safetensors"}))
-    for name in ("README.md", "heads.safetensors", ".model.safetensors.new", "training.log"):
+    for name in ("README.md", "heads.safetensors", "directions.safetensors", ".model.safetensors.new", "training.log"):
         (folder / name).write_text("x")
     return folder
 

@@ -23,7 +23,7 @@ from vlmfix.decoders import Decoder, parse
 from vlmfix.errors import DataError, PluginError, UsageError
 from vlmfix.generation import VLM
 from vlmfix.images import Found, digest_of
-from vlmfix.models.checkpoint import HEADS
+from vlmfix.models.checkpoint import DIRECTIONS, HEADS
 from vlmfix.parsing import some
 from vlmfix.plugins import plugins_of, refuse_other_plugins
 from vlmfix.records import to_json
@@ -371,7 +371,7 @@ def _files(folder: Path) -> dict[str, Path]:
     Weights may lie elsewhere: an index names its shards, and config.json may name the weights.
     """
     here = [path for path in folder.glob("*") if path.suffix in (*SETTINGS, *WEIGHTS) and path.name[0] != "."]
-    names = {path.name for path in here} - {HEADS}
+    names = {path.name for path in here} - {HEADS, DIRECTIONS}
     names |= {f"{TEMPLATES}/{path.name}" for path in (folder / TEMPLATES).glob("*.jinja")}
     named = [_entry(folder / "config.json", "transformers_weights")]
     for name in [*names, *named]:

@@ -220,12 +220,21 @@ def tower_mlps(vlm: Checkpoint) -> list[nn.Module]:
     Raises:
         UnsupportedAttentionError: A layer has none under a known name.
     """
+    return [layer.get_submodule("mlp") for layer in tower_layers(vlm)]
+
+
+def tower_layers(vlm: Checkpoint) -> list[nn.Module]:
+    """Returns the layers of the vision tower in order; each has ``mlp``.
+
+    Raises:
+        UnsupportedAttentionError: A layer has no MLP under a known name.
+    """
     attention = {id(module) for module in vlm.family.tower_attention(vlm.model)}
-    found = [
-        children["mlp"]
-        for children in (dict(module.named_children()) for module in vlm.family.tower(vlm.model).modules())
-        if "mlp" in children and any(id(child) in attention for child in children.values())
-    ]
+    found = []
+    for module in vlm.family.tower(vlm.model).modules():
+        children = dict(module.named_children())
+        if "mlp" in children and any(id(child) in attention for child in children.values()):
+            found.append(module)
     if len(found) != len(attention):
         raise UnsupportedAttentionError(
             f"{len(attention) - len(found)} layers of the vision tower have no mlp", "leave the tower as it is"

@@ -102,6 +102,16 @@ class ProfilerNames(click.ParamType[list[str]]):
         return _completed(PROFILERS, last, before + comma) or [CompletionItem(incomplete, type="file")]
 
 
+class MethodNames(click.ParamType[list[str]]):
+    """Takes names of methods that read directions, with commas between them."""
+
+    name = "NAME[,NAME...]"
+
+    def convert(self, value: str, param: click.Parameter | None, ctx: click.Context | None) -> list[str]:
+        """Returns the names; ``measurements_of`` says which are known."""
+        return [name.strip() for name in value.split(",")]
+
+
 class ModelName(click.ParamType[str]):
     """Takes the name of a model, and tells a misspelt one of those that come with the package at once."""
 

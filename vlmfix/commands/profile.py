@@ -1,10 +1,10 @@
-"""`vlmfix profile`: measure what a model's heads do, show it, and hold two profiles against each other."""
+"""`vlmfix profile`: measure a model's heads, or directions in its streams, show them, and compare two profiles."""
 
 from __future__ import annotations
 
 import os
 import random
-from collections.abc import Generator
+from collections.abc import Generator, Mapping
 from contextlib import closing
 from dataclasses import asdict
 from itertools import islice
@@ -28,6 +28,12 @@ PATH = click.Path(path_type=Path)
     type=options.ProfilerNames(),
     help="What to measure, for instance vhd,image-mass; FILE.py:CLASS for one of your own.",
 )
+@click.option(
+    "--directions",
+    "methods",
+    type=options.MethodNames(),
+    help="Measure the directions that these methods read, for instance vti,pti, in place of heads.",
+)
 @click.option("--images", type=PATH, help="Folder of pictures, drawn from in random order.")
 @click.option("--out", type=PATH, help="File for the profiles, such as heads.safetensors.")
 @click.option("--count", type=click.IntRange(min=1), help="Show at most so many pictures.  [default: all]")
@@ -35,7 +41,10 @@ PATH = click.Path(path_type=Path)
 @click.option("--batch-size", default=4, show_default=True, type=click.IntRange(min=1), help="Pictures at a time.")
 @click.option("--plot", type=PATH, help="Draw the profiles: PNG, PDF or SVG.")
 @click.option(
-    "--instances", type=PATH, multiple=True, help="COCO instances: ablation then measures captions. May be repeated."
+    "--instances",
+    type=PATH,
+    multiple=True,
+    help="COCO instances: ablation then measures captions; for --directions. May be repeated.",
 )
 @click.option("--captions", type=PATH, multiple=True, help="COCO captions, with --instances. May be repeated.")
 @click.option("--add", is_flag=True, help="Keep what else --out holds, profiles of the same model.")
@@ -48,6 +57,7 @@ def profile(
     context: click.Context,
     *,
     names: list[str] | None,
+    methods: list[str] | None,
     images: Path | None,
     out: Path | None,
     count: int | None,
@@ -67,14 +77,27 @@ def profile(
 
     With --instances and --captions, the profiler ablation lets the model describe the pictures and measures which heads
     push hallucinated words more than real ones, as CHAIR tells them apart; pictures without annotations are left out.
+
+    With --directions it measures directions in streams and KV cache, which need both, into a file of their own.
     """
     if context.invoked_subcommand is not None:
         return
-    if names is None or images is None or out is None:
+    if (names is None and methods is None) or images is None or out is None:
         raise UsageError("--profiler, --images and --out are needed", "or use: vlmfix profile show FILE, diff A B")
     if not os.path.isdir(out.parent):
         raise UsageError(f"there is no folder {out.parent}", "make it, or write elsewhere")
     options.quieten()
+    if methods is not None:
+        if names is not None or plot is not None:
+            raise UsageError(
+                "--directions measures no heads, which --profiler and --plot are about",
+                "give them in a run of their own",
+            )
+        asked = {"seed": seed} | ({} if prompt is None else {"question": prompt})
+        _directions(methods, images, instances, captions, out, count, settings, add=add, **asked)
+        return
+    if names is None:
+        raise UsageError("--profiler is missing", "name what to measure")
     from vlmfix.display import counting, loading
     from vlmfix.heads.measure import QUESTION
     from vlmfix.heads.measure import profile as measure
@@ -123,7 +146,7 @@ def profile(
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @options.debug
 def show(*, file: Path, name: str | None, count: int, page: Path | None, as_json: bool) -> None:
-    """Show where the profiles in FILE come from, and their strongest heads."""
+    """Show where the profiles in FILE come from, and their strongest heads; of directions, where they come from."""
     options.quieten()
     from vlmfix.heads.profile import HeadProfile, load_profiles
 
@@ -132,6 +155,9 @@ def show(*, file: Path, name: str | None, count: int, page: Path | None, as_json
         from vlmfix.view.page import refuse_foreign
 
         refuse_foreign(page, PROFILES)
+    if page is None and _holds_directions(file):
+        _shown_directions(file, name, as_json=as_json)
+        return
     found = load_profiles(file) if name is None else {name: HeadProfile.load(file, name)}
     if as_json:
         options.say_json({key: _json(part, count) for key, part in found.items()})
@@ -189,6 +215,71 @@ def diff(*, left: Path, right: Path, name: str | None, count: int, either_sign: 
         options.say(f"{key}, heads in both: {heads or 'none'}")
 
 
+def _directions(
+    methods: list[str],
+    images: Path,
+    instances: tuple[Path, ...],
+    captions: tuple[Path, ...],
+    out: Path,
+    count: int | None,
+    settings: Settings,
+    *,
+    add: bool,
+    **asked: Any,
+) -> None:
+    """Measures directions, and writes and shows them; ``asked`` has the question, where one is given, and the seed."""
+    from vlmfix.display import counting, loading, reading
+    from vlmfix.evals.benchmarks.coco import read_annotations, read_outlines
+    from vlmfix.evals.planting import Planting
+    from vlmfix.heads.directions.kept import FORMAT, load_directions, save_directions
+    from vlmfix.heads.directions.measure import directions, measurements_of
+    from vlmfix.heads.profile import refuse_foreign
+
+    refuse_foreign(out, FORMAT)
+    chosen = measurements_of(methods)
+    if not (instances and captions):
+        raise UsageError("directions are measured on annotated pictures", "give --instances and --captions of them")
+    with reading("annotations") as report:
+        annotations = read_annotations(instances, captions, progress=report)
+    known = {picture.file: picture for picture in annotations.pictures.values() if picture.captions}
+    files = _known(_shuffled(images, asked["seed"]), known)
+    outlines = None
+    if any(measurement.needs_mask for measurement in chosen):
+        outlines = read_outlines(instances, {known[file.name].id for file in files})
+    planting = Planting(annotations, outlines, seed=asked["seed"])
+    shown: list[str] = []
+    total = len(files) if count is None else min(count, len(files))
+    kept = load_directions(out) if add and out.exists() else {}
+    vlm = loading(settings.model, **settings.loading())
+    for held in kept.values():
+        held.check(vlm)
+    with counting("pictures") as report, closing(_opened(files, shown)) as pictures:
+        every = (planting.shown(known[shown[number]], picture) for number, picture in enumerate(pictures))
+        found = directions(
+            vlm,
+            islice((one for one in every if one is not None), count),
+            chosen,
+            about=annotations.sources,
+            report=lambda done: report(done, total),
+            **asked,
+        )
+    save_directions({**kept, **found}, out)
+    _show_directions(found)
+    options.say(f"vlmfix: directions in {out}", err=True)
+
+
+def _known(files: list[Any], known: Mapping[str, Any]) -> list[Any]:
+    """The files that have annotations; how many have none is said."""
+    from vlmfix.errors import DataError
+
+    found = [file for file in files if file.name in known]
+    if not found:
+        raise DataError(f"none of {len(files)} files has annotations", "give the annotations of these pictures")
+    if len(found) < len(files):
+        options.say(f"vlmfix: {len(files) - len(found)} files have no annotations and are left out", err=True)
+    return found
+
+
 def _shuffled(images: Path, seed: int) -> list[Any]:
     """The files below a folder in random order; fewer pictures are then the first of more."""
     from vlmfix.images import find
@@ -211,7 +302,6 @@ def _annotated(
         captions: COCO captions.
     """
     from vlmfix.display import reading
-    from vlmfix.errors import DataError
     from vlmfix.evals.benchmarks.chair import Chair
     from vlmfix.evals.benchmarks.coco import read_annotations
     from vlmfix.evals.task import Sample
@@ -235,11 +325,7 @@ def _annotated(
         for picture in annotations.pictures.values()
         if picture.captions  # without any, what it shows would be known in part alone
     }
-    known = [file for file in files if file.name in truths]
-    if not known:
-        raise DataError(f"none of {len(files)} files has annotations", "give the annotations of these pictures")
-    if len(known) < len(files):
-        options.say(f"vlmfix: {len(files) - len(known)} files have no annotations and are left out", err=True)
+    known = _known(files, truths)
 
     def words(number: int, caption: str) -> list[Word]:
         found = Chair().mentions(truths[shown[number]], caption)
@@ -289,6 +375,47 @@ def _show(found: dict[str, Any], count: int) -> None:
         parts += [f"{escaped(key)}: {_listed(value)}" for key, value in profile.details.items() if value.dim() == 1]
         parts.append("")
     click.echo(rendered(*parts), nl=False)
+
+
+def _show_directions(found: dict[str, Any]) -> None:
+    """Prints, for each method, where its directions come from, and their tensors."""
+    for name, part in found.items():
+        card = part.card
+        click.echo(f"{escaped(name)}: {escaped(card.model or card.model_type)}, {card.pictures} pictures")
+        for key, tensor in part.tensors.items():
+            click.echo(f"  {escaped(key)}: {' x '.join(map(str, tensor.shape))}")
+
+
+def _holds_directions(file: Path) -> bool:
+    """Whether a file says that it holds directions."""
+    from vlmfix.errors import DataError
+    from vlmfix.heads.directions.kept import FORMAT
+    from vlmfix.heads.profile import about_of
+
+    try:
+        about_of(file, FORMAT)
+    except DataError:
+        return False
+    return True
+
+
+def _shown_directions(file: Path, name: str | None, *, as_json: bool) -> None:
+    from vlmfix.errors import DataError
+    from vlmfix.heads.directions.kept import load_directions
+
+    found = load_directions(file)
+    if name is not None and name not in found:
+        raise DataError(f"{file} holds directions for {', '.join(found)}, not for {name}", "name one of them")
+    found = found if name is None else {name: found[name]}
+    if not as_json:
+        _show_directions(found)
+        return
+    options.say_json(
+        {
+            key: {"card": asdict(part.card), "tensors": {k: list(v.shape) for k, v in part.tensors.items()}}
+            for key, part in found.items()
+        }
+    )
 
 
 def _listed(values: Any) -> str:  # noqa: ANN401 (a tensor; torch is not imported here)

@@ -26,6 +26,8 @@ from vlmfix.upstream.wrappers import present
 
 KEY, FORMAT, VERSION = "vlmfix", "head-profiles", 1
 """The metadata entry of a file that holds the cards, and what it says about itself."""
+CALLED = {FORMAT: "profile", "directions": "file of directions"}
+"""What messages call a file that says so about itself."""
 FINGERPRINT = "fingerprint"
 HINT = "give a file that vlmfix profile wrote"
 MATRICES, ENTRIES = 32, 8
@@ -141,19 +143,7 @@ class HeadProfile:
         Raises:
             ProfileMismatchError: It is of another one.
         """
-        card = self.card
-        config = vlm.model.config
-        for what, mine, yours in (
-            ("model type", card.model_type, config.model_type),
-            ("layers", card.layers, vlm.layers),
-            ("heads", card.heads, vlm.heads),
-        ):
-            if mine != yours:
-                raise _mismatch(card, f"{what} {mine}", f"{yours}")
-        now = fingerprint(vlm)
-        same = now.shape == self.fingerprint.shape and torch.allclose(now, self.fingerprint, TOLERANCE, 1e-6)
-        if not same:
-            raise _mismatch(card, f"weights of {card.model}", f"other weights ({vlm.name})")
+        check_model(vlm, self.card, self.fingerprint)
 
     @classmethod
     def load(cls, path: str | Path, name: str | None = None) -> HeadProfile:
@@ -177,6 +167,30 @@ class HeadProfile:
     def save(self, path: str | Path) -> None:
         """Writes the profile to a file of its own; see ``save_profiles``."""
         save_profiles({self.card.profiler: self}, path)
+
+
+def check_model(vlm: Checkpoint, card: ProfileCard, marks: Tensor) -> None:
+    """Makes sure that something was measured on this model; see ``HeadProfile.check``.
+
+    Args:
+        vlm: The model.
+        card: Of what was measured.
+        marks: The fingerprint that is kept with it.
+
+    Raises:
+        ProfileMismatchError: It was measured on another one.
+    """
+    config = vlm.model.config
+    for what, mine, yours in (
+        ("model type", card.model_type, config.model_type),
+        ("layers", card.layers, vlm.layers),
+        ("heads", card.heads, vlm.heads),
+    ):
+        if mine != yours:
+            raise _mismatch(card, f"{what} {mine}", f"{yours}")
+    now = fingerprint(vlm)
+    if now.shape != marks.shape or not torch.allclose(now, marks, TOLERANCE, 1e-6):
+        raise _mismatch(card, f"weights of {card.model}", f"other weights ({vlm.name})")
 
 
 def save_profiles(profiles: Mapping[str, HeadProfile], path: str | Path) -> None:
@@ -212,52 +226,61 @@ def load_profiles(path: str | Path) -> dict[str, HeadProfile]:
         DataError: The file cannot be read, is no profile, or was damaged: a card or a tensor is not what it should be.
     """
     path = Path(path)
-    about, tensors = _read(path)
+    about, tensors = read_file(path)
     cards = about["profiles"]
     owners = {key.split("/")[0] for key in tensors} - {FINGERPRINT}
     if strange := sorted(owners - cards.keys()):
-        raise _damaged(path, f"it holds tensors of {', '.join(strange)}, and no card of them")
+        raise damaged(path, f"it holds tensors of {', '.join(strange)}, and no card of them")
     found = {name: _profile(path, name, card, tensors) for name, card in cards.items()}
     if wrong := _wrong(tensors[FINGERPRINT], (tensors[FINGERPRINT].numel(),)):
-        raise _damaged(path, f"{FINGERPRINT} {wrong}")
+        raise damaged(path, f"{FINGERPRINT} {wrong}")
     return found
 
 
-def refuse_foreign(path: Path) -> None:
-    """Refuses to write profiles over a file that holds something else.
+def refuse_foreign(path: Path, form: str = FORMAT) -> None:
+    """Refuses to write profiles, or directions, over a file that holds something else.
+
+    Args:
+        path: The file.
+        form: A key of ``CALLED``.
 
     Raises:
-        DataError: There is such a file, with content that is not of profiles.
+        DataError: There is such a file, with content that is not of that form.
     """
     if os.path.exists(path) and (not os.path.isfile(path) or path.stat().st_size):
         try:
-            _about(path)
+            about_of(path, form)
         except DataError as error:
+            held = {FORMAT: "profiles"}.get(form, form)
             raise DataError(
-                f"{path} is there and holds no profiles", "choose another file, or remove that one"
+                f"{path} is there and holds no {held}", "choose another file, or remove that one"
             ) from error
 
 
-def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """What a file says of itself, and its tensors."""
-    about = _about(path)
+def read_file(path: Path, form: str = FORMAT) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Reads what a file says of itself, and its tensors; ``refuse_foreign`` has the arguments.
+
+    Raises:
+        DataError: The file cannot be read, is not of that form, or was damaged.
+    """
+    about = about_of(path, form)
     if wrong := fault(about, fields({"profiles": mapping_of(CARD)})):
-        raise _damaged(path, f"its card{wrong}")
+        raise damaged(path, f"its card{wrong}")
     try:
         with safe_open(path, framework="pt") as file:
             tensors = {key: file.get_tensor(key) for key in file.keys()}
     except (OSError, SafetensorError) as error:
         raise DataError(f"cannot read {path}: {error}", HINT) from error
     if not about["profiles"] or FINGERPRINT not in tensors:
-        raise _damaged(path, f"it holds no profile, or no {FINGERPRINT}")
+        raise damaged(path, f"it holds no profile, or no {FINGERPRINT}")
     return about, tensors
 
 
-def _about(path: Path) -> dict[str, Any]:
-    """What a file of profiles says of itself.
+def about_of(path: Path, form: str = FORMAT) -> dict[str, Any]:
+    """Reads what a file of profiles, or of directions, says of itself; ``refuse_foreign`` has the arguments.
 
     Raises:
-        DataError: The file cannot be read, or is no file of profiles.
+        DataError: The file cannot be read, or is not of that form.
     """
     if os.path.exists(path) and not os.path.isfile(path):
         raise DataError(f"cannot read {path}: it is not a file", HINT)
@@ -267,35 +290,35 @@ def _about(path: Path) -> dict[str, Any]:
     except OSError as error:
         raise DataError(f"cannot read {path}: {error.strerror or error}", HINT) from error
     except (SafetensorError, ValueError) as error:
-        raise DataError(f"{path} is no profile: {error}", HINT) from error
-    if not isinstance(about, dict) or (about.get("format"), about.get("version")) != (FORMAT, VERSION):
-        raise DataError(f"{path} is no profile of version {VERSION}", HINT)
+        raise DataError(f"{path} is no {CALLED[form]}: {error}", HINT) from error
+    if not isinstance(about, dict) or (about.get("format"), about.get("version")) != (form, VERSION):
+        raise DataError(f"{path} is no {CALLED[form]} of version {VERSION}", HINT)
     return about
 
 
 def _profile(path: Path, name: str, card: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> HeadProfile:
     if (strange := sorted(card.keys() - CARD_FIELDS)) or card["profiler"] != name:
         about = f"has {', '.join(strange)} besides" if strange else f"is of {card['profiler']}"
-        raise _damaged(path, f"the card of {name} {about}")
+        raise damaged(path, f"the card of {name} {about}")
     shape = (card["layers"], card["heads"])
     needed, start = (f"{name}/scores", f"{name}/stderr"), f"{name}/details/"
     details = {key: tensor for key, tensor in tensors.items() if key.startswith(start)}
     for key in needed:
         if key not in tensors:
-            raise _damaged(path, f"it has no {key}")
+            raise damaged(path, f"it has no {key}")
     if strange := sorted({key for key in tensors if key.startswith(f"{name}/")} - details.keys() - {*needed}):
-        raise _damaged(path, f"it holds {', '.join(strange)}, which is nothing of a profile")
+        raise damaged(path, f"it holds {', '.join(strange)}, which is nothing of a profile")
     scores, stderr = (tensors[key] for key in needed)
     unknown = card["pictures"] == 1  # one picture has no standard error
     if wrong := _wrong(scores, shape):
-        raise _damaged(path, f"{needed[0]} {wrong}")
+        raise damaged(path, f"{needed[0]} {wrong}")
     if wrong := _wrong(stderr.nan_to_num() if unknown and stderr.is_floating_point() else stderr, shape):
-        raise _damaged(path, f"{needed[1]} {wrong}")
+        raise damaged(path, f"{needed[1]} {wrong}")
     if bool((stderr < 0).any()):
-        raise _damaged(path, f"{needed[1]} holds numbers below 0")
+        raise damaged(path, f"{needed[1]} holds numbers below 0")
     for key, tensor in details.items():
         if not tensor.is_floating_point() or bool(tensor.isinf().any()):
-            raise _damaged(path, f"{key} holds other values than numbers")
+            raise damaged(path, f"{key} holds other values than numbers")
     return HeadProfile(
         scores=scores,
         stderr=stderr,
@@ -314,7 +337,8 @@ def _wrong(tensor: Tensor, shape: tuple[int, ...]) -> str | None:
     return None if bool(tensor.isfinite().all()) else "holds values that are no numbers"
 
 
-def _damaged(path: Path, why: str) -> DataError:
+def damaged(path: Path, why: str) -> DataError:
+    """Makes the error of a file that holds something else than it should."""
     return DataError(f"{path} is damaged: {why}", "measure the profile again")
 
 

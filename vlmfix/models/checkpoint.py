@@ -40,6 +40,8 @@ from vlmfix.upstream.wrappers import device_of
 
 HEADS = "heads.safetensors"
 """File in a model's folder that profiles of its heads are looked for in; it holds no weights."""
+DIRECTIONS = "directions.safetensors"
+"""The same for directions in its streams and its KV cache."""
 
 GROWN = 4
 """How many times its own pixels make a picture one that grows: a photograph padded to a square is none."""

@@ -9,7 +9,7 @@ import json
 import logging
 import os
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
@@ -22,6 +22,9 @@ from vlmfix.parsing import is_text, some, told
 Kind = Literal["instances", "captions"]
 Progress = Callable[[int, int], None]
 """Told the bytes read and the bytes of the file, while a file is read for the first time."""
+
+Outlines = Sequence[Any]
+"""Outlines of a picture's objects: of each its polygons, a list of lists, or its runs, an object."""
 
 FORMAT = 1
 """Of the index; raised when an older index must not be used."""
@@ -145,6 +148,40 @@ def read_annotations(
         for kind, found in by_kind.items()
     }
     return Annotations(pictures, sources)
+
+
+def read_outlines(instances: Path | Sequence[Path], wanted: Collection[int]) -> dict[int, Outlines]:
+    """The outlines of the objects of some pictures; the files are read whole, one entry after the other.
+
+    Args:
+        instances: One instances file, or several, which ``read_annotations`` has read.
+        wanted: Image ids.
+
+    Returns:
+        By image id, in the order of the annotations; pictures without objects are left out.
+
+    Raises:
+        DataError: A file cannot be read, or an annotation has no segmentation.
+    """
+    need("eval")
+    import ijson
+
+    found: dict[int, list[Any]] = {}
+    for path in [instances] if isinstance(instances, Path) else instances:
+        try:
+            with path.open("rb") as file:
+                for entry in ijson.items(file, "annotations.item", buf_size=BLOCK, use_float=True):
+                    number, outline = entry.get("image_id"), entry.get("segmentation")
+                    if number not in wanted:
+                        continue
+                    if not isinstance(outline, list | dict) or not outline:
+                        raise _bad(path, f"an annotation of image {number} has no segmentation")
+                    found.setdefault(number, []).append(outline)
+        except OSError as error:
+            raise DataError(f"cannot read {path}: {error.strerror or error}", "give COCO's instances file") from error
+        except (ijson.JSONError, UnicodeDecodeError) as error:
+            raise _bad(path, "it is not JSON") from error
+    return dict(found)
 
 
 def read_index(path: Path, kind: Kind, *, progress: Progress | None = None) -> Index:
