@@ -22,7 +22,7 @@ def completed(*words):
     ("words", "found"),
     [
         (["dec"], ["decoders"]),
-        (["run", "in", "--decoder", "v"], ["var", "vcd", "vicrop", "vhr", "vaf", "vista"]),
+        (["run", "in", "--decoder", "v"], ["var", "vcd", "vicrop", "vhr", "vaf", "vista", "vti"]),
         (["run", "in", "--decoder", "beam+lo"], ["beam+locore"]),
         (["run", "in", "--decoder", "beam+vcd:con"], ["beam+vcd:contrast="]),
         (

@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+import atexit
 import functools
+import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
+from tempfile import mkdtemp
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from tests.heads.made import made_directions
 from tests.tiny import TINY, tiny_vlm
 from vlmfix.attention import edit as edits
 from vlmfix.attention.edit import OutputEdit, Site
 from vlmfix.decoders import Decoder, DecodingPlan, Greedy, Strategy, parse
 from vlmfix.generation import VLM
-from vlmfix.models.checkpoint import Checkpoint
+from vlmfix.heads.directions.kept import save_directions
+from vlmfix.models.checkpoint import DIRECTIONS, Checkpoint
 from vlmfix.models.layout import Batch, ImageLayout
 from vlmfix.testing import PICTURES as PICTURES
 from vlmfix.testing import PROMPTS as PROMPTS
@@ -88,6 +94,7 @@ NEUTRAL: dict[str, str | Decoder] = {
     "amplify": "amplify:heads=L0H2/L1H6,by=1",
     "only": "only:contrast=0,complement=0,plausibility=0",
     "memvr": "memvr:ratio=0",
+    "vti": "vti:text=0,image=0",
     "head-gains": HeadGains(gain=1.0),
 }
 """Parameters under which a method does nothing."""
@@ -128,6 +135,7 @@ STRONG: dict[str, str | Decoder] = {
     "amplify": "amplify:heads=L0H2/L1H0/L1H6/L2H5,by=3,identity=0.6",
     "only": "only:agreement=0.7,contrast=1.5,plausibility=0",
     "memvr": "memvr:ratio=0.7,threshold=0.5,layers=0:2",
+    "vti": "vti:text=6,image=6",
     "chain-attention": f"zerotuning:gain=0,heads=1/2+{_ACT},kept_fraction=0.2+spin:preset=official-code,kept_share=0.5",
     "head-gains": HeadGains(),
     "chain": f"{_VAR},moved_fraction=1+{_GIFT}+locore:strength=2+vcd:plausibility=0+inter:variance=0,plausibility=0",
@@ -137,7 +145,7 @@ STRONG: dict[str, str | Decoder] = {
 
 EVERY_ROW = (
     *("vhr", "ph3", "chain-heads", "zerotuning", "act", "sid"),
-    *("chain-attention", "vista", "vista-layer", "revisit", "amplify", "memvr"),
+    *("chain-attention", "vista", "vista-layer", "revisit", "amplify", "memvr", "vti"),
 )
 """Methods that change or read every row of a prompt, the picture's too, so that prompts cannot share them."""
 
@@ -147,10 +155,33 @@ def method_of(spec: str | Decoder) -> Decoder:
     return parse(spec) if isinstance(spec, str) else spec
 
 
+_FOLDERS = Path(mkdtemp())
+atexit.register(shutil.rmtree, _FOLDERS, ignore_errors=True)
+
+
+@dataclass(frozen=True, eq=False)
+class Tiny(VLM):
+    """A tiny model in whose folder lie directions that a test makes up, for the methods that read some."""
+
+    seed: int = 0
+
+    @property
+    def folder(self) -> Path:
+        return _folder(self.name, self.seed)
+
+
+@functools.cache
+def _folder(family: str, seed: int) -> Path:
+    folder = _FOLDERS / f"{family}-{seed}"
+    folder.mkdir()
+    save_directions(made_directions(tiny_vlm(family, seed=seed)), folder / DIRECTIONS)
+    return folder
+
+
 def vlm_of(family: str, seed: int = 0) -> VLM:
     """The tiny model of a family, with random weights of a seed, as a model that answers."""
     tiny = tiny_vlm(family, seed=seed)
-    return VLM(model=tiny.model, processor=tiny.processor, family=tiny.family, name=family)
+    return Tiny(model=tiny.model, processor=tiny.processor, family=tiny.family, name=family, seed=seed)
 
 
 def batch_of(vlm: VLM, rows: Sequence[int] = (0, 1)) -> Batch:
@@ -231,6 +262,11 @@ def few(table: Mapping[str, str | Decoder]) -> list[str]:
     return chosen
 
 
+def parts_beside(plan: DecodingPlan) -> set[str]:
+    """What a plan has beside edits of the text decoder, branches and a choice."""
+    return ({"gate"} if plan.gate else set()) | ({"tower"} if plan.tower else set())
+
+
 @functools.cache
 def parts_of(method: Decoder) -> frozenset[str]:
     """What a method consists of: the kinds of its edits and branches, the rows that it edits, gate and choice.
@@ -247,7 +283,7 @@ def parts_of(method: Decoder) -> frozenset[str]:
     branches = [branch for contrast in plan.contrasts for branch in contrast.branches]
     asked = {f"pictures: {'pixel_values' in branch.batch}, clean: {branch.same_pictures}" for branch in branches}
     chosen = set(asdict(method.strategy or Strategy()).items()) - set(asdict(Strategy()).items())
-    return frozenset(kinds | rows | asked | {name for name, _ in chosen} | ({"gate"} if plan.gate else set()))
+    return frozenset(kinds | rows | asked | {name for name, _ in chosen} | parts_beside(plan))
 
 
 def plain(vlm: VLM, batch: Mapping[str, Tensor], **options: Any) -> Tensor:

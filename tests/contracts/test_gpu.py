@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -18,8 +19,7 @@ pytestmark = pytest.mark.gpu
 
 def on_gpu(family: str, dtype: torch.dtype, seed: int = 0) -> VLM:
     tiny = vlm_of(family, seed)
-    model = copy.deepcopy(tiny.model).to("cuda", dtype)
-    return VLM(model=model, processor=tiny.processor, family=tiny.family, name=family)
+    return replace(tiny, model=copy.deepcopy(tiny.model).to("cuda", dtype))
 
 
 @pytest.mark.parametrize("family", ["llava", "qwen2_5_vl", "internvl"])

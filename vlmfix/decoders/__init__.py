@@ -46,6 +46,7 @@ if TYPE_CHECKING:
     from vlmfix.decoders.states.kvsmooth import KVSmooth
     from vlmfix.decoders.states.memvr import MemVR
     from vlmfix.decoders.states.vista import VISTA
+    from vlmfix.decoders.states.vti import VTI
     from vlmfix.decoding.plan import DecodingPlan
     from vlmfix.decoding.strategy import Strategy
 else:
@@ -110,6 +111,7 @@ __all__ = [
     "VCD",
     "VHR",
     "VISTA",
+    "VTI",
     "Amplify",
     "AvisC",
     "Beam",

@@ -56,6 +56,7 @@ HOMES = {
     "acg": "vlmfix.decoders.attention.acg:ACG",
     "kvsmooth": "vlmfix.decoders.states.kvsmooth:KVSmooth",
     "vista": "vlmfix.decoders.states.vista:VISTA",
+    "vti": "vlmfix.decoders.states.vti:VTI",
     "opera": "vlmfix.decoders.choice.opera:OPERA",
     "revisit": "vlmfix.decoders.logits.revisit:ReVisiT",
     "amplify": "vlmfix.decoders.attention.amplify:Amplify",
