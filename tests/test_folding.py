@@ -20,15 +20,21 @@ PICTURE = Image.radial_gradient("L").convert("RGB")
 QUESTION = "Describe this picture."
 
 
-@pytest.mark.parametrize("model", ["tiny", "tiny-qwen"])
-def test_transformers_alone_gives_the_decoders_tokens(model, tmp_path, vlmfix):
+@pytest.mark.parametrize(
+    ("model", "folded", "told"),
+    [
+        ("tiny", f"{HEADS}+nullu:rank=8,layers=1:3", "L0H2 x 0, L1H0 x 0, L2H5 x 0, 8 directions out of L1, 8 "),
+        ("tiny-qwen", "nullu:rank=8,layers=all", "8 directions out of L0, 8 directions out of L1"),
+    ],
+)
+def test_transformers_alone_gives_the_decoders_tokens(model, folded, told, tmp_path, vlmfix):
     out = tmp_path / "new" / "folded"
-    code, said, _ = vlmfix("export", model, "--decoder", HEADS, "--out", out)
+    code, said, _ = vlmfix("export", model, "--decoder", folded, "--out", out)
     assert code == 0
-    assert "L0H2 x 0, L1H0 x 0, L2H5 x 0" in said
+    assert told in said
     vlm = load(model, device="cpu", dtype="float32")
     expected, plain = (
-        vlm.generate([PICTURE], QUESTION, decoder=decoder, max_new_tokens=16)[0].ids for decoder in (HEADS, "greedy")
+        vlm.generate([PICTURE], QUESTION, decoder=decoder, max_new_tokens=16)[0].ids for decoder in (folded, "greedy")
     )
     assert expected != plain
     alone, processor = (kind.from_pretrained(out) for kind in (AutoModelForImageTextToText, AutoProcessor))
@@ -40,11 +46,12 @@ def test_transformers_alone_gives_the_decoders_tokens(model, tmp_path, vlmfix):
     again = load(str(out), device="cpu", dtype="float32")
     assert again.generate([PICTURE], QUESTION, max_new_tokens=16)[0].ids == expected
     card = json.loads((out / "vlmfix.json").read_text())
-    assert card["folded"].startswith(HEADS.replace("ph3:", "ph3:group=memory,share=0.05,"))
-    assert card["head_factors"]["0"][2] == 0
+    assert card["folded"] == parse(folded).spec()
+    assert card["mlp_directions_removed"]["1"] == 8
+    assert (model == "tiny") == (card["head_factors"].get("0", [1, 1, 1])[2] == 0)
     assert card["model"]["id"] == model
-    code, _, told = vlmfix("export", model, "--decoder", HEADS, "--out", out)
-    assert (code, f"{out} is there already" in told) == (2, True)
+    code, _, said = vlmfix("export", model, "--decoder", folded, "--out", out)
+    assert (code, f"{out} is there already" in said) == (2, True)
     assert [path.name for path in out.parent.iterdir()] == ["folded"]
 
 

@@ -20,7 +20,7 @@ from vlmfix.errors import DataError, UsageError
 from vlmfix.files import cannot_write
 from vlmfix.generation import VLM
 from vlmfix.records import replace_json
-from vlmfix.upstream.attention import output_projection
+from vlmfix.upstream.attention import down_projection, output_projection
 
 CARD = "vlmfix.json"
 """File in the checkpoint's folder that says what was folded into it."""
@@ -36,11 +36,13 @@ class Folded:
     Attributes:
         out: The checkpoint's folder.
         heads: (layer, head, factor) of each head whose output is multiplied.
+        removed: Layer number -> how many directions its MLP's output has lost.
         answers: How many answers of the folded model were compared with the decoder's.
     """
 
     out: Path
     heads: Sequence[tuple[int, int, float]]
+    removed: Mapping[int, int]
     answers: int
 
 
@@ -56,28 +58,31 @@ def export(vlm: VLM, decoder: Decoder, out: Path) -> Folded:
         out: Folder of the checkpoint; it must not be there, or be empty.
 
     Raises:
-        IncompatibleDecodersError: The decoder does something else than to multiply outputs of heads by constants.
+        IncompatibleDecodersError: The decoder does something else than to multiply outputs of heads by constants, or
+            to take directions out of outputs of MLPs.
         UsageError: The folder holds something, or the model's weights are quantized.
         DataError: The folded model answers otherwise than the decoder, or the disk refuses.
-        UpstreamError: The model's attention has no output projection under a known name.
+        UpstreamError: The model's attention has no output projection, or its MLP none, under a known name.
     """
-    gains = decoder.folded(vlm)
+    gains, removed = decoder.folded(vlm), decoder.removed(vlm)
     if os.path.exists(out) and (not os.path.isdir(out) or any(out.iterdir())):
         raise UsageError(f"{out} is there already", "name a new folder; nothing is overwritten")
     if getattr(vlm.model.config, "quantization_config", None) is not None:
         raise UsageError(
             f"the weights of {vlm.name} are quantized, and cannot be multiplied exactly", "load them whole"
         )
-    card = _card(vlm, decoder, gains)
+    counts = {layer: sum(len(vectors) for vectors in parts) for layer, parts in removed.items()}
+    card = _card(vlm, decoder, gains, counts)
     expected = _answers(vlm, decoder)
     fold(vlm, gains)
+    remove(vlm, removed)
     if _answers(vlm, "greedy") != expected:
         raise DataError(
             f"with {decoder.name} folded in, {vlm.name} gives other tokens", "report this as a fault of vlmfix"
         )
     _write(vlm, card, out)
     heads = [(layer, head, gain) for layer, row in gains.items() for head, gain in enumerate(row.tolist()) if gain != 1]
-    return Folded(out, heads, len(expected))
+    return Folded(out, heads, counts, len(expected))
 
 
 @torch.no_grad()
@@ -95,6 +100,24 @@ def fold(vlm: VLM, gains: Mapping[int, Tensor]) -> None:
         weight.mul_(gain.to(weight).repeat_interleave(width))
 
 
+@torch.no_grad()
+def remove(vlm: VLM, directions: Mapping[int, Sequence[Tensor]]) -> None:
+    """Takes directions, in place, out of what MLPs write onto the residual stream.
+
+    Args:
+        vlm: The model.
+        directions: Layer number -> (k, hidden size) of orthogonal unit vectors, one tensor after the other.
+    """
+    layers = vlm.family.layers(vlm.model)
+    for layer, parts in directions.items():
+        module = down_projection(layers[layer])
+        for weight in (module.weight, *(() if module.bias is None else (module.bias,))):  # (hidden size, ...)
+            exact = weight.double()
+            for vectors in (part.to(exact) for part in parts):
+                exact = exact - vectors.T @ (vectors @ exact)
+            weight.copy_(exact)
+
+
 def _answers(vlm: VLM, decoder: Decoder | str) -> list[tuple[int, ...]]:
     dice = torch.Generator().manual_seed(0)
     noise = torch.randint(0, 256, (48, 64, 3), generator=dice, dtype=torch.uint8).numpy()
@@ -104,14 +127,15 @@ def _answers(vlm: VLM, decoder: Decoder | str) -> list[tuple[int, ...]]:
     return [answer.ids for answer in answers]
 
 
-def _card(vlm: VLM, decoder: Decoder, gains: Mapping[int, Tensor]) -> dict[str, Any]:
+def _card(vlm: VLM, decoder: Decoder, gains: Mapping[int, Tensor], removed: Mapping[int, int]) -> dict[str, Any]:
     weights = None if vlm.folder is None else weights_digest(str(vlm.folder), None)
     return {
         "folded": decoder.spec(),
         "facts": decoder.facts(vlm),
         "model": {"id": vlm.name, "commit": vlm.revision, "weights": weights},
         "head_factors": {str(layer): gain.tolist() for layer, gain in gains.items()},
-        "without_picture": "a question without a picture gets these factors too; the decoder leaves such rows alone",
+        "mlp_directions_removed": {str(layer): count for layer, count in removed.items()},
+        "without_picture": "a question without a picture is changed too; the decoder leaves such rows alone",
         "versions": versions(),
     }
 

@@ -95,6 +95,7 @@ NEUTRAL: dict[str, str | Decoder] = {
     "only": "only:contrast=0,complement=0,plausibility=0",
     "memvr": "memvr:ratio=0",
     "vti": "vti:text=0,image=0",
+    "nullu": "nullu:rank=0",
     "head-gains": HeadGains(gain=1.0),
 }
 """Parameters under which a method does nothing."""
@@ -136,6 +137,7 @@ STRONG: dict[str, str | Decoder] = {
     "only": "only:agreement=0.7,contrast=1.5,plausibility=0",
     "memvr": "memvr:ratio=0.7,threshold=0.5,layers=0:2",
     "vti": "vti:text=6,image=6",
+    "nullu": "nullu:rank=5,layers=all",
     "chain-attention": f"zerotuning:gain=0,heads=1/2+{_ACT},kept_fraction=0.2+spin:preset=official-code,kept_share=0.5",
     "head-gains": HeadGains(),
     "chain": f"{_VAR},moved_fraction=1+{_GIFT}+locore:strength=2+vcd:plausibility=0+inter:variance=0,plausibility=0",
@@ -145,7 +147,7 @@ STRONG: dict[str, str | Decoder] = {
 
 EVERY_ROW = (
     *("vhr", "ph3", "chain-heads", "zerotuning", "act", "sid"),
-    *("chain-attention", "vista", "vista-layer", "revisit", "amplify", "memvr", "vti"),
+    *("chain-attention", "vista", "vista-layer", "revisit", "amplify", "memvr", "vti", "nullu"),
 )
 """Methods that change or read every row of a prompt, the picture's too, so that prompts cannot share them."""
 

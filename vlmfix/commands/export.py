@@ -24,8 +24,9 @@ from vlmfix.commands import options
 def export(*, model: str, spec: str, out: Path, dtype: str) -> None:
     """Fold a decoder into the weights of MODEL, and write a checkpoint that any program loads without vlmfix.
 
-    That is possible where a decoder multiplies outputs of heads by constants, as ph3 does; others are refused with the
-    reason. The new checkpoint's answers are compared with the decoder's, token by token, before it is written.
+    That is possible where a decoder multiplies outputs of heads by constants, as ph3 does, or takes directions out of
+    outputs of MLPs, as nullu does; others are refused with the reason. The new checkpoint's answers are compared with
+    the decoder's, token by token, before it is written.
     """
     options.quieten()
     from vlmfix.decoders import parse
@@ -35,6 +36,7 @@ def export(*, model: str, spec: str, out: Path, dtype: str) -> None:
 
     decoder = parse(spec)  # what is wrong with it is said before the model is loaded
     done = folded(loading(model, device="cpu", dtype=dtype), decoder, out)
-    heads = ", ".join(f"L{layer}H{head} x {factor:g}" for layer, head, factor in done.heads)
-    options.say(f"{decoder.spec()} is folded into {out}: {heads}")
+    parts = [f"L{layer}H{head} x {factor:g}" for layer, head, factor in done.heads]
+    parts += [f"{count} directions out of L{layer}" for layer, count in done.removed.items()]
+    options.say(f"{decoder.spec()} is folded into {out}: {', '.join(parts)}")
     options.say(f"{done.answers} answers are those of the decoder, token for token; {out / CARD} says what was folded")

@@ -45,6 +45,7 @@ if TYPE_CHECKING:
     from vlmfix.decoders.spec import describe
     from vlmfix.decoders.states.kvsmooth import KVSmooth
     from vlmfix.decoders.states.memvr import MemVR
+    from vlmfix.decoders.states.nullu import Nullu
     from vlmfix.decoders.states.vista import VISTA
     from vlmfix.decoders.states.vti import VTI
     from vlmfix.decoding.plan import DecodingPlan
@@ -127,6 +128,7 @@ __all__ = [
     "LocoRE",
     "MemVR",
     "MoD",
+    "Nullu",
     "Parameter",
     "ReVisiT",
     "Sample",

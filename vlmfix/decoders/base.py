@@ -156,6 +156,17 @@ class Decoder(ABC):
             "fold ph3 or amplify, which act on the same heads everywhere",
         )
 
+    def removed(self, vlm: Checkpoint) -> dict[int, tuple[Tensor, ...]]:
+        """Returns the directions that outputs of MLPs lose, which ``vlmfix export`` folds beside the factors of heads.
+
+        Args:
+            vlm: The model, on which ``folded`` says that the method can be folded.
+
+        Returns:
+            Layer number -> (k, hidden size) of orthogonal unit vectors, one tensor after the other; none by default.
+        """
+        return {}
+
     @property
     def waiting(self) -> int:
         """Returns how many rows per sample wait until a step wants them, and are held apart until then."""
@@ -405,6 +416,14 @@ class Chain(Decoder):
         for decoder in self.decoders:
             for layer, gain in decoder.folded(vlm).items():
                 found[layer] = found[layer] * gain if layer in found else gain
+        return found
+
+    def removed(self, vlm: Checkpoint) -> dict[int, tuple[Tensor, ...]]:
+        """Returns the parts' directions, one part after the other."""
+        found: dict[int, tuple[Tensor, ...]] = {}
+        for decoder in self.decoders:
+            for layer, vectors in decoder.removed(vlm).items():
+                found[layer] = (*found.get(layer, ()), *vectors)
         return found
 
     def plugins(self) -> dict[str, str]:

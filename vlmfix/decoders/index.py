@@ -57,6 +57,7 @@ HOMES = {
     "kvsmooth": "vlmfix.decoders.states.kvsmooth:KVSmooth",
     "vista": "vlmfix.decoders.states.vista:VISTA",
     "vti": "vlmfix.decoders.states.vti:VTI",
+    "nullu": "vlmfix.decoders.states.nullu:Nullu",
     "opera": "vlmfix.decoders.choice.opera:OPERA",
     "revisit": "vlmfix.decoders.logits.revisit:ReVisiT",
     "amplify": "vlmfix.decoders.attention.amplify:Amplify",

@@ -114,6 +114,18 @@ def output_projection(module: nn.Module) -> nn.Linear:
     return found
 
 
+def down_projection(layer: nn.Module) -> nn.Linear:
+    """The last weights of a decoder layer's MLP, which write onto the residual stream.
+
+    Raises:
+        UpstreamError: The layer has none under a known name.
+    """
+    found = getattr(getattr(layer, "mlp", None), "down_proj", None)
+    if not isinstance(found, nn.Linear):
+        raise missing(f"the MLP of {type(layer).__name__} has no down_proj")
+    return found
+
+
 def window(module: nn.Module) -> int | None:
     """Number of keys that an attention module looks back, itself included; None without a limit.
 
