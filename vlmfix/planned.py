@@ -15,6 +15,7 @@ from vlmfix.attention.edit import (
     CacheEdit,
     LayerSet,
     OutputEdit,
+    PromptCacheEdit,
     PromptReading,
     ResidualEdit,
     ScoreEdit,
@@ -42,6 +43,7 @@ ACTS_ON: tuple[tuple[type[AttentionEdit], str], ...] = (
     (SplitEdit, "head outputs, by the part that some keys have in them"),
     (OutputEdit, "head outputs"),
     (CacheEdit, "the KV cache, of generated tokens"),
+    (PromptCacheEdit, "the KV cache, of the prompt"),
     (ResidualEdit, "the residual stream"),
     (PromptReading, "nothing"),
 )
@@ -176,7 +178,7 @@ def _edit(vlm: VLM, edit: AttentionEdit) -> dict[str, Any]:
         "acts_on": next(words for kind, words in ACTS_ON if isinstance(edit, kind)),
         "reads": isinstance(edit, PromptReading),
         "layers": _numbers(vlm, edit.layers),
-        "rows": edit.rows,
+        "rows": "cached" if isinstance(edit, PromptCacheEdit) else edit.rows,
     }
 
 

@@ -96,6 +96,7 @@ NEUTRAL: dict[str, str | Decoder] = {
     "memvr": "memvr:ratio=0",
     "vti": "vti:text=0,image=0",
     "nullu": "nullu:rank=0",
+    "pti": "pti:keys=0,values=0",
     "head-gains": HeadGains(gain=1.0),
 }
 """Parameters under which a method does nothing."""
@@ -138,6 +139,7 @@ STRONG: dict[str, str | Decoder] = {
     "memvr": "memvr:ratio=0.7,threshold=0.5,layers=0:2",
     "vti": "vti:text=6,image=6",
     "nullu": "nullu:rank=5,layers=all",
+    "pti": "pti:keys=2,values=3",
     "chain-attention": f"zerotuning:gain=0,heads=1/2+{_ACT},kept_fraction=0.2+spin:preset=official-code,kept_share=0.5",
     "head-gains": HeadGains(),
     "chain": f"{_VAR},moved_fraction=1+{_GIFT}+locore:strength=2+vcd:plausibility=0+inter:variance=0,plausibility=0",

@@ -1,4 +1,4 @@
-"""The profiles beside the embedded models: of these weights, and what the decoders that read profiles ask for."""
+"""The profiles and directions beside the embedded models: of these weights, and what decoders that read them ask."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ import pytest
 import vlmfix
 from tests.embedded import TINY
 from vlmfix.decoders import parse
+from vlmfix.heads.directions.kept import load_directions
 from vlmfix.heads.profile import load_profiles
-from vlmfix.models.checkpoint import HEADS
+from vlmfix.models.checkpoint import DIRECTIONS, HEADS
 
 PROFILERS = ["vhd", "image-mass", "ablation", "patching"]
 
@@ -29,3 +30,16 @@ def test_a_model_comes_with_profiles_of_its_own_heads(name):
     for spec in ("ph3", "ph3:group=context", "adhh"):
         assert parse(spec).check(vlm) is None
     assert parse("ph3").chosen(vlm) == found["patching"].top(3)
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_a_model_comes_with_directions_of_its_own(name):
+    path = TINY[name] / DIRECTIONS
+    assert path.stat().st_size < 1_500_000  # of the tower, each of 257 places has its own
+    found, vlm = load_directions(path), vlmfix.load(name, device="cpu")
+    assert {method: part.card.pictures for method, part in found.items()} == {"vti": 70, "nullu": 200, "pti": 100}
+    for part in found.values():
+        part.check(vlm)
+        assert part.card.model == name
+    for spec in ("vti", "vti:preset=official-code", "nullu:preset=official-code", "pti", "pti:preset=official-code"):
+        assert parse(spec).check(vlm) is None

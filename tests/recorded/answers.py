@@ -50,6 +50,7 @@ MORE: dict[str, str] = {
     "amplify-blend": "amplify:heads=L0H2/L1H0/L1H6/L2H5,by=3,identity=0.6",
     "vti-strong": "vti:text=3,image=3",
     "nullu-strong": "nullu:rank=8,layers=all",
+    "pti-strong": "pti:keys=1,values=3",
     "imbalance": "imbalance:significance=received,alpha=1,beta=0.8,local_share=0.5,layers=all",
     "sgrs-greedy": "sgrs:draw=greedy,scope=generated",
     "carve-chain": "carve+vcd",

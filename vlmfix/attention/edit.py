@@ -1,4 +1,4 @@
-"""Declares the six kinds of edit, readings of the prompt, and the site at which they are applied.
+"""Declares the seven kinds of edit, readings of the prompt, and the site at which they are applied.
 
 Shape letters (``docs/notation.md``): B rows, H query heads, G key/value heads, Q queries, K keys, D head dimension,
 L layers, T prompt tokens, R edited query rows.
@@ -339,7 +339,7 @@ class OutputEdit(AttentionEdit, ABC):
 
 
 class Column(NamedTuple):
-    """Holds what one layer's KV cache has of one token.
+    """Holds what one layer's KV cache has of one token, or of some tokens one after the other.
 
     Attributes:
         keys: (B, G, 1, D), after rotary embedding.
@@ -376,6 +376,29 @@ class CacheEdit(AttentionEdit, ABC):
         """
 
 
+class PromptCacheEdit(AttentionEdit, ABC):
+    """Changes, once, what is kept of the prompt in the KV cache.
+
+    The prompt's own rows see keys and values as the model made them, and generated tokens see what is kept. Contrast
+    rows keep theirs; decoding steps skip the edit.
+
+    Attributes:
+        predicts: Whether the prompt's last row, which predicts the first token, sees what is kept, too.
+    """
+
+    predicts: bool
+    rows: ClassVar[Rows] = "none"
+
+    @abstractmethod
+    def kept(self, site: Site, columns: Column) -> Column:
+        """Returns what is kept of the prompt's columns, (B, G, T, D) each, in any precision.
+
+        Args:
+            site: Where it acts, in prefill.
+            columns: What the model made of the prompt's tokens, or what an earlier such edit kept of them.
+        """
+
+
 class ResidualEdit(AttentionEdit, ABC):
     """Rewrites the residual stream that leaves a layer, or what the layer's MLP adds to it; stays on SDPA.
 
@@ -391,7 +414,7 @@ class ResidualEdit(AttentionEdit, ABC):
         """Returns the new values of ``stream`` (B, Q, hidden size), in any precision."""
 
 
-UNWEIGHTED = (OutputEdit, CacheEdit, ResidualEdit)
+UNWEIGHTED = (OutputEdit, CacheEdit, PromptCacheEdit, ResidualEdit)
 """Kinds of edit that leave scores and weights as they are."""
 
 

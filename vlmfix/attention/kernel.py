@@ -27,6 +27,7 @@ from vlmfix.attention.edit import (
     OutputEdit,
     PartEdit,
     ProductBias,
+    PromptCacheEdit,
     ResidualEdit,
     ScoreEdit,
     Site,
@@ -143,7 +144,7 @@ def _prefill(plan: LayerPlan, call: Call) -> Tensor:
             f"a pass over {length} tokens of a prompt of {plan.prompt}",
             "attention edits need the prompt in one piece: no chunked prefill",
         )
-    if plan.stores and length > plan.prompt:
+    if (plan.stores or plan.rewrites) and length > plan.prompt:
         return _one_by_one(plan, call, length)
     rows = plan.rows
     if length > plan.prompt:  # a pass without a cache: rows past the prompt are decode rows, all edited
@@ -155,18 +156,60 @@ def _prefill(plan: LayerPlan, call: Call) -> Tensor:
     some = rows[None], every[1] if products or whole else _allowed(call, own, length)
     sites = [_site(plan, step, call, length, *(every if step.edit.rows == "all" else some)) for step in plan.steps]
     plan.sites = sites if plan.steers else None
-    if rows.shape[0] == 0:
-        output = call.sdpa()
-    elif products:
-        output = _with_products(plan, sites, call, own)
-    elif whole:
-        output = _in_parts(plan, sites, call.sdpa(), whole, own)
+    kept = _rewritten(plan, sites, call, length) if plan.rewrites else None
+    if kept is not None and any(step.edit.predicts for step in plan.steps if isinstance(step.edit, PromptCacheEdit)):
+        if rows.shape[0] == 0:
+            last = kept.of(slice(-1, None), length).sdpa()
+            output = torch.cat([call.sdpa()[:, :-1], last], dim=1)
+        else:  # in this order, so that readings keep what they see of the prompt as it was
+            last = _attended(plan, sites, kept, own, some[1], length)[:, -1:]
+            output = torch.cat([_attended(plan, sites, call, own, some[1], length)[:, :-1], last], dim=1)
     else:
-        output = _weighted(plan, sites, call, call.sdpa(), own, some[1])
+        output = _attended(plan, sites, call, own, some[1], length)
+    if kept is not None:
+        _keep_prompt(call, kept)
     for step, site in zip(plan.steps, sites, strict=True):
         if isinstance(step.edit, CacheEdit):
             step.edit.begin(site)
     return _outputs(plan, sites, output, own)
+
+
+def _attended(plan: LayerPlan, sites: list[Site], call: Call, own: Tensor, allowed: Tensor, length: int) -> Tensor:
+    """Computes the prompt's attention with all edits of scores and weights, (B, Q, H, D)."""
+    if own.shape[0] == 0:
+        return call.sdpa()
+    if plan.products and length == plan.prompt:
+        return _with_products(plan, sites, call, own)
+    if whole := _whole(plan, call, length):
+        return _in_parts(plan, sites, call.sdpa(), whole, own)
+    return _weighted(plan, sites, call, call.sdpa(), own, allowed)
+
+
+def _rewritten(plan: LayerPlan, sites: list[Site], call: Call, length: int) -> Call:
+    """Returns the call over what edits keep of the prompt's keys and values, which are copies."""
+    columns = Column(call.key[:, :, :length], call.value[:, :, :length])
+    for step, site in zip(plan.steps, sites, strict=True):
+        if isinstance(step.edit, PromptCacheEdit):
+            live = step.live[:, None, None, None]
+            new = step.edit.kept(site, columns)
+            columns = Column(
+                torch.where(live, new.keys.to(columns.keys.dtype), columns.keys),
+                torch.where(live, new.values.to(columns.values.dtype), columns.values),
+            )
+    rest = call.key.shape[2] - length  # the free room of a static cache
+    if rest:
+        columns = Column(
+            torch.cat([columns.keys, call.key[:, :, length:]], dim=2),
+            torch.cat([columns.values, call.value[:, :, length:]], dim=2),
+        )
+    return replace(call, key=columns.keys, value=columns.values)
+
+
+def _keep_prompt(call: Call, kept: Call) -> None:
+    """Writes what is kept of the prompt into the cache, whose own memory the keys and values are."""
+    _refuse_gradients(call)
+    call.key.copy_(kept.key)
+    call.value.copy_(kept.value)
 
 
 def _one_by_one(plan: LayerPlan, call: Call, length: int) -> Tensor:
@@ -292,12 +335,16 @@ def _kept(
 
 def _store(call: Call, queries: Tensor, column: Column) -> None:
     """Writes what is kept of the newest token into the cache, whose own memory the keys and values are."""
+    _refuse_gradients(call)
+    call.key.index_copy_(2, queries[0], column.keys)
+    call.value.index_copy_(2, queries[0], column.values)
+
+
+def _refuse_gradients(call: Call) -> None:
     if call.key.requires_grad or call.value.requires_grad:
         raise UnsupportedAttentionError(
             "gradients are wanted through a KV cache that is edited", "run the model under torch.no_grad()"
         )
-    call.key.index_copy_(2, queries[0], column.keys)
-    call.value.index_copy_(2, queries[0], column.values)
 
 
 def _newest(call: Call) -> tuple[Tensor, Tensor]:

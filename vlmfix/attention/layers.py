@@ -14,6 +14,7 @@ from vlmfix.attention.edit import (
     ColumnReading,
     PartEdit,
     ProductBias,
+    PromptCacheEdit,
     PromptReading,
     ResidualEdit,
     ScoreEdit,
@@ -63,6 +64,11 @@ class LayerPlan:
     def stores(self) -> bool:
         """Returns whether some edit changes what is kept in the KV cache."""
         return any(isinstance(step.edit, CacheEdit) for step in self.steps)
+
+    @property
+    def rewrites(self) -> bool:
+        """Returns whether some edit changes what is kept of the prompt in the KV cache."""
+        return any(isinstance(step.edit, PromptCacheEdit) for step in self.steps)
 
     @property
     def steers(self) -> bool:

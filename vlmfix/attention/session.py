@@ -103,6 +103,11 @@ class AtWork:
         """Returns whether some edit changes what is kept in the KV cache."""
         return any(plan.stores for plan in self.plans.values())
 
+    @property
+    def writes(self) -> bool:
+        """Returns whether some edit changes what is kept in the KV cache, of the prompt or of generated tokens."""
+        return any(plan.stores or plan.rewrites for plan in self.plans.values())
+
     def reorder(self, rows: Tensor) -> Tensor:
         """Lets what edits keep of each row's steps follow the rows of a cache, (B,) int64; returns these."""
         for plan in self.plans.values():
@@ -149,7 +154,7 @@ def _edited(vlm: Checkpoint, portions: Sequence[Portion]) -> Iterator[AtWork]:
             if getattr(owners[0], PLAN, None) is None:  # lifted, see ``bare``
                 return
             _refuse_continuation(decoder, kwargs)
-            if work.stores:
+            if work.writes:
                 _refuse_copies(decoder, kwargs)
 
     with switched([decoder, *modules], NAME):

@@ -46,6 +46,7 @@ if TYPE_CHECKING:
     from vlmfix.decoders.states.kvsmooth import KVSmooth
     from vlmfix.decoders.states.memvr import MemVR
     from vlmfix.decoders.states.nullu import Nullu
+    from vlmfix.decoders.states.pti import PTI
     from vlmfix.decoders.states.vista import VISTA
     from vlmfix.decoders.states.vti import VTI
     from vlmfix.decoding.plan import DecodingPlan
@@ -104,6 +105,7 @@ __all__ = [
     "OPERA",
     "PAI",
     "PH3",
+    "PTI",
     "SGRS",
     "SID",
     "SPIN",

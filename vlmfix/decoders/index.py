@@ -58,6 +58,7 @@ HOMES = {
     "vista": "vlmfix.decoders.states.vista:VISTA",
     "vti": "vlmfix.decoders.states.vti:VTI",
     "nullu": "vlmfix.decoders.states.nullu:Nullu",
+    "pti": "vlmfix.decoders.states.pti:PTI",
     "opera": "vlmfix.decoders.choice.opera:OPERA",
     "revisit": "vlmfix.decoders.logits.revisit:ReVisiT",
     "amplify": "vlmfix.decoders.attention.amplify:Amplify",

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from transformers import LogitsProcessor
 
-from vlmfix.attention.edit import AttentionEdit, CacheEdit, LayerSet
+from vlmfix.attention.edit import AttentionEdit, CacheEdit, LayerSet, PromptCacheEdit
 from vlmfix.attention.tower import TowerEdit
 from vlmfix.decoding.branches import Branch, Contrast
 from vlmfix.decoding.choice import Gated
@@ -121,6 +121,10 @@ class DecodingPlan:
             raise IncompatibleDecodersError(
                 "one decoder edits a prompt's tokens together, and another lets the last of them pass again alone",
                 "use one of them",
+            )
+        if asks is not None and any(isinstance(edit, PromptCacheEdit) for edit in edits):
+            raise IncompatibleDecodersError(
+                "one decoder edits the KV cache, and another asks for gradients through it", "use one of them"
             )
         if leader is not None and any(contrast.counts for contrast in contrasts):
             raise IncompatibleDecodersError(

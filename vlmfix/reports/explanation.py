@@ -23,6 +23,7 @@ ROWS = {
     "prompt": "all rows of the prompt, the picture's too, and every generated token",
     "all": "all rows of the prompt, the picture's too, and every generated token",
     "none": "generated tokens alone",
+    "cached": "none of their own: what the cache keeps of the prompt, for generated tokens",
 }
 """Rows that an edit acts on, in words."""
 PICTURES = {"same": "the same picture", "other": "another picture", "none": "no picture"}

@@ -157,8 +157,8 @@ def test_seeds_are_the_rows_own():
     assert SGRS(draw_seed=1).plan(vlm, batch, vlm.layout(batch)).gate.seeds != seeds
 
 
-WITH_GRADIENTS = {name: spec for name, spec in STRONG.items() if name not in ("kvsmooth", "memvr")}
-"""Methods through whose edits there is a gradient, and beside which a prompt's last token may pass alone."""
+WITH_GRADIENTS = {name: spec for name, spec in STRONG.items() if name not in ("kvsmooth", "memvr", "pti")}
+"""Methods through whose edits there is a gradient (none goes through what is kept of a cache), and beside which a prompt's last token may pass alone."""
 
 
 @pytest.mark.parametrize(
