@@ -49,6 +49,8 @@ PROFILES = {
     "amplify": '--profiler patching --prompt "Is there a chair in the image?"',
 }
 """Methods that read a profile of heads, and options of the command that makes it."""
+DIRECTED = ("vti", "nullu", "pti")
+"""Methods that read directions."""
 
 
 def kind(name: str) -> str:
@@ -100,13 +102,17 @@ def facts(info: DecoderInfo) -> str:
 def commands(info: DecoderInfo) -> str:
     """Writes commands to copy, with the model that comes with the package."""
     name = info.name
-    spec = f"{name}:profile=heads.safetensors" if name in PROFILES else name
+    read = {"heads": name in PROFILES, "directions": name in DIRECTED}
+    spec = next((f"{name}:profile={file}.safetensors" for file, reads in read.items() if reads), name)
     acts = "tiny" not in _reasons(name)  # the demonstration's model
     lines = [*([f"vlmfix demo --decoder {name}"] if acts else []), f"vlmfix explain {name}"]
     model = "llava-hf/llava-1.5-7b-hf"
     if name in PROFILES:
         made = f"vlmfix profile --model {model} --images DIR --out heads.safetensors"
         lines.append(f"{made} \\\n    {PROFILES[name]}")
+    if name in DIRECTED:
+        made = f"vlmfix profile --model {model} --images DIR --out directions.safetensors"
+        lines.append(f"{made} \\\n    --directions {name} --instances instances.json --captions captions.json")
     lines += [f"vlmfix run photos --out answers --model {model} --decoder {spec}"]
     first = next((one for one in info.parameters if one.search), None)
     if first and name != "sample":

@@ -357,6 +357,58 @@ def _vista() -> list[str]:
     return [*drawings, said("the last layer", CLEAN), said("late layers", late), said("scores", softmax(mean))]
 
 
+def _vti() -> list[str]:
+    drawings = []
+    for title, direction, stream in (
+        ("a patch, in the vision tower", (0.1, 1.3), (1.3, 0.4)),
+        ("a token, in the text decoder", (0.8, 0.15), (0.3, 1.4)),
+    ):
+        length, unit = math.hypot(*stream), math.hypot(*direction)
+        new = [x / length + 0.4 * d / unit for x, d in zip(stream, direction, strict=True)]
+        turned = (new[0] * length / math.hypot(*new), new[1] * length / math.hypot(*new))
+        vectors = (("the measured direction", direction), ("added", stream), ("turned", turned))
+        kinds = ("grey", "dark", "strong")
+        named = [(name, (0.0, 0.0), vector, kind) for (name, vector), kind in zip(vectors, kinds, strict=True)]
+        drawings.append(arrows(title, named))
+    return drawings
+
+
+def _nullu() -> list[str]:
+    direction, drawings, start = (0.96, 0.28), [], (0.6, 0.0)
+    for title, stream in (("mostly along the direction", (1.5, 0.9)), ("mostly across it", (0.5, 1.3))):
+        along = stream[0] * direction[0] + stream[1] * direction[1]
+        left = (stream[0] - along * direction[0], stream[1] - along * direction[1])
+        ends = [(start[0] + x, start[1] + y) for x, y in (direction, stream, left)]
+        named = [
+            ("the measured direction", start, ends[0], "grey"),
+            ("added", start, ends[1], "dark"),
+            ("", ends[1], ends[2], "dashed"),
+            ("what is left", start, ends[2], "strong"),
+        ]
+        drawings.append(arrows(title, named))
+    return drawings
+
+
+def _pti() -> list[str]:
+    drawings = []
+    for title, direction, column in (
+        ("a patch: towards objects", (0.8, 0.15), (0.3, 1.4)),
+        ("the prompt's end: towards their list", (0.3, 0.8), (0.9, -0.7)),
+    ):
+        length, unit = math.hypot(*column), math.hypot(*direction)
+        away = max(0.0, -(column[0] * direction[0] + column[1] * direction[1]) / length / unit)
+        new = [c / length + 0.6 * (1 + away) * d / unit for c, d in zip(column, direction, strict=True)]
+        turned = (new[0] * length / math.hypot(*new), new[1] * length / math.hypot(*new))
+        start = (0.0, 0.8 if column[1] < 0 else 0.0)
+        vectors = (("the measured direction", direction), ("its value", column), ("what is kept", turned))
+        named = [
+            (name, start, (start[0] + vector[0], start[1] + vector[1]), kind)
+            for (name, vector), kind in zip(vectors, ("grey", "dark", "strong"), strict=True)
+        ]
+        drawings.append(arrows(title, named))
+    return drawings
+
+
 def _spin() -> list[str]:
     quiet = {(layer, head) for layer in range(6) for head in ((3 * layer + 1) % 8, (5 * layer + 6) % 8)}
     return [
@@ -448,6 +500,9 @@ PICTURES: Mapping[str, Callable[[], list[str]]] = {
     "acg": _acg,
     "kvsmooth": _kvsmooth,
     "vista": _vista,
+    "vti": _vti,
+    "nullu": _nullu,
+    "pti": _pti,
     "opera": _opera,
     "revisit": _revisit,
     "amplify": _amplify,
