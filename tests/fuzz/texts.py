@@ -8,12 +8,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from tests.contracts.support import vlm_of
 from tests.embedded import TINY
 from tests.evals.benchmarks.test_coco import INSTANCES, TOLD
 from tests.evals.benchmarks.test_hallusion import items
 from tests.evals.tuning.test_tune import Fake
 from tests.evals.tuning.test_tune import go as tune
-from tests.heads.made import made_profile
+from tests.heads.made import made_directions, made_profile
 from tests.jobs.fake import FakeVLM
 from vlmfix import load
 from vlmfix.commands import profile as profile_command
@@ -22,6 +23,7 @@ from vlmfix.evals.benchmarks import amber, chair, clipscore, coco, hallusion, mm
 from vlmfix.evals.comparison.compare import compare
 from vlmfix.evals.record import read_run
 from vlmfix.evals.score import score
+from vlmfix.heads.directions.kept import load_directions, save_directions
 from vlmfix.heads.profile import load_profiles, save_profiles
 from vlmfix.jobs import folder as job
 from vlmfix.jobs.benchmark.job import check, evaluate
@@ -183,6 +185,17 @@ def read_profiles(folder):
     json.dumps({name: profile_command._json(part, 3) for name, part in found.items()}, allow_nan=False)
 
 
+def directions(folder):
+    vlm = vlm_of("llava")
+    found = {name: part for name, part in made_directions(vlm).items() if name != "vti"}
+    save_directions(found, folder / "directions.safetensors")
+
+
+def read_directions(folder):
+    found = load_directions(folder / "directions.safetensors")
+    profile_command._show_directions(found)
+
+
 def model(folder):
     for file in TINY["tiny"].iterdir():
         if file.suffix == ".json" or file.suffix == ".jinja":
@@ -276,6 +289,7 @@ FORMATS = {
         Format("synonyms", synonyms, read_synonyms, ("synonyms.txt",)),
         Format("recipe", recipe, read_decoder, ("recipe.toml",), suite=120),
         Format("head profiles", profiles, read_profiles, ("heads.safetensors",)),
+        Format("directions", directions, read_directions, ("directions.safetensors",)),
         Format("model", model, read_model, (*MODEL, "chat_template.jinja"), suite=12),
         Format("run", answers, ask, RUN, writes=True, suite=100),
         Format("run, again", answers, reproduce, RUN),
