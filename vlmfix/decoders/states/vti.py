@@ -170,7 +170,7 @@ class TowerSteered(TowerEdit):
         Raises:
             DataError: A view has another number of places than those that directions were measured on.
         """
-        direction = self._directions[layer]
+        direction = self._directions[layer].to(stream.device)
         if len(direction) not in (1, stream.shape[-2]):
             raise DataError(
                 f"the vision tower sees {stream.shape[-2]} places, and the directions are of {len(direction)}",
