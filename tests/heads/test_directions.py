@@ -26,7 +26,7 @@ from vlmfix.heads.directions.nullu import Subspace
 from vlmfix.heads.directions.shown import Shown
 from vlmfix.heads.directions.vti import Shifts, hidden, tower_streams
 from vlmfix.heads.profile import fingerprint
-from vlmfix.models.checkpoint import EMBEDDED
+from vlmfix.settings import EMBEDDED
 from vlmfix.upstream.cache import handed_over, keys_and_values
 from vlmfix.world import coco
 
