@@ -158,8 +158,8 @@ def test_seeds_are_the_rows_own():
 
 
 WITH_GRADIENTS = {name: spec for name, spec in STRONG.items() if name not in ("kvsmooth", "memvr", "pti")}
-"""Methods through whose edits there is a gradient, which goes through nothing that is kept of a cache, and beside which a
-prompt's last token may pass alone."""
+"""Methods through whose edits there is a gradient (none goes through what is kept of a cache), and beside which the
+last token of a prompt may pass alone."""
 
 
 @pytest.mark.parametrize(
