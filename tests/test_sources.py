@@ -8,7 +8,8 @@ import tarfile
 import pytest
 
 from tests.jobs.fake import draw
-from vlmfix.errors import DataError, PassingError, UsageError
+from vlmfix import extras
+from vlmfix.errors import DataError, MissingExtraError, PassingError, UsageError
 from vlmfix.images import digest_of, open_found, read_ahead
 from vlmfix.sources import source_of
 
@@ -64,7 +65,7 @@ def test_what_is_no_list_is_refused(tmp_path):
     with pytest.raises(UsageError, match=r"list\.txt, line 2 holds a zero byte"):
         names(tmp_path / "list.txt")
     (tmp_path / "pictures.csv").write_text("image\na.png\n")
-    with pytest.raises(UsageError, match="is no CSV file"):
+    with pytest.raises(UsageError, match="is no CSV or Parquet file"):
         source_of(tmp_path / "list.txt", column="image")
 
 
@@ -182,3 +183,85 @@ def test_trouble_that_passes_is_not_the_files(tmp_path, pictures, monkeypatch):
 def test_nothing_there(tmp_path):
     with pytest.raises(DataError, match="cannot read"):
         names(tmp_path / "gone.txt")
+
+
+@pytest.fixture
+def parquet(tmp_path):
+    arrow, files = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+
+    def written(name="x.parquet", group=1 << 20, **columns):
+        files.write_table(arrow.table(columns), tmp_path / name, row_group_size=group)
+        return tmp_path / name
+
+    return written
+
+
+def test_a_parquet_file_names_pictures(pictures, parquet):
+    place = parquet(image=["in/0001.png", "in/0001.png", "in/0000.png"], prompt=["A?", "B?", "A?"])
+    source = source_of(place)
+    found = list(source)
+    assert [(file.name, file.prompts) for file in found] == [("in/0001.png", ("A?", "B?")), ("in/0000.png", ("A?",))]
+    assert [open_found(file).image.getpixel((0, 0))[0] for file in found] == [1, 0]
+    assert (source.column, source.repeats) == ("image", True)
+    other = source_of(parquet(image=["in/0001.png", "in/0001.png", "in/0000.png"], prompt=["A?", "B?", "C?"]))
+    assert source.prompts != other.prompts
+
+
+@pytest.mark.parametrize("nested", [False, True])
+@pytest.mark.parametrize("group", [3, 1 << 20])
+def test_a_parquet_file_holds_pictures(tmp_path, parquet, nested, group):
+    shown = [path.read_bytes() for path in sorted(draw(tmp_path / "many", 40).iterdir())]
+    shown[7], shown[8] = b"", None
+    cells = [{"bytes": content, "path": None} for content in shown] if nested else shown
+    place = parquet(group=group, picture=cells, prompt=[f"{number}?" for number in range(40)])
+    source = source_of(place, column="picture")
+    found = list(source)
+    assert [(file.name, file.prompts) for file in found][:2] == [("x.parquet/0", ("0?",)), ("x.parquet/1", ("1?",))]
+    assert (len(found), source.repeats) == (40, False)
+    opened = [picture for _, picture in read_ahead(found)]
+    assert [str(opened[7]), str(opened[8])] == ["empty file", "its cell in the Parquet file holds no bytes"]
+    fine = [number for number in range(40) if number not in (7, 8)]
+    assert [opened[number].image.getpixel((0, 0))[0] for number in fine] == fine
+    for number in (30, 2, 39):  # in any order
+        assert open_found(found[number]).image.getpixel((0, 0))[0] == number
+    assert digest_of(found[3]) == hashlib.sha256(shown[3]).hexdigest()
+    place.unlink()
+    assert digest_of(found[3]) is None
+
+
+def test_a_damaged_parquet_file_costs_what_is_damaged(tmp_path, parquet):
+    shown = [os.urandom(4000) for _ in range(60)]
+    place = parquet(group=20, image=shown)
+    raw, found = bytearray(place.read_bytes()), list(source_of(place))
+    begin = raw.find(shown[20][:50])
+    raw[begin - 20 : begin] = bytes(20)  # the header of its page
+    place.write_bytes(raw)
+    said = [digest_of(file) for file in found]
+    right = [hashlib.sha256(content).hexdigest() for content in shown]
+    assert (said[:20], said[40:]) == (right[:20], right[40:])
+    assert said[20] != right[20]
+    place.write_bytes(raw[:3000])
+    assert [digest_of(file) for file in found] == [None] * 60
+    with pytest.raises(DataError, match="its Parquet file is broken"):
+        open_found(found[0])
+
+
+def test_what_is_no_parquet_table_of_pictures_is_refused(tmp_path, parquet):
+    (tmp_path / "y.parquet").write_bytes(b"nothing")
+    for place, column, words in (
+        (tmp_path / "y.parquet", None, r"y\.parquet is no whole Parquet file"),
+        (parquet("1.parquet", image=["a.png"]), "other", "has the columns image, and none is other"),
+        (parquet("2.parquet", image=[3]), None, "holds neither text nor bytes"),
+        (parquet("3.parquet", image=["a.png"], prompt=[1]), None, "has a column prompt that holds no text"),
+        (parquet("4.parquet", image=["a.png", None]), None, "row 1 has an empty field"),
+        (parquet("5.parquet", image=["a.png"], prompt=[" "]), None, "row 0 has an empty field"),
+    ):
+        with pytest.raises(UsageError, match=words):
+            list(source_of(place, column=column))
+
+
+def test_what_parquet_needs_is_named(parquet, monkeypatch):
+    place = parquet(image=["a.png"])
+    monkeypatch.setitem(extras.EXTRAS, "parquet", ("no_such_module",))
+    with pytest.raises(MissingExtraError, match=r"vlmfix\[parquet\]"):
+        source_of(place)

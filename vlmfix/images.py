@@ -17,6 +17,7 @@ from typing import BinaryIO, TypeVar
 
 from PIL import Image, UnidentifiedImageError
 
+from vlmfix.cells import cell
 from vlmfix.errors import DataError, PassingError, UsageError, passing
 from vlmfix.metadata import without_metadata
 from vlmfix.pixels import check_size, check_tiles, rgb, turn
@@ -57,6 +58,7 @@ class Found:
         prompts: Questions about it alone; empty where all pictures are asked the same.
         part: Offset and length, in bytes, of a picture that stands in a tar file; None for a whole file.
         url: Its address in the web, for one that is not on this machine; ``path`` then says nothing.
+        cell: Column and row of a picture that stands in a Parquet file; None for a file of its own.
     """
 
     name: str
@@ -65,6 +67,7 @@ class Found:
     prompts: tuple[str, ...] = ()
     part: tuple[int, int] | None = None
     url: str = ""
+    cell: tuple[str, int] | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -170,7 +173,7 @@ def open_picture(path: str | Path) -> Picture:
 
 
 def open_found(file: Found) -> Picture:
-    """Decodes a picture of a source, which may stand in a tar file or in the web; see ``open_picture``.
+    """Decodes a picture of a source, which may stand in a tar or Parquet file or in the web; see ``open_picture``.
 
     Raises:
         DataError: It is no picture, for the reasons that a file is none.
@@ -183,8 +186,8 @@ def open_found(file: Found) -> Picture:
     with _as_data_errors():
         if not stat.S_ISREG(os.stat(file.path).st_mode):
             raise DataError(NO_CONTENT)
-        if file.part is not None:
-            return _picture(_part(file.path, *file.part))
+        if (content := _inner(file)) is not None:
+            return _picture(content)
     return open_picture(file.path)
 
 
@@ -195,13 +198,19 @@ def _picture(content: bytes) -> Picture:
 def digest_of(file: Found) -> str | None:
     """Computes the hex sha256 of a picture's bytes; None where they cannot be read."""
     try:
-        if file.url or file.part is not None:
-            content = fetched(file.url) if file.part is None else _part(file.path, *file.part)
+        if (content := fetched(file.url) if file.url else _inner(file)) is not None:
             return hashlib.sha256(content).hexdigest()
         with file.path.open("rb") as whole:
             return hashlib.file_digest(whole, "sha256").hexdigest()
     except (OSError, DataError, PassingError):
         return None
+
+
+def _inner(file: Found) -> bytes | None:
+    """Returns the bytes of a picture that stands in a tar or a Parquet file; None for a file of its own."""
+    if file.cell is not None:
+        return cell(file.path, *file.cell)
+    return None if file.part is None else _part(file.path, *file.part)
 
 
 def _part(path: Path, start: int, length: int) -> bytes:

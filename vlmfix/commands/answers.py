@@ -34,7 +34,7 @@ PHOTOGRAPHS = "llava-hf/llava-1.5-7b-hf"
 @click.command()
 @click.argument("pictures", type=click.Path(path_type=Path))
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder for the answers.")
-@click.option("--column", help="Column of the paths, of a CSV file of pictures.  [default: image or path]")
+@click.option("--column", help="Column of the paths (or bytes), of a CSV or Parquet file.  [default: image or path]")
 @click.option("--prompt", help="Asked about every picture.  [default: Please describe this image in detail.]")
 @click.option("--prompts", type=click.Path(path_type=Path), help="CSV file with the columns prompt or image,prompt.")
 @options.batch_size("Questions at a time.")
@@ -89,7 +89,7 @@ def run(
     shard: str | None,
     settings: Settings,
 ) -> None:
-    """Ask about every picture in PICTURES: a folder, a picture, a tar file, or a list of paths and URLs.
+    """Ask about every picture in PICTURES: a folder, a picture, a tar or Parquet file, or a list of paths and URLs.
 
     A list ends in .txt, .list or .csv. Answers go to OUT/answers.jsonl, failures to OUT/failed.jsonl, settings and
     totals to OUT/run.json. Started again with the same options, it goes on where it was; what failed stays failed
@@ -160,8 +160,8 @@ def _unfamiliar(model: str, files: Iterable[Found]) -> Iterator[str]:
     if model not in EMBEDDED:
         return
     for file in islice(files, LOOKED_AT):
-        if file.part is not None or file.url:
-            continue  # of a tar file, or in the web
+        if file.part is not None or file.cell is not None or file.url:
+            continue  # of a tar or Parquet file, or in the web
         try:
             drawn = bool(file.problem) or is_drawn(file.path)
         except Exception:  # Pillow's readers raise nearly anything on a damaged file, of which the run tells

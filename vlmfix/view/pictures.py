@@ -45,7 +45,7 @@ def small_pictures(pictures: Iterable[PictureFile]) -> Generator[bytes | str]:
         For each the bytes of a JPEG, or in a sentence why there is none to be seen.
     """
     listed = list(pictures)
-    files = (Found(picture.name, *_place(picture), part=picture.part, url=picture.url) for picture in listed)
+    files = map(_found, listed)
     with closing(read_ahead(files)) as opened:
         for picture, (_, found) in zip(listed, opened, strict=True):
             yield _shown(picture, found)
@@ -54,11 +54,15 @@ def small_pictures(pictures: Iterable[PictureFile]) -> Generator[bytes | str]:
 def originals(pictures: Iterable[PictureFile]) -> Generator[Image.Image | None]:
     """Opens pictures, a few ahead of the caller; None for one that is gone, or not the one that the model saw."""
     listed = list(pictures)
-    files = (Found(picture.name, *_place(picture), part=picture.part, url=picture.url) for picture in listed)
+    files = map(_found, listed)
     with closing(read_ahead(files)) as opened:
         for picture, (_, found) in zip(listed, opened, strict=True):
             same = isinstance(found, Picture) and picture.sha256 in ("", found.sha256)
             yield found.image if isinstance(found, Picture) and same else None
+
+
+def _found(picture: PictureFile) -> Found:
+    return Found(picture.name, *_place(picture), part=picture.part, url=picture.url, cell=picture.cell)
 
 
 def _place(picture: PictureFile) -> tuple[Path, str]:

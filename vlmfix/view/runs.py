@@ -152,7 +152,7 @@ def _pictures(folder: Path, place: Path, column: str | None) -> Callable[..., Pi
 
     def picture(name: str, sha256: str = "") -> PictureFile:
         file = found.get(name, gone)
-        return PictureFile(name, file.path, sha256, file.part, file.url)
+        return PictureFile(name, file.path, sha256, file.part, file.url, file.cell)
 
     return picture
 

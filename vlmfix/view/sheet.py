@@ -156,6 +156,7 @@ class PictureFile:
         sha256: Digest of the bytes that the model was shown; empty where it is not known.
         part: Offset and length, in bytes, of a picture that stands in a tar file.
         url: Its address in the web, for one that is not on this machine.
+        cell: Column and row of a picture that stands in a Parquet file.
     """
 
     name: str
@@ -163,6 +164,7 @@ class PictureFile:
     sha256: str = ""
     part: tuple[int, int] | None = None
     url: str = ""
+    cell: tuple[str, int] | None = None
 
 
 @dataclass(frozen=True, eq=False)

@@ -126,6 +126,26 @@ def test_a_table_asks_its_own_prompts(tmp_path):
         go(table, out, column="file", questions=Questions.of(source_of(table, column="file")))
 
 
+def test_a_parquet_file_of_pictures_is_answered_viewed_split_and_made_again(tmp_path):
+    arrow, files = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    shown = [path.read_bytes() for path in sorted(draw(tmp_path / "in", 6).iterdir())]
+    shown[3] = b"broken"
+    place, out = tmp_path / "t.parquet", tmp_path / "out"
+    files.write_table(arrow.table({"image": shown, "prompt": [*"AABBCC"]}), place)
+    questions = Questions.of(source_of(place))
+    end = go(place, out, questions=questions)
+    asked = ((0, "A"), (1, "A"), (2, "B"), (4, "C"), (5, "C"))
+    assert [line["answer"] for line in answers(out)] == [f"{prompt}: {colour(n)}" for n, prompt in asked]
+    assert [line["image"] for line in failures(out)] == ["t.parquet/3"]
+    assert (end.total, end.done, go(place, out, questions=questions, loader=never_loaded).done) == (6, 6, 6)
+    assert reproduce(out, tmp_path / "again", loader=FakeVLM().load).other == ()
+    cards = read_sheet([out]).cards
+    assert sum(isinstance(small, bytes) for small in small_pictures(card.picture for card in cards)) == 5
+    for index in range(2):
+        go(place, tmp_path / "split", questions=questions, shard=Shard(index, 2))
+    assert merge(tmp_path / "split").totals.answers == 5
+
+
 def test_a_long_list_takes_little_memory(tmp_path):
     """What grows with it are the names that were seen, while they are counted; objects of its entries are let go."""
 

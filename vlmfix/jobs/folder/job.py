@@ -28,6 +28,7 @@ from vlmfix.jobs.ledger import asked_before
 from vlmfix.jobs.shards import Shard, shards_in
 from vlmfix.language.parameters import plain
 from vlmfix.parsing import WORD
+from vlmfix.seen import Seen
 from vlmfix.settings import Settings
 from vlmfix.sources import Source, source_of
 from vlmfix.supply import Question
@@ -230,7 +231,7 @@ class _Job:
         self._peak_memory: Callable[[], int] = lambda: 0
         self._answered = 0
         self._shown: dict[str, Image.Image] = {}
-        self._unreadable = frozenset(output.unreadable)
+        self._unreadable = output.unreadable.copy()
         self._sample: list[Found] = []
         self._longest = ""
         self._total = self.left = 0
@@ -247,15 +248,13 @@ class _Job:
 
     def _count(self) -> None:
         """Counts the questions, each once, however often the source names its picture; keeps some pictures of all."""
-        known: set[tuple[str, str]] = set()  # let go at the end, before the first answer adds to what is done
+        known = Seen()  # let go at the end, before the first answer adds to what is done
         stride = passed = 0
         for file in self._files():
             open_before = self.left
             for prompt in self._questions.of_picture(file):
-                if self._source.repeats:
-                    if (file.name, prompt) in known:
-                        continue
-                    known.add((file.name, prompt))
+                if self._source.repeats and not known.add((file.name, prompt)):
+                    continue
                 self._total += 1
                 if self._is_open(file.name, prompt):
                     self.left += 1
@@ -292,7 +291,8 @@ class _Job:
             prompts = tuple(prompt for prompt in self._questions.of_picture(file) if self._is_open(file.name, prompt))
             if not prompts:
                 continue
-            self._output.done.update((file.name, prompt) for prompt in prompts)
+            for prompt in prompts:
+                self._output.done.add((file.name, prompt))
             asked += len(prompts)
             self._total = max(self._total, self._before + asked)  # pictures that were added since they were counted
             yield replace(file, prompts=prompts)

@@ -17,6 +17,7 @@ from vlmfix.jobs.lines import ANSWER, ANSWERS, CARD, FAILED, FAILURE, PROGRESS
 from vlmfix.jobs.shards import Shard, shards_in
 from vlmfix.parsing import some
 from vlmfix.records import flat, is_held, read_json, read_lines, shown
+from vlmfix.seen import Seen
 from vlmfix.settings import DECODED
 from vlmfix.shapes import COUNT, FLAG, OBJECT, PATH, SIZE, TEXT, fields, list_of
 from vlmfix.sources import source_of
@@ -165,29 +166,28 @@ def _refuse_other_settings(out: Path, cards: Mapping[Shard, Mapping[str, Any]]) 
             )
 
 
-def _done(out: Path, parts: Iterable[Shard]) -> tuple[set[tuple[str, str | None]], Totals]:
-    """Collects what was answered or failed, as (picture, prompt), without a prompt for a picture that cannot be opened.
+def _done(out: Path, parts: Iterable[Shard]) -> tuple[Seen, Totals]:
+    """Collects what was answered or failed, as (picture, prompt), or (picture,) where it cannot be opened.
 
     Raises:
         DataError: Something stands twice, or in another shard than its own.
     """
-    done: set[tuple[str, str | None]] = set()
+    done = Seen()
     totals = Totals()
     for shard in parts:
         for name, shape in ((ANSWERS, ANSWER), (FAILED, FAILURE)):
             for line in read_lines(shard.folder(out) / name, shape):
-                key = line["image"], line.get("prompt")
+                key = (line["image"], line["prompt"]) if "prompt" in line else (line["image"],)
                 if not shard.holds(line["image"]):
                     raise DataError(
                         f"{line['image']} in {shard.folder(out) / name} does not belong to shard {shard}",
                         "restore the file, or run that shard again in an empty folder",
                     )
-                if key in done:
+                if not done.add(key):
                     raise DataError(
                         f"{line['image']} stands twice in the shards of {out}",
                         f"remove one of the lines; the second is in {shard.folder(out) / name}",
                     )
-                done.add(key)
                 if name == ANSWERS:
                     totals.count(line)
                 else:
@@ -195,9 +195,7 @@ def _done(out: Path, parts: Iterable[Shard]) -> tuple[set[tuple[str, str | None]
     return done, totals
 
 
-def _missing(
-    out: Path, cards: Mapping[Shard, Mapping[str, Any]], done: set[tuple[str, str | None]]
-) -> tuple[str, list[str]]:
+def _missing(out: Path, cards: Mapping[Shard, Mapping[str, Any]], done: Seen) -> tuple[str, list[str]]:
     """Lists the pictures and finds those that lack an answer; or says why they cannot be listed."""
     if not cards:
         return "there is no card", []
@@ -210,7 +208,7 @@ def _missing(
         names = [
             file.name
             for file in source
-            if (file.name, None) not in done
+            if (file.name,) not in done
             and any((file.name, prompt) not in done for prompt in questions.of_picture(file))
         ]
     except VlmfixError as error:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any, ClassVar
 from vlmfix.card import Known, versions
 from vlmfix.jobs.ledger import Ledger, now
 from vlmfix.jobs.lines import ANSWER, ANSWERS, CARD, FAILED, FAILURE, MARKS, PROGRESS
+from vlmfix.seen import Seen
 from vlmfix.settings import Settings
 from vlmfix.shapes import COUNT, FLAG, OBJECT, TEXT, fields, list_of
 
@@ -96,9 +96,9 @@ class OutputFolder(Ledger):
         self.notes: tuple[str, ...] = ()
         """What is to be said of the run; the card keeps it."""
         self.totals = Totals()
-        self.done: set[tuple[str, str]] = set()
+        self.done = Seen()
         """(image, prompt) pairs that have an answer or failed, and those that this start asks."""
-        self.unreadable: set[str] = set()
+        self.unreadable = Seen()
         """Pictures that could not be opened."""
         self.asked = self.left = 0
         """Questions of the run, and those of them that have neither an answer nor a failure; the job counts them."""
@@ -126,7 +126,7 @@ class OutputFolder(Ledger):
                 self.unreadable.add(record["image"])
 
     def _count(self, record: Mapping[str, Any]) -> None:
-        self.done.add((record["image"], sys.intern(record["prompt"])))  # the same for all pictures, or nearly so
+        self.done.add((record["image"], record["prompt"]))
         self.totals.count(record)
 
     def begin(
