@@ -9,8 +9,13 @@ CHANGES = ("write", "fsync", "ftruncate", "replace", "unlink")
 """The calls of ``os`` by which results are changed."""
 
 
-def die_at(step: int) -> None:
-    """Kills this process just before one of the calls that change files, counted from 0."""
+def die_at(step: int, more: tuple[str, ...] = ()) -> None:
+    """Kills this process just before one of the calls that change files, counted from 0.
+
+    Args:
+        step: Number of the call.
+        more: Further calls that count.
+    """
     left = [step]
 
     def deadly(call):
@@ -22,5 +27,5 @@ def die_at(step: int) -> None:
 
         return counted
 
-    for name in CHANGES:
+    for name in (*CHANGES, *more):
         setattr(os, name, deadly(getattr(os, name)))

@@ -21,7 +21,7 @@ from vlmfix.decoders.support import WORKS
 from vlmfix.demo import Comparison, Described, counted
 from vlmfix.generation import VLM, load
 from vlmfix.insight.sinks import RESTING
-from vlmfix.jobs.folder import Progress
+from vlmfix.jobs.folder import Progress, Shared
 from vlmfix.parsing import escaped
 from vlmfix.reports.bench import bench_table
 from vlmfix.terminal import rendered
@@ -208,6 +208,22 @@ def summary(end: Progress, out: Path, limit: int) -> str:
         speed = f"{totals.tokens} tokens, {totals.ms_per_token:.1f} ms per token"
         lines.append(f"vlmfix: {speed}; settings in {folder}/run.json")
         lines.append(f"vlmfix: to look at the answers beside the pictures: vlmfix view {folder}")
+    return "\n".join(lines)
+
+
+def shared_summary(end: Shared, out: Path) -> str:
+    """The last words of a worker.
+
+    Args:
+        end: What it has done.
+        out: The folder of the run.
+    """
+    totals, folder = end.progress.totals, escaped(str(out))
+    failed = f", {totals.failed} failures" if totals.failed else ""
+    lines = [f"vlmfix: this worker wrote {totals.answers} answers{failed}; {end.done} of {end.blocks} blocks are done"]
+    lines += [f"vlmfix: {escaped(note)}" for note in end.progress.notes]
+    if end.done >= end.blocks:
+        lines.append(f"vlmfix: to join what all workers wrote: vlmfix merge {folder}")
     return "\n".join(lines)
 
 

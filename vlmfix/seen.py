@@ -1,4 +1,4 @@
-"""Remembers which questions a run has met, in some sixteen bytes for each, however long names and prompts are."""
+"""Remembers which questions a run has met, in some dozen bytes for each, however long names and prompts are."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from typing import Self
 
 BUCKETS = 1 << 14
 """Buckets that digests are spread over: at ten million, one is searched through in two microseconds."""
-WIDTH = 14
-"""Bytes of a digest that a bucket keeps; that two of ten million texts share one has a chance below 1e-20."""
+WIDTH = 10
+"""Bytes of a digest that a bucket keeps; that two of ten million texts share one has a chance below 1e-13."""
 
 
 class Seen:

@@ -71,6 +71,9 @@ PHOTOGRAPHS = "llava-hf/llava-1.5-7b-hf"
 @click.option(
     "--shard", metavar="I/N", help="Ask part I of N of the pictures, 0 <= I < N, into OUT/shards; vlmfix merge joins."
 )
+@click.option(
+    "--steal", is_flag=True, help="Share the run with all workers started so; vlmfix merge joins what they write."
+)
 @options.generation_options()
 def run(
     pictures: Path,
@@ -87,6 +90,7 @@ def run(
     retry_failed: bool,
     devices: str | None,
     shard: str | None,
+    steal: bool,
     settings: Settings,
 ) -> None:
     """Ask about every picture in PICTURES: a folder, a picture, a tar or Parquet file, or a list of paths and URLs.
@@ -102,9 +106,18 @@ def run(
     if confidence == GROUNDED:
         need("eval")  # finds the object words
     kinds = [kind for kind in dict.fromkeys(formats) if kind != JSONL]
+    if steal:
+        for given, name, instead in (
+            (shard, "--shard", "leave it out: workers divide the run among them"),
+            (save_maps, "--save-maps", "save the maps in a run of its own"),
+            (retry_failed, "--retry-failed", "merge, and ask again in the joined folder, without --steal"),
+            (kinds, "--format", "merge, and then vlmfix convert"),
+        ):
+            if given:
+                raise UsageError(f"{name} does not go with --steal", instead)
     options.quieten()
     from vlmfix.crew import devices_of
-    from vlmfix.display import run_display, summary
+    from vlmfix.display import run_display, shared_summary, summary
     from vlmfix.jobs import folder
     from vlmfix.jobs.shards import Shard
     from vlmfix.sources import source_of
@@ -114,6 +127,22 @@ def run(
     for kind in kinds:
         targets(place, kind)  # before anything is answered
     questions = folder.Questions.of(source_of(pictures, column=column), prompt, prompts)
+    if steal:
+        with options.stoppable(out), run_display() as report:
+            shared = folder.steal(
+                pictures,
+                out,
+                questions=questions,
+                column=column,
+                settings=replace(settings, words=words),
+                batch_size=batch_size,
+                devices=() if devices is None else devices_of(devices),
+                remarks=functools.partial(_told, settings),
+                report=report,
+                loader=_loading,
+            )
+        options.say(shared_summary(shared, out), err=True, lines=True)
+        return
     with options.stoppable(place), run_display() as report:
         end = folder.run(
             pictures,

@@ -1,4 +1,4 @@
-"""`vlmfix merge`: the shards of a run, joined."""
+"""`vlmfix merge`: the parts of a run, joined."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ PATH = click.Path(path_type=Path)
 @click.option("--into", type=PATH, help="Folder for the joined answers.  [default: OUT]")
 @options.debug
 def merge(folder: Path, into: Path | None) -> None:
-    """Join the shards that vlmfix run --shard I/N wrote below OUT into one folder of answers.
+    """Join what vlmfix run --shard I/N, or --steal, wrote below OUT into one folder of answers.
 
-    All of them must be there and finished, with equal settings, and no question may stand twice; what is missing is
-    told by name. The shards stay as they are.
+    All of it must be there and finished, with equal settings, and no question may stand twice; what is missing is
+    told by name. The parts stay as they are.
     """
     options.quieten()
     from vlmfix.jobs.folder.merge import merge as join
@@ -32,6 +32,7 @@ def merge(folder: Path, into: Path | None) -> None:
         )
     totals = found.totals
     options.say(
-        f"vlmfix: {totals.answers} answers and {totals.failed} failures of {found.shards} shards are in {found.into}",
+        f"vlmfix: {totals.answers} answers and {totals.failed} failures of {found.shards} {found.parts} "
+        f"are in {found.into}",
         err=True,
     )

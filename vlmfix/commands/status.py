@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
+from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from vlmfix.commands import options
 from vlmfix.jobs.lines import CARD
 from vlmfix.jobs.shards import Shard, shards_in
-from vlmfix.jobs.status import Status, read_status, together
 from vlmfix.parsing import escaped, some
+
+if TYPE_CHECKING:
+    from vlmfix.jobs.status import Status
 
 REASONS = 10
 """Most reasons of failures that are told; the rest are counted."""
@@ -27,9 +31,17 @@ def status(folder: Path, as_json: bool) -> None:
     """Say how far the run that writes FOLDER is, or was when it ended: done, failed, left and how fast.
 
     It reads what vlmfix run has written, in another terminal or on another machine that has the folder, and changes
-    nothing. Of shards that are not merged yet it tells each, and all together.
+    nothing. Of shards that are not merged yet it tells each, and all together; of a run that is shared, each worker.
     """
-    shards = [] if os.path.exists(folder / CARD) else shards_in(folder)
+    from vlmfix.jobs.blocks import BlockFolder
+    from vlmfix.jobs.status import read_shared, read_status, together
+
+    merged = os.path.exists(folder / CARD)
+    if not merged and BlockFolder(folder).is_there:
+        shared = read_shared(folder)
+        options.say_json(_json(shared)) if as_json else options.say("\n".join(_shared(shared)), lines=True)
+        return
+    shards = [] if merged else shards_in(folder)
     found = [read_status(shard.folder(folder)) for shard in shards] or [read_status(folder)]
     if not shards:
         (alone,) = found
@@ -60,7 +72,22 @@ def _json(found: Status) -> dict[str, Any]:
         "rate_seconds": round(found.over),
         "seconds_left": None if found.seconds_left is None else round(found.seconds_left),
         "updated": found.updated or None,
+        "workers": [asdict(worker) for worker in found.workers],
     }
+
+
+def _shared(found: Status) -> list[str]:
+    """Tells of a run that workers share: all together, those that are at it or silent, and how many have ended."""
+    states = Counter(worker.state for worker in found.workers)
+    lines = _lines(found)
+    lines.append("  workers: " + ", ".join(f"{states[state]} {state}" for state in ("running", "silent", "ended")))
+    lines += [
+        f"    {escaped(worker.name)}: {worker.state}, {worker.answers} answers and {worker.failed} failures, "
+        f"heard of at {worker.updated}"
+        for worker in found.workers
+        if worker.state != "ended"
+    ]
+    return lines
 
 
 def _state(found: Status) -> str:

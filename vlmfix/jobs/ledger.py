@@ -221,14 +221,7 @@ class Ledger(CardFolder):
         begun = bool(self.card["sessions"])
         if begun:
             refuse_older_card(self.folder, noted)
-        found = {
-            "weights": weights_digest(settings.model, model.commit),
-            "files": model_files(settings.model, model.commit),
-            "checkpoint": model.reading,
-            "commit": model.commit,
-            "dtype": model.dtype,
-            **found,
-        }
+        found = {**facts_of(model, settings), **found}
         before = {name: noted[name] for name in found if name in noted}
         self.refuse_other(before, {name: found[name] for name in before})
         if not begun:
@@ -269,6 +262,22 @@ class Ledger(CardFolder):
         """Rewrites the card when it is older than ``CARD_SECONDS``."""
         if time.monotonic() - self._saved > CARD_SECONDS:
             self.save()
+
+
+def facts_of(model: Known, settings: Settings) -> dict[str, Any]:
+    """Returns what decides answers and is known only when a model is loaded, as a card has it.
+
+    Args:
+        model: Identity of the model.
+        settings: Settings that it was loaded with.
+    """
+    return {
+        "weights": weights_digest(settings.model, model.commit),
+        "files": model_files(settings.model, model.commit),
+        "checkpoint": model.reading,
+        "commit": model.commit,
+        "dtype": model.dtype,
+    }
 
 
 def asked_before(answered: Iterable[tuple[Found | None, str]]) -> Question | None:

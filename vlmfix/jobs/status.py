@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from vlmfix.errors import DataError
+from vlmfix.jobs.blocks import LEASE_SECONDS, BlockFolder
 from vlmfix.jobs.lines import ANSWERS, CARD, FAILED, FAILURE, PROGRESS
 from vlmfix.records import count_lines, is_held, read_json, read_lines
 from vlmfix.shapes import COUNT, FLAG, TEXT, fields
@@ -22,6 +23,25 @@ SHORTEST = timedelta(seconds=10)
 SHOWN = fields(
     {"finished": FLAG, "updated": TEXT, "totals": fields({"answers": COUNT, "failed": COUNT})}, {"progress": PROGRESS}
 )
+
+
+@dataclass(frozen=True)
+class WorkerStatus:
+    """Says what is known of one process that works, or has worked, on a run.
+
+    Attributes:
+        name: Its name, or that of the folder that it writes alone.
+        state: ``running``, ``ended``, or ``silent`` when it has neither ended nor given a sign of life lately.
+        answers: Answers that it wrote.
+        failed: Failures that it wrote.
+        updated: When it last wrote how far it is.
+    """
+
+    name: str
+    state: str
+    answers: int
+    failed: int
+    updated: str
 
 
 @dataclass(frozen=True)
@@ -40,6 +60,7 @@ class Status:
         rate: Questions a second in the last minutes, or in those before the run ended; None where not known.
         over: Seconds that the rate is taken over; 0 without one.
         updated: When the card was last written; empty before the first card.
+        workers: The processes that work or worked on it, as far as they are known.
     """
 
     folder: Path
@@ -53,6 +74,7 @@ class Status:
     rate: float | None
     over: float
     updated: str
+    workers: tuple[WorkerStatus, ...] = ()
 
     @property
     def seconds_left(self) -> float | None:
@@ -90,8 +112,66 @@ def read_status(folder: Path, now: datetime | None = None) -> Status:
         _left(card, written + failed),
         rate,
         over,
-        "" if card is None else card["updated"],
+        (updated := "" if card is None else card["updated"]),
+        (WorkerStatus(folder.name, "running" if running else "ended", written, failed, updated),),
     )
+
+
+def read_shared(folder: Path, now: datetime | None = None) -> Status:
+    """Reads how far a run is that workers share (``--steal``), from their files alone.
+
+    Args:
+        folder: The run's folder.
+        now: The present time; None for the clock's.
+
+    Raises:
+        DataError: A file is damaged.
+    """
+    blocks, time = BlockFolder(folder), now or datetime.now(UTC)
+    cards = blocks.cards()
+    numbers, end = blocks.planned()
+    finished = blocks.finished()
+    answers = settled = 0
+    reasons: Counter[str] = Counter()
+    for number in finished:
+        counts = blocks.counts(number)
+        answers += counts["answers"]
+        reasons.update(counts["reasons"])
+        settled += blocks.head(number)[1]
+    for _, more, failures in blocks.in_progress():
+        answers += more
+        settled += more + failures.total()
+        reasons.update(failures)
+    workers = tuple(_worker(name, card, time) for name, card in cards.items())
+    rates = [
+        _rate({"progress": card}, card["totals"]["answers"] + card["totals"]["failed"], time)
+        for card, worker in zip(cards.values(), workers, strict=True)
+        if worker.state == "running" and card["sessions"]
+    ]
+    known = [rate for rate, _ in rates if rate is not None]
+    planned = sum(blocks.head(numbers[-1])) if numbers else 0
+    total = None if end is None else planned
+    done = end is not None and all(number in finished or blocks.is_end(number) for number in numbers)
+    return Status(
+        folder,
+        any(worker.state == "running" for worker in workers),
+        done,
+        answers,
+        reasons.total(),
+        dict(reasons.most_common()),
+        total,
+        None if total is None else max(0, total - settled),
+        sum(known) if known and len(known) == len(rates) else None,
+        max((over for _, over in rates), default=0.0),
+        max((card["updated"] for card in cards.values()), default=""),
+        workers,
+    )
+
+
+def _worker(name: str, card: dict[str, Any], now: datetime) -> WorkerStatus:
+    silent = (now - _time(card["updated"])).total_seconds() > LEASE_SECONDS
+    state = "ended" if card["ended"] else "silent" if silent else "running"
+    return WorkerStatus(name, state, card["totals"]["answers"], card["totals"]["failed"], card["updated"])
 
 
 def together(folder: Path, parts: Sequence[Status], *, absent: bool) -> Status:
@@ -121,6 +201,7 @@ def together(folder: Path, parts: Sequence[Status], *, absent: bool) -> Status:
         sum(rates) if running and len(rates) == len(running) else None,
         max((part.over for part in running), default=0.0),
         max(part.updated for part in parts),
+        tuple(worker for part in parts for worker in part.workers),
     )
 
 

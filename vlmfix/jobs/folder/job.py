@@ -21,6 +21,7 @@ from vlmfix.fitting import fitting_batch, typical
 from vlmfix.generation import VLM, Answer, check_settings, load
 from vlmfix.images import Found, Picture, read_ahead
 from vlmfix.insight.relevance import Confidence, flags
+from vlmfix.jobs.blocks import BlockFolder
 from vlmfix.jobs.folder.maps import MapFolder
 from vlmfix.jobs.folder.output import OutputFolder, Totals
 from vlmfix.jobs.folder.questions import Questions
@@ -72,10 +73,20 @@ class Progress:
 
 
 @dataclass(frozen=True)
-class _Sample:
+class Sample:
+    """Names a question whose picture has been opened.
+
+    Attributes:
+        image: Name of the picture.
+        sha256: Digest of its bytes; empty where it could not be opened.
+        prompt: The question.
+        block: Number of the block that it belongs to, in a run that workers share.
+    """
+
     image: str
     sha256: str
     prompt: str
+    block: int = 0
 
 
 def run(
@@ -127,26 +138,18 @@ def run(
         SystematicError: Every question fails; nothing is noted about the last failures.
         PassingError: Trouble of the machine left questions open, which the next start asks; nothing is noted of them.
     """
-    if not os.path.exists(pictures):
-        raise UsageError(
-            f"there is no {pictures}", "give a picture, a folder of them, or a list (.txt, .csv), also of URLs"
-        )
-    if os.path.isdir(pictures) and os.path.exists(out) and out.samefile(pictures):
-        raise UsageError(f"{out} is the folder of the pictures", "choose another --out")
-    decoder = parse(settings.decoder)
-    check_settings(decoder, settings)
+    source, decoder = prepared(pictures, out, questions=questions, settings=settings, column=column)
     if save_maps is not None:
         _check_maps(save_maps, pictures, decoder, devices)
-    source = source_of(pictures, column=column, skip=out)
-    if source.prompts is not None and not questions.tabled:
-        raise UsageError(f"{pictures} has a column of prompts", "ask these, by Questions.of")
     questions.check(source)
     if not any(questions.of_picture(file) for file in source):
         raise DataError(f"no file in {pictures}", "give a picture, or a folder with pictures")
     if shard is not None:
         _refuse_other_shards(out, shard)
+        if BlockFolder(out).is_there:
+            raise UsageError(f"workers share the run in {out}", "choose another --out, or --steal")
     with ExitStack() as opened:
-        asked = _known_settings(source, questions, settings, decoder, shard)
+        asked = known_settings(source, questions, settings, decoder, shard)
         place = out if shard is None else shard.folder(out)
         output = opened.enter_context(OutputFolder(place, asked, retry_failed=retry_failed))
         output.notes = tuple(remarks(source))
@@ -163,6 +166,28 @@ def run(
         else:
             output.conclude()
         return job.progress()
+
+
+def prepared(
+    pictures: Path, out: Path, *, questions: Questions, settings: Settings, column: str | None
+) -> tuple[Source, Decoder]:
+    """Makes a run's source and decoder, after it has checked what can be before anything is read.
+
+    Raises:
+        UsageError: A setting is not allowed, the pictures are not there, or ``out`` is their folder.
+    """
+    if not os.path.exists(pictures):
+        raise UsageError(
+            f"there is no {pictures}", "give a picture, a folder of them, or a list (.txt, .csv), also of URLs"
+        )
+    if os.path.isdir(pictures) and os.path.exists(out) and out.samefile(pictures):
+        raise UsageError(f"{out} is the folder of the pictures", "choose another --out")
+    decoder = parse(settings.decoder)
+    check_settings(decoder, settings)
+    source = source_of(pictures, column=column, skip=out)
+    if source.prompts is not None and not questions.tabled:
+        raise UsageError(f"{pictures} has a column of prompts", "ask these, by Questions.of")
+    return source, decoder
 
 
 def _refuse_other_shards(out: Path, shard: Shard) -> None:
@@ -182,10 +207,10 @@ def _check_maps(folder: Path, pictures: Path, decoder: Decoder, devices: Sequenc
         raise UsageError(f"{folder} is in the folder of the pictures", "they would be read as pictures; choose another")
 
 
-def _known_settings(
+def known_settings(
     source: Source, questions: Questions, settings: Settings, decoder: Decoder, shard: Shard | None
 ) -> dict[str, Any]:
-    """Returns the settings that can be compared before the model is loaded."""
+    """Returns the settings that can be compared before the model is loaded, as a card has them."""
     asked = asdict(settings) | settings.requested()
     for name in ("device", "dtype", *MEASURED):  # the values of the first two are known only with the model
         del asked[name]
@@ -322,7 +347,7 @@ class _Job:
 
     def _batches(
         self, pictures: Iterable[tuple[Found, Picture | DataError | PassingError]], answerer: Answerer | Crew
-    ) -> Iterator[list[tuple[_Sample, Question | PassingError]]]:
+    ) -> Iterator[list[tuple[Sample, Question | PassingError]]]:
         samples = self._samples(pictures)
         while batch := list(itertools.islice(samples, answerer.rows)):
             # apart from the samples: these wait with their failures, and their pictures would fill the memory
@@ -334,17 +359,17 @@ class _Job:
 
     def _samples(
         self, pictures: Iterable[tuple[Found, Picture | DataError | PassingError]]
-    ) -> Iterator[tuple[_Sample, Image.Image | PassingError]]:
+    ) -> Iterator[tuple[Sample, Image.Image | PassingError]]:
         for file, picture in pictures:
             if isinstance(picture, DataError):
                 if file.name not in self._output.unreadable:
                     self._output.fail(file.name, str(picture))
                 self._step(len(file.prompts))
             elif isinstance(picture, PassingError):
-                yield from ((_Sample(file.name, "", prompt), picture) for prompt in file.prompts)
+                yield from ((Sample(file.name, "", prompt), picture) for prompt in file.prompts)
             else:
                 shown, digest = picture.image, picture.sha256
-                yield from ((_Sample(file.name, digest, prompt), shown) for prompt in file.prompts)
+                yield from ((Sample(file.name, digest, prompt), shown) for prompt in file.prompts)
 
     def _asked_before(self) -> Question | None:
         """Returns a question that this folder has an answer to."""
@@ -360,7 +385,7 @@ class _Job:
         self._output.save_in_time()
         self._report(self.progress())
 
-    def _write(self, sample: _Sample, outcome: Outcome) -> None:
+    def _write(self, sample: Sample, outcome: Outcome) -> None:
         if isinstance(outcome, PassingError):
             self._output.left_open.append((f"about {sample.image}", outcome))
             return
@@ -369,11 +394,18 @@ class _Job:
             return
         if self._maps is not None and outcome.refined is not None:
             self._maps.save(sample.image, self._shown[sample.image], sample.prompt, outcome.refined)
-        self._output.answer(_record(sample, outcome, self._named))
+        self._output.answer(record_of(sample, outcome, self._named))
         self._answered += 1
 
 
-def _record(sample: _Sample, answer: Answer, named: Named) -> dict[str, Any]:
+def record_of(sample: Sample, answer: Answer, named: Named) -> dict[str, Any]:
+    """Returns an answer as a line of ``answers.jsonl``.
+
+    Args:
+        sample: The question.
+        answer: Its answer.
+        named: Finds the object words of a text.
+    """
     words = {}
     if answer.words is not None:
         words = {"words": [[begin, end, round(logprob, 3)] for begin, end, logprob in answer.words]}

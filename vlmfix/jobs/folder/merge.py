@@ -1,25 +1,30 @@
-"""Joins the shards of a run into one folder, after it has made sure that they are all there and fit together."""
+"""Joins the shards of a run into one folder, after it has made sure that they are all there and fit together.
+
+What workers have written that shared a run (``--steal``) is joined by ``merge_blocks.py``.
+"""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 from vlmfix.errors import DataError, UsageError, VlmfixError
+from vlmfix.jobs.blocks import BlockFolder
+from vlmfix.jobs.folder.joined import Merged, MergedFolder
+from vlmfix.jobs.folder.merge_blocks import merge_blocks
 from vlmfix.jobs.folder.output import Totals
 from vlmfix.jobs.folder.reproduce import questions_again
-from vlmfix.jobs.ledger import CardFolder, now
+from vlmfix.jobs.ledger import now
 from vlmfix.jobs.lines import ANSWER, ANSWERS, CARD, FAILED, FAILURE, PROGRESS
 from vlmfix.jobs.shards import Shard, shards_in
 from vlmfix.parsing import some
 from vlmfix.records import flat, is_held, read_json, read_lines, shown
 from vlmfix.seen import Seen
 from vlmfix.settings import DECODED
-from vlmfix.shapes import COUNT, FLAG, OBJECT, PATH, SIZE, TEXT, fields, list_of
+from vlmfix.shapes import COUNT, FLAG, PATH, TEXT, fields, list_of
 from vlmfix.sources import source_of
 
 PART = fields(
@@ -45,56 +50,14 @@ NAMES = 10
 """Most missing pictures that are named."""
 
 
-@dataclass(frozen=True)
-class Merged:
-    """Says what was joined.
-
-    Attributes:
-        into: The folder.
-        shards: Number of shards.
-        totals: Totals of all of them.
-        unlisted: Why the pictures could not be listed, so that what is missing is known from the cards alone; empty
-            when they were listed.
-    """
-
-    into: Path
-    shards: int
-    totals: Totals
-    unlisted: str
-
-
-class _MergedFolder(CardFolder):
-    """Writes the folder that shards are joined into."""
-
-    card_name: ClassVar = CARD
-    card_shape: ClassVar = fields({"settings": OBJECT}, {"merged": SIZE})
-    option: ClassVar = "--into"
-
-    def __init__(self, folder: Path, settings: Mapping[str, Any]) -> None:
-        super().__init__(folder, {ANSWERS: ANSWER, FAILED: FAILURE})
-        self._settings = dict(settings)
-
-    def new_card(self) -> dict[str, Any]:
-        """Makes an empty card: what it says comes with the shards."""
-        return {}
-
-    def go_on(self) -> None:
-        """Refuses a folder that a run has written, and shards of another run."""
-        if "merged" not in self.card:
-            raise UsageError(f"{self.folder} holds answers that a run wrote itself", "choose another --into")
-        self.refuse_other(self.card["settings"], self._settings)
-
-    def read_back(self) -> None:
-        """Reads nothing: all lines are written anew."""
-
-
 def merge(out: Path, into: Path | None = None) -> Merged:
-    """Joins the shards below a folder: one file of answers, one of failures, and a card as of a single run.
+    """Joins the parts of a run: one file of answers, one of failures, and a card as of a single run.
 
-    Lines come shard by shard. What was joined before is written anew.
+    Lines come shard by shard, or block by block, which is the order of the pictures. What was joined before is written
+    anew.
 
     Args:
-        out: The folder that ``vlmfix run --shard`` was given.
+        out: The folder that ``vlmfix run --shard`` or ``--steal`` was given.
         into: The folder to write; None for ``out`` itself.
 
     Raises:
@@ -102,6 +65,8 @@ def merge(out: Path, into: Path | None = None) -> Merged:
             something else.
         DataError: A shard is missing or unfinished, pictures are missing or stand twice, or settings differ.
     """
+    if BlockFolder(out).is_there:
+        return merge_blocks(out, into)
     parts = _parts(out)
     cards = {
         shard: read_json(shard.folder(out) / CARD, PART) for shard in parts if os.path.exists(shard.folder(out) / CARD)
@@ -113,7 +78,7 @@ def merge(out: Path, into: Path | None = None) -> Merged:
     begun = next((card for card in cards.values() if card["sessions"]), next(iter(cards.values())))
     settings = begun["settings"] | {"shard": None}
     folders = [shard.folder(out) for shard in parts]
-    with _MergedFolder(into or out, settings) as merged:
+    with MergedFolder(into or out, settings) as merged:
         merged.card = _card(settings, cards, totals)
         merged.write_card()
         for name, shape in ((ANSWERS, ANSWER), (FAILED, FAILURE)):
@@ -131,7 +96,9 @@ def _parts(out: Path) -> list[Shard]:
     """
     found = shards_in(out)
     if not found:
-        raise UsageError(f"{out} holds no shards", "give the folder that vlmfix run --shard I/N --out was given")
+        raise UsageError(
+            f"{out} holds no shards", "give the folder that vlmfix run --shard I/N (or --steal) --out was given"
+        )
     if len(counts := sorted({shard.count for shard in found})) > 1:
         raise UsageError(
             f"{out} holds shards of {some(counts)}", "move those of the numbers away that are not to be joined"
