@@ -75,7 +75,7 @@ class Plan:
     kills: int
     stalls: int = 0
     full: int = 0
-    lease: float = 20.0
+    lease: float = 60.0
     rows: int = 32
     model: str = ""
     seed: int = 0
@@ -190,7 +190,8 @@ def _work(plan: Plan, out: Path, full: Path, counts: Any, slot: int) -> None:  #
     """Runs in each worker's process."""
     sys.stderr = open(out.parent / "workers.log", "a", buffering=1)
     blocks.LEASE_SECONDS = plan.lease
-    _draw_on_demand(plan)
+    images.open_found = draw
+    job.__dict__["source_of"] = lambda place, **_: Drawn(place, plan.pictures)
     _fill(out, full)
 
     def count(questions: int) -> None:
@@ -218,12 +219,6 @@ def _work(plan: Plan, out: Path, full: Path, counts: Any, slot: int) -> None:  #
     except VlmfixError as error:
         print(error, file=sys.stderr)
         sys.exit(1)
-
-
-def _draw_on_demand(plan: Plan) -> None:
-    images.open_found = draw
-    for module in (job, merge_blocks):
-        module.source_of = lambda place, **_: Drawn(place, plan.pictures)  # type: ignore[attr-defined]
 
 
 def _fill(out: Path, full: Path) -> None:
@@ -313,9 +308,12 @@ def keep(plan: Plan, out: Path, *, context: Any = None, report: Callable[[str], 
             told = now
             report(f"{done:,} of {plan.pictures:,} asked, {kills} killed, {early} ended early, {now - begun:.0f} s")
     seconds = time.monotonic() - begun
-    _draw_on_demand(plan)
-    begun = time.monotonic()
-    merge(out)
+    begun, source_of = time.monotonic(), merge_blocks.__dict__["source_of"]
+    merge_blocks.__dict__["source_of"] = lambda place, **_: Drawn(place, plan.pictures)
+    try:
+        merge(out)
+    finally:
+        merge_blocks.__dict__["source_of"] = source_of
     merged = time.monotonic() - begun
     answers, failures, lost, twice, wrong = _checked(plan, out)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

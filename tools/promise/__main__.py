@@ -19,7 +19,7 @@ from tools.promise import Plan, keep
 @click.option("--kills", default=100, help="Times that a worker is killed.")
 @click.option("--stalls", default=10, help="Times that a worker is stopped for longer than its lease.")
 @click.option("--full", default=5, help="Times that the disk is full.")
-@click.option("--lease", default=20.0, help="Seconds of a lease.")
+@click.option("--lease", default=60.0, help="Seconds of a lease.")
 @click.option("--rows", default=32, help="Rows of a batch.")
 @click.option("--model", default="", help="A model to answer in place of the stub.")
 @click.option("--seed", default=0, help="Seed of all chance.")

@@ -40,7 +40,7 @@ from vlmfix.settings import Settings
 from vlmfix.sources import Source
 from vlmfix.supply import Question
 
-PAUSE_SECONDS = 2.0
+PAUSE_SECONDS = 5.0
 """Longest time between two looks at what other workers have left."""
 
 
@@ -226,6 +226,7 @@ class _Planner:
         self._thread: threading.Thread | None = None
         self._error: Exception | None = None
         self._ending = threading.Event()
+        self._checked = 0.0
         self._again = self._is_over()
 
     def __enter__(self) -> Self:
@@ -248,6 +249,7 @@ class _Planner:
         Raises:
             VlmfixError: Planning failed here.
         """
+        self._checked = time.monotonic()
         if self._error is not None:
             raise self._error
         if self._thread is not None and self._thread.is_alive():
@@ -268,6 +270,13 @@ class _Planner:
         else:
             self._worker.plans(False)
         return True
+
+    def check_in_time(self) -> None:
+        """Does the same from time to time, and raises what has failed here at once."""
+        if self._error is not None:
+            raise self._error
+        if time.monotonic() - self._checked > shared.LEASE_SECONDS / shared.BEATS:
+            self.check()
 
     def _is_free(self, lease: str) -> bool:
         card = self._folder.card(self._folder.owner(lease))
@@ -507,7 +516,7 @@ class _Job:
     def _files(self) -> Iterator[Taken]:
         """Yields the pictures of all blocks that can be had at once, with their open questions."""
         while True:
-            self._planner.check()
+            self._planner.check_in_time()
             lease, self._lease = self._lease or self._take(), None
             if lease is None:
                 return
