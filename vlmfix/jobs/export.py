@@ -106,8 +106,8 @@ def _lines(folder: Path) -> Iterator[Line]:
         yield {name: known.get(name) for name in COLUMNS}
 
 
-def _text(value: str) -> str:
-    """A text that can be written: names from file systems that are not UTF-8 hold bytes that cannot."""
+def readable(value: str) -> str:
+    """Returns a text that can be written: names from file systems that are not UTF-8 hold bytes that cannot."""
     return value.encode("utf-8", "backslashreplace").decode()
 
 
@@ -125,7 +125,7 @@ def _write_csv(folder: Path, file: BinaryIO) -> int:
 
 def _cell(value: str | None) -> str:
     """A text as a cell that no spreadsheet takes for a formula."""
-    text = _text(value or "")
+    text = readable(value or "")
     return f"'{text}" if text.startswith(UNSAFE) else text
 
 
@@ -140,7 +140,7 @@ def _write_parquet(folder: Path, file: BinaryIO) -> int:
     with parquet.ParquetWriter(file, schema) as writer:
         while group := list(itertools.islice(lines, GROUP)):
             rows = [
-                line | {name: None if line[name] is None else _text(line[name]) for name in TEXTS} for line in group
+                line | {name: None if line[name] is None else readable(line[name]) for name in TEXTS} for line in group
             ]
             writer.write_table(arrow.Table.from_pylist(rows, schema=schema))
             count += len(rows)
@@ -159,7 +159,7 @@ def _write_coco(folder: Path, results: Path, images: Path) -> int:
         names[line["image"]] = ""
     numbers = _numbers(names)
     with replacing(images) as file:
-        listed = ({"id": number, "file_name": _text(name)} for name, number in numbers.items())
+        listed = ({"id": number, "file_name": readable(name)} for name, number in numbers.items())
         file.write(b'{"images": ' + _json_list(listed) + b"}\n")
     with replacing(results) as file:
         lines = read_lines(folder / ANSWERS, ANSWER)

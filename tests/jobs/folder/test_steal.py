@@ -148,7 +148,7 @@ def stuck(pictures, out, monkeypatch, at=3):
         except Exception as error:
             found.append(error)
 
-    monkeypatch.setattr(shared, "BEATS", 0.001)
+    monkeypatch.setattr(module._Worker, "_beat", lambda worker: worker._ending.wait())
     thread = threading.Thread(target=slow)
     thread.start()
     assert here.wait(30)

@@ -257,6 +257,7 @@ class _Planner:
         if self._folder.planned()[1] is not None and not self._again:
             return False
         last = self._folder.planning()
+        self._watch.look()
         if last is not None and not self._is_free(_plan(last)):
             self._again = False  # the other one plans for all
             return True
@@ -421,6 +422,7 @@ class _Job:
         self._mine: set[int] = set()
         """Blocks that are worked on here, or were left with open questions."""
         self._lease: Lease | None = None
+        self._looked = 0.0
         self._left: list[int] = []
         self._total = self._done = 0
         self._batch_size = 1
@@ -463,6 +465,10 @@ class _Job:
                 self._left.remove(number)
             elif lease := self._taken(Lease(number, 0)):
                 return lease
+        if time.monotonic() - self._looked < shared.LEASE_SECONDS / shared.BEATS:
+            return None
+        self._looked = time.monotonic()
+        self._watch.look()
         for number in self._left:
             if number in attempts and self._watch.is_free(str(last := Lease(number, attempts[number]))):
                 if lease := self._taken(Lease(number, last.attempt + 1)):
