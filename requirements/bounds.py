@@ -30,7 +30,7 @@ def main(which: str) -> None:
     project, build = content["project"], [*content["build-system"]["requires"], *EDITABLES, *SETUPTOOLS]
     if which == "floor":
         wanted = [*project["dependencies"], *extra(project, "all"), *extra(project, "small")]
-        lines = [re.sub(r"^([\w-]+)>=([\w.]+).*", r"\1==\2", line) for line in wanted]
+        lines = [re.sub(r"^([\w-]+)(?:\[[\w,]+\])?>=([\w.]+).*", r"\1==\2", line) for line in wanted]
     elif which == "newest":
         wanted = [*project["dependencies"], *extra(project, "dev"), *build]
         lines = [re.sub(r",<[\w.]+", "", line) for line in wanted]

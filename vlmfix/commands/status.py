@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from vlmfix.commands import options
-from vlmfix.jobs.lines import CARD
+from vlmfix.jobs.lines import ANSWERS, CARD, RAY
 from vlmfix.jobs.shards import Shard, shards_in
 from vlmfix.parsing import escaped, some
 
@@ -34,11 +34,13 @@ def status(folder: Path, as_json: bool) -> None:
     nothing. Of shards that are not merged yet it tells each, and all together; of a run that is shared, each worker.
     """
     from vlmfix.jobs.blocks import BlockFolder
-    from vlmfix.jobs.status import read_shared, read_status, together
+    from vlmfix.jobs.status import read_on_ray, read_shared, read_status, together
+    from vlmfix.records import is_held
 
     merged = os.path.exists(folder / CARD)
-    if not merged and BlockFolder(folder).is_there:
-        shared = read_shared(folder)
+    on_ray = os.path.isdir(folder / RAY) and (not merged or is_held(folder / ANSWERS))
+    if on_ray or (not merged and BlockFolder(folder).is_there):
+        shared = read_on_ray(folder) if on_ray else read_shared(folder)
         options.say_json(_json(shared)) if as_json else options.say("\n".join(_shared(shared)), lines=True)
         return
     shards = [] if merged else shards_in(folder)

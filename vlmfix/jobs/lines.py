@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from vlmfix.shapes import COUNT, DURATION, FLAG, NUMBER, TEXT, fields, list_of
+from vlmfix.shapes import COUNT, DURATION, FLAG, NUMBER, OBJECT, TEXT, fields, list_of
 
 WORD = list_of(NUMBER, least=3)
 """What a line says of a word: begin and end in the answer, and log-probability."""
@@ -28,6 +28,17 @@ ANSWER = fields(
         "objects": list_of(NAMED),
     },
 )
+RAY, QUESTIONS, ROWS, ACTORS = "ray", "questions", "answers", "workers"
+"""Folder of what a run on Ray keeps below its own; in it those of questions, of answers, and of what actors note."""
+ACTOR = fields(
+    {
+        "settings": OBJECT,
+        "session": fields({"started": TEXT, "peak_memory": COUNT}),
+        "totals": fields({"answers": COUNT, "failed": COUNT}),
+        "updated": TEXT,
+    }
+)
+"""Shape of what an actor notes."""
 MARKS = 12
 """Most times in a card at which it was noted how many questions were done: half a minute lies between two of them."""
 FAILURE = fields({"image": TEXT, "reason": TEXT}, {"prompt": TEXT})

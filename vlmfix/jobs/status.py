@@ -5,14 +5,16 @@ from __future__ import annotations
 import os
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
 from vlmfix.errors import DataError
+from vlmfix.extras import need
 from vlmfix.jobs.blocks import LEASE_SECONDS, BlockFolder
-from vlmfix.jobs.lines import ANSWERS, CARD, FAILED, FAILURE, PROGRESS
+from vlmfix.jobs.lines import ACTOR, ACTORS, ANSWERS, CARD, FAILED, FAILURE, PROGRESS, QUESTIONS, RAY, ROWS
 from vlmfix.records import count_lines, is_held, read_json, read_lines
 from vlmfix.shapes import COUNT, FLAG, TEXT, fields
 
@@ -163,6 +165,52 @@ def read_shared(folder: Path, now: datetime | None = None) -> Status:
         None if total is None else max(0, total - settled),
         sum(known) if known and len(known) == len(rates) else None,
         max((over for _, over in rates), default=0.0),
+        max((card["updated"] for card in cards.values()), default=""),
+        workers,
+    )
+
+
+def read_on_ray(folder: Path, now: datetime | None = None) -> Status:
+    """Reads how far a run on Ray is, from what it has written until now.
+
+    Args:
+        folder: The run's folder.
+        now: The present time; None for the clock's.
+
+    Raises:
+        MissingExtraError: pyarrow is not installed.
+        DataError: A file is damaged.
+    """
+    need("parquet")
+    import pyarrow.parquet as parquet
+
+    place, time, running = folder / RAY, now or datetime.now(UTC), is_held(folder / ANSWERS)
+    reasons: Counter[str] = Counter()
+    answers = total = 0
+    with suppress(Exception):  # the plan is being written
+        total = sum(parquet.read_metadata(path).num_rows for path in (place / QUESTIONS).glob("*.parquet"))
+    for path in (place / ROWS).glob("*.parquet"):
+        with suppress(Exception):  # it is being written
+            for reason in parquet.read_table(path, columns=["failed"]).column("failed").to_pylist():
+                answers += reason is None
+                reasons.update(() if reason is None else (reason,))
+    cards = {path.stem: read_json(path, ACTOR) for path in sorted((place / ACTORS).glob("*.json"))}
+    workers = tuple(
+        replace(_worker(name, card | {"ended": not running}, time), state="running" if running else "ended")
+        for name, card in cards.items()
+    )
+    left = max(0, total - answers - reasons.total())
+    return Status(
+        folder,
+        running,
+        not running and total > 0 and left == 0,
+        answers,
+        reasons.total(),
+        dict(reasons.most_common()),
+        total or None,
+        left if total else None,
+        None,
+        0.0,
         max((card["updated"] for card in cards.values()), default=""),
         workers,
     )

@@ -19,6 +19,7 @@ from vlmfix.jobs.folder import Questions, on_ray, run
 from vlmfix.jobs.folder.job import known_settings
 from vlmfix.jobs.folder.joined import MergedFolder
 from vlmfix.jobs.folder.on_ray import Actor, RayFolder, identity, run_on_ray
+from vlmfix.jobs.status import read_on_ray
 from vlmfix.records import read_json
 from vlmfix.settings import Settings
 from vlmfix.sources import source_of
@@ -36,7 +37,7 @@ def pictures(tmp_path):
 
 @pytest.fixture(autouse=True)
 def _blocks(monkeypatch):
-    monkeypatch.setattr(on_ray, "ROWS", 8)
+    monkeypatch.setattr(on_ray, "BLOCK", 8)
 
 
 def planned(pictures, out, questions, vlm):
@@ -69,6 +70,9 @@ def test_actors_make_what_a_run_makes(tmp_path, pictures, prompts):
     questions, vlm = Questions(everywhere=prompts, about={"prompt": "?", "prompts": None}), FakeVLM(broken=[colour(3)])
     folder, task, total = planned(pictures, tmp_path / "out", questions, vlm)
     work(folder, task)
+    found = read_on_ray(folder.out)
+    assert (found.running, found.total, found.left, found.failed) == (False, total, 0, 2 * len(prompts))
+    assert [(worker.state, worker.answers) for worker in found.workers] == [("ended", found.answers)]
     end = joined(folder, total)
     run(pictures, tmp_path / "one", questions=questions, settings=Settings(), batch_size=4, loader=vlm.load)
     assert answers(tmp_path / "out") == answers(tmp_path / "one")
@@ -145,7 +149,7 @@ DRIVER = """
 import sys
 from vlmfix import cli
 from vlmfix.jobs.folder import on_ray
-on_ray.ROWS = 8
+on_ray.BLOCK = 8
 sys.argv = ["vlmfix", *sys.argv[1:]]
 cli.main()
 """
@@ -161,11 +165,17 @@ def drawn(tmp_path_factory):
     return base / "images"
 
 
+@contextlib.contextmanager
 def driver(pictures, out, **environment):
     options = ["run", pictures, "--out", out, "--on", "ray", "--max-new-tokens", 12, "--batch-size", 2]
     env = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "RAY_USAGE_STATS_ENABLED": "0", **environment}
     env["PYTHONPATH"] = os.pathsep.join([os.getcwd(), env.get("PYTHONPATH", "")])
-    return subprocess.Popen([sys.executable, "-c", DRIVER, *map(str, options)], env=env, stderr=subprocess.PIPE)
+    process = subprocess.Popen([sys.executable, "-c", DRIVER, *map(str, options)], env=env, stderr=subprocess.PIPE)
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.communicate()
 
 
 def until(check, process, seconds=200):
@@ -189,19 +199,17 @@ def held(pictures, out, whole):
 def test_a_killed_actor_and_a_killed_driver_lose_nothing(tmp_path, drawn):
     pytest.importorskip("ray")
     out, folder = tmp_path / "out", RayFolder(tmp_path / "out")
-    process = driver(drawn, out)
-    until(lambda: folder.written() >= 8, process)
-    for place in folder.workers.iterdir():  # every actor that there is
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(int(re.search(r"-(\d+)-[0-9a-f]{8}\.json$", place.name)[1]), signal.SIGKILL)
-    killed = folder.written()
-    until(lambda: folder.written() > killed + 8, process)
-    process.kill()
-    process.wait()
+    with driver(drawn, out) as process:
+        until(lambda: folder.written() >= 8, process)
+        for place in folder.workers.iterdir():  # every actor that there is
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(int(re.search(r"-(\d+)-[0-9a-f]{8}\.json$", place.name)[1]), signal.SIGKILL)
+        killed = folder.written()
+        until(lambda: folder.written() > killed + 8, process)
     before = folder.written()
     assert before < 81
-    process = driver(drawn, out)
-    told = process.communicate(timeout=300)[1].decode()
+    with driver(drawn, out) as process:
+        told = process.communicate(timeout=300)[1].decode()
     assert process.returncode == 0, told
     assert "Traceback" not in told
     held(drawn, out, tmp_path / "whole")
@@ -218,10 +226,10 @@ def test_a_killed_node_loses_nothing(tmp_path, drawn):
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 2})
     try:
         node = cluster.add_node(num_cpus=2)
-        process = driver(drawn, out, RAY_ADDRESS=cluster.address)
-        until(lambda: folder.written() >= 8, process)
-        cluster.remove_node(node, allow_graceful=False)
-        told = process.communicate(timeout=300)[1].decode()
+        with driver(drawn, out, RAY_ADDRESS=cluster.address) as process:
+            until(lambda: folder.written() >= 8, process)
+            cluster.remove_node(node, allow_graceful=False)
+            told = process.communicate(timeout=300)[1].decode()
         assert process.returncode == 0, told
     finally:
         cluster.shutdown()

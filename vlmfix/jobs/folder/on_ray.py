@@ -34,25 +34,25 @@ from vlmfix.jobs.folder.joined import MergedFolder
 from vlmfix.jobs.folder.output import Totals
 from vlmfix.jobs.folder.questions import Questions
 from vlmfix.jobs.ledger import asked_before, facts_of, now
-from vlmfix.jobs.lines import ANSWERS, FAILED
+from vlmfix.jobs.lines import ACTOR, ACTORS, ANSWERS, FAILED, QUESTIONS, RAY, ROWS
 from vlmfix.jobs.shards import shards_in
 from vlmfix.records import read_json, refuse_other, replace_json
 from vlmfix.seen import Seen
 from vlmfix.settings import Settings
-from vlmfix.shapes import COUNT, OBJECT, TEXT, fields
+from vlmfix.shapes import OBJECT, fields
 from vlmfix.sources import Source
 from vlmfix.supply import Question
 
 if TYPE_CHECKING:
     import pyarrow
 
-RAY = "ray"
-"""Folder of all this, below the run's; and what ``--on`` is given."""
-ROWS = 256
+BLOCK = 256
 """Questions that an actor gets at once, and that are written and checkpointed together."""
+LIGHT = 0.25
+"""Share of a core that Ray is told of for each actor and task, so that on two cores all that a run needs has its place:
+Ray's filter of what is checkpointed takes a whole one."""
 LOOK_SECONDS = 10.0
 """Time between two looks at how much is written."""
-CARD = fields({"settings": OBJECT, "session": fields({"started": TEXT, "peak_memory": COUNT})})
 
 
 def run_on_ray(
@@ -132,7 +132,7 @@ class RayFolder:
     def __init__(self, out: Path) -> None:
         self.out, self.folder = out, out / RAY
         self.questions, self.answers, self.checkpoint, self.workers = (
-            self.folder / name for name in ("questions", "answers", "checkpoint", "workers")
+            self.folder / name for name in (QUESTIONS, ROWS, "checkpoint", ACTORS)
         )
 
     @property
@@ -176,7 +176,7 @@ class RayFolder:
         sample: tuple[str, ...] = ()
         total = 0
         for number in itertools.count():
-            rows = list(itertools.islice(asked, ROWS))
+            rows = list(itertools.islice(asked, BLOCK))
             if not rows:
                 return sample, total
             sample = sample or tuple(line for _, line in rows[:SPREAD])
@@ -215,7 +215,7 @@ class RayFolder:
         for path in sorted(self.answers.glob("*.parquet")):
             try:
                 with parquet.ParquetFile(path) as file:
-                    for batch in file.iter_batches(batch_size=ROWS):
+                    for batch in file.iter_batches(batch_size=BLOCK):
                         for row in batch.to_pylist():
                             if known.add(row["id"]):
                                 yield row["id"], _line(row)
@@ -226,7 +226,7 @@ class RayFolder:
 
     def cards(self) -> dict[str, dict[str, Any]]:
         """Reads the cards of all actors."""
-        return {path.stem: read_json(path, CARD) for path in sorted(self.workers.glob("*.json"))}
+        return {path.stem: read_json(path, ACTOR) for path in sorted(self.workers.glob("*.json"))}
 
     def join(self, joined: MergedFolder, total: int, before: int, notes: tuple[str, ...]) -> Progress:
         """Writes the folder as of any run.
@@ -281,7 +281,7 @@ class RayFolder:
             "peak_memory": max(session["peak_memory"] for session in sessions),
         }
         joined.write_card()
-        return Progress(total, min(before, done), done, totals.answers, totals, ROWS, notes=notes)
+        return Progress(total, min(before, done), done, totals.answers, totals, BLOCK, notes=notes)
 
 
 def identity(image: str, prompt: str) -> str:
@@ -306,7 +306,7 @@ def _refuse_other_settings(out: Path, cards: Mapping[str, Mapping[str, Any]]) ->
     first: Mapping[str, Any] | None = None
     for name, card in cards.items():
         first = first or card["settings"]
-        refuse_other(out, out / RAY / "workers" / f"{name}.json", card["settings"], first)
+        refuse_other(out, out / RAY / ACTORS / f"{name}.json", card["settings"], first)
 
 
 # -- on the cluster
@@ -350,6 +350,7 @@ class Actor:
             rows = fitting_batch(vlm, decoder, settings, typical(sample, [longest]))
         self._answerer = Answerer(vlm, decoder, settings, rows)
         self._opened: dict[str, Found] = {}
+        self._totals = {"answers": 0, "failed": 0}
         known = self._answerer.known
         self._card = {
             "settings": {**task.known, **facts_of(known, settings), "decoder_facts": dict(known.facts)},
@@ -369,7 +370,7 @@ class Actor:
 
     def _write_card(self) -> None:
         self._card["session"]["peak_memory"] = self._answerer.peak_memory
-        replace_json(self._place, self._card)
+        replace_json(self._place, self._card | {"totals": self._totals, "updated": now()})
 
     def __call__(self, block: pyarrow.Table) -> pyarrow.Table:
         """Answers a block; questions that trouble of the machine leaves open are missing in what it returns.
@@ -404,6 +405,8 @@ class Actor:
                         if file is not None:
                             self._sample = [(file, sample.prompt)]
                     settled.append((identity(sample.image, sample.prompt), line))
+        for _, line in settled:
+            self._totals["failed" if "reason" in line else "answers"] += 1
         self._write_card()
         return _table(settled)
 
@@ -497,7 +500,8 @@ def _work(folder: RayFolder, task: _Task, actors: int, *, gpu: bool) -> None:
     context.enable_progress_bars = False
     by_gpu = actors > 0 and gpu
     try:
-        questions = ray.data.read_datasource(planned(sorted(folder.questions.glob("*.parquet"))))
+        files = sorted(folder.questions.glob("*.parquet"))
+        questions = ray.data.read_datasource(planned(files), ray_remote_args={"num_cpus": LIGHT})
         answers = questions.map_batches(
             Actor,
             fn_constructor_args=(task,),
@@ -505,9 +509,9 @@ def _work(folder: RayFolder, task: _Task, actors: int, *, gpu: bool) -> None:
             batch_size=None,
             compute=ActorPoolStrategy(min_size=1, max_size=abs(actors), max_tasks_in_flight_per_actor=2),
             num_gpus=1 if by_gpu else 0,
-            num_cpus=1,
+            num_cpus=0 if by_gpu else LIGHT,
         )
-        answers.write_parquet(str(folder.answers.resolve()))
+        answers.write_parquet(str(folder.answers.resolve()), ray_remote_args={"num_cpus": LIGHT})
     except Exception as error:  # Ray's, which hold those of actors
         raise _told(error) from error
     finally:
@@ -537,10 +541,10 @@ def planned(files: Sequence[Path]) -> Any:  # noqa: ANN401 (a class of Ray's, wh
 
     class _Planned(Datasource):  # type: ignore[misc]
         def estimate_inmemory_data_size(self) -> int:
-            return len(paths) * ROWS * 200
+            return len(paths) * BLOCK * 200
 
         def get_read_tasks(self, parallelism: int, *_: object, **__: object) -> list[Any]:
-            about = BlockMetadata(num_rows=None, size_bytes=ROWS * 200, input_files=None, exec_stats=None)
+            about = BlockMetadata(num_rows=None, size_bytes=BLOCK * 200, input_files=None, exec_stats=None)
             return [ReadTask(_Read(path), about) for path in paths]
 
     return _Planned()
@@ -572,7 +576,7 @@ def _watched(
     def watch() -> None:
         while not ending.wait(LOOK_SECONDS):
             done = folder.written()
-            report(Progress(total, before, done, done - before, Totals(answers=done), ROWS, notes=notes))
+            report(Progress(total, before, done, done - before, Totals(answers=done), BLOCK, notes=notes))
 
     thread = threading.Thread(target=watch, name="vlmfix-ray", daemon=True)
     thread.start()
