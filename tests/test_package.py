@@ -1,6 +1,7 @@
 """The package as it is installed and imported: quick, typed, and the same in every file that names it."""
 
 import ast
+import re
 import resource
 import subprocess
 import sys
