@@ -65,8 +65,8 @@ def merge_blocks(out: Path, into: Path | None = None) -> Merged:
         merged.lines[FAILED].replace(_failures(folder))
         merged.card |= {"updated": now(), "finished": True}
         merged.write_card()
-    for draft in folder.drafts.iterdir():  # of planners that were killed
-        rmtree(draft, ignore_errors=True)
+    for left in (*folder.drafts.iterdir(), *folder.parts.iterdir()):  # by planners and workers that were killed
+        rmtree(left, ignore_errors=True)
     return Merged(into or out, len(cards), totals, unlisted, "workers")
 
 

@@ -111,7 +111,9 @@ def run_on_ray(
         before = folder.written()
         if before < total:
             with _watched(folder, total, before, notes, report), _cluster(address) as actors:
-                _work(folder, replace(task, sample=sample), actors, gpu=settings.device != "cpu")
+                by_gpu = actors > 0 and settings.device != "cpu"
+                drive = _work if address == RAY else _driven
+                drive(folder, replace(task, sample=sample), abs(actors), by_gpu)
         progress = folder.join(joined, total, before, notes)
     report(progress)
     if progress.done < total:
@@ -478,7 +480,17 @@ def _cluster(address: str) -> Iterator[int]:
             ray.shutdown()
 
 
-def _work(folder: RayFolder, task: _Task, actors: int, *, gpu: bool) -> None:
+def _driven(folder: RayFolder, task: _Task, actors: int, by_gpu: bool) -> None:
+    """Lets a task in the cluster drive the work, for Ray Data cannot be driven by a client."""
+    import ray
+
+    try:
+        ray.get(ray.remote(num_cpus=LIGHT)(_work).remote(folder, task, actors, by_gpu))
+    except Exception as error:  # Ray's, which hold those of the task
+        raise _told(error) from error
+
+
+def _work(folder: RayFolder, task: _Task, actors: int, by_gpu: bool) -> None:
     """Lets Ray Data answer what is not checkpointed.
 
     Raises:
@@ -498,7 +510,6 @@ def _work(folder: RayFolder, task: _Task, actors: int, *, gpu: bool) -> None:
         "id", folder.checkpoint.resolve().as_uri(), delete_checkpoint_on_success=False
     )
     context.enable_progress_bars = False
-    by_gpu = actors > 0 and gpu
     try:
         files = sorted(folder.questions.glob("*.parquet"))
         questions = ray.data.read_datasource(planned(files), ray_remote_args={"num_cpus": LIGHT})
@@ -507,7 +518,7 @@ def _work(folder: RayFolder, task: _Task, actors: int, *, gpu: bool) -> None:
             fn_constructor_args=(task,),
             batch_format="pyarrow",
             batch_size=None,
-            compute=ActorPoolStrategy(min_size=1, max_size=abs(actors), max_tasks_in_flight_per_actor=2),
+            compute=ActorPoolStrategy(min_size=1, max_size=actors, max_tasks_in_flight_per_actor=2),
             num_gpus=1 if by_gpu else 0,
             num_cpus=0 if by_gpu else LIGHT,
         )
