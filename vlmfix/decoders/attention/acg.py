@@ -19,6 +19,13 @@ LEAST_OTHER = 1e-4
 """Attention to all but the picture below which a head's output without the picture would be noise."""
 
 
+def _along(effect: Tensor, direction: Tensor, over: tuple[int, ...]) -> Tensor:
+    """Projects one tensor onto another, with inner products over some axes."""
+    inner = (effect * direction).sum(dim=over, keepdim=True)
+    size = direction.square().sum(dim=over, keepdim=True)
+    return inner / size.clamp(min=torch.finfo(size.dtype).tiny) * direction
+
+
 @dataclass(frozen=True, kw_only=True)
 class ACG(Decoder):
     """Attention-space contrastive guidance: adds to a head's output a multiple of what the picture alone changes in it.
@@ -90,10 +97,3 @@ class Guided(SplitEdit):
         if self.orthogonal:
             effect = effect - _along(effect, without, over=(-1,) if self.heads else (1, -1))
         return torch.where((mass > 0) & (rest >= LEAST_OTHER), whole + self.strength * effect, whole)
-
-
-def _along(effect: Tensor, direction: Tensor, over: tuple[int, ...]) -> Tensor:
-    """Projects one tensor onto another, with inner products over some axes."""
-    inner = (effect * direction).sum(dim=over, keepdim=True)
-    size = direction.square().sum(dim=over, keepdim=True)
-    return inner / size.clamp(min=torch.finfo(size.dtype).tiny) * direction

@@ -39,6 +39,69 @@ ALPHA = 4.0
 """Strength for models that are not in the table."""
 
 
+def gains(saliency: Tensor, image: Tensor, *, alpha: float, clip: float) -> Tensor:
+    """Computes the factor on each patch.
+
+    Args:
+        saliency: (B, T) map.
+        image: (B, T) bool, image patches.
+        alpha: Strength.
+        clip: Deviations (unbiased) at which the map is clipped.
+
+    Returns:
+        (B, T), from 1 at the lowest patch to e^alpha at the highest; 1 elsewhere, and where all patches are equal.
+    """
+    number = image.sum(dim=1, keepdim=True)  # (B, 1)
+    mean = (saliency * image).sum(dim=1, keepdim=True) / number.clamp(min=1)
+    variance = ((saliency - mean).square() * image).sum(dim=1, keepdim=True) / (number - 1).clamp(min=1)
+    reach = clip * variance.sqrt()
+    clipped = torch.minimum(torch.maximum(saliency, mean - reach), mean + reach)
+    low = clipped.masked_fill(~image, math.inf).amin(dim=1, keepdim=True)
+    high = clipped.masked_fill(~image, -math.inf).amax(dim=1, keepdim=True)
+    differs = image & (high > low)
+    share = torch.where(differs, (clipped - low) / torch.where(high > low, high - low, 1.0), 0.0)
+    return torch.where(differs, (alpha * share).exp(), 1.0)
+
+
+def enhance(
+    weights: Tensor,
+    image: Tensor,
+    question: Tensor,
+    gain: Tensor,
+    *,
+    beta: float,
+    image_heads: float,
+    question_heads: float,
+) -> Tensor:
+    """Raises attention to the picture by the map, and to the question by as much.
+
+    Args:
+        weights: (B, H, R, K) attention, rows sum to 1.
+        image: (B, K) bool, image patches.
+        question: (B, K) bool, tokens of the question.
+        gain: (B, K) factor on each key.
+        beta: Further factor on the question.
+        image_heads: Share of heads that look harder at the picture.
+        question_heads: Share of heads that look harder at the question.
+
+    Returns:
+        (B, H, R, K), rows sum to 1; a sample without picture or question is unchanged.
+    """
+    shown, asking = image[:, None, None, :], question[:, None, None, :]  # (B, 1, 1, K)
+    raised = weights * gain[:, None, None, :]
+    seen = (weights * shown).sum(dim=-1)  # (B, H, R)
+    looking = most(seen, image_heads)
+    reading = most((weights * asking).sum(dim=-1), question_heads)
+    before = (seen * looking).sum(dim=1)  # (B, R)
+    after = ((raised * shown).sum(dim=-1) * looking).sum(dim=1)
+    ratio = torch.where(before > 0, after / torch.where(before > 0, before, 1.0), 1.0)
+    new = torch.where(looking[..., None] & shown, raised, weights)
+    new = torch.where(reading[..., None] & asking, new * (beta * ratio)[:, None, :, None], new)
+    new = new / new.sum(dim=-1, keepdim=True)
+    acts = (image.any(dim=1) & question.any(dim=1))[:, None, None, None]
+    return torch.where(acts, new, weights)
+
+
 @dataclass(frozen=True, kw_only=True)
 class GIFT(Decoder):
     """Gaze-shift guided fusion: raises attention to the patches that the question's words drew it to.
@@ -250,66 +313,3 @@ class Enhancement(WeightEdit):
         gain = gains(saliency[:, : site.prompt], image, alpha=self.alpha, clip=self.clip)
         site.learn_of_keys("gain", gain)
         site.learn_of_keys("question", per_row(site, self.question))
-
-
-def gains(saliency: Tensor, image: Tensor, *, alpha: float, clip: float) -> Tensor:
-    """Computes the factor on each patch.
-
-    Args:
-        saliency: (B, T) map.
-        image: (B, T) bool, image patches.
-        alpha: Strength.
-        clip: Deviations (unbiased) at which the map is clipped.
-
-    Returns:
-        (B, T), from 1 at the lowest patch to e^alpha at the highest; 1 elsewhere, and where all patches are equal.
-    """
-    number = image.sum(dim=1, keepdim=True)  # (B, 1)
-    mean = (saliency * image).sum(dim=1, keepdim=True) / number.clamp(min=1)
-    variance = ((saliency - mean).square() * image).sum(dim=1, keepdim=True) / (number - 1).clamp(min=1)
-    reach = clip * variance.sqrt()
-    clipped = torch.minimum(torch.maximum(saliency, mean - reach), mean + reach)
-    low = clipped.masked_fill(~image, math.inf).amin(dim=1, keepdim=True)
-    high = clipped.masked_fill(~image, -math.inf).amax(dim=1, keepdim=True)
-    differs = image & (high > low)
-    share = torch.where(differs, (clipped - low) / torch.where(high > low, high - low, 1.0), 0.0)
-    return torch.where(differs, (alpha * share).exp(), 1.0)
-
-
-def enhance(
-    weights: Tensor,
-    image: Tensor,
-    question: Tensor,
-    gain: Tensor,
-    *,
-    beta: float,
-    image_heads: float,
-    question_heads: float,
-) -> Tensor:
-    """Raises attention to the picture by the map, and to the question by as much.
-
-    Args:
-        weights: (B, H, R, K) attention, rows sum to 1.
-        image: (B, K) bool, image patches.
-        question: (B, K) bool, tokens of the question.
-        gain: (B, K) factor on each key.
-        beta: Further factor on the question.
-        image_heads: Share of heads that look harder at the picture.
-        question_heads: Share of heads that look harder at the question.
-
-    Returns:
-        (B, H, R, K), rows sum to 1; a sample without picture or question is unchanged.
-    """
-    shown, asking = image[:, None, None, :], question[:, None, None, :]  # (B, 1, 1, K)
-    raised = weights * gain[:, None, None, :]
-    seen = (weights * shown).sum(dim=-1)  # (B, H, R)
-    looking = most(seen, image_heads)
-    reading = most((weights * asking).sum(dim=-1), question_heads)
-    before = (seen * looking).sum(dim=1)  # (B, R)
-    after = ((raised * shown).sum(dim=-1) * looking).sum(dim=1)
-    ratio = torch.where(before > 0, after / torch.where(before > 0, before, 1.0), 1.0)
-    new = torch.where(looking[..., None] & shown, raised, weights)
-    new = torch.where(reading[..., None] & asking, new * (beta * ratio)[:, None, :, None], new)
-    new = new / new.sum(dim=-1, keepdim=True)
-    acts = (image.any(dim=1) & question.any(dim=1))[:, None, None, None]
-    return torch.where(acts, new, weights)

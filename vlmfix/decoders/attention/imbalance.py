@@ -30,6 +30,63 @@ SAID = {
 """Words of a run card for the tower's maps."""
 
 
+class Groups(NamedTuple):
+    """Marks the image tokens of one picture that are raised; no token is in both groups.
+
+    Attributes:
+        local: (N,) bool.
+        summary: (N,) bool.
+    """
+
+    local: Tensor
+    summary: Tensor
+
+
+def select(significance: Significance, *, local_share: float, spatial_share: float) -> Groups:
+    """Chooses the tokens of one picture; of equal ones it takes the first.
+
+    Args:
+        significance: The picture's numbers, each (N,); a token with NaN is neither counted nor chosen.
+        local_share: a in [0, 1].
+        spatial_share: s in [0, 1].
+    """
+    known = ~significance.penultimate.isnan()
+    summary = torch.zeros_like(known)
+    summary[known] = outliers(significance.penultimate[known])
+    count = int(known.sum())
+    local = largest(significance.first, share_of(local_share, count))
+    local |= largest(significance.spatial, share_of(spatial_share, count))
+    return Groups(local=local & ~summary, summary=summary)
+
+
+def outliers(values: Tensor) -> Tensor:
+    """Marks the values more than 1.5 interquartile ranges above the third quartile, (N,) bool."""
+    if not len(values):
+        return torch.zeros(0, dtype=torch.bool)
+    values = values.double()
+    low, high = values.quantile(0.25), values.quantile(0.75)
+    return values > high + 1.5 * (high - low)
+
+
+def largest(values: Tensor, count: int) -> Tensor:
+    """Marks the largest values, (N,) bool; NaN counts as the smallest."""
+    order = values.nan_to_num(nan=-math.inf).argsort(descending=True, stable=True)
+    chosen = torch.zeros(len(values), dtype=torch.bool)
+    chosen[order[:count]] = True
+    return chosen
+
+
+def share_of(share: float, count: int) -> int:
+    """Computes floor(share * count), with 0.7 of 10 being 7 whatever the last binary digit says."""
+    return math.floor(share * count + 1e-9)
+
+
+def relative_sensitivity(scores: Tensor) -> Tensor:
+    """Divides each head's score by its layer's mean, (L, H); 1 in a layer where all are 0."""
+    mean = scores.mean(dim=1, keepdim=True)  # (L, 1)
+    return torch.where(mean > 0, scores / mean, 1.0)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Imbalance(Decoder):
     """Raises attention to two groups of image tokens that are chosen in the vision tower, one more than the other.
@@ -210,63 +267,6 @@ class Imbalance(Decoder):
             raise IncompatibleDecodersError("imbalance has no profile", "give sensitivity=0 or profile=FILE")
         relative = relative_sensitivity(profile.scores)
         return (1 + self.sensitivity * (relative - 1)).clamp(self.least_gain, self.most_gain).to(vlm.device)
-
-
-class Groups(NamedTuple):
-    """Marks the image tokens of one picture that are raised; no token is in both groups.
-
-    Attributes:
-        local: (N,) bool.
-        summary: (N,) bool.
-    """
-
-    local: Tensor
-    summary: Tensor
-
-
-def select(significance: Significance, *, local_share: float, spatial_share: float) -> Groups:
-    """Chooses the tokens of one picture; of equal ones it takes the first.
-
-    Args:
-        significance: The picture's numbers, each (N,); a token with NaN is neither counted nor chosen.
-        local_share: a in [0, 1].
-        spatial_share: s in [0, 1].
-    """
-    known = ~significance.penultimate.isnan()
-    summary = torch.zeros_like(known)
-    summary[known] = outliers(significance.penultimate[known])
-    count = int(known.sum())
-    local = largest(significance.first, share_of(local_share, count))
-    local |= largest(significance.spatial, share_of(spatial_share, count))
-    return Groups(local=local & ~summary, summary=summary)
-
-
-def outliers(values: Tensor) -> Tensor:
-    """Marks the values more than 1.5 interquartile ranges above the third quartile, (N,) bool."""
-    if not len(values):
-        return torch.zeros(0, dtype=torch.bool)
-    values = values.double()
-    low, high = values.quantile(0.25), values.quantile(0.75)
-    return values > high + 1.5 * (high - low)
-
-
-def largest(values: Tensor, count: int) -> Tensor:
-    """Marks the largest values, (N,) bool; NaN counts as the smallest."""
-    order = values.nan_to_num(nan=-math.inf).argsort(descending=True, stable=True)
-    chosen = torch.zeros(len(values), dtype=torch.bool)
-    chosen[order[:count]] = True
-    return chosen
-
-
-def share_of(share: float, count: int) -> int:
-    """Computes floor(share * count), with 0.7 of 10 being 7 whatever the last binary digit says."""
-    return math.floor(share * count + 1e-9)
-
-
-def relative_sensitivity(scores: Tensor) -> Tensor:
-    """Divides each head's score by its layer's mean, (L, H); 1 in a layer where all are 0."""
-    mean = scores.mean(dim=1, keepdim=True)  # (L, 1)
-    return torch.where(mean > 0, scores / mean, 1.0)
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)

@@ -17,6 +17,11 @@ from vlmfix.models.checkpoint import Checkpoint
 from vlmfix.models.layout import Batch, ImageLayout
 
 
+def middle(count: int) -> LayerSet:
+    """Returns, of a model with ``count`` layers, those that 9 to 14 are of 32."""
+    return LayerSet(f"{round(9 / 32 * count)}:{max(round(15 / 32 * count), round(9 / 32 * count) + 1)}")
+
+
 @dataclass(frozen=True, kw_only=True)
 class VAF(Decoder):
     """Visual Amplification Fusion: scales scores of the picture up and those of the system prompt down.
@@ -73,11 +78,6 @@ class VAF(Decoder):
             layers=self.layers or middle(vlm.layers), image=self.image, system=self.system, safe=self.signs == "safe"
         )
         return DecodingPlan(edits=(edit,))
-
-
-def middle(count: int) -> LayerSet:
-    """Returns, of a model with ``count`` layers, those that 9 to 14 are of 32."""
-    return LayerSet(f"{round(9 / 32 * count)}:{max(round(15 / 32 * count), round(9 / 32 * count) + 1)}")
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)

@@ -19,6 +19,33 @@ from vlmfix.models.checkpoint import Checkpoint
 from vlmfix.models.layout import Batch, ImageLayout
 
 
+def redistribute(weights: Tensor, image: Tensor, sink: Tensor, *, moved: float, ratio: float, mass: float) -> Tensor:
+    """Moves a share of the sinks' attention to the other image keys, in the rows that look at image content.
+
+    Args:
+        weights: (B, H, R, K) attention, rows sum to 1.
+        image: (B, K) bool, image keys.
+        sink: (B, K) bool, sink keys, image or text.
+        moved: m, share of every sink's weight that is moved.
+        ratio: rho, smallest non-sink share of the image mass.
+        mass: Smallest image mass.
+
+    Returns:
+        (B, H, R, K) with the same row sums; rows that do not qualify are unchanged, and so is a sample whose picture
+        holds no sink.
+    """
+    target = (image & ~sink)[:, None, None, :]  # (B, 1, 1, K)
+    surplus = sink[:, None, None, :]
+    seen = (weights * image[:, None, None, :]).sum(dim=-1)  # (B, H, R)
+    kept = (weights * target).sum(dim=-1)
+    freed = moved * (weights * surplus).sum(dim=-1)
+    visual = (image & sink).any(dim=-1)[:, None, None]
+    selected = visual & (seen >= mass) & (kept > 0) & (kept >= ratio * seen)
+    gain = freed / kept.clamp(min=1e-12)
+    new = torch.where(surplus, (1 - moved) * weights, weights) + gain[..., None] * weights * target
+    return torch.where(selected[..., None], new, weights)
+
+
 @dataclass(frozen=True, kw_only=True)
 class VAR(Decoder):
     """Visual Attention Redistribution: moves the surplus attention on sinks to the rest of the picture.
@@ -183,30 +210,3 @@ class Redistribution(WeightEdit):
             site.learn_of_keys("sinks", sink_strength(site.hidden[:, : site.prompt], self.dims) > self.threshold)
         sink = site.learned("sinks")  # (B, K); generated tokens are never sinks
         return redistribute(weights, site.image_keys, sink, moved=self.moved, ratio=self.ratio, mass=self.mass)
-
-
-def redistribute(weights: Tensor, image: Tensor, sink: Tensor, *, moved: float, ratio: float, mass: float) -> Tensor:
-    """Moves a share of the sinks' attention to the other image keys, in the rows that look at image content.
-
-    Args:
-        weights: (B, H, R, K) attention, rows sum to 1.
-        image: (B, K) bool, image keys.
-        sink: (B, K) bool, sink keys, image or text.
-        moved: m, share of every sink's weight that is moved.
-        ratio: rho, smallest non-sink share of the image mass.
-        mass: Smallest image mass.
-
-    Returns:
-        (B, H, R, K) with the same row sums; rows that do not qualify are unchanged, and so is a sample whose picture
-        holds no sink.
-    """
-    target = (image & ~sink)[:, None, None, :]  # (B, 1, 1, K)
-    surplus = sink[:, None, None, :]
-    seen = (weights * image[:, None, None, :]).sum(dim=-1)  # (B, H, R)
-    kept = (weights * target).sum(dim=-1)
-    freed = moved * (weights * surplus).sum(dim=-1)
-    visual = (image & sink).any(dim=-1)[:, None, None]
-    selected = visual & (seen >= mass) & (kept > 0) & (kept >= ratio * seen)
-    gain = freed / kept.clamp(min=1e-12)
-    new = torch.where(surplus, (1 - moved) * weights, weights) + gain[..., None] * weights * target
-    return torch.where(selected[..., None], new, weights)

@@ -22,6 +22,22 @@ SHARE = (20 / 32, 28 / 32)
 """First and last of the authors' layers, 20 to 28 of 32, as shares of the depth."""
 
 
+def candidates(logits: Tensor, nucleus: float, most: int) -> Tensor:
+    """Marks the most probable tokens, at most ``most``, that come to ``nucleus`` of the probability together.
+
+    Args:
+        logits: (B, V).
+        nucleus: In [0, 1]; the token that crosses it counts, so there is always one.
+        most: Number of tokens.
+
+    Returns:
+        (B, V) bool.
+    """
+    share, order = logits.softmax(dim=-1).topk(min(most, logits.shape[-1]), dim=-1)
+    before = share.cumsum(dim=-1) - share
+    return torch.zeros_like(logits, dtype=torch.bool).scatter(-1, order, before < max(nucleus, 1e-9))
+
+
 @dataclass(frozen=True, kw_only=True)
 class DeCo(Decoder):
     """Dynamic Correction: models often see an object in a middle layer and talk themselves out of it behind.
@@ -112,19 +128,3 @@ class Correction(Contrast):
         best, layer = sure.max(dim=0)  # (B,)
         early = others[layer, torch.arange(len(clean), device=clean.device)]
         return (scores + self.strength * best[:, None] * early).where(chosen, -torch.inf)
-
-
-def candidates(logits: Tensor, nucleus: float, most: int) -> Tensor:
-    """Marks the most probable tokens, at most ``most``, that come to ``nucleus`` of the probability together.
-
-    Args:
-        logits: (B, V).
-        nucleus: In [0, 1]; the token that crosses it counts, so there is always one.
-        most: Number of tokens.
-
-    Returns:
-        (B, V) bool.
-    """
-    share, order = logits.softmax(dim=-1).topk(min(most, logits.shape[-1]), dim=-1)
-    before = share.cumsum(dim=-1) - share
-    return torch.zeros_like(logits, dtype=torch.bool).scatter(-1, order, before < max(nucleus, 1e-9))

@@ -24,6 +24,27 @@ DEEP = 40
 """Layers above which a bucket has no more than its half of them."""
 
 
+def distances(last: Tensor, early: Tensor, *, swapped: bool) -> Tensor:
+    """Measures how far each layer's distribution is from the last layer's.
+
+    Args:
+        last: (B, V) log-probabilities.
+        early: (E, B, V) log-probabilities.
+        swapped: False for the Jensen-Shannon divergence in nats; True for the released code's number.
+
+    Returns:
+        (E, B).
+    """
+    middle = (last.exp() + early.exp()).mul(0.5).log()  # (E, B, V)
+    if swapped:  # means of "divergences" of the mean distribution from each, weighted by the mean one
+        pairs = [(middle.exp() * (middle - other)).mean(dim=-1) for other in (last, early)]
+    else:
+        pairs = [
+            torch.where(other > -torch.inf, other.exp() * (other - middle), 0.0).sum(-1) for other in (last, early)
+        ]
+    return (pairs[0] + pairs[1]) / 2
+
+
 @dataclass(frozen=True, kw_only=True)
 class DoLa(Decoder):
     """Decoding by Contrasting Layers: subtracts the log-probabilities that an early layer would give.
@@ -127,24 +148,3 @@ class LayerContrast(Contrast):
         chosen = distances(clean.log_softmax(dim=-1), early, swapped=self.swapped).argmax(dim=0)  # (B,)
         furthest = early[chosen, torch.arange(len(clean), device=clean.device)]
         return cut(clean, scores.log_softmax(dim=-1) - furthest, self.plausibility)
-
-
-def distances(last: Tensor, early: Tensor, *, swapped: bool) -> Tensor:
-    """Measures how far each layer's distribution is from the last layer's.
-
-    Args:
-        last: (B, V) log-probabilities.
-        early: (E, B, V) log-probabilities.
-        swapped: False for the Jensen-Shannon divergence in nats; True for the released code's number.
-
-    Returns:
-        (E, B).
-    """
-    middle = (last.exp() + early.exp()).mul(0.5).log()  # (E, B, V)
-    if swapped:  # means of "divergences" of the mean distribution from each, weighted by the mean one
-        pairs = [(middle.exp() * (middle - other)).mean(dim=-1) for other in (last, early)]
-    else:
-        pairs = [
-            torch.where(other > -torch.inf, other.exp() * (other - middle), 0.0).sum(-1) for other in (last, early)
-        ]
-    return (pairs[0] + pairs[1]) / 2

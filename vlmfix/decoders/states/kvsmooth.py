@@ -18,6 +18,12 @@ from vlmfix.models.checkpoint import Checkpoint
 from vlmfix.models.layout import Batch, ImageLayout
 
 
+def inner(count: int) -> LayerSet:
+    """Returns, of a model with ``count`` layers, those that 3 to 30 are of 32; the only one of a single layer."""
+    first = round(3 / 32 * count)
+    return LayerSet(f"{first}:{max(count - 1, first + 1)}")
+
+
 @dataclass(frozen=True, kw_only=True)
 class KVSmooth(Decoder):
     """Key-value smoothing: mixes each generated token's key and value with those that the cache has of the one before.
@@ -87,12 +93,6 @@ class KVSmooth(Decoder):
             heads=self.entropy == "heads",
         )
         return DecodingPlan(edits=(edit,))
-
-
-def inner(count: int) -> LayerSet:
-    """Returns, of a model with ``count`` layers, those that 3 to 30 are of 32; the only one of a single layer."""
-    first = round(3 / 32 * count)
-    return LayerSet(f"{first}:{max(count - 1, first + 1)}")
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
