@@ -28,20 +28,18 @@ from itertools import pairwise
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import DynamicCache
 
 from vlmfix.attention.probe import Enough
 from vlmfix.attention.session import bare, continued, first_edited, reads_hidden, recorded
 from vlmfix.decoding.branches import Branch
 from vlmfix.decoding.encoding import first_rows, repeats_pictures
-from vlmfix.errors import UpstreamError
+from vlmfix.decoding.given import Given, mask_among, mask_from, read
 from vlmfix.models.checkpoint import Checkpoint
 from vlmfix.models.layout import Batch
 from vlmfix.upstream import cache as caches
 from vlmfix.upstream import positions
-from vlmfix.upstream.names import TextNames
-from vlmfix.upstream.versions import say_once
 
 PIECE = 8_192
 """Most tokens of all rows that pass through the text decoder together in prefill: enough for matrix products at their
@@ -128,7 +126,7 @@ def cut_prefill(vlm: Checkpoint, prompts: Prompts) -> Iterator[None]:
     def forward(*args: Any, **kwargs: Any) -> Any:  # noqa: ANN401 (families differ)
         restore()
         short = prompts.real.shape[1] <= COLUMNS or prompts.real.numel() <= PIECE
-        given = None if args or (prompts.alike is None and short) else _read(decoder, kwargs)
+        given = None if args or (prompts.alike is None and short) else read(decoder, kwargs)
         if given is None or not _is_prefill(vlm, given, prompts.real):
             return original(*args, **kwargs)
         split = None if prompts.alike is None else _split(vlm, prompts.real, prompts.alike, given)
@@ -148,63 +146,6 @@ def cut_prefill(vlm: Checkpoint, prompts: Prompts) -> Iterator[None]:
         yield
     finally:
         restore()
-
-
-@dataclass(frozen=True, eq=False)
-class Given:
-    """Holds the arguments that the text decoder was called with.
-
-    Attributes:
-        names: Names of the arguments.
-        all: The arguments by name.
-        embeds: (B, T, hidden size) embeddings.
-        positions: (B, T) or (3 or 4, B, T) position ids; None when none were given.
-        mask: None or (B, T) for plain causality, (B, 1, T, K), or several of these by name.
-        cache: Where keys and values go, or None.
-        picture_tokens: (B, T) bool, the tokens that deep features are added to, or None.
-        deep: Their features, one (tokens, hidden size) for each of the first layers.
-    """
-
-    names: TextNames
-    all: Mapping[str, Any]
-    embeds: Tensor
-    positions: Tensor | None
-    mask: Any
-    cache: Any
-    picture_tokens: Tensor | None
-    deep: Sequence[Tensor]
-
-
-def _read(decoder: nn.Module, kwargs: Mapping[str, Any]) -> Given | None:
-    """Reads the arguments of a call; warns once and returns None when it does not know some of them."""
-    try:
-        names = TextNames.of(decoder)
-    except UpstreamError as error:
-        say_once(f"prompts pass whole and apart, which costs time and memory: {error}")
-        return None
-    own = (names.embeds, names.mask, names.positions, names.cache, names.picture_tokens, names.deep)
-    if strange := [name for name, value in kwargs.items() if name not in own and _by_token(value)]:
-        say_once(
-            "prompts pass whole and apart, which costs time and memory: "
-            f"{type(decoder).__name__} was called with {', '.join(strange)}, which vlmfix does not know"
-        )
-        return None
-    return Given(
-        names=names,
-        all=kwargs,
-        embeds=kwargs[names.embeds],
-        positions=kwargs.get(names.positions),
-        mask=kwargs.get(names.mask),
-        cache=kwargs.get(names.cache),
-        picture_tokens=kwargs.get(names.picture_tokens) if names.picture_tokens else None,
-        deep=(kwargs.get(names.deep) or ()) if names.deep else (),
-    )
-
-
-def _by_token(value: Any) -> bool:  # noqa: ANN401 (whatever a model hands to its text decoder)
-    """Returns whether an argument may have entries for single tokens."""
-    parts = value if isinstance(value, list | tuple) else [value]
-    return any(isinstance(part, Tensor) and part.dim() > 0 for part in parts)
 
 
 @dataclass(frozen=True, eq=False)
@@ -259,7 +200,7 @@ def _run(vlm: Checkpoint, decoder: Callable[..., Any], split: Split, given: Give
     total = given.embeds.shape[1]
     columns = torch.arange(total, device=split.pad.device)
     once = (split.pad[split.first, None] + columns[: split.length]).clamp(max=total - 1)  # (U, P)
-    mask = _mask_among(given.mask, split.first, once)  # None where the pass is cut into pieces
+    mask = mask_among(given.mask, split.first, once)  # None where the pass is cut into pieces
     fresh, first = DynamicCache(), split.first[:, None]
     pieces = _pieces(vlm, given, len(first), 0, split.length)
     with recorded(vlm) as hidden, suppress(Enough):  # the second pass ends at the same layer
@@ -296,9 +237,9 @@ def _rest(
     *before, (begin, _) = _pieces(vlm, given, rows, start, total)
     for here, end in before:
         with bare(vlm), suppress(Enough):
-            _call(decoder, given, every, columns[:, here:end], _mask_from(given.mask, here, end), given.cache)
+            _call(decoder, given, every, columns[:, here:end], mask_from(given.mask, here, end), given.cache)
     with continued(vlm, begin, past):
-        return _call(decoder, given, every, columns[:, begin:], _mask_from(given.mask, begin, total), given.cache)
+        return _call(decoder, given, every, columns[:, begin:], mask_from(given.mask, begin, total), given.cache)
 
 
 def _pieces(vlm: Checkpoint, given: Given, rows: int, start: int, end: int) -> list[tuple[int, int]]:
@@ -326,7 +267,7 @@ def _call(
 ) -> Any:  # noqa: ANN401 (families differ)
     """Runs the text decoder over some tokens behind what stands in a cache; see ``_inputs``."""
     names = given.names
-    return decoder(**_inputs(given, rows, columns), **{names.mask: mask, names.cache: cache})
+    return decoder(**given.at(rows, columns), **{names.mask: mask, names.cache: cache})
 
 
 def _is_prefill(vlm: Checkpoint, given: Given, real: Tensor) -> bool:
@@ -370,7 +311,7 @@ def _common(alike: Tensor, pad: Tensor, given: Given) -> Tensor:
     source = columns - pad[own, None] + pad[other, None]  # (N, T), the other row's column of the same token
     inside = (source >= 0) & (source < total)
     at = (other[:, None], source.clamp(0, total - 1))
-    places = _positions(given).reshape(-1, rows, total)
+    places = given.places().reshape(-1, rows, total)
     same = inside & (embeds[own] == embeds[at]).all(dim=-1) & (places[:, own] == places[:, *at]).all(dim=0)
     visual = given.picture_tokens
     if visual is not None:
@@ -408,54 +349,3 @@ def _closed(mask: Any, first: Tensor, pad: Tensor, wanted: Tensor) -> Tensor:  #
         if torch.equal(grown, needed):
             return needed
         needed = grown
-
-
-def _inputs(given: Given, rows: Tensor, columns: Tensor) -> dict[str, Any]:
-    """Selects the decoder's inputs, without mask and cache, at some tokens.
-
-    Args:
-        given: All inputs.
-        rows: (N, 1) int64.
-        columns: (N, Q) int64.
-    """
-    names = given.names
-    inputs = {name: value for name, value in given.all.items() if name not in (names.mask, names.cache)}
-    inputs[names.embeds] = given.embeds[rows, columns]  # (N, Q, hidden size)
-    inputs[names.positions] = _positions(given)[..., rows, columns]  # (..., N, Q)
-    visual = given.picture_tokens
-    if visual is not None and names.picture_tokens and names.deep:
-        number = visual.flatten().cumsum(0).view_as(visual) - 1
-        chosen = visual[rows, columns]
-        order = number[rows, columns][chosen]
-        inputs |= {names.picture_tokens: chosen, names.deep: [level[order] for level in given.deep]}
-    return inputs
-
-
-def _positions(given: Given) -> Tensor:
-    """Returns the position ids of all rows, (B, T) or (3 or 4, B, T)."""
-    if given.positions is None:
-        raise RuntimeError("a pass without positions is not cut")
-    return given.positions.expand(*given.positions.shape[:-2], given.embeds.shape[0], -1)
-
-
-def _mask_among(mask: Any, rows: Tensor, columns: Tensor) -> Any:  # noqa: ANN401
-    """Cuts out the mask of some rows' tokens among themselves, (U, 1, P, P); None for plain causality."""
-    if isinstance(mask, dict):
-        return {name: _mask_among(part, rows, columns) for name, part in mask.items()}
-    if mask is None or mask.dim() == 2:
-        return None
-    return mask[rows[:, None, None], 0, columns[:, :, None], columns[:, None, :]][:, None]
-
-
-def _mask_from(mask: Any, begin: int, end: int) -> Any:  # noqa: ANN401
-    """Cuts out the mask of the queries from one column to another; a (B, T) mask is that of the keys.
-
-    It returns no dict whose values are all None: the decoder would take it for a finished mask, and use no mask at
-    all behind the cache.
-    """
-    if isinstance(mask, dict):
-        parts = {name: _mask_from(part, begin, end) for name, part in mask.items()}
-        return parts if any(part is not None for part in parts.values()) else None
-    if mask is None:
-        return None
-    return mask[:, :end] if mask.dim() == 2 else mask[:, :, begin:end]
