@@ -36,6 +36,11 @@ SETTINGS: dict[tuple[str, int, int, int], Settings] = {
 """By the text model's type, hidden size, layers and key/value heads: LLaVA-1.5-7B on captions, and 13B."""
 
 
+def kept_heads(share: float, heads: int) -> int:
+    """Computes floor(share * heads), with 0.7 of 10 being 7 whatever the last binary digit says."""
+    return math.floor(share * heads + 1e-9)
+
+
 @dataclass(frozen=True, kw_only=True)
 class SPIN(Decoder):
     """Image-guided head suppression: turns down heads that hardly look at the picture and speak from language.
@@ -176,11 +181,6 @@ class Suppression(AttentionEdit):
         rank = ((other > own) | ((other == own) & earlier)).sum(dim=2)  # a sort would take long to compile
         kept = (rank < kept_heads(self.share, site.heads)) | ~image.any(dim=-1)
         return torch.where(kept, 1.0, self.factor)[..., None]
-
-
-def kept_heads(share: float, heads: int) -> int:
-    """Computes floor(share * heads), with 0.7 of 10 being 7 whatever the last binary digit says."""
-    return math.floor(share * heads + 1e-9)
 
 
 class ByAttention(Suppression, WeightEdit):

@@ -34,6 +34,15 @@ ROUNDING = 1e-5
 """Share of a head's output below which a change is rounding, so that the head counts as unmoved."""
 
 
+def upper_half(scores: Tensor) -> Tensor:
+    """Selects the heads whose score (L, H) is above their layer's median, the lower of two; returns (L, H) bool."""
+    return scores > scores.median(dim=1, keepdim=True).values
+
+
+def _high(values: Tensor) -> Tensor:
+    return values > values.mean(dim=1, keepdim=True) + values.std(dim=1, keepdim=True)
+
+
 @dataclass(frozen=True, kw_only=True)
 class VHR(Decoder):
     """Vision-aware Head Reinforcement: multiplies the outputs of the heads that carry the picture.
@@ -216,15 +225,6 @@ class Choice:
             tested = squares.std(dim=1, keepdim=True) > self.guard
             moved = moved.masked_fill(_high(moved) & _high(flares) & tested, 0.0)
         return moved > moved.median(dim=1, keepdim=True).values
-
-
-def upper_half(scores: Tensor) -> Tensor:
-    """Selects the heads whose score (L, H) is above their layer's median, the lower of two; returns (L, H) bool."""
-    return scores > scores.median(dim=1, keepdim=True).values
-
-
-def _high(values: Tensor) -> Tensor:
-    return values > values.mean(dim=1, keepdim=True) + values.std(dim=1, keepdim=True)
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)

@@ -21,6 +21,25 @@ from vlmfix.models.checkpoint import Checkpoint
 from vlmfix.models.layout import Batch, ImageLayout
 
 
+def blind(seen: Tensor, layer_share: float, deviations: float) -> Tensor:
+    """Marks the tokens that draw attention whatever is asked.
+
+    Args:
+        seen: (L, N) attention of one row to N image tokens, mean over heads.
+        layer_share: gamma.
+        deviations: lambda.
+
+    Returns:
+        (N,) bool.
+    """
+    seen = seen.double()
+    shares, order = (seen.sum(dim=1) / seen.sum()).sort(descending=True)
+    enough = int((shares.cumsum(dim=0) < layer_share).sum()) + 1  # the fewest that reach it
+    mean = seen[order[:enough]].mean(dim=0)
+    spread = mean.std() if len(mean) > 1 else mean.new_zeros(())
+    return mean >= mean.mean() + deviations * spread
+
+
 @dataclass(frozen=True, kw_only=True)
 class AvisC(Decoder):
     """Attentional Vision Calibration: subtracts the logits under a picture of which only blind tokens are left.
@@ -115,22 +134,3 @@ def unseen(vlm: Checkpoint, batch: Batch, layout: ImageLayout, chosen: Callable[
         if bool(own.any()):
             blank[row, own] = ~chosen(looks[row][0].to(own.device)[:, own])
     return blank
-
-
-def blind(seen: Tensor, layer_share: float, deviations: float) -> Tensor:
-    """Marks the tokens that draw attention whatever is asked.
-
-    Args:
-        seen: (L, N) attention of one row to N image tokens, mean over heads.
-        layer_share: gamma.
-        deviations: lambda.
-
-    Returns:
-        (N,) bool.
-    """
-    seen = seen.double()
-    shares, order = (seen.sum(dim=1) / seen.sum()).sort(descending=True)
-    enough = int((shares.cumsum(dim=0) < layer_share).sum()) + 1  # the fewest that reach it
-    mean = seen[order[:enough]].mean(dim=0)
-    spread = mean.std() if len(mean) > 1 else mean.new_zeros(())
-    return mean >= mean.mean() + deviations * spread

@@ -20,6 +20,11 @@ from vlmfix.models.checkpoint import Checkpoint
 from vlmfix.models.layout import Batch, ImageLayout
 
 
+def weight_at(step: int, decay: float, most: float) -> float:
+    """Computes the weight of a step, ``(1 - gamma) / gamma`` with ``gamma = exp(-decay * step)``, at most ``most``."""
+    return min(math.expm1(decay * step) if decay * step < 700 else math.inf, most)
+
+
 @dataclass(frozen=True, kw_only=True)
 class M3ID(Decoder):
     """Multi-Modal Mutual-Information Decoding: favours tokens that the picture makes more probable than the text alone.
@@ -131,8 +136,3 @@ class GrowingContrast(Contrast):
     def begun(self) -> GrowingContrast:
         """Returns the rule before the first step."""
         return replace(self, passed=[0])
-
-
-def weight_at(step: int, decay: float, most: float) -> float:
-    """Computes the weight of a step, ``(1 - gamma) / gamma`` with ``gamma = exp(-decay * step)``, at most ``most``."""
-    return min(math.expm1(decay * step) if decay * step < 700 else math.inf, most)

@@ -21,6 +21,22 @@ from vlmfix.models.checkpoint import Checkpoint
 from vlmfix.models.layout import Batch, ImageLayout
 
 
+def most_seen(seen: Tensor, image: Tensor, kept: float) -> Tensor:
+    """Marks the image tokens that get most attention, all but the share ``kept`` that gets least.
+
+    Args:
+        seen: (..., K) attention of rows.
+        image: (..., K) bool, image tokens.
+        kept: In [0, 1]; at least one token stays, of equals the earlier.
+
+    Returns:
+        (..., K) bool.
+    """
+    place = seen.masked_fill(~image, torch.inf).argsort(dim=-1, stable=True).argsort(dim=-1)  # 0 for the least
+    count = (image.sum(dim=-1, keepdim=True) * kept).round().clamp(min=1)
+    return image & (place >= count)
+
+
 @dataclass(frozen=True, kw_only=True)
 class SID(Decoder):
     """Self-Introspective Decoding: subtracts the logits of a second row that sees only what it looks at least.
@@ -166,19 +182,3 @@ class Hiding(ProductBias):
         """Returns what was chosen in this pass."""
         (memory,) = self.chosen.memory.values()
         return memory.of_keys
-
-
-def most_seen(seen: Tensor, image: Tensor, kept: float) -> Tensor:
-    """Marks the image tokens that get most attention, all but the share ``kept`` that gets least.
-
-    Args:
-        seen: (..., K) attention of rows.
-        image: (..., K) bool, image tokens.
-        kept: In [0, 1]; at least one token stays, of equals the earlier.
-
-    Returns:
-        (..., K) bool.
-    """
-    place = seen.masked_fill(~image, torch.inf).argsort(dim=-1, stable=True).argsort(dim=-1)  # 0 for the least
-    count = (image.sum(dim=-1, keepdim=True) * kept).round().clamp(min=1)
-    return image & (place >= count)

@@ -25,6 +25,29 @@ STEPS = 1000
 """Number of steps of the diffusion schedule."""
 
 
+def kept_signal(step: int) -> float:
+    """Computes the schedule's cumulative product at a step, in (0, 1): the kept share of the picture's variance."""
+    ramp = torch.linspace(-6, 6, STEPS, dtype=torch.float64).sigmoid() * (0.005 - 1e-5) + 1e-5
+    return float((1 - ramp[: step + 1]).prod())
+
+
+def noised(pixels: Tensor, owners: Tensor, step: int, seed: int) -> Tensor:
+    """Adds the noise of one diffusion step to normalised pixels.
+
+    Args:
+        pixels: (n, ...) normalised pixel values.
+        owners: (n,) int64, row that each entry belongs to; each row gets a draw of its own.
+        step: Diffusion step.
+        seed: Seed of the noise, together with the row's pixels.
+
+    Returns:
+        Noised pixels, same shape and dtype.
+    """
+    keep = kept_signal(step)
+    noise = row_noise(pixels, owners, seed, uniform=False)
+    return (math.sqrt(keep) * pixels.float() + math.sqrt(1 - keep) * noise).to(pixels.dtype)
+
+
 @dataclass(frozen=True, kw_only=True)
 class VCD(Decoder):
     """Visual Contrastive Decoding: subtracts the logits of a noised picture, which hold the language prior.
@@ -125,26 +148,3 @@ class ImageContrast(Contrast):
     def fuse(self, clean: Tensor, others: Tensor, scores: Tensor) -> Tensor:
         """Returns ``scores + contrast * (clean - branch)``, cut by the clean logits."""
         return cut(clean, scores + self.contrast * (clean - others[0]), self.plausibility)
-
-
-def kept_signal(step: int) -> float:
-    """Computes the schedule's cumulative product at a step, in (0, 1): the kept share of the picture's variance."""
-    ramp = torch.linspace(-6, 6, STEPS, dtype=torch.float64).sigmoid() * (0.005 - 1e-5) + 1e-5
-    return float((1 - ramp[: step + 1]).prod())
-
-
-def noised(pixels: Tensor, owners: Tensor, step: int, seed: int) -> Tensor:
-    """Adds the noise of one diffusion step to normalised pixels.
-
-    Args:
-        pixels: (n, ...) normalised pixel values.
-        owners: (n,) int64, row that each entry belongs to; each row gets a draw of its own.
-        step: Diffusion step.
-        seed: Seed of the noise, together with the row's pixels.
-
-    Returns:
-        Noised pixels, same shape and dtype.
-    """
-    keep = kept_signal(step)
-    noise = row_noise(pixels, owners, seed, uniform=False)
-    return (math.sqrt(keep) * pixels.float() + math.sqrt(1 - keep) * noise).to(pixels.dtype)
