@@ -144,12 +144,13 @@ def run(
                 out,
                 questions=questions,
                 column=column,
-                settings=replace(settings, words=words),
+                settings=replace(settings, words=words, confidence=confidence, similarity=similarity),
                 batch_size=batch_size,
                 devices=() if devices is None else devices_of(devices),
                 remarks=functools.partial(_told, settings),
                 report=report,
                 loader=_loading,
+                named=_named,
             )
         options.say(shared_summary(done, out), err=True, lines=True)
         return
@@ -163,10 +164,11 @@ def run(
                 address=on,
                 questions=questions,
                 column=column,
-                settings=replace(settings, words=words),
+                settings=replace(settings, words=words, confidence=confidence, similarity=similarity),
                 batch_size=batch_size,
                 remarks=functools.partial(_told, settings),
                 report=report,
+                named=_named,
             )
         _conclude(end, out, settings, kinds)
         return

@@ -134,7 +134,7 @@ class BlockFolder:
     @property
     def is_there(self) -> bool:
         """Whether a worker has begun here."""
-        return self.folder.is_dir()
+        return os.path.isdir(self.folder)
 
     def make(self) -> None:
         """Makes the folders.
@@ -143,7 +143,7 @@ class BlockFolder:
             DataError: They cannot be made, or lead elsewhere.
         """
         for folder in (self.plan, self.leases, self.parts, self.done, self.workers, self.drafts):
-            if self.folder.is_symlink() or folder.is_symlink():
+            if os.path.islink(self.folder) or os.path.islink(folder):
                 raise DataError(
                     f"{self.folder} holds a link, and nothing is written through links", "choose another --out"
                 )
@@ -159,7 +159,7 @@ class BlockFolder:
 
     def is_end(self, number: int) -> bool:
         """Says whether a block holds no pictures, and says that all are planned."""
-        return (self.plan / _name(number) / ALL).exists()
+        return os.path.exists(self.plan / _name(number) / ALL)
 
     def head(self, number: int) -> tuple[int, int]:
         """Returns the questions before a block, and those in it."""
@@ -270,7 +270,7 @@ class BlockFolder:
             _write(part / COUNTED, to_json(counts))
             first = renamed(part, place)
         except OSError as error:
-            if place.exists():
+            if os.path.exists(place):
                 return False
             raise cannot_write(part, error) from error
         for attempt in range(lease.attempt + 1):
@@ -279,7 +279,7 @@ class BlockFolder:
 
     def is_done(self, number: int) -> bool:
         """Says whether a block is done."""
-        return (self.done / _name(number)).exists()
+        return os.path.exists(self.done / _name(number))
 
     def finished(self) -> set[int]:
         """Returns the blocks that are done."""
@@ -336,7 +336,7 @@ class BlockFolder:
         """Reads a worker's file; None where there is none."""
         path = self.workers / f"{worker}.json"
         try:
-            return read_json(path, CARD) if worker and path.exists() else None
+            return read_json(path, CARD) if worker and os.path.exists(path) else None
         except DataError:
             return None
 
@@ -445,7 +445,7 @@ def renamed(draft: Path, place: Path) -> bool:
         os.rename(draft, place)
     except OSError as error:
         taken = error.errno in (errno.ENOTEMPTY, errno.EEXIST)
-        if taken or (error.errno == errno.ENOENT and place.exists()):
+        if taken or (error.errno == errno.ENOENT and os.path.exists(place)):
             return False
         raise
     return True

@@ -49,7 +49,11 @@ def planned(pictures, out, questions, vlm):
     known = known_settings(source, questions, settings, parse("greedy"), None)
     folder.claim(known)
     sample, total = folder.plan(source, questions)
-    return folder, on_ray._Task(known, None, settings, 4, folder.base(source), out, vlm.load, sample), total
+    return (
+        folder,
+        on_ray._Task(known, None, settings, 4, folder.base(source), out, vlm.load, lambda text: (), sample),
+        total,
+    )
 
 
 def work(folder, task, left_out=()):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from shutil import rmtree
@@ -136,7 +137,7 @@ def _checked(folder: BlockFolder, pictures: Path, questions: Questions | None) -
         DataError: Something stands twice, or in another block than its own.
     """
     gaps, done, totals = _Gaps(), Seen(), Totals()
-    base = pictures if pictures.is_dir() else pictures.parent
+    base = pictures if os.path.isdir(pictures) else pictures.parent
     numbers, end = folder.planned()
     gaps.planned = end is not None
     finished = folder.finished()

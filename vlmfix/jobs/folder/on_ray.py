@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import os
 import shutil
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -23,15 +24,15 @@ from vlmfix.card import versions
 from vlmfix.decoders import parse
 from vlmfix.errors import DataError, PassingError, SystematicError, UsageError, VlmfixError
 from vlmfix.extras import need
-from vlmfix.files import make_folder
+from vlmfix.files import make_folder, resolved
 from vlmfix.fitting import fitting_batch, typical
 from vlmfix.generation import VLM, load
 from vlmfix.images import Found, read_ahead
 from vlmfix.jobs.blocks import BlockFolder, named_worker, noted, taken
 from vlmfix.jobs.export import COLUMNS, readable
-from vlmfix.jobs.folder.job import SPREAD, Progress, Sample, known_settings, prepared, record_of
+from vlmfix.jobs.folder.job import SPREAD, Named, Progress, Sample, known_settings, prepared, record_of
 from vlmfix.jobs.folder.joined import MergedFolder
-from vlmfix.jobs.folder.output import Totals
+from vlmfix.jobs.folder.output import Totals, measured
 from vlmfix.jobs.folder.questions import Questions
 from vlmfix.jobs.ledger import asked_before, facts_of, now
 from vlmfix.jobs.lines import ACTOR, ACTORS, ANSWERS, FAILED, QUESTIONS, RAY, ROWS
@@ -48,6 +49,10 @@ if TYPE_CHECKING:
 
 BLOCK = 256
 """Questions that an actor gets at once, and that are written and checkpointed together."""
+ANSWERED = ("image", "sha256", "prompt", "answer", "tokens", "finish", "seconds", "logprob", "entropy")
+"""Fields of every answer, in their order."""
+PLAIN = {*ANSWERED, "reason"}
+"""Fields that a row holds in columns of their own; of a line with others it holds the whole, too."""
 LIGHT = 0.25
 """Share of a core that Ray is told of for each actor and task, so that on two cores all that a run needs has its place:
 Ray's filter of what is checkpointed takes a whole one."""
@@ -67,6 +72,7 @@ def run_on_ray(
     remarks: Callable[[Iterable[Found]], Sequence[str]] = lambda files: (),
     report: Callable[[Progress], None] = lambda progress: None,
     loader: Callable[..., VLM] = load,
+    named: Named = lambda text: (),
 ) -> Progress:
     """Asks a model about every picture of a source, on a Ray cluster; see ``run`` for the other arguments.
 
@@ -81,6 +87,7 @@ def run_on_ray(
         remarks: Called with the files before anything is asked.
         report: Called every ten seconds, and at the end.
         loader: Loads the model in every actor, which must be able to import it.
+        named: Finds the object words of a text, where they are asked for; likewise.
 
     Returns:
         The final state.
@@ -94,6 +101,7 @@ def run_on_ray(
     """
     need("ray")
     need("parquet")
+    pictures = Path(os.path.abspath(pictures))  # nodes know no folder that the command was given in
     source, decoder = prepared(pictures, out, questions=questions, settings=settings, column=column)
     if BlockFolder(out).is_there or shards_in(out):
         raise UsageError(f"{out} holds a run that is divided in another way", "choose another --out")
@@ -104,7 +112,7 @@ def run_on_ray(
         folder.claim(known)
         notes = tuple(remarks(source))
         prompts_file = questions.file_name or None
-        task = _Task(known, prompts_file, settings, batch_size, folder.base(source), out.resolve(), loader)
+        task = _Task(known, prompts_file, settings, batch_size, folder.base(source), resolved(out), loader, named)
         sample, total = folder.plan(source, questions)
         if not total:
             raise DataError(f"no file in {pictures}", "give a picture, or a folder with pictures")
@@ -140,13 +148,12 @@ class RayFolder:
     @property
     def is_there(self) -> bool:
         """Whether a run on Ray has begun here."""
-        return self.folder.is_dir()
+        return os.path.isdir(self.folder)
 
     @staticmethod
     def base(source: Source) -> Path:
         """Returns the folder that names of pictures are relative to."""
-        place = source.place.resolve()
-        return place if place.is_dir() else place.parent
+        return source.place if os.path.isdir(source.place) else source.place.parent
 
     def claim(self, settings: Mapping[str, Any]) -> None:
         """Makes the folder this run's.
@@ -157,7 +164,7 @@ class RayFolder:
         for folder in (self.answers, self.workers):
             make_folder(folder)
         card = self.folder / "settings.json"
-        if card.exists():
+        if os.path.exists(card):
             refuse_other(self.out, card, read_json(card, fields({"settings": OBJECT}))["settings"], settings)
         else:
             replace_json(card, {"settings": settings})
@@ -300,8 +307,7 @@ def _line(row: Mapping[str, Any]) -> dict[str, Any]:
     if row["failed"] is not None:
         about = {} if row["prompt"] is None else {"prompt": row["prompt"]}
         return {"image": row["image"], "reason": row["failed"], **about}
-    names = ("image", "sha256", "prompt", "answer", "tokens", "finish", "seconds", "logprob", "entropy")
-    return {name: row[name] for name in names}
+    return {name: row[name] for name in ANSWERED}
 
 
 def _refuse_other_settings(out: Path, cards: Mapping[str, Mapping[str, Any]]) -> None:
@@ -330,6 +336,7 @@ class _Task:
     base: Path
     out: Path
     loader: Callable[..., VLM]
+    named: Named
     sample: tuple[str, ...] = ()
 
 
@@ -342,7 +349,7 @@ class Actor:
 
     def __init__(self, task: _Task) -> None:
         settings, decoder = task.settings, parse(task.settings.decoder)
-        self._base = task.base
+        self._base, self._named = task.base, task.named
         sample = [taken(json.loads(line), 0, task.base) for line in task.sample]
         self._sample: list[tuple[Found, str]] = [(file, file.prompts[0]) for file in sample]
         vlm = task.loader(settings.model, **settings.loading())
@@ -363,6 +370,7 @@ class Actor:
                 "peak_memory": 0,
                 "prompts_file": task.prompts_file,
                 "versions": versions(),
+                **measured(settings),
             },
         }
         folder = RayFolder(task.out)
@@ -403,7 +411,7 @@ class Actor:
                     elif isinstance(outcome, PassingError):
                         continue
                     else:
-                        line = record_of(sample, outcome)
+                        line = record_of(sample, outcome, self._named)
                         if file is not None:
                             self._sample = [(file, sample.prompt)]
                     settled.append((identity(sample.image, sample.prompt), line))
@@ -439,11 +447,13 @@ def _table(settled: Sequence[tuple[str, dict[str, Any]]]) -> pyarrow.Table:
     """Makes a table of lines; what a Parquet file cannot hold as it is stands there whole as JSON, too."""
     import pyarrow as arrow
 
-    kinds = {"tokens": arrow.int64(), **dict.fromkeys(("seconds", "logprob", "entropy"), arrow.float64())}
+    kinds = {"tokens": arrow.int64(), **dict.fromkeys(("seconds", "logprob", "entropy", "sar"), arrow.float64())}
     rows = []
     for key, line in settled:
         row = {name: line.get(name) for name in COLUMNS} | {"failed": line.get("reason")}
-        whole = "words" in line or any(isinstance(value, str) and not _is_text(value) for value in line.values())
+        whole = not line.keys() <= PLAIN or any(
+            isinstance(value, str) and not _is_text(value) for value in line.values()
+        )
         plain = {name: readable(value) if isinstance(value, str) else value for name, value in row.items()}
         rows.append({"id": key, **plain, "line": json.dumps(line) if whole else None})
     columns = [("id", arrow.string()), *((name, kinds.get(name, arrow.string())) for name in COLUMNS)]
@@ -507,7 +517,7 @@ def _work(folder: RayFolder, task: _Task, actors: int, by_gpu: bool) -> None:
     context = DataContext.get_current()
     before = context.checkpoint_config, context.enable_progress_bars
     context.checkpoint_config = CheckpointConfig(
-        "id", folder.checkpoint.resolve().as_uri(), delete_checkpoint_on_success=False
+        "id", resolved(folder.checkpoint).as_uri(), delete_checkpoint_on_success=False
     )
     context.enable_progress_bars = False
     try:
@@ -522,7 +532,7 @@ def _work(folder: RayFolder, task: _Task, actors: int, by_gpu: bool) -> None:
             num_gpus=1 if by_gpu else 0,
             num_cpus=0 if by_gpu else LIGHT,
         )
-        answers.write_parquet(str(folder.answers.resolve()), ray_remote_args={"num_cpus": LIGHT})
+        answers.write_parquet(str(resolved(folder.answers)), ray_remote_args={"num_cpus": LIGHT})
     except Exception as error:  # Ray's, which hold those of actors
         raise _told(error) from error
     finally:
@@ -548,7 +558,7 @@ def planned(files: Sequence[Path]) -> Any:  # noqa: ANN401 (a class of Ray's, wh
     from ray.data import Datasource, ReadTask
     from ray.data.block import BlockMetadata
 
-    paths = [str(path.resolve()) for path in files]
+    paths = [str(resolved(path)) for path in files]
 
     class _Planned(Datasource):  # type: ignore[misc]
         def estimate_inmemory_data_size(self) -> int:

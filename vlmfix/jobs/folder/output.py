@@ -76,6 +76,13 @@ class Totals:
         return 1000 * self.seconds / self.tokens if self.tokens else None
 
 
+def measured(settings: Settings) -> dict[str, Any]:
+    """Returns what a session notes of what was measured of its answers' tokens; nothing where nothing was."""
+    if settings.confidence is None:
+        return {}
+    return {"confidence": settings.confidence, "similarity": settings.similarity}
+
+
 class OutputFolder(Ledger):
     """Writes answers, failures and run card of one run.
 
@@ -149,15 +156,17 @@ class OutputFolder(Ledger):
         """
         self._at_work, self._recent = True, []
         self.card.pop("merged", None)  # from now on a run writes here, whose answers no merge may replace
-        measured: dict[str, Any] = {}
-        if settings.confidence is not None:
-            measured = {"confidence": settings.confidence, "similarity": settings.similarity}
         self.start_session(
             model,
             settings,
             self.card["settings"],
             found={"decoder_facts": model.facts},
-            session={"batch_size": batch_size, "prompts_file": prompts_file, "versions": versions(), **measured},
+            session={
+                "batch_size": batch_size,
+                "prompts_file": prompts_file,
+                "versions": versions(),
+                **measured(settings),
+            },
             peak_memory=peak_memory,
         )
 

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 import random
 import threading
 import time
@@ -28,8 +29,8 @@ from vlmfix.generation import VLM, load
 from vlmfix.images import Found, Picture, read_ahead
 from vlmfix.jobs import blocks as shared
 from vlmfix.jobs.blocks import LINE, LINES, BlockFolder, Lease, Taken, Watch, named_worker, noted, size_of
-from vlmfix.jobs.folder.job import SPREAD, Progress, Sample, known_settings, prepared, record_of
-from vlmfix.jobs.folder.output import Totals
+from vlmfix.jobs.folder.job import SPREAD, Named, Progress, Sample, known_settings, prepared, record_of
+from vlmfix.jobs.folder.output import Totals, measured
 from vlmfix.jobs.folder.questions import Questions
 from vlmfix.jobs.ledger import CARD_SECONDS, asked_before, facts_of, now
 from vlmfix.jobs.lines import CARD, MARKS
@@ -71,6 +72,7 @@ def steal(
     remarks: Callable[[Iterable[Found]], Sequence[str]] = lambda files: (),
     report: Callable[[Progress], None] = lambda progress: None,
     loader: Callable[..., VLM] = load,
+    named: Named = lambda text: (),
 ) -> Shared:
     """Works on a run beside any number of other workers, until nothing of it is left.
 
@@ -87,6 +89,7 @@ def steal(
         SystematicError: Every question fails; nothing is noted about the last failures.
         PassingError: Trouble of the machine left questions open, which another worker or the next start asks.
     """
+    pictures = Path(os.path.abspath(pictures))  # workers may be started in different folders
     source, decoder = prepared(pictures, out, questions=questions, settings=settings, column=column)
     _refuse_other_runs(out)
     folder = BlockFolder(out)
@@ -94,7 +97,7 @@ def steal(
     with ExitStack() as opened:
         worker = opened.enter_context(_Worker(folder, known_settings(source, questions, settings, decoder, None)))
         planner = opened.enter_context(_Planner(folder, worker, source, questions))
-        job = opened.enter_context(_Job(folder, worker, planner, questions, tuple(remarks(source)), report))
+        job = opened.enter_context(_Job(folder, worker, planner, questions, tuple(remarks(source)), report, named))
         if job.wait():
             if devices:
                 sample = job.typical() if batch_size is None else []
@@ -107,7 +110,7 @@ def steal(
 
 
 def _refuse_other_runs(out: Path) -> None:
-    if (out / CARD).exists() and "merged" not in read_json(out / CARD):
+    if os.path.exists(out / CARD) and "merged" not in read_json(out / CARD):
         raise UsageError(f"{out} holds answers that a run wrote itself", "choose another --out, or leave --steal out")
     if others := shards_in(out):
         raise UsageError(f"{out} holds the shard {others[0]}", "choose another --out, or go on with --shard")
@@ -206,7 +209,9 @@ class _Worker:
                 "decoder_facts": dict(model.facts),
             }
             session = {"started": now(), "device": model.device, "batch_size": batch_size, "peak_memory": 0}
-            self.card["sessions"] = [{**session, "prompts_file": prompts_file, "versions": versions()}]
+            self.card["sessions"] = [
+                {**session, "prompts_file": prompts_file, "versions": versions(), **measured(settings)}
+            ]
         self._save_alike()
 
     def plans(self, planning: bool) -> None:
@@ -221,7 +226,7 @@ class _Planner:
 
     def __init__(self, folder: BlockFolder, worker: _Worker, source: Source, questions: Questions) -> None:
         self._folder, self._worker, self._source, self._questions = folder, worker, source, questions
-        self.base = source.place if source.place.is_dir() else source.place.parent
+        self.base = source.place if os.path.isdir(source.place) else source.place.parent
         self._watch = Watch(folder)
         self._thread: threading.Thread | None = None
         self._error: Exception | None = None
@@ -334,7 +339,7 @@ class _Planner:
 
     def _read(self) -> set[tuple[str, str]]:
         """Reads the next block of the plan, and returns its questions and one more; nothing where there is none."""
-        if not (self._folder.plan / f"{self._number:08d}").exists():
+        if not os.path.exists(self._folder.plan / f"{self._number:08d}"):
             return set()
         theirs = {("", "")}
         for file in self._folder.pictures(self._number, self.base):
@@ -412,9 +417,10 @@ class _Job:
         questions: Questions,
         notes: tuple[str, ...],
         report: Callable[[Progress], None],
+        named: Named,
     ) -> None:
         self._folder, self._worker, self._planner, self._questions = folder, worker, planner, questions
-        self._notes, self._report = notes, report
+        self._notes, self._report, self._named = notes, report, named
         self._watch = Watch(folder)
         self._chance = random.Random(worker.name)
         self._blocks: dict[int, _Block] = {}
@@ -580,7 +586,7 @@ class _Job:
         elif isinstance(outcome, str):
             self._write(sample.block, {"image": sample.image, "reason": outcome, "prompt": sample.prompt})
         else:
-            self._write(sample.block, record_of(sample, outcome))
+            self._write(sample.block, record_of(sample, outcome, self._named))
             if file is not None:
                 self._last = file, sample.prompt
         self._step(sample.block, 1)
