@@ -8,7 +8,12 @@ from pathlib import Path
 import pytest
 
 from vlmfix.asked import pictures_of
-from vlmfix.errors import DataError
+from vlmfix.errors import DataError, VlmfixError
+from vlmfix.evals.record import read_run
+from vlmfix.heads.profile import load_profiles
+from vlmfix.images import find
+from vlmfix.jobs.export import export
+from vlmfix.models.conversation import conversation
 from vlmfix.models.loading import configuration
 from vlmfix.sources import source_of
 
@@ -54,6 +59,12 @@ def test_commands_say_it_in_a_sentence(vlmfix, tmp_path, odd, command):
     )
     assert code in (1, 2)
     assert not any(kind in err for kind in ("OSError", "RuntimeError", "ValueError"))
+
+
+def test_python_says_so_of_a_zero_byte():
+    for read in (find, source_of, conversation, lambda path: export(path, "csv"), read_run, load_profiles):
+        with pytest.raises(VlmfixError):
+            list(read(Path("a\0b")))
 
 
 def test_python_says_it_in_a_sentence(odd):

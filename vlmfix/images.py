@@ -103,10 +103,9 @@ def find(folder: Path, *, skip: Path | None = None) -> Iterator[Found]:
     try:
         top = os.stat(folder)
         os.scandir(folder).close()
-    except OSError as error:
-        raise DataError(
-            f"cannot read {folder}: {error.strerror}", "give a picture, or a folder with pictures"
-        ) from error
+    except (OSError, ValueError) as error:  # the latter of a zero byte in the name
+        reason = getattr(error, "strerror", error)
+        raise DataError(f"cannot read {folder}: {reason}", "give a picture, or a folder with pictures") from error
     left_out = _identity(os.stat(skip)) if skip is not None and os.path.exists(skip) else None
     yield from _walk(folder, "", (_identity(top),), left_out)
 

@@ -64,7 +64,7 @@ def shards_in(out: Path) -> list[Shard]:
     """
     try:
         names = [path.name for path in (out / SHARDS).iterdir() if path.is_dir()]
-    except (FileNotFoundError, NotADirectoryError):
+    except (FileNotFoundError, NotADirectoryError, ValueError):  # the last of a zero byte in the name
         return []
     except OSError as error:
         raise DataError(f"cannot list {out / SHARDS}: {error.strerror}", "check the path") from error

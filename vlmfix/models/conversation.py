@@ -39,10 +39,11 @@ def conversation(path: Path) -> tuple[tuple[Turn, ...], list[Image.Image]]:
     try:
         text = text_of(path.read_bytes()).strip()
         found, end = json_at(text)
-    except OSError as error:
-        raise UsageError(f"cannot read {path}: {error.strerror}", "give a JSON file of chat messages") from error
     except UnreadableError as error:
         raise DataError(f"{path} {error.problem}", FORM) from error
+    except (OSError, ValueError) as error:  # the latter of a zero byte in the name
+        reason = getattr(error, "strerror", error)
+        raise UsageError(f"cannot read {path}: {reason}", "give a JSON file of chat messages") from error
     if text[end:]:
         raise DataError(f"{path}: something stands behind its JSON", FORM)
     messages = found.get("messages") if isinstance(found, dict) else found
