@@ -20,7 +20,7 @@ FOR_AUTHORS = {"vlmfix.extend", *(f"vlmfix.testing{part}" for part in ("", ".lla
 """What is imported by methods of other people, and their tests."""
 CALLED_FROM_PYTHON = {"vlmfix.decoders.attention.calibration", "vlmfix.decoders.picture.complexity"} | FOR_AUTHORS
 """Modules that no command leads to: `act` sends people to the first, the second is CARVE's analysis."""
-LEFT_OUT = {"vlmfix/world/assets/tiny/training.log", "vlmfix/world/assets/tiny-qwen/training.log"}
+LEFT_OUT = {path.relative_to(ROOT).as_posix() for path in (ROOT / "vlmfix").rglob("training.log")}
 
 
 @pytest.fixture(scope="module")
