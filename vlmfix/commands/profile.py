@@ -249,7 +249,7 @@ def _directions(
     planting = Planting(annotations, outlines, seed=asked["seed"])
     shown: list[str] = []
     total = len(files) if count is None else min(count, len(files))
-    kept = load_directions(out) if add and out.exists() else {}
+    kept = load_directions(out) if add and os.path.exists(out) else {}
     vlm = loading(settings.model, **settings.loading())
     for held in kept.values():
         held.check(vlm)

@@ -10,13 +10,14 @@ as those that read profiles of heads do; see ``vlmfix/decoders/attention/profile
 from __future__ import annotations
 
 import hashlib
+import os
 from pathlib import Path
 from weakref import WeakKeyDictionary
 
 from torch import nn
 
 from vlmfix.errors import DataError, VlmfixError
-from vlmfix.files import path_of
+from vlmfix.files import path_of, resolved
 from vlmfix.heads.directions.kept import Directions, load_directions
 from vlmfix.models.checkpoint import DIRECTIONS, Checkpoint
 
@@ -48,7 +49,7 @@ def directions_for(vlm: Checkpoint, decoder: str, file: str | None) -> Direction
             f"{decoder}: cannot read the directions {path}: {error.strerror}", how_to_measure(vlm, decoder)
         ) from error
     known = _READ.setdefault(vlm.model, {})
-    state = (path.resolve(), about.st_mtime_ns, about.st_size)
+    state = (resolved(path), about.st_mtime_ns, about.st_size)
     if state not in known:
         found = load_directions(path)
         for held in found.values():
@@ -95,7 +96,7 @@ def directions_file(vlm: Checkpoint, file: str | None) -> Path | None:
     if file is not None:
         return path_of(file)
     beside = None if vlm.folder is None else vlm.folder / DIRECTIONS
-    return beside if beside is not None and beside.is_file() else None
+    return beside if beside is not None and os.path.isfile(beside) else None
 
 
 def how_to_measure(vlm: Checkpoint, decoder: str) -> str:
