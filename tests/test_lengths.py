@@ -10,7 +10,7 @@ import torch
 from transformers import LlamaConfig, MistralConfig
 from transformers.models.mistral.modeling_mistral import MistralAttention
 
-from tests.contracts.support import PICTURES, STRONG, close, logits, method_of, plain, vlm_of
+from tests.contracts.support import PICTURES, STRONG, Tiny, close, logits, method_of, plain, vlm_of
 from tests.tiny import tiny_vlm
 from vlmfix.answering import Answerer
 from vlmfix.attention.windows import narrowest
@@ -35,7 +35,7 @@ LONG = "what is here? " * 4
 def limited(family="llava", *, most=None, beyond=0):
     """A model whose context is so many tokens, or so many more than those of the short question."""
     tiny = tiny_vlm(family)
-    vlm = VLM(model=copy.deepcopy(tiny.model), processor=tiny.processor, family=tiny.family, name=family)
+    vlm = Tiny(model=copy.deepcopy(tiny.model), processor=tiny.processor, family=tiny.family, name=family)
     vlm.model.generation_config.eos_token_id = None  # talks on
     length = vlm.encode([ASKED], [[SHOWN]]).length
     vlm.model.config.get_text_config().max_position_embeddings = most or length + beyond

@@ -166,7 +166,7 @@ def test_another_number_of_rows_is_refused():
     batch = batch_of(vlm)
     with (
         parse("vcd").applied(vlm, batch) as arguments,
-        pytest.raises(IncompatibleDecodersError, match="2 rows of token ids"),
+        pytest.raises(IncompatibleDecodersError, match="num_beams=2 makes 2 rows of each sample"),
     ):
         vlm.model.generate(**batch, **arguments, num_beams=2, max_new_tokens=2)
 

@@ -40,7 +40,7 @@ def test_without_a_name_the_file_beside_the_weights_is_read(stored: Path) -> Non
 
 
 def test_a_model_without_a_folder_has_no_profile_of_its_own(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    vlm = vlm_of("llava")
+    vlm = replace(tiny_vlm("llava"), name="llava")
     made_profile(vlm, "vhd").save(tmp_path / HEADS)
     monkeypatch.chdir(tmp_path)  # the working directory is no model's folder
     assert vlm.folder is None
