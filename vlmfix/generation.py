@@ -35,6 +35,7 @@ from vlmfix.request import (
     Request,
     check_prepared,
     check_settings,
+    check_similarity,
     each,
     method_of,
     more_than_a_question,
@@ -132,6 +133,7 @@ class VLM(Checkpoint):
                 confidence is asked for there or of beams; or grounding is asked for after earlier turns.
             UnsupportedModelError: The chat template has no place for a system message or for earlier turns.
         """
+        check_similarity(confidence, similarity)
         rows, asked = questions(pictures, prompts)
         method = method_of(decoder)
         request = Request(

@@ -14,7 +14,7 @@ from vlmfix.decoding.listening import Listener
 from vlmfix.errors import DataError, IncompatibleDecodersError, UsageError
 from vlmfix.models.layout import Earlier, Prepared
 from vlmfix.parsing import is_text
-from vlmfix.settings import GROUNDED, MEASURES, Settings
+from vlmfix.settings import GROUNDED, MEASURES, OWN, Settings
 
 SEEDS = 2**63
 """How many seeds there are, from 0."""
@@ -175,6 +175,16 @@ def strategy_of(decoder: Decoder, options: Strategy) -> Strategy:
     return strategy
 
 
+def check_similarity(confidence: str | None, similarity: str) -> None:
+    """Refuses a similarity model that nothing asks.
+
+    Raises:
+        UsageError: One is named, and no confidence is asked for.
+    """
+    if confidence is None and similarity != OWN:
+        raise UsageError("similarity is given, and no confidence", "ask for confidence sar, too, or leave it out")
+
+
 def check_settings(decoder: Decoder, settings: Settings) -> None:
     """Finds before a model is loaded what is wrong with the settings of a run.
 
@@ -188,6 +198,7 @@ def check_settings(decoder: Decoder, settings: Settings) -> None:
         top_p=1.0 if settings.top_p is None else settings.top_p,
         top_k=settings.top_k or 0,
     )
+    check_similarity(settings.confidence, settings.similarity)
     strategy = strategy_of(decoder, options)
     Request(
         rows=(),

@@ -9,6 +9,7 @@ import torch
 from transformers import BertConfig, BertForSequenceClassification, BertModel, BertTokenizerFast
 
 from tests.contracts.support import PICTURES, PROMPTS, vlm_of
+from vlmfix.decoders import Greedy
 from vlmfix.errors import IncompatibleDecodersError, UsageError
 from vlmfix.insight.grounding import grounding
 from vlmfix.insight.relevance import (
@@ -20,6 +21,8 @@ from vlmfix.insight.relevance import (
     flags,
     similarity_of,
 )
+from vlmfix.request import check_settings
+from vlmfix.settings import Settings
 
 CALL = {"max_new_tokens": 6}
 TOLD = ["a", "dog", "on", "the", "grass"]
@@ -154,6 +157,10 @@ def test_what_cannot_be_measured_is_refused(encoders):
             vlm.generate(PICTURES[:1], PROMPTS[0], confidence="sar", **options)
     with pytest.raises(UsageError, match="confidence='sure'"):
         vlm.generate(PICTURES[:1], PROMPTS[0], confidence="sure")
+    with pytest.raises(UsageError, match="similarity is given, and no confidence"):
+        vlm.generate(PICTURES[:1], PROMPTS[0], similarity="somewhere")
+    with pytest.raises(UsageError, match="similarity is given, and no confidence"):
+        check_settings(Greedy(), Settings(similarity="somewhere"))
     for similarity, reason in (
         (encoders / "none", "cannot be loaded"),
         (encoders / "classes", "tells 2 classes apart"),
