@@ -17,6 +17,7 @@ from tools.site.tables import Table, tables, written
 from vlmfix.advice.published import about, published
 from vlmfix.decoders.index import HOMES, DecoderInfo, Plain, own
 from vlmfix.decoders.support import WORKS, support
+from vlmfix.settings import EMBEDDED
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
@@ -41,8 +42,8 @@ CAPTIONS = {
     "tokens": "length",
 }
 """Heading of a column -> that of the page of effects."""
-EFFECTS = ("effects.md", "effects-newer.md")
-"""Pages with figures of the embedded models."""
+EFFECTS = "effects.md"
+"""The page with figures of the embedded models."""
 PROFILES = {
     "adhh": "--profiler ablation --instances instances.json --captions captions.json",
     "ph3": '--profiler patching --prompt "Is there a chair in the image?"',
@@ -168,25 +169,22 @@ def measured(name: str) -> str:
     if name == "greedy":
         return "It is what all others are held against: [effects](../effects.md)."
     rows, small, comments = [], [], []
-    pages = ["effects.md"]
-    for page, table in [(one, table) for one in EFFECTS for table in _tables(one)]:
+    for table in _tables(EFFECTS):
         row = table.of(name)
         if row is None:
             continue
         model = _model(table)
         cell = dict(zip(table.head, row, strict=True))
         if "CHAIR_i ↓" in cell:
-            pages.append(page)
             rows.append((f"`{model}`", *(cell[head] for head in CAPTIONS.values())))
         elif "accuracy beyond `elsewhere`" in cell:
-            pages.append(page)
             small.append((f"`{model}`", cell["accuracy ↑"], cell["recall ↑"], cell["accuracy beyond `elsewhere`"]))
         elif table.under[-1] == "What is known of single rows":
             comments.append(re.sub(r"\]\((?=\w+\.md)", "](../", row[1]))
     parts = []
     if rows:
         parts += [
-            "Captions of 500 drawn scenes by the two small models that come with the package, with the defaults: the "
+            "Captions of 500 drawn scenes by the small models that come with the package, with the defaults: the "
             "value, and after the colon the difference to plain decoding with its 95 % interval. ✓ better, ✗ worse, no "
             "mark: no clear difference. Defaults are the papers', for models a thousand times as large.",
             written(("model", *CAPTIONS), rows),
@@ -204,7 +202,7 @@ def measured(name: str) -> str:
     parts += comments
     if parts:
         parts.append(
-            f"Revision, machine and command: [effects](../{pages[-1]}#figures). On your model: "
+            f"Revision, machine and command: [effects](../{EFFECTS}#figures). On your model: "
             "[evaluations](../evaluations.md)."
         )
     else:
@@ -217,12 +215,13 @@ def measured(name: str) -> str:
 
 def _model(table: Table) -> str:
     """Returns the embedded model that a table of the page of effects is about."""
-    return next((one.strip("`") for one in table.under if one.startswith("`tiny")), "")
+    named = (one.strip("`") for one in table.under)
+    return next((one for one in named if one in EMBEDDED), "")
 
 
 def _reasons(name: str) -> dict[str, str]:
     """Reads why a method has no figures, by model."""
-    told = [table for table in _tables(EFFECTS[0]) if table.head[-1] == "why figures are missing"]
+    told = [table for table in _tables(EFFECTS) if table.head[-1] == "why figures are missing"]
     found = [(table, table.of(name)) for table in told]
     return {_model(table): row[1] for table, row in found if row}
 

@@ -17,6 +17,7 @@ from tools.study.results import results
 from tools.study.study import STAGES, Study, conduct
 from vlmfix.errors import UsageError
 from vlmfix.records import replace_json
+from vlmfix.settings import EMBEDDED
 
 PATH = click.Path(path_type=Path)
 DECISIVE = ("models", "only", "count", "seed", "tuning_count", "tuning_seed", "trials", "stages", "dtype", "batch_size")
@@ -30,7 +31,7 @@ DECISIVE = ("models", "only", "count", "seed", "tuning_count", "tuning_seed", "t
     "--model",
     "models",
     multiple=True,
-    default=("tiny", "tiny-qwen"),
+    default=tuple(EMBEDDED),
     show_default=True,
     help="Name or folder; may repeat.",
 )

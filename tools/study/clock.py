@@ -98,7 +98,7 @@ def crew(processes: int) -> Iterator[ProcessPoolExecutor | None]:
         return
     context = multiprocessing.get_context("spawn")  # a forked process cannot use the GPU
     threads = max(1, (os.cpu_count() or 1) // processes)
-    begin = (threads, _gpus(), context.Value("i", 0))
+    begin = (threads, gpus(), context.Value("i", 0))
     with ProcessPoolExecutor(processes, mp_context=context, initializer=_begin, initargs=begin) as pool:
         yield pool
 
@@ -136,21 +136,21 @@ def _outcome(job: Job, clock: Clock) -> Outcome:
     return Outcome(value, seconds=time.perf_counter() - started)
 
 
-def _gpus() -> list[str]:
-    """The GPUs that there are, as CUDA_VISIBLE_DEVICES calls them."""
+def gpus() -> list[str]:
+    """Names the GPUs that there are, as CUDA_VISIBLE_DEVICES calls them."""
     count = torch.cuda.device_count()
     named = os.environ.get("CUDA_VISIBLE_DEVICES", "")
     return named.split(",")[:count] if named else [str(number) for number in range(count)]
 
 
-def _begin(threads: int, gpus: Sequence[str], begun: Synchronized[int]) -> None:
+def _begin(threads: int, names: Sequence[str], begun: Synchronized[int]) -> None:
     """Prepares a process: its share of the cores, one GPU, and an end when the first one is gone, be it killed."""
     warnings.simplefilter("ignore")
     with begun.get_lock():
         number = begun.value
         begun.value += 1
-    if gpus:
-        os.environ["CUDA_VISIBLE_DEVICES"] = gpus[number % len(gpus)]
+    if names:
+        os.environ["CUDA_VISIBLE_DEVICES"] = names[number % len(names)]
     torch.set_num_threads(threads)
     threading.Thread(target=_end_with_parent, daemon=True).start()
 

@@ -252,16 +252,18 @@ def _small(small: Mapping[str, Any]) -> Iterator[str]:
 
 def _times(model: Mapping[str, Any]) -> str:
     speed = model["speed"]
-    if speed is None:
+    if not speed:
         return f"{NOT_YET.capitalize()}."
     lines = [
         [f"`{name}`", f"{found['ms']:.2f}", f"{found['plain_ms']:.2f}", f"{found['times']:.2f}"]
-        for name, found in speed["arms"].items()
+        for name, found in speed.items()
     ]
-    said = (
-        f"{speed['device']}, captions of {speed['rows']} pictures in one batch, prompt included, median of "
-        f"{speed['repeats']} calls, not compiled; milliseconds per token of the batch's answers."
-    )
+    how = {
+        f"{found['device']}, captions of {found['rows']} pictures in one batch, prompt included, median of "
+        f"{found['repeats']} calls, not compiled"
+        for found in speed.values()
+    }
+    said = f"{'; '.join(sorted(how))}; milliseconds per token of the batch's answers."
     return said + "\n\n" + _table(["decoder", "ms", "plain, before it", "times plain"], lines)
 
 

@@ -23,6 +23,8 @@ CHAINS = (
     "vcd+act:heads=all",
 )
 """A contrast with each kind of edit: of head outputs that add and that take away, of weights, of biases, of sinks."""
+FURTHER = ("act:heads=all", "vcd:agreement=0.05")
+"""Ways that are not the default: heads where none are published, and MoD's choice for each picture."""
 NOISE, PURE = "vcd:noise_step=900,plausibility=0.1", "vcd:noise_step=999,plausibility=0.1"
 """VCD with little and with nothing left of the picture, which cost the least recall on tuning scenes; its contrast is
 left open."""
@@ -73,6 +75,16 @@ def arms(only: Sequence[str] = ()) -> list[Arm]:
         only: Specifications to take instead; empty for all.
     """
     return [Arm(spec, spec) for spec in only or (*DECODERS.homes, *CHAINS) if spec != PLAIN]
+
+
+def variants(only: Sequence[str] = ()) -> list[Arm]:
+    """Ways of decoders that are measured beside their defaults and that nothing is searched for.
+
+    Args:
+        only: Specifications that were asked for instead; then there are none.
+    """
+    gated = [f"{name}:when=uncertain" for name in DECODERS.homes if "when" in ranges(type(parse(name)))]
+    return [] if only else [Arm(spec, spec) for spec in (*FURTHER, *gated)]
 
 
 def listed(only: Sequence[str] = ()) -> list[Arm]:

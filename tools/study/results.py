@@ -8,7 +8,8 @@ from typing import Any
 
 from tools.study import plan
 from tools.study.runs import Exam
-from tools.study.study import PROBLEMS, TIMES, Study, found, survey
+from tools.study.speed import times
+from tools.study.study import PROBLEMS, Study, found, survey
 from tools.study.tuning import CHAIR, POPE, SMALL, Found, Limits
 from vlmfix.decoders import parse
 from vlmfix.evals.comparison.compare import DRAWS_PER_ARM, Arm, Change, Comparison, compare
@@ -56,7 +57,8 @@ def _model(study: Study, model: str, reasons: Mapping[str, str], problems: Mappi
         return {"rows": []}
     listed = study.arms()
     others = plan.listed(study.only)
-    searches = {arm.name: found(study, model, arm.name) for arm in (*listed, *others)}
+    searched = [*study.searched(), *others]
+    searches = {arm.name: found(study, model, arm.name) for arm in searched}
     chosen = {name: plan.tuned(name, one.spec) for name, one in searches.items() if one and one.spec}
     names = [arm.name for arm in listed]
     captions = compared(exams[CHAIR], [*names, *chosen.values()])
@@ -71,7 +73,6 @@ def _model(study: Study, model: str, reasons: Mapping[str, str], problems: Mappi
             "problem": _problem(problems, model, arm.name),
         }
         rows.append(known | _figures(arm.name, captions, questions, changed))
-    speed = study.folder(model) / TIMES
     return {
         "weights": read_json(exams[CHAIR].folder / CARD)["weights"],
         "dtype": read_json(exams[CHAIR].folder / CARD)["dtype"],
@@ -82,11 +83,11 @@ def _model(study: Study, model: str, reasons: Mapping[str, str], problems: Mappi
         "tuned": [
             _tuned(study, model, arm, searches[arm.name], reasons, problems)
             | _figures(chosen.get(arm.name, ""), captions, questions, changed)
-            for arm in (*listed, *others)
+            for arm in searched
             if not arm.decoder.refines
         ],
         "small": _small(study, model, searches, chosen) if SMALL in exams else None,
-        "speed": read_json(speed) if speed.exists() else None,
+        "speed": times(study.times(model), names),
     }
 
 
@@ -162,7 +163,7 @@ def _small(study: Study, model: str, searches: Mapping[str, Found | None], chose
                 "difference": against,
             }
         )
-    refining = {arm.name: searches[arm.name] for arm in study.arms() if arm.decoder.refines}
+    refining = {arm.name: searches[arm.name] for arm in study.searched() if arm.decoder.refines}
     ended = {name: _search(search) for name, search in refining.items() if search is not None}
     return {"plain": said.get(PLAIN), "samples": card["count"], "rows": rows, "searches": ended}
 

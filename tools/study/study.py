@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from tools.study import plan, small
-from tools.study.clock import Clock, Job, Outcome, crew, perform
+from tools.study.clock import Clock, Job, Outcome, crew, gpus, perform
 from tools.study.runs import Exam, answer_arm, answer_plain, loaded, take_in
 from tools.study.speed import time_arm
 from tools.study.tuning import CHAIR, FOUND, POPE, SMALL, Found, Hunt, hunt
@@ -27,9 +27,9 @@ from vlmfix.world import coco
 from vlmfix.world.coco import image_name
 from vlmfix.world.pope import SPLITS
 
-SPEED = "speed"
-STAGES = ("small", "defaults", "tuned", SPEED)
-PROBLEMS, TIMES = "problems.json", "speed.json"
+TUNED, SPEED = "tuned", "speed"
+STAGES = ("small", "defaults", TUNED, SPEED)
+PROBLEMS = "problems.json"
 TIMED = 16
 """Pictures in the batch that is timed."""
 
@@ -84,9 +84,17 @@ class Study:
         """Whether the reported scenes are there; what is written last is."""
         return all((self.world(self.seed) / "pope" / f"{split}.json").exists() for split in SPLITS)
 
-    def arms(self) -> list[plan.Arm]:
-        """What is measured with its defaults."""
+    def searched(self) -> list[plan.Arm]:
+        """Every decoder with its defaults, and the chains; parameters are searched for these."""
         return plan.arms(self.only)
+
+    def arms(self) -> list[plan.Arm]:
+        """What is measured as it is."""
+        return [*self.searched(), *plan.variants(self.only)]
+
+    def times(self, model: str) -> Path:
+        """Folder with a model's times."""
+        return self.folder(model) / SPEED
 
     def exams(self, model: str, *, tuning: bool = False) -> dict[str, Exam]:
         """A model's exams on the reported scenes, or on those for tuning; their worlds must be there.
@@ -124,13 +132,13 @@ def _workloads(world: Path, count: int, seed: int) -> dict[str, tuple[Task, Work
 
 
 def conduct(study: Study, stages: Sequence[str]) -> bool:
-    """Does what is left of the stages, in the order given; times come last, when nothing else runs.
+    """Does what is left of the stages, in the order given; times come last, when nothing else runs on a device.
 
     Returns:
         Whether all of it is done; not when the time was over or something failed.
     """
     with crew(study.jobs) as pool:
-        if not _all(study, _worlds(study), pool) or not _all(study, _plain(study), pool):
+        if not _all(study, _worlds(study), pool) or not _all(study, _plain(study, stages), pool):
             return False
         reasons = survey(study)
         jobs: dict[str, Job] = {}
@@ -141,7 +149,8 @@ def conduct(study: Study, stages: Sequence[str]) -> bool:
     times: dict[str, Job] = {}
     for model in study.models if SPEED in stages else ():
         times |= _timed(study, model, reasons[model])
-    return _all(study, times, None) and done
+    with crew(1 if study.device == "cpu" else max(1, len(gpus()))) as alone:
+        return _all(study, times, alone) and done
 
 
 def _worlds(study: Study) -> dict[str, Job]:
@@ -153,13 +162,16 @@ def _draw(world: Path, count: int, seed: int) -> None:
     coco.make(world, count=count, seed=seed)
 
 
-def _plain(study: Study) -> dict[str, Job]:
-    return {
-        f"{model}, plain, {folder} {name}": Job(answer_plain, (exam, study.clock))
-        for model in study.models
-        for folder, exams in (("reported", study.exams(model)), ("tuning", study.exams(model, tuning=True)))
-        for name, exam in exams.items()
-    }
+def _plain(study: Study, stages: Sequence[str]) -> dict[str, Job]:
+    jobs = {}
+    for model in study.models:
+        folders = {"reported": study.exams(model)}
+        if TUNED in stages and model not in UNSEARCHED:
+            folders["tuning"] = study.exams(model, tuning=True)
+        for folder, exams in folders.items():
+            for name, exam in exams.items():
+                jobs[f"{model}, plain, {folder} {name}"] = Job(answer_plain, (exam, study.clock))
+    return jobs
 
 
 def survey(study: Study) -> dict[str, dict[str, str]]:
@@ -207,7 +219,7 @@ def _tuned(study: Study, model: str, reasons: Mapping[str, str]) -> dict[str, Jo
         return {}
     exams, tuning = study.exams(model), study.exams(model, tuning=True)
     jobs = {}
-    for arm in (*study.arms(), *plan.listed(study.only)):
+    for arm in (*study.searched(), *plan.listed(study.only)):
         names = (SMALL,) if arm.decoder.refines else (CHAIR, POPE)
         specs = [spec for spec in plan.starts(arm) if not reasons[spec]]
         if specs:
@@ -228,7 +240,7 @@ def _cost(arm: plan.Arm) -> float:
     return math.inf if arm.decoder.refines else arm.decoder.passes
 
 
-LISTED = {"small": _small, "defaults": _defaults, "tuned": _tuned}
+LISTED = {"small": _small, "defaults": _defaults, TUNED: _tuned}
 
 
 def _answer(exams: Sequence[Exam], arm: str, decoder: Decoder, clock: Clock) -> list[tuple[Exam, str]]:
@@ -254,9 +266,7 @@ def _timed(study: Study, model: str, reasons: Mapping[str, str]) -> dict[str, Jo
     settings = study.exams(model)[CHAIR].settings
     pictures = [study.world(study.seed) / "images" / image_name(number) for number in range(min(TIMED, study.count))]
     return {
-        f"{model}, speed, {arm.name}": Job(
-            time_arm, (study.folder(model) / TIMES, settings, pictures, arm.name, arm.decoder)
-        )
+        f"{model}, speed, {arm.name}": Job(time_arm, (study.times(model), settings, pictures, arm.name, arm.decoder))
         for arm in study.arms()
         if not reasons[arm.spec]
     }

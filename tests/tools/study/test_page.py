@@ -54,7 +54,7 @@ def model(**rows):
         "rows": listed,
         "tuned": [],
         "small": None,
-        "speed": None,
+        "speed": {},
     }
 
 

@@ -358,17 +358,23 @@ def test_times_are_per_token_and_against_plain(tmp_path, monkeypatch):
     vlm = Timed()
     monkeypatch.setattr(speed, "loaded", lambda *model, **how: vlm)
     pictures = sorted(draw(tmp_path / "in", 2).iterdir())
-    file = tmp_path / "speed.json"
     for _ in range(2):
-        speed.time_arm(file, Settings(), pictures, "mine", parse("vcd"))
-    found = read_json(file)
+        speed.time_arm(tmp_path / "speed", Settings(), pictures, "mine", parse("vcd"))
+    found = speed.times(tmp_path / "speed", ["other", "mine"])["mine"]
     assert vlm.calls == ["greedy"] * 4 + ["vcd"] * 4, "what was timed before is not timed again"
     assert (found["device"], found["rows"]) == ("cpu", 2)
-    assert 3 <= found["arms"]["mine"]["ms"] < 30
-    assert found["arms"]["mine"]["times"] > 1.5
-    replace_json(file, found | {"device": "another"})
-    speed.time_arm(file, Settings(), pictures, "other", parse("vcd"))
-    assert list(read_json(file)["arms"]) == ["other"]
+    assert 3 <= found["ms"] < 30
+    assert found["times"] > 1.5
+    replace_json(tmp_path / "speed" / "mine.json", found | {"device": "another"})
+    speed.time_arm(tmp_path / "speed", Settings(), pictures, "mine", parse("vcd"))
+    assert vlm.calls == (["greedy"] * 4 + ["vcd"] * 4) * 2, "another device is another time"
+
+
+def test_ways_of_decoders_are_measured_but_not_searched():
+    ways = {arm.spec for arm in plan.variants()}
+    assert {"act:heads=all", "vcd:agreement=0.05", "vcd:when=uncertain", "inter:when=uncertain"} <= ways
+    assert not ways & {arm.spec for arm in plan.arms()}
+    assert plan.variants(["vcd"]) == []
 
 
 def test_some_chains_are_chosen_from_a_list(hunted):
