@@ -7,7 +7,8 @@
 Saves a model with random weights and makes JPEGs, once, and then runs the command for one decoder after the other, each
 in a process of its own. The time of a run's card is that of its batches, without loading the model; how busy a GPU was
 in that time is asked of nvidia-smi (the share of the time in which some kernel ran). With ``--cards`` each decoder runs
-once with so many GPUs, and the rate is that at which answers came in from when every GPU had given its first batch.
+once with so many GPUs, in one command (``--devices``), or with ``--steal`` in a worker for each; the rate is that at
+which answers came in from when every GPU had given its first batch.
 """
 
 from __future__ import annotations
@@ -15,12 +16,14 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import os
 import shutil
 import subprocess
 import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -96,11 +99,11 @@ def run(model: Path, pictures: Path, out: Path, decoder: str, tokens: int) -> di
 
 
 class Counted:
-    """Counts the answers of a run ten times a second, inside the block."""
+    """Counts the answers of a run five times a second, inside the block."""
 
-    def __init__(self, answers: Path) -> None:
-        """Looks at this file, which may come later."""
-        self.answers = answers
+    def __init__(self, out: Path, answers: str) -> None:
+        """Looks at the files below a folder that a pattern names, which may come later."""
+        self.out, self.answers = out, answers
         self.seen: list[tuple[float, int]] = []
         self.over = threading.Event()
         self.thread = threading.Thread(target=self.look)
@@ -117,13 +120,15 @@ class Counted:
 
     def look(self) -> None:
         """Writes down when the number of lines grew, until it is over."""
-        count, file = 0, None
-        while not self.over.wait(0.1):
-            if file is None and self.answers.exists():
-                file = self.answers.open("rb")
-            grown = file.read().count(b"\n") if file else 0
-            if grown:
-                count += grown
+        before, sizes = 0, {}
+        while not self.over.wait(0.2):
+            for file in self.out.glob(self.answers):
+                with suppress(
+                    FileNotFoundError
+                ):  # a part of a block, whose number comes first, has moved to what is done
+                    sizes[file.parent.name[:8]] = file.read_bytes().count(b"\n")
+            if (count := sum(sizes.values())) > before:
+                before = count
                 self.seen.append((time.perf_counter(), count))
 
     def rate(self, first: int) -> float:
@@ -133,13 +138,25 @@ class Counted:
         return (after - before) / (ended - began)
 
 
-def spread(model: Path, pictures: Path, out: Path, decoder: str, tokens: int, cards: int) -> tuple[float, int]:
-    """Runs the command once on so many GPUs; returns answers per second and rows of a batch."""
+def spread(
+    model: Path, pictures: Path, out: Path, decoder: str, tokens: int, cards: int, steal: bool
+) -> tuple[float, int]:
+    """Answers all pictures once on so many GPUs; returns answers per second and rows of a batch."""
     shutil.rmtree(out, ignore_errors=True)
-    devices = ",".join(map(str, range(cards)))
-    options = ["--model", model, "--out", out, "--decoder", decoder, "--max-new-tokens", tokens, "--devices", devices]
-    with Counted(out / "answers.jsonl") as counted:
-        subprocess.run([sys.executable, "-m", "vlmfix", "run", *map(str, [pictures, *options])], check=True)
+    options = ["--model", model, "--out", out, "--decoder", decoder, "--max-new-tokens", tokens]
+    command = [sys.executable, "-m", "vlmfix", "run", *map(str, [pictures, *options])]
+    if steal:
+        with Counted(out, "blocks/*/*/lines.jsonl") as counted:
+            workers = [
+                subprocess.Popen([*command, "--steal"], env=os.environ | {"CUDA_VISIBLE_DEVICES": str(card)})
+                for card in range(cards)
+            ]
+            if any([worker.wait() for worker in workers]):
+                raise SystemExit("a worker failed")
+        subprocess.run([sys.executable, "-m", "vlmfix", "merge", str(out)], check=True)
+    else:
+        with Counted(out, "answers.jsonl") as counted:
+            subprocess.run([*command, "--devices", ",".join(map(str, range(cards)))], check=True)
     batch = json.loads((out / "run.json").read_text())["sessions"][-1]["batch_size"]
     return counted.rate(cards * batch), batch
 
@@ -153,13 +170,18 @@ def main() -> None:
     parser.add_argument("--pictures", type=int, default=512)
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--cards", type=int, nargs="+", help="run each decoder with so many GPUs, one after the other")
+    parser.add_argument("--steal", action="store_true", help="with --cards: a worker for each, in its own process")
     given = parser.parse_args()
     model, pictures = prepare(given.into, given.shapes, given.pictures)
     if given.cards:
         print(f"{given.pictures} JPEGs of 1024x768, at most {given.tokens} tokens each")
         for spec, cards in itertools.product(given.decoders, given.cards):
-            rate, batch = spread(model, pictures, given.into / "out", spec, given.tokens, cards)
-            print(f"{spec}, {cards} GPUs: {rate:.1f} pictures/s, batches of {batch}", flush=True)
+            out = given.into / f"out-{'steal' if given.steal else 'devices'}-{cards}"
+            rate, batch = spread(model, pictures, out, spec, given.tokens, cards, given.steal)
+            print(
+                f"{spec}, {cards} GPUs{', --steal' * given.steal}: {rate:.1f} pictures/s, batches of {batch}",
+                flush=True,
+            )
         return
     found = {spec: run(model, pictures, given.into / "out", spec, given.tokens) for spec in given.decoders}
     print(f"{given.pictures} JPEGs of 1024x768, at most {given.tokens} tokens each")
