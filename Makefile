@@ -60,9 +60,9 @@ index: $(VENV)/installed
 support: $(VENV)/installed
 	$(OFFLINE) $(BIN)/python -m tools.support $(ARGS)
 
-# docs/effects.md; see there.
+# docs/effects.md, and the table of docs/methods.md; see there.
 effects: $(VENV)/installed
-	$(OFFLINE) $(BIN)/python -m tools.study --out build/effects --page docs/effects.md $(ARGS)
+	$(OFFLINE) $(BIN)/python -m tools.study --out build/effects --page docs/effects.md --summary docs/methods.md $(ARGS)
 
 # What builds comes first: the second list has a package that is published as source only.
 $(VENV)/installed: pyproject.toml $(LOCKS)

@@ -12,9 +12,10 @@ import click
 
 from tools.entry import run
 from tools.study.clock import Clock
-from tools.study.page import write
+from tools.study.page import put, write
 from tools.study.results import results
 from tools.study.study import STAGES, Study, conduct
+from tools.study.summary import summary
 from vlmfix.errors import UsageError
 from vlmfix.records import replace_json
 from vlmfix.settings import EMBEDDED
@@ -27,6 +28,7 @@ DECISIVE = ("models", "only", "count", "seed", "tuning_count", "tuning_seed", "t
 @click.command()
 @click.option("--out", required=True, type=PATH, help="Folder of everything; goes on where it was.")
 @click.option("--page", type=PATH, help="Page that gets the figures, between its marks.  [default: OUT/effects.md]")
+@click.option("--summary", "brief", type=PATH, help="Page that gets a table of methods, between its marks.")
 @click.option(
     "--model",
     "models",
@@ -65,6 +67,7 @@ def command(
     *,
     out: Path,
     page: Path | None,
+    brief: Path | None,
     models: tuple[str, ...],
     only: tuple[str, ...],
     count: int,
@@ -109,6 +112,8 @@ def command(
     found = results(study, stages or STAGES, _command(click.get_current_context()))
     replace_json(out / "results.json", found)
     write(page or out / "effects.md", found)
+    if brief:
+        put(brief, summary(found))
     click.echo(f"effects: {page or out / 'effects.md'}, {out / 'results.json'}", err=True)
     if not done:
         click.echo("effects: something is left; the same command goes on", err=True)

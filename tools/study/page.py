@@ -113,13 +113,13 @@ def _model(results: Mapping[str, Any], model: Mapping[str, Any]) -> Iterator[str
         yield from _goal(model, stages)
     if "defaults" in stages:
         yield "### Captions and POPE, with defaults"
-        yield _table(["decoder", *CAPTIONS.values(), CHANGED], _rows(model, model["rows"], "captions", CAPTIONS))
-        yield _table(["decoder", *POPE.values()], _rows(model, model["rows"], "pope", POPE))
+        yield table(["decoder", *CAPTIONS.values(), CHANGED], _rows(model, model["rows"], "captions", CAPTIONS))
+        yield table(["decoder", *POPE.values()], _rows(model, model["rows"], "pope", POPE))
         yield from _without(model["rows"], _why_idle)
     if "tuned" in stages:
         yield "### With parameters chosen on the tuning scenes"
-        yield _table(["decoder", *CAPTIONS.values(), CHANGED], _rows(model, model["tuned"], "captions", CAPTIONS))
-        yield _table(["decoder", *POPE.values()], _rows(model, model["tuned"], "pope", POPE))
+        yield table(["decoder", *CAPTIONS.values(), CHANGED], _rows(model, model["tuned"], "captions", CAPTIONS))
+        yield table(["decoder", *POPE.values()], _rows(model, model["tuned"], "pope", POPE))
         yield from _without(model["tuned"], _why_untuned)
         yield from _chosen(model)
     if "small" in stages and model["small"] is not None:
@@ -149,7 +149,7 @@ def _goal(model: Mapping[str, Any], stages: Sequence[str]) -> Iterator[str]:
         ]
         for row in rows
     ]
-    yield _table(header, lines)
+    yield table(header, lines)
 
 
 def _listed(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -174,7 +174,7 @@ def _without(rows: Sequence[Row], why: Callable[[Row], str]) -> Iterator[str]:
     """The rows that lack figures, with the reason."""
     lines = [[_named(row), why(row)] for row in rows if row["captions"] is None or row["pope"] is None]
     if lines:
-        yield _table(["decoder", "why figures are missing"], lines)
+        yield table(["decoder", "why figures are missing"], lines)
 
 
 def _why_idle(row: Row) -> str:
@@ -218,13 +218,13 @@ def _chosen(model: Mapping[str, Any]) -> Iterator[str]:
                 f"`{row['name']}`",
                 "chosen" if search["spec"] else "lowest CHAIR_i, not chosen",
                 f"`{brief}`",
-                f"{_number(plain['value'])} to {_number(best['value'])}",
-                f"{_number(plain['recall'])} to {_number(best['recall'])}",
+                f"{number(plain['value'])} to {number(best['value'])}",
+                f"{number(plain['recall'])} to {number(best['recall'])}",
                 f"{search['feasible']} of {search['trials']}",
             ]
         )
     if lines:
-        yield _table(["search", "", "trial", "CHAIR_i, tuning", "recall, tuning", "within the limits"], lines)
+        yield table(["search", "", "trial", "CHAIR_i, tuning", "recall, tuning", "within the limits"], lines)
 
 
 def _small(small: Mapping[str, Any]) -> Iterator[str]:
@@ -238,12 +238,12 @@ def _small(small: Mapping[str, Any]) -> Iterator[str]:
         if row["found"] is None:
             lines.append(_said(f"`{row['name']}`", NOT_YET, len(SMALL) + 1))
             continue
-        against = "" if row["difference"] is None else _difference(row["difference"]["small/accuracy"])
+        against = "" if row["difference"] is None else difference(row["difference"]["small/accuracy"])
         lines.append([f"`{row['name']}`", *(_cell(row["found"][figure]) for figure in SMALL), against])
         if row["elsewhere"] is not None:
             figures = [_cell(row["elsewhere"][figure]) for figure in SMALL]
             lines.append([f"`{row['name']}`, elsewhere", *figures, ""])
-    yield _table(["decoder", *SMALL.values(), "accuracy beyond `elsewhere`"], lines)
+    yield table(["decoder", *SMALL.values(), "accuracy beyond `elsewhere`"], lines)
     chosen = [f"`{row['name']}` is `{row['brief']}`." for row in small["rows"] if row["name"] != row["brief"]]
     idle = [f"For `{name}`, {_plain_is_best(one)}." for name, one in small["searches"].items() if not one["spec"]]
     if chosen or idle:
@@ -264,30 +264,32 @@ def _times(model: Mapping[str, Any]) -> str:
         for found in speed.values()
     }
     said = f"{'; '.join(sorted(how))}; milliseconds per token of the batch's answers."
-    return said + "\n\n" + _table(["decoder", "ms", "plain, before it", "times plain"], lines)
+    return said + "\n\n" + table(["decoder", "ms", "plain, before it", "times plain"], lines)
 
 
-def _table(header: Sequence[str], rows: Iterator[list[str]] | Sequence[list[str]]) -> str:
+def table(header: Sequence[str], rows: Iterator[list[str]] | Sequence[list[str]]) -> str:
+    """Writes a table of Markdown."""
     lines = [list(header), ["---"] * len(header), *rows]
     return "\n".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |" for cells in lines)
 
 
 def _own(found: Mapping[str, Any]) -> str:
     """A plain figure with its interval."""
-    value = _number(found["value"])
+    value = number(found["value"])
     if found["value_low"] is None:
         return value
-    return f"{value} [{_number(found['value_low'])}, {_number(found['value_high'])}]"
+    return f"{value} [{number(found['value_low'])}, {number(found['value_high'])}]"
 
 
 def _cell(found: Mapping[str, Any]) -> str:
-    value = _number(found["value"])
+    value = number(found["value"])
     if found["difference"] is None:
         return value
-    return f"{value}: {_difference(found)}"
+    return f"{value}: {difference(found)}"
 
 
-def _difference(found: Mapping[str, Any]) -> str:
+def difference(found: Mapping[str, Any]) -> str:
+    """Writes a difference to plain decoding with its interval and mark."""
     if found["difference"] is None:
         return NONE
     decimals = _decimals(found["value"])
@@ -298,7 +300,8 @@ def _difference(found: Mapping[str, Any]) -> str:
     return f"{said}{sign}{SHIFTED}" if found["shifted"] else f"{said}{sign}"
 
 
-def _number(value: float | None) -> str:
+def number(value: float | None) -> str:
+    """Writes a figure, with more decimals for small ones."""
     return NONE if value is None else f"{value:.{_decimals(value)}f}"
 
 

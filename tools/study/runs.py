@@ -19,7 +19,7 @@ from vlmfix.evals.task import Task, Workload
 from vlmfix.generation import VLM, load
 from vlmfix.jobs.benchmark.job import evaluate
 from vlmfix.records import read_json, refuse_other, replace_json
-from vlmfix.settings import Settings
+from vlmfix.settings import EMBEDDED, Settings
 
 PARTS = "parts"
 """Folder beside a run, with one run for each arm that is being answered."""
@@ -74,7 +74,7 @@ class Exam:
         return read_run(self.folder)
 
 
-@lru_cache(maxsize=2)
+@lru_cache(maxsize=len(EMBEDDED))
 def loaded(model: str, **how: Any) -> VLM:
     """A model, kept for the next job of the process."""
     chatter: Any = transformers_logging

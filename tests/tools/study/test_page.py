@@ -5,6 +5,7 @@ import pytest
 from tools.study.page import BEGIN, END, text, write
 from tools.study.results import reach
 from tools.study.study import STAGES
+from tools.study.summary import summary
 from vlmfix.errors import DataError
 
 
@@ -137,6 +138,18 @@ def test_the_page_shows_the_stages_that_are_asked_for():
     assert "The goal is reached by `beam+vcd` (tuned" in told["tuned"]
     assert [stage for stage in told if "### Time" in told[stage]] == ["speed"]
     assert [stage for stage in told if "swapped by pictures" in told[stage]] == ["small", "defaults", "tuned"]
+
+
+def test_the_summary_has_methods_and_models_beside_each_other():
+    found = {"tiny": model(vcd=captions(0.1, -0.02), var=None), "small": model(vcd=captions(0.3, 0.0))}
+    found["tiny"]["rows"][1]["reason"] = "no sinks"
+    found["tiny"]["rows"] += model(**{"vcd+spin": captions(0.1, 0.0)})["rows"]
+    head, _, *rows = summary(RESULTS | {"models": found}).splitlines()
+    assert head.endswith("| CHAIR_i ↓, tiny | recall ↑, tiny | CHAIR_i ↓, small | recall ↑, small |")
+    assert rows[0] == "| [`greedy`](methods/greedy.md) | nothing | 0.200 | 0.900 | 0.200 | 0.900 |"
+    assert [row.split("`")[1] for row in rows] == ["greedy", "var", "vcd"]
+    assert rows[1].endswith("| cannot act | cannot act | not run yet | not run yet |")
+    assert "| -0.100 [-0.110, -0.090] ✓ | -0.020 [-0.030, -0.010] |" in rows[2]
 
 
 def test_the_page_keeps_what_people_wrote(tmp_path):
