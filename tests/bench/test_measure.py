@@ -8,9 +8,11 @@ import pytest
 import torch
 
 from vlmfix.bench import arms, measure, reference, results, shapes
-from vlmfix.bench.measure import LEAST, Arm, Measured, Task, Timed, measured
+from vlmfix.bench.measure import LEAST, Arm, Measured, Said, Task, Timed, measured
 from vlmfix.decoders import DECODERS, parse
 from vlmfix.errors import IncompatibleDecodersError, UsageError
+from vlmfix.reports.bench import bench_table
+from vlmfix.terminal import rendered
 from vlmfix.upstream import memory
 
 
@@ -41,7 +43,7 @@ def noting(calls, name, *, way="vlmfix", plain=False, fails=None, short_of=0):
         calls.append((name, len(pictures), tokens))
         if fails is not None and len(pictures) >= fails:
             raise IncompatibleDecodersError(f"{name} cannot act", "take another")
-        return [[0] * (tokens - short_of)] * len(pictures)
+        return [Said([0] * (tokens - short_of))] * len(pictures)
 
     return Arm(name, name, way, plain, answer)
 
@@ -107,12 +109,32 @@ def test_what_a_refining_decoder_knows_is_forgotten_between_calls(task):
     def answer(vlm, pictures, tokens):
         memos.add(id(vlm.memo))
         kept.append(vlm.memo)
-        return [[0] * tokens] * len(pictures)
+        return [Said([0] * tokens)] * len(pictures)
 
     kept = []
     *_, last = measured(task, [Arm("a", "a", "vlmfix", False, answer)], [1], rounds=1)
     assert len(memos) == len(kept)
     assert last.timed[0].error is None
+
+
+@pytest.mark.usefixtures("_no_memory")
+def test_a_line_says_what_a_contrast_left_to_the_plain_rows(task):
+    waiting = ("vcd:when=uncertain,margin=0.3", "icd:when=uncertain,margin=0")
+    compared = arms.arms_of(task.vlm, ("vcd", *waiting))
+    *_, last = measured(task, compared, [2], rounds=1)
+    document = results.results(results.about(task, "tiny", 1, ""), last)
+    rates = [line["skip_rate"] for line in document["lines"]]
+    answers = [
+        said
+        for tokens in (task.tokens, task.short, 1, task.short, task.tokens)
+        for said in task.vlm.generate(task.pictures, shapes.QUESTION, decoder=waiting[0], max_new_tokens=tokens)
+    ]
+    share = round(sum(said.skipped for said in answers) / sum(said.tokens for said in answers), 4)
+    assert rates == [None, None, share, 1.0]
+    text = " ".join(rendered(*bench_table(document)).split())
+    assert (
+        f"left to the clean row, which was sure of them: {waiting[0]} (2) {100 * share:.1f} %, icd (2) 100.0 %." in text
+    )
 
 
 def timed(arm, *, cold, first, short, long, memory):
@@ -194,10 +216,14 @@ def test_the_ways_beside_ours_say_the_same(task):
     compared = arms.arms_of(task.vlm, ("vcd", "inter", "locore", "locore+vcd", "beam"), beside=True)
     beside = {arm.name: arm for arm in compared if arm.way == "transformers"}
     assert list(beside) == ["generate", "eager, weights kept", "vcd, pass by pass", "inter, pass by pass"]
-    said = {arm.name: [list(ids) for ids in arm.answer(task.vlm, task.pictures, 6)] for arm in compared[:3]}
+
+    def answered(arm):
+        return [list(said.ids) for said in arm.answer(task.vlm, task.pictures, 6)]
+
+    said = {arm.name: answered(arm) for arm in compared[:3]}
     assert said["greedy"] != said["vcd"]
     for name, ours in zip(beside, ("greedy", "greedy", "vcd", "inter"), strict=True):
-        assert [list(ids) for ids in beside[name].answer(task.vlm, task.pictures, 6)] == said[ours], name
+        assert answered(beside[name]) == said[ours], name
     assert task.vlm.model.config.text_config._attn_implementation == "sdpa"
 
 

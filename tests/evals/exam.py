@@ -121,5 +121,8 @@ def written(run):
     (run.folder / SAMPLES).write_text("".join(f"{to_json(asdict(sample))}\n" for sample in run.samples))
     for arm, found in run.answers.items():
         (run.folder / arm).mkdir()
-        (run.folder / arm / ANSWERS).write_text("".join(f"{to_json(asdict(record))}\n" for record in found.values()))
+        known = [
+            {name: value for name, value in asdict(record).items() if value is not None} for record in found.values()
+        ]
+        (run.folder / arm / ANSWERS).write_text("".join(f"{to_json(line)}\n" for line in known))
     return run.folder

@@ -1,10 +1,11 @@
 """Answers that are there, scored by other truths."""
 
 import json
+from dataclasses import replace
 
 import pytest
 
-from tests.jobs.fake import FakeVLM, draw
+from tests.jobs.fake import FakeVLM, colour, draw
 from vlmfix.decoders import parse
 from vlmfix.errors import DataError, UsageError
 from vlmfix.evals.benchmarks import pope
@@ -54,6 +55,29 @@ def test_a_run_of_pope_is_scored_by_the_truths_of_another_edition(run, tmp_path)
     figures = read_json(tmp_path / "new" / "results.json")["greedy"]["popular"]
     assert (figures["n"], figures["recall"], figures["precision"]) == (4, 1.0, 0.25), "all is read as yes"
     assert again.pictures() == {name: sha for name, sha in run.pictures().items() if name[:4] not in ("0002", "0004")}
+
+
+def test_what_a_contrast_left_alone_is_counted_over_the_answers_that_are_taken(tmp_path):
+    class Sure(FakeVLM):
+        def generate(self, pictures, prompts, *, decoder, **options):
+            answers = super().generate(pictures, prompts, **options)
+            if not decoder.waiting:
+                return answers
+            return [
+                replace(answer, skipped=0 if shown == colour(0) else 3)
+                for answer, (shown, _) in zip(answers, self.batches[-1], strict=True)
+            ]
+
+    draw(tmp_path / "in", 2)
+    both = pope.read(asked(tmp_path / "pope", ["yes", "no"]), tmp_path / "in")
+    arms = {"vcd": parse("vcd:when=uncertain")}
+    made = evaluate(tmp_path / "out", pope.Pope(), both, Settings(), arms, batch_size=2, loader=Sure().load)
+    assert made.card["arms"]["vcd"]["skip_rate"] == 0.5
+    second = pope.read(asked(tmp_path / "repope", [None, "yes"]), tmp_path / "in")
+    again = answered_before(made, second, tmp_path / "new")
+    assert (again.card["arms"]["vcd"]["skipped"], again.card["arms"]["vcd"]["skip_rate"]) == (3, 1.0)
+    assert "skip_rate" not in again.card["arms"]["greedy"]
+    assert made.card["arms"]["vcd"]["skip_rate"] == 0.5
 
 
 @pytest.mark.parametrize("other", [{"text": "Is there a cat?"}, {"labels": ["yes"] * 7}])

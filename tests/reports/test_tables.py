@@ -118,6 +118,22 @@ def test_the_legend_says_how_it_was_done(comparison):
     assert "Bonferroni" not in " ".join(shown(alone))
 
 
+def test_the_legend_says_what_contrasts_left_alone(comparison):
+    assert "clean row" not in " ".join(shown(comparison))
+    arms = exam().answers
+    sure = {name: replace(one, ids=(1, 2, 3), skipped=2) for name, one in arms["good"].items()}
+    told = compare([exam(arms=arms | {"good": sure})], draws=2000)
+    said = "Tokens that a contrast left to the clean row, which was sure of them: good 66.7 %."
+    assert said in " ".join(" ".join(shown(told)).split())
+    assert said in markdown(told)
+    rows = {row["arm"]: row["skip_rate"] for row in csv.DictReader(io.StringIO(csv_text(told)))}
+    assert rows == {"greedy": "", "good": "0.6667", "wordy": ""}
+    assert {arm["name"]: arm["skip_rate"] for arm in json.loads(json_text(told))["arms"]} == {
+        "good": 0.6667,
+        "wordy": None,
+    }
+
+
 def test_a_mark_beside_a_clear_shift_has_a_sign_of_it(comparison):
     assert "†" not in " ".join(shown(comparison))
     assert "†" not in markdown(comparison)

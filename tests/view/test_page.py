@@ -223,6 +223,16 @@ def test_captions_are_held_to_the_truth(view, pictures, tmp_path):
     assert "unfinished" in next(page.all("table")).text
 
 
+def test_what_a_contrast_left_alone_stands_beside_the_answers_of_an_evaluation(view, pictures, tmp_path):
+    folder = evaluation(tmp_path / "eval", "chair", [caption(0)], pictures, {"greedy": ["A dog."], "vcd": ["A cat."]})
+    assert "left alone" not in view(folder)[0].text
+    file = folder / "vcd" / "answers.jsonl"
+    (line,) = map(json.loads, file.read_text().splitlines())
+    lines(file, [line | {"ids": [1, 2, 3], "skipped": 2}])
+    page, _ = view(folder)
+    assert [tag.text for tag in page.all("span", "tag") if "left" in tag.text] == ["left alone: 2 of 3 tokens"]
+
+
 def test_a_yes_to_what_is_not_there_names_something_absent(view, pictures, tmp_path):
     samples = [
         Sample(id=f"random/{n}", image="0.png", prompt=f"Is there a {name}?", target={"label": label}, group="random")

@@ -23,12 +23,11 @@ from vlmfix.decoding.running import RECORDING
 from vlmfix.errors import DataError, UsageError, VlmfixError
 from vlmfix.generation import VLM
 from vlmfix.models.places import device_named
+from vlmfix.skips import Skips
 from vlmfix.upstream.memory import peak_of
 
 Way = Literal["vlmfix", "transformers"]
 """Whose loop decodes."""
-Ids = Sequence[Sequence[int]]
-"""The tokens of each answer."""
 SHORT = 12
 """Least tokens of the short answer; shorter ones are not recorded."""
 LEAST = SHORT + 4
@@ -36,6 +35,19 @@ LEAST = SHORT + 4
 COPIED = {"cuda": 1 << 30, "cpu": 1 << 28}
 """Bytes that are copied to measure a device's bandwidth: more than its caches hold."""
 COPIES = 5
+
+
+@dataclass(frozen=True)
+class Said:
+    """One answer.
+
+    Attributes:
+        ids: Its tokens.
+        skipped: How many of them a contrast left to the clean row; None without a rule that leaves any.
+    """
+
+    ids: Sequence[int]
+    skipped: int | None = None
 
 
 @dataclass(frozen=True)
@@ -54,7 +66,7 @@ class Arm:
     decoder: str
     way: Way
     plain: bool
-    answer: Callable[[VLM, Sequence[Image.Image], int], Ids]
+    answer: Callable[[VLM, Sequence[Image.Image], int], Sequence[Said]]
 
 
 @dataclass
@@ -70,6 +82,7 @@ class Timed:
         short: Seconds of the short answer.
         long: Seconds of the long answer.
         memory: Most bytes that torch held above the model's weights.
+        skips: Tokens of the answers, the long and the short, that a contrast left to the clean row.
         error: Why it cannot be measured.
     """
 
@@ -81,6 +94,7 @@ class Timed:
     short: list[float] = field(default_factory=list)
     long: list[float] = field(default_factory=list)
     memory: int | None = None
+    skips: Skips = field(default_factory=Skips)
     error: str | None = None
 
 
@@ -182,7 +196,7 @@ def reason(error: Exception) -> str:
 
 def _measure(task: Task, one: Timed) -> None:
     device = task.vlm.device
-    asked = partial(_seconds, task.vlm, one.arm, task.pictures[: one.rows])
+    asked = partial(_seconds, task.vlm, one, task.pictures[: one.rows])
     begins, records = not one.long, one.arm.way == "vlmfix" and device.type in RECORDING
     forget(task.vlm.model)  # the memory of other arms' recorded steps is none of this one's
     if begins and one.begins:
@@ -204,8 +218,8 @@ def _measure(task: Task, one: Timed) -> None:
         one.memory = max(above, one.memory or 0)
 
 
-def _seconds(vlm: VLM, arm: Arm, pictures: Sequence[Image.Image], tokens: int) -> float:
-    """Seconds of one call; what refining decoders know of the pictures from earlier calls is forgotten before.
+def _seconds(vlm: VLM, one: Timed, pictures: Sequence[Image.Image], tokens: int) -> float:
+    """Seconds of one call, whose skips are counted; what refining decoders know of the pictures is forgotten before.
 
     Raises:
         DataError: An answer has another length than was asked for.
@@ -213,10 +227,12 @@ def _seconds(vlm: VLM, arm: Arm, pictures: Sequence[Image.Image], tokens: int) -
     fresh = replace(vlm, memo=PictureMemo())
     _wait(vlm.device)
     started = time.perf_counter()
-    answers = arm.answer(fresh, pictures, tokens)
+    answers = one.arm.answer(fresh, pictures, tokens)
     _wait(vlm.device)
     seconds = time.perf_counter() - started
-    if odd := [len(ids) for ids in answers if len(ids) != tokens]:
+    for said in answers:
+        one.skips.count(said.skipped, len(said.ids))
+    if odd := [len(said.ids) for said in answers if len(said.ids) != tokens]:
         raise DataError(f"an answer ends after {odd[0]} of {tokens} tokens", "take fewer --tokens, or a shorter prompt")
     return seconds
 
@@ -234,8 +250,9 @@ def ours(name: str, decoder: Decoder) -> Arm:
         decoder: The decoder.
     """
 
-    def answer(vlm: VLM, pictures: Sequence[Image.Image], tokens: int) -> Ids:
-        return [said.ids for said in vlm.generate(pictures, QUESTION, decoder=decoder, max_new_tokens=tokens)]
+    def answer(vlm: VLM, pictures: Sequence[Image.Image], tokens: int) -> list[Said]:
+        answers = vlm.generate(pictures, QUESTION, decoder=decoder, max_new_tokens=tokens)
+        return [Said(found.ids, found.skipped) for found in answers]
 
     return Arm(name, decoder.spec(), "vlmfix", isinstance(decoder, Greedy), answer)
 

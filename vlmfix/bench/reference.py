@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from PIL import Image
 
-from vlmfix.bench.measure import Arm, Ids
+from vlmfix.bench.measure import Arm, Said
 from vlmfix.bench.shapes import QUESTION
 from vlmfix.decoders import Chain, Decoder, Greedy
 from vlmfix.decoding.branches import fused
@@ -45,12 +45,12 @@ def arms_beside(decoders: Mapping[str, Decoder]) -> list[Arm]:
     return found
 
 
-def stock(vlm: VLM, pictures: Sequence[Image.Image], tokens: int) -> Ids:
+def stock(vlm: VLM, pictures: Sequence[Image.Image], tokens: int) -> list[Said]:
     """Greedy answers by the model's own ``generate``, with the attention that it was loaded with (SDPA)."""
     return _generated(vlm, pictures, tokens)
 
 
-def with_weights(vlm: VLM, pictures: Sequence[Image.Image], tokens: int) -> Ids:
+def with_weights(vlm: VLM, pictures: Sequence[Image.Image], tokens: int) -> list[Said]:
     """Greedy answers by the model's own ``generate``, with eager attention whose weights are all returned and kept."""
     model: Any = vlm.model
     model.set_attn_implementation({"text_config": "eager"})
@@ -60,19 +60,18 @@ def with_weights(vlm: VLM, pictures: Sequence[Image.Image], tokens: int) -> Ids:
         model.set_attn_implementation({"text_config": "sdpa"})
 
 
-def _generated(vlm: VLM, pictures: Sequence[Image.Image], tokens: int, **options: Any) -> Ids:
+def _generated(vlm: VLM, pictures: Sequence[Image.Image], tokens: int, **options: Any) -> list[Said]:
     model: Any = vlm.model
     batch = vlm.encode([QUESTION] * len(pictures), [[picture] for picture in pictures])
     with undisturbed(model):
         said = model.generate(
             **batch, **options, max_new_tokens=tokens, do_sample=False, num_beams=1, return_dict_in_generate=True
         )
-    ids: Ids = said.sequences[:, batch.length :].tolist()
-    return ids
+    return [Said(ids) for ids in said.sequences[:, batch.length :].tolist()]
 
 
 @torch.no_grad()
-def _apart(vlm: VLM, pictures: Sequence[Image.Image], tokens: int, *, decoder: Decoder) -> Ids:
+def _apart(vlm: VLM, pictures: Sequence[Image.Image], tokens: int, *, decoder: Decoder) -> list[Said]:
     """Answers of a contrast whose branches each have a cache and a pass of their own, one after the other."""
     batch = vlm.encode([QUESTION] * len(pictures), [[picture] for picture in pictures])
     _, plan = decoder.planned(vlm, batch)
@@ -84,5 +83,5 @@ def _apart(vlm: VLM, pictures: Sequence[Image.Image], tokens: int, *, decoder: D
         chosen = scores.argmax(dim=-1)  # (B,)
         said.append(chosen.tolist())
         if len(said) == tokens:
-            return list(zip(*said, strict=True))
+            return [Said(ids) for ids in zip(*said, strict=True)]
         scores = fused(plan.contrasts, torch.stack([part.token(chosen) for part in passes]))

@@ -66,8 +66,9 @@ def results(facts: dict[str, Any], found: Measured) -> dict[str, Any]:
         step's weights once takes at that; ``finished``; and ``lines``, one for each arm and number of rows. Of a line,
         ``first_ms``, ``step_ms``, ``tokens_per_second``, ``weights_share``, ``memory`` and ``memory_above_weights``
         (bytes) are the arm's; ``first_ratio``, ``step_ratio`` and ``memory_above_plain`` compare it with plain decoding
-        by the same way and as many rows; ``warm_up_s`` stands in the lines with the fewest rows. ``reason`` says why
-        there are no figures, and is None where there are.
+        by the same way and as many rows; ``warm_up_s`` stands in the lines with the fewest rows. ``skip_rate`` is the
+        share of tokens that a decoder with ``when=uncertain`` left to the clean row. ``reason`` says why there are no
+        figures, and is None where there are.
     """
     rate = statistics.median(found.bandwidth)
     weights_ms = 1000 * facts["model"]["step_bytes"] / rate
@@ -92,6 +93,7 @@ def _line(facts: dict[str, Any], one: Timed, weights_ms: float) -> dict[str, Any
         "rows": one.rows,
         "rounds": len(one.long),
         "reason": one.error or (None if one.long else LATE),
+        "skip_rate": one.skips.rate,
         "samples": {"cold_s": one.cold, "first_s": one.first, "short_s": one.short, "long_s": one.long},
     }
     names = ("first_ms", "step_ms", "tokens_per_second", "weights_share", "memory", "memory_above_weights", "warm_up_s")

@@ -33,6 +33,7 @@ from vlmfix.shapes import (
     list_of,
     mapping_of,
 )
+from vlmfix.skips import Skips
 
 FORMAT = 1
 """Of the folder; raised when an older reader could not understand it."""
@@ -42,7 +43,10 @@ COMPARISON = ("comparison.csv", "comparison.md", "comparison.png")
 """What a comparison leaves: table, text and plot."""
 PLUGINS = mapping_of(TEXT).or_null()
 """What a card says of what is not vlmfix's own: name -> distribution and version, or digest of a file."""
-ARM = fields({"spec": TEXT, "parameters": OBJECT}, {"strategy": TEXT, "facts": mapping_of(TEXT), "plugins": PLUGINS})
+ARM = fields(
+    {"spec": TEXT, "parameters": OBJECT},
+    {"strategy": TEXT, "facts": mapping_of(TEXT), "plugins": PLUGINS, "skipped": COUNT, "skip_rate": NUMBER},
+)
 SESSION = fields(
     {"versions": mapping_of(TEXT.or_null())}, {"arms": OBJECT, "started": TEXT, "updated": TEXT, "device": TEXT}
 )
@@ -74,7 +78,14 @@ RESUMABLE = fields(SCORED | {"sessions": list_of(SESSION)}, BESIDES)
 SAMPLE = fields({"id": TEXT, "image": TEXT.or_null(), "prompt": TEXT, "target": OBJECT, "group": TEXT, "unit": TEXT})
 LINE = fields(
     {"id": TEXT},
-    {"answer": TEXT.or_null(), "ids": list_of(COUNT), "finish": TEXT, "failed": TEXT, "sha256": TEXT},
+    {
+        "answer": TEXT.or_null(),
+        "ids": list_of(COUNT),
+        "finish": TEXT,
+        "skipped": COUNT,
+        "failed": TEXT,
+        "sha256": TEXT,
+    },
 )
 """One line of an arm's answers."""
 OPTIONS: Mapping[Any, Shape] = {
@@ -104,6 +115,7 @@ class Record:
         finish: ``eos``, ``stop``, ``length`` or ``context``; empty when it failed.
         failed: Why there is no answer; empty when there is one.
         sha256: Hex digest of the picture's file; empty when there is none.
+        skipped: How many of the tokens a decoder with ``when=uncertain`` left to the clean row; None for others.
     """
 
     id: str
@@ -112,6 +124,15 @@ class Record:
     finish: str = ""
     failed: str = ""
     sha256: str = ""
+    skipped: int | None = None
+
+
+def skips_of(records: Iterable[Record]) -> Skips:
+    """Counts the tokens that a contrast left to the clean row in some answers."""
+    found = Skips()
+    for one in records:
+        found.count(one.skipped, len(one.ids))
+    return found
 
 
 @dataclass(frozen=True, eq=False)
@@ -181,6 +202,10 @@ class EvalRun:
     def failed(self, arm: str) -> int:
         """Samples of an arm that failed."""
         return sum(bool(record.failed) for record in self.answers[arm].values())
+
+    def skips(self, arm: str) -> Skips:
+        """Tokens of an arm's answers that a contrast left to the clean row."""
+        return skips_of(self.answers[arm].values())
 
     def missing(self, arm: str) -> int:
         """Samples of an arm that were not asked yet."""
@@ -281,6 +306,7 @@ def record(line: dict[str, Any]) -> Record:
         finish=line.get("finish", ""),
         failed=line.get("failed", ""),
         sha256=line.get("sha256", ""),
+        skipped=line.get("skipped"),
     )
 
 

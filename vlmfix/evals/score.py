@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from vlmfix.evals.record import (
     arm_folder,
     digest,
     read_run,
+    skips_of,
     write_samples,
 )
 from vlmfix.evals.task import Sample, Workload
@@ -55,6 +56,7 @@ def score(run: EvalRun, *, samples: Sequence[Sample] | None = None, **options: s
             "missing": run.missing(arm),
             "unparsed": sum(not verdict.parsed for _, verdict in judged),
             "cut": sum(record.finish in ("length", "context") for record in run.answers[arm].values()),
+            **run.skips(arm).noted(),
             **run.task.details(judged, run.texts(arm)),
         }
     head = {name: run.card[name] for name in ("task", "options", "data", "count", "model", "decoding")}
@@ -87,6 +89,7 @@ def answered_before(run: EvalRun, workload: Workload, out: Path) -> EvalRun:
         )
     wanted = {sample.id for sample in workload.samples}
     card = run.card | {
+        "arms": {arm: about | _skipped(run, arm, wanted) for arm, about in run.card["arms"].items()},
         "data": dict(workload.about),
         "samples": digest(workload.samples),
         "count": len(workload.samples),
@@ -106,3 +109,8 @@ def answered_before(run: EvalRun, workload: Workload, out: Path) -> EvalRun:
         raise DataError(f"cannot write to {out}: {error.strerror}", "choose another --out") from error
     replace_json(out / CARD, card)
     return read_run(out)
+
+
+def _skipped(run: EvalRun, arm: str, wanted: Collection[str]) -> dict[str, Any]:
+    """What a card says of the tokens that a contrast left to the clean row, over some of the samples."""
+    return skips_of(record for name, record in run.answers[arm].items() if name in wanted).noted()

@@ -52,7 +52,7 @@ def bench_table(document: Mapping[str, Any]) -> Iterator[RenderableType]:
         table.add_row(Text(line["arm"]), str(line["rows"]), *cells(line))
     yield table
     yield ""
-    for text in (*_reasons(document), *_unfinished(document), *LEGEND):
+    for text in (*_reasons(document), *_unfinished(document), *_skipped(document), *LEGEND):
         yield Text(text)
 
 
@@ -103,3 +103,14 @@ def _unfinished(document: Mapping[str, Any]) -> Iterator[str]:
     ]
     if fewer:
         yield f"The time was over; fewer rounds than {document['rounds']} have: {', '.join(fewer)}."
+
+
+def _skipped(document: Mapping[str, Any]) -> Iterator[str]:
+    """Of which decoders the branches acted in some steps alone."""
+    shares = [
+        f"{line['arm']} ({line['rows']}) {100 * line['skip_rate']:.1f} %"
+        for line in document["lines"]
+        if line["skip_rate"] is not None
+    ]
+    if shares:
+        yield f"Tokens that a contrast left to the clean row, which was sure of them: {', '.join(shares)}."

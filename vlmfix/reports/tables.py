@@ -271,6 +271,7 @@ def _line(comparison: Comparison, arm: Arm, change: Change) -> dict[str, str | i
         "failed": arm.failed,
         "missing": arm.missing,
         "unparsed": arm.unparsed,
+        "skip_rate": arm.skip_rate,
         "draws": comparison.draws,
         "seed": comparison.seed,
     }

@@ -116,6 +116,7 @@ def _legend(comparison: Comparison) -> list[str]:
         *([f"Shifts, not merits; a gain may come from them alone: {shifts}."] if shifts else []),
         *([f"{SHIFTED}: such a shift is beside it, with an interval without zero."] if shifted else []),
         *_unparsed(comparison),
+        *_skipped(comparison),
         *(f"{a.name} is {a.spec}." for a in (*comparison.plain, *comparison.arms) if not a.name.endswith(a.spec)),
         *comparison.notes,
     ]
@@ -124,3 +125,12 @@ def _legend(comparison: Comparison) -> list[str]:
 def _unparsed(comparison: Comparison) -> list[str]:
     counts = [f"{arm.name} {arm.unparsed}" for arm in (*comparison.plain, *comparison.arms) if arm.unparsed]
     return [f"Answers that could not be read, scored by the benchmark's rule: {', '.join(counts)}."] if counts else []
+
+
+def _skipped(comparison: Comparison) -> list[str]:
+    shares = [f"{arm.name} {100 * arm.skip_rate:.1f} %" for arm in comparison.arms if arm.skip_rate is not None]
+    return (
+        [f"Tokens that a contrast left to the clean row, which was sure of them: {', '.join(shares)}."]
+        if shares
+        else []
+    )

@@ -55,7 +55,8 @@ def read_evaluation(folder: Path, images: Path | None = None) -> Answers:
 
 
 def _said(record: Record) -> Said:
-    return Said(record.answer or "", record.finish, record.failed)
+    skipped = None if record.skipped is None else (record.skipped, len(record.ids))
+    return Said(record.answer or "", record.finish, record.failed, skipped=skipped)
 
 
 def _truth(task: Task, sample: Sample) -> Truth | None:

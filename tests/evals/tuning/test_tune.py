@@ -119,6 +119,19 @@ def test_finds_what_is_best_and_reports_it_on_other_pictures(tmp_path):
     assert change.difference.low <= change.difference.value <= change.difference.high < 0
 
 
+def test_the_recipe_and_the_trials_say_what_a_contrast_left_alone(tmp_path):
+    class Sure(Fake):
+        def _record(self, decoder, sample):
+            return replace(super()._record(decoder, sample), ids=(1, 2, 3, 4), skipped=3 if decoder.waiting else None)
+
+    found = go(tmp_path / "out", Sure(), spec="vcd:noise_step=500,plausibility=0.1,when=uncertain", budget=6)
+    assert found.plain.skip_rate is None
+    assert {trial.outcome.skip_rate for trial in found.trials} == {0.75}
+    recipe = read_recipe(found.recipe)
+    assert "skip_rate" not in recipe["tuning"]["plain"]
+    assert recipe["tuning"]["recipe"]["skip_rate"] == recipe["held-out"]["skip_rate"] == 0.75
+
+
 def test_the_recipe_says_what_was_done(tmp_path):
     found = go(tmp_path / "out", Fake(), budget=12)
     recipe = read_recipe(found.recipe)

@@ -12,7 +12,7 @@ from tests.jobs.fake import FakeVLM, colour
 from vlmfix.decoders import VCD
 from vlmfix.errors import DataError, LayoutError, UsageError, VlmfixError
 from vlmfix.evals.comparison.compare import compare
-from vlmfix.evals.record import read_run
+from vlmfix.evals.record import arm_folder, read_run
 from vlmfix.evals.score import score
 from vlmfix.evals.task import Sample, Workload
 from vlmfix.jobs.benchmark.job import evaluate
@@ -37,6 +37,32 @@ def test_every_arm_answers_every_sample(tmp_path):
         "finish": "eos",
     }
     assert len(line["sha256"]) == 64
+
+
+class Sure(FakeVLM):
+    """Leaves two tokens of each answer alone where its decoder may."""
+
+    def generate(self, pictures, prompts, *, decoder, **options):
+        answers = super().generate(pictures, prompts, **options)
+        return [replace(answer, skipped=2 if decoder.waiting else None) for answer in answers]
+
+
+def test_lines_card_report_and_comparison_say_what_a_contrast_left_alone(tmp_path):
+    work, out, spec = workload(tmp_path / "in"), tmp_path / "out", "vcd:when=uncertain"
+    go(out, work, Sure(broken={colour(3)}), arms=(spec,))
+    run = go(out, work, Sure(), arms=(spec,), retry_failed=True)
+    lines = list(read_lines(out / arm_folder(spec) / "answers.jsonl"))
+    assert [line["skipped"] for line in lines] == [2] * len(work.samples)
+    assert not any("skipped" in line for line in read_lines(out / "greedy" / "answers.jsonl"))
+    noted = {"skipped": 2 * len(lines), "skip_rate": round(2 / 3, 4)}
+    card = read_json(out / "card.json")
+    assert card["arms"][spec].items() >= noted.items()
+    assert "skip_rate" not in card["arms"]["greedy"]
+    report = read_json(score(run).folder / "report.json")["arms"]
+    assert report[spec].items() >= noted.items()
+    assert "skip_rate" not in report["greedy"]
+    (arm,) = compare([read_run(out)], draws=1000).arms
+    assert arm.skip_rate == noted["skip_rate"]
 
 
 def test_a_question_of_two_splits_is_asked_once_and_pictures_stay_together(tmp_path):

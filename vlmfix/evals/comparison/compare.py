@@ -113,6 +113,8 @@ class Arm:
         failed: Samples of the arm that failed.
         missing: Samples of the arm that were not asked yet.
         unparsed: Compared answers that could not be read; they count as the benchmark says.
+        skip_rate: Share of the tokens of all its answers that a contrast left to the clean row; None without a rule
+            that leaves any.
         changes: By figure, in the task's order; for a plain arm the differences are zero and nothing is tested.
     """
 
@@ -125,6 +127,7 @@ class Arm:
     failed: int
     missing: int
     unparsed: int
+    skip_rate: float | None
     changes: tuple[Change, ...]
 
 
@@ -294,6 +297,7 @@ def _arms(run: EvalRun, draws: int, seed: int) -> Iterator[Arm]:
             failed=run.failed(arm),
             missing=run.missing(arm),
             unparsed=sum(not verdict.parsed for _, verdict in both),
+            skip_rate=run.skips(arm).rate,
             changes=changes[arm],
         )
 

@@ -35,7 +35,10 @@ OBJECTIVES: Mapping[str, str] = {"pope": "mean/f1", "chair": "chair_i"}
 DIGITS = 12
 """Decimals of a guard; what is lost beyond them is rounding."""
 
-OUTCOME = fields({"value": NUMBER.or_null(), "recall": NUMBER.or_null(), "length": NUMBER.or_null(), "failed": COUNT})
+OUTCOME = fields(
+    {"value": NUMBER.or_null(), "recall": NUMBER.or_null(), "length": NUMBER.or_null(), "failed": COUNT},
+    {"skip_rate": NUMBER.or_null()},
+)
 """What the journal holds of a trial."""
 
 Evaluate = Callable[[Mapping[str, Decoder], Workload, Path], EvalRun]
@@ -53,12 +56,14 @@ class Outcome:
         recall: Mean of the recall over the benchmark's groups.
         length: Mean of the answers' length over the benchmark's groups, in words.
         failed: Samples that failed.
+        skip_rate: Share of the tokens that a contrast left to the clean row; None without a rule that leaves any.
     """
 
     value: float | None
     recall: float | None
     length: float | None
     failed: int
+    skip_rate: float | None = None
 
 
 @dataclass(frozen=True)
@@ -398,7 +403,7 @@ def _outcome(run: EvalRun, arm: str, figure: str) -> Outcome:
         found = [value for name, value in values.items() if name.rpartition("/")[2] == label and value is not None]
         return sum(found) / len(found) if found else None
 
-    return Outcome(values.get(figure), mean("recall"), mean("length"), run.failed(arm))
+    return Outcome(values.get(figure), mean("recall"), mean("length"), run.failed(arm), run.skips(arm).rate)
 
 
 def _trial(space: Space, tried: Tried) -> Trial:
@@ -407,7 +412,7 @@ def _trial(space: Space, tried: Tried) -> Trial:
         arm_name(decoder),
         decoder.spec(),
         tried.chosen,
-        Outcome(**{name: tried.about[name] for name in Outcome.__annotations__}),
+        Outcome(**{name: tried.about[name] for name in Outcome.__annotations__ if name in tried.about}),
         tried.feasible,
     )
 
@@ -489,6 +494,7 @@ def _about_held_out(comparison: Comparison) -> dict[str, Any]:
         "compared": arm.compared,
         "failed": arm.failed,
         "unparsed": arm.unparsed,
+        "skip_rate": arm.skip_rate,
         "notes": list(comparison.notes),
         "figures": {
             change.figure: {

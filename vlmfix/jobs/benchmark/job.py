@@ -296,4 +296,5 @@ def _line(sample: Sample, sha256: str, outcome: Answer | str) -> dict[str, Any]:
         about["sha256"] = sha256
     if isinstance(outcome, str):
         return about | {"failed": outcome}
-    return about | {"answer": outcome.text, "ids": list(outcome.ids), "finish": outcome.finish}
+    said = {"answer": outcome.text, "ids": list(outcome.ids), "finish": outcome.finish}
+    return about | said | ({} if outcome.skipped is None else {"skipped": outcome.skipped})

@@ -24,6 +24,8 @@ from vlmfix.evals.record import (
     arm_folder,
     checked,
     digest,
+    record,
+    skips_of,
     without_names,
     write_samples,
 )
@@ -33,6 +35,7 @@ from vlmfix.jobs.ledger import Ledger, now
 from vlmfix.language.parameters import plain
 from vlmfix.records import read_lines
 from vlmfix.settings import EMBEDDED, Settings
+from vlmfix.skips import Skips
 
 
 class ArmsFolder(Ledger):
@@ -91,6 +94,7 @@ class ArmsFolder(Ledger):
         }
         self.done: dict[str, set[str]] = {}
         """Arm -> ids of the samples that have an answer or failed."""
+        self._skips = {arm: Skips() for arm in arms}
 
     def new_card(self) -> dict[str, Any]:
         """Makes a card of data, settings and arms."""
@@ -128,7 +132,9 @@ class ArmsFolder(Ledger):
         ids = {sample.id for sample in self._samples}
         for arm, name in self._files.items():
             lines = checked(self.folder / name, self.lines[name], ids)
-            self.done[arm] = {line["id"] for line in self.standing(name, lines)}
+            standing = [record(line) for line in self.standing(name, lines)]
+            self.done[arm] = {found.id for found in standing}
+            self._skips[arm] = skips_of(standing)
 
     def tidy(self) -> None:
         """Removes the drafts that a kill has left."""
@@ -185,14 +191,17 @@ class ArmsFolder(Ledger):
         """Writes the line of an answer or of a failure."""
         self.lines[self._files[arm]].append(line)
         self.done[arm].add(line["id"])
+        self._skips[arm].count(line.get("skipped"), len(line.get("ids", ())))
 
     def note(self, arm: str, tokens: int, seconds: float) -> None:
         """Adds to the tokens and seconds that an arm has taken in this start."""
         self.session.setdefault("arms", {})[arm] = {"tokens": tokens, "seconds": round(seconds, 3)}
 
     def sum_up(self) -> None:
-        """Writes the time into the card; the answers hold the rest."""
+        """Writes the time into the card, and what contrasts left to the clean row; the answers hold the rest."""
         self.session["updated"] = now()
+        for arm, skips in self._skips.items():
+            self.card["arms"][arm] |= skips.noted()
 
 
 def _refuse_shared_folders(arms: Iterable[str]) -> None:

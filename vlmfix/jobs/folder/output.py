@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -13,6 +13,7 @@ from vlmfix.jobs.lines import ANSWER, ANSWERS, CARD, FAILED, FAILURE, MARKS, PRO
 from vlmfix.seen import Seen
 from vlmfix.settings import Settings
 from vlmfix.shapes import COUNT, FLAG, OBJECT, TEXT, fields, list_of
+from vlmfix.skips import Skips
 
 RUN = fields(
     {
@@ -30,8 +31,7 @@ RUN = fields(
 class Totals:
     """Holds the totals of a folder of answers, over all starts.
 
-    ``cut`` counts those that ``max_new_tokens`` ended, ``skipped`` tokens that a decoder with ``when=uncertain`` left
-    to the clean row; it is None where no answer says so.
+    ``cut`` counts those that ``max_new_tokens`` ended, ``skips`` the tokens left to the clean row.
     """
 
     answers: int = 0
@@ -39,7 +39,7 @@ class Totals:
     cut: int = 0
     tokens: int = 0
     seconds: float = 0.0
-    skipped: int | None = None
+    skips: Skips = field(default_factory=Skips)
 
     def count(self, answer: Mapping[str, Any]) -> None:
         """Adds an answer's line."""
@@ -47,8 +47,7 @@ class Totals:
         self.cut += answer.get("finish") == "length"
         self.tokens += answer["tokens"]
         self.seconds += answer["seconds"]
-        if "skipped" in answer:
-            self.skipped = (self.skipped or 0) + answer["skipped"]
+        self.skips.count(answer.get("skipped"), answer["tokens"])
 
     def noted(self) -> dict[str, Any]:
         """Returns the totals as a card has them."""
@@ -58,13 +57,8 @@ class Totals:
             "cut": self.cut,
             "tokens": self.tokens,
             "seconds": round(self.seconds, 3),
-            **self._noted_skips(),
+            **self.skips.noted(),
         }
-
-    def _noted_skips(self) -> dict[str, Any]:
-        if self.skipped is None or not self.tokens:
-            return {}
-        return {"skipped": self.skipped, "skip_rate": round(self.skipped / self.tokens, 4)}
 
     def noted_pace(self) -> float | None:
         """Returns ``ms_per_token`` as a card has it."""
