@@ -13,7 +13,7 @@ from vlmfix.records import read_json, read_lines
 from vlmfix.settings import Settings
 
 FAMILIES = ("llava", "llava_next", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "internvl")
-GIVEN = {
+Given = {
     "var": "sink_dims=1/2/3/4,sink_threshold=0.8,min_visual_mass=0,min_nonsink_ratio=0,layers=2:",
     "act": "heads=all,layers=all",
     "adhh": "heads=L0H3/L1H1/L2H7,threshold=0.2",
@@ -40,7 +40,7 @@ def embedded():
 
 
 def spec(name, model):
-    told = "" if model in KNOWN.get(name, ()) else GIVEN.get(name, "")
+    told = "" if model in KNOWN.get(name, ()) else Given.get(name, "")
     return f"{name}:{told}" if told else name
 
 

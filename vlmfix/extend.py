@@ -55,7 +55,7 @@ from vlmfix.errors import (
 from vlmfix.evals.task import Benchmark, Judged, Numbers, Sample, Tally, Verdict, Workload, plain, ratio
 from vlmfix.heads.profiler import Profiler, State
 from vlmfix.insight.work import Ran, Work
-from vlmfix.language.parameters import HeadList, parameter
+from vlmfix.language.parameters import Given, HeadList, parameter
 from vlmfix.models.checkpoint import Checkpoint
 from vlmfix.models.family import Family, by_row
 from vlmfix.models.grid import cells
@@ -78,6 +78,7 @@ __all__ = [
     "Edit",
     "Exit",
     "Family",
+    "Given",
     "HeadList",
     "ImageLayout",
     "IncompatibleDecodersError",

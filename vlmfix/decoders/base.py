@@ -11,7 +11,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 from PIL import Image
 from torch import Tensor
@@ -28,7 +28,8 @@ from vlmfix.decoding.stack import Stack, stack_layout, stacked
 from vlmfix.decoding.strategy import Strategy
 from vlmfix.decoding.watch import Watch, longest_prompts
 from vlmfix.errors import DataError, IncompatibleDecodersError, UsageError
-from vlmfix.language.parameters import PRESETS_OWN, Value, noted, ranges, written
+from vlmfix.language.idle import refuse_idle, without_idle
+from vlmfix.language.parameters import Value, noted, ranges, settled, written
 from vlmfix.models.checkpoint import Checkpoint
 from vlmfix.models.context import room_for_answers
 from vlmfix.models.layout import Batch, ImageLayout
@@ -74,20 +75,34 @@ class Decoder(ABC):
     presets: ClassVar[Mapping[str, Mapping[str, Value]]] = {}
 
     def __post_init__(self) -> None:
-        preset = self._preset()
-        for name, allowed in ranges(type(self)).items():
-            open_to_preset = PRESETS_OWN if allowed.optional else None
-            if getattr(self, name) is open_to_preset:
-                object.__setattr__(self, name, preset.get(name))
-            object.__setattr__(self, name, allowed.check(self.name, name, getattr(self, name)))
+        given = {name: getattr(self, name) for name in ranges(type(self))}
+        preset = self._preset(given)
+        values = settled(type(self), given, preset)
+        refuse_idle(type(self), values, preset)
+        for name, value in values.items():
+            object.__setattr__(self, name, value)
 
-    def _preset(self) -> Mapping[str, Value]:
-        if not self.presets:
+    @classmethod
+    def acting(cls, **given: Value) -> Self:
+        """Makes a decoder whose parameters that do nothing beside the others have their own values, whatever is given.
+
+        Args:
+            **given: Parameters.
+
+        Raises:
+            UsageError: A value is not allowed.
+        """
+        preset = cls._preset(given)
+        return cls(**without_idle(cls, settled(cls, given, preset), preset))
+
+    @classmethod
+    def _preset(cls, given: Mapping[str, Value]) -> Mapping[str, Value]:
+        if not cls.presets:
             return {}
-        chosen = str(getattr(self, "preset", None))
-        if chosen not in self.presets:
-            raise UsageError(f"{self.name}: preset={chosen!r} is not allowed", f"allowed: {' | '.join(self.presets)}")
-        return self.presets[chosen]
+        chosen = str(given.get("preset", getattr(cls, "preset", None)))
+        if chosen not in cls.presets:
+            raise UsageError(f"{cls.name}: preset={chosen!r} is not allowed", f"allowed: {' | '.join(cls.presets)}")
+        return cls.presets[chosen]
 
     @abstractmethod
     def plan(self, vlm: Checkpoint, batch: Batch, layout: ImageLayout) -> DecodingPlan:

@@ -116,7 +116,7 @@ def describe(decoder: type[Decoder]) -> DecoderInfo:
         refines=decoder.refines,
         chooses=_chosen(defaults),
         parameters=tuple(
-            Parameter(name, plain(getattr(defaults, name)), allowed.text(), allowed.search_text(), allowed.help)
+            Parameter(name, plain(getattr(defaults, name)), allowed.text(), allowed.search_text(), allowed.help_text())
             for name, allowed in ranges(decoder).items()
         ),
         presets={name: {key: plain(value) for key, value in set_.items()} for name, set_ in decoder.presets.items()},

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -58,6 +58,10 @@ was given is a value of such a parameter, and no preset replaces it."""
 WRITABLE = "no comma, line break, + before a letter or white space around it, and neither nothing nor none"
 
 
+class Given:
+    """Stands, in ``Range.idle``, for every value of an optional parameter but None."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Range:
     """What a parameter may be.
@@ -73,6 +77,9 @@ class Range:
             leaves alone, such as a seed.
         log: Tuning tries numbers on a logarithmic scale.
         file: It names a file, a folder or a model to load: whoever may not read what the process can may not set it.
+        idle: Under which values of other parameters it does nothing, each a mapping from their names to these values,
+            all of which hold then; ``Given`` is any value but None. Another value than the parameter's own is refused
+            there. Ends of a scale are none of these, unless they are said to switch a part off.
         later: A later version added it to the decoder: where all such parameters have their defaults, none is written,
             so that cards of earlier versions, which lack them, name an equal decoder.
     """
@@ -86,6 +93,7 @@ class Range:
     search: tuple[bool | int | float | str, ...] = ()
     log: bool = False
     file: bool = False
+    idle: tuple[Mapping[str, Any], ...] = ()
     later: bool = False
 
     def text(self) -> str:
@@ -109,6 +117,15 @@ class Range:
             low, high = self.search
             return f"{low:g} to {high:g}{', logarithmic' if self.log else ''}"
         return " | ".join(written(word) for word in self.search)
+
+    def help_text(self) -> str:
+        """What ``help`` says, and when the parameter does nothing."""
+        nothing = " or ".join(" and ".join(_said(*pair) for pair in case.items()) for case in self.idle)
+        return f"{self.help}; does nothing with {nothing}" if nothing else self.help
+
+    def idle_case(self, values: Mapping[str, Value]) -> Mapping[str, Any] | None:
+        """Returns the first case of ``idle`` that some values of the decoder's parameters are; None where it acts."""
+        return next((case for case in self.idle if all(_holds(values[name], case[name]) for name in case)), None)
 
     def check(self, owner: str, name: str, value: Value) -> Value:
         """Returns the value in its own type.
@@ -158,6 +175,31 @@ def ranges(decoder: type) -> dict[str, Range]:
     return {f.name: f.metadata["range"] for f in dataclasses.fields(decoder) if "range" in f.metadata}
 
 
+def settled(
+    decoder: Any,  # noqa: ANN401 (a dataclass with a name)
+    given: Mapping[str, Value],
+    preset: Mapping[str, Value],
+) -> dict[str, Value]:
+    """The values that parameters get, in their own types.
+
+    Args:
+        decoder: The class, whose ``name`` messages begin with.
+        given: What is given; a parameter that is missing is left at its default.
+        preset: What the preset says of those that are left open; see ``PRESETS_OWN``.
+
+    Raises:
+        UsageError: A value is of another type or out of range.
+    """
+    values: dict[str, Value] = {}
+    defaults = {field.name: field.default for field in dataclasses.fields(decoder)}
+    for name, allowed in ranges(decoder).items():
+        value: Any = given.get(name, defaults[name])
+        if value is (PRESETS_OWN if allowed.optional else None):
+            value = preset.get(name)
+        values[name] = allowed.check(decoder.name, name, value)
+    return values
+
+
 def noted(decoder: Any) -> dict[str, Value]:  # noqa: ANN401 (a dataclass)
     """The parameters of a decoder that are written down, with their values; see ``Range.later``."""
     values = {name: getattr(decoder, name) for name in ranges(type(decoder))}
@@ -180,3 +222,11 @@ def written(value: Value) -> str:
 def plain(value: Value) -> bool | int | float | str | None:
     """A decoder's parameter as JSON holds it; a layer set or a tuple is written as on the command line."""
     return value if value is None or isinstance(value, bool | int | float | str) else written(value)
+
+
+def _holds(value: Value, expected: Any) -> bool:  # noqa: ANN401 (a value, or Given)
+    return value is not None if expected is Given else value == expected
+
+
+def _said(name: str, value: Any) -> str:  # noqa: ANN401 (a value, or Given)
+    return name if value is Given else f"{name}={written(value)}"

@@ -355,10 +355,10 @@ def test_gains_by_head_follow_the_profile(tmp_path):
 
 def test_without_sensitivity_no_profile_is_read(tmp_path):
     vlm = vlm_of("llava")
-    batch = batch_of(vlm)
-    nowhere = Imbalance(profile=str(tmp_path / "missing.safetensors"), layers="all")
-    close(logits(vlm, batch, nowhere), logits(vlm, batch, Imbalance(layers="all")), 0)
-    assert "profile" not in nowhere.facts(vlm)
+    assert Imbalance().check(vlm) is None
+    assert "profile" not in Imbalance().facts(vlm)
+    with pytest.raises(UsageError, match=r"profile=.*missing\.safetensors does nothing with sensitivity=0"):
+        Imbalance(profile=str(tmp_path / "missing.safetensors"))
 
 
 def test_a_profile_that_is_missing_or_of_another_model_is_refused(tmp_path):

@@ -124,7 +124,7 @@ def test_what_it_cannot_do_is_said(profiled, tmp_path):
         logits(vlm, batch_of(vlm), "ph3")
     assert "outside the model's 3 layers of 8 heads" in parse("ph3:heads=L3H0").check(vlm)
     assert PH3(share=0).check(vlm) is None
-    with pytest.raises(UsageError, match="heads are given"):
+    with pytest.raises(UsageError, match=r"profile=.* does nothing with heads=L0H1"):
         parse(f"ph3:heads=L0H1,profile={profiled}")
     made = HeadProfile.load(tmp_path.joinpath(profiled), "image-mass")
     empty = {"patching": replace(made, scores=-made.scores.abs(), card=replace(made.card, profiler="patching"))}

@@ -124,7 +124,8 @@ def test_wording():
 def test_the_object_asked_about_is_found(steps, size):
     """The model looks at what is bright when the question says so, and everywhere alike otherwise."""
     vlm, (picture, box) = bright_vlm(), scene(size)
-    decoder = CARVE(layers="1", steps=steps, kept_share=0.08, regions=1, probe_tokens=3)
+    short = {} if steps == "first" else {"probe_tokens": 3}
+    decoder = CARVE(layers="1", steps=steps, kept_share=0.08, regions=1, **short)
     (found,) = vlm.refine([picture], QUESTION, decoder=decoder)
     (look,) = found.looks
     assert look.box[0] < (box[0] + box[2]) / 2 < look.box[2]

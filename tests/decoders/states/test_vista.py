@@ -154,7 +154,7 @@ def test_exits_that_no_layer_has_are_refused():
     vlm = vlm_of("llava")
     with pytest.raises(IncompatibleDecodersError, match="3 layers have no exit there"):
         logits(vlm, batch_of(vlm), VISTA(exits="20:28"))
-    assert VISTA(exits="20:28", augmentation=0).check(vlm) is None
+    assert VISTA(augmentation=0).check(vlm) is None
 
 
 def test_presets_have_the_authors_strengths():

@@ -62,7 +62,13 @@ class ACG(Decoder):
     strength: float = parameter(2.4, float, low=0, high=100, search=(0.1, 4.0), log=True, help="gamma, of the guidance")
     layers: LayerSet = parameter("all", LayerSet, help="layers to act in")
     orthogonal: bool = parameter(True, bool, help="add only what is orthogonal to the output without the picture")
-    per: str = parameter("head", str, choices=("head", "layer"), help="over what the projection's product runs")
+    per: str = parameter(
+        "head",
+        str,
+        choices=("head", "layer"),
+        idle=({"orthogonal": False},),
+        help="over what the projection's product runs",
+    )
 
     def plan(self, vlm: Checkpoint, batch: Batch, layout: ImageLayout) -> DecodingPlan:
         """Plans one edit of the row that predicts."""

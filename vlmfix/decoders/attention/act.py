@@ -15,7 +15,7 @@ from vlmfix.decoders.base import Decoder, Source
 from vlmfix.decoding.plan import DecodingPlan
 from vlmfix.errors import IncompatibleDecodersError, UsageError
 from vlmfix.insight.sinks import first_token
-from vlmfix.language.parameters import PRESETS_OWN, Value, parameter
+from vlmfix.language.parameters import PRESETS_OWN, Given, Value, parameter
 from vlmfix.models.checkpoint import Checkpoint
 from vlmfix.models.layout import Batch, ImageLayout
 
@@ -108,7 +108,14 @@ class ACT(Decoder):
         0.4, float, low=0, high=1, search=(0.0, 0.9), help="beta, share of its weight that a sink keeps"
     )
     sink_factor: float = parameter(
-        5.0, float, low=0, high=1e6, search=(1.0, 20.0), log=True, help="alpha_s, the threshold times the prompt length"
+        5.0,
+        float,
+        low=0,
+        high=1e6,
+        search=(1.0, 20.0),
+        log=True,
+        idle=({"sink_threshold": Given},),
+        help="alpha_s, the threshold times the prompt length",
     )
     sink_threshold: float | None = parameter(
         PRESETS_OWN,

@@ -12,8 +12,8 @@ from vlmfix.attention.edit import LayerSet, Rows, Site, WeightEdit
 from vlmfix.decoders.attention.profiled import profile_facts, profile_for, why_no_profile
 from vlmfix.decoders.base import Decoder, Source
 from vlmfix.decoding.plan import DecodingPlan
-from vlmfix.errors import IncompatibleDecodersError, UsageError
-from vlmfix.language.parameters import HeadList, parameter
+from vlmfix.errors import IncompatibleDecodersError
+from vlmfix.language.parameters import Given, HeadList, parameter
 from vlmfix.models.checkpoint import Checkpoint
 from vlmfix.models.layout import Batch, ImageLayout
 
@@ -104,13 +104,9 @@ class ADHH(Decoder):
         str,
         optional=True,
         file=True,
+        idle=({"heads": Given},),
         help="file with an ablation profile of captions; none: heads.safetensors of the model",
     )
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.heads is not None and self.profile is not None:
-            raise UsageError("adhh: heads are given, so the profile is not read", "give one of heads and profile")
 
     def plan(self, vlm: Checkpoint, batch: Batch, layout: ImageLayout) -> DecodingPlan:
         """Plans one edit of the rows that predict, or none when no row has a picture."""

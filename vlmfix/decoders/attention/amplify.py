@@ -13,8 +13,8 @@ from vlmfix.attention.edit import AttentionEdit, LayerSet, OutputEdit, Rows, Sit
 from vlmfix.decoders.attention.profiled import profile_facts, profile_for, why_no_profile
 from vlmfix.decoders.base import Decoder, Source
 from vlmfix.decoding.plan import DecodingPlan
-from vlmfix.errors import IncompatibleDecodersError, UsageError
-from vlmfix.language.parameters import HeadList, parameter
+from vlmfix.errors import IncompatibleDecodersError
+from vlmfix.language.parameters import Given, HeadList, parameter
 from vlmfix.models.checkpoint import Checkpoint
 from vlmfix.models.layout import Batch, ImageLayout
 
@@ -69,15 +69,15 @@ class Amplify(Decoder):
     identity: float = parameter(
         0.0, float, low=0, high=1, search=(0.0, 1.0), help="u, how much of their attention becomes the identity"
     )
-    count: int = parameter(4, int, low=1, high=10000, help="how many heads of the profile")
+    count: int = parameter(4, int, low=1, high=10000, idle=({"heads": Given},), help="how many heads of the profile")
     profile: str | None = parameter(
-        None, str, optional=True, file=True, help="file with a patching profile; none: heads.safetensors of the model"
+        None,
+        str,
+        optional=True,
+        file=True,
+        idle=({"heads": Given},),
+        help="file with a patching profile; none: heads.safetensors of the model",
     )
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.heads is not None and self.profile is not None:
-            raise UsageError("amplify: heads are given, so the profile is not read", "give one of heads and profile")
 
     def plan(self, vlm: Checkpoint, batch: Batch, layout: ImageLayout) -> DecodingPlan:
         """Plans an edit of attention and one of all rows' outputs, as far as they do anything."""

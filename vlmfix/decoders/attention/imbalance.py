@@ -87,6 +87,10 @@ def relative_sensitivity(scores: Tensor) -> Tensor:
     return torch.where(mean > 0, scores / mean, 1.0)
 
 
+ALIKE = {"sensitivity": 0.0}
+"""Where all heads have the same gains."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Imbalance(Decoder):
     """Raises attention to two groups of image tokens that are chosen in the vision tower, one more than the other.
@@ -175,13 +179,18 @@ class Imbalance(Decoder):
     )
     vit: str | None = parameter(None, str, optional=True, file=True, help="a timm ViT by name, or a folder with one")
     sensitivity: float = parameter(0.0, float, low=0, high=10, help="lambda, how much gains follow a profile of heads")
-    least_gain: float = parameter(0.0, float, low=0, high=10, help="g_min, least factor on a head's gains")
-    most_gain: float = parameter(2.0, float, low=0, high=10, help="g_max, largest factor on a head's gains")
+    least_gain: float = parameter(
+        0.0, float, low=0, high=10, idle=(ALIKE,), help="g_min, least factor on a head's gains"
+    )
+    most_gain: float = parameter(
+        2.0, float, low=0, high=10, idle=(ALIKE,), help="g_max, largest factor on a head's gains"
+    )
     profile: str | None = parameter(
         None,
         str,
         optional=True,
         file=True,
+        idle=(ALIKE,),
         help="file with an image-mass profile; none: the one beside the model's weights",
     )
 

@@ -19,6 +19,9 @@ from vlmfix.language.parameters import Value, parameter
 from vlmfix.models.checkpoint import Checkpoint
 from vlmfix.models.layout import Batch, ImageLayout
 
+ALONE = {"guidance": 1.0}
+"""Where the first part acts alone."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class PAI(Decoder):
@@ -71,12 +74,19 @@ class PAI(Decoder):
     )
     guidance: float = parameter(1.1, float, low=1, high=10, search=(1.0, 2.0), help="gamma; 1: no second part")
     plausibility: float = parameter(
-        0.1, float, low=0, high=1, search=(0.01, 0.5), log=True, help="beta, cut below this share of the best token"
+        0.1,
+        float,
+        low=0,
+        high=1,
+        search=(0.01, 0.5),
+        log=True,
+        idle=(ALONE,),
+        help="beta, cut below this share of the best token",
     )
     layers: LayerSet = parameter("2:", LayerSet, help="layers of the first part")
     first_token: bool = parameter(None, bool, help="edit the prompt's last row")
-    when: str = steps()
-    margin: float = lead()
+    when: str = steps(ALONE)
+    margin: float = lead(ALONE)
 
     def plan(self, vlm: Checkpoint, batch: Batch, layout: ImageLayout) -> DecodingPlan:
         """Plans the edit, and the branch without the picture."""

@@ -13,8 +13,8 @@ from vlmfix.attention.edit import LayerSet, OutputEdit, Rows, Site
 from vlmfix.decoders.attention.profiled import profile_facts, profile_for, why_no_profile
 from vlmfix.decoders.base import Decoder, Source
 from vlmfix.decoding.plan import DecodingPlan
-from vlmfix.errors import IncompatibleDecodersError, UsageError
-from vlmfix.language.parameters import HeadList, parameter
+from vlmfix.errors import IncompatibleDecodersError
+from vlmfix.language.parameters import Given, HeadList, parameter
 from vlmfix.models.checkpoint import Checkpoint
 from vlmfix.models.layout import Batch, ImageLayout
 
@@ -64,19 +64,27 @@ class PH3(Decoder):
     )
     acts_on: ClassVar[str] = "head outputs"
 
-    group: str = parameter("memory", str, choices=("memory", "context"), help="which heads to prune")
+    group: str = parameter(
+        "memory", str, choices=("memory", "context"), idle=({"heads": Given},), help="which heads to prune"
+    )
     share: float = parameter(
-        0.05, float, low=0, high=1, search=(0.01, 0.15), help="k, pruned heads as a share of all heads"
+        0.05,
+        float,
+        low=0,
+        high=1,
+        search=(0.01, 0.15),
+        idle=({"heads": Given},),
+        help="k, pruned heads as a share of all heads",
     )
     heads: HeadList | None = parameter(None, HeadList, optional=True, help="heads to prune; none: those of the profile")
     profile: str | None = parameter(
-        None, str, optional=True, file=True, help="file with a patching profile; none: heads.safetensors of the model"
+        None,
+        str,
+        optional=True,
+        file=True,
+        idle=({"heads": Given},),
+        help="file with a patching profile; none: heads.safetensors of the model",
     )
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.heads is not None and self.profile is not None:
-            raise UsageError("ph3: heads are given, so the profile is not read", "give one of heads and profile")
 
     def plan(self, vlm: Checkpoint, batch: Batch, layout: ImageLayout) -> DecodingPlan:
         """Plans one edit of all rows, or none when no head is pruned or no row has a picture."""

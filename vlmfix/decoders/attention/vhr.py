@@ -18,9 +18,9 @@ from vlmfix.decoders.attention.profiled import profile_facts, profile_for, why_n
 from vlmfix.decoders.base import Decoder, Source
 from vlmfix.decoding.branches import TOKENS
 from vlmfix.decoding.plan import DecodingPlan
-from vlmfix.errors import IncompatibleDecodersError, UsageError
+from vlmfix.errors import IncompatibleDecodersError
 from vlmfix.heads.profilers.vhd import without_image_tokens
-from vlmfix.language.parameters import Value, parameter
+from vlmfix.language.parameters import Given, Value, parameter
 from vlmfix.models.checkpoint import Checkpoint
 from vlmfix.models.layout import Batch, ImageLayout
 from vlmfix.upstream.positions import prompt_positions
@@ -41,6 +41,10 @@ def upper_half(scores: Tensor) -> Tensor:
 
 def _high(values: Tensor) -> Tensor:
     return values > values.mean(dim=1, keepdim=True) + values.std(dim=1, keepdim=True)
+
+
+MEASURED = {"profile": Given}
+"""Where heads were measured before, and nothing is measured for a row."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,16 +119,30 @@ class VHR(Decoder):
         None, LayerSet, optional=True, help="layers to act in; none: layer 1 and the last 14 of 32"
     )
     distance: str = parameter(
-        None, str, choices=("euclidean", "squared"), search=("euclidean", "squared"), help="how far an output moved"
+        None,
+        str,
+        choices=("euclidean", "squared"),
+        search=("euclidean", "squared"),
+        idle=(MEASURED, {"drop_outliers": False}),
+        help="how far an output moved",
     )
     drop_outliers: bool = parameter(
-        True, bool, search=(True, False), help="pass over heads that flare up without the picture"
+        True, bool, search=(True, False), idle=(MEASURED,), help="pass over heads that flare up without the picture"
     )
     outlier_guard: float = parameter(
-        None, float, low=0, high=1e6, help="least deviation of squared distances for that test"
+        None,
+        float,
+        low=0,
+        high=1e6,
+        idle=(MEASURED, {"drop_outliers": False}),
+        help="least deviation of squared distances for that test",
     )
-    keep_positions: bool = parameter(False, bool, help="keep positions when the picture is taken away")
-    reinforce_text_branch: bool = parameter(False, bool, help="reinforce the pass without the picture too")
+    keep_positions: bool = parameter(
+        False, bool, idle=(MEASURED,), help="keep positions when the picture is taken away"
+    )
+    reinforce_text_branch: bool = parameter(
+        False, bool, idle=(MEASURED,), help="reinforce the pass without the picture too"
+    )
     profile: str | None = parameter(
         None,
         str,
@@ -132,14 +150,6 @@ class VHR(Decoder):
         file=True,
         help="file with a vhd profile to take heads from; none: measured for each row",
     )
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.profile is not None and (self.keep_positions or self.reinforce_text_branch):
-            raise UsageError(
-                "vhr: with a profile there is no pass without the picture",
-                "leave keep_positions and reinforce_text_branch at false, or leave profile out",
-            )
 
     def plan(self, vlm: Checkpoint, batch: Batch, layout: ImageLayout) -> DecodingPlan:
         """Plans one edit of all rows, or none when no row has a picture."""

@@ -16,7 +16,7 @@ from vlmfix.decoding.branches import Contrast
 from vlmfix.decoding.exits import Exit
 from vlmfix.decoding.plan import DecodingPlan
 from vlmfix.errors import IncompatibleDecodersError
-from vlmfix.language.parameters import Value, parameter
+from vlmfix.language.parameters import Given, Value, parameter
 from vlmfix.models.checkpoint import Checkpoint
 from vlmfix.models.layout import Batch, ImageLayout
 
@@ -84,7 +84,14 @@ class DoLa(Decoder):
     compiles: ClassVar[bool] = False
     presets: ClassVar[Mapping[str, Mapping[str, Value]]] = {"low": {}, "high": {}}
 
-    preset: str = parameter("low", str, choices=("low", "high"), search=("low", "high"), help="bucket of layers")
+    preset: str = parameter(
+        "low",
+        str,
+        choices=("low", "high"),
+        search=("low", "high"),
+        idle=({"layers": Given},),
+        help="bucket of layers",
+    )
     layers: LayerSet | None = parameter(
         None, LayerSet, optional=True, help="bucket, in layers passed; none: the preset's"
     )

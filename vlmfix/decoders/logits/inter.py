@@ -19,6 +19,9 @@ from vlmfix.language.parameters import parameter
 from vlmfix.models.checkpoint import Checkpoint
 from vlmfix.models.layout import Batch, ImageLayout
 
+CUT = {"variance": math.inf}
+"""Where the cut acts alone."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class INTER(Decoder):
@@ -74,13 +77,20 @@ class INTER(Decoder):
         0.1, float, low=0, high=1, search=(0.01, 0.5), log=True, help="beta, cut below this share of the best token"
     )
     var_topk: int | None = parameter(
-        None, int, low=2, high=10**6, optional=True, help="variance over the best k tokens; none: whole vocabulary"
+        None,
+        int,
+        low=2,
+        high=10**6,
+        optional=True,
+        idle=(CUT,),
+        help="variance over the best k tokens; none: whole vocabulary",
     )
     mask_image: str = parameter(
         "uniform",
         str,
         choices=("uniform", "zeros", "mean", "gaussian"),
         search=("uniform", "zeros", "mean", "gaussian"),
+        idle=(CUT,),
         help="what stands for no picture",
     )
     mask_text: str = parameter(
@@ -88,9 +98,17 @@ class INTER(Decoder):
         str,
         choices=("empty", "drop_turn"),
         search=("empty", "drop_turn"),
+        idle=(CUT,),
         help="what stands for no question",
     )
-    noise_seed: int = parameter(0, int, low=0, high=2**31 - 1, help="seed of the noise")
+    noise_seed: int = parameter(
+        0,
+        int,
+        low=0,
+        high=2**31 - 1,
+        idle=({"mask_image": "zeros"}, {"mask_image": "mean"}, CUT),
+        help="seed of the noise",
+    )
     when: str = steps()
     margin: float = lead()
 

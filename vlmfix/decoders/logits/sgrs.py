@@ -23,6 +23,10 @@ from vlmfix.language.parameters import Value, parameter
 from vlmfix.models.checkpoint import Checkpoint
 from vlmfix.models.layout import Batch, ImageLayout
 
+ZEROS, LENIENT, ONE = {"query_row": "candidate"}, {"strictness": 0.0}, {"top_k": 1}
+UNJUDGED = (ZEROS, LENIENT, ONE)
+"""Where nothing is ever rejected, and no score is computed."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class SGRS(Decoder):
@@ -103,24 +107,44 @@ class SGRS(Decoder):
         "paper", str, choices=("paper", "semantic", "official-code"), help="named set of parameters"
     )
     strictness: float = parameter(
-        0.6, float, low=0, high=100, search=(0.05, 1.2), log=True, help="alpha, least score as a share of recent ones"
+        0.6,
+        float,
+        low=0,
+        high=100,
+        search=(0.05, 1.2),
+        log=True,
+        idle=(ZEROS, ONE),
+        help="alpha, least score as a share of recent ones",
     )
     top_k: int = parameter(5, int, low=1, high=1000, search=(1, 10), help="K, candidates per step")
-    tries: int = parameter(3, int, low=1, high=1000, search=(1, 5), help="R, draws before the best score is taken")
-    window: int = parameter(5, int, low=0, high=10**6, search=(1, 20), log=True, help="W, recent scores; 0: all")
+    tries: int = parameter(
+        3, int, low=1, high=1000, search=(1, 5), idle=UNJUDGED, help="R, draws before the best score is taken"
+    )
+    window: int = parameter(
+        5, int, low=0, high=10**6, search=(1, 20), log=True, idle=UNJUDGED, help="W, recent scores; 0: all"
+    )
     scope: str = parameter(
         None,
         str,
         choices=("post_image", "generated"),
         search=("post_image", "generated"),
+        idle=UNJUDGED,
         help="which keys count as history",
     )
-    include_self: bool = parameter(True, bool, help="the predicting row's own key counts as history")
+    include_self: bool = parameter(True, bool, idle=UNJUDGED, help="the predicting row's own key counts as history")
     query_row: str = parameter(
-        None, str, choices=("predictor", "candidate"), help="row of attention that is read; candidate reads zeros"
+        None,
+        str,
+        choices=("predictor", "candidate"),
+        idle=(LENIENT, ONE),
+        help="row of attention that is read; candidate reads zeros",
     )
     layers: LayerSet | None = parameter(
-        None, LayerSet, optional=True, help="layers of the score; none: 6:9, or the same share of a shallow model"
+        None,
+        LayerSet,
+        optional=True,
+        idle=UNJUDGED,
+        help="layers of the score; none: 6:9, or the same share of a shallow model",
     )
     draw: str = parameter(
         "sample",
@@ -129,7 +153,7 @@ class SGRS(Decoder):
         search=("sample", "greedy"),
         help="order of candidates when generate does not sample",
     )
-    draw_seed: int = parameter(0, int, low=0, high=2**31 - 1, help="seed of the draws")
+    draw_seed: int = parameter(0, int, low=0, high=2**31 - 1, idle=({"draw": "greedy"}, ONE), help="seed of the draws")
 
     @property
     def judges(self) -> bool:

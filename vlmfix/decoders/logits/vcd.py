@@ -113,7 +113,9 @@ class VCD(Decoder):
     agreement: float = parameter(
         0.0, float, low=0, high=1, later=True, help="divergence below which a row adds the noised logits; 0: none does"
     )
-    complement: float = parameter(4.0, float, low=0, high=20, later=True, help="weight of the noised logits there")
+    complement: float = parameter(
+        4.0, float, low=0, high=20, later=True, idle=({"agreement": 0.0},), help="weight of the noised logits there"
+    )
     when: str = steps()
     margin: float = lead()
 

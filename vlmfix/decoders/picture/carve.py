@@ -131,8 +131,16 @@ class CARVE(Refiner):
     kept_share: float = parameter(
         None, float, low=1e-6, high=1, search=(0.05, 0.8), help="p, share of the pixels above the threshold"
     )
-    regions: int = parameter(None, int, low=1, high=10000, search=(1, 5), help="K, number of regions")
-    region_rule: str = parameter(None, str, choices=("at-most", "at-least"), help="whether K is the most or the least")
+    regions: int = parameter(
+        None, int, low=1, high=10000, search=(1, 5), idle=({"ranking": "remove-small"},), help="K, number of regions"
+    )
+    region_rule: str = parameter(
+        None,
+        str,
+        choices=("at-most", "at-least"),
+        idle=({"ranking": "remove-small"},),
+        help="whether K is the most or the least",
+    )
     ranking: str = parameter(
         "attention", str, choices=("attention", "size", "remove-small"), help="what regions are chosen by"
     )
@@ -146,7 +154,9 @@ class CARVE(Refiner):
     smallest_side: int = parameter(1, int, low=1, high=4096, help="fewest pixels along a side of the box")
     largest_aspect: float = parameter(4.0, float, low=1, high=1e4, help="longest over shortest side of the box")
     terse: bool = parameter(None, bool, help="probes ask for a single word or phrase")
-    probe_tokens: int = parameter(32, int, low=1, high=1024, help="longest answer of a probe, in tokens")
+    probe_tokens: int = parameter(
+        32, int, low=1, high=1024, idle=({"steps": "first"},), help="longest answer of a probe, in tokens"
+    )
     general_prompt: str = parameter(GENERAL, str, help="the general instruction")
     drop_sinks: bool = parameter(
         False,

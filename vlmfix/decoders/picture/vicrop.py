@@ -40,6 +40,8 @@ logger = logging.getLogger(__name__)
 OWN_RESOLUTION = 224
 """Base side, in pixels of the picture, for models that see pictures at their own resolution."""
 
+RELATIVE, GRADIENTS, OF_PIXELS = ({"method": method} for method in ("rel-att", "grad-att", "pure-grad"))
+
 Rows = Sequence[Sequence[Image.Image]]
 
 
@@ -126,22 +128,41 @@ class ViCrop(Refiner):
         search=("rel-att", "grad-att"),
         help="what the window is chosen by",
     )
-    layers: LayerSet | None = parameter(None, LayerSet, optional=True, help="layers read; none: by the model's depth")
+    layers: LayerSet | None = parameter(
+        None, LayerSet, optional=True, idle=(OF_PIXELS,), help="layers read; none: by the model's depth"
+    )
     base: int | None = parameter(
         None, int, low=1, high=16384, optional=True, help="b, smallest side of the window; none: by the model"
     )
     by_area: bool = parameter(None, bool, help="sharpness per cell of the window")
     high_resolution: bool = parameter(False, bool, help="looks at large pictures block by block")
-    block: int = parameter(1024, int, low=16, high=16384, help="side of a block in pixels")
-    covering: bool = parameter(None, bool, help="no block is larger than that")
-    median: int = parameter(None, int, low=1, high=31, help="side of the median filter of pure-grad's edges, odd")
-    against_general: bool = parameter(None, bool, help="divides pure-grad by the general instruction's")
-    epsilon: float = parameter(0.0, float, low=0, high=1, help="added to what rel-att divides by")
+    block: int = parameter(
+        1024, int, low=16, high=16384, idle=({"high_resolution": False},), help="side of a block in pixels"
+    )
+    covering: bool = parameter(None, bool, idle=({"high_resolution": False},), help="no block is larger than that")
+    median: int = parameter(
+        None, int, low=1, high=31, idle=(RELATIVE, GRADIENTS), help="side of the median filter of the edges, odd"
+    )
+    against_general: bool = parameter(
+        None, bool, idle=(RELATIVE, GRADIENTS), help="divides by the general instruction's gradient"
+    )
+    epsilon: float = parameter(
+        0.0, float, low=0, high=1, idle=(GRADIENTS, OF_PIXELS), help="added to what is divided by"
+    )
     enlarge: bool = parameter(False, bool, search=(False, True), help="enlarges the window to the picture's size")
     terse: bool = parameter(True, bool, help="probes ask for a single word or phrase")
-    general_prompt: str = parameter(GENERAL, str, help="the general instruction")
+    general_prompt: str = parameter(
+        GENERAL,
+        str,
+        idle=(GRADIENTS, {**OF_PIXELS, "against_general": False}),
+        help="the general instruction",
+    )
     drop_sinks: bool = parameter(
-        False, bool, later=True, help="leaves out patches that draw attention before the question is read"
+        False,
+        bool,
+        later=True,
+        idle=(OF_PIXELS,),
+        help="leaves out patches that draw attention before the question is read",
     )
 
     def __post_init__(self) -> None:
@@ -149,8 +170,6 @@ class ViCrop(Refiner):
         check_wording(self.name, self.general_prompt)
         if self.median % 2 == 0:
             raise UsageError(f"{self.name}: median={self.median} is not allowed", "allowed: odd numbers up to 31")
-        if self.drop_sinks and self.method == "pure-grad":
-            raise UsageError(f"{self.name}: pure-grad reads no attention, so it has no sinks to drop", "leave one out")
 
     def refine(self, vlm: Checkpoint, pictures: Rows, prompts: Sequence[str], memo: PictureMemo) -> list[Refined]:
         """Looks at the pictures of all rows and adds a window for each; see ``Decoder.refine``."""

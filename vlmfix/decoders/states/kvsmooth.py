@@ -75,9 +75,15 @@ class KVSmooth(Decoder):
         help="lambda_ref, the middle of what is taken of the token before",
     )
     spread: float = parameter(0.2, float, low=0, high=1, search=(0.0, 0.5), help="how far a token may be from it")
-    window: int = parameter(15, int, low=1, high=1000, help="M, tokens whose entropies are compared")
+    window: int = parameter(
+        15, int, low=1, high=1000, idle=({"spread": 0.0},), help="M, tokens whose entropies are compared"
+    )
     entropy: str = parameter(
-        "heads", str, choices=("heads", "mean"), help="mean of heads' entropies, or that of the mean"
+        "heads",
+        str,
+        choices=("heads", "mean"),
+        idle=({"spread": 0.0},),
+        help="mean of heads' entropies, or that of the mean",
     )
     layers: LayerSet | None = parameter(
         None, LayerSet, optional=True, help="layers to act in; none: 3 to 30 of 32, by depth"

@@ -82,7 +82,11 @@ class VISTA(Decoder):
     )
     layers: LayerSet = parameter("all", LayerSet, help="layers to act in")
     exits: LayerSet | None = parameter(
-        None, LayerSet, optional=True, help="late layers, in layers passed; none: 26 to 31 of 32, by depth"
+        None,
+        LayerSet,
+        optional=True,
+        idle=({"augmentation": 0.0},),
+        help="late layers, in layers passed; none: 26 to 31 of 32, by depth",
     )
     place: str = parameter("mlp", str, choices=("mlp", "layer"), help="what an MLP adds to the stream, or the stream")
 

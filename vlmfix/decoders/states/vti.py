@@ -75,7 +75,7 @@ class VTI(Decoder):
     direction: str = parameter(None, str, choices=("mean", "pca"), help="mean difference, or with the first component")
     text: float = parameter(0.9, float, low=0, high=100, search=(0.1, 10.0), log=True, help="lambda_t, text decoder")
     image: float = parameter(0.9, float, low=-100, high=100, help="lambda_v, vision tower; 0 leaves it alone")
-    layers: LayerSet = parameter("all", LayerSet, help="layers of the text decoder to act in")
+    layers: LayerSet = parameter("all", LayerSet, idle=({"text": 0.0},), help="layers of the text decoder to act in")
     profile: str | None = parameter(
         None, str, optional=True, file=True, help="file with directions; none: directions.safetensors of the model"
     )

@@ -104,12 +104,18 @@ class Space:
         return space
 
     def build(self, chosen: Mapping[str, Value]) -> Decoder:
-        """The decoder with values for open parameters; those that are not named keep their defaults."""
+        """The decoder with values for open parameters; those that are not named keep their defaults.
+
+        What does nothing beside the chosen values has its own value again.
+        """
         values = [dict(part.given) for part in self.parts]
         for label, value in chosen.items():
             axis = self.axes[label]
             values[axis.part][axis.name] = value
-        chain = tuple(part.decoder(**given) for part, given in zip(self.parts, values, strict=True))
+        chain = tuple(
+            (part.decoder.acting if chosen else part.decoder)(**given)
+            for part, given in zip(self.parts, values, strict=True)
+        )
         return chain[0] if len(chain) == 1 else Chain(decoders=chain)
 
     def defaults(self) -> dict[str, Value]:
