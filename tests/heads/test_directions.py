@@ -16,7 +16,7 @@ from transformers import DynamicCache
 from tests.contracts.support import close, picture, vlm_of
 from tests.heads.made import made_directions
 from vlmfix.errors import DataError, ProfileMismatchError, UsageError
-from vlmfix.evals.benchmarks.coco import AnnotatedPicture, Annotations, read_outlines
+from vlmfix.evals.benchmarks.coco import AnnotatedPicture, Annotations, read_annotations, read_outlines
 from vlmfix.evals.planting import Planting, emptied, planted
 from vlmfix.heads.directions import measure
 from vlmfix.heads.directions.component import first_component
@@ -29,6 +29,8 @@ from vlmfix.heads.profile import fingerprint
 from vlmfix.settings import EMBEDDED
 from vlmfix.upstream.cache import handed_over, keys_and_values
 from vlmfix.world import coco
+from vlmfix.world.masks import visible
+from vlmfix.world.scenes import scene
 
 QUESTION = "what is here?"
 
@@ -222,6 +224,17 @@ def test_masks_are_polygons_and_runs(tmp_path):
         read_outlines(tmp_path / "instances.json", {3})
 
 
+def test_masks_of_the_drawn_world_are_its_objects_visible_pixels(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    coco.make(tmp_path / "w", count=5, seed=43)
+    files = [tmp_path / "w" / "annotations" / f"{kind}.json" for kind in ("instances", "captions")]
+    annotations = read_annotations(*files)
+    planting = Planting(annotations, read_outlines(files[0], annotations.pictures))
+    for number, about in annotations.pictures.items():
+        held = planting.shown(about, Image.open(tmp_path / "w" / "images" / about.file).convert("RGB"))
+        assert torch.equal(held.mask, torch.from_numpy(np.any(visible(scene(43, number)), axis=0)))
+
+
 def test_a_drawn_world_is_measured_from_the_command_line(tmp_path, vlmfix, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setitem(measure.MEASURED, "vti", lambda: Shifts(trials=1))
@@ -290,6 +303,9 @@ def test_pti_measures_keys_and_values_of_objects_against_background_and_of_their
             exact = differences[:, 1].flatten(1) - differences[:, 1].flatten(1).mean(dim=0)
             largest = torch.linalg.svdvals(exact)[0]
             close((exact @ component.flatten()).norm(), largest, 1e-3)
+    moved = [replace(one, mask=one.mask.roll(1, 0)) for one in SHOWN]
+    cards = [directions(vlm, each, ["pti"], question=QUESTION)["pti"].card for each in (SHOWN, moved)]
+    assert cards[0].data != cards[1].data
     with pytest.raises(DataError, match="pictures without masks"):
         directions(vlm, [replace(SHOWN[0], mask=None)], ["pti"])
     with pytest.raises(DataError, match="1 pictures have objects and a background"):

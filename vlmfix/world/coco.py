@@ -1,4 +1,4 @@
-"""A folder of scenes that any COCO tool reads: pictures, boxes, captions and POPE questions."""
+"""A folder of scenes that any COCO tool reads: pictures, boxes, masks, captions and POPE questions."""
 
 from __future__ import annotations
 
@@ -16,10 +16,11 @@ from vlmfix.files import is_draft, make_folder, remove_drafts, replacing
 from vlmfix.world import pope
 from vlmfix.world.captions import references
 from vlmfix.world.categories import CATEGORIES, DRAWN, category
+from vlmfix.world.masks import Mask, runs, visible
 from vlmfix.world.render import render
 from vlmfix.world.scenes import CANVAS, Placed, Scene, scene
 
-VERSION = 1  # of the world: any change of a pixel or an annotation raises it
+VERSION = 2  # of the world: any change of a pixel or an annotation raises it
 CAPTIONS = 5
 CARD = "world.json"
 CARD_SIZE = 1 << 16
@@ -64,7 +65,7 @@ def image_name(index: int) -> str:
 
 def instances(drawn: Scene) -> list[Placed]:
     """Objects of a scene in the order of its annotations: left to right, easy and hard alike."""
-    return sorted(drawn.objects, key=lambda placed: (placed.box, placed.category))
+    return sorted(drawn.objects, key=_place)
 
 
 def objects(drawn: Scene) -> list[str]:
@@ -129,17 +130,27 @@ def _annotate(directory: Path, count: int, seed: int) -> None:
 def _instances(count: int, seed: int) -> Iterator[str]:
     """Pieces of `instances.json`."""
     categories = [{"supercategory": entry.supercategory, "id": entry.id, "name": entry.name} for entry in CATEGORIES]
-    placed = ((index, item) for index in range(count) for item in instances(scene(seed, index)))
+    placed = ((index, *item) for index in range(count) for item in _masked(scene(seed, index)))
     yield from _head(count, seed)
     yield from _list("annotations", (_instance(n, *found) for n, found in enumerate(placed, start=1)))
     yield f',\n"categories":{_text(categories)}}}\n'
 
 
-def _instance(number: int, index: int, placed: Placed) -> dict[str, Any]:
+def _masked(drawn: Scene) -> list[tuple[Placed, Mask]]:
+    """Objects with their visible pixels, in the order of the annotations."""
+    return sorted(zip(drawn.objects, visible(drawn), strict=True), key=lambda item: _place(item[0]))
+
+
+def _place(placed: Placed) -> tuple[tuple[int, int, int, int], str]:
+    """What annotations are sorted by."""
+    return placed.box, placed.category
+
+
+def _instance(number: int, index: int, placed: Placed, mask: Mask) -> dict[str, Any]:
     x0, y0, x1, y1 = placed.box
     return {
-        "segmentation": [[x0, y0, x1, y0, x1, y1, x0, y1]],
-        "area": (x1 - x0) * (y1 - y0),
+        "segmentation": runs(mask),
+        "area": int(mask.sum()),
         "iscrowd": 0,
         "image_id": index,
         "bbox": [x0, y0, x1 - x0, y1 - y0],

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from vlmfix.world.backdrop import KINDS, Shape
 from vlmfix.world.scenes import CANVAS, Placed, Scene
-from vlmfix.world.sprites import SIZES, pictures, resample, sprites
+from vlmfix.world.sprites import sized, sprites
 
 PIXELS = CANVAS * CANVAS
 UNIT = 1024  # half the side of a shape in its own coordinates
@@ -205,10 +205,7 @@ def _draw_objects(canvas: Tensor, objects: Sequence[tuple[int, Placed]]) -> None
 @cache
 def _sprite(number: int, size: int, device: str) -> Tensor:
     """One sprite at one size. (height * width, 4) uint8, RGBA."""
-    return torch.from_numpy(resample(_pictures()[number], SIZES[size])).reshape(-1, 4).to(device)
-
-
-_pictures = cache(pictures)
+    return torch.from_numpy(sized(number, size)).reshape(-1, 4).to(device)
 
 
 def _clipped(box: tuple[int, int, int, int]) -> tuple[int, int, int, int]:

@@ -72,6 +72,15 @@ def pictures() -> list[Picture]:
     return [sheet[y0:y1, x0:x1] for x0, y0, x1, y1 in (sprite.box for sprite in sprites())]
 
 
+@cache
+def sized(number: int, size: int) -> Picture:
+    """Bring a sprite of the sheet to one of `SIZES`, by its position there: (height, width, 4) uint8, RGBA."""
+    return resample(_sheet()[number], SIZES[size])
+
+
+_sheet = cache(pictures)
+
+
 def crop(picture: Picture) -> Picture:
     """Clear pixels under the opacity limit and cut to the rest.
 

@@ -83,6 +83,8 @@ def directions(
                 run.add(one, count)
             digest.update(content(one.picture))
             digest.update("\0".join((*one.objects, one.caption, one.planted)).encode())
+            if one.mask is not None:
+                digest.update(one.mask.numpy().tobytes())
             count += 1
             if report is not None:
                 report(count)
