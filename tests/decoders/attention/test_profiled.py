@@ -16,8 +16,9 @@ from tests.heads.made import made_profile
 from tests.tiny import saved, tiny_vlm
 from vlmfix.decoders.attention import profiled
 from vlmfix.decoders.attention.profiled import profile_facts, profile_for, why_no_profile
+from vlmfix.decoders.states.directed import directions_for
 from vlmfix.errors import DataError, ProfileMismatchError
-from vlmfix.heads.profile import save_profiles
+from vlmfix.heads.profile import HeadProfile, load_profiles, save_profiles
 from vlmfix.models.checkpoint import HEADS, Checkpoint
 
 
@@ -52,9 +53,15 @@ def test_a_model_without_a_folder_has_no_profile_of_its_own(monkeypatch: pytest.
 
 
 def test_a_file_is_read_once_until_it_changes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    vlm, path = vlm_of("llava"), tmp_path / "made.safetensors"
+    vlm, path, reads = vlm_of("llava"), tmp_path / "made.safetensors", []
     profile = made_profile(vlm, "vhd")
     profile.save(path)
+
+    def counted(file: Path) -> dict[str, HeadProfile]:
+        reads.append(file)
+        return load_profiles(file)
+
+    monkeypatch.setattr(profiled, "load_profiles", counted)
     first = profile_for(vlm, "vhr", "vhd", str(path))
     assert profile_for(vlm_of("llava"), "other", "vhd", str(path)) is first
     replace(profile, scores=-profile.scores).save(path)
@@ -62,8 +69,10 @@ def test_a_file_is_read_once_until_it_changes(monkeypatch: pytest.MonkeyPatch, t
     second = profile_for(vlm, "vhr", "vhd", str(path))
     assert first is not None and second is not None  # noqa: PT018 (narrows both)
     assert torch.equal(second.scores, -first.scores)
-    monkeypatch.setattr(profiled, "load_profiles", None)
     assert profile_for(vlm, "vhr", "vhd", str(path)) is second
+    assert reads == [path, path]
+    with pytest.raises(DataError, match="is no file of directions"):  # what was read as one thing is not another
+        directions_for(vlm, "vti", str(path))
 
 
 def test_another_models_profile_is_refused_every_time(tmp_path: Path) -> None:

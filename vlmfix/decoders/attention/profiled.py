@@ -12,20 +12,12 @@ the working directory.
 from __future__ import annotations
 
 import hashlib
-import os
 from pathlib import Path
-from weakref import WeakKeyDictionary
-
-from torch import nn
 
 from vlmfix.errors import DataError, VlmfixError
-from vlmfix.files import path_of, resolved
 from vlmfix.heads.profile import HeadProfile, load_profiles
+from vlmfix.heads.reading import file_for, read_once
 from vlmfix.models.checkpoint import HEADS, Checkpoint
-
-_State = tuple[Path, int, int]
-"""Identity of a file: path, time of change, size."""
-_READ: WeakKeyDictionary[nn.Module, dict[_State, dict[str, HeadProfile]]] = WeakKeyDictionary()
 
 
 def profile_for(vlm: Checkpoint, decoder: str, profiler: str, file: str | None) -> HeadProfile | None:
@@ -47,25 +39,11 @@ def profile_for(vlm: Checkpoint, decoder: str, profiler: str, file: str | None) 
     path = profile_file(vlm, file)
     if path is None:
         return None
-    try:
-        about = path.stat()
-    except OSError as error:
-        raise DataError(
-            f"{decoder}: cannot read the profile {path}: {error.strerror}", how_to_measure(vlm, profiler)
-        ) from error
-    known = _READ.setdefault(vlm.model, {})
-    state = (resolved(path), about.st_mtime_ns, about.st_size)
-    if state not in known:
-        found = load_profiles(path)
-        for held in found.values():
-            held.check(vlm)
-        known[state] = found
-    if file is not None and profiler not in known[state]:
-        raise DataError(
-            f"{decoder} reads the profile {profiler}, and {path} holds {', '.join(known[state])}",
-            how_to_measure(vlm, profiler),
-        )
-    return known[state].get(profiler)
+    hint = how_to_measure(vlm, profiler)
+    held = read_once(vlm, path, load_profiles, failed=f"{decoder}: cannot read the profile", hint=hint)
+    if file is not None and profiler not in held:
+        raise DataError(f"{decoder} reads the profile {profiler}, and {path} holds {', '.join(held)}", hint)
+    return held.get(profiler)
 
 
 def why_no_profile(vlm: Checkpoint, decoder: str, profiler: str, file: str | None) -> str | None:
@@ -104,10 +82,7 @@ def profile_facts(vlm: Checkpoint, decoder: str, profiler: str, file: str | None
 
 def profile_file(vlm: Checkpoint, file: str | None) -> Path | None:
     """Returns the file to read: the one that is named, or ``heads.safetensors`` in the model's folder if it exists."""
-    if file is not None:
-        return path_of(file)
-    beside = None if vlm.folder is None else vlm.folder / HEADS
-    return beside if beside is not None and os.path.isfile(beside) else None
+    return file_for(vlm, file, HEADS)
 
 
 def how_to_measure(vlm: Checkpoint, profiler: str) -> str:

@@ -10,20 +10,11 @@ as those that read profiles of heads do; see ``vlmfix/decoders/attention/profile
 from __future__ import annotations
 
 import hashlib
-import os
-from pathlib import Path
-from weakref import WeakKeyDictionary
-
-from torch import nn
 
 from vlmfix.errors import DataError, VlmfixError
-from vlmfix.files import path_of, resolved
 from vlmfix.heads.directions.kept import Directions, load_directions
+from vlmfix.heads.reading import file_for, read_once
 from vlmfix.models.checkpoint import DIRECTIONS, Checkpoint
-
-_State = tuple[Path, int, int]
-"""Identity of a file: path, time of change, size."""
-_READ: WeakKeyDictionary[nn.Module, dict[_State, dict[str, Directions]]] = WeakKeyDictionary()
 
 
 def directions_for(vlm: Checkpoint, decoder: str, file: str | None) -> Directions:
@@ -39,28 +30,13 @@ def directions_for(vlm: Checkpoint, decoder: str, file: str | None) -> Direction
         DataError: There is no such file, or it cannot be read, or lacks directions for this decoder.
         ProfileMismatchError: They were measured on another model.
     """
-    path = directions_file(vlm, file)
+    path, hint = file_for(vlm, file, DIRECTIONS), how_to_measure(vlm, decoder)
     if path is None:
-        raise DataError(f"{decoder} has no directions of the model", how_to_measure(vlm, decoder))
-    try:
-        about = path.stat()
-    except OSError as error:
-        raise DataError(
-            f"{decoder}: cannot read the directions {path}: {error.strerror}", how_to_measure(vlm, decoder)
-        ) from error
-    known = _READ.setdefault(vlm.model, {})
-    state = (resolved(path), about.st_mtime_ns, about.st_size)
-    if state not in known:
-        found = load_directions(path)
-        for held in found.values():
-            held.check(vlm)
-        known[state] = found
-    if decoder not in known[state]:
-        raise DataError(
-            f"{decoder} reads its own directions, and {path} holds those for {', '.join(known[state])}",
-            how_to_measure(vlm, decoder),
-        )
-    return known[state][decoder]
+        raise DataError(f"{decoder} has no directions of the model", hint)
+    held = read_once(vlm, path, load_directions, failed=f"{decoder}: cannot read the directions", hint=hint)
+    if decoder not in held:
+        raise DataError(f"{decoder} reads its own directions, and {path} holds those for {', '.join(held)}", hint)
+    return held[decoder]
 
 
 def why_no_directions(vlm: Checkpoint, decoder: str, file: str | None) -> str | None:
@@ -81,7 +57,7 @@ def directions_facts(vlm: Checkpoint, decoder: str, file: str | None) -> dict[st
         DataError: As ``directions_for``.
         ProfileMismatchError: As ``directions_for``.
     """
-    found, path, digest = directions_for(vlm, decoder, file), directions_file(vlm, file), hashlib.sha256()
+    found, path, digest = directions_for(vlm, decoder, file), file_for(vlm, file, DIRECTIONS), hashlib.sha256()
     for name, tensor in sorted(found.tensors.items()):
         digest.update(f"{name} {tuple(tensor.shape)}".encode())
         digest.update(tensor.float().contiguous().numpy().tobytes())
@@ -89,14 +65,6 @@ def directions_facts(vlm: Checkpoint, decoder: str, file: str | None) -> dict[st
         "directions": f"{decoder} in {'' if path is None else path.name}",
         "directions_digest": f"sha256:{digest.hexdigest()}",
     }
-
-
-def directions_file(vlm: Checkpoint, file: str | None) -> Path | None:
-    """Returns the file to read: the one that is named, or the one in the model's folder if it exists."""
-    if file is not None:
-        return path_of(file)
-    beside = None if vlm.folder is None else vlm.folder / DIRECTIONS
-    return beside if beside is not None and os.path.isfile(beside) else None
 
 
 def how_to_measure(vlm: Checkpoint, decoder: str) -> str:
