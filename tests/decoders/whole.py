@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 
 import torch
@@ -82,3 +83,16 @@ def whole(vlm, batch, tokens, edit):
     finally:
         unregister("whole")
     return output
+
+
+@torch.no_grad()
+def in_float64(vlm, batch, tokens, change):
+    """(steps, V) scores behind a prompt of one row and each of ``tokens`` (steps,) but the last, without a cache.
+
+    They are of a copy of the model in float64, which ``change`` gets to put other weights or hooks into.
+    """
+    exact = type(vlm)(model=copy.deepcopy(vlm.model).double(), processor=vlm.processor, family=vlm.family)
+    change(exact)
+    given = extended(batch, tokens[None, :-1])
+    given = {name: value.double() if value.is_floating_point() else value for name, value in given.items()}
+    return exact.model(**given, use_cache=False).logits[0, batch.length - 1 :]

@@ -7,9 +7,8 @@ import copy
 import pytest
 import torch
 
-from tests.contracts.support import PICTURES, PROMPTS, STRONG, Forced, batch_of, close, extended, logits, plain, vlm_of
-from tests.decoding.again import recording_on_cpu
-from tests.decoding.test_graphs import scores
+from tests.contracts.support import PICTURES, PROMPTS, Forced, batch_of, close, logits, plain, vlm_of
+from tests.decoders.whole import in_float64
 from vlmfix.decoders import Nullu, parse
 from vlmfix.decoders.states.directed import directions_for
 from vlmfix.errors import IncompatibleDecodersError
@@ -18,21 +17,19 @@ from vlmfix.folding import remove
 STEPS = 4
 
 
-@torch.no_grad()
 def slow(vlm, row, tokens, rank, layers):
     """(steps, V) scores of one sample behind its prompt and each of ``tokens`` but the last."""
-    model = copy.deepcopy(vlm.model).double()
     vectors = directions_for(vlm, "nullu", None).tensors["vectors"].double()
-    for number in layers:
-        weight = vlm.family.layers(model)[number].mlp.down_proj.weight
-        keeps = torch.eye(len(weight), dtype=torch.float64)
-        for vector in vectors[number, :rank]:
-            keeps = keeps - torch.outer(vector, vector)
-        weight.copy_(keeps @ weight)
-    shown = vlm.encode([PROMPTS[row]], [PICTURES[row]])
-    given = extended(shown, tokens[None, :-1])
-    given = {name: value.double() if value.is_floating_point() else value for name, value in given.items()}
-    return model(**given, use_cache=False).logits[0, shown.length - 1 :]
+
+    def project(exact):
+        for number in layers:
+            weight = exact.family.layers(exact.model)[number].mlp.down_proj.weight
+            keeps = torch.eye(len(weight), dtype=torch.float64)
+            for vector in vectors[number, :rank]:
+                keeps = keeps - torch.outer(vector, vector)
+            weight.copy_(keeps @ weight)
+
+    return in_float64(vlm, vlm.encode([PROMPTS[row]], [PICTURES[row]]), tokens, project)
 
 
 @pytest.mark.parametrize("family", ["llava", "qwen2_5_vl"])
@@ -63,42 +60,11 @@ def test_taking_directions_out_twice_changes_nothing_more():
     close(plain(own, batch_of(vlm)), once)
 
 
-@pytest.fixture
-def recording():
-    with recording_on_cpu([vlm_of("llava")]) as made:
-        yield made
-
-
-def test_recorded_steps_give_the_scores_of_others(recording, monkeypatch):
-    vlm, method = vlm_of("llava"), parse(f"{STRONG['nullu']}+vcd:plausibility=0")
-    for shown in ((0, 1, 0, 1), (1, 1, 1, 1)):
-        recorded, others = (scores(vlm, method, monkeypatch, recorded=yes, shown=shown) for yes in (True, False))
-        for one, other in zip(recorded, others, strict=True):
-            close(one, other, 1e-3)
-    assert len(recording) == 2
-
-
-def test_contrast_rows_and_samples_without_a_picture_are_left_alone():
-    vlm = vlm_of("llava")
-    batch = vlm.encode(["what is here?", "hello there"], [PICTURES[0], ()])
-    close(logits(vlm, batch, STRONG["nullu"])[:, 1], plain(vlm, batch)[:, 1])
-    tokens = torch.arange(20, 26).view(2, 3)
-
-    def said(spec):
-        return logits(vlm, batch, spec, logits_processor=[Forced(tokens, batch.length)])[:, 0]
-
-    vcd = "vcd:contrast=1,plausibility=0"
-    noisy = 2 * said("greedy") - said(vcd)
-    close(said(f"{STRONG['nullu']}+{vcd}"), 2 * said(STRONG["nullu"]) - noisy, 1e-3)
-
-
 def test_more_directions_than_were_measured_are_refused():
     vlm = vlm_of("llava")
     assert Nullu(rank=6).check(vlm) == "5 directions of each layer were measured, and not 6"
     with pytest.raises(IncompatibleDecodersError, match="5 directions of each layer were measured"):
         Nullu(rank=6).removed(vlm)
-    assert "vlmfix profile --model llava --directions nullu" in Nullu(profile="no/file").check(vlm)
-    assert Nullu().facts(vlm)["directions"] == "nullu in directions.safetensors"
 
 
 def test_presets_and_layers_are_the_authors():

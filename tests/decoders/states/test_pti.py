@@ -6,10 +6,8 @@ import pytest
 import torch
 from transformers import DynamicCache
 
-from tests.contracts.support import PICTURES, PROMPTS, STRONG, Forced, batch_of, close, logits, plain, vlm_of
+from tests.contracts.support import PICTURES, PROMPTS, STRONG, batch_of, close, logits, vlm_of
 from tests.decoders.whole import both_ways
-from tests.decoding.again import recording_on_cpu
-from tests.decoding.test_graphs import scores
 from vlmfix.attention.edit import Column
 from vlmfix.decoders import PTI, parse
 from vlmfix.decoders.states.directed import directions_for
@@ -106,35 +104,6 @@ def test_a_column_that_points_away_is_turned_more():
     close(found.values, keys)
 
 
-@pytest.fixture
-def recording():
-    with recording_on_cpu([vlm_of("llava")]) as made:
-        yield made
-
-
-def test_recorded_steps_give_the_scores_of_others(recording, monkeypatch):
-    vlm, method = vlm_of("llava"), parse(f"{STRONG['pti']}+vcd:plausibility=0")
-    for shown in ((0, 1, 0, 1), (1, 1, 1, 1)):
-        recorded, others = (scores(vlm, method, monkeypatch, recorded=yes, shown=shown) for yes in (True, False))
-        for one, other in zip(recorded, others, strict=True):
-            close(one, other, 1e-3)
-    assert len(recording) == 2
-
-
-def test_contrast_rows_and_samples_without_a_picture_are_left_alone():
-    vlm = vlm_of("llava")
-    batch = vlm.encode(["what is here?", "hello there"], [PICTURES[0], ()])
-    close(logits(vlm, batch, STRONG["pti"])[:, 1], plain(vlm, batch)[:, 1])
-    tokens = torch.arange(20, 26).view(2, 3)
-
-    def said(spec):
-        return logits(vlm, batch, spec, logits_processor=[Forced(tokens, batch.length)])[:, 0]
-
-    vcd = "vcd:contrast=1,plausibility=0"
-    noisy = 2 * said("greedy") - said(vcd)
-    close(said(f"{STRONG['pti']}+{vcd}"), 2 * said(STRONG["pti"]) - noisy, 1e-3)
-
-
 @pytest.mark.parametrize("other", ["spin:kept_share=0.5", "acg:strength=4", "vaf:image=3,layers=all"])
 def test_beside_edits_of_attention_the_last_row_alone_sees_what_is_kept(other):
     """Edits of all kinds give the same in either order, beside a cache and without one."""
@@ -177,4 +146,3 @@ def test_presets_name_columns_and_direction():
         ("text", "mean"),
         ("both", "pca"),
     ]
-    assert "vlmfix profile --model llava --directions pti" in PTI(profile="no/file").check(vlm_of("llava"))
