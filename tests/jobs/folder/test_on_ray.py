@@ -15,10 +15,12 @@ from tests.jobs.fake import FakeVLM, colour, draw
 from tests.jobs.folder.asked import WHAT, answers, failures
 from vlmfix import extras
 from vlmfix.errors import DataError, MissingExtraError, SystematicError, UsageError
-from vlmfix.jobs.folder import Questions, on_ray, run
+from vlmfix.jobs.folder import Questions, ray_folder, run
+from vlmfix.jobs.folder.actor import Actor, Task
 from vlmfix.jobs.folder.job import known_settings
 from vlmfix.jobs.folder.joined import MergedFolder
-from vlmfix.jobs.folder.on_ray import Actor, RayFolder, identity, run_on_ray
+from vlmfix.jobs.folder.on_ray import run_on_ray
+from vlmfix.jobs.folder.ray_folder import RayFolder, identity
 from vlmfix.jobs.status import read_on_ray
 from vlmfix.records import read_json
 from vlmfix.settings import Settings
@@ -37,7 +39,7 @@ def pictures(tmp_path):
 
 @pytest.fixture(autouse=True)
 def _blocks(monkeypatch):
-    monkeypatch.setattr(on_ray, "BLOCK", 8)
+    monkeypatch.setattr(ray_folder, "BLOCK", 8)
 
 
 def planned(pictures, out, questions, vlm):
@@ -51,7 +53,7 @@ def planned(pictures, out, questions, vlm):
     sample, total = folder.plan(source, questions)
     return (
         folder,
-        on_ray._Task(known, None, settings, 4, folder.base(source), out, vlm.load, lambda text: (), sample),
+        Task(known, None, settings, 4, folder.base(source), out, vlm.load, lambda text: (), sample),
         total,
     )
 
@@ -152,8 +154,8 @@ def test_the_extra_is_named(tmp_path, pictures, monkeypatch, vlmfix):
 DRIVER = """
 import sys
 from vlmfix import cli
-from vlmfix.jobs.folder import on_ray
-on_ray.BLOCK = 8
+from vlmfix.jobs.folder import ray_folder
+ray_folder.BLOCK = 8
 sys.argv = ["vlmfix", *sys.argv[1:]]
 cli.main()
 """

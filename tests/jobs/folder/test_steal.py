@@ -17,7 +17,7 @@ from tests.processes import ended, server
 from vlmfix.errors import DataError, PassingError, SystematicError, UsageError
 from vlmfix.jobs import blocks as shared
 from vlmfix.jobs.blocks import BlockFolder, Lease
-from vlmfix.jobs.folder import Questions, run, steal
+from vlmfix.jobs.folder import Questions, planner, pulse, run, steal
 from vlmfix.jobs.folder import worker as module
 from vlmfix.jobs.folder.merge import merge
 from vlmfix.jobs.folder.reproduce import reproduce
@@ -148,7 +148,7 @@ def stuck(pictures, out, monkeypatch, at=3):
         except Exception as error:
             found.append(error)
 
-    monkeypatch.setattr(module._Worker, "_beat", lambda worker: worker._ending.wait())
+    monkeypatch.setattr(pulse.Worker, "_beat", lambda worker: worker._ending.wait())
     thread = threading.Thread(target=slow)
     thread.start()
     assert here.wait(30)
@@ -296,8 +296,8 @@ def test_two_planners_plan_no_question_twice(tmp_path, pictures):
         def plans(self, planning):
             pass
 
-    def planner(source):
-        found = module._Planner(folder, Silent(), source, WHAT)
+    def plan(source):
+        found = planner.Planner(folder, Silent(), source, WHAT)
         found._write()
 
     class Interrupted:
@@ -306,10 +306,10 @@ def test_two_planners_plan_no_question_twice(tmp_path, pictures):
         def __iter__(self):
             for number, file in enumerate(source):
                 if number == 21:
-                    planner(source)
+                    plan(source)
                 yield file
 
-    planner(Interrupted())
+    plan(Interrupted())
     numbers, end = folder.planned()
     assert end == numbers[-1]
     planned = [file.name for number in numbers for file in folder.pictures(number, source.place)]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, closing
@@ -22,6 +21,7 @@ from vlmfix.generation import VLM, Answer, check_settings, load
 from vlmfix.images import Found, Picture, read_ahead
 from vlmfix.insight.relevance import Confidence, flags
 from vlmfix.jobs.blocks import BlockFolder
+from vlmfix.jobs.folder.batches import Sample, batches
 from vlmfix.jobs.folder.maps import MapFolder
 from vlmfix.jobs.folder.output import OutputFolder, Totals
 from vlmfix.jobs.folder.questions import Questions
@@ -70,23 +70,6 @@ class Progress:
     def in_vain(self) -> bool:
         """Returns whether every question of this start failed, or no question of the folder was ever answered."""
         return self.total > 0 and (self.totals.answers == 0 or (self.done > self.before and self.answered == 0))
-
-
-@dataclass(frozen=True)
-class Sample:
-    """Names a question whose picture has been opened.
-
-    Attributes:
-        image: Name of the picture.
-        sha256: Digest of its bytes; empty where it could not be opened.
-        prompt: The question.
-        block: Number of the block that it belongs to, in a run that workers share.
-    """
-
-    image: str
-    sha256: str
-    prompt: str
-    block: int = 0
 
 
 def run(
@@ -255,7 +238,7 @@ class _Job:
         self._batch_size = 1
         self._peak_memory: Callable[[], int] = lambda: 0
         self._answered = 0
-        self._shown: dict[str, Image.Image] = {}
+        self._shown: dict[str, Image.Image | None] = {}
         self._unreadable = output.unreadable.copy()
         self._sample: list[Found] = []
         self._longest = ""
@@ -348,28 +331,14 @@ class _Job:
     def _batches(
         self, pictures: Iterable[tuple[Found, Picture | DataError | PassingError]], answerer: Answerer | Crew
     ) -> Iterator[list[tuple[Sample, Question | PassingError]]]:
-        samples = self._samples(pictures)
-        while batch := list(itertools.islice(samples, answerer.rows)):
-            # apart from the samples: these wait with their failures, and their pictures would fill the memory
-            self._shown = {sample.image: shown for sample, shown in batch if not isinstance(shown, PassingError)}
-            yield [
-                (sample, shown if isinstance(shown, PassingError) else Question(shown, sample.prompt))
-                for sample, shown in batch
-            ]
+        for batch in batches(pictures, answerer, self._unopened):
+            self._shown = {sample.image: asked.picture for sample, asked in batch if isinstance(asked, Question)}
+            yield batch
 
-    def _samples(
-        self, pictures: Iterable[tuple[Found, Picture | DataError | PassingError]]
-    ) -> Iterator[tuple[Sample, Image.Image | PassingError]]:
-        for file, picture in pictures:
-            if isinstance(picture, DataError):
-                if file.name not in self._output.unreadable:
-                    self._output.fail(file.name, str(picture))
-                self._step(len(file.prompts))
-            elif isinstance(picture, PassingError):
-                yield from ((Sample(file.name, "", prompt), picture) for prompt in file.prompts)
-            else:
-                shown, digest = picture.image, picture.sha256
-                yield from ((Sample(file.name, digest, prompt), shown) for prompt in file.prompts)
+    def _unopened(self, file: Found, reason: str) -> None:
+        if file.name not in self._output.unreadable:
+            self._output.fail(file.name, reason)
+        self._step(len(file.prompts))
 
     def _asked_before(self) -> Question | None:
         """Returns a question that this folder has an answer to."""
@@ -393,7 +362,9 @@ class _Job:
             self._output.fail(sample.image, outcome, prompt=sample.prompt)
             return
         if self._maps is not None and outcome.refined is not None:
-            self._maps.save(sample.image, self._shown[sample.image], sample.prompt, outcome.refined)
+            shown = self._shown[sample.image]
+            assert shown is not None
+            self._maps.save(sample.image, shown, sample.prompt, outcome.refined)
         self._output.answer(record_of(sample, outcome, self._named))
         self._answered += 1
 
