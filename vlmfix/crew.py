@@ -24,7 +24,7 @@ import torch
 from vlmfix.answering import Answerer, Asked, Failure, Outcomes, Settling, asked
 from vlmfix.card import Known
 from vlmfix.decoders import parse
-from vlmfix.errors import PassingError, SystematicError, UsageError, VlmfixError
+from vlmfix.errors import DiedError, SystematicError, UsageError, VlmfixError
 from vlmfix.fitting import fitting_batch
 from vlmfix.generation import VLM, Answer
 from vlmfix.settings import Settings
@@ -115,11 +115,11 @@ class _Hand:
         self.rows, self.peak = message.rows, message.peak
         self.back.append(message)
 
-    def ended(self) -> PassingError:
+    def ended(self) -> DiedError:
         self.process.join(1)
         code = self.process.exitcode
         how = f"was killed by signal {-code}" if code is not None and code < 0 else f"ended with exit code {code}"
-        return PassingError(
+        return DiedError(
             f"the process that answered on {self.device} {how}",
             "see what the system's log says; the same command goes on from what is done",
         )
@@ -137,7 +137,7 @@ class Crew(Settling):
 
     Raises:
         VlmfixError: The model cannot be loaded.
-        PassingError: A process ended early.
+        DiedError: A process ended early.
     """
 
     def __init__(

@@ -103,6 +103,10 @@ class PassingError(VlmfixError):
     """Trouble of the machine, such as too little memory or a network folder that is away: it may be gone next time."""
 
 
+class DiedError(PassingError):
+    """A process that answered questions for this one has died, perhaps on one of them."""
+
+
 def passing(error: BaseException | None) -> PassingError | None:
     """Tells trouble that passes from faults of a file or a question, by an error or by what it comes from.
 

@@ -5,7 +5,8 @@ Below the run's folder lies ``blocks``:
 - ``plan/N`` holds block N of the questions, or says that all are planned. A planner publishes block N only after it has
   read all blocks before it, so that no question is planned twice, however many plan at once.
 - ``leases/N-A`` says whose attempt A at block N is. Who creates the file has the attempt, alone writes ``parts/N-A``.
-  Attempt A + 1 is taken when the worker of attempt A is dead, and begins with what that one has written.
+  Attempt A + 1 is taken when the worker of attempt A is dead, and begins with what that one has written. Its journal
+  says which pictures it had in hand; the next one answers those alone (``jobs/journal.py``).
 - ``done/N`` is the part of the attempt that came first to its end.
 - ``workers/NAME.json`` says of each worker what it answers with, how far it is, and that it lives.
 
@@ -33,6 +34,7 @@ from typing import Any
 from vlmfix.errors import DataError
 from vlmfix.files import cannot_write, make_folder, plain_name
 from vlmfix.images import Found
+from vlmfix.jobs.journal import BEGUN, lines_of
 from vlmfix.jobs.lines import ANSWER, FAILURE
 from vlmfix.records import read_json, read_lines, replace_json, to_json
 from vlmfix.shapes import COUNT, FLAG, OBJECT, TEXT, Shape, fields, list_of, mapping_of
@@ -258,6 +260,11 @@ class BlockFolder:
         for attempt in range(lease.attempt):
             with suppress(DataError):  # a kill may have torn it, and its worker may be at it
                 yield from read_lines(self.part(Lease(lease.number, attempt)) / LINES, LINE)
+
+    def begun(self, lease: Lease) -> Iterator[dict[str, Any]]:
+        """Yields what the journals of earlier attempts at a block tell, of those that did not come to an end."""
+        for attempt in range(lease.attempt):
+            yield from lines_of(self.part(Lease(lease.number, attempt)) / BEGUN)
 
     def finish(self, lease: Lease, counts: Mapping[str, Any]) -> bool:
         """Makes the part of an attempt that of its block; returns False where another attempt was first.

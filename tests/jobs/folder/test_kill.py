@@ -57,7 +57,8 @@ def test_killed_and_resumed(tmp_path, start):
     assert 0 < len(list(read_lines(answers))) < 2 * COUNT
     work(pictures, out)
     expected = [(f"{n:04d}.png", prompt) for n in range(COUNT) for prompt in ("A?", "B?")]
-    assert [(record["image"], record["prompt"]) for record in read_lines(answers)] == expected
+    # one that was killed while it answered a picture alone, after another one, leaves that for the end
+    assert sorted((record["image"], record["prompt"]) for record in read_lines(answers)) == expected
     assert [record["image"] for record in read_lines(out / "failed.jsonl")] == ["0050x.png"]
     card = read_json(out / "run.json")
     assert card["totals"] == {"answers": 300, "failed": 1, "cut": 0, "tokens": 900, "seconds": 150.0}

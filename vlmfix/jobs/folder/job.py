@@ -25,6 +25,8 @@ from vlmfix.jobs.folder.batches import Sample, batches
 from vlmfix.jobs.folder.maps import MapFolder
 from vlmfix.jobs.folder.output import OutputFolder, Totals
 from vlmfix.jobs.folder.questions import Questions
+from vlmfix.jobs.folder.suspects import prove, stretches
+from vlmfix.jobs.journal import DIED
 from vlmfix.jobs.ledger import asked_before
 from vlmfix.jobs.shards import Shard, shards_in
 from vlmfix.language.parameters import plain
@@ -231,7 +233,7 @@ class _Job:
         self._source = source
         self._shard = shard
         self._questions = questions
-        self._output = output
+        self._output, self._journal = output, output.journal
         self._maps = maps
         self._report = report
         self._named = named
@@ -289,12 +291,17 @@ class _Job:
         )
 
     def typical(self) -> list[Question]:
-        """Returns questions that represent those to come."""
-        return typical(self._sample, [self._longest])
+        """Returns questions that represent those to come, none of them about a suspect."""
+        sample = [file for file in self._sample if not self._journal.is_suspect(file.name)]
+        self._journal.begin([file.name for file in sample])
+        return typical(sample, [self._longest])
 
     def _open_files(self) -> Iterator[Found]:
-        """Yields the pictures with their open questions, which are noted as asked: each is asked once in a start."""
-        asked = 0
+        """Yields the pictures with their open questions, which are noted as asked: each is asked once in a start.
+
+        Those on which a process died alone come last, so that as much as can be is answered before another one dies.
+        """
+        asked, late = 0, []
         for file in self._files():
             prompts = tuple(prompt for prompt in self._questions.of_picture(file) if self._is_open(file.name, prompt))
             if not prompts:
@@ -303,7 +310,16 @@ class _Job:
                 self._output.done.add((file.name, prompt))
             asked += len(prompts)
             self._total = max(self._total, self._before + asked)  # pictures that were added since they were counted
-            yield replace(file, prompts=prompts)
+            if self._journal.is_given_up(file.name):
+                for prompt in prompts:
+                    self._output.fail(file.name, DIED, prompt=prompt)
+                self._journal.settle(file.name)
+                self._step(len(prompts))
+            elif self._journal.deaths(file.name):
+                late.append(replace(file, prompts=prompts))
+            else:
+                yield replace(file, prompts=prompts)
+        yield from late
 
     def work(self, answerer: Answerer | Crew, settings: Settings) -> None:
         """Asks every question that is left."""
@@ -316,9 +332,25 @@ class _Job:
             peak_memory=self._peak_memory,
         )
         self._report(self.progress())
+        with self._output.working():
+            for alone, files in stretches(
+                self._open_files(),
+                ahead=answerer.ahead,
+                is_suspect=lambda file: self._journal.is_suspect(file.name),
+                begin=lambda files: self._journal.begin([file.name for file in files]),
+            ):
+                self._answer(self._alone(next(files), answerer) if alone else files, answerer)
+            self._output.finish()
+
+    def _alone(self, suspect: Found, answerer: Answerer | Crew) -> list[Found]:
+        if self._journal.deaths(suspect.name) and not self._answered:
+            prove(answerer, self._asked_before)
+        self._journal.begin([suspect.name], alone=True)
+        return [suspect]
+
+    def _answer(self, files: Iterable[Found], answerer: Answerer | Crew) -> None:
         with (
-            self._output.working(),
-            closing(read_ahead(self._open_files(), batch=answerer.ahead)) as pictures,
+            closing(read_ahead(files, batch=answerer.ahead)) as pictures,
             closing(answerer(self._batches(pictures, answerer), self._asked_before)) as answers,
         ):
             for settled in answers:
@@ -326,7 +358,6 @@ class _Job:
                     self._write(sample, outcome)
                 self._batch_size = answerer.rows
                 self._step(sum(not isinstance(outcome, PassingError) for _, outcome in settled))
-            self._output.finish()
 
     def _batches(
         self, pictures: Iterable[tuple[Found, Picture | DataError | PassingError]], answerer: Answerer | Crew
@@ -338,6 +369,7 @@ class _Job:
     def _unopened(self, file: Found, reason: str) -> None:
         if file.name not in self._output.unreadable:
             self._output.fail(file.name, reason)
+        self._journal.settle(file.name)
         self._step(len(file.prompts))
 
     def _asked_before(self) -> Question | None:
@@ -357,16 +389,19 @@ class _Job:
     def _write(self, sample: Sample, outcome: Outcome) -> None:
         if isinstance(outcome, PassingError):
             self._output.left_open.append((f"about {sample.image}", outcome))
+            self._journal.leave([sample.image])
             return
         if isinstance(outcome, str):
             self._output.fail(sample.image, outcome, prompt=sample.prompt)
-            return
-        if self._maps is not None and outcome.refined is not None:
-            shown = self._shown[sample.image]
-            assert shown is not None
-            self._maps.save(sample.image, shown, sample.prompt, outcome.refined)
-        self._output.answer(record_of(sample, outcome, self._named))
-        self._answered += 1
+        else:
+            if self._maps is not None and outcome.refined is not None:
+                shown = self._shown[sample.image]
+                assert shown is not None
+                self._maps.save(sample.image, shown, sample.prompt, outcome.refined)
+            self._output.answer(record_of(sample, outcome, self._named))
+            self._answered += 1
+        if sample.is_last:
+            self._journal.settle(sample.image)
 
 
 def record_of(sample: Sample, answer: Answer, named: Named) -> dict[str, Any]:

@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from vlmfix.card import Known, versions
+from vlmfix.errors import DiedError
+from vlmfix.jobs.journal import BEGUN, Journal
 from vlmfix.jobs.ledger import Ledger, now
 from vlmfix.jobs.lines import ANSWER, ANSWERS, CARD, FAILED, FAILURE, MARKS, PROGRESS
 from vlmfix.seen import Seen
@@ -117,6 +119,7 @@ class OutputFolder(Ledger):
 
     def read_back(self) -> None:
         """Counts the answers and failures of earlier starts."""
+        self.journal = Journal(self.folder / BEGUN)
         for record in self.lines[ANSWERS]:
             self._count(record)
         for record in self.standing(FAILED, self.lines[FAILED]):
@@ -125,6 +128,20 @@ class OutputFolder(Ledger):
                 self.done.add((record["image"], record["prompt"]))
             else:
                 self.unreadable.add(record["image"])
+
+    def _stands(self, line: Mapping[str, Any]) -> bool:
+        stands = super()._stands(line)
+        if not stands:
+            self.journal.forgive(line["image"])
+        return stands
+
+    def __exit__(self, *error: object) -> None:
+        try:
+            self.journal.close(died=any(isinstance(part, DiedError) for part in error))
+            if self.card.get("finished"):
+                self.journal.remove()
+        finally:
+            super().__exit__(*error)
 
     def _count(self, record: Mapping[str, Any]) -> None:
         self.done.add((record["image"], record["prompt"]))

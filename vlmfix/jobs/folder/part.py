@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from vlmfix.errors import DataError
 from vlmfix.files import make_folder
 from vlmfix.jobs.blocks import LINE, LINES, BlockFolder, Lease
 from vlmfix.jobs.folder.job import SPREAD
+from vlmfix.jobs.journal import BEGUN, Journal
 from vlmfix.records import JsonLines
 
 
@@ -19,6 +22,7 @@ class Part:
         self._folder, self._lease, self._worker = folder, lease, worker
         make_folder(folder.part(lease))
         self._lines = JsonLines(folder.part(lease) / LINES, LINE)
+        self.journal = Journal(folder.part(lease) / BEGUN, folder.begun(lease))
         self._open = True
         self.left = self.left_open = 0
         self.answers = 0
@@ -37,11 +41,8 @@ class Part:
         key = (line["image"], line["prompt"]) if "prompt" in line else (line["image"],)
         if key in self.known:
             return
-        try:
+        with self._unless_done():
             self._lines.append(line)
-        except DataError:
-            if not self._folder.is_done(self._lease.number):  # else another attempt was first, and has removed this one
-                raise
         self.known.add(key)
         if "reason" in line:
             self.reasons[line["reason"]] += 1
@@ -50,14 +51,35 @@ class Part:
             if len(self.answered) < SPREAD:
                 self.answered[line["image"]] = line["prompt"]
 
+    def begin(self, names: Sequence[str], *, alone: bool = False) -> None:
+        """Notes in the journal which pictures are about to be answered; see ``Journal.begin``."""
+        with self._unless_done():
+            self.journal.begin(names, alone=alone)
+
+    @contextmanager
+    def _unless_done(self) -> Iterator[None]:
+        try:
+            yield
+        except DataError:
+            if not self._folder.is_done(self._lease.number):  # else another attempt was first, and has removed this one
+                raise
+
     def finish(self) -> bool:
         """Makes the part that of its block; returns False where another attempt was first."""
         self.close()
         counts = {"answers": self.answers, "failed": self.reasons.total(), "reasons": dict(self.reasons)}
         return self._folder.finish(self._lease, {**counts, "worker": self._worker})
 
-    def close(self) -> None:
-        """Closes the file; a start that takes the block over goes on with what is there."""
+    def close(self, *, died: bool = False) -> None:
+        """Closes the files; a start that takes the block over goes on with what is there.
+
+        Args:
+            died: Says that a process that answered for this worker has died.
+        """
         if self._open:
             self._open = False
-            self._lines.close()
+            try:
+                with self._unless_done():
+                    self.journal.close(died=died)
+            finally:
+                self._lines.close()

@@ -9,6 +9,7 @@ import itertools
 import os
 import random
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, closing, suppress
 from dataclasses import dataclass, replace
@@ -17,7 +18,7 @@ from typing import Any, Self
 
 from vlmfix.answering import Answerer, Outcome
 from vlmfix.crew import Crew
-from vlmfix.errors import DataError, PassingError, UsageError
+from vlmfix.errors import DataError, DiedError, PassingError, UsageError
 from vlmfix.fitting import fitting_batch, typical
 from vlmfix.generation import VLM, load
 from vlmfix.images import Found, read_ahead
@@ -29,6 +30,8 @@ from vlmfix.jobs.folder.part import Part
 from vlmfix.jobs.folder.planner import Planner
 from vlmfix.jobs.folder.pulse import Worker
 from vlmfix.jobs.folder.questions import Questions
+from vlmfix.jobs.folder.suspects import prove, stretches
+from vlmfix.jobs.journal import DIED
 from vlmfix.jobs.ledger import asked_before
 from vlmfix.jobs.lines import CARD
 from vlmfix.jobs.shards import shards_in
@@ -132,7 +135,8 @@ class _Job:
         self._ends: set[int] = set()
         self._mine: set[int] = set()
         """Blocks that are worked on here, or were left with open questions."""
-        self._lease: Lease | None = None
+        self._open: deque[Taken] = deque()
+        """Pictures of the block that was begun last, with their open questions."""
         self._looked = 0.0
         self._left: list[int] = []
         self._total = self._done = 0
@@ -143,23 +147,31 @@ class _Job:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, *error: object) -> None:
+        died = any(isinstance(part, DiedError) for part in error)
         for block in self._blocks.values():
             with suppress(DataError):  # what it lacks is answered again
-                block.close()
+                block.close(died=died)
 
     def wait(self) -> bool:
         """Waits for a block that is free; returns False when all are done but those that were left open here."""
         pause = 0.02
-        while True:
+        while not self._open:
             planning = self._planner.check()
-            self._lease = self._lease or self._take()
-            if self._lease is not None:
-                return True
+            if self._begin_next():
+                continue
             if not planning and not self._left:
                 return False
             time.sleep(pause)
             pause = min(2 * pause, PAUSE_SECONDS)
+        return True
+
+    def _begin_next(self) -> bool:
+        """Takes a block and begins it; returns False when there is none to be had."""
+        if (lease := self._take()) is None:
+            return False
+        self._begin(lease)
+        return True
 
     def _take(self) -> Lease | None:
         """Takes a block that nobody has, or else one whose worker is dead."""
@@ -192,11 +204,11 @@ class _Job:
         return lease
 
     def typical(self) -> list[Question]:
-        """Returns questions that represent those to come: some of the first block."""
-        assert self._lease is not None
-        found = [file for file in self._folder.pictures(self._lease.number, self._planner.base) if not file.problem]
-        longest = max((prompt for file in found for prompt in self._questions.of_picture(file)), key=len, default="")
-        return typical(found[:: max(1, len(found) // SPREAD)][:SPREAD], [longest])
+        """Returns questions that represent those to come: some of the first block, none of them about a suspect."""
+        found = [file for file in self._open if not file.problem and not self._is_suspect(file)]
+        sample = found[:: max(1, len(found) // SPREAD)][:SPREAD]
+        self._note(sample)
+        return typical(sample, [max((prompt for file in self._open for prompt in file.prompts), key=len)])
 
     def work(self, answerer: Answerer | Crew, settings: Settings) -> None:
         """Answers until nothing is left.
@@ -213,15 +225,10 @@ class _Job:
             peak=lambda: answerer.peak_memory,
         )
         while self.wait():  # outside, so that nothing waits for an answer while this waits for other workers
-            with (
-                closing(read_ahead(self._files(), batch=answerer.ahead)) as pictures,
-                closing(answerer(batches(pictures, answerer, self._unopened), self._asked_before)) as answers,
+            for alone, files in stretches(
+                self._files(), ahead=answerer.ahead, is_suspect=self._is_suspect, begin=self._note
             ):
-                for settled in answers:
-                    for sample, outcome in settled:
-                        self._settle(sample, outcome)
-                    self._batch_size = answerer.rows
-                    self._report(self.progress())
+                self._answer(self._alone(next(files), answerer) if alone else files, answerer)
         if self.left_open:
             first, trouble = self.left_open[0]
             raise PassingError(
@@ -229,17 +236,45 @@ class _Job:
                 f"the same command asks them again; {trouble.hint}",
             )
 
+    def _answer(self, files: Iterable[Taken], answerer: Answerer | Crew) -> None:
+        with (
+            closing(read_ahead(files, batch=answerer.ahead)) as pictures,
+            closing(answerer(batches(pictures, answerer, self._unopened), self._asked_before)) as answers,
+        ):
+            for settled in answers:
+                for sample, outcome in settled:
+                    self._settle(sample, outcome)
+                self._batch_size = answerer.rows
+                self._report(self.progress())
+
+    def _is_suspect(self, file: Taken) -> bool:
+        return self._blocks[file.block].journal.is_suspect(file.name)
+
+    def _note(self, files: Iterable[Taken]) -> None:
+        for number, together in itertools.groupby(files, key=lambda file: file.block):
+            self._blocks[number].begin([file.name for file in together])
+
+    def _alone(self, suspect: Taken, answerer: Answerer | Crew) -> list[Taken]:
+        block = self._blocks[suspect.block]
+        if block.journal.deaths(suspect.name) and not self._worker.totals.answers:
+            prove(answerer, self._asked_before)
+        block.begin([suspect.name], alone=True)
+        return [suspect]
+
     def _files(self) -> Iterator[Taken]:
         """Yields the pictures of all blocks that can be had at once, with their open questions."""
         while True:
+            while self._open:
+                yield self._open.popleft()
             self._planner.check_in_time()
-            lease, self._lease = self._lease or self._take(), None
-            if lease is None:
+            if not self._begin_next():
                 return
-            yield from self._begun(lease)
 
-    def _begun(self, lease: Lease) -> Iterator[Taken]:
-        """Begins a block with what earlier attempts have of it, and yields the rest."""
+    def _begin(self, lease: Lease) -> None:
+        """Begins a block with what earlier attempts have of it; open is the rest.
+
+        Pictures on which a worker died alone come last, so that the others are done before another one dies.
+        """
         block = Part(self._folder, lease, self._worker.name)
         self._blocks[lease.number] = block
         for line in self._folder.inherited(lease):
@@ -248,17 +283,22 @@ class _Job:
         for file in self._folder.pictures(lease.number, self._planner.base):
             asked = () if (file.name,) in block.known else self._questions.of_picture(file)
             prompts = tuple(prompt for prompt in asked if (file.name, prompt) not in block.known)
-            if prompts:
+            self._total += len(prompts)
+            if block.journal.is_given_up(file.name):
+                for prompt in prompts:
+                    self._write(lease.number, {"image": file.name, "reason": DIED, "prompt": prompt})
+                self._done += len(prompts)
+            elif prompts:
                 still_open.append(replace(file, prompts=prompts))
                 block.left += len(prompts)
-        self._total += block.left
+        self._open.extend(sorted(still_open, key=lambda file: block.journal.deaths(file.name) > 0))
         if not still_open:
             self._finish(lease.number)
-        yield from still_open
 
     def _unopened(self, file: Found, reason: str) -> None:
         number = _block(file)
         self._write(number, {"image": file.name, "reason": reason})
+        self._blocks[number].journal.settle(file.name)
         self._step(number, len(file.prompts))
         self._report(self.progress())
 
@@ -266,12 +306,15 @@ class _Job:
         number = _block(sample.file)
         if isinstance(outcome, PassingError):
             self._blocks[number].left_open += 1
+            self._blocks[number].journal.leave([sample.image])
             self.left_open.append((f"about {sample.image}", outcome))
         elif isinstance(outcome, str):
             self._write(number, {"image": sample.image, "reason": outcome, "prompt": sample.prompt})
         else:
             self._write(number, record_of(sample, outcome, self._named))
             self._last = sample.file, sample.prompt
+        if sample.is_last and not isinstance(outcome, PassingError):
+            self._blocks[number].journal.settle(sample.image)
         self._step(number, 1)
 
     def _write(self, number: int, line: dict[str, Any]) -> None:
