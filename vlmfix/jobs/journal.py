@@ -28,7 +28,7 @@ DIED = "the process died or hung twice while this picture was answered"
 LONGEST = 1000
 """Pictures that a journal names before those that are settled leave it."""
 KINDS = ("begun", "alone", "over")
-"""What a line tells of pictures: they were begun together, or alone, or came back without an answer."""
+"""What a line tells of pictures: they were begun together, or alone, or came back and no line says how."""
 LINE = Shape(lambda value: _one_of(value).problem(value))
 """Shape of a line."""
 
@@ -51,7 +51,7 @@ class Journal:
         self._lines: JsonLines | None = None
         self._named = 0
         self._in_hand: dict[str, bool] = {}
-        """Pictures that this process has begun and not settled, and whether alone."""
+        """Pictures that this process has begun and that are not settled, and whether alone."""
         self._before = _deaths(read_lines(path, LINE))
         """Suspects of earlier processes that the file tells of, each with how many died on it alone."""
         self._deaths = _deaths(earlier)
@@ -100,14 +100,14 @@ class Journal:
         self._deaths.pop(name, None)
 
     def leave(self, names: Iterable[str]) -> None:
-        """Says that pictures came back without an answer, and that the process lives.
+        """Notes that pictures came back, and that the process lives, where no answer or failure says so at once.
 
         Raises:
             DataError: The file cannot be written.
         """
-        alone = [name for name in names if self._in_hand.pop(name, False)]
-        if alone and self._lines is not None:
-            self._lines.append({"over": alone})
+        over = [name for name in names if self._in_hand.pop(name, None) is not None]
+        if over and self._lines is not None:
+            self._lines.append({"over": over})
 
     def close(self, *, died: bool = False) -> None:
         """Forgets what this process had in hand, since it ends alive; what it knows of earlier ones stays.

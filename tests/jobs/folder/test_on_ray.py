@@ -8,11 +8,14 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
 import pytest
 
 from tests.jobs.fake import FakeVLM, colour, draw
 from tests.jobs.folder.asked import WHAT, answers, failures
+from tests.jobs.folder.test_deaths import POISON, Deadly
+from tests.processes import ended
 from vlmfix import extras
 from vlmfix.errors import DataError, MissingExtraError, SystematicError, UsageError
 from vlmfix.jobs.folder import Questions, ray_folder, run
@@ -21,6 +24,7 @@ from vlmfix.jobs.folder.job import known_settings
 from vlmfix.jobs.folder.joined import MergedFolder
 from vlmfix.jobs.folder.on_ray import run_on_ray
 from vlmfix.jobs.folder.ray_folder import RayFolder, identity
+from vlmfix.jobs.journal import DEATHS, DIED
 from vlmfix.jobs.status import read_on_ray
 from vlmfix.records import read_json
 from vlmfix.settings import Settings
@@ -132,6 +136,43 @@ def test_actors_of_another_kind_are_refused(tmp_path, pictures, monkeypatch):
         folder.claim(dict(task.known) | {"seed": 1})
 
 
+def answered(pictures, out, vlm, batch_size=4):
+    """Answers the first block in a process of its own, as Ray lets an actor do, and notes what was written."""
+    folder, task, _ = planned(pictures, out, WHAT, vlm)
+    work(folder, replace(task, batch_size=batch_size), left_out=("00000001", "00000002"))
+
+
+def poisoned(pictures, out, number, batch_size=4):
+    answered(pictures, out, Deadly((number,)), batch_size)
+
+
+def interrupted(pictures, out, batch):
+    answered(pictures, out, Deadly(batch=batch))
+
+
+@pytest.mark.parametrize(("number", "rows"), [(0, 4), (5, None)])
+def test_a_picture_on_which_actors_die_is_given_up(tmp_path, pictures, number, rows):
+    deaths = 0
+    while (code := ended(poisoned, pictures, tmp_path / "out", number, rows)) == -signal.SIGKILL:
+        deaths += 1
+    folder = RayFolder(tmp_path / "out")
+    rows = [row for path in folder.answers.iterdir() for row in parquet.read_table(path).to_pylist()]
+    assert (code, deaths) == (0, 1 + DEATHS)
+    assert len(rows) == len({row["id"] for row in rows}) == COUNT
+    assert [row["image"] for row in rows if row["failed"] == DIED] == [f"{number:04d}.png"]
+    assert not list(folder.begun.iterdir())
+
+
+def test_actors_that_are_killed_cost_no_picture(tmp_path, pictures):
+    for batch in (1, 0, 1, 0):
+        assert ended(interrupted, pictures, tmp_path / "out", batch) == -signal.SIGKILL
+    assert ended(interrupted, pictures, tmp_path / "out", 100) == 0
+    folder = RayFolder(tmp_path / "out")
+    rows = [row for path in folder.answers.iterdir() for row in parquet.read_table(path).to_pylist()]
+    assert [row["image"] for row in rows if row["failed"]] == ["0007.png"]
+    assert not list(folder.begun.iterdir())
+
+
 def test_the_extra_is_named(tmp_path, pictures, monkeypatch, vlmfix):
     monkeypatch.setitem(extras.EXTRAS, "ray", ("no_such_module",))
     with pytest.raises(MissingExtraError, match=r"vlmfix\[ray\]"):
@@ -151,6 +192,18 @@ def test_the_extra_is_named(tmp_path, pictures, monkeypatch, vlmfix):
 
 # -- on a cluster of this machine
 
+POISONED = """
+import sys
+from pathlib import Path
+from tests.jobs.folder.test_deaths import deadly
+from vlmfix.jobs.folder import Questions, ray_folder
+from vlmfix.jobs.folder.on_ray import run_on_ray
+from vlmfix.settings import Settings
+ray_folder.BLOCK = 8
+pictures, out = map(Path, sys.argv[1:])
+asked, settings = Questions.text("What?"), Settings()
+run_on_ray(pictures, out, address="ray", questions=asked, settings=settings, batch_size=2, loader=deadly)
+"""
 DRIVER = """
 import sys
 from vlmfix import cli
@@ -240,3 +293,16 @@ def test_a_killed_node_loses_nothing(tmp_path, drawn):
     finally:
         cluster.shutdown()
     held(drawn, out, tmp_path / "whole")
+
+
+@pytest.mark.cluster
+def test_a_picture_on_which_actors_die_ends_no_run(tmp_path, pictures):
+    pytest.importorskip("ray")
+    out = tmp_path / "out"
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "RAY_USAGE_STATS_ENABLED": "0", "PYTHONPATH": os.getcwd()}
+    driver = subprocess.run([sys.executable, "-c", POISONED, pictures, out], env=env, capture_output=True, timeout=400)
+    assert driver.returncode == 0, driver.stderr.decode()
+    reasons = {line["image"]: line["reason"] for line in failures(out)}
+    assert reasons == {"0007.png": "empty file", f"{POISON:04d}.png": DIED}
+    assert len(answers(out)) == COUNT - 2
+    assert not (out / "ray" / "begun").exists()

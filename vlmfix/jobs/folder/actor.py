@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Callable, Mapping
-from contextlib import closing
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vlmfix.answering import Answerer
+from vlmfix.answering import Answerer, Outcome
 from vlmfix.card import versions
 from vlmfix.decoders import parse
 from vlmfix.errors import PassingError
@@ -18,10 +18,12 @@ from vlmfix.fitting import fitting_batch, typical
 from vlmfix.generation import VLM
 from vlmfix.images import Found, read_ahead
 from vlmfix.jobs.blocks import named_worker, taken
-from vlmfix.jobs.folder.batches import batches
+from vlmfix.jobs.folder.batches import Sample, batches
 from vlmfix.jobs.folder.job import Named, record_of
 from vlmfix.jobs.folder.output import measured
 from vlmfix.jobs.folder.ray_folder import RayFolder, identity, refuse_other_settings, table_of
+from vlmfix.jobs.folder.suspects import stretches
+from vlmfix.jobs.journal import DIED, Journal
 from vlmfix.jobs.ledger import asked_before, facts_of, now
 from vlmfix.records import replace_json
 from vlmfix.settings import Settings
@@ -63,11 +65,15 @@ class Actor:
         self._base, self._named = task.base, task.named
         sample = [taken(json.loads(line), 0, task.base) for line in task.sample]
         self._sample: list[tuple[Found, str]] = [(file, file.prompts[0]) for file in sample]
+        self._folder, self._name, self._blocks = RayFolder(task.out), named_worker(), 0
         vlm = task.loader(settings.model, **settings.loading())
         rows = task.batch_size
         if rows is None:
             longest = max((prompt for _, prompt in self._sample), key=len, default="")
-            rows = fitting_batch(vlm, decoder, settings, typical(sample, [longest]))
+            with self._journal(sample) as journal:
+                fine = [file for file in sample if not any(map(journal.is_suspect, _ids(file)))]
+                journal.begin([key for file in fine for key in _ids(file)])
+                rows = fitting_batch(vlm, decoder, settings, typical(fine, [longest]))
         self._answerer = Answerer(vlm, decoder, settings, rows)
         self._totals = {"answers": 0, "failed": 0}
         known = self._answerer.known
@@ -83,14 +89,13 @@ class Actor:
                 **measured(settings),
             },
         }
-        folder = RayFolder(task.out)
-        self._place = folder.workers / f"{named_worker()}.json"
         self._write_card()
-        refuse_other_settings(task.out, folder.cards())
+        refuse_other_settings(task.out, self._folder.cards())
 
     def _write_card(self) -> None:
         self._card["session"]["peak_memory"] = self._answerer.peak_memory
-        replace_json(self._place, self._card | {"totals": self._totals, "updated": now()})
+        card = self._card | {"totals": self._totals, "updated": now()}
+        replace_json(self._folder.workers / f"{self._name}.json", card)
 
     def __call__(self, block: pyarrow.Table) -> pyarrow.Table:
         """Answers a block; questions that trouble of the machine leaves open are missing in what it returns.
@@ -109,30 +114,77 @@ class Actor:
             for first in [next(same)]
         ]
         settled: list[tuple[str, dict[str, Any]]] = []
-
-        def unopened(file: Found, reason: str) -> None:
-            settled.extend(
-                (identity(file.name, prompt), {"image": file.name, "reason": reason}) for prompt in file.prompts
-            )
-
-        with (
-            closing(read_ahead(files, batch=self._answerer.ahead)) as pictures,
-            closing(self._answerer(batches(pictures, self._answerer, unopened), self._asked_before)) as answers,
-        ):
-            for part in answers:
-                for sample, outcome in part:
-                    if isinstance(outcome, PassingError):
-                        continue
-                    if isinstance(outcome, str):
-                        line = {"image": sample.image, "reason": outcome, "prompt": sample.prompt}
-                    else:
-                        line = record_of(sample, outcome, self._named)
-                        self._sample = [(sample.file, sample.prompt)]
-                    settled.append((identity(sample.image, sample.prompt), line))
+        with self._journal(files) as journal:
+            still_open = []
+            for file in files:
+                if any(map(journal.is_given_up, _ids(file))):
+                    failures = ({"image": file.name, "reason": DIED, "prompt": prompt} for prompt in file.prompts)
+                    settled.extend(zip(_ids(file), failures, strict=True))
+                else:
+                    still_open.append(file)
+            # those on which an actor died alone come last, so that one that dies again has tried the others
+            still_open.sort(key=lambda file: any(map(journal.deaths, _ids(file))))
+            for alone, stretch in stretches(
+                still_open,
+                ahead=self._answerer.ahead,
+                is_suspect=lambda file: any(map(journal.is_suspect, _ids(file))),
+                begin=lambda files: journal.begin([key for file in files for key in _ids(file)]),
+            ):
+                if alone:
+                    (suspect,) = stretch
+                    journal.begin(_ids(suspect), alone=True)
+                    stretch = iter([suspect])
+                for part in self._answers(stretch):
+                    settled += [(key, line) for key, line in part if line is not None]
+                    journal.leave(key for key, _ in part)
         for _, line in settled:
             self._totals["failed" if "reason" in line else "answers"] += 1
         self._write_card()
+        ids = set(block.column("id").to_pylist())
+        for path, told in self._folder.journals(ids):  # of actors that died with this block
+            if all(ids.issuperset(names) for line in told for names in line.values()):
+                path.unlink(missing_ok=True)
         return table_of(settled)
+
+    def _answers(self, files: Iterable[Found]) -> Iterator[list[tuple[str, dict[str, Any] | None]]]:
+        """Yields ids and lines of questions as they are settled; None for a line where trouble leaves one open."""
+        unopened: list[tuple[str, dict[str, Any] | None]] = []
+
+        def fail(file: Found, reason: str) -> None:
+            unopened.extend((key, {"image": file.name, "reason": reason}) for key in _ids(file))
+
+        with (
+            closing(read_ahead(files, batch=self._answerer.ahead)) as pictures,
+            closing(self._answerer(batches(pictures, self._answerer, fail), self._asked_before)) as answers,
+        ):
+            for part in answers:
+                yield [(identity(sample.image, sample.prompt), self._line(sample, outcome)) for sample, outcome in part]
+        yield unopened
+
+    def _line(self, sample: Sample, outcome: Outcome) -> dict[str, Any] | None:
+        if isinstance(outcome, PassingError):
+            return None
+        if isinstance(outcome, str):
+            return {"image": sample.image, "reason": outcome, "prompt": sample.prompt}
+        self._sample = [(sample.file, sample.prompt)]
+        return record_of(sample, outcome, self._named)
+
+    @contextmanager
+    def _journal(self, files: Iterable[Found]) -> Iterator[Journal]:
+        """Keeps a journal of its own inside the block, and knows those of actors that died with the same questions."""
+        earlier = self._folder.journals({key for file in files for key in _ids(file)})
+        path = self._folder.begun / f"{self._name}-{self._blocks}.jsonl"
+        self._blocks += 1
+        journal = Journal(path, [line for _, lines in earlier for line in lines])
+        try:
+            yield journal
+        finally:
+            journal.close()
 
     def _asked_before(self) -> Question | None:
         return asked_before(self._sample)
+
+
+def _ids(file: Found) -> list[str]:
+    """Returns the ids of the questions about a picture."""
+    return [identity(file.name, prompt) for prompt in file.prompts]

@@ -7,7 +7,7 @@ import itertools
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,6 +20,7 @@ from vlmfix.jobs.folder.job import SPREAD, Progress
 from vlmfix.jobs.folder.joined import MergedFolder
 from vlmfix.jobs.folder.output import Totals
 from vlmfix.jobs.folder.questions import Questions
+from vlmfix.jobs.journal import lines_of
 from vlmfix.jobs.ledger import now
 from vlmfix.jobs.lines import ACTOR, ACTORS, ANSWERS, FAILED, QUESTIONS, RAY, ROWS
 from vlmfix.records import read_json, refuse_other, replace_json
@@ -47,8 +48,8 @@ class RayFolder:
 
     def __init__(self, out: Path) -> None:
         self.out, self.folder = out, out / RAY
-        self.questions, self.answers, self.checkpoint, self.workers = (
-            self.folder / name for name in (QUESTIONS, ROWS, "checkpoint", ACTORS)
+        self.questions, self.answers, self.checkpoint, self.workers, self.begun = (
+            self.folder / name for name in (QUESTIONS, ROWS, "checkpoint", ACTORS, "begun")
         )
 
     @property
@@ -67,7 +68,7 @@ class RayFolder:
         Raises:
             UsageError: It is another run's.
         """
-        for folder in (self.answers, self.workers):
+        for folder in (self.answers, self.workers, self.begun):
             make_folder(folder)
         card = self.folder / "settings.json"
         if os.path.exists(card):
@@ -139,6 +140,17 @@ class RayFolder:
             except Exception as error:  # Arrow's, of several kinds
                 raise DataError(f"{path} is no whole Parquet file: {error}", "restore it") from error
 
+    def journals(self, ids: Set[str]) -> Iterator[tuple[Path, list[dict[str, Any]]]]:
+        """Yields path and lines of each actor's journal that tells of one of some questions.
+
+        Args:
+            ids: The questions' ids. One actor at a time has them, so others that tell of them have died.
+        """
+        for path in sorted(self.begun.glob("*.jsonl")):
+            lines = list(lines_of(path))
+            if any(not ids.isdisjoint(names) for line in lines for names in line.values()):
+                yield path, lines
+
     def cards(self) -> dict[str, dict[str, Any]]:
         """Reads the cards of all actors."""
         return {path.stem: read_json(path, ACTOR) for path in sorted(self.workers.glob("*.json"))}
@@ -196,6 +208,7 @@ class RayFolder:
             "peak_memory": max(session["peak_memory"] for session in sessions),
         }
         joined.write_card()
+        shutil.rmtree(self.begun, ignore_errors=True)
         return Progress(total, min(before, done), done, totals.answers, totals, BLOCK, notes=notes)
 
 
