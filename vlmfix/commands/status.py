@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 REASONS = 10
 """Most reasons of failures that are told; the rest are counted."""
 
+STATES = ("running", "hung", "silent", "ended")
+"""States of workers that share a run."""
+
 
 @click.command()
 @click.argument("folder", type=click.Path(path_type=Path))
@@ -79,10 +82,10 @@ def _json(found: Status) -> dict[str, Any]:
 
 
 def _shared(found: Status) -> list[str]:
-    """Tells of a run that workers share: all together, those that are at it or silent, and how many have ended."""
+    """Tells of a run that workers share: all together, those that have not ended, and how many have."""
     states = Counter(worker.state for worker in found.workers)
     lines = _lines(found)
-    lines.append("  workers: " + ", ".join(f"{states[state]} {state}" for state in ("running", "silent", "ended")))
+    lines.append("  workers: " + ", ".join(f"{states[state]} {state}" for state in STATES))
     lines += [
         f"    {escaped(worker.name)}: {worker.state}, {worker.answers} answers and {worker.failed} failures, "
         f"heard of at {worker.updated}"

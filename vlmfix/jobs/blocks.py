@@ -12,7 +12,7 @@ Below the run's folder lies ``blocks``:
 
 It asks two things of a file system: a file is created once, and a folder is renamed whole, and not onto one that holds
 something. No clock is compared with another: a worker is dead to another one that has not seen it stir for
-``LEASE_SECONDS`` of its own time.
+``LEASE_SECONDS`` of its own time. One that lives and does not get on does not stir (``jobs/folder/pulse.py``).
 """
 
 from __future__ import annotations
@@ -81,7 +81,8 @@ CARD = fields(
         "sessions": list_of(fields({"started": TEXT, "peak_memory": COUNT})),
         "totals": fields({"answers": COUNT, "failed": COUNT}),
         "recent": list_of(fields({"time": TEXT, "done": COUNT})),
-    }
+    },
+    {"hung": FLAG},
 )
 """Shape of a worker's file."""
 LINE = Shape(lambda value: (FAILURE if isinstance(value, dict) and "reason" in value else ANSWER).problem(value))

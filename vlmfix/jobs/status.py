@@ -33,7 +33,8 @@ class WorkerStatus:
 
     Attributes:
         name: Its name, or that of the folder that it writes alone.
-        state: ``running``, ``ended``, or ``silent`` when it has neither ended nor given a sign of life lately.
+        state: ``running``; ``ended``; ``silent`` when it has neither ended nor given a sign of life lately; or ``hung``
+            when it lives and has answered nothing for far longer than a batch takes.
         answers: Answers that it wrote.
         failed: Failures that it wrote.
         updated: When it last wrote how far it is.
@@ -218,7 +219,8 @@ def read_on_ray(folder: Path, now: datetime | None = None) -> Status:
 
 def _worker(name: str, card: dict[str, Any], now: datetime) -> WorkerStatus:
     silent = (now - _time(card["updated"])).total_seconds() > LEASE_SECONDS
-    state = "ended" if card["ended"] else "silent" if silent else "running"
+    alive = "hung" if card.get("hung") else "running"
+    state = "ended" if card["ended"] else "silent" if silent else alive
     return WorkerStatus(name, state, card["totals"]["answers"], card["totals"]["failed"], card["updated"])
 
 

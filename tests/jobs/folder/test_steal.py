@@ -17,7 +17,7 @@ from tests.processes import ended, server
 from vlmfix.errors import DataError, PassingError, SystematicError, UsageError
 from vlmfix.jobs import blocks as shared
 from vlmfix.jobs.blocks import BlockFolder, Lease
-from vlmfix.jobs.folder import Questions, planner, pulse, run, steal
+from vlmfix.jobs.folder import Questions, job, planner, pulse, run, steal
 from vlmfix.jobs.folder import worker as module
 from vlmfix.jobs.folder.merge import merge
 from vlmfix.jobs.folder.reproduce import reproduce
@@ -131,8 +131,8 @@ def test_what_a_dead_worker_has_is_taken_over_with_what_it_wrote(tmp_path, pictu
 
 
 @contextmanager
-def stuck(pictures, out, monkeypatch, at=3):
-    """A worker that answers one batch, and then gives no sign of life until it is told to go on."""
+def stuck(pictures, out, monkeypatch, at=3, *, silent=True):
+    """A worker that answers some batches, and then hangs until it is told to go on; its file may say that it lives."""
     here, further, found = threading.Event(), threading.Event(), []
 
     class Slow(FakeVLM):
@@ -148,7 +148,8 @@ def stuck(pictures, out, monkeypatch, at=3):
         except Exception as error:
             found.append(error)
 
-    monkeypatch.setattr(pulse.Worker, "_beat", lambda worker: worker._ending.wait())
+    if silent:
+        monkeypatch.setattr(pulse.Worker, "_beat", lambda worker: worker._ending.wait())
     thread = threading.Thread(target=slow)
     thread.start()
     assert here.wait(30)
@@ -186,6 +187,81 @@ def test_a_slow_worker_may_be_first_all_the_same(tmp_path, pictures, whole, monk
     thread.join()
     assert isinstance(found[0], module.Shared)
     same(out, whole)
+
+
+def test_a_worker_that_hangs_loses_its_blocks_though_its_process_lives(tmp_path, pictures, whole, monkeypatch):
+    out = tmp_path / "out"
+    monkeypatch.setattr(pulse, "STILL_SECONDS", 0.5)
+    with stuck(pictures, out, monkeypatch, silent=False) as found:
+        other = FakeVLM(broken=[colour(3)])
+        go(pictures, out, other)
+        assert sorted(worker.state for worker in read_shared(out).workers) == ["ended", "hung"]
+        merge(out)
+        before = (out / "answers.jsonl").read_bytes()
+    assert found[0].done == 5
+    same(out, whole)
+    assert (out / "answers.jsonl").read_bytes() == before
+    assert [worker.state for worker in read_shared(out).workers] == ["ended", "ended"]
+
+
+def test_a_first_batch_may_take_its_time_and_a_slow_one_lets_others_be_slow(tmp_path, monkeypatch):
+    monkeypatch.setattr(pulse, "STILL_SECONDS", 5.0)
+    clock = [0.0]
+    monkeypatch.setattr(pulse.time, "monotonic", lambda: clock[0])
+    folder = BlockFolder(tmp_path)
+    folder.make()
+    worker = pulse.Worker(folder, {})
+
+    def hangs(*, after):
+        clock[0] += after
+        beat = worker.card["beat"]
+        worker.save()
+        assert worker.card["hung"] == (worker.card["beat"] == beat)
+        return worker.card["hung"]
+
+    assert not hangs(after=3599)
+    worker.moved(batch=True)  # loading and compiling: no measure of what comes
+    assert not hangs(after=4)
+    worker.moved(batch=True)
+    assert not hangs(after=39)
+    assert hangs(after=2)
+    worker.moved(batch=True)  # far longer than any before it
+    assert not hangs(after=79)
+    assert hangs(after=2)
+    worker.moved()
+    assert not hangs(after=79)
+
+
+def test_a_planner_that_hangs_is_another_workers(tmp_path, pictures, monkeypatch):
+    monkeypatch.setattr(pulse, "FIRST_SECONDS", 0.3)
+    out, here, further, found = tmp_path / "out", threading.Event(), threading.Event(), []
+    source_of = job.source_of
+
+    class Slow:
+        def __init__(self, source):
+            self._source = source
+
+        def __getattr__(self, name):
+            return getattr(self._source, name)
+
+        def __iter__(self):
+            for number, file in enumerate(self._source):
+                if number == 40 and threading.current_thread().name == "vlmfix-plan":
+                    here.set()
+                    further.wait(30)
+                yield file
+
+    with monkeypatch.context() as patch:
+        patch.setattr(job, "source_of", lambda *given, **how: Slow(source_of(*given, **how)))
+        thread = threading.Thread(target=lambda: found.append(go(pictures, out)))
+        thread.start()
+        assert here.wait(30)
+    end = go(pictures, out)
+    assert (end.blocks, end.done) == (5, 5)
+    further.set()
+    thread.join()
+    merge(out)
+    assert (found[0].done, len(answers(out)), len(failures(out))) == (5, 68, 2)
 
 
 def killed_at(step, pictures, out):
@@ -291,9 +367,12 @@ def test_two_planners_plan_no_question_twice(tmp_path, pictures):
     folder.make()
 
     class Silent:
-        name, card = "w", {"planning": False}
+        name, is_planning = "w", False
 
         def plans(self, planning):
+            pass
+
+        def planned(self):
             pass
 
     def plan(source):
@@ -419,7 +498,7 @@ def test_the_commands(tmp_path, model, vlmfix):
     found = json.loads(vlmfix("status", out, "--json")[1])
     assert (found["state"], found["answers"], found["total"], found["left"]) == ("finished", 6, 6, 0)
     assert [(worker["state"], worker["answers"]) for worker in found["workers"]] == [("ended", 6)]
-    assert "workers: 0 running, 0 silent, 1 ended" in vlmfix("status", out)[1]
+    assert "workers: 0 running, 0 hung, 0 silent, 1 ended" in vlmfix("status", out)[1]
     code, printed, told = vlmfix("merge", out)
     assert (code, printed, told) == (0, "", f"vlmfix: 6 answers and 0 failures of 1 workers are in {out}\n")
     assert json.loads(vlmfix("status", out, "--json")[1])["total"] == 6

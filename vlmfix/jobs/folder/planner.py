@@ -64,7 +64,7 @@ class Planner:
             self._again = False  # the other one plans for all
             return True
         self._again = False
-        if self._worker.card["planning"]:  # it has come to its end since
+        if self._worker.is_planning:  # it has come to its end since
             self._worker.plans(False)
         self._worker.plans(True)
         if self._folder.take(_plan(0 if last is None else last + 1), self._worker.name):
@@ -105,6 +105,7 @@ class Planner:
         for file in self._source:
             if self._ending.is_set():
                 return
+            self._worker.planned()
             asked = self._questions.of_picture(file)
             prompts = tuple(prompt for prompt in asked if self._known.add((file.name, prompt)))
             if prompts:
@@ -139,6 +140,7 @@ class Planner:
         if not os.path.exists(self._folder.plan / f"{self._number:08d}"):
             return set()
         theirs = {("", "")}
+        self._worker.planned()
         for file in self._folder.pictures(self._number, self.base):
             for prompt in self._questions.of_picture(file):
                 theirs.add((file.name, prompt))

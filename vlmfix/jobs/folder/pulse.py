@@ -18,9 +18,19 @@ from vlmfix.jobs.lines import MARKS
 from vlmfix.records import refuse_other
 from vlmfix.settings import Settings
 
+FIRST_SECONDS = 3600.0
+"""Time that a worker may take to load its model and answer its first batch, and a planner to find a further picture."""
+STILL_SECONDS, SLOWER = 600.0, 10
+"""Time that each further batch may take; or so many times as long as the slowest one so far, if that is more."""
+
 
 class Worker:
-    """Keeps the file of a worker, which says what it answers with, how far it is, and again and again that it lives."""
+    """Keeps the file of a worker, which says what it answers with, how far it is, and again and again that it lives.
+
+    A thread of its own writes the file, which would go on while another one hangs, on a GPU or on a disk that is away.
+    So it gives a sign of life only while the worker gets on (``moved``); without one, its blocks are soon another's.
+    That a worker that gets on again has lost them does no harm, since of a block one attempt counts, whole.
+    """
 
     def __init__(self, folder: BlockFolder, settings: dict[str, Any]) -> None:
         self.name = named_worker()
@@ -29,12 +39,17 @@ class Worker:
         self._ending = threading.Event()
         self._marked = 0.0
         self._asked = settings
+        self._moved = self._planned = time.monotonic()
+        self._slowest: float | None = None
+        """Seconds of the slowest batch but the first; None before the first one is answered."""
+        self._planning = False
         self.totals = Totals()
         self._peak_memory: Callable[[], int] = lambda: 0
         self.card: dict[str, Any] = {
             "worker": self.name,
             "beat": 0,
             "ended": False,
+            "hung": False,
             "planning": False,
             "settings": settings,
             "started": now(),
@@ -62,10 +77,32 @@ class Worker:
             with suppress(DataError):  # the disk may be full, and the next one may be written
                 self.save()
 
+    def moved(self, *, batch: bool = False) -> None:
+        """Says that the worker gets on.
+
+        Args:
+            batch: Whether it has answered a batch.
+        """
+        moved = time.monotonic()
+        if batch and self._slowest is None:
+            self._slowest = 0.0
+        elif batch and self._slowest is not None:
+            took = moved - self._moved
+            # it hung, or batches take longer here: it gets twice the time, and not ten times what a hang took
+            took = took if took <= self._patience else 2 * self._patience / SLOWER
+            self._slowest = max(self._slowest, took)
+        self._moved = moved
+
+    @property
+    def _patience(self) -> float:
+        return FIRST_SECONDS if self._slowest is None else max(STILL_SECONDS, SLOWER * self._slowest)
+
     def save(self) -> None:
-        """Writes the file, with another sign of life."""
+        """Writes the file, with another sign of life unless the worker hangs."""
         with self._lock:
-            self.card["beat"] += 1
+            self.card["hung"] = not self.card["ended"] and time.monotonic() - self._moved > self._patience
+            self.card["beat"] += not self.card["hung"]
+            self.card["planning"] = self._planning and time.monotonic() - self._planned <= FIRST_SECONDS
             self.card["updated"] = now()
             self.card["totals"] = self.totals.noted()
             if self.card["sessions"]:
@@ -117,8 +154,17 @@ class Worker:
             ]
         self._save_alike()
 
+    @property
+    def is_planning(self) -> bool:
+        """Returns whether it has noted that it plans."""
+        return self._planning
+
     def plans(self, planning: bool) -> None:
         """Notes whether it plans."""
-        with self._lock:
-            self.card["planning"] = planning
+        self._planning = planning
+        self.planned()
         self.save()
+
+    def planned(self) -> None:
+        """Says that the planner gets on."""
+        self._planned = time.monotonic()

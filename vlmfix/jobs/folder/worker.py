@@ -157,6 +157,7 @@ class _Job:
         """Waits for a block that is free; returns False when all are done but those that were left open here."""
         pause = 0.02
         while not self._open:
+            self._worker.moved()
             planning = self._planner.check()
             if self._begin_next():
                 continue
@@ -244,6 +245,7 @@ class _Job:
             for settled in answers:
                 for sample, outcome in settled:
                     self._settle(sample, outcome)
+                self._worker.moved(batch=True)
                 self._batch_size = answerer.rows
                 self._report(self.progress())
 
@@ -300,6 +302,7 @@ class _Job:
         self._write(number, {"image": file.name, "reason": reason})
         self._blocks[number].journal.settle(file.name)
         self._step(number, len(file.prompts))
+        self._worker.moved()
         self._report(self.progress())
 
     def _settle(self, sample: Sample, outcome: Outcome) -> None:
