@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from datetime import datetime
 from typing import Any
 
 LARGEST = 1 << 53
@@ -55,8 +56,16 @@ def _is_number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and -LONGEST <= value <= LONGEST
 
 
+def _is_time(value: object) -> bool:
+    try:
+        return isinstance(value, str) and datetime.fromisoformat(value) is not None
+    except ValueError:
+        return False
+
+
 TEXT = _simple("a text", lambda value: isinstance(value, str))
 PATH = _simple("a path", _is_path)
+TIME = _simple("a time", _is_time)
 FLAG = _simple("true or false", lambda value: isinstance(value, bool))
 NUMBER = _simple("a number", _is_number)
 DURATION = _simple("a number from 0", lambda value: _is_number(value) and value >= 0)

@@ -37,7 +37,7 @@ from vlmfix.images import Found
 from vlmfix.jobs.journal import BEGUN, lines_of
 from vlmfix.jobs.lines import ANSWER, FAILURE
 from vlmfix.records import read_json, read_lines, replace_json, to_json
-from vlmfix.shapes import COUNT, FLAG, OBJECT, TEXT, Shape, fields, list_of, mapping_of
+from vlmfix.shapes import COUNT, FLAG, OBJECT, TEXT, TIME, Shape, fault, fields, list_of, mapping_of
 
 BLOCKS = "blocks"
 """Folder of all this, below the run's."""
@@ -68,6 +68,8 @@ ENTRY = fields(
 )
 END = fields({"questions": COUNT})
 HEAD = fields({"before": COUNT, "questions": COUNT})
+ROW = Shape(lambda value: (ENTRY if isinstance(value, dict) and "image" in value else HEAD).problem(value))
+"""Shape of a line of a block of the plan: the first one is a head."""
 COUNTS = fields({"answers": COUNT, "failed": COUNT, "reasons": mapping_of(COUNT), "worker": TEXT})
 CARD = fields(
     {
@@ -77,10 +79,10 @@ CARD = fields(
         "planning": FLAG,
         "settings": OBJECT,
         "started": TEXT,
-        "updated": TEXT,
+        "updated": TIME,
         "sessions": list_of(fields({"started": TEXT, "peak_memory": COUNT})),
         "totals": fields({"answers": COUNT, "failed": COUNT}),
-        "recent": list_of(fields({"time": TEXT, "done": COUNT})),
+        "recent": list_of(fields({"time": TIME, "done": COUNT})),
     },
     {"hung": FLAG},
 )
@@ -169,7 +171,7 @@ class BlockFolder:
         place = self.plan / _name(number)
         if self.is_end(number):
             return int(read_json(place / ALL, END)["questions"]), 0
-        for line in read_lines(place / PICTURES):
+        for line in read_lines(place / PICTURES, HEAD):
             return int(line["before"]), int(line["questions"])
         raise DataError(f"{place / PICTURES} is empty", "restore the file")
 
@@ -185,10 +187,12 @@ class BlockFolder:
         """
         if self.is_end(number):
             return
-        lines = read_lines(self.plan / _name(number) / PICTURES)
-        next(lines, None)
-        for line in lines:
-            yield taken(line, number, base)
+        path = self.plan / _name(number) / PICTURES
+        for place, line in enumerate(read_lines(path, ROW)):
+            if (place == 0) == ("image" in line):
+                raise DataError(f"line {place + 1} of {path} does not belong there", "restore the file")
+            if place > 0:
+                yield taken(line, number, base)
 
     def publish(self, number: int, pictures: Sequence[Mapping[str, Any]], before: int, questions: int) -> bool:
         """Adds a block to the plan; returns False where another planner was first.
@@ -426,8 +430,8 @@ def taken(line: Mapping[str, Any], number: int, base: Path) -> Taken:
     Raises:
         DataError: The line is damaged.
     """
-    if (wrong := ENTRY.problem(line)) is not None:
-        raise DataError(f"a line of block {number} of the plan {' '.join(wrong)}", "restore the file")
+    if wrong := fault(line, ENTRY):
+        raise DataError(f"a line of the plan{wrong}", "restore the file")
     part, cell = line.get("part"), line.get("cell")
     return Taken(
         line["image"],

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from vlmfix.shapes import COUNT, DURATION, FLAG, NUMBER, OBJECT, TEXT, fields, list_of
+from vlmfix.shapes import COUNT, DURATION, FLAG, NUMBER, OBJECT, TEXT, TIME, fields, list_of
 
 WORD = list_of(NUMBER, least=3)
 """What a line says of a word: begin and end in the answer, and log-probability."""
@@ -35,12 +35,12 @@ ACTOR = fields(
         "settings": OBJECT,
         "session": fields({"started": TEXT, "peak_memory": COUNT}),
         "totals": fields({"answers": COUNT, "failed": COUNT}),
-        "updated": TEXT,
+        "updated": TIME,
     }
 )
 """Shape of what an actor notes."""
 MARKS = 12
 """Most times in a card at which it was noted how many questions were done: half a minute lies between two of them."""
 FAILURE = fields({"image": TEXT, "reason": TEXT}, {"prompt": TEXT})
-PROGRESS = fields({"total": COUNT, "left": COUNT, "recent": list_of(fields({"time": TEXT, "done": COUNT}))})
+PROGRESS = fields({"total": COUNT, "left": COUNT, "recent": list_of(fields({"time": TIME, "done": COUNT}))})
 """Shape of what a card says of how far the run is."""

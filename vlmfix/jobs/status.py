@@ -16,14 +16,14 @@ from vlmfix.extras import need
 from vlmfix.jobs.blocks import LEASE_SECONDS, BlockFolder
 from vlmfix.jobs.lines import ACTOR, ACTORS, ANSWERS, CARD, FAILED, FAILURE, PROGRESS, QUESTIONS, RAY, ROWS
 from vlmfix.records import count_lines, is_held, read_json, read_lines
-from vlmfix.shapes import COUNT, FLAG, TEXT, fields
+from vlmfix.shapes import COUNT, FLAG, TIME, fields
 
 RECENT = timedelta(minutes=5)
 """The last minutes, over which a rate is taken."""
 SHORTEST = timedelta(seconds=10)
 """A batch is written all at once; over less time a rate would say nothing."""
 SHOWN = fields(
-    {"finished": FLAG, "updated": TEXT, "totals": fields({"answers": COUNT, "failed": COUNT})}, {"progress": PROGRESS}
+    {"finished": FLAG, "updated": TIME, "totals": fields({"answers": COUNT, "failed": COUNT})}, {"progress": PROGRESS}
 )
 
 
@@ -283,8 +283,5 @@ def _rate(card: dict[str, Any] | None, done: int, now: datetime | None) -> tuple
 
 
 def _time(text: str) -> datetime:
-    try:
-        time = datetime.fromisoformat(text)
-    except ValueError as error:
-        raise DataError(f"{text!r} in a {CARD} is no time", "restore the file") from error
+    time = datetime.fromisoformat(text)
     return time if time.tzinfo else time.replace(tzinfo=UTC)
