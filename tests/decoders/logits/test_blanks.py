@@ -112,12 +112,17 @@ def test_mod_sees_the_most_regarded_fifth(family):
     for row in (0, 1):
         seen, own = looked(vlm, batch, row)
         total = seen.sum(dim=0)
-        least = total.sort(descending=True).values[int(0.2 * len(total)) - 1]
+        least = total.sort().values[int(0.8 * len(total))]  # the released code leaves out so many
         blank[row, own] = total < least
     other = without(vlm, batch, blank)
     clean = plain(vlm, batch, steps=1)[0]
     close(logits(vlm, batch, MoD(agreement=1, plausibility=0), steps=1)[0], clean + 4 * other)
     close(logits(vlm, batch, MoD(agreement=0, plausibility=0), steps=1)[0], 2 * clean - other)
+
+
+@pytest.mark.parametrize(("count", "kept"), [(576, 116), (256, 52), (10, 2), (1, 1)])
+def test_the_share_is_rounded_up_as_the_released_code_rounds_what_it_leaves_out_down(count, kept):
+    assert int(most_regarded(torch.rand(count), 0.2).sum()) == kept
 
 
 def test_one_token_is_left_at_least():

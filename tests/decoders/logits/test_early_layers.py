@@ -69,9 +69,23 @@ def test_both_distances_rank_layers_differently():
     assert true.argmax() != code.argmax()
 
 
+@pytest.mark.parametrize(("swapped", "measure"), [(False, divergence), (True, released)])
+def test_a_token_that_float32_gives_no_probability_is_no_nan(swapped, measure):
+    """Heads on streams that no norm has seen make logits far apart."""
+    last = torch.tensor([[0.0, -150.0, -3.0]]).log_softmax(-1)
+    early = torch.tensor([[[-2.0, -170.0, 0.0]], [[0.0, -120.0, -1.0]]]).log_softmax(-1)
+    found = distances(last, early, swapped=swapped)[:, 0]
+    expected = [measure(last[0].double().exp(), one[0].double().exp()) for one in early]
+    torch.testing.assert_close(found, torch.tensor(expected).float())
+
+
 @pytest.mark.parametrize(
     ("preset", "layers", "tied", "expected"),
     [
+        ("low", 5, True, range(2, 3)),
+        ("low", 4, True, range(2, 3)),
+        ("low", 2, True, range(1, 2)),
+        ("low", 1, True, range(0, 1)),
         ("low", 32, False, range(0, 16, 2)),
         ("high", 32, False, range(16, 32, 2)),
         ("low", 28, True, range(2, 14, 2)),

@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from tests.contracts.support import batch_of, close, extended, logits, vlm_of
+from tests.decoders.attention.test_locore import site
 from vlmfix.decoders import ONLY
-from vlmfix.decoders.logits.only import Adaptive, entropy, outlying
+from vlmfix.decoders.logits.only import Adaptive, TextHeads, entropy, outlying
 from vlmfix.upstream.attention import register, switched, unregister
 
 STEPS = 3
@@ -137,6 +138,13 @@ def test_a_sink_is_left_out_of_the_entropy():
     assert out.tolist() == [False] * 5 + [True]
     assert entropy(weights, part & ~out).item() == pytest.approx(math.log(5), abs=1e-4)
     assert entropy(weights, torch.zeros(6, dtype=torch.bool)).item() == 0
+
+
+def test_a_head_that_does_not_look_at_the_picture_is_switched_off_and_switches_off_no_other():
+    here = site([6], keys=7, prompt=7, image=[1, 2], text=[0, 3, 4, 5, 6])
+    weights = torch.tensor([[[0.1, 0.2, 0.3, 0.1, 0.1, 0.1, 0.1], [0.3, 0.0, 0.0, 0.3, 0.2, 0.1, 0.1]]])[:, :, None]
+    stays = TextHeads(trimmed=False).share(here, weights).sum(dim=-1) > 0
+    assert stays.flatten().tolist() == [True, False]
 
 
 def test_presets():

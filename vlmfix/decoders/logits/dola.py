@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
@@ -35,7 +36,7 @@ def distances(last: Tensor, early: Tensor, *, swapped: bool) -> Tensor:
     Returns:
         (E, B).
     """
-    middle = (last.exp() + early.exp()).mul(0.5).log()  # (E, B, V)
+    middle = torch.logaddexp(last, early) - math.log(2)  # (E, B, V); not by way of probabilities, of which some are 0
     if swapped:  # means of "divergences" of the mean distribution from each, weighted by the mean one
         pairs = [(middle.exp() * (middle - other)).mean(dim=-1) for other in (last, early)]
     else:
@@ -120,9 +121,9 @@ class DoLa(Decoder):
         count = vlm.layers
         if self.layers is not None:
             return sorted(self.layers.resolve(count))
-        first = 2 if is_tied(vlm) else 0  # a tied head reads the token itself off the embeddings
-        if self.preset == "low":
-            return list(range(first, count // 2 if count <= DEEP else 20, 2))
+        first = min(2, count - 1) if is_tied(vlm) else 0  # a tied head reads the token itself off the embeddings
+        if self.preset == "low":  # whose first half may be no more than the layer that it begins with
+            return list(range(first, count // 2 if count <= DEEP else DEEP // 2, 2)) or [first]
         return list(range(count // 2 if count <= DEEP else count - 20, count, 2))
 
     def check(self, vlm: Checkpoint) -> str | None:

@@ -91,6 +91,6 @@ class MoD(Decoder):
 
 
 def most_regarded(seen: Tensor, share: float) -> Tensor:
-    """Marks the share of (N,) values that are highest, one at least, (N,) bool."""
-    count = max(1, int(share * len(seen)))
+    """Marks the share of (N,) values that are highest, rounded up as in the released code, one at least, (N,) bool."""
+    count = max(1, len(seen) - int(len(seen) * (1 - share)))
     return torch.zeros_like(seen, dtype=torch.bool).scatter(0, seen.topk(count).indices, True)

@@ -141,7 +141,9 @@ class TextHeads(SplitEdit):
         text = text & (text.cumsum(dim=-1) > 1)  # without a prompt's first token
         image = site.image_keys[:, None, None] & allowed
         usual = [part & ~outlying(weights, part) for part in (text, image)]
-        ratio = entropy(weights, usual[0]) / entropy(weights, usual[1]).clamp(min=LEAST)  # (B, H, R, 1)
+        widely = entropy(weights, usual[1]).clamp(min=LEAST)
+        looks = weights.where(image, 0.0).sum(dim=-1, keepdim=True) > 0
+        ratio = entropy(weights, usual[0]) / widely.where(looks, torch.inf)  # (B, H, R, 1), 0 as in the released code
         stays = ratio >= ratio.mean(dim=1, keepdim=True)
         said = weights
         if self.trimmed:
