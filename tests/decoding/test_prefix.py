@@ -347,3 +347,33 @@ def scored(vlm, batch, spec):
     method, layout = method_of(spec), vlm.layout(batch)
     with running(vlm, batch, layout, method.plan(vlm, batch, layout), limit=4, name=spec) as call:
         return torch.stack([call.prompt(), call.token(torch.full((batch.rows,), 7))])
+
+
+@pytest.mark.parametrize("family", unlike())
+@pytest.mark.parametrize("name", ["m3id", "pai"])
+def test_a_row_of_text_passes_without_the_padding_before_it(family, name, monkeypatch):
+    vlm = vlm_of(family)
+    batch = vlm.encode(["dog?", "is it red?"], [[TWO, THREE, ONE], [picture(9, (33, 44)), ONE, TWO]])
+
+    def said(share):
+        monkeypatch.setattr(prefix, "PADDING", share)
+        layout = vlm.layout(batch)
+        plan = method_of(METHODS[name]).plan(vlm, batch, layout)
+        with counted(vlm) as passes, running(vlm, batch, layout, plan, limit=4, name=name) as call:
+            scores = [call.prompt(), *(call.token(torch.tensor(tokens)) for tokens in ((5, 6), (7, 8), (9, 10)))]
+        return torch.stack(scores), passes
+
+    (whole, uncut), (short, cut) = said(2.0), said(0.05)
+    close(short, whole)
+    assert (len(cut), len(uncut)) == (2, 1)
+    assert sum(cut) < 0.9 * uncut[0]
+
+
+def test_prompts_of_about_one_length_pass_together():
+    """A further pass costs more than a little padding."""
+    vlm = vlm_of("llava")
+    batch = vlm.encode(["dog?", "is it red?"], [[TWO], [picture(9, (33, 44))]])
+    plan = method_of("greedy").plan(vlm, batch, vlm.layout(batch))
+    with counted(vlm) as passes, running(vlm, batch, vlm.layout(batch), plan, limit=2, name="greedy") as call:
+        call.prompt()
+    assert passes == [2 * batch.length]

@@ -6,6 +6,9 @@ beginning; the columns from ``start`` on run per row, behind that cache. Columns
 and everything above the text decoder see one ordinary prompt. Where ``start`` cuts into a row's own beginning (its
 question is shorter than the longest), the row computes the few columns between once more.
 
+Rows that are much shorter than others, such as the text alone beside a picture, are padding up to some column. Where
+that is a good part of all tokens, the columns before it run for the other rows alone.
+
 What remains of the pass of a long prompt is cut into pieces, each behind the cache of those before it, so that a
 photograph of many tokens does not need the memory of a whole pass.
 
@@ -47,6 +50,8 @@ best speed, with less than 1 GiB beside the weights and the cache in a model of 
 COLUMNS = 2_048
 """Prompts of at most this many tokens are not cut into pieces: attention behind a cache is slower than in one pass, and
 what many short prompts need is their cache above all."""
+PADDING = 0.25
+"""Share of padding among the tokens of all rows from which on it is worth a further pass to leave it out."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -126,10 +131,11 @@ def cut_prefill(vlm: Checkpoint, prompts: Prompts) -> Iterator[None]:
     def forward(*args: Any, **kwargs: Any) -> Any:  # noqa: ANN401 (families differ)
         restore()
         short = prompts.real.shape[1] <= COLUMNS or prompts.real.numel() <= PIECE
-        given = None if args or (prompts.alike is None and short) else read(decoder, kwargs)
+        cuts = prompts.alike is not None or not short or _padding(prompts.real) >= PADDING
+        given = None if args or not cuts else read(decoder, kwargs)
         if given is None or not _is_prefill(vlm, given, prompts.real):
             return original(*args, **kwargs)
-        split = None if prompts.alike is None else _split(vlm, prompts.real, prompts.alike, given)
+        split = _split(vlm, prompts, given)
         if split is not None:
             return _run(vlm, original, split, given)
         return original(*args, **kwargs) if short else _rest(vlm, original, given, 0, {})
@@ -167,32 +173,71 @@ class Split:
     length: int
 
 
-def _split(vlm: Checkpoint, real: Tensor, same: Tensor, given: Given) -> Split | None:
-    """Decides where to split; returns None when a split would save nothing.
+def _padding(real: Tensor) -> float:
+    """Returns the share of padding in (B, T) prompts."""
+    return 1 - float(real.float().mean())
+
+
+def _split(vlm: Checkpoint, prompts: Prompts, given: Given) -> Split | None:
+    """Decides where to split; returns None when a split would save nothing, or too little where no beginning is shared.
 
     Args:
         vlm: The model.
-        real: As in ``Prompts``.
-        same: ``Prompts.alike``.
+        prompts: The rows.
         given: The call.
     """
-    rows, total = real.shape
-    pad = total - real.sum(dim=1)  # (B,)
+    rows, total = prompts.real.shape
+    every = torch.arange(rows, device=prompts.real.device)
+    same = every if prompts.alike is None else prompts.alike
+    pad = total - prompts.real.sum(dim=1)  # (B,)
     common = torch.minimum(
         _common(same, pad, given), total - pad - 2
     )  # (B,); leaves two queries: one alone is a decoding step
     common = common.scatter_reduce(0, same, common, "amin")[same]
     edited = first_edited(vlm)
-    start = min(int((pad + common).min()), total if edited is None else edited)
-    wanted = (start - pad).clamp(min=0)  # (B,) tokens of the beginning that each row takes over
-    wanted = wanted.scatter_reduce(0, same, wanted, "amax")
+    start = _start(pad, same, min(int((pad + common).min()), total if edited is None else edited), total)
+    wanted = _wanted(pad, same, start)
     alike = torch.where(wanted[same] > 0, same, same[wanted.argmax()])
     first, of = alike.unique(return_inverse=True)
     needed = _closed(given.mask, first, pad[first], wanted[first])  # (U,)
     length = int(needed.max())
-    if bool((needed > common[first]).any()) or len(first) * length + rows * (total - start) >= rows * total:
+    saved = rows * total - len(first) * length - rows * (total - start)
+    if bool((needed > common[first]).any()) or saved <= (PADDING * rows * total if prompts.alike is None else 0):
         return None
     return Split(start=start, first=first, of=of, pad=pad, length=length)
+
+
+def _wanted(pad: Tensor, same: Tensor, start: int) -> Tensor:
+    """Counts the tokens of each beginning that some row takes over, (B,), at the row that the beginning is taken from.
+
+    Args:
+        pad: (B,) columns of padding before each row.
+        same: (B,) row that each row's beginning is taken from.
+        start: See ``Split``.
+    """
+    wanted = (start - pad).clamp(min=0)
+    return wanted.scatter_reduce(0, same, wanted, "amax")
+
+
+def _start(pad: Tensor, same: Tensor, latest: int, total: int) -> int:
+    """Chooses the last column that may be, or one at which rows begin, where far fewer tokens pass with that.
+
+    Up to there a row of text beside rows with a picture is padding alone, and need not pass.
+
+    Args:
+        pad: As for ``_wanted``.
+        same: As for ``_wanted``.
+        latest: The last column that may be.
+        total: T.
+    """
+    pad, same = pad.cpu(), same.cpu()
+
+    def tokens(start: int) -> int:
+        wanted = _wanted(pad, same, start)[same.unique()]
+        return int((wanted > 0).sum()) * int(wanted.max()) + len(pad) * (total - start)
+
+    best = min({latest, *(begin for begin in pad.tolist() if 0 < begin < latest)}, key=tokens)
+    return best if tokens(latest) - tokens(best) >= PADDING * len(pad) * total else latest
 
 
 def _run(vlm: Checkpoint, decoder: Callable[..., Any], split: Split, given: Given) -> Any:  # noqa: ANN401

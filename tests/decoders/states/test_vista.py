@@ -40,7 +40,7 @@ def states(model, family, inputs):
     return torch.stack(found)
 
 
-def slow(vlm, row, tokens, strength, augmentation, exits, place):
+def slow(vlm, row, tokens, strength, augmentation, exits, place, component=0.0):
     """(steps, V) scores of one sample behind its prompt and each of ``tokens`` but the last."""
     model, family = copy.deepcopy(vlm.model).double(), vlm.family
 
@@ -49,6 +49,7 @@ def slow(vlm, row, tokens, strength, augmentation, exits, place):
 
     shown, hidden = vlm.encode([PROMPTS[row]], [PICTURES[row]]), vlm.encode([PROMPTS[row]], [()])
     directions = states(model, family, exact(shown)) - states(model, family, exact(hidden))
+    directions[0, 0] += component
 
     def turn(number):
         d = directions[number]
@@ -88,6 +89,17 @@ def test_every_token_is_turned_towards_what_the_picture_put_into_the_last_one(fa
         close(found[:, sample], slow(vlm, row, tokens[sample], 0.4, 0.3, (1, 2), place))
     for other in ((0.2, 0.3, (1, 2)), (0.4, 0.2, (1, 2)), (0.4, 0.3, (2,))):
         assert (found[:, 0] - slow(vlm, 0, tokens[0], *other, place)).abs().max() > 1e-2
+
+
+def test_the_released_direction_has_a_component_of_nothing_in_it():
+    """Of the zero matrix that its one sample leaves: 1 in the first coordinate of the first layer."""
+    vlm = vlm_of("llava")
+    batch, tokens = batch_of(vlm, (0, 1)), torch.arange(20, 20 + 2 * STEPS).view(2, STEPS)
+    method = VISTA(strength=0.4, exits="1:3", direction="official-code")
+    found = logits(vlm, batch, method, steps=STEPS, logits_processor=[Forced(tokens, batch.length)])
+    for row in (0, 1):
+        close(found[:, row], slow(vlm, row, tokens[row], 0.4, 0.3, (1, 2), "mlp", component=1.0))
+    assert (found[:, 0] - slow(vlm, 0, tokens[0], 0.4, 0.3, (1, 2), "mlp")).abs().max() > 1e-3
 
 
 @pytest.fixture

@@ -46,11 +46,13 @@ class PAI(Decoder):
     in LVLMs", ECCV 2024, arXiv 2407.21771; code LALBJ/PAI. Its README has gain 0.2 and guidance 1.1; its command line
     begins with guidance 2.
 
-    *Differs*: with guidance 1 the released code never switches the edit on; here the first part then acts alone. It has
-    no models with grouped keys, and needs eager attention. Beams carry the second row along, which the release forgets.
+    *Differs*: with guidance 1 the released code never switches the edit on; here the first part then acts alone, with
+    ``official-code`` behind the first token (without a second part at all the release edits that too, as
+    ``first_token=true`` does). It has no models with grouped keys, and needs eager attention. Beams carry the second
+    row along, which the release forgets.
 
     *Cost*: one row of attention is computed from its scores. With the second part two rows per sample, of which the
-    second has a short prompt.
+    second has a short prompt; in the cache it is as wide as the first.
 
     Example:
         >>> PAI(guidance=1).spec()

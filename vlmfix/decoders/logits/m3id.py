@@ -51,8 +51,8 @@ class M3ID(Decoder):
     *Differs*: the paper contrasts only where the model is unsure, in place of a cut; its threshold could not be
     checked, so ``confidence`` is open and the cut of the re-implementations is the default.
 
-    *Cost*: two rows per sample, one pass per token; the second row has no picture, so its prompt is short and its part
-    of the cache small.
+    *Cost*: two rows per sample, one pass per token. The second row has no picture, so that its prompt is short and
+    little of it passes; in the cache it is as wide as the first.
 
     Example:
         >>> M3ID(decay=0.01).spec()

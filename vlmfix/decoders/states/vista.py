@@ -44,14 +44,16 @@ class VISTA(Decoder):
         exits: Late layers, counted as layers passed. None takes the authors' 26 to 31 of 32 (blocks 25 to 30), as
             shares of the depth.
         place: ``mlp``, what a layer's MLP adds to the stream, as released, or ``layer``, the whole stream behind it.
+        direction: ``difference``, or ``official-code``: with the component that the released code adds to it, 1 in the
+            first coordinate of the first layer.
 
     *Source*: Li et al., "The Hidden Life of Tokens: Reducing Hallucination of Large Vision-Language Models via Visual
     Information Steering", ICML 2025, arXiv 2502.03628; code LzVv123456/VISTA.
 
     *Differs*: to the difference the released code adds the first principal component, which of its single sample is an
-    arbitrary unit vector of a zero matrix: on one machine 1 in the first coordinate of the first layer, on another
-    perhaps not. That says nothing of the picture and cannot be had the same everywhere, so it is left out. What is
-    turned is not rounded to float16, and the code takes one sample at a time. Rows without a picture are left alone.
+    arbitrary unit vector of a zero matrix: on a CPU 1 in the first coordinate of the first layer, elsewhere perhaps
+    not. That says nothing of the picture, so the default leaves it out. What is turned is not rounded to float16, and
+    the code takes one sample at a time. Rows without a picture are left alone.
     With ``place=layer`` every layer turns what earlier ones have turned: the authors' strengths are too large there.
 
     *Cost*: the prompt twice more, once without the picture; one pass per token, and the output head once more for each
@@ -89,6 +91,9 @@ class VISTA(Decoder):
         help="late layers, in layers passed; none: 26 to 31 of 32, by depth",
     )
     place: str = parameter("mlp", str, choices=("mlp", "layer"), help="what an MLP adds to the stream, or the stream")
+    direction: str = parameter(
+        "difference", str, choices=("difference", "official-code"), later=True, help="what it is turned towards"
+    )
 
     def plan(self, vlm: Checkpoint, batch: Batch, layout: ImageLayout) -> DecodingPlan:
         """Plans the turn, and the rule for the logits, for rows that have a picture."""
@@ -98,6 +103,8 @@ class VISTA(Decoder):
         if not bool(pictured.any()):
             return DecodingPlan()
         directions = last_states(vlm, batch) - last_states(vlm, without_picture(vlm, batch).batch)  # (B, L, D)
+        if self.direction == "official-code":
+            directions[:, 0, 0] += 1
         edit = Turned(
             layers=self.layers,
             strength=self.strength,
