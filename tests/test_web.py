@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import json
+import re
 import shutil
 
 import numpy as np
@@ -19,7 +20,7 @@ from vlmfix import images
 from vlmfix import web as fetching
 from vlmfix.asked import pictures_of
 from vlmfix.errors import DataError, PassingError, UsageError
-from vlmfix.images import Found, digest_of, picture_at, read_ahead
+from vlmfix.images import Found, digest_of, open_found, picture_at, picture_of, read_ahead
 from vlmfix.jobs.folder import Questions, run
 from vlmfix.models.conversation import conversation, turns_of
 from vlmfix.models.layout import Turn
@@ -219,6 +220,47 @@ VIDEOS = {
     "webm": b"\x1a\x45\xdf\xa3" + bytes(20),
     "mpeg": b"\0\0\1\xba" + bytes(20),
 }
+
+
+OTHERS = {
+    "pdf": (b"%PDF-1.7\n" + bytes(20), "a PDF document, .*pdftoppm"),
+    "zip": (b"PK\3\4" + bytes(20), "an archive, .*: unpack it"),
+    "tgz": (b"\x1f\x8b\x08" + bytes(20), "an archive, .*: unpack it"),
+    "mp3": (b"ID3\4" + bytes(20), "sound, and only pictures are read"),
+    "wav": (b"RIFF\0\0\0\0WAVEfmt ", "sound, and only pictures are read"),
+    "m4a": (b"\0\0\0\x20ftypM4A \0\0\2\0", "sound, and only pictures are read"),
+    "avi": (VIDEOS["avi"], "a video, .*ffmpeg"),
+    "MP4": (VIDEOS["mp4"], "a video, .*ffmpeg"),
+    "heic": (b"\0\0\0\x18ftypheic\0\0\0\0mif1heic", "HEIC and AVIF are not read"),
+}
+
+
+@pytest.mark.parametrize("ending", OTHERS)
+def test_what_is_no_picture_is_called_by_its_kind_whether_it_is_there_or_not(tmp_path, ending, vlmfix):
+    content, said = OTHERS[ending]
+    (tmp_path / "a.jpg").write_bytes(content)
+    with pytest.raises(DataError, match=f"^{said}"):
+        picture_at(tmp_path / "a.jpg")
+    missing = tmp_path / f"clip.{ending}"
+    for place in (missing, missing.as_uri()):
+        with pytest.raises(DataError, match=f"^{said}"):
+            picture_at(place)
+    with web({f"/clip.{ending}?size=large": png(), f"/a.png?of=clip.{ending}": png()}) as server:
+        with pytest.raises(DataError, match=f"^{said}"):
+            picture_at(server.url(f"/clip.{ending}?size=large"))
+        assert picture_at(server.url(f"/a.png?of=clip.{ending}")).image.size == picture_of(png()).size
+    missing.write_bytes(png())
+    assert picture_at(missing).image.size == picture_of(png()).size, "what is there is told by its content"
+    missing.unlink()
+    (tmp_path / "list.txt").write_text(f"{missing.name}\n")
+    (found,) = source_of(tmp_path / "list.txt")
+    with pytest.raises(DataError, match=f"^{said}"):
+        open_found(found)
+    for command in (("ask", missing, "What?"), ("run", missing, "--out", tmp_path / "out")):
+        code, _, told = vlmfix(*command, "--model", "tiny")
+        assert code != 0
+        assert re.search(rf"clip\.{ending}: {said}", told)
+        assert "there is no" not in told
 
 
 @pytest.mark.parametrize("name", VIDEOS)

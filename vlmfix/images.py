@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import stat
 import time
 from collections import deque
@@ -19,6 +20,7 @@ from PIL import Image, UnidentifiedImageError
 
 from vlmfix.cells import cell
 from vlmfix.errors import DataError, PassingError, UsageError, passing
+from vlmfix.kinds import kind_named, kind_of
 from vlmfix.metadata import without_metadata
 from vlmfix.pixels import check_size, check_tiles, rgb, turn
 from vlmfix.web import fetched, in_data_url, is_web, path_of
@@ -31,9 +33,6 @@ T = TypeVar("T")
 HERE = Path()
 CALLED = 200
 """Characters of an address in a message."""
-STILLS = {b"heic", b"heix", b"heim", b"heis", b"mif1", b"msf1", b"avif", b"avis"}
-"""Brands of pictures that stand in the same boxes as videos."""
-VIDEO = "a video, and only still pictures are read: take pictures out of it, by ffmpeg -i VIDEO frame%04d.png for one"
 NO_CONTENT = "not a file with content (a device, socket or pipe)"
 
 BOMBS = (Image.DecompressionBombError, Image.DecompressionBombWarning)
@@ -104,8 +103,11 @@ def find(folder: Path, *, skip: Path | None = None) -> Iterator[Found]:
         top = os.stat(folder)
         os.scandir(folder).close()
     except (OSError, ValueError) as error:  # the latter of a zero byte in the name
+        hint = "give a picture, or a folder with pictures"
+        if kind := kind_named(folder.name):
+            raise DataError(f"{folder}: {kind}", hint) from error
         reason = getattr(error, "strerror", error)
-        raise DataError(f"cannot read {folder}: {reason}", "give a picture, or a folder with pictures") from error
+        raise DataError(f"cannot read {folder}: {reason}", hint) from error
     left_out = _identity(os.stat(skip)) if skip is not None and os.path.exists(skip) else None
     yield from _walk(folder, "", (_identity(top),), left_out)
 
@@ -181,13 +183,22 @@ def open_found(file: Found) -> Picture:
     if file.problem:
         raise DataError(file.problem)
     if file.url:
-        return _picture(fetched(file.url))
+        return _in_web(file.url)
+    if (kind := kind_named(file.path.name)) and not os.path.lexists(file.path):
+        raise DataError(kind)  # a name that is misspelt would be told of a file that is not read at all
     with _as_data_errors():
         if not stat.S_ISREG(os.stat(file.path).st_mode):
             raise DataError(NO_CONTENT)
         if (content := _inner(file)) is not None:
             return _picture(content)
     return open_picture(file.path)
+
+
+def _in_web(address: str) -> Picture:
+    """Decodes a picture of the web; what its name says is none is not fetched."""
+    if kind := kind_named(re.split(r"[?#]", address, maxsplit=1)[0]):
+        raise DataError(kind)
+    return _picture(fetched(address))
 
 
 def _picture(content: bytes) -> Picture:
@@ -283,7 +294,7 @@ def _read(file: BinaryIO, read: Callable[[BinaryIO], T]) -> T:
         if passing(error):
             raise
         file.seek(0)
-        if isinstance(error, UnidentifiedImageError) and (kind := _other_kind(file.read(16))):
+        if isinstance(error, UnidentifiedImageError) and (kind := kind_of(file.read(16))):
             raise DataError(kind) from error
         file.seek(0)
         content = file.read()
@@ -298,23 +309,6 @@ def _read(file: BinaryIO, read: Callable[[BinaryIO], T]) -> T:
                     raise
                 continue
         raise
-
-
-def _other_kind(head: bytes) -> str:
-    """Says what a file is that people take for a picture, by its first 16 bytes; empty for anything else."""
-    if head[4:8] == b"ftyp":
-        still = head[8:12] in STILLS
-        return "HEIC and AVIF are not read: save the picture as JPEG or PNG" if still else VIDEO
-    boxes = head[4:8] in (b"moov", b"mdat", b"wide") or (head[:4] == b"RIFF" and head[8:12] == b"AVI ")
-    beginnings = (
-        b"\x1a\x45\xdf\xa3",
-        b"\x00\x00\x01\xba",
-        b"\x00\x00\x01\xb3",
-        b"FLV\x01",
-        b"OggS",
-        b"\x30\x26\xb2\x75",
-    )
-    return VIDEO if boxes or head.startswith(beginnings) else ""
 
 
 def _decoded(file: BinaryIO) -> Image.Image:
@@ -352,7 +346,7 @@ def picture_at(address: str | Path, *, folder: Path = HERE) -> Picture:
     """
     if isinstance(address, str):
         if is_web(address):
-            return _picture(fetched(address))
+            return _in_web(address)
         if (content := in_data_url(address)) is not None:
             return _picture(content)
         address = path_of(address, folder)
@@ -369,7 +363,8 @@ def named_picture(address: str) -> Image.Image:
     """
     called = address if len(address) <= CALLED else f"{address[:CALLED]}..."
     try:
-        if not (is_web(address) or address[:5].lower() == "data:" or os.path.exists(path_of(address, HERE))):
+        elsewhere = is_web(address) or address[:5].lower() == "data:" or kind_named(address)
+        if not (elsewhere or os.path.exists(path_of(address, HERE))):
             raise UsageError(f"there is no file {called}", "give a picture, or its address; the question comes last")
         return picture_at(address).image
     except DataError as error:

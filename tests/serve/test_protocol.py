@@ -261,6 +261,7 @@ def test_local_files_below_the_allowed_folder(tmp_path):
     for address in (outside.as_uri(), f"{root}/../outside.png", f"{root}/link.png", root, f"file://host{root[7:]}/a",
                     f"{root}/%00", f"{root}/%ff", "file:///etc/passwd", "file:///missing", "file://["):  # fmt: skip
         assert "not below the folder" in str(refused(**asked(address)))
+    assert "a video, and only still pictures are read" in str(refused(**asked(f"{root}/missing.mp4")))
     for name in ("missing.png", "folder", "pipe"):
         assert "there is no file" in str(refused(**asked(f"{root}/{name}")))
     with pytest.raises(RefusedError, match="has more than 100 bytes"):

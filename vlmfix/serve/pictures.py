@@ -13,6 +13,7 @@ from PIL import Image
 from vlmfix.errors import DataError, PassingError
 from vlmfix.files import resolved
 from vlmfix.images import picture_of
+from vlmfix.kinds import kind_named
 from vlmfix.parsing import told
 from vlmfix.serve.refusals import RefusedError
 from vlmfix.web import in_data_url
@@ -85,7 +86,9 @@ class Gallery:
             raise outside
         try:
             if not path.is_file():
-                raise RefusedError(f"there is no file {told(url)}", "name a picture", param=param)
+                kind = kind_named(path.name)
+                missing = f"{told(url)}: {kind}" if kind else f"there is no file {told(url)}"
+                raise RefusedError(missing, "name a picture", param=param)
             with path.open("rb") as file:
                 content = file.read(self._most + 1)
         except OSError as error:

@@ -29,6 +29,7 @@ from vlmfix.jobs.folder.suspects import prove, stretches
 from vlmfix.jobs.journal import DIED
 from vlmfix.jobs.ledger import asked_before
 from vlmfix.jobs.shards import Shard, shards_in
+from vlmfix.kinds import kind_named
 from vlmfix.language.parameters import plain
 from vlmfix.parsing import WORD
 from vlmfix.seen import Seen
@@ -162,8 +163,10 @@ def prepared(
         UsageError: A setting is not allowed, the pictures are not there, or ``out`` is their folder.
     """
     if not os.path.exists(pictures):
+        kind = kind_named(pictures.name)
         raise UsageError(
-            f"there is no {pictures}", "give a picture, a folder of them, or a list (.txt, .csv), also of URLs"
+            f"{pictures}: {kind}" if kind else f"there is no {pictures}",
+            "give a picture, a folder of them, or a list (.txt, .csv), also of URLs",
         )
     if os.path.isdir(pictures) and os.path.exists(out) and out.samefile(pictures):
         raise UsageError(f"{out} is the folder of the pictures", "choose another --out")
