@@ -12,8 +12,9 @@ from vlmfix.advice import choice, published
 from vlmfix.advice.costs import Cost, cost
 from vlmfix.advice.recipes import ORDER, Figure, Measured, Recipe, recipes
 from vlmfix.commands import options
-from vlmfix.decoders import parse
+from vlmfix.decoders import DECODERS, parse
 from vlmfix.language.recipe import SHIPPED
+from vlmfix.parsing import toml_of
 
 ROOT = Path(__file__).parent.parent.parent
 PAGE = (ROOT / "docs" / "recipes.md").read_text()
@@ -84,9 +85,24 @@ def test_rows_of_the_table_cost_what_it_says_and_others_what_their_recipe_says()
 
 def test_published_figures_are_differences_within_a_source():
     found = published.published(["pai", "vhr"])
-    assert [one.decoder for one in found] == ["pai"] * 5 + ["vhr"] * 2
+    assert [one.decoder for one in found] == ["pai"] * 6 + ["vhr"] * 2
     assert found[0].change == pytest.approx(22.8 - 46.4)
     assert {one.how for one in found} == {"copied", "second hand"}
+
+
+def test_published_figures_say_of_how_long_answers_they_are_where_that_is_another_length():
+    found = published.published(DECODERS)
+    assert {one.tokens for one in found} == {64, 128, 512}
+    (only,) = [one for one in found if one.decoder == "only"]
+    assert (only.plain, only.mitigated, only.known_from) == (26.2, 20.0, "ONLY; up to 128 tokens; second hand")
+    assert [(one.source, one.tokens) for one in found if one.decoder == "memvr"] == [("MemVR", 512), ("AIR", 64)]
+    assert next(one for one in found if one.decoder == "deco").known_from == "DeCo; copied"
+
+
+def test_every_name_among_the_published_figures_is_a_decoder():
+    sources = toml_of(published.FILE.read_bytes())["sources"]
+    assert {name for one in sources for name in one["methods"]} <= set(DECODERS.homes)
+    assert len({one["source"] for one in sources}) == len(sources)
 
 
 def test_recipes_are_those_that_are_shipped_and_their_rows_are_right():

@@ -9,6 +9,8 @@ from pathlib import Path
 from vlmfix.parsing import toml_of
 
 FILE = Path(__file__).with_name("published.toml")
+TOKENS = 512
+"""Most tokens of an answer, where a source says no others."""
 
 
 @dataclass(frozen=True)
@@ -20,6 +22,7 @@ class Published:
         source: Who published it: the paper's method.
         how: ``copied`` from the source, or ``second hand``.
         decoding: Greedy, beam or sampling, of both rows.
+        tokens: Most tokens of an answer.
         plain: CHAIR_s of plain decoding: of 100 answers so many name something that is not there.
         mitigated: The same of the method.
     """
@@ -28,8 +31,15 @@ class Published:
     source: str
     how: str
     decoding: str
+    tokens: int
     plain: float
     mitigated: float
+
+    @property
+    def known_from(self) -> str:
+        """Returns who published it, and how it is known; with the most tokens where these are not the others'."""
+        limit = "" if self.tokens == TOKENS else f"up to {self.tokens} tokens; "
+        return f"{self.source}; {limit}{self.how}"
 
     @property
     def change(self) -> float:
@@ -44,7 +54,15 @@ def published(known: Collection[str]) -> list[Published]:
         known: Names of the decoders that are wanted.
     """
     found = [
-        Published(name, one["source"], one["how"], one["decoding"], one["plain"], figure)
+        Published(
+            decoder=name,
+            source=one["source"],
+            how=one["how"],
+            decoding=one["decoding"],
+            tokens=one.get("tokens", TOKENS),
+            plain=one["plain"],
+            mitigated=figure,
+        )
         for one in toml_of(FILE.read_bytes())["sources"]
         for name, figure in one["methods"].items()
         if name in known

@@ -59,7 +59,7 @@ def _lines(advice: Advice, model: str | None) -> Iterator[RenderableType]:
         f"Published by others, measured on {model_of}, not here ({task}; points against each source's own plain row):"
     )
     for decoder, group in groupby(advice.published, key=lambda one: one.decoder):
-        yield Text(f"  {decoder}: " + ", ".join(f"{one.change:+.1f} ({one.source}; {one.how})" for one in group))
+        yield Text(f"  {decoder}: " + ", ".join(f"{one.change:+.1f} ({one.known_from})" for one in group))
 
 
 def _measured(option: Option) -> Iterator[str]:
