@@ -34,6 +34,10 @@ KINDS = {
     "tower": (IMBALANCE.format(0, significance="{}"), IMBALANCE.format(1, significance="{}")),
     "noisy pictures": (VCD.format(0), VCD.format(1.5)),
     "without pictures": ("inter:variance=inf,plausibility=0", "inter:variance=0,plausibility=0"),
+    "one layer's heads": tuple(f"only:contrast={by},complement={by},plausibility=0" for by in (0, 3)),
+    "tokens in an MLP": tuple(f"memvr:ratio={ratio},threshold=0,layers=0" for ratio in (0, 0.9)),
+    "stream": tuple(f"vista:strength={strength},augmentation=0" for strength in (0, 3)),
+    "tokens' logits": tuple(f"revisit:strength={strength},plausibility=0" for strength in (0, 3)),
 }
 """Specifications under which a method does nothing, and much."""
 KINDS["chain"] = tuple(
