@@ -28,7 +28,7 @@ from vlmfix.attention.session import edited
 from vlmfix.errors import DataError
 from vlmfix.heads.measure import QUESTION, profile
 from vlmfix.heads.profiler import run_pass
-from vlmfix.heads.profilers import echo, retrieval
+from vlmfix.heads.profilers import needle
 from vlmfix.heads.profilers.ablation import Ablation
 from vlmfix.heads.profilers.echo import Echo
 from vlmfix.heads.profilers.localization import Localization
@@ -126,7 +126,7 @@ def one_hot(vlm, layer, head, shift):
 
 
 def test_retrieval_wants_the_token_itself_and_not_its_neighbour(monkeypatch):
-    monkeypatch.setattr(retrieval, "WORDS", ("01234567",))
+    monkeypatch.setattr(needle, "WORDS", ("01234567",))
     codes = [(str(digit), CODE + digit, 1.0) for digit in range(WIDTH)]
     vlm = planted_vlm(tokens=[*codes, (":", CODE + WIDTH, 1.0)])
     one_hot(vlm, 1, 6, 1)
@@ -137,7 +137,7 @@ def test_retrieval_wants_the_token_itself_and_not_its_neighbour(monkeypatch):
 
 
 def test_echo_tells_heads_that_find_a_word_again_from_those_that_find_the_next(monkeypatch):
-    monkeypatch.setattr(echo, "WORDS", ("01234567",))
+    monkeypatch.setattr(needle, "WORDS", ("01234567",))
     vlm = planted_vlm(tokens=[(str(digit), CODE + digit, 1.0) for digit in range(WIDTH)])
     one_hot(vlm, 1, 6, 1)
     one_hot(vlm, 0, 2, 0)

@@ -17,9 +17,10 @@ from vlmfix.heads.moments import rank_correlation
 from vlmfix.heads.profilers.ablation import Ablation
 from vlmfix.heads.profilers.echo import Echo
 from vlmfix.heads.profilers.influence import Influence
+from vlmfix.heads.profilers.needle import ASKED, WORDS
 from vlmfix.heads.profilers.non_sink import NonSink
 from vlmfix.heads.profilers.patching import Patching
-from vlmfix.heads.profilers.retrieval import ASKED, WORDS, Retrieval
+from vlmfix.heads.profilers.retrieval import Retrieval
 from vlmfix.heads.profilers.sink_tokens import SinkTokens, label
 from vlmfix.insight.captions import Labels, Word
 from vlmfix.insight.sinks import sink_strength

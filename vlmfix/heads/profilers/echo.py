@@ -6,23 +6,20 @@ Shape letters (``docs/notation.md``): B rows, L layers, H query heads, K keys; h
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from vlmfix.attention.edit import Site
-from vlmfix.attention.probe import LastRows
-from vlmfix.attention.session import edited
-from vlmfix.heads.profiler import Profiler, State
-from vlmfix.heads.profilers.retrieval import ASKED, WORDS, answered, place_of
-from vlmfix.insight.wording import Tail
+from vlmfix.heads.profiler import State
+from vlmfix.heads.profilers.needle import NeedleProfiler, Said
 from vlmfix.insight.work import Ran, Work
 from vlmfix.models.checkpoint import Checkpoint
 
 
 @dataclass(frozen=True, kw_only=True)
-class Echo(Profiler):
+class Echo(NeedleProfiler):
     """Attention that tokens said again give to where they stood before, and to what came next there.
 
         echo = mean over repeated tokens i of a[i, first place of i]
@@ -44,11 +41,6 @@ class Echo(Profiler):
     name: ClassVar[str] = "echo"
     title: ClassVar[str] = "attention to the same words before"
 
-    words: int = 8
-
-    def __post_init__(self) -> None:
-        self._require(1 <= self.words <= len(WORDS), "words", f"from 1 to {len(WORDS)}")
-
     def begin(self, vlm: Checkpoint) -> State:
         """A fresh state."""
         return _State(self.words)
@@ -62,37 +54,22 @@ class _State(State):
         self._sums: dict[str, Tensor] = {}
         self._pictures = 0
 
-    @torch.no_grad()
     def scores(self, work: Work, ran: Ran | None) -> Tensor:
-        said = [" ".join(work.random(row).sample(WORDS, self._words)) for row in range(work.batch.rows)]
-        questions = [
-            ASKED.format(needle=words, question=asked or "")
-            for words, asked in zip(said, work.batch.prompts or (), strict=True)
-        ]
-        batch = work.vlm.encode(questions, work.batch.pictures or (), system=work.batch.system)
-        asked_again = Work(work.vlm, batch, work.vlm.layout(batch), work.first, work.seed)
-        places = [place_of(Tail.of(asked_again, row), words) for row, words in enumerate(said)]
-        ids = batch["input_ids"]
-        steps = max(len(place) for place in places)
-        answer = ids.new_zeros(batch.rows, steps)  # (B, N)
-        for row, place in enumerate(places):
-            answer[row, : len(place)] = ids[row, place]
+        said = Said.of(work, self._words)
         echo: dict[int, Tensor] = {}
         induction: dict[int, Tensor] = {}
 
         def read(site: Site, weights: Tensor) -> None:
-            rows = weights[:, :, -steps:]  # (B, H, N, K)
-            echo[site.layer] = torch.stack([_along(own, place) for own, place in zip(rows, places, strict=True)])
-            after = [_along(own, place[1:]) for own, place in zip(rows, places, strict=True)]
+            rows = weights[:, :, -said.answer.shape[1] :]  # (B, H, N, K)
+            echo[site.layer] = torch.stack([_along(own, place) for own, place in zip(rows, said.places, strict=True)])
+            after = [_along(own, place[1:]) for own, place in zip(rows, said.places, strict=True)]
             induction[site.layer] = torch.stack(after)
 
-        model: Any = work.vlm.model
-        with edited(work.vlm, asked_again.layout, [LastRows(reader=read)]):
-            model(**answered(batch, answer), use_cache=False, logits_to_keep=1)
+        said.watched(read)
         parts = {"echo": work.stacked(echo), "induction": work.stacked(induction)}
         for name, part in parts.items():
             self._sums[name] = self._sums.get(name, 0.0) + part.sum(dim=0).cpu()
-        self._pictures += batch.rows
+        self._pictures += work.batch.rows
         return parts["echo"] + parts["induction"]
 
     def details(self) -> dict[str, Tensor]:
