@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from vlmfix.attention.edit import ColumnReading, LayerSet, PartEdit, Rows, Site
+from vlmfix.decoders.attention.chosen import beyond, layers_with, marked
 from vlmfix.decoders.base import Decoder, Source
 from vlmfix.decoding.plan import DecodingPlan
 from vlmfix.errors import IncompatibleDecodersError, UsageError
@@ -144,11 +145,8 @@ class ACT(Decoder):
         """Plans a search for sinks and an edit, in the layers that have chosen heads."""
         if reason := self.check(vlm):
             raise IncompatibleDecodersError(f"act cannot act: {reason}", "give heads=L2H8/L2H13, or heads=all")
-        count, heads = vlm.layers, vlm.heads
-        chosen = torch.zeros(count, heads, dtype=torch.bool, device=vlm.device)  # (L, H)
-        for layer, head in self._chosen(vlm):
-            chosen[layer, head] = True
-        layers = LayerSet("/".join(map(str, sorted({layer for layer, _ in self._chosen(vlm)}))))
+        chosen = marked(vlm, self._chosen(vlm))
+        layers = layers_with(chosen)
         reading, edit = (SinkSearch, Calibration) if self.rows == "prompt" else (TextSinkSearch, TextCalibration)
         search = reading(
             layers=layers,
@@ -166,12 +164,10 @@ class ACT(Decoder):
                 "no calibrated heads are published for this model; find them with labelled questions "
                 "(vlmfix.decoders.attention.calibration.search_heads)"
             )
-        count, heads = vlm.layers, vlm.heads
-        outside = sorted((layer, head) for layer, head in self._named(vlm) if layer >= count or head >= heads)
-        if outside:
-            return f"heads {write_heads(outside)} are outside the model's {count} layers of {heads} heads"
+        if reason := beyond(vlm, sorted(self._named(vlm))):
+            return reason
         if not self._chosen(vlm):
-            return f"none of its heads are in layers {self.layers} of the model's {count}"
+            return f"none of its heads are in layers {self.layers} of the model's {vlm.layers}"
         return None
 
     def _named(self, vlm: Checkpoint) -> Heads:

@@ -8,7 +8,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from vlmfix.attention.edit import LayerSet, Rows, Site, WeightEdit
+from vlmfix.attention.edit import Rows, Site, WeightEdit
+from vlmfix.decoders.attention.chosen import beyond, layers_with, marked, strongest
 from vlmfix.decoders.attention.profiled import profile_facts, profile_for, why_no_profile
 from vlmfix.decoders.base import Decoder, Source
 from vlmfix.decoding.plan import DecodingPlan
@@ -114,11 +115,8 @@ class ADHH(Decoder):
             raise IncompatibleDecodersError(f"adhh cannot act: {reason}", "give heads=L16H29/L26H9, or profile=FILE")
         if not bool(layout.tokens.any()):
             return DecodingPlan()
-        chosen = torch.zeros(vlm.layers, vlm.heads, dtype=torch.bool, device=vlm.device)  # (L, H)
-        for layer, head in self.chosen(vlm):
-            chosen[layer, head] = True
-        layers = LayerSet("/".join(str(layer) for layer, some in enumerate(chosen.any(dim=1).tolist()) if some))
-        return DecodingPlan(edits=(Deactivation(layers=layers, chosen=chosen, threshold=self.threshold),))
+        chosen = marked(vlm, self.chosen(vlm))
+        return DecodingPlan(edits=(Deactivation(layers=layers_with(chosen), chosen=chosen, threshold=self.threshold),))
 
     def check(self, vlm: Checkpoint) -> str | None:
         """Checks that heads are known for the model, and exist in it."""
@@ -131,11 +129,8 @@ class ADHH(Decoder):
                     "the ablation profile was measured without annotations, so it says which heads support the next "
                     "token and not which push hallucinated words; measure it with --instances FILE --captions FILE"
                 )
-        layers, heads = vlm.layers, vlm.heads
-        outside = [pair for pair in self.chosen(vlm) if pair[0] >= layers or pair[1] >= heads]
-        if outside:
-            return f"heads {HeadList.of(outside)} are outside the model's {layers} layers of {heads} heads"
-        return None if self.chosen(vlm) else "no head of the profile pushes hallucinated words"
+        chosen = self.chosen(vlm)
+        return beyond(vlm, chosen) or (None if chosen else "no head of the profile pushes hallucinated words")
 
     def facts(self, vlm: Checkpoint) -> dict[str, str]:
         """Returns the profile's facts, when heads come from one."""
@@ -156,7 +151,7 @@ class ADHH(Decoder):
             return ()
         every = profile.scores.numel()
         count = max(1, round(SHARE * every)) if self.count is None else min(self.count, every)
-        return tuple(pair for pair in profile.top(count) if float(profile.scores[pair]) > 0)
+        return strongest(profile.scores, count)
 
     def _listed(self, vlm: Checkpoint) -> HeadList | None:
         """Returns the heads that were given, or that the authors publish for the model; None to take a profile's."""

@@ -9,7 +9,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from vlmfix.attention.edit import AttentionEdit, LayerSet, OutputEdit, Rows, Site, WeightEdit
+from vlmfix.attention.edit import AttentionEdit, OutputEdit, Rows, Site, WeightEdit
+from vlmfix.decoders.attention.chosen import beyond, layers_with, marked, strongest
 from vlmfix.decoders.attention.profiled import profile_facts, profile_for, why_no_profile
 from vlmfix.decoders.base import Decoder, Source
 from vlmfix.decoding.plan import DecodingPlan
@@ -81,15 +82,14 @@ class Amplify(Decoder):
 
     def plan(self, vlm: Checkpoint, batch: Batch, layout: ImageLayout) -> DecodingPlan:
         """Plans an edit of attention and one of all rows' outputs, as far as they do anything."""
-        marked = self._marked(vlm)
+        heads = self._marked(vlm)
         if not bool(layout.tokens.any()):
             return DecodingPlan()
-        layers = LayerSet("/".join(str(layer) for layer, some in enumerate(marked.any(dim=1).tolist()) if some))
         edits: list[AttentionEdit] = []
         if self.identity > 0:
-            edits.append(Blend(layers=layers, marked=marked, share=self.identity))
+            edits.append(Blend(layers=layers_with(heads), marked=heads, share=self.identity))
         if self.by != 1:
-            edits.append(Scaling(layers=layers, marked=marked, factor=self.by))
+            edits.append(Scaling(layers=layers_with(heads), marked=heads, factor=self.by))
         return DecodingPlan(edits=tuple(edits))
 
     def folded(self, vlm: Checkpoint) -> dict[int, Tensor]:
@@ -103,18 +103,15 @@ class Amplify(Decoder):
                 f"amplify:identity={self.identity} cannot be folded into weights: it acts on attention",
                 "fold it with identity=0",
             )
-        marked = self._marked(vlm)
-        return {layer: torch.where(row, self.by, 1.0) for layer, row in enumerate(marked.cpu()) if bool(row.any())}
+        heads = self._marked(vlm)
+        return {layer: torch.where(row, self.by, 1.0) for layer, row in enumerate(heads.cpu()) if bool(row.any())}
 
     def check(self, vlm: Checkpoint) -> str | None:
         """Checks that heads are known for the model, and exist in it."""
         if self.heads is None and (reason := why_no_profile(vlm, self.name, PROFILER, self.profile)):
             return f"{reason}; add a --prompt that the model answers otherwise when it does not see the picture"
         chosen = self.chosen(vlm)
-        outside = [pair for pair in chosen if pair[0] >= vlm.layers or pair[1] >= vlm.heads]
-        if outside:
-            return f"heads {HeadList.of(outside)} are outside the model's {vlm.layers} layers of {vlm.heads} heads"
-        return None if chosen else "no head of the profile's middle layers is a context head"
+        return beyond(vlm, chosen) or (None if chosen else "no head of the profile's middle layers is a context head")
 
     def facts(self, vlm: Checkpoint) -> dict[str, str]:
         """Returns the heads and the profile's facts, when heads come from one."""
@@ -136,19 +133,13 @@ class Amplify(Decoder):
             return ()
         middle = torch.zeros_like(profile.scores)
         middle[vlm.layers // 3 : math.ceil(2 * vlm.layers / 3)] = -1.0
-        strength = (profile.scores * middle).clamp(min=0)  # (L, H), of context heads, whose scores are below 0
-        order = strength.flatten().sort(descending=True, stable=True).indices[: self.count].tolist()
-        pairs = [divmod(place, strength.shape[1]) for place in order]
-        return tuple(pair for pair in pairs if float(strength[pair]) > 0)
+        return strongest(profile.scores * middle, self.count)  # of context heads, whose scores are below 0
 
     def _marked(self, vlm: Checkpoint) -> Tensor:
         """Marks the heads, (L, H) bool."""
         if reason := self.check(vlm):
             raise IncompatibleDecodersError(f"amplify cannot act: {reason}", "give heads=L16H29/L26H9, or profile=FILE")
-        marked = torch.zeros(vlm.layers, vlm.heads, dtype=torch.bool, device=vlm.device)
-        for layer, head in self.chosen(vlm):
-            marked[layer, head] = True
-        return marked
+        return marked(vlm, self.chosen(vlm))
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)

@@ -9,7 +9,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from vlmfix.attention.edit import LayerSet, OutputEdit, Rows, Site
+from vlmfix.attention.edit import OutputEdit, Rows, Site
+from vlmfix.decoders.attention.chosen import beyond, layers_with, marked, strongest
 from vlmfix.decoders.attention.profiled import profile_facts, profile_for, why_no_profile
 from vlmfix.decoders.base import Decoder, Source
 from vlmfix.decoding.plan import DecodingPlan
@@ -91,8 +92,7 @@ class PH3(Decoder):
         pruned = self._pruned(vlm)
         if not bool(pruned.any()) or not bool(layout.tokens.any()):
             return DecodingPlan()
-        layers = LayerSet("/".join(str(layer) for layer, some in enumerate(pruned.any(dim=1).tolist()) if some))
-        return DecodingPlan(edits=(Pruning(layers=layers, pruned=pruned),))
+        return DecodingPlan(edits=(Pruning(layers=layers_with(pruned), pruned=pruned),))
 
     def folded(self, vlm: Checkpoint) -> dict[int, Tensor]:
         """Returns a factor of 0 for each pruned head."""
@@ -103,10 +103,7 @@ class PH3(Decoder):
         """Marks the pruned heads, (L, H) bool."""
         if reason := self.check(vlm):
             raise IncompatibleDecodersError(f"ph3 cannot act: {reason}", "give heads=L16H29/L26H9, or profile=FILE")
-        pruned = torch.zeros(vlm.layers, vlm.heads, dtype=torch.bool, device=vlm.device)
-        for layer, head in self.chosen(vlm):
-            pruned[layer, head] = True
-        return pruned
+        return marked(vlm, self.chosen(vlm))
 
     def check(self, vlm: Checkpoint) -> str | None:
         """Checks that heads are known for the model, and exist in it."""
@@ -115,11 +112,8 @@ class PH3(Decoder):
                 return None
             if reason := why_no_profile(vlm, self.name, PROFILER, self.profile):
                 return f"{reason}; add a --prompt that the model answers otherwise when it does not see the picture"
-        layers, heads = vlm.layers, vlm.heads
-        outside = [pair for pair in self.chosen(vlm) if pair[0] >= layers or pair[1] >= heads]
-        if outside:
-            return f"heads {HeadList.of(outside)} are outside the model's {layers} layers of {heads} heads"
-        return None if self.chosen(vlm) else f"no head of the profile is a {self.group} head"
+        chosen = self.chosen(vlm)
+        return beyond(vlm, chosen) or (None if chosen else f"no head of the profile is a {self.group} head")
 
     def facts(self, vlm: Checkpoint) -> dict[str, str]:
         """Returns the profile's facts, when heads come from one."""
@@ -141,9 +135,7 @@ class PH3(Decoder):
             return ()
         scores = profile.scores if self.group == "memory" else -profile.scores
         count = max(1, math.floor(self.share * scores.numel() + 1e-9))  # 0.07 of 100 is 7 whatever the last digit says
-        order = scores.flatten().sort(descending=True, stable=True).indices[:count].tolist()
-        pairs = [divmod(place, scores.shape[1]) for place in order]
-        return tuple(pair for pair in pairs if float(scores[pair]) > 0)
+        return strongest(scores, count)
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
