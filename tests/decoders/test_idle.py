@@ -9,9 +9,10 @@ import pytest
 
 from tests.contracts.support import PICTURES
 from vlmfix import load
+from vlmfix.bench.arms import suited
 from vlmfix.decoders import DECODERS, VCD, parse
 from vlmfix.decoders.spec import describe
-from vlmfix.errors import DataError, UsageError
+from vlmfix.errors import DataError, UsageError, VlmfixError
 from vlmfix.evals.tuning.search import Space
 from vlmfix.language.parameters import Given, HeadList, Range, parameter, ranges, written
 
@@ -156,6 +157,12 @@ def embedded():
     return load("tiny", device="cpu")
 
 
+@pytest.fixture(scope="module")
+def bases(embedded):
+    """Of every decoder a specification by which it acts on the embedded model."""
+    return dict(zip(DECODERS.homes, suited(embedded), strict=True))
+
+
 @pytest.mark.parametrize(("decoder", "name", "case"), CASES, ids=lambda value: value if isinstance(value, str) else "")
 def test_what_is_said_to_do_nothing_does_nothing(decoder, name, case, embedded):
     plain = under(decoder, case, **{key: value for key, value in ACTING.get(decoder, {}).items() if key not in case})
@@ -169,3 +176,47 @@ def test_what_is_said_to_do_nothing_does_nothing(decoder, name, case, embedded):
         for kind in (plain, changed)
     )
     assert one == other
+
+
+ENDS = {"sample": {"top_p"}}
+"""Parameters with an end that is not allowed."""
+
+
+def switched(kind, base):
+    """Every value of every word and flag of a decoder, None or a value for what is optional, and ends of scales."""
+    for name, allowed in ranges(kind).items():
+        values = [*allowed.choices, *((True, False) if allowed.kind is bool else ())]
+        if allowed.optional and not allowed.choices and allowed.kind is not str:
+            values = [None, (0, 1) if allowed.kind is tuple else some(allowed)]
+        elif allowed.kind in (int, float) and name not in ENDS.get(kind.name, ()):
+            values = [allowed.kind(end) for end in (allowed.low, allowed.high) if end in (0, 1)]
+        for value in values:
+            if value != base[name]:
+                own = {} if name == "preset" else base
+                yield f"{name}={written(value)}", own | {name: value}
+
+
+@pytest.mark.product
+@pytest.mark.parametrize("decoder", DECODERS.homes)
+def test_what_is_read_under_one_value_of_a_switch_is_read_under_all_or_said_to_do_nothing(decoder, embedded, bases):
+    kind, read = DECODERS[decoder], set()
+
+    class Watched(kind):
+        def __getattribute__(self, name):
+            read.add(name)
+            return super().__getattribute__(name)
+
+    base = {name: getattr(parse(bases[decoder]), name) for name in ranges(kind)}
+    found = {}
+    for label, given in [("as it is", base), *switched(kind, base)]:
+        try:
+            acting = kind.acting(**given)
+            values = {name: getattr(acting, name) for name in ranges(kind)}
+            method = Watched(**values)
+            read.clear()
+            embedded.generate([PICTURES[0][0].resize((48, 48))], ["What?"], decoder=method, max_new_tokens=3)
+        except VlmfixError:  # not allowed, or nothing that this model can do
+            continue
+        found[label] = {name for name, allowed in ranges(kind).items() if name in read or allowed.idle_case(values)}
+    ever = set().union(*found.values()) - {"preset"}
+    assert {label: ever - one for label, one in found.items() if ever - one} == {}
