@@ -12,7 +12,8 @@ from tools.site import links, notebooks, walk
 from tools.site.drawing import attention
 from tools.site.formula import fence
 from tools.site.method import EFFECTS, completed, kind
-from tools.site.pictures import CLEAN, GROUPS, HABIT, PICTURES, SEEN, cut, mixed, moved, normal
+from tools.site.pictures import CLEAN, GROUPS, HABIT, PICTURES, SEEN
+from tools.site.shares import cut, mixed, moved, normal
 from tools.site.tables import tables
 from vlmfix.cli import cli
 from vlmfix.decoders.index import HOMES, check, own

@@ -22,7 +22,8 @@ if TYPE_CHECKING:
     from vlmfix.decoders.attention.var import VAR
     from vlmfix.decoders.attention.vhr import VHR
     from vlmfix.decoders.attention.zerotuning import ZeroTuning
-    from vlmfix.decoders.base import Chain, Decoder, Greedy, Source
+    from vlmfix.decoders.base import Decoder, Greedy, Source
+    from vlmfix.decoders.chain import Chain
     from vlmfix.decoders.choice.beam import Beam
     from vlmfix.decoders.choice.opera import OPERA
     from vlmfix.decoders.choice.sample import Sample
@@ -54,7 +55,7 @@ if TYPE_CHECKING:
 else:
     _CLASSES = {name: module for module, _, name in (home.partition(":") for home in HOMES.values())}
     _REST = {
-        "Chain": "vlmfix.decoders.base",
+        "Chain": "vlmfix.decoders.chain",
         "Decoder": "vlmfix.decoders.base",
         "DecodingPlan": "vlmfix.decoding.plan",
         "Source": "vlmfix.decoders.base",

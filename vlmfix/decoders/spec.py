@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from vlmfix.decoders.base import Chain, Decoder
+from vlmfix.decoders.base import Decoder
+from vlmfix.decoders.chain import Chain
 from vlmfix.decoders.index import DecoderInfo, Parameter, check_parameters
 from vlmfix.errors import DataError, UsageError, VlmfixError
 from vlmfix.language.grammar import Words, split

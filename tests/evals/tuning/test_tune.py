@@ -16,8 +16,9 @@ from vlmfix.errors import DataError, UsageError
 from vlmfix.evals.benchmarks.pope import Pope
 from vlmfix.evals.record import PLAIN, EvalRun, Record
 from vlmfix.evals.task import Sample, Task, Verdict, Workload, plain, ratio
+from vlmfix.evals.tuning.halves import split
 from vlmfix.evals.tuning.search import Space
-from vlmfix.evals.tuning.tune import OBJECTIVES, Guards, arm_name, split, tune
+from vlmfix.evals.tuning.tune import OBJECTIVES, Guards, arm_name, tune
 from vlmfix.jobs.benchmark.job import evaluate as run_evaluation
 from vlmfix.language.recipe import read_recipe, write_recipe
 from vlmfix.settings import Settings

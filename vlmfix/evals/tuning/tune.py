@@ -18,6 +18,7 @@ from vlmfix.evals.comparison.compare import Comparison, compare
 from vlmfix.evals.record import CARD as RUN
 from vlmfix.evals.record import PLAIN, EvalRun, digest
 from vlmfix.evals.task import Benchmark, Task, Workload, plain
+from vlmfix.evals.tuning.halves import HELD_OUT, TUNING, about_halves, split
 from vlmfix.evals.tuning.search import Measured, Space, Tried, search
 from vlmfix.files import is_draft, make_folder, remove_drafts
 from vlmfix.language.parameters import Value
@@ -29,7 +30,6 @@ from vlmfix.shapes import COUNT, NUMBER, fields
 FORMAT = 2
 """Of the folder; raised when an older search could not be gone on with."""
 CARD, JOURNAL, RECIPE = "tune.json", "trials.jsonl", "recipe.toml"
-TUNING, HELD_OUT = "tuning", "held-out"
 OBJECTIVES: Mapping[str, str] = {"pope": "mean/f1", "chair": "chair_i"}
 """For each benchmark the figure that is tuned; which way is better is the benchmark's to say."""
 DIGITS = 12
@@ -308,7 +308,7 @@ class Field:
         about = {
             **_about(found, chosen, after, self.guards, self.spec),
             "data": self.about,
-            "split": _about_split(self.tuning, self.held_out, self.seed),
+            "split": about_halves(self.tuning, self.held_out, self.seed),
         }
         write_recipe(self.out / RECIPE, decoder.spec(), about)
         return found
@@ -322,29 +322,6 @@ def _objective(task: Task) -> tuple[str, Literal["higher", "lower"]]:
             f"tune for {' or '.join(OBJECTIVES)}, or for a benchmark of your own that says objective",
         )
     return figure, task.better[figure.rpartition("/")[2]]
-
-
-def split(workload: Workload, seed: int) -> tuple[Workload, Workload]:
-    """Halve a workload by pictures: the tuning split, and the held-out split, which gets the odd one.
-
-    Args:
-        workload: What is halved; samples keep their order, and those of one unit stay together.
-        seed: Of the hash that the units are sorted by.
-
-    Raises:
-        DataError: There are fewer than two units.
-    """
-    units = dict.fromkeys(sample.drawn_as() for sample in workload.samples)
-    if len(units) < 2:
-        raise DataError(f"{len(units)} pictures cannot be split in two", "take more pictures")
-    ranked = sorted(units, key=lambda unit: hashlib.sha256(f"{seed} {unit}".encode(errors="surrogateescape")).digest())
-    first = set(ranked[: len(ranked) // 2])
-    return _part(workload, first, TUNING, seed), _part(workload, set(ranked) - first, HELD_OUT, seed)
-
-
-def _part(workload: Workload, units: set[str], name: str, seed: int) -> Workload:
-    samples = [sample for sample in workload.samples if sample.drawn_as() in units]
-    return replace(workload, samples=samples, about={**workload.about, "split": {"part": name, "seed": seed}})
 
 
 def arm_name(decoder: Decoder) -> str:
@@ -448,20 +425,6 @@ def _verdict(comparison: Comparison, figure: str, broken: Sequence[str]) -> str:
         shifts = f", while {', '.join(change.shifted)} changes too" if change.shifted else ""
         said = f"On the held-out split {figure} changes by {found}{shifts}."
     return f"{said} It loses more {' and '.join(broken)} there than the guards allow." if broken else said
-
-
-def _about_split(tuning: Workload, held_out: Workload, seed: int) -> dict[str, Any]:
-    return {
-        "seed": seed,
-        **{
-            name: {
-                "pictures": len({sample.drawn_as() for sample in part.samples}),
-                "samples": len(part.samples),
-                "digest": digest(part.samples),
-            }
-            for name, part in ((TUNING, tuning), (HELD_OUT, held_out))
-        },
-    }
 
 
 def _about(found: Tuned, chosen: Trial, after: EvalRun, guards: Guards, spec: str) -> dict[str, Any]:
