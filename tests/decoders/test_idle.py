@@ -93,10 +93,9 @@ def test_what_the_hint_says_makes_it_act(decoder, name, case):
 def test_a_decoder_that_is_described_says_where_a_parameter_does_nothing():
     for decoder, name, case in CASES:
         (found,) = [one for one in describe(DECODERS[decoder]).parameters if one.name == name]
-        assert "; does nothing with " in found.help
-        assert all(other in found.help.rpartition("; does nothing with ")[2] for other in case)
+        assert all(other in found.idle for other in case)
     (margin,) = [one for one in describe(VCD).parameters if one.name == "margin"]
-    assert margin.help.endswith("in clean probability; does nothing with when=always")
+    assert margin.meaning.endswith("in clean probability; does nothing with when=always")
 
 
 def test_the_command_line_refuses_it_before_a_model_is_loaded(vlmfix, tmp_path):

@@ -60,9 +60,14 @@ def test_a_page_says_what_was_measured_what_was_not_and_why_not(name):
 def test_what_others_published_and_what_it_costs_is_on_the_page():
     made = completed("vcd", page("vcd"))
     assert "| VISTA | greedy | 46.4 | 47.4 | +1.0 | copied |" in made
+    assert "| ONLY | sampling, up to 128 tokens | 26.2 | 20 | -6.2 | second hand |" in completed("only", page("only"))
     (costs,) = (one.of("vcd") for one in tables((DOCS / "performance.md").read_text()) if "weights %" in one.head)
     assert f"| {' | '.join(costs[1:6])} |" in made
     assert "the released sampler seeds nothing" in rest_of(made, "How it differs from the paper and its code").lower()
+
+
+def test_where_a_parameter_does_nothing_is_on_the_page():
+    assert "in [0, 1]. Does nothing with `when=always`." in completed("vcd", page("vcd"))
 
 
 def test_a_page_under_another_title_is_refused():

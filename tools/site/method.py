@@ -15,7 +15,7 @@ from pathlib import Path
 from tools.site.pictures import PICTURES
 from tools.site.tables import Table, tables, written
 from vlmfix.advice.published import about, published
-from vlmfix.decoders.index import HOMES, DecoderInfo, Plain, own
+from vlmfix.decoders.index import HOMES, DecoderInfo, Parameter, Plain, own
 from vlmfix.decoders.support import WORKS, support
 from vlmfix.settings import EMBEDDED
 
@@ -135,7 +135,7 @@ def parameters(info: DecoderInfo) -> str:
             f"`{one.name}`",
             f"`{_plain(one.default)}`",
             _cell(one.range),
-            _cell(said.get(one.name) or one.help),
+            _cell(_meaning(one, said.get(one.name, ""))),
             _cell(one.search),
         )
         for one in info.parameters
@@ -146,6 +146,13 @@ def parameters(info: DecoderInfo) -> str:
         for name, values in info.presets.items()
     ]
     return table + ("\n\n" + "\n".join(presets) if presets else "")
+
+
+def _meaning(one: Parameter, said: str) -> str:
+    """Writes what a parameter is, as the docstring says it where it does, and with what others it does nothing."""
+    if not said:
+        return one.meaning
+    return f"{said} Does nothing with `{one.idle}`." if one.idle else said
 
 
 def cost(info: DecoderInfo) -> str:
@@ -232,8 +239,7 @@ def _elsewhere(name: str) -> list[str]:
         return []
     model, task = about()
     rows = [
-        (one.source, one.decoding, f"{one.plain:g}", f"{one.mitigated:g}", f"{one.change:+.1f}", one.how)
-        for one in found
+        (one.source, one.way, f"{one.plain:g}", f"{one.mitigated:g}", f"{one.change:+.1f}", one.how) for one in found
     ]
     head = ("published by", "decoding", "plain", f"{name}", "difference", "known")
     return [

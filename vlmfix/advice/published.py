@@ -38,8 +38,16 @@ class Published:
     @property
     def known_from(self) -> str:
         """Returns who published it, and how it is known; with the most tokens where these are not the others'."""
-        limit = "" if self.tokens == TOKENS else f"up to {self.tokens} tokens; "
-        return f"{self.source}; {limit}{self.how}"
+        return "; ".join(filter(None, (self.source, self._limit, self.how)))
+
+    @property
+    def way(self) -> str:
+        """Returns the decoding of both rows, with the most tokens likewise."""
+        return ", ".join(filter(None, (self.decoding, self._limit)))
+
+    @property
+    def _limit(self) -> str:
+        return "" if self.tokens == TOKENS else f"up to {self.tokens} tokens"
 
     @property
     def change(self) -> float:

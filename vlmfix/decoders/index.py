@@ -77,13 +77,19 @@ INDEX = Path(__file__).with_name("index.json")
 
 @dataclass(frozen=True)
 class Parameter:
-    """Describes one parameter of a decoder, for tables."""
+    """Describes one parameter of a decoder, for tables; ``idle`` says with what others it does nothing."""
 
     name: str
     default: Plain
     range: str
     search: str
     help: str
+    idle: str = ""
+
+    @property
+    def meaning(self) -> str:
+        """Returns what it is, and with what others it does nothing."""
+        return f"{self.help}; does nothing with {self.idle}" if self.idle else self.help
 
 
 @dataclass(frozen=True)

@@ -117,7 +117,14 @@ def describe(decoder: type[Decoder]) -> DecoderInfo:
         refines=decoder.refines,
         chooses=_chosen(defaults),
         parameters=tuple(
-            Parameter(name, plain(getattr(defaults, name)), allowed.text(), allowed.search_text(), allowed.help_text())
+            Parameter(
+                name=name,
+                default=plain(getattr(defaults, name)),
+                range=allowed.text(),
+                search=allowed.search_text(),
+                help=allowed.help,
+                idle=allowed.idle_text(),
+            )
             for name, allowed in ranges(decoder).items()
         ),
         presets={name: {key: plain(value) for key, value in set_.items()} for name, set_ in decoder.presets.items()},

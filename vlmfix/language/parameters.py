@@ -118,10 +118,9 @@ class Range:
             return f"{low:g} to {high:g}{', logarithmic' if self.log else ''}"
         return " | ".join(written(word) for word in self.search)
 
-    def help_text(self) -> str:
-        """What ``help`` says, and when the parameter does nothing."""
-        nothing = " or ".join(" and ".join(_said(*pair) for pair in case.items()) for case in self.idle)
-        return f"{self.help}; does nothing with {nothing}" if nothing else self.help
+    def idle_text(self) -> str:
+        """What the parameter does nothing with, in words; empty when it always acts."""
+        return " or ".join(" and ".join(_said(*pair) for pair in case.items()) for case in self.idle)
 
     def idle_case(self, values: Mapping[str, Value]) -> Mapping[str, Any] | None:
         """Returns the first case of ``idle`` that some values of the decoder's parameters are; None where it acts."""

@@ -62,7 +62,7 @@ def _decoder_page(info: DecoderInfo) -> Iterator[RenderableType]:
         for title in ("parameter", "default", "allowed", "meaning"):
             table.add_column(title)
         for parameter in info.parameters:
-            table.add_row(parameter.name, _written(parameter.default), parameter.range, parameter.help)
+            table.add_row(parameter.name, _written(parameter.default), parameter.range, parameter.meaning)
         yield from ("", table)
     for name, values in info.presets.items():
         yield Text(f"preset={name}: {', '.join(f'{key}={_written(value)}' for key, value in values.items())}")

@@ -94,7 +94,7 @@ def _part(info: DecoderInfo, values: Mapping[str, str]) -> dict[str, Any]:
         "acts_on": info.acts_on,
         "cost": info.cost,
         "parameters": [
-            {"name": one.name, "value": values[one.name], "default": _written(one.default), "meaning": one.help}
+            {"name": one.name, "value": values[one.name], "default": _written(one.default), "meaning": one.meaning}
             for one in differing
         ],
         "tried": {} if tried is None else {way: _gathered(found) for way, found in tried.found.items()},
