@@ -12,6 +12,7 @@ from vlmfix.decoders import parse
 from vlmfix.heads.directions.kept import load_directions
 from vlmfix.heads.profile import load_profiles
 from vlmfix.models.checkpoint import DIRECTIONS, HEADS
+from vlmfix.settings import EMBEDDED
 from vlmfix.world import coco
 
 PROFILERS = ["vhd", "image-mass", "ablation", "patching"]
@@ -48,9 +49,9 @@ def test_a_model_comes_with_directions_of_its_own(name):
         assert parse(spec).check(vlm) is None
 
 
-@pytest.mark.parametrize("name", TINY)
-def test_directions_of_masks_are_of_the_world_as_it_is_drawn_now(name):
+def test_directions_of_masks_are_of_the_world_as_it_is_drawn_now():
     """Of the scenes that docs/world.md names; its masks were boxes once."""
     drawn = "".join(coco._instances(256, 606)).encode()
-    card = load_directions(TINY[name] / DIRECTIONS)["pti"].card
-    assert card.parameters["labels"]["instances"]["sha256"] == [hashlib.sha256(drawn).hexdigest()]
+    for folder in EMBEDDED.values():
+        card = load_directions(folder / DIRECTIONS)["pti"].card
+        assert card.parameters["labels"]["instances"]["sha256"] == [hashlib.sha256(drawn).hexdigest()]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from PIL import Image
@@ -12,7 +14,10 @@ from vlmfix import extras
 from vlmfix.decoders import parse
 from vlmfix.errors import MissingExtraError
 from vlmfix.generation import load
+from vlmfix.heads.directions.kept import load_directions
+from vlmfix.heads.profile import load_profiles
 from vlmfix.models import assembly
+from vlmfix.models.checkpoint import DIRECTIONS, HEADS
 from vlmfix.settings import EMBEDDED
 from vlmfix.world.categories import CATEGORIES
 from vlmfix.world.mentions import mentions
@@ -113,6 +118,27 @@ def test_an_empty_place_of_every_picture_is_a_sink_like_the_first_token(vlm, pic
     assert ratio[:, beside[best]].min() > 20
     norms = entering.norm(dim=-1)
     assert norms[:, beside[best]].min() > 0.5 * norms[:, 0].min()
+
+
+def test_it_comes_with_profiles_of_its_own_heads(folder, vlm):
+    found = load_profiles(Path(folder) / HEADS)
+    assert list(found) == ["vhd", "image-mass"]
+    for profile in found.values():
+        profile.check(vlm)
+        assert profile.card.model == "small"
+        assert profile.card.stable
+    assert parse(f"vhr:profile={Path(folder) / HEADS}").check(vlm) is None
+    assert "no patching profile" in parse("ph3").check(vlm)
+
+
+def test_it_comes_with_directions_of_its_own(folder, vlm):
+    found = load_directions(Path(folder) / DIRECTIONS)
+    assert {name: part.card.pictures for name, part in found.items()} == {"vti": 70, "nullu": 200, "pti": 100}
+    for part in found.values():
+        part.check(vlm)
+        assert part.card.model == "small"
+    for spec in ("vti", "vti:preset=official-code", "nullu:preset=official-code", "pti", "pti:preset=official-code"):
+        assert parse(spec).check(vlm) is None
 
 
 def test_methods_that_need_sinks_act(vlm, pictures):
