@@ -29,6 +29,7 @@ from vlmfix.jobs import folder as job
 from vlmfix.jobs.benchmark.job import check, evaluate
 from vlmfix.jobs.benchmark.reproduce import reproduce as evaluate_again
 from vlmfix.jobs.folder.reproduce import reproduce as run_again
+from vlmfix.jobs.journal import BEGUN
 from vlmfix.language.recipe import read_recipe, write_recipe
 from vlmfix.models.checkpoint import Checkpoint
 from vlmfix.settings import Settings
@@ -220,6 +221,14 @@ def answers(folder):
     ask(folder)
 
 
+def died(folder):
+    """A run whose process died with two pictures in hand."""
+    answers(folder)
+    path = folder / "out" / "answers.jsonl"
+    path.write_text("".join(path.read_text().splitlines(keepends=True)[:1]))
+    lines(folder / "out" / BEGUN, {"begun": ["0000.png", "0001.png", "0002.png"]}, {"alone": ["0002.png"]})
+
+
 def reproduce(folder):
     run_again(folder / "out", folder / "again", loader=FakeVLM().load)
 
@@ -292,6 +301,7 @@ FORMATS = {
         Format("directions", directions, read_directions, ("directions.safetensors",)),
         Format("model", model, read_model, (*MODEL, "chat_template.jinja"), suite=12),
         Format("run", answers, ask, RUN, writes=True, suite=100),
+        Format("run that died", died, ask, (f"out/{BEGUN}",), writes=True, suite=30),
         Format("run, again", answers, reproduce, RUN),
         Format("run, looked at", answers, look, RUN, suite=30),
         Format("evaluation", evaluation, evaluate_in, EVALUATION, writes=True),

@@ -22,7 +22,7 @@ from vlmfix.jobs.folder.batches import Sample, batches
 from vlmfix.jobs.folder.job import Named, record_of
 from vlmfix.jobs.folder.output import measured
 from vlmfix.jobs.folder.ray_folder import RayFolder, identity, refuse_other_settings, table_of
-from vlmfix.jobs.folder.suspects import stretches
+from vlmfix.jobs.folder.suspects import chunks, stretches
 from vlmfix.jobs.journal import DIED, Journal
 from vlmfix.jobs.ledger import asked_before, facts_of, now
 from vlmfix.records import replace_json
@@ -125,8 +125,7 @@ class Actor:
             # those on which an actor died alone come last, so that one that dies again has tried the others
             still_open.sort(key=lambda file: any(map(journal.deaths, _ids(file))))
             for alone, stretch in stretches(
-                still_open,
-                ahead=self._answerer.ahead,
+                chunks(still_open, self._answerer.ahead),
                 is_suspect=lambda file: any(map(journal.is_suspect, _ids(file))),
                 begin=lambda files: journal.begin([key for file in files for key in _ids(file)]),
             ):

@@ -25,7 +25,7 @@ from vlmfix.jobs.folder.batches import Sample, batches
 from vlmfix.jobs.folder.maps import MapFolder
 from vlmfix.jobs.folder.output import OutputFolder, Totals
 from vlmfix.jobs.folder.questions import Questions
-from vlmfix.jobs.folder.suspects import prove, stretches
+from vlmfix.jobs.folder.suspects import chunks, prove, stretches
 from vlmfix.jobs.journal import DIED
 from vlmfix.jobs.ledger import asked_before
 from vlmfix.jobs.shards import Shard, shards_in
@@ -337,8 +337,7 @@ class _Job:
         self._report(self.progress())
         with self._output.working():
             for alone, files in stretches(
-                self._open_files(),
-                ahead=answerer.ahead,
+                chunks(self._open_files(), answerer.ahead),
                 is_suspect=lambda file: self._journal.is_suspect(file.name),
                 begin=lambda files: self._journal.begin([file.name for file in files]),
             ):

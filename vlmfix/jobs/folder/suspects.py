@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TypeVar
 
 from vlmfix.answering import Answerer
@@ -13,29 +13,34 @@ from vlmfix.supply import Question
 Item = TypeVar("Item")
 
 
+def chunks(files: Iterable[Item], count: int) -> Iterator[list[Item]]:
+    """Yields pictures so many at a time, as they are begun together."""
+    coming = iter(files)
+    while chunk := list(itertools.islice(coming, count)):
+        yield chunk
+
+
 def stretches(
-    files: Iterable[Item],
+    chunks: Iterable[Sequence[Item]],
     *,
-    ahead: int,
     is_suspect: Callable[[Item], bool],
-    begin: Callable[[list[Item]], None],
+    begin: Callable[[Sequence[Item]], None],
 ) -> Iterator[tuple[bool, Iterator[Item]]]:
     """Parts pictures into stretches, in order: each suspect by itself, and what is between suspects together.
 
     Args:
-        files: The pictures.
-        ahead: Pictures that are begun together.
+        chunks: The pictures, as many at a time as are begun together; one chunk is used up before the next is taken.
         is_suspect: Says whether a picture is a suspect.
         begin: Called with pictures before they are yielded, but for suspects.
 
     Yields:
         Whether the stretch is a suspect, and its pictures; they are to be settled before the next stretch is asked for.
     """
-    coming, chunk = iter(files), list[Item]()
+    coming, chunk = iter(chunks), list[Item]()
 
     def more() -> bool:
         if not chunk:
-            chunk.extend(itertools.islice(coming, ahead))
+            chunk.extend(next(coming, ()))
         return bool(chunk)
 
     def together() -> Iterator[Item]:

@@ -226,9 +226,7 @@ class _Job:
             peak=lambda: answerer.peak_memory,
         )
         while self.wait():  # outside, so that nothing waits for an answer while this waits for other workers
-            for alone, files in stretches(
-                self._files(), ahead=answerer.ahead, is_suspect=self._is_suspect, begin=self._note
-            ):
+            for alone, files in stretches(self._chunks(answerer.ahead), is_suspect=self._is_suspect, begin=self._note):
                 self._answer(self._alone(next(files), answerer) if alone else files, answerer)
         if self.left_open:
             first, trouble = self.left_open[0]
@@ -252,9 +250,9 @@ class _Job:
     def _is_suspect(self, file: Taken) -> bool:
         return self._blocks[file.block].journal.is_suspect(file.name)
 
-    def _note(self, files: Iterable[Taken]) -> None:
-        for number, together in itertools.groupby(files, key=lambda file: file.block):
-            self._blocks[number].begin([file.name for file in together])
+    def _note(self, files: Sequence[Taken]) -> None:
+        if files:  # of one block
+            self._blocks[files[0].block].begin([file.name for file in files])
 
     def _alone(self, suspect: Taken, answerer: Answerer | Crew) -> list[Taken]:
         block = self._blocks[suspect.block]
@@ -263,11 +261,11 @@ class _Job:
         block.begin([suspect.name], alone=True)
         return [suspect]
 
-    def _files(self) -> Iterator[Taken]:
-        """Yields the pictures of all blocks that can be had at once, with their open questions."""
+    def _chunks(self, count: int) -> Iterator[list[Taken]]:
+        """Yields the pictures of all blocks that can be had at once, at most so many at a time and of one block."""
         while True:
             while self._open:
-                yield self._open.popleft()
+                yield [self._open.popleft() for _ in range(min(count, len(self._open)))]
             self._planner.check_in_time()
             if not self._begin_next():
                 return
