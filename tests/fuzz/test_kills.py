@@ -75,7 +75,7 @@ def _content(path):
     content = path.read_bytes()
     if path.name == "maps.jsonl":  # what was cut off stands there again
         return set(content.splitlines())
-    if path.name == "failed.jsonl":  # of pictures that are answered alone none is opened ahead, and fails before others
+    if path.name == "failed.jsonl":  # of pictures that are answered apart none is opened ahead, and fails before others
         return sorted(content.splitlines())
     if path.name in ("card.json", "run.json"):
         return {name: value for name, value in json.loads(content).items() if name not in TIMES}

@@ -65,7 +65,7 @@ def shared(tmp_path, monkeypatch):
     (part / "count.json").unlink()
     first, _ = (part / "lines.jsonl").read_text().splitlines(keepends=True)
     (part / "lines.jsonl").write_text(first)
-    (part / BEGUN).write_text('{"begun": ["0004.png", "0005.png"]}\n{"alone": ["0005.png"]}\n')
+    (part / BEGUN).write_text('{"begun": ["0004.png", "0005.png"]}\n{"apart": ["0005.png"]}\n')
     (folder / "leases" / "00000002-0000").write_text("two")
     for name in ("00000003", "00000004"):
         shutil.rmtree(folder / "done" / name)

@@ -226,7 +226,7 @@ def died(folder):
     answers(folder)
     path = folder / "out" / "answers.jsonl"
     path.write_text("".join(path.read_text().splitlines(keepends=True)[:1]))
-    lines(folder / "out" / BEGUN, {"begun": ["0000.png", "0001.png", "0002.png"]}, {"alone": ["0002.png"]})
+    lines(folder / "out" / BEGUN, {"begun": ["0000.png", "0001.png", "0002.png"]}, {"apart": ["0002.png"]})
 
 
 def reproduce(folder):

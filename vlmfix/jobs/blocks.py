@@ -6,7 +6,7 @@ Below the run's folder lies ``blocks``:
   read all blocks before it, so that no question is planned twice, however many plan at once.
 - ``leases/N-A`` says whose attempt A at block N is. Who creates the file has the attempt, alone writes ``parts/N-A``.
   Attempt A + 1 is taken when the worker of attempt A is dead, and begins with what that one has written. Its journal
-  says which pictures it had in hand; the next one answers those alone (``jobs/journal.py``).
+  says which pictures it had in hand; the next one answers those apart (``jobs/journal.py``).
 - ``done/N`` is the part of the attempt that came first to its end.
 - ``workers/NAME.json`` says of each worker what it answers with, how far it is, and that it lives.
 

@@ -2,8 +2,8 @@
 
 A fault in a library, or the system's want of memory, may end a process on one picture, and every process after it on
 the same one. A process that died may as well have been killed for its machine's sake. So pictures that a dead process
-had in hand are *suspects*, each of which the next process answers alone; one on which processes died ``DEATHS`` times
-while they answered it alone is given up.
+had in hand are *suspects*, which the next process answers apart: in batches with nothing else in hand, and those of a
+batch in which it died as well each alone. One with which processes died ``DEATHS`` times apart is given up.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from vlmfix.shapes import TEXT, Shape, fields, list_of
 
 BEGUN = "begun.jsonl"
 """Name of a journal."""
-DEATHS = 2
-"""Processes that died while they answered a picture alone, after which nobody tries again."""
+DEATHS = 3
+"""Processes that died while they answered a picture apart, in a batch once and then alone, after which nobody tries."""
 DIED = "the process died or hung twice while this picture was answered"
 """Reason of a picture that was given up."""
 LONGEST = 1000
 """Pictures that a journal names before those that are settled leave it."""
-KINDS = ("begun", "alone", "over")
-"""What a line tells of pictures: they were begun together, or alone, or came back and no line says how."""
+KINDS = ("begun", "apart", "over")
+"""What a line tells of pictures: they were begun with others, or apart, or came back and no other file says how."""
 LINE = Shape(lambda value: _one_of(value).problem(value))
 """Shape of a line."""
 
@@ -51,30 +51,30 @@ class Journal:
         self._lines: JsonLines | None = None
         self._named = 0
         self._in_hand: dict[str, bool] = {}
-        """Pictures that this process has begun and that are not settled, and whether alone."""
+        """Pictures that this process has begun and that are not settled, and whether apart."""
         self._before = _deaths(read_lines(path, LINE))
-        """Suspects of earlier processes that the file tells of, each with how many died on it alone."""
+        """Suspects of earlier processes that the file tells of, each with how many died with it apart."""
         self._deaths = _deaths(earlier)
         self._deaths.update(self._before)
 
-    def is_suspect(self, name: str) -> bool:
-        """Says whether a process may have died on a picture."""
-        return name in self._deaths
+    def deaths(self, name: str) -> int | None:
+        """Returns how many processes died while they answered a suspect apart; None for what is no suspect."""
+        return self._deaths[name] if name in self._deaths else None
 
-    def deaths(self, name: str) -> int:
-        """Returns how many processes died while they answered a picture alone."""
-        return self._deaths[name] if name in self._deaths else 0
+    def is_doubtful(self, name: str) -> bool:
+        """Says whether a process died while it answered a picture alone, so that this is the last to be tried."""
+        return self._deaths[name] > 1
 
     def is_given_up(self, name: str) -> bool:
         """Says whether a picture is not to be answered any more."""
-        return self.deaths(name) >= DEATHS
+        return self._deaths[name] >= DEATHS
 
-    def begin(self, names: Sequence[str], *, alone: bool = False) -> None:
+    def begin(self, names: Sequence[str], *, apart: bool = False) -> None:
         """Notes pictures that are about to be opened and answered.
 
         Args:
             names: The pictures.
-            alone: Says that this process has nothing else in hand until they are settled.
+            apart: Says that this process has nothing else in hand until they are settled.
 
         Raises:
             DataError: The file cannot be written.
@@ -87,8 +87,8 @@ class Journal:
         if self._named > LONGEST:
             self._lines.replace(_lines(self._before, [name for name in self._in_hand if name not in self._before]))
             self._named = len(self._before) + len(self._in_hand)
-        self._lines.append({"alone" if alone else "begun": list(names)})
-        self._in_hand.update(dict.fromkeys(names, alone))
+        self._lines.append({"apart" if apart else "begun": list(names)})
+        self._in_hand.update(dict.fromkeys(names, apart))
 
     def settle(self, name: str) -> None:
         """Says that a picture has all its answers or failures."""
@@ -157,14 +157,14 @@ def _deaths(lines: Iterable[dict[str, Any]]) -> Counter[str]:
         for name in line.get("over", ()):
             found.pop(name, None)
         found.update(dict.fromkeys(line.get("begun", ()), 0))
-        found.update(line.get("alone", ()))
+        found.update(line.get("apart", ()))
     return found
 
 
 def _lines(deaths: Counter[str], begun: Sequence[str] = ()) -> Iterator[dict[str, Any]]:
-    """Yields lines that tell of suspects, of how many died on each alone, and of further pictures in hand."""
+    """Yields lines that tell of suspects, of how many died with each apart, and of further pictures in hand."""
     yield {"begun": [*deaths, *begun]}
-    yield from ({"alone": [name]} for name in deaths.elements())
+    yield from ({"apart": [name]} for name in deaths.elements())
 
 
 def _one_of(value: Any) -> Shape:  # noqa: ANN401 (any JSON value)

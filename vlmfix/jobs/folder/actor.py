@@ -71,7 +71,7 @@ class Actor:
         if rows is None:
             longest = max((prompt for _, prompt in self._sample), key=len, default="")
             with self._journal(sample) as journal:
-                fine = [file for file in sample if not any(map(journal.is_suspect, _ids(file)))]
+                fine = [file for file in sample if _deaths(journal, file) is None]
                 journal.begin([key for file in fine for key in _ids(file)])
                 rows = fitting_batch(vlm, decoder, settings, typical(fine, [longest]))
         self._answerer = Answerer(vlm, decoder, settings, rows)
@@ -122,17 +122,14 @@ class Actor:
                     settled.extend(zip(_ids(file), failures, strict=True))
                 else:
                     still_open.append(file)
-            # those on which an actor died alone come last, so that one that dies again has tried the others
-            still_open.sort(key=lambda file: any(map(journal.deaths, _ids(file))))
-            for alone, stretch in stretches(
+            # the doubtful ones come last, so that an actor that dies again has tried the others
+            still_open.sort(key=lambda file: any(map(journal.is_doubtful, _ids(file))))
+            for stretch in stretches(
                 chunks(still_open, self._answerer.ahead),
-                is_suspect=lambda file: any(map(journal.is_suspect, _ids(file))),
-                begin=lambda files: journal.begin([key for file in files for key in _ids(file)]),
+                most=self._answerer.rows,
+                deaths=lambda file: _deaths(journal, file),
+                begin=lambda files, apart: journal.begin([key for file in files for key in _ids(file)], apart=apart),
             ):
-                if alone:
-                    (suspect,) = stretch
-                    journal.begin(_ids(suspect), alone=True)
-                    stretch = iter([suspect])
                 for part in self._answers(stretch):
                     settled += [(key, line) for key, line in part if line is not None]
                     journal.leave(key for key, _ in part)
@@ -187,3 +184,7 @@ class Actor:
 def _ids(file: Found) -> list[str]:
     """Returns the ids of the questions about a picture."""
     return [identity(file.name, prompt) for prompt in file.prompts]
+
+
+def _deaths(journal: Journal, file: Found) -> int | None:
+    return max((count for key in _ids(file) if (count := journal.deaths(key)) is not None), default=None)

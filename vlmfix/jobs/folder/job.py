@@ -295,7 +295,7 @@ class _Job:
 
     def typical(self) -> list[Question]:
         """Returns questions that represent those to come, none of them about a suspect."""
-        sample = [file for file in self._sample if not self._journal.is_suspect(file.name)]
+        sample = [file for file in self._sample if self._journal.deaths(file.name) is None]
         self._journal.begin([file.name for file in sample])
         return typical(sample, [self._longest])
 
@@ -318,7 +318,7 @@ class _Job:
                     self._output.fail(file.name, DIED, prompt=prompt)
                 self._journal.settle(file.name)
                 self._step(len(prompts))
-            elif self._journal.deaths(file.name):
+            elif self._journal.is_doubtful(file.name):
                 late.append(replace(file, prompts=prompts))
             else:
                 yield replace(file, prompts=prompts)
@@ -336,19 +336,19 @@ class _Job:
         )
         self._report(self.progress())
         with self._output.working():
-            for alone, files in stretches(
+            for files in stretches(
                 chunks(self._open_files(), answerer.ahead),
-                is_suspect=lambda file: self._journal.is_suspect(file.name),
-                begin=lambda files: self._journal.begin([file.name for file in files]),
+                most=answerer.rows,
+                deaths=lambda file: self._journal.deaths(file.name),
+                begin=lambda files, apart: self._begin(files, apart, answerer),
             ):
-                self._answer(self._alone(next(files), answerer) if alone else files, answerer)
+                self._answer(files, answerer)
             self._output.finish()
 
-    def _alone(self, suspect: Found, answerer: Answerer | Crew) -> list[Found]:
-        if self._journal.deaths(suspect.name) and not self._answered:
+    def _begin(self, files: Sequence[Found], apart: bool, answerer: Answerer | Crew) -> None:
+        if not self._answered and any(self._journal.is_doubtful(file.name) for file in files):
             prove(answerer, self._asked_before)
-        self._journal.begin([suspect.name], alone=True)
-        return [suspect]
+        self._journal.begin([file.name for file in files], apart=apart)
 
     def _answer(self, files: Iterable[Found], answerer: Answerer | Crew) -> None:
         with (

@@ -51,10 +51,10 @@ class Part:
             if len(self.answered) < SPREAD:
                 self.answered[line["image"]] = line["prompt"]
 
-    def begin(self, names: Sequence[str], *, alone: bool = False) -> None:
+    def begin(self, names: Sequence[str], *, apart: bool = False) -> None:
         """Notes in the journal which pictures are about to be answered; see ``Journal.begin``."""
         with self._unless_done():
-            self.journal.begin(names, alone=alone)
+            self.journal.begin(names, apart=apart)
 
     @contextmanager
     def _unless_done(self) -> Iterator[None]:

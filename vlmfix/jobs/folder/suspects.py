@@ -1,4 +1,4 @@
-"""Parts pictures into those that are answered together and suspects, on which a process may have died, each alone."""
+"""Parts pictures into those that are answered as ever and suspects, on which a process may have died."""
 
 from __future__ import annotations
 
@@ -23,18 +23,20 @@ def chunks(files: Iterable[Item], count: int) -> Iterator[list[Item]]:
 def stretches(
     chunks: Iterable[Sequence[Item]],
     *,
-    is_suspect: Callable[[Item], bool],
-    begin: Callable[[Sequence[Item]], None],
-) -> Iterator[tuple[bool, Iterator[Item]]]:
-    """Parts pictures into stretches, in order: each suspect by itself, and what is between suspects together.
+    most: int,
+    deaths: Callable[[Item], int | None],
+    begin: Callable[[Sequence[Item], bool], None],
+) -> Iterator[Iterator[Item]]:
+    """Parts pictures into stretches, in order, each of which is settled before the next one is begun.
+
+    Between suspects there is one stretch. Suspects are stretches apart: a batch of them, or one alone with which a
+    process has died apart.
 
     Args:
         chunks: The pictures, as many at a time as are begun together; one chunk is used up before the next is taken.
-        is_suspect: Says whether a picture is a suspect.
-        begin: Called with pictures before they are yielded, but for suspects.
-
-    Yields:
-        Whether the stretch is a suspect, and its pictures; they are to be settled before the next stretch is asked for.
+        most: Most suspects of a stretch.
+        deaths: Returns how many processes died with a suspect apart; None for what is no suspect.
+        begin: Called with pictures before they are yielded, and whether they are a stretch apart.
     """
     coming, chunk = iter(chunks), list[Item]()
 
@@ -43,19 +45,22 @@ def stretches(
             chunk.extend(next(coming, ()))
         return bool(chunk)
 
-    def together() -> Iterator[Item]:
-        while more() and not is_suspect(chunk[0]):
-            begun = list(itertools.takewhile(lambda file: not is_suspect(file), chunk))
-            begin(begun)
+    def unsuspected() -> Iterator[Item]:
+        while more() and deaths(chunk[0]) is None:
+            begun = list(itertools.takewhile(lambda file: deaths(file) is None, chunk))
+            begin(begun, False)
             for file in begun:
                 del chunk[0]
                 yield file
 
     while more():
-        if is_suspect(chunk[0]):
-            yield True, iter([chunk.pop(0)])
+        if deaths(chunk[0]) is None:
+            yield unsuspected()
         else:
-            yield False, together()
+            apart = list(itertools.takewhile(lambda file: deaths(file) == 0, chunk[:most])) or chunk[:1]
+            del chunk[: len(apart)]
+            begin(apart, True)
+            yield iter(apart)
 
 
 def prove(answerer: Answerer | Crew, asked_before: Callable[[], Question | None]) -> None:

@@ -206,9 +206,10 @@ class _Job:
 
     def typical(self) -> list[Question]:
         """Returns questions that represent those to come: some of the first block, none of them about a suspect."""
-        found = [file for file in self._open if not file.problem and not self._is_suspect(file)]
+        found = [file for file in self._open if not file.problem and self._deaths(file) is None]
         sample = found[:: max(1, len(found) // SPREAD)][:SPREAD]
-        self._note(sample)
+        if sample:
+            self._blocks[sample[0].block].begin([file.name for file in sample])
         return typical(sample, [max((prompt for file in self._open for prompt in file.prompts), key=len)])
 
     def work(self, answerer: Answerer | Crew, settings: Settings) -> None:
@@ -226,8 +227,13 @@ class _Job:
             peak=lambda: answerer.peak_memory,
         )
         while self.wait():  # outside, so that nothing waits for an answer while this waits for other workers
-            for alone, files in stretches(self._chunks(answerer.ahead), is_suspect=self._is_suspect, begin=self._note):
-                self._answer(self._alone(next(files), answerer) if alone else files, answerer)
+            for files in stretches(
+                self._chunks(answerer.ahead),
+                most=answerer.rows,
+                deaths=self._deaths,
+                begin=lambda files, apart: self._note(files, apart, answerer),
+            ):
+                self._answer(files, answerer)
         if self.left_open:
             first, trouble = self.left_open[0]
             raise PassingError(
@@ -247,19 +253,15 @@ class _Job:
                 self._batch_size = answerer.rows
                 self._report(self.progress())
 
-    def _is_suspect(self, file: Taken) -> bool:
-        return self._blocks[file.block].journal.is_suspect(file.name)
+    def _deaths(self, file: Taken) -> int | None:
+        return self._blocks[file.block].journal.deaths(file.name)
 
-    def _note(self, files: Sequence[Taken]) -> None:
-        if files:  # of one block
-            self._blocks[files[0].block].begin([file.name for file in files])
-
-    def _alone(self, suspect: Taken, answerer: Answerer | Crew) -> list[Taken]:
-        block = self._blocks[suspect.block]
-        if block.journal.deaths(suspect.name) and not self._worker.totals.answers:
+    def _note(self, files: Sequence[Taken], apart: bool, answerer: Answerer | Crew) -> None:
+        """Notes pictures of one block that are about to be answered."""
+        block = self._blocks[files[0].block]
+        if not self._worker.totals.answers and any(block.journal.is_doubtful(file.name) for file in files):
             prove(answerer, self._asked_before)
-        block.begin([suspect.name], alone=True)
-        return [suspect]
+        block.begin([file.name for file in files], apart=apart)
 
     def _chunks(self, count: int) -> Iterator[list[Taken]]:
         """Yields the pictures of all blocks that can be had at once, at most so many at a time and of one block."""
@@ -291,7 +293,7 @@ class _Job:
             elif prompts:
                 still_open.append(replace(file, prompts=prompts))
                 block.left += len(prompts)
-        self._open.extend(sorted(still_open, key=lambda file: block.journal.deaths(file.name) > 0))
+        self._open.extend(sorted(still_open, key=lambda file: block.journal.is_doubtful(file.name)))
         if not still_open:
             self._finish(lease.number)
 
