@@ -9,7 +9,7 @@ batch in which it died as well each alone. One with which processes died ``DEATH
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence, Set
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -94,6 +94,12 @@ class Journal:
         """Says that a picture has all its answers or failures."""
         self._in_hand.pop(name, None)
         self._before.pop(name, None)
+
+    def keep(self, names: Set[str]) -> None:
+        """Forgets all suspects but some: the others were settled before, or are no pictures of the run any more."""
+        for known in (self._before, self._deaths):
+            for name in [name for name in known if name not in names]:
+                del known[name]
 
     def forgive(self, name: str) -> None:
         """Lets a picture be answered beside others, whatever was noted of it."""

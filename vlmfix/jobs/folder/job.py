@@ -262,6 +262,7 @@ class _Job:
     def _count(self) -> None:
         """Counts the questions, each once, however often the source names its picture; keeps some pictures of all."""
         known = Seen()  # let go at the end, before the first answer adds to what is done
+        suspects: set[str] = set()
         stride = passed = 0
         for file in self._files():
             open_before = self.left
@@ -272,6 +273,8 @@ class _Job:
                 if self._is_open(file.name, prompt):
                     self.left += 1
                     self._longest = max(self._longest, prompt, key=len)
+            if self.left > open_before and self._journal.deaths(file.name) is not None:
+                suspects.add(file.name)
             if self.left == open_before or file.problem:
                 continue
             if passed % (1 << stride) == 0:
@@ -279,6 +282,7 @@ class _Job:
             passed += 1
             if len(self._sample) == SPREAD:
                 self._sample, stride = self._sample[::2], stride + 1
+        self._journal.keep(suspects)
 
     def progress(self) -> Progress:
         output = self._output
