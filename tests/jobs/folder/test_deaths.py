@@ -9,7 +9,7 @@ from tests.jobs.fake import FakeVLM, colour, draw
 from tests.jobs.folder.asked import WHAT, answers, failures, go
 from tests.processes import ended
 from vlmfix import images
-from vlmfix.errors import DataError, DiedError, PassingError
+from vlmfix.errors import DataError, DiedError, PassingError, SystematicError
 from vlmfix.jobs import blocks
 from vlmfix.jobs.blocks import BlockFolder
 from vlmfix.jobs.folder import Questions, run, steal, worker
@@ -123,12 +123,27 @@ def test_a_kill_costs_no_picture_however_often(tmp_path):
 
 
 def test_a_machine_that_answers_nothing_costs_no_picture_either(tmp_path):
-    pictures, out = draw(tmp_path / "in", COUNT), tmp_path / "out"
-    assert ended(start, pictures, out, (), 2) == -signal.SIGKILL
-    for _ in range(5):
+    out = tmp_path / "out"
+    go(draw(tmp_path / "in", 1), out, FakeVLM())
+    pictures = draw(tmp_path / "in", 3)
+    for _ in range(2 + 2 + 3):  # among others, in a batch apart, each alone; from then on, of one that was answered
         assert ended(start, pictures, out, (), 0) == -signal.SIGKILL
+    journal = Journal(out / BEGUN)
+    assert [journal.deaths(f"{number:04d}.png") for number in range(3)] == [None, DEATHS - 1, DEATHS - 1]
     assert until_done(start, pictures, out) == 0
-    whole(out, [])
+    assert (len(answers(out)), len(failures(out))) == (3, 0)
+
+
+def test_nothing_is_noted_where_nothing_was_ever_answered(tmp_path):
+    pictures, out = draw(tmp_path / "in", 1), tmp_path / "out"
+    for _ in range(3):
+        assert ended(start, pictures, out, (), 0) == -signal.SIGKILL
+    with pytest.raises(SystematicError, match="died again and again"):
+        go(pictures, out, FakeVLM())
+    assert (answers(out), failures(out)) == ([], [])
+    draw(pictures, 2)
+    go(pictures, out, FakeVLM())
+    assert (len(answers(out)), len(failures(out))) == (2, 0)
 
 
 def test_an_interruption_is_no_death(tmp_path):

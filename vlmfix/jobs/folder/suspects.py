@@ -8,6 +8,7 @@ from typing import TypeVar
 
 from vlmfix.answering import Answerer
 from vlmfix.crew import Crew
+from vlmfix.errors import SystematicError
 from vlmfix.supply import Question
 
 Item = TypeVar("Item")
@@ -71,6 +72,13 @@ def prove(answerer: Answerer | Crew, asked_before: Callable[[], Question | None]
     Args:
         answerer: What is to answer the picture.
         asked_before: Returns a question that has been answered; None without one.
+
+    Raises:
+        SystematicError: Nothing was ever answered.
     """
-    if (question := asked_before()) is not None:
-        answerer.outcome(question)
+    if (question := asked_before()) is None:
+        raise SystematicError(
+            "the process died again and again, and no question was ever answered",
+            "nothing is recorded of the pictures it died on; see what the system's log says, and try other pictures",
+        )
+    answerer.outcome(question)
