@@ -131,6 +131,7 @@ STRONG: dict[str, str | Decoder] = {
     "vaf": "vaf:image=3,system=0.2,layers=all",
     "acg": "acg:strength=4",
     "kvsmooth": "kvsmooth:strength=0.6,spread=0.4,window=3,layers=all",
+    "kvsmooth-before": "kvsmooth:strength=0.6,spread=0.4,window=3,layers=all,rotary=before",
     "vista": "vista:strength=1",
     "vista-layer": "vista:strength=0.5,augmentation=0,place=layer",
     "revisit": "revisit:strength=3,plausibility=0",

@@ -59,6 +59,26 @@ def context(decoder: nn.Module) -> int | None:
     return max(named, int((rope.get("factor") or 1.0) * (rope.get("original_max_position_embeddings") or named)))
 
 
+def frequencies(decoder: nn.Module, attention: nn.Module) -> Tensor:
+    """The angles, (D / 2,), by which a step to the next position turns the pairs of a key's dimensions.
+
+    Dimension i and dimension i + D / 2 are a pair.
+
+    Args:
+        decoder: The text decoder.
+        attention: One of its attention modules; some decoders have an embedding for each kind of layer.
+
+    Raises:
+        UpstreamError: The rotary embedding has no frequencies under a known name, or turns a part of the dimensions.
+    """
+    embedding = getattr(decoder, "rotary_emb", None)
+    names = ("inv_freq", f"{getattr(attention, 'layer_type', None)}_inv_freq")
+    found = next((getattr(embedding, name) for name in names if hasattr(embedding, name)), None)
+    if not isinstance(found, Tensor) or 2 * len(found) != getattr(attention, "head_dim", None):
+        raise missing(f"the rotary embedding of {type(decoder).__name__} has no frequencies of all dimensions")
+    return found.float()
+
+
 def grows(decoder: nn.Module) -> bool:
     """Whether a text decoder's rotary embedding depends on the length of the pass.
 

@@ -156,7 +156,9 @@ def test_seeds_are_the_rows_own():
     assert SGRS(draw_seed=1).plan(vlm, batch, vlm.layout(batch)).gate.seeds != seeds
 
 
-WITH_GRADIENTS = {name: spec for name, spec in STRONG.items() if name not in ("kvsmooth", "memvr", "pti")}
+WITH_GRADIENTS = {
+    name: spec for name, spec in STRONG.items() if name not in ("kvsmooth", "kvsmooth-before", "memvr", "pti")
+}
 """Methods through whose edits there is a gradient (none goes through what is kept of a cache), and beside which the
 last token of a prompt may pass alone."""
 

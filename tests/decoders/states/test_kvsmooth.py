@@ -9,11 +9,13 @@ from transformers import DynamicCache
 from tests.contracts.support import Forced, batch_of, close, logits, vlm_of
 from tests.decoders.attention.test_locore import site
 from tests.decoders.whole import both_ways
+from tests.tiny import TINY
 from vlmfix.attention.edit import Column
 from vlmfix.decoders import KVSmooth, parse
-from vlmfix.decoders.states.kvsmooth import Smoothed, inner
+from vlmfix.decoders.states.kvsmooth import Smoothed, inner, turned_on
 from vlmfix.errors import IncompatibleDecodersError, UnsupportedAttentionError
-from vlmfix.upstream.cache import handed_over
+from vlmfix.upstream.cache import handed_over, keys_and_values
+from vlmfix.upstream.positions import frequencies
 
 STEPS = 6
 
@@ -49,6 +51,59 @@ def test_each_token_is_mixed_with_what_is_kept_of_the_one_before(family, entropy
     for other in (smoothed(0.2, 0.8, 3, (0, 1, 2)), smoothed(0.2, 0.8, 2, (1, 2)), smoothed(0, 0, 3, ())):
         _, wrong = both_ways(method, other, family, STEPS)
         assert (expected - wrong).abs().nan_to_num().max() > 1e-3
+
+
+def unrotated(vlm, layer, keys):
+    """Keys (H, T, D) of one text row's tokens before the rotary embedding, and the function that rotates them."""
+    angles = frequencies(vlm.family.decoder(vlm.model), vlm.family.attention_modules(vlm.model)[layer]).double()
+    places = torch.arange(keys.shape[1]).double()[:, None] * angles  # any beginning of counting will do
+    waves = torch.polar(torch.ones_like(places), places)  # (T, D / 2)
+
+    def complex_of(x):
+        return torch.complex(*x.double().chunk(2, dim=-1))
+
+    def rotated(x):
+        turned = complex_of(x) * waves[: x.shape[1]]
+        return torch.cat([turned.real, turned.imag], dim=-1)
+
+    back = complex_of(keys) * waves.conj()
+    return torch.cat([back.real, back.imag], dim=-1), rotated
+
+
+@pytest.mark.parametrize("family", ["llava", "qwen2_5_vl"])
+def test_keys_are_mixed_before_they_are_rotated(family):
+    """In the slow way the tokens' keys are turned back by their places, mixed, and turned again."""
+    vlm = vlm_of(family)
+
+    def edit(here):
+        output = here.output(here.scores)
+        values = here.values.clone()
+        before, rotated = unrotated(vlm, here.layer, here.keys)
+        keys = here.keys.clone()
+        for row in (here.last.nonzero().flatten() + 1).tolist()[:-1]:
+            weights = (here.queries[:, row] * keys[:, : row + 1].transpose(0, 1)).sum(-1).T.softmax(-1)
+            output[:, row] = (weights[..., None] * values[:, : row + 1]).sum(1)
+            for kept in (before, values):
+                kept[:, row] = 0.5 * kept[:, row] + 0.5 * kept[:, row - 1]
+            keys[:, row] = rotated(before)[:, row]
+        return output
+
+    spec = "kvsmooth:strength=0.5,spread=0,layers=all,rotary=before"
+    found, expected = both_ways(spec, edit, family, STEPS)
+    close(found, expected)
+    _, behind = both_ways("kvsmooth:strength=0.5,spread=0,layers=all", smoothed(0.5, 0.5, 15, (0, 1, 2)), family, STEPS)
+    assert (expected - behind).abs().nan_to_num().max() > 1e-3
+
+
+@pytest.mark.parametrize("family", TINY)
+def test_a_key_is_turned_on_by_one_place(family):
+    """Two equal tokens in a row, whose keys the model's first layer makes."""
+    vlm = vlm_of(family)
+    decoder, (module, *_) = vlm.family.decoder(vlm.model), vlm.family.attention_modules(vlm.model)
+    cache = DynamicCache()
+    decoder(torch.tensor([[9, 9, 9]]), **handed_over(decoder, cache), use_cache=True)
+    keys = keys_and_values(cache)[0][0][0].detach()  # (G, 3, D)
+    close(turned_on(keys[:, :2], frequencies(decoder, module)), keys[:, 1:])
 
 
 def test_the_share_is_the_rank_of_the_entropy_among_the_last():

@@ -16,6 +16,7 @@ from vlmfix.decoding.plan import DecodingPlan
 from vlmfix.language.parameters import Value, parameter
 from vlmfix.models.checkpoint import Checkpoint
 from vlmfix.models.layout import Batch, ImageLayout
+from vlmfix.upstream.positions import frequencies
 
 
 def inner(count: int) -> LayerSet:
@@ -41,13 +42,15 @@ class KVSmooth(Decoder):
         window: M, values of the entropy that one is compared with; fewer at the beginning of an answer.
         entropy: ``heads``, the mean of the heads' entropies, or ``mean``, the entropy of the mean over heads.
         layers: Layers to act in. None takes the authors' 3 to 30 of 32, as shares of the model's depth.
+        rotary: Whether keys are mixed as the cache holds them, ``behind`` the rotary embedding, or as they were
+            ``before`` it; then the key of the token before is turned on by one place.
 
     *Source*: "KVSmooth", CVPR 2026, arXiv 2602.04268; there is no released code, and the paper was read in a detailed
     account of it.
 
     *Differs*: the account leaves open over which heads the entropy runs (``entropy``), whether a token's own row sees
-    what is kept of it (here it does not), and whether keys are smoothed before the rotary embedding (here behind it, as
-    the cache holds them). The first token is mixed with the prompt's last. Contrast rows keep their cache as it is.
+    what is kept of it (here it does not), and whether keys are smoothed before the rotary embedding (``rotary``). The
+    first token is mixed with the prompt's last. Contrast rows keep their cache as it is.
 
     *Cost*: one row of attention is computed from its weights in each of these layers.
 
@@ -88,10 +91,20 @@ class KVSmooth(Decoder):
     layers: LayerSet | None = parameter(
         None, LayerSet, optional=True, help="layers to act in; none: 3 to 30 of 32, by depth"
     )
+    rotary: str = parameter(
+        "behind", str, choices=("behind", "before"), later=True, help="where keys are mixed, by the rotary embedding"
+    )
 
     def plan(self, vlm: Checkpoint, batch: Batch, layout: ImageLayout) -> DecodingPlan:
         """Plans one edit of the cache."""
+        angles = None
+        if self.rotary == "before":
+            decoder = vlm.family.decoder(vlm.model)
+            each = [frequencies(decoder, module) for module in vlm.family.attention_modules(vlm.model)]
+            angles = torch.stack([one.to(vlm.device) for one in each])
         edit = Smoothed(
+            angles=angles,
+            turns=angles is not None,
             layers=self.layers or inner(vlm.layers),
             low=max(self.strength - self.spread, 0.0),
             high=min(self.strength + self.spread, 1.0),
@@ -110,17 +123,24 @@ class Smoothed(CacheEdit):
         high: Largest.
         window: M.
         heads: Whether entropies are averaged over heads, or the heads' rows.
+        turns: Whether the key before is turned on by one place.
+        angles: (L, D / 2) float32, the angles of one place in each layer, where it is.
     """
 
     low: float
     high: float
     window: int
     heads: bool
+    turns: bool = False
+    angles: Tensor | None = None
+    of_prompt: ClassVar[frozenset[str]] = frozenset({"angles"})
 
     def begin(self, site: Site) -> None:
         """Begins with no entropy, which +inf stands for."""
         rows = site.image_keys.shape[0]
         site.learn_of_steps("entropies", torch.full((rows, self.window), math.inf, device=site.image_keys.device))
+        if self.angles is not None:
+            site.learn("angles", self.angles[site.layer].expand(rows, -1))
 
     def kept(self, site: Site, weights: Tensor, newest: Column, before: Column) -> Column:
         """Returns the smoothed key and value."""
@@ -129,12 +149,20 @@ class Smoothed(CacheEdit):
         site.relearn("entropies", last)
         share = (last <= entropy[:, None]).sum(dim=1) / last.isfinite().sum(dim=1)
         taken = share.clamp(self.low, self.high)[:, None, None, None]  # (B, 1, 1, 1)
-        keys, values = (
-            (1 - taken) * new.float() + taken * old.float() for new, old in zip(newest, before, strict=True)
-        )
-        return Column(keys, values)
+        if self.turns:
+            keys = turned_on(before.keys.float(), site.learned("angles")[:, None, None])
+            before = Column(keys, before.values)
+        mixed = [(1 - taken) * new.float() + taken * old.float() for new, old in zip(newest, before, strict=True)]
+        return Column(*mixed)
 
     def _entropy(self, weights: Tensor) -> Tensor:
         rows = weights if self.heads else weights.mean(dim=1, keepdim=True)  # (B, H or 1, 1, K)
         logs = rows.clamp(min=torch.finfo(rows.dtype).tiny).log()  # 0 where the row does not look
         return -(rows * logs).sum(dim=-1).mean(dim=(1, 2))
+
+
+def turned_on(keys: Tensor, angles: Tensor) -> Tensor:
+    """Turns keys (..., D) on by angles (..., D / 2), as a rotary embedding does: dimension i with i + D / 2."""
+    one, other = keys.chunk(2, dim=-1)
+    cos, sin = angles.cos(), angles.sin()
+    return torch.cat([one * cos - other * sin, other * cos + one * sin], dim=-1)
