@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from tests.contracts.support import PICTURES, PROMPTS, batch_of, vlm_of
+from tests.contracts.test_batches import ASKED, SHOWN
 from tests.decoders.whole import whole
 from vlmfix.decoders import OPERA, DecodingPlan, parse
 from vlmfix.decoders.choice import opera
@@ -209,6 +210,27 @@ def test_in_a_chain_each_row_says_what_it_says_alone(family, others, options, mo
 
     assert ids((0, 1)) == ids((0,)) + ids((1,))
     assert backs
+
+
+@pytest.mark.parametrize("family", ["llava", "qwen2_5_vl"])
+def test_eight_samples_go_back_each_for_itself(family, monkeypatch):
+    monkeypatch.setattr(opera, "EARLY", 3)
+    backs, real = Counter(), opera.Past.take_back
+
+    def noted(past, place, **given):
+        backs[id(past)] += 1
+        return real(past, place, **given)
+
+    vlm, spec = vlm_of(family), "opera:num_beams=2,candidates=2,scale=100,threshold=1"
+
+    def ids(shown, asked):
+        return [answer.ids for answer in vlm.generate(shown, asked, decoder=spec, max_new_tokens=14)]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(opera.Past, "take_back", noted)
+        together = ids(SHOWN, list(ASKED))
+    assert together == [ids([shown], [asked])[0] for shown, asked in zip(SHOWN, ASKED, strict=True)]
+    assert len({*backs.values()}) > 1  # not all as often
 
 
 def past(noted, returns=()):

@@ -35,7 +35,7 @@ class FLB(Decoder):
 
     *Differs*: the released code only draws tokens; here greedy search and beams work as well. An answer of one token is
     that of the cut alone. In a chain the cut is taken from what methods before it have made of the logits, and ``l_0``
-    is the model's own, as released.
+    is the model's own, as released. Rows without a picture are left alone.
 
     *Cost*: none but a row of logits for each sample.
 
