@@ -126,12 +126,13 @@ def cut_prefill(vlm: Checkpoint, prompts: Prompts) -> Iterator[None]:
     decoder: Any = vlm.family.decoder(vlm.model)
     owned = "forward" in decoder.__dict__
     original = decoder.forward
+    short = prompts.real.shape[1] <= COLUMNS or prompts.real.numel() <= PIECE
+    # asked now, since in the middle of the pass the host would wait for what the device has been told of it
+    cuts = prompts.alike is not None or not short or _padding(prompts.real) >= PADDING
 
     @functools.wraps(original)
     def forward(*args: Any, **kwargs: Any) -> Any:  # noqa: ANN401 (families differ)
         restore()
-        short = prompts.real.shape[1] <= COLUMNS or prompts.real.numel() <= PIECE
-        cuts = prompts.alike is not None or not short or _padding(prompts.real) >= PADDING
         given = None if args or not cuts else read(decoder, kwargs)
         if given is None or not _is_prefill(vlm, given, prompts.real):
             return original(*args, **kwargs)
