@@ -29,6 +29,7 @@ from vlmfix.decoders.logits.m3id import GrowingContrast
 from vlmfix.decoders.logits.mixture import Mixture
 from vlmfix.decoders.logits.mod import most_regarded
 from vlmfix.decoders.logits.only import TextHeads
+from vlmfix.decoders.logits.revisit import Product
 from vlmfix.decoders.logits.sid import most_seen
 from vlmfix.decoders.states.kvsmooth import Smoothed
 from vlmfix.decoders.states.memvr import Retraced
@@ -293,6 +294,41 @@ class Model(nn.Module):
 
     def get_output_embeddings(self):
         return nn.Identity()
+
+
+class Headed(Model):
+    """A model whose states have 64 dimensions."""
+
+    def __init__(self):
+        super().__init__()
+        self.head = nn.Linear(64, WORDS, bias=False)
+        self.head.weight.data = drawn(WORDS, 64, scale=0.6, seed=4)
+
+    def get_output_embeddings(self):
+        return self.head
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("swapped", "measure"), [(False, divergence), (True, released_distance)])
+def test_revisit_multiplies_with_the_picture_token_that_agrees_most(swapped, measure):
+    model, states = Headed(), drawn(1, 3, BEFORE + SHOWN, 64)
+    tokens = torch.zeros(3, BEFORE + SHOWN, dtype=torch.bool)
+    tokens[:, BEFORE:] = True
+    tokens[1, BEFORE : BEFORE + 100] = False
+    rule = Product(branches=(), rows=ROWS, model=model, tokens=tokens, strength=1.0, plausibility=1e-5, swapped=swapped)
+    rule.view(states)
+    clean = model.head(states[0, :, BEFORE + 200]) + drawn(3, WORDS, seed=6)
+    found = rule.fuse(clean, clean[None, :0], clean)
+    for row in range(3):
+        chances = probabilities(clean[row])
+        kept = (chances >= 1e-5 * chances.max()).nonzero().flatten()
+        own, said = probabilities(clean[row, kept]), model.head(states[0, row, tokens[row]])[:, kept]
+        each = [probabilities(one) for one in said]
+        nearest = min(range(len(each)), key=lambda one, own=own, each=each: measure(own, each[one]))
+        expected = torch.full((WORDS,), -math.inf, dtype=torch.float64)
+        expected[kept] = own.log() + each[nearest].log()
+        assert 100 < len(kept) < WORDS
+        near(centred(found[row]), centred(expected), 1e-4)
 
 
 @pytest.mark.parametrize("threshold", [0.5, 0.75, 0.9])
