@@ -122,13 +122,14 @@ def test_an_empty_place_of_every_picture_is_a_sink_like_the_first_token(vlm, pic
 
 def test_it_comes_with_profiles_of_its_own_heads(folder, vlm):
     found = load_profiles(Path(folder) / HEADS)
-    assert list(found) == ["vhd", "image-mass"]
+    assert list(found) == ["vhd", "image-mass", "ablation", "patching"]
     for profile in found.values():
         profile.check(vlm)
         assert profile.card.model == "small"
-        assert profile.card.stable
-    assert parse(f"vhr:profile={Path(folder) / HEADS}").check(vlm) is None
-    assert "no patching profile" in parse("ph3").check(vlm)
+    assert found["vhd"].card.reliability > 0.99
+    assert found["ablation"].details["hallucinated_words"] >= 100
+    for spec in (f"vhr:profile={Path(folder) / HEADS}", "ph3", "adhh", "amplify"):
+        assert parse(spec).check(vlm) is None
 
 
 def test_it_comes_with_directions_of_its_own(folder, vlm):
