@@ -47,7 +47,7 @@ def _lines(advice: Advice, model: str | None) -> Iterator[RenderableType]:
         yield Text(f"It is {option.recipe.decoder}.")
     if not advice.own:
         which = "no model was named (--model)" if model is None else f"nothing was measured on {model}"
-        yield Text(f"Measured on the two small models that come with vlmfix, on drawn scenes; {which}.")
+        yield Text(f"Measured on the three small models that come with vlmfix, on drawn scenes; {which}.")
     yield ""
     for option in advice.options:
         yield Text(f"@{option.recipe.name}{'' if option.against else ': nothing speaks against it'}")
