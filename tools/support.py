@@ -227,6 +227,7 @@ cells anew, and `pytest -m product` all of them.
 **Works** means that a batch of two rows, whose prompts and pictures differ in number and length, gives each row the
 tokens that it gets alone, in float32. What stands without a family holds for all of the {len(TINY)} that are not named
 beside it: {", ".join(f"`{name}`" for name in TINY)}.
+Beside this table, the suite holds every decoder to that with eight rows, on `llava` and `qwen2_5_vl`.
 The models are tiny and have random weights: the page says what runs and gives the right tokens, and nothing about how
 good a method is (that is [effects.md](effects.md)).
 
