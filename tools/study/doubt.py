@@ -23,7 +23,7 @@ from vlmfix.evals.task import Numbers, Sample
 from vlmfix.generation import VLM, load
 from vlmfix.insight.relevance import Confidence, flags
 from vlmfix.parsing import WORD
-from vlmfix.settings import GROUNDED, OWN
+from vlmfix.settings import EMBEDDED, GROUNDED, OWN
 
 SCORES = {"logprob": "-logprob", "entropy": "entropy", "sar": "SAR", "picture": "-saliency of the picture"}
 """What is compared, and how a table calls it; of a word the sum over its tokens, of saliency the mean."""
@@ -163,9 +163,9 @@ def _share(part: int, whole: int) -> str:
 
 
 @click.command()
-@click.option("--model", "models", multiple=True, default=("tiny", "tiny-qwen"), show_default=True, help="May repeat.")
+@click.option("--model", "models", multiple=True, default=tuple(EMBEDDED), show_default=True, help="May repeat.")
 @click.option("--count", default=200, show_default=True, type=click.IntRange(2), help="Fresh scenes.")
-@click.option("--seed", default=606, show_default=True, type=click.IntRange(0), help="Seed of the scenes.")
+@click.option("--seed", default=515, show_default=True, type=click.IntRange(0), help="Seed of the scenes.")
 @click.option("--similarity", default=OWN, show_default=True, help="As of vlmfix run.")
 @click.option("--device", default="auto", show_default=True, help="auto, cpu or cuda.")
 @click.option("--batch-size", default=25, show_default=True, type=click.IntRange(1), help="Pictures at a time.")
