@@ -22,6 +22,15 @@ def ready(port):
         return answer.status == 200
 
 
+@pytest.fixture
+def hearing():
+    """Hears Ctrl-C, to which a shell starts its background jobs deaf."""
+    heard = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, heard)
+
+
+@pytest.mark.usefixtures("hearing")
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 0), (signal.SIGINT, 130)])
 def test_a_signal_ends_it_within_the_grace_time(vlmfix, monkeypatch, number, code):
     monkeypatch.setattr("vlmfix.display.loading", lambda model, **how: tiny())
