@@ -76,6 +76,14 @@ def test_with_a_model_it_says_where_parts_act_and_what_is_refused(vlmfix, model)
     code, _, told = vlmfix("explain", "vcd:contrast=11", "--model", model)
     assert code == 2
     assert "loading" not in told
+    for spec, problem in (
+        ("vcd:contrast=11", "contrast=11.0"),
+        ("sgrs:draw=first", "draw='first'"),
+        ("beam+vcd:margin=0.2", "margin=0.2 does nothing with when=always"),
+    ):
+        code, printed, told = vlmfix("explain", spec)
+        assert (code, printed) == (2, "")
+        assert problem in told
     code, _, told = vlmfix("explain", "vcd", "--num-beams", 2)
     assert (code, told.splitlines()[1]) == (2, "hint: add --model, or leave them out")
 

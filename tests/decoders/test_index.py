@@ -39,7 +39,7 @@ def test_every_class_is_a_name_of_the_package():
         ["run", "x", "--out", "y", "--model", "tniy"],
         ["doctor", "tniy"],
         ["tune", "vdc", "--task", "pope", "--images", "x", "--out", "y"],
-        ["explain", "beam+vcd:contrast=0.5"],
+        ["explain", "beam+vcd"],
         ["explain", "vdc"],
         ["eval", "pop"],
         ["eval", "--help"],

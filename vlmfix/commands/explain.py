@@ -31,6 +31,11 @@ def explain(*, spec: str, model: str | None, as_json: bool, settings: Settings) 
     from vlmfix.reports.explanation import declared, explanation_text, words_of
 
     words = words_of(spec)
+    if model is None and any(one.given for one in words):
+        options.quieten()
+        from vlmfix.planned import parts_of
+
+        parts_of(spec)  # values are known to the decoders alone, and a wrong one is not explained
     explanation = {"spec": spec, **declared([(one, _described(one.name)) for one in words]), "model": None}
     if model is not None:
         options.quieten()
