@@ -242,3 +242,11 @@ def test_what_a_reader_must_know_of_a_checkpoint():
         "What the checkpoint's files leave out was taken from its other files: patch_size 14.",
         "The checkpoint names no end token: every answer has the longest length that is allowed.",
     ]
+
+
+@pytest.mark.parametrize("spec", ["", "vdc", "vcd:contrast=99"])
+def test_a_decoder_that_is_not_understood_is_told_with_its_run(spec):
+    with pytest.raises(DataError, match=r"^the run out: ") as found:
+        card.decoder_again("the run out", spec, None)
+    assert found.value.hint
+    assert card.decoder_again("the run out", "vcd", None).name == "vcd"

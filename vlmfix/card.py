@@ -8,7 +8,7 @@ import os
 import platform
 import resource
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib.metadata import PackageNotFoundError, version
@@ -20,8 +20,8 @@ import torch
 
 import vlmfix
 from vlmfix.decoders import Decoder, parse
-from vlmfix.errors import DataError, PluginError, UsageError
-from vlmfix.generation import VLM
+from vlmfix.errors import DataError, PluginError, UsageError, VlmfixError
+from vlmfix.generation import VLM, check_settings
 from vlmfix.images import Found, digest_of
 from vlmfix.models.checkpoint import DIRECTIONS, HEADS
 from vlmfix.parsing import some
@@ -158,13 +158,13 @@ def decoder_again(where: str, spec: str, plugins: Mapping[str, str] | None) -> D
 
     Raises:
         PluginError: A plug-in is missing, or another.
-        UsageError: The specification is not understood.
+        DataError: The specification is not understood.
     """
     try:
         decoder = parse(spec)
     except UsageError as error:
         if not plugins:
-            raise
+            raise DataError(f"{where}: {error.message}", error.hint) from error
         listed = ", ".join(f"{name} ({made_by})" for name, made_by in plugins.items())
         raise PluginError(
             f"{where} was made with {listed}: {error.message}", "install that distribution, or put the file back"
@@ -198,34 +198,50 @@ def refuse_other_pictures(
 
 
 def settings_again(
-    card: Mapping[str, Any], decoding: Mapping[str, Any], *, model: str | None, device: str, decoder: str = "greedy"
+    where: str,
+    card: Mapping[str, Any],
+    decoding: Mapping[str, Any],
+    *,
+    model: str | None,
+    device: str,
+    decoder: str = "greedy",
+    decoders: Iterable[Decoder] = (),
 ) -> Settings:
     """Gives the settings that make a run again, and makes sure that a directory still has the model's files.
 
     Args:
+        where: The run, for messages.
         card: What the run says of its model: its name, ``settings.MODEL``, and what ``refuse_other_model`` reads.
         decoding: What it says of decoding, by the names of ``Settings``.
         model: Where the model's directory is now; None for where it was.
         device: Where to run.
         decoder: The run's decoder, if it has one.
+        decoders: The decoders that the settings must suit.
 
     Raises:
         UsageError: ``model`` is given for a model of the Hub.
-        DataError: The directory is not there, or its files are not those of the run.
+        DataError: The directory is not there, its files are not those of the run, or a value is not allowed.
     """
     loaded: dict[str, Any] = {name: card.get(name) for name in LOADED}
-    return Settings(
-        model=_model_again(card, model),
-        revision=card["commit"] or card["revision"],
-        device=device,
-        dtype=card["dtype"],
-        decoder=decoder,
-        **loaded,
-        **decoding,
-    )
+    named = _model_again(where, card, model)
+    try:
+        settings = Settings(
+            model=named,
+            revision=card["commit"] or card["revision"],
+            device=device,
+            dtype=card["dtype"],
+            decoder=decoder,
+            **loaded,
+            **decoding,
+        )
+        for one in decoders:
+            check_settings(one, settings)
+        return settings
+    except VlmfixError as error:
+        raise DataError(f"{where}: {error.message}", f"restore the run's card; {error.hint}") from error
 
 
-def _model_again(card: Mapping[str, Any], elsewhere: str | None) -> str:
+def _model_again(where: str, card: Mapping[str, Any], elsewhere: str | None) -> str:
     """What to load a run's model by."""
     if (commit := card["commit"]) is not None:
         if elsewhere is not None:
@@ -237,7 +253,10 @@ def _model_again(card: Mapping[str, Any], elsewhere: str | None) -> str:
     name = str(card["model"] if elsewhere is None else elsewhere)
     if not os.path.isdir(EMBEDDED.get(name, name)):
         raise DataError(f"the model's directory {name} is not there", "give the directory that it is in with --model")
-    refuse_other_model(name, card)
+    try:
+        refuse_other_model(name, card)
+    except DataError as error:
+        raise DataError(f"{where}: {error.message}", error.hint) from error
     return name
 
 

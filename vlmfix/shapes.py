@@ -31,7 +31,14 @@ class Shape:
         return Shape(lambda value: None if value is None else self.problem(value))
 
 
-def _simple(words: str, fits: Callable[[Any], bool]) -> Shape:
+def simple(words: str, fits: Callable[[Any], bool]) -> Shape:
+    """Makes the shape of a value that is looked at whole.
+
+    Args:
+        words: What it must be, behind "is ..., not".
+        fits: Says whether a value is that.
+    """
+
     def problem(value: Any) -> tuple[str, str] | None:  # noqa: ANN401 (any JSON value)
         return None if fits(value) else ("", f"is {_shown(value)}, not {words}")
 
@@ -63,16 +70,16 @@ def _is_time(value: object) -> bool:
         return False
 
 
-TEXT = _simple("a text", lambda value: isinstance(value, str))
-PATH = _simple("a path", _is_path)
-TIME = _simple("a time", _is_time)
-FLAG = _simple("true or false", lambda value: isinstance(value, bool))
-NUMBER = _simple("a number", _is_number)
-DURATION = _simple("a number from 0", lambda value: _is_number(value) and value >= 0)
-COUNT = _simple("a whole number from 0", lambda value: type(value) is int and 0 <= value <= LARGEST)
-SIZE = _simple("a whole number from 1", lambda value: type(value) is int and 1 <= value <= LARGEST)
-SEED = _simple("a whole number from 0 below 2**63", lambda value: type(value) is int and 0 <= value < 1 << 63)
-OBJECT = _simple("an object", lambda value: isinstance(value, dict))
+TEXT = simple("a text", lambda value: isinstance(value, str))
+PATH = simple("a path", _is_path)
+TIME = simple("a time", _is_time)
+FLAG = simple("true or false", lambda value: isinstance(value, bool))
+NUMBER = simple("a number", _is_number)
+DURATION = simple("a number from 0", lambda value: _is_number(value) and value >= 0)
+COUNT = simple("a whole number from 0", lambda value: type(value) is int and 0 <= value <= LARGEST)
+SIZE = simple("a whole number from 1", lambda value: type(value) is int and 1 <= value <= LARGEST)
+SEED = simple("a whole number from 0 below 2**63", lambda value: type(value) is int and 0 <= value < 1 << 63)
+OBJECT = simple("an object", lambda value: isinstance(value, dict))
 
 
 def list_of(shape: Shape, *, least: int = 0) -> Shape:

@@ -6,14 +6,24 @@ import hashlib
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 from vlmfix.errors import DataError, UsageError
+from vlmfix.shapes import simple
 
 SHARDS = "shards"
 """Folder of the shards' folders, below the folder that they have in common."""
 WRITTEN = re.compile(r"(\d{1,9})/(\d{1,9})", re.ASCII)
 FOLDER = re.compile(r"(\d{1,9})-of-(\d{1,9})", re.ASCII)
+
+
+def _is_shard(value: Any) -> bool:  # noqa: ANN401 (any JSON value)
+    found = WRITTEN.fullmatch(value) if isinstance(value, str) else None
+    return found is not None and int(found[1]) < int(found[2])
+
+
+SHARD = simple("a shard, as 0/8", _is_shard)
+"""Shape of a shard in a card."""
 
 
 @dataclass(frozen=True, order=True)
@@ -35,10 +45,10 @@ class Shard:
         Raises:
             UsageError: It is something else, or I is not below N.
         """
-        found = WRITTEN.fullmatch(text)
-        if found is None or not int(found[1]) < int(found[2]):
+        if not _is_shard(text):
             raise UsageError(f"{text!r} is no shard", "write I/N, with I from 0 to N - 1: 0/8, 1/8, ..., 7/8")
-        return cls(int(found[1]), int(found[2]))
+        index, count = map(int, text.split("/"))
+        return cls(index, count)
 
     def __str__(self) -> str:
         return f"{self.index}/{self.count}"

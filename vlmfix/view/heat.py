@@ -111,7 +111,7 @@ def _settings(column: Column, model: str | None) -> Settings:
             f"{column.label} was not made by vlmfix run, and no card says how", "leave --grounding out for it"
         )
     card: Mapping[str, Any] = read_json(column.folder / CARD, FINISHED)["settings"]
-    return settings_again(card, decoding_in(card), model=model, device="auto")
+    return settings_again(str(column.folder), card, decoding_in(card), model=model, device="auto")
 
 
 Heats = tuple[list[tuple[int, int, str]], tuple[int, int]]

@@ -112,7 +112,9 @@ def reproduce(
         arm: decoder_again(f"the arm {arm} of {run.folder}", about["spec"], about.get("plugins"))
         for arm, about in card["arms"].items()
     }
-    settings = settings_again(card, card["decoding"], model=model, device=device)
+    settings = settings_again(
+        str(run.folder), card, card["decoding"], model=model, device=device, decoders=arms.values()
+    )
     again = evaluate(
         out,
         _moved(run.task, images),

@@ -19,7 +19,7 @@ from vlmfix.jobs.folder.output import Totals
 from vlmfix.jobs.folder.reproduce import questions_again
 from vlmfix.jobs.ledger import now
 from vlmfix.jobs.lines import ANSWER, ANSWERS, CARD, FAILED, FAILURE, PROGRESS
-from vlmfix.jobs.shards import Shard, shards_in
+from vlmfix.jobs.shards import SHARD, Shard, shards_in
 from vlmfix.parsing import some
 from vlmfix.records import flat, is_held, read_json, read_lines, shown
 from vlmfix.seen import Seen
@@ -38,7 +38,7 @@ PART = fields(
                 "prompt": TEXT.or_null(),
                 "prompts": TEXT.or_null(),
                 "column": TEXT.or_null(),
-                "shard": TEXT,
+                "shard": SHARD,
                 **DECODED,
             }
         ),

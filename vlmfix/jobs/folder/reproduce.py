@@ -13,7 +13,7 @@ from vlmfix.generation import VLM, load
 from vlmfix.jobs.folder.job import Progress, run
 from vlmfix.jobs.folder.questions import Questions
 from vlmfix.jobs.lines import ANSWER, ANSWERS, CARD
-from vlmfix.jobs.shards import Shard
+from vlmfix.jobs.shards import SHARD, Shard
 from vlmfix.parsing import some
 from vlmfix.records import read_json, read_lines
 from vlmfix.settings import DECODED, LOADED, MODEL, REQUESTED, decoding_in
@@ -36,7 +36,7 @@ FINISHED = fields(
             {
                 "decoder_facts": mapping_of(TEXT),
                 "plugins": mapping_of(TEXT).or_null(),
-                "shard": TEXT.or_null(),
+                "shard": SHARD.or_null(),
                 "column": TEXT.or_null(),
                 **LOADED,
                 **REQUESTED,
@@ -105,8 +105,16 @@ def reproduce(
     source = _source_again(folder, pictures, before.get("column"), out)
     questions = questions_again(folder, before, session["prompts_file"], prompts, source)
     _refuse_other_pictures(folder, source)
-    decoder_again(str(folder), before["decoder"], before.get("plugins"))
-    settings = settings_again(before, decoding_in(before), model=model, device=device, decoder=before["decoder"])
+    decoder = decoder_again(str(folder), before["decoder"], before.get("plugins"))
+    settings = settings_again(
+        str(folder),
+        before,
+        decoding_in(before),
+        model=model,
+        device=device,
+        decoder=before["decoder"],
+        decoders=[decoder],
+    )
     shard = Shard.of(before["shard"]) if before.get("shard") else None
     run(
         pictures,
